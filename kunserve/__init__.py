@@ -1,0 +1,1 @@
+"""KunServe: an LLM server whose replicated weights become KV cache when a burst comes."""

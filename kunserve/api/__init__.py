@@ -1,0 +1,1 @@
+"""HTTP: JSON and SSE to typed values and back; nothing below this package knows JSON."""

@@ -1,0 +1,109 @@
+"""A request as the engine sees it: token ids and sampling parameters in, `Output` deltas out."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended; the values are the ones clients see."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Values are already validated (api/protocol.py)."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    num_logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated position, from the raw logits (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What came since the last one. Deltas: text that is final, the tokens, their logprobs if asked for."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence being generated. Owned by the engine from `submit` to its final `Output`.
+
+    Counters (all in tokens): `num_computed_tokens <= num_scheduled_tokens <= num_tokens`. Tokens up to
+    `num_computed_tokens` have their KV in the blocks; those between computed and scheduled are in flight.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float = 0.0  # on the engine's clock
+    seed: int = 0  # always set by the engine: from params, or drawn
+    priority: int = 0
+
+    token_ids: list[int] = field(init=False)  # prompt, then everything generated
+    num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    group_id: int | None = None  # while admitted
+    block_tables: list[list[int]] = field(default_factory=list)  # one per stage of its group
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    num_preemptions: int = 0
+    num_in_flight: int = 0  # microbatches that carry it now
+    is_moving: bool = False  # its KV is being exchanged: not schedulable
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt plus generated."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens the client sent."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.token_ids[len(self.prompt_token_ids) :]

@@ -1,0 +1,1 @@
+"""Devices and their physical memory: chunks, ranges, weights, KV."""

@@ -1,0 +1,1 @@
+"""The decoder, its operations and the loading of checkpoints."""

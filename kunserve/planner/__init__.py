@@ -1,0 +1,1 @@
+"""Pure functions that decide when and how weights are dropped and restored."""
