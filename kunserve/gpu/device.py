@@ -1,0 +1,55 @@
+"""The device protocol: the first box of the memory flow, and the only thing above which nobody asks what a device is.
+
+A device owns `num_chunks` chunks of physical memory, created once when it opens and released when it closes. Chunks
+are named by their index. Virtual addresses are reserved apart and get chunks mapped into them; a tensor over a
+reserved range stays valid whatever is mapped, and only mapped parts of it may be touched.
+
+Work is submitted to two queues, each in order: `run` for compute, `run_copy` for transfers that overlap with it.
+Three implementations pass one contract test: host (memfd and mmap), null (counts only), cuda (cuMem*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Device(Protocol):
+    """Memory and compute with a budget of its own. Sizes in bytes; addresses are integers.
+
+    Raises `DeviceError` where the operating system or the driver refuses; then nothing has changed.
+    """
+
+    name: str  # "cpu:0", "cuda:1"
+    torch_device: torch.device
+    chunk_bytes: int
+    num_chunks: int  # the whole budget
+
+    def reserve(self, num_bytes: int) -> int:
+        """Reserve virtual addresses (a multiple of `chunk_bytes`), aligned to `chunk_bytes`; nothing is mapped."""
+
+    def release(self, address: int, num_bytes: int) -> None:
+        """Give a reserved range back; what is mapped in it is unmapped."""
+
+    def map(self, address: int, chunks: Sequence[int]) -> None:
+        """Map chunks one after the other from `address`, readable and writable. Content comes along."""
+
+    def unmap(self, address: int, num_chunks: int) -> None:
+        """Unmap `num_chunks` from `address`; the addresses stay reserved, the chunks keep their content."""
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
+        """A flat uint8 tensor over a reserved range, mapped or not; owned by nobody, valid until `release`."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` on the compute queue, after everything submitted before; returns when its results are there."""
+
+    async def run_copy(self, work: Callable[[], T]) -> T:
+        """Run `work` on the copy queue, beside compute; returns when the copied bytes are there."""
+
+    def close(self) -> None:
+        """End the queues and release all memory. Idempotent."""

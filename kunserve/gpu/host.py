@@ -1,0 +1,143 @@
+"""Virtual CPU devices: physical chunks are slices of a memfd, mapped into reserved addresses with MAP_FIXED.
+
+The twin of CUDA's virtual memory management without a GPU: real bytes move, content follows its chunk, tensors stay
+valid across remaps. A handle is an offset in the memfd, reserving is a PROT_NONE mapping, unmapping puts PROT_NONE
+back (never a hole, so that nothing else can land there). Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kunserve.errors import ConfigError, DeviceError
+from kunserve.gpu.queue import WorkQueue
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 2 << 20  # one huge page
+
+_libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_PROT_NONE = 0
+_PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def _mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    result = _libc.mmap(address, num_bytes, prot, flags, fd, offset)
+    if result == _MAP_FAILED or result is None:
+        errno = ctypes.get_errno()
+        raise DeviceError(f"mmap of {num_bytes >> 20} MiB failed: {os.strerror(errno)}")
+    return int(result)
+
+
+def available_bytes() -> int:
+    """Memory that can be taken now without swapping (MemAvailable)."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+class HostDevice:
+    """One virtual CPU device: `num_chunks` chunks of host memory, and one worker thread on its own core."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, index: int, num_chunks: int, chunk_bytes: int = CHUNK_BYTES, core: int | None = None) -> None:
+        self.name = f"cpu:{index}"
+        self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
+        self._fd: int | None = None
+        needed, available = num_chunks * chunk_bytes, available_bytes()
+        if needed > available:
+            raise ConfigError(
+                f"{self.name}: --device-memory of {needed >> 20} MiB does not fit: "
+                f"{available >> 20} MiB of host memory are available"
+            )
+        self._fd = os.memfd_create(f"kunserve-{self.name}")
+        os.ftruncate(self._fd, needed)
+        self._reserved: dict[int, int] = {}
+        self._commit(needed)
+        self._compute = WorkQueue(f"{self.name}-compute", core)
+        self._copy = WorkQueue(f"{self.name}-copy", core)
+
+    def _commit(self, num_bytes: int) -> None:
+        """Take all physical memory now, in huge pages where the kernel can: a later remap then moves page tables only."""
+        address = self.reserve(num_bytes)
+        self.map(address, range(self.num_chunks))
+        if _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) != 0:
+            raise DeviceError(f"{self.name}: cannot populate memory: {os.strerror(ctypes.get_errno())}")
+        _libc.madvise(address, num_bytes, _MADV_COLLAPSE)  # best effort: small pages work too
+        self.release(address, num_bytes)
+
+    def reserve(self, num_bytes: int) -> int:
+        """See `Device.reserve`."""
+        # Over-reserve to align, then give head and tail back.
+        start = _mmap(None, num_bytes + self.chunk_bytes, _PROT_NONE, _RESERVED)
+        address = -(-start // self.chunk_bytes) * self.chunk_bytes
+        if address > start:
+            _libc.munmap(start, address - start)
+        if tail := start + self.chunk_bytes - address:
+            _libc.munmap(address + num_bytes, tail)
+        self._reserved[address] = num_bytes
+        return address
+
+    def release(self, address: int, num_bytes: int) -> None:
+        """See `Device.release`."""
+        assert self._reserved.pop(address) == num_bytes
+        _libc.munmap(address, num_bytes)
+
+    def map(self, address: int, chunks: Sequence[int]) -> None:
+        """See `Device.map`. Neighbouring chunks go in one call."""
+        assert self._fd is not None
+        start = 0
+        for i in range(1, len(chunks) + 1):
+            if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
+                _mmap(
+                    address + start * self.chunk_bytes,
+                    (i - start) * self.chunk_bytes,
+                    _PROT_RW,
+                    mmap.MAP_SHARED | _MAP_FIXED,
+                    self._fd,
+                    chunks[start] * self.chunk_bytes,
+                )
+                start = i
+
+    def unmap(self, address: int, num_chunks: int) -> None:
+        """See `Device.unmap`."""
+        _mmap(address, num_chunks * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
+        """See `Device.tensor`."""
+        return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """See `Device.run`."""
+        return await self._compute.run(work)
+
+    async def run_copy(self, work: Callable[[], T]) -> T:
+        """See `Device.run_copy`."""
+        return await self._copy.run(work)
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        if self._fd is None:
+            return
+        self._compute.close()
+        self._copy.close()
+        for address, num_bytes in list(self._reserved.items()):
+            self.release(address, num_bytes)
+        os.close(self._fd)
+        self._fd = None

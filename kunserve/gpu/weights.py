@@ -1,0 +1,61 @@
+"""The weights of one device: one range per unit, present or dropped as a whole. Addresses survive drop and restore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.device import Device
+from kunserve.gpu.range import Range
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.layout import WeightUnit
+
+
+class Weights:
+    """Ranges for every unit of the model on one device, mapped only where present."""
+
+    def __init__(self, device: Device, pool: ChunkPool, units: Iterable[WeightUnit], dtype: torch.dtype) -> None:
+        self._units = {unit.name: unit for unit in units}
+        self._dtype = dtype
+        self._chunk_bytes = device.chunk_bytes
+        self._ranges = {
+            name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units
+        }
+
+    def num_chunks(self, unit: str) -> int:
+        """Chunks that a unit takes when present."""
+        return -(-self._units[unit].num_bytes // self._chunk_bytes)
+
+    @property
+    def present(self) -> list[str]:
+        """Names of the units whose chunks are mapped, in the order of a forward pass."""
+        return [name for name, range_ in self._ranges.items() if range_.chunks]
+
+    @property
+    def mapped_chunks(self) -> list[int]:
+        """All chunks that weights own here."""
+        return [chunk for range_ in self._ranges.values() for chunk in range_.chunks]
+
+    def tensor(self, unit: str, name: str, num_rows: int | None = None) -> Tensor:
+        """View of a tensor of a unit; with `num_rows`, of the fused matrix that begins with it: (num_rows, ...)."""
+        spec = next(t for t in self._units[unit].tensors if t.name == name)
+        shape = spec.shape if num_rows is None else (num_rows, *spec.shape[1:])
+        num_bytes = prod(shape) * self._dtype.itemsize
+        return self._ranges[unit].tensor[spec.offset : spec.offset + num_bytes].view(self._dtype).view(shape)
+
+    def map(self, unit: str) -> None:
+        """Give a unit its chunks; their content is whatever was there. `fill` comes next."""
+        self._ranges[unit].resize(self.num_chunks(unit))
+
+    def fill(self, unit: str, source: WeightSource) -> None:
+        """Copy the unit's tensors from the host copy into its mapped chunks. Blocking: run it on a device queue."""
+        for spec in self._units[unit].tensors:
+            source.copy_into(spec.name, self.tensor(unit, spec.name))
+
+    def drop(self, unit: str) -> None:
+        """Unmap a unit and free its chunks."""
+        self._ranges[unit].resize(0)

@@ -1,0 +1,67 @@
+"""Chunk pool and ranges under random use, with `check()` after every operation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kunserve.errors import DeviceError
+from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.null import NullDevice
+from kunserve.gpu.range import Range
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_resizes_keep_the_budget(seed: int) -> None:
+    rng = random.Random(seed)
+    device, pool = NullDevice(0, 40), ChunkPool(40)
+    owners = [Owner.WEIGHTS] * 3 + [Owner.KV] * 3
+    ranges = [Range(device, pool, owner, 40) for owner in owners]
+    for _ in range(200):
+        range_, target = rng.choice(ranges), rng.randrange(25)
+        before = list(range_.chunks)
+        try:
+            range_.resize(target)
+        except DeviceError:
+            assert target - len(before) > pool.num_free and range_.chunks == before
+        else:
+            assert len(range_.chunks) == target
+            assert range_.chunks[: min(target, len(before))] == before[:target]  # the front never moves
+        pool.check(
+            {
+                owner: [c for r, o in zip(ranges, owners, strict=True) if o is owner for c in r.chunks]
+                for owner in Owner
+            }
+        )
+    for range_ in ranges:
+        range_.release()
+    assert pool.num_free == 40
+
+
+def test_a_failed_map_gives_the_chunks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, pool = NullDevice(0, 4), ChunkPool(4)
+    range_ = Range(device, pool, Owner.KV, 4)
+
+    def refuse(address: int, chunks: object) -> None:
+        raise DeviceError("no")
+
+    monkeypatch.setattr(device, "map", refuse)
+    with pytest.raises(DeviceError):
+        range_.resize(2)
+    assert pool.num_free == 4 and range_.chunks == []
+
+
+def test_check_sees_a_leak() -> None:
+    pool = ChunkPool(4)
+    taken = pool.alloc(2, Owner.KV)
+    pool.check({Owner.KV: taken})
+    with pytest.raises(AssertionError):
+        pool.check({Owner.KV: taken[:1]})
+    with pytest.raises(AssertionError):
+        pool.check({Owner.WEIGHTS: taken})
+    with pytest.raises(DeviceError, match="3 chunks wanted for weights, 2 free"):
+        pool.alloc(3, Owner.WEIGHTS)
+    pool.free(taken)
+    with pytest.raises(AssertionError):
+        pool.free(taken[:1])
