@@ -28,7 +28,12 @@ class DeviceMemory:
     """The memory of one device: who has its chunks now, and the verbs that move them."""
 
     def __init__(
-        self, device: Device, units: Sequence[WeightUnit], num_layers: int, kv_shape: KVShape, dtype: torch.dtype
+        self,
+        device: Device,
+        units: Sequence[WeightUnit],
+        num_layers: int,
+        kv_shape: KVShape,
+        dtype: torch.dtype,
     ) -> None:
         self.device = device
         self.pool = ChunkPool(device.num_chunks)

@@ -45,7 +45,9 @@ class NullDevice:
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`."""
         places = [address + i * self.chunk_bytes for i in range(len(chunks))]
-        if not any(a <= address and address + len(chunks) * self.chunk_bytes <= a + n for a, n in self._reserved.items()):
+        if not any(
+            a <= address and address + len(chunks) * self.chunk_bytes <= a + n for a, n in self._reserved.items()
+        ):
             raise DeviceError(f"{self.name}: {address:#x} is not in a reserved range")
         used = set(self._mapped.values())
         if any(p in self._mapped for p in places) or any(c in used or not 0 <= c < self.num_chunks for c in chunks):

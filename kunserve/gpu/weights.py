@@ -22,9 +22,7 @@ class Weights:
         self._units = {unit.name: unit for unit in units}
         self._dtype = dtype
         self._chunk_bytes = device.chunk_bytes
-        self._ranges = {
-            name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units
-        }
+        self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
 
     def num_chunks(self, unit: str) -> int:
         """Chunks that a unit takes when present."""

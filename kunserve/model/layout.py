@@ -12,6 +12,8 @@ from math import prod
 
 from kunserve.model.config import ModelConfig
 
+Named = tuple[str, tuple[int, ...]]  # name and shape
+
 ALIGNMENT = 256  # bytes; every tensor starts on it unless it continues a fused matrix
 
 
@@ -33,7 +35,7 @@ class WeightUnit:
     num_bytes: int
 
 
-def _pack(name: str, groups: list[list[tuple[str, tuple[int, ...]]]], item_bytes: int) -> WeightUnit:
+def _pack(name: str, groups: list[list[Named]], item_bytes: int) -> WeightUnit:
     """Lay groups of tensors one after the other; tensors of a group touch."""
     offset, tensors = 0, []
     for group in groups:
@@ -53,9 +55,13 @@ def _layer_unit(config: ModelConfig, layer: int, item_bytes: int) -> WeightUnit:
     prefix, hidden, inner = f"model.layers.{layer}.", config.hidden_size, config.intermediate_size
     q, kv = config.q_size, config.kv_size
     attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    groups = [
+    groups: list[list[Named]] = [
         [(prefix + "input_layernorm.weight", (hidden,))],
-        [(attn + "q_proj.weight", (q, hidden)), (attn + "k_proj.weight", (kv, hidden)), (attn + "v_proj.weight", (kv, hidden))],
+        [
+            (attn + "q_proj.weight", (q, hidden)),
+            (attn + "k_proj.weight", (kv, hidden)),
+            (attn + "v_proj.weight", (kv, hidden)),
+        ],
     ]
     if config.qkv_bias:
         groups.append([(attn + "q_proj.bias", (q,)), (attn + "k_proj.bias", (kv,)), (attn + "v_proj.bias", (kv,))])
@@ -73,8 +79,8 @@ def _layer_unit(config: ModelConfig, layer: int, item_bytes: int) -> WeightUnit:
 def weight_units(config: ModelConfig, item_bytes: int) -> tuple[WeightUnit, ...]:
     """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied."""
     vocab = (config.vocab_size, config.hidden_size)
-    norm = [("model.norm.weight", (config.hidden_size,))]
-    embed = [[("model.embed_tokens.weight", vocab)]]
+    norm: list[Named] = [("model.norm.weight", (config.hidden_size,))]
+    embed: list[list[Named]] = [[("model.embed_tokens.weight", vocab)]]
     layers = [_layer_unit(config, i, item_bytes) for i in range(config.num_layers)]
     if config.tie_embeddings:
         return (_pack("embed", [*embed, norm], item_bytes), *layers)

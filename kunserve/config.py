@@ -1,0 +1,85 @@
+"""How a server is set up: the flags of `python -m kunserve.server`, as values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kunserve.engine.policy import OverloadPolicy
+from kunserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """Value of `--devices`: a kind and the devices' indices ("cpu:2" is cpu 0 and 1)."""
+
+    kind: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything below HTTP. Sizes in bytes, blocks or tokens as named."""
+
+    model: str
+    devices: DeviceSpec = DeviceSpec("cpu", (0, 1))
+    device_memory_bytes: int | None = None  # whole budget of one device: weights + KV
+    num_blocks_override: int | None = None  # then the budget is the weights plus so many blocks
+    block_size: int = 16
+    dtype: str = "auto"
+    load_format: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 128
+    max_num_seqs: int = 256
+    max_num_queued_reqs: int = 1024
+    pipeline_parallel_size: int | None = None
+    overload_policy: OverloadPolicy = OverloadPolicy.RECOMPUTE
+    watermark: float = 0.0
+
+    def check(self) -> None:
+        """Raise ConfigError for a number that cannot be meant."""
+        for flag, value, least in (
+            ("--block-size", self.block_size, 1),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
+            ("--max-num-seqs", self.max_num_seqs, 1),
+            ("--max-num-queued-reqs", self.max_num_queued_reqs, 1),
+            ("--max-model-len", self.max_model_len, 2),
+            ("--num-gpu-blocks-override", self.num_blocks_override, 1),
+            ("--pipeline-parallel-size", self.pipeline_parallel_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{flag} {value}: must be at least {least}")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
+        if self.device_memory_bytes is not None and self.num_blocks_override is not None:
+            raise ConfigError("give --device-memory or --num-gpu-blocks-override, not both")
+
+
+_SIZES = {
+    "": 1,
+    "b": 1,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "730MiB", "18GiB", "500MB" or a plain number; ConfigError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match and _SIZES.get(match[2].lower())
+    if not match or not unit:
+        raise ConfigError(f"not a size: {text!r} (write for instance 730MiB or 18GiB)")
+    return int(float(match[1]) * unit)
+
+
+def parse_devices(text: str) -> DeviceSpec:
+    """Devices of "cpu:2" (two virtual CPU devices); ConfigError otherwise."""
+    match = re.fullmatch(r"cpu(?::(\d+))?", text.strip())
+    if not match or not 0 < int(match[1] or 1) <= 64:
+        raise ConfigError(f"not devices: {text!r} (write for instance cpu:2)")
+    return DeviceSpec("cpu", tuple(range(int(match[1] or 1))))

@@ -1,0 +1,395 @@
+"""The engine: requests in, tokens out. Its loop reads top to bottom: schedule, forward, commit, publish.
+
+One task owns all groups and the queue; nothing else schedules. It sleeps until something happened: a request came or
+left, a microbatch came back, memory changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from kunserve.engine.detokenizer import Detokenizer
+from kunserve.engine.executor import Executor
+from kunserve.engine.group import Group
+from kunserve.engine.microbatch import Microbatch, step_inputs
+from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.sampler import SampledToken
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.stop import finish_of
+from kunserve.engine.stream import OutputStream
+from kunserve.engine.tokenizer import Tokenizer
+from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.metrics import DeviceStats, EngineStats, Metrics
+from kunserve.model.config import ModelConfig
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ServingLimits:
+    """What a request may ask for, and how long the queue may get."""
+
+    max_model_len: int
+    max_num_queued_reqs: int
+    stall_s: float = 60.0  # work to do and no step finished for so long: not healthy
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request's way out: its stream, and the text it is turned into."""
+
+    request: Request
+    stream: OutputStream
+    detokenizer: Detokenizer | None
+    last_token_s: float = 0.0
+
+
+class Engine:
+    """Owns the groups, the queue and every request from `submit` to its last output."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        limits: ServingLimits,
+        scheduler: Scheduler,
+        groups: Sequence[Group],
+        memories: Sequence[DeviceMemory],
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        metrics: Metrics,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.limits, self.scheduler = model, limits, scheduler
+        self.groups, self.memories, self.executor = list(groups), memories, executor
+        self.tokenizer, self.metrics = tokenizer, metrics
+        self.epoch = 0
+        self._is_accepting = False
+        self._live: dict[str, _Live] = {}
+        self._random = random.Random(seed)
+        self._wake = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._drained: asyncio.Event | None = None  # while draining
+        self._last_step_s = 0.0
+        self._num_preemptions_seen = 0
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin serving."""
+        self._main = asyncio.create_task(self._run(), name="engine")
+        self._last_step_s = self._now()
+        self._is_accepting = True
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse what is new, let what is accepted finish for `drain_s`, end the rest with an error, and stop."""
+        self._is_accepting = False
+        if self._live and drain_s > 0:
+            self._drained = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), drain_s)
+        for live in list(self._live.values()):
+            self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
+        if self._main is not None:
+            self._main.cancel()
+            await asyncio.wait([self._main])
+            self._main = None
+
+    async def close(self) -> None:
+        """End all devices' threads and release their memory. The engine has stopped."""
+        for memory in self.memories:
+            await asyncio.to_thread(memory.device.close)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop is alive."""
+        return self._main is not None and not self._main.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self._is_accepting and self.is_running
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> OutputStream:
+        """Queue a request; the stream ends with exactly one final output or error.
+
+        Raises OverloadedError if the queue is full or the server stops, InvalidRequestError if it can never fit.
+        """
+        if not self.is_ready:
+            raise OverloadedError("the server is stopping", retry_after_s=5)
+        if len(self.scheduler.waiting) >= self.limits.max_num_queued_reqs:
+            self.metrics.rejection("queue_full")
+            raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already", retry_after_s=1)
+        if request.request_id in self._live:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        if not 0 < request.num_prompt_tokens < self.limits.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {request.num_prompt_tokens} tokens; between 1 and {self.limits.max_model_len - 1} "
+                "can be served",
+                param="prompt",
+            )
+        request.arrival_s = self._now()
+        seed = request.params.seed
+        request.seed = self._random.getrandbits(63) if seed is None else seed
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = Detokenizer(self.tokenizer, request.params, request.prompt_token_ids)
+        live = _Live(request, OutputStream(), detokenizer)
+        self._live[request.request_id] = live
+        self.scheduler.waiting.append(request)
+        self.metrics.prompt_tokens(request.num_prompt_tokens)
+        self.wake()
+        return live.stream
+
+    def abort(self, request_id: str) -> None:
+        """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
+        if (live := self._live.get(request_id)) is not None:
+            self._finish(live, FinishReason.ABORT)
+            self.wake()
+
+    def wake(self) -> None:
+        """Something changed: look for work."""
+        self._wake.set()
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    self._wake.clear()
+                    self._schedule()
+                    await self._wake.wait()
+        except* KunServeError as errors:
+            log.error("engine stopped", error=str(errors.exceptions[0]))
+        finally:
+            for live in list(self._live.values()):
+                self._fail(live, EngineError("the engine has stopped"))
+
+    def _schedule(self) -> None:
+        """Give every chain as many microbatches as it has stages."""
+        assert self._tasks is not None
+        progress = True
+        while progress:  # an admission to one group may make another the least loaded
+            progress = False
+            for group in self.groups:
+                if group.is_paused or group.num_in_flight >= len(group.stages):
+                    continue
+                batch = self.scheduler.schedule(group, self.groups, self.epoch)
+                if batch is not None:
+                    progress = True
+                    self._launch(group, batch)
+        self._report_preemptions()
+
+    def _launch(self, group: Group, batch: Microbatch) -> None:
+        assert self._tasks is not None
+        now = self._now()
+        if self.is_idle_since_last_step:
+            self._last_step_s = now
+        for span in batch.spans:
+            if span.request.admitted_s is None:
+                span.request.admitted_s = now
+        inputs = step_inputs(batch, group.block_size, self.model.eos_token_ids)
+        self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
+
+    async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:
+        try:
+            tokens: list[SampledToken] = await execution
+        except Exception as error:  # whatever went wrong on the device ends these requests, not the server
+            log.exception("step failed", group=group.group_id, requests=len(batch.spans))
+            self._commit_failure(group, batch, error)
+        else:
+            self._commit(group, batch, tokens)
+        self._last_step_s = self._now()
+        self.wake()
+
+    def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
+        """Account for a microbatch that has passed its chain, and publish its tokens."""
+        self.scheduler.commit(group, batch)
+        self.metrics.step(batch.num_tokens)
+        sampled = iter(tokens)
+        for span in batch.spans:
+            token = next(sampled) if span.samples else None
+            if span.request.finish_reason is not None:
+                self._release(span.request)
+            elif token is not None:
+                self._publish(self._live[span.request.request_id], token)
+
+    def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
+        self.scheduler.commit(group, batch)
+        message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
+        for span in batch.spans:
+            if (live := self._live.get(span.request.request_id)) is not None:
+                self._fail(live, EngineError(message))
+            self._release(span.request)
+
+    def _publish(self, live: _Live, token: SampledToken) -> None:
+        """Append a token to its request and send what it says; finish the request if it is the last."""
+        request, now = live.request, self._now()
+        request.token_ids.append(token.token_id)
+        self.metrics.generation_tokens(1)
+        if request.first_token_s is None:
+            request.first_token_s = now
+            self.metrics.first_token(request, now)
+        else:
+            self.metrics.inter_token(now - live.last_token_s)
+        live.last_token_s = now
+        finish = finish_of(request, self.model.eos_token_ids, self.limits.max_model_len)
+        reason: FinishReason | None = None
+        stop: int | str | None = None
+        if finish is not None:
+            reason, stop = finish
+        text = ""
+        if live.detokenizer is not None:
+            if reason is not FinishReason.STOP:
+                text = live.detokenizer.push(token.token_id)
+            if live.detokenizer.stopped is not None:
+                reason, stop = FinishReason.STOP, live.detokenizer.stopped
+            elif reason is not None:
+                text += live.detokenizer.flush()
+        output = Output(text, (token.token_id,), (token.logprobs,) if token.logprobs else (), stop_reason=stop)
+        if reason is None:
+            live.stream.put(output)
+        else:
+            self._finish(live, reason, output)
+
+    # --- endings ------------------------------------------------------------------------------------------------
+
+    def _finish(self, live: _Live, reason: FinishReason, output: Output | None = None) -> None:
+        """Exactly one final output, and the blocks are free as soon as no device works on them."""
+        live.stream.put(replace(output or Output(), finish_reason=reason))
+        self._end(live, reason)
+
+    def _fail(self, live: _Live, error: KunServeError) -> None:
+        live.stream.fail(error)
+        self._end(live, FinishReason.ERROR)
+
+    def _end(self, live: _Live, reason: FinishReason) -> None:
+        request = live.request
+        request.finish_reason = reason
+        del self._live[request.request_id]
+        self.metrics.request_finished(request, self._now())
+        self._release(request)
+        if self._drained is not None and not self._live:
+            self._drained.set()
+
+    def _release(self, request: Request) -> None:
+        """Free a finished request's blocks, unless a device still works on them: then its last commit does."""
+        if request.group_id is None:
+            if request in self.scheduler.waiting:
+                self.scheduler.waiting.remove(request)
+        elif request.num_in_flight == 0 and not request.is_moving:
+            self.group(request.group_id).release(request)
+
+    # --- views --------------------------------------------------------------------------------------------------
+
+    def group(self, group_id: int) -> Group:
+        """The live group of that id."""
+        return next(g for g in self.groups if g.group_id == group_id)
+
+    @property
+    def num_running(self) -> int:
+        """Requests bound to a group."""
+        return sum(len(g.running) for g in self.groups)
+
+    @property
+    def is_idle_since_last_step(self) -> bool:
+        """Whether nothing is in flight."""
+        return all(g.num_in_flight == 0 for g in self.groups)
+
+    def health(self) -> str | None:
+        """None if the engine does its work; else what is wrong."""
+        if not self.is_running:
+            return "the engine has stopped"
+        silent_s = self._now() - self._last_step_s
+        if self._live and silent_s > self.limits.stall_s:
+            return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
+        return None
+
+    def stats(self) -> EngineStats:
+        """The figures that metrics show."""
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=sum(g.num_blocks for g in self.groups),
+            num_used_blocks=sum(g.num_used for g in self.groups),
+            block_size=self.groups[0].block_size,
+            devices=tuple(_device_stats(m) for m in self.memories),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
+        return {
+            "epoch": self.epoch,
+            "devices": [
+                {
+                    "name": memory.device.name,
+                    "chunk_bytes": memory.device.chunk_bytes,
+                    "chunks": {
+                        "budget": (counts := memory.counts).budget,
+                        "weights": counts.weights,
+                        "kv": counts.kv,
+                        "free": counts.free,
+                    },
+                    "weights": memory.weights.present,
+                }
+                for memory in self.memories
+            ],
+            "groups": [
+                {
+                    "id": group.group_id,
+                    "stages": [
+                        {
+                            "device": self.memories[s.device].device.name,
+                            "layers": [s.first_layer, s.last_layer],
+                        }
+                        for s in group.stages
+                    ],
+                    "blocks": {"total": group.num_blocks, "used": group.num_used},
+                    "running": len(group.running),
+                    "microbatches_in_flight": group.num_in_flight,
+                }
+                for group in self.groups
+            ],
+            "requests": {
+                "running": self.num_running,
+                "waiting": len(self.scheduler.waiting),
+                "preemptions": self.scheduler.num_preemptions,
+            },
+        }
+
+    def check(self) -> None:
+        """Assert the invariants of memory and grouping (design, section 4)."""
+        for memory in self.memories:
+            memory.check()
+        for group in self.groups:
+            group.check(self.model.num_layers)
+            for i, stage in enumerate(group.stages):
+                stage.pool.check([r.block_tables[i] for r in group.running if r.block_tables])
+                for layer in range(stage.first_layer, stage.last_layer):
+                    assert self.memories[stage.device].kv.num_blocks(layer) >= stage.pool.num_blocks
+
+    def _report_preemptions(self) -> None:
+        new = self.scheduler.num_preemptions - self._num_preemptions_seen
+        self._num_preemptions_seen += new
+        for _ in range(new):
+            self.metrics.preemption()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _device_stats(memory: DeviceMemory) -> DeviceStats:
+    counts, size = memory.counts, memory.device.chunk_bytes
+    return DeviceStats(memory.device.name, counts.weights * size, counts.kv * size, counts.free * size)

@@ -1,0 +1,86 @@
+"""A group: one complete copy of the parameters as a chain of stages, and the requests bound to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers `[first_layer, last_layer)` on one device; the pool is the device's."""
+
+    device: int
+    first_layer: int
+    last_layer: int
+    pool: BlockPool
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A chain and its requests. Every stage holds the same number of blocks of a request, from its own pool."""
+
+    group_id: int
+    stages: tuple[Stage, ...]
+    block_size: int
+    running: list[Request] = field(default_factory=list)  # in order of admission
+    num_in_flight: int = 0  # microbatches
+    is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that requests can hold at once: the least of the stages."""
+        return min(stage.pool.limit for stage in self.stages)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that a request could get now."""
+        return min(stage.pool.num_free for stage in self.stages)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in use on the fullest stage."""
+        return max(stage.pool.num_used for stage in self.stages)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` of one request."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, request: Request, num_tokens: int) -> bool:
+        """Let `request` hold blocks for its first `num_tokens` on every stage; False, and no change, if it cannot."""
+        if not request.block_tables:
+            request.block_tables = [[] for _ in self.stages]
+        missing = self.blocks_for(num_tokens) - len(request.block_tables[0])
+        if missing <= 0:
+            return True
+        if missing > self.num_free:
+            return False
+        for stage, table in zip(self.stages, request.block_tables, strict=True):
+            blocks = stage.pool.alloc(missing)
+            assert blocks is not None
+            table += blocks
+        return True
+
+    def release(self, request: Request) -> None:
+        """Take `request` out of the group and free its blocks."""
+        self.running.remove(request)
+        for stage, table in zip(self.stages, request.block_tables, strict=True):
+            stage.pool.free(table)
+        request.block_tables = []
+        request.group_id = None
+
+    def check(self, num_layers: int) -> None:
+        """Assert invariant 1, and that the requests' blocks and counters are consistent."""
+        bounds = [(stage.first_layer, stage.last_layer) for stage in self.stages]
+        assert bounds[0][0] == 0 and bounds[-1][1] == num_layers
+        assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False)) and all(a < b for a, b in bounds)
+        for request in self.running:
+            assert request.group_id == self.group_id and request.finish_reason is None
+            assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_tokens
+            if request.is_moving:
+                continue
+            assert len({len(table) for table in request.block_tables}) <= 1
+            held = len(request.block_tables[0]) if request.block_tables else 0
+            assert held >= self.blocks_for(request.num_scheduled_tokens)

@@ -1,0 +1,112 @@
+"""Where a model goes at launch: budgets, and chains as short as the model fits. Pure arithmetic of chunks.
+
+Errors name the figures, before anything is opened or loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from kunserve.errors import ConfigError
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.model.config import ModelConfig
+from kunserve.model.layout import layer_name, weight_units
+from kunserve.planner.layer_split import split_layers
+from kunserve.planner.snapshot import DeviceView, ModelShape, StageView, capacity_blocks
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Chains of stages, one per group, and the longest request that fits in each of them."""
+
+    groups: tuple[tuple[StageView, ...], ...]
+    max_model_len: int  # tokens
+
+
+def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int) -> ModelShape:
+    """The sizes that the planner works with. Times are relative: bytes of weights that a step reads."""
+    units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype.itemsize)}
+    layer, embed = units[layer_name(0)], units["embed"]
+    head = units.get("head")
+    chunks = {name: -(-unit.num_bytes // chunk_bytes) for name, unit in units.items()}
+    return ModelShape(
+        num_layers=config.num_layers,
+        layer_chunks=chunks[layer.name],
+        embed_chunks=chunks["embed"],
+        head_chunks=chunks["head"] if head else 0,
+        tied=config.tie_embeddings,
+        kv_block_bytes=kv_shape.block_bytes,
+        chunk_bytes=chunk_bytes,
+        block_size=kv_shape.block_size,
+        head_time=prod((head or embed).tensors[-1 if head else 0].shape) * kv_shape.dtype.itemsize / layer.num_bytes,
+    )
+
+
+def budget_chunks(shape: ModelShape, memory_bytes: int | None, num_blocks: int | None, default_bytes: int) -> int:
+    """Chunks of one device: `--device-memory`, or the weights plus `num_blocks`, or weights plus `default_bytes`."""
+    weights = shape.weight_chunks(0, shape.num_layers)
+    if num_blocks is not None:
+        return weights + shape.num_layers * shape.chunks_for(num_blocks)
+    if memory_bytes is not None:
+        return memory_bytes // shape.chunk_bytes
+    return weights + default_bytes // shape.chunk_bytes
+
+
+def place(
+    shape: ModelShape,
+    devices: Sequence[DeviceView],
+    *,
+    max_model_len: int,
+    is_len_required: bool,
+    devices_per_group: int | None,
+) -> Placement:
+    """Cut the devices into chains, each as short as the model and one request of `max_model_len` fit.
+
+    Without `is_len_required` the length may shrink to what fits. Raises ConfigError with the figures.
+    """
+    need = -(-max_model_len // shape.block_size)
+    sizes = [devices_per_group] if devices_per_group else range(1, len(devices) + 1)
+    for size in sizes:
+        if size > len(devices) or size > shape.num_layers:
+            raise ConfigError(
+                f"chains of {size} devices cannot be made from {len(devices)} devices and {shape.num_layers} layers"
+            )
+        chains = _chains(devices, size)
+        groups = [split_layers(shape, chain, need) for chain in chains]
+        if any(stages is None for stages in groups):
+            continue
+        fitting = tuple(stages for stages in groups if stages is not None)
+        budgets = {view.device: view.budget_chunks for view in devices}
+        capacity = min(capacity_blocks(shape, budgets, stages) for stages in fitting) * shape.block_size
+        if capacity >= max_model_len:
+            return Placement(fitting, max_model_len)
+        if capacity > 0 and not is_len_required and (devices_per_group or size == len(devices) or capacity >= 1024):
+            return Placement(fitting, capacity)
+    raise ConfigError(_too_small(shape, devices, max_model_len))
+
+
+def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceView]]:
+    """Neighbours in chains of `size`; what is left over makes the first chains longer, so that no device idles."""
+    num_chains = len(devices) // size
+    extra = len(devices) - num_chains * size
+    chains, start = [], 0
+    for i in range(num_chains):
+        end = start + size + extra // num_chains + (i < extra % num_chains)
+        chains.append(devices[start:end])
+        start = end
+    return chains
+
+
+def _too_small(shape: ModelShape, devices: Sequence[DeviceView], max_model_len: int) -> str:
+    budget = min(view.budget_chunks for view in devices) * shape.chunk_bytes // MIB
+    weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes // MIB
+    kv = shape.num_layers * shape.chunks_for(-(-max_model_len // shape.block_size)) * shape.chunk_bytes // MIB
+    return (
+        f"too little memory: the weights take {weights} MiB and one request of --max-model-len {max_model_len} "
+        f"{kv} MiB of KV; {len(devices)} device(s) have {budget} MiB each. "
+        "Raise --device-memory, lower --max-model-len or use more devices"
+    )

@@ -1,0 +1,215 @@
+"""Request flow, after the last stage: logits in, one token per row out; the detokenizer is next.
+
+A row's token is a function of its own logits, parameters, seed and position: never of the batch it is in, of
+preemption, or of how often the row was computed before. Two choices make that exact. The randomness is a
+number hashed from (seed, position). And probabilities are integers (2**-40 of the most likely token's is 1),
+so that their sums come out the same in whatever order a device adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kunserve.engine.request import SamplingParams, TokenLogprobs
+from kunserve.errors import EngineError
+
+UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
+NUM_CANDIDATES = 256  # largest weights looked at before the whole row is sorted
+SLICE_ELEMENTS = 1 << 22  # bounds the workspace on a device: about 40 bytes per element
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """All that decides one row's token. `output_token_ids` must not change while `sample` runs."""
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]  # generated so far
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token chosen for a row, and its log-probabilities if the request asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Choose one token per row: logits (R, V), any float type and device, left unchanged; R rows.
+
+    Order as in vLLM: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Ties go to the
+    lowest id. Raises EngineError, naming the rows, when a row's largest logit is not finite.
+    """
+    assert logits.shape[0] == len(rows)
+    if not rows:
+        return []
+    token_ids = _greedy(logits)
+    others = [i for i, row in enumerate(rows) if row.params.temperature > 0 or _is_adjusted(row)]
+    rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
+    for start in range(0, len(others), rows_per_slice):
+        part = others[start : start + rows_per_slice]
+        chosen = _choose(logits[part], [rows[i] for i in part], part)
+        for i, token_id in zip(part, chosen, strict=True):
+            token_ids[i] = token_id
+    return [
+        SampledToken(token_id, _logprobs(logits[i], token_id, row.params.num_logprobs))
+        for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True))
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) that decides the token at `position` (tokens generated before it)."""
+    digest = blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def integer_weights(scores: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities in units: scores (R, V) float64, the rest (R,) -> (R, V) int64, UNIT where largest."""
+    relative = (scores - scores.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
+    relative.masked_fill_(relative < min_p[:, None], 0.0)
+    return relative.mul_(UNIT).long()
+
+
+def keep_most_likely(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but the top_k largest weights, and of those all but the fewest that reach top_p of their sum.
+
+    weights (R, V) int64; top_k (R,) int64, V when off; top_p (R,) float64, 1 when off.
+    """
+    num_candidates = min(NUM_CANDIDATES, weights.shape[1])
+    kept, is_decided = _keep_among(weights, top_k, top_p, num_candidates)
+    while not bool(is_decided.all()):  # a flat distribution: look further, in the end at everything
+        rest = (~is_decided).nonzero()[:, 0]
+        num_candidates = min(num_candidates * 16, weights.shape[1])
+        kept[rest], is_decided[rest] = _keep_among(weights[rest], top_k[rest], top_p[rest], num_candidates)
+    return kept
+
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF in order of token ids: weights (R, V) int64, uniforms (R,) in [0, 1) -> ids (R,)."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    target = (uniforms * total.double()).long().minimum(total - 1)
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int]) -> list[int]:
+    """Tokens of rows that are drawn or whose logits are adjusted; `indices` are their places in the batch."""
+    scores = logits.double()
+    for score, row in zip(scores, rows, strict=True):
+        if _is_adjusted(row):
+            _adjust(score, row)
+    token_ids = _greedy(scores, indices)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if not drawn:
+        return token_ids
+
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)
+
+    params, vocab_size = [rows[i].params for i in drawn], logits.shape[1]
+    weights = integer_weights(scores[drawn], column(p.temperature for p in params), column(p.min_p for p in params))
+    if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+        top_k = column((min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params), torch.int64)
+        weights = keep_most_likely(weights, top_k, column(p.top_p for p in params))
+    uniforms = column(uniform(rows[i].seed, len(rows[i].output_token_ids)) for i in drawn)
+    for i, token_id in zip(drawn, draw(weights, uniforms).tolist(), strict=True):
+        token_ids[i] = token_id
+    return token_ids
+
+
+def _greedy(logits: Tensor, indices: Sequence[int] | None = None) -> list[int]:
+    """Lowest id of the largest logit of each row; only ids and a flag per row leave the device."""
+    if logits.device.type == "cpu":  # numpy's argmax is twenty times faster than torch's
+        values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        best = torch.from_numpy(values.detach().numpy().argmax(-1))
+    else:
+        best = logits.argmax(-1)
+    is_finite = logits.gather(-1, best[:, None])[:, 0].isfinite()  # argmax returns a NaN if there is one
+    if not bool(is_finite.all()):
+        bad = [i if indices is None else indices[i] for i in (~is_finite).nonzero()[:, 0].tolist()]
+        raise EngineError(f"the largest logit is not finite in rows {bad} of {logits.shape[0]}: cannot sample")
+    token_ids: list[int] = best.tolist()
+    return token_ids
+
+
+def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Filter by looking at the largest `num_candidates` weights; also whether that was enough (R,)."""
+    vocab_size = weights.shape[1]
+    if num_candidates < vocab_size:
+        largest = weights.topk(num_candidates).values
+    else:
+        largest = weights.sort(descending=True).values
+    cumulative = largest.cumsum(-1)
+    is_all = top_k >= vocab_size
+    last = top_k.clamp(max=num_candidates)[:, None] - 1
+    mass = torch.where(is_all, weights.sum(-1), cumulative.gather(-1, last)[:, 0])
+    is_short = cumulative.double() < (top_p * mass.double())[:, None]
+    is_off = is_all & (top_p >= 1.0)
+    is_decided = torch.where(is_all, is_off | ~is_short[:, -1], top_k <= num_candidates)
+    num_kept = (is_short.sum(-1) + 1).minimum(top_k).clamp(max=num_candidates)
+    # Which of several equal weights a sort puts first differs between devices: keep the lowest ids.
+    least = largest.gather(-1, num_kept[:, None] - 1)
+    is_kept = weights >= least
+    if bool((is_kept.sum(-1) > num_kept).any()):
+        num_equal = num_kept[:, None] - (largest > least).sum(-1, keepdim=True)
+        is_equal = weights == least
+        is_kept &= ~is_equal | (is_equal.cumsum(-1) <= num_equal)
+    return weights.where(is_kept | is_off[:, None], 0), is_decided
+
+
+def _is_adjusted(row: SamplingRow) -> bool:
+    p = row.params
+    return bool(p.logit_bias) or _is_penalised(p) or len(row.output_token_ids) < p.min_tokens
+
+
+def _is_penalised(p: SamplingParams) -> bool:
+    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+
+def _adjust(scores: Tensor, row: SamplingRow) -> None:
+    """Apply logit bias, min_tokens and penalties in place: scores (V,) float64."""
+    params, vocab_size = row.params, scores.shape[0]
+    # Ids beyond the vocabulary are no error here: they cannot come up anyway.
+    bias = [(i, value) for i, value in params.logit_bias if 0 <= i < vocab_size]
+    if bias:
+        ids, values = zip(*bias, strict=True)
+        delta = torch.tensor(values, dtype=scores.dtype, device=scores.device)
+        scores.index_add_(0, torch.tensor(ids, device=scores.device), delta)
+    if len(row.output_token_ids) < params.min_tokens:
+        banned = [i for i in {*row.eos_token_ids, *params.stop_token_ids} if 0 <= i < vocab_size]
+        scores[torch.tensor(banned, dtype=torch.int64, device=scores.device)] = -torch.inf
+    if _is_penalised(params):
+        counts = _counts(row.output_token_ids, vocab_size).to(scores.device)
+        if params.repetition_penalty != 1.0:
+            is_seen = (counts + _counts(row.prompt_token_ids, vocab_size).to(scores.device)) > 0
+            factor = params.repetition_penalty
+            scores.copy_(scores.where(~is_seen, torch.where(scores > 0, scores / factor, scores * factor)))
+        scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _counts(token_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """How often each token occurs: (V,) float64 on the CPU."""
+    return torch.from_numpy(np.bincount(np.asarray(token_ids, dtype=np.int64), minlength=vocab_size)).double()
+
+
+def _logprobs(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
+    """Of the raw logits (V,), in float64: the chosen token's and the `num_logprobs` largest, ties by id."""
+    if num_logprobs is None:
+        return None
+    logprobs = logits.double().log_softmax(-1)
+    top: list[tuple[int, float]] = []
+    if num_logprobs > 0:
+        least = logprobs.topk(min(num_logprobs, logprobs.shape[0])).values[-1]
+        ids = (logprobs >= least).nonzero()[:, 0]
+        found = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
+        top = sorted(found, key=lambda entry: (-entry[1], entry[0]))[:num_logprobs]
+    return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(top))

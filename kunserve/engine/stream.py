@@ -1,0 +1,50 @@
+"""The way out of the engine: one request's outputs, read by one consumer at its own pace."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kunserve.engine.request import Output
+from kunserve.errors import KunServeError
+
+
+class OutputStream:
+    """Async iterator of `Output`. What a slow consumer has not taken yet is merged, so it never grows by items."""
+
+    def __init__(self) -> None:
+        self._pending: Output | None = None
+        self._error: KunServeError | None = None
+        self._ready = asyncio.Event()
+        self._is_finished = False
+
+    def put(self, output: Output) -> None:
+        """Add a delta; the one with a finish reason is the last."""
+        last = self._pending
+        self._pending = output if last is None else _merge(last, output)
+        self._ready.set()
+
+    def fail(self, error: KunServeError) -> None:
+        """End with an error, after what is already there."""
+        self._error = error
+        self._ready.set()
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._is_finished:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        if (output := self._pending) is not None:
+            self._pending = None
+            if self._error is None:
+                self._ready.clear()
+            self._is_finished = output.finish_reason is not None
+            return output
+        assert self._error is not None
+        self._is_finished = True
+        raise self._error
+
+
+def _merge(a: Output, b: Output) -> Output:
+    return Output(a.text + b.text, a.token_ids + b.token_ids, a.logprobs + b.logprobs, b.finish_reason, b.stop_reason)
