@@ -1,4 +1,4 @@
-"""Every error a user can meet: the closed list, from broad to narrow, each with its HTTP status and whether to retry."""
+"""Every error a user can meet: the closed list, each with its HTTP status and whether to retry."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.request import Request
@@ -75,7 +76,7 @@ class Group:
         """Assert invariant 1, and that the requests' blocks and counters are consistent."""
         bounds = [(stage.first_layer, stage.last_layer) for stage in self.stages]
         assert bounds[0][0] == 0 and bounds[-1][1] == num_layers
-        assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False)) and all(a < b for a, b in bounds)
+        assert all(a[1] == b[0] for a, b in pairwise(bounds)) and all(a < b for a, b in bounds)
         for request in self.running:
             assert request.group_id == self.group_id and request.finish_reason is None
             assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_tokens

@@ -15,7 +15,7 @@ from kunserve.model.ops import AttentionBatch
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens `[start, end)` of one request. `samples`: they reach its last token, so the last stage samples the next."""
+    """Tokens `[start, end)` of one request. `samples`: they reach its last, so the last stage samples the next."""
 
     request: Request
     start: int

@@ -28,7 +28,7 @@ class Policy(Protocol):
         """Whether `request`, now waiting, may join `group`."""
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Whom to preempt so that `request` gets a block; itself, if that is right; None: wait for what is in flight."""
+        """Whom to preempt so that `request` gets a block, perhaps itself; None: wait for what is in flight."""
 
 
 def is_settled(request: Request) -> bool:

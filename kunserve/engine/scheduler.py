@@ -36,7 +36,7 @@ class Scheduler:
         self.num_preemptions = 0
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups`: all that share the queue."""
+        """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
         spans: list[Span] = []
         budget = self.limits.max_num_batched_tokens
         preemptions_before = self.num_preemptions
@@ -55,9 +55,9 @@ class Scheduler:
                 spans.append(self._span(request, num_tokens))
                 budget -= num_tokens
         if self.num_preemptions == preemptions_before:
-            while budget and (request := self._admit_head(group, groups)) is not None:
-                num_tokens = min(request.num_tokens, budget)
-                spans.append(self._span(request, num_tokens))
+            while budget and (admitted := self._admit_head(group, groups)) is not None:
+                num_tokens = min(admitted.num_tokens, budget)
+                spans.append(self._span(admitted, num_tokens))
                 budget -= num_tokens
         if not spans:
             return None
@@ -104,7 +104,7 @@ class Scheduler:
         return True
 
     def _admit_head(self, group: Group, groups: Sequence[Group]) -> Request | None:
-        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not take it now."""
+        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now."""
         if not self.waiting or len(group.running) >= self.limits.max_num_seqs:
             return None
         head = self.waiting[0]

@@ -81,7 +81,7 @@ class HostDevice:
         self._copy = WorkQueue(f"{self.name}-copy", core)
 
     def _commit(self, num_bytes: int) -> None:
-        """Take all physical memory now, in huge pages where the kernel can: a later remap then moves page tables only."""
+        """Take all physical memory now, in huge pages if possible: a later remap then moves page tables only."""
         address = self.reserve(num_bytes)
         self.map(address, range(self.num_chunks))
         if _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) != 0:

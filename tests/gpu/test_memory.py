@@ -29,10 +29,7 @@ def test_random_resizes_keep_the_budget(seed: int) -> None:
             assert len(range_.chunks) == target
             assert range_.chunks[: min(target, len(before))] == before[:target]  # the front never moves
         pool.check(
-            {
-                owner: [c for r, o in zip(ranges, owners, strict=True) if o is owner for c in r.chunks]
-                for owner in Owner
-            }
+            {owner: [c for r, o in zip(ranges, owners, strict=True) if o is owner for c in r.chunks] for owner in Owner}
         )
     for range_ in ranges:
         range_.release()

@@ -1,0 +1,195 @@
+"""Model files, step 1: what `--model` names -> a folder on this machine and the model's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import kunserve
+from kunserve.errors import ConfigError
+from kunserve.model.checkpoint import has_all_files
+from kunserve.model.config import ModelConfig
+from kunserve.model.embedded import EmbeddedModel, Progress, prepare_embedded
+from kunserve.model.hf_config import check_config, load_hf_config
+
+CARDS = Path(kunserve.__file__).parent.parent / "models"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
+    "ignore_patterns": ["original/*", "consolidated*"],  # the same weights once more, in the maker's own format
+}
+LOAD_FORMATS = ("auto", "dummy")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CardDefaults:
+    """What the server takes where no flag says otherwise."""
+
+    max_model_len: int | None = None  # tokens of prompt and answer together
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One file of `models/`: where the weights come from, under which licence, and the model's full shape."""
+
+    name: str
+    description: str
+    licence: str
+    config: ModelConfig
+    hub_id: str | None = None
+    embedded: EmbeddedModel | None = None
+    defaults: CardDefaults = CardDefaults()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model that can be loaded. `folder` is None only for dummy weights of a card: there is no tokenizer then."""
+
+    name: str
+    folder: Path | None
+    config: ModelConfig
+    card: ModelCard | None = None
+
+
+def list_cards(cards: Path = CARDS) -> list[str]:
+    """Names of all model cards, sorted."""
+    return sorted(path.stem for path in cards.glob("*.toml"))
+
+
+def load_card(name: str, cards: Path = CARDS) -> ModelCard:
+    """Read `models/<name>.toml`. Raises ConfigError for an unknown name or a card that is not right."""
+    path = cards / f"{name}.toml"
+    if name not in list_cards(cards):
+        raise ConfigError(f"no model card {name!r}{_suggest(name, list_cards(cards))}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    try:
+        card = _build(ModelCard, values, "")
+        check_config(card.config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+    if card.name != name:
+        raise ConfigError(f"{path}: the card calls itself {card.name!r}")
+    return card
+
+
+def resolve_model(
+    name_or_path: str,
+    *,
+    load_format: str = "auto",
+    cache_dir: Path | None = None,
+    progress: Progress = lambda _: None,
+    cards: Path = CARDS,
+) -> ModelFiles:
+    """Find or fetch a model: the name of a card, a Hugging Face folder, or a Hub id, in this order.
+
+    With `load_format="dummy"` a card needs no files at all. Raises ConfigError, one line that says what to do.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"no load format {load_format!r}{_suggest(load_format, LOAD_FORMATS)}")
+    if name_or_path in list_cards(cards):
+        return _resolve_card(load_card(name_or_path, cards), load_format, cache_dir or cache_root(), progress)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        folder = path.resolve()
+        return ModelFiles(folder.name, folder, load_hf_config(folder))
+    if HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
+        folder = hub_folder(name_or_path, progress)
+        return ModelFiles(name_or_path, folder, load_hf_config(folder))
+    if path.exists():
+        raise ConfigError(f"--model {name_or_path} is a file; it must be a folder with config.json")
+    if os.sep in name_or_path:
+        raise ConfigError(f"--model {name_or_path}: there is no such folder")
+    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(cards))}")
+
+
+def cache_root() -> Path:
+    """Folder for what we make ourselves: KUNSERVE_CACHE, or ~/.cache/kunserve."""
+    return Path(os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve").expanduser()
+
+
+def hub_folder(hub_id: str, progress: Progress = lambda _: None) -> Path:
+    """Return the snapshot of a Hub model, downloading it when this machine lacks it and HF_HUB_OFFLINE is not set.
+
+    Raises ConfigError that says how to get the weights.
+    """
+    advice = f"get them with `hf download {hub_id}` where the Hub can be reached, or give --model a local folder"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        needs = f"the weights of {hub_id} need huggingface_hub (pip install 'kunserve[hub]')"
+        raise ConfigError(f"{needs}; {advice}") from None
+    with suppress(Exception):  # its errors have no common base; not here simply means: fetch it
+        folder = Path(snapshot_download(hub_id, **HUB_FILES, local_files_only=True))
+        if has_all_files(folder):  # not so after an interrupted download
+            return folder
+    missing = f"the weights of {hub_id} are not on this machine"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise ConfigError(f"{missing} and HF_HUB_OFFLINE is set; {advice}")
+    progress(f"downloading {hub_id} from the Hugging Face Hub")
+    try:
+        return Path(snapshot_download(hub_id, **HUB_FILES))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{missing} and could not be downloaded ({reason}); {advice}") from None
+
+
+def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: Progress) -> ModelFiles:
+    if load_format == "dummy":
+        return ModelFiles(card.name, None, card.config, card)
+    if card.embedded is not None:
+        folder = cache_dir / "models" / f"{card.name}-{card.embedded.sha256[:8]}"
+        prepare_embedded(card.embedded, folder, progress=progress)
+    elif card.hub_id is not None:
+        try:
+            folder = hub_folder(card.hub_id, progress)
+        except ConfigError as error:
+            raise ConfigError(f"{card.name}: {error.message}, or try it with --load-format dummy") from None
+    else:
+        raise ConfigError(f"the card {card.name} names no weights; use --load-format dummy")
+    return ModelFiles(card.name, folder, load_hf_config(folder), card)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Make a dataclass from a TOML table, nested tables too. Raises ConfigError naming the field."""
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown field {where}{name}{_suggest(name, list(fields))}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"field {where}{name} is missing")
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one TOML value against a field's type: int takes no float or bool, float takes int."""
+    choices = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
+    kind = choices[0]
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _build(kind, value, f"{where}.")  # type: ignore[arg-type]
+    if get_args(kind) and isinstance(value, list):  # tuple[int, ...]
+        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"field {where}: expected {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value
+
+
+def _suggest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(known)}"

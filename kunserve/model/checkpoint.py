@@ -1,0 +1,158 @@
+"""Model files, step 3: where tensors come from. Weights are copied out of a source into a device's ranges, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kunserve.errors import ConfigError
+from kunserve.model.config import ModelConfig
+from kunserve.model.hf_config import read_json, to_hf_config
+from kunserve.model.layout import weight_units
+
+DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class WeightSource(Protocol):
+    """One per process, shared by all devices; `copy_into` may run in several threads at once."""
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out` (same shape, any dtype, any device). Raises ConfigError naming both."""
+
+
+def open_weights(folder: Path | None, config: ModelConfig, load_format: str, seed: int = 0) -> WeightSource:
+    """Return the source that `--load-format` asks for: "auto" reads `folder`, "dummy" makes random weights."""
+    if load_format == "dummy":
+        return DummySource(config, seed)
+    if folder is None:
+        raise ConfigError("there is no folder to read weights from")
+    return SafetensorsSource(folder, config)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the model needs, in the order of a forward pass."""
+    return {tensor.name: tensor.shape for unit in weight_units(config, 1) for tensor in unit.tensors}
+
+
+class SafetensorsSource:
+    """Memory-mapped safetensors files: one `model.safetensors`, or shards with an index.
+
+    The page cache is the one host copy of all weights. Names, shapes and dtypes are checked when it is opened;
+    raises ConfigError that lists what is missing.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        shapes = expected_shapes(config)
+        files = _tensor_files(folder)
+        if missing := [name for name in shapes if name not in files]:
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {_shorten(missing)}")
+        self._files = {name: files[name] for name in shapes}
+        self._handles = {path: _open(path) for path in set(self._files.values())}
+        for name, shape in shapes.items():
+            self._check(name, shape)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out`, casting to its dtype. Raises ConfigError on another shape or a read error."""
+        path = self._files.get(name)
+        if path is None:
+            raise ConfigError(f"the checkpoint has no tensor {name}")
+        try:
+            tensor = self._handles[path].get_tensor(name)  # a view of the mapped file: nothing is read yet
+        except SafetensorError as error:
+            raise ConfigError(f"cannot read {name} from {path}: {error}") from None
+        _check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
+        out.copy_(tensor)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        path = self._files[name]
+        try:
+            header = self._handles[path].get_slice(name)
+        except SafetensorError:
+            raise ConfigError(f"{INDEX_FILE} says that {path} holds {name}, but it does not") from None
+        if header.get_dtype() not in DTYPE_CODES:
+            raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
+        _check_shape(name, tuple(header.get_shape()), shape, str(path))
+
+
+class DummySource:
+    """Random weights of the right shape: the same for a seed and name, whatever the device, dtype or order.
+
+    All tensors are cut, at places that depend on the name, out of one pool of normal numbers: drawing a fresh number
+    for each of 70 G weights would take minutes. Norms are near 1 and biases are not 0, so that a forward pass that
+    forgets one differs.
+    """
+
+    POOL_SIZE = 1_048_583  # a prime: no matrix has equal rows
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self._shapes = expected_shapes(config)
+        self._seed = seed
+        self._pool = torch.randn(self.POOL_SIZE, generator=torch.Generator().manual_seed(seed))
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Fill `out` (contiguous) with the random values of `name`: std 0.02; norms 1 + 0.1 * normal."""
+        if name not in self._shapes:
+            raise ConfigError(f"the model has no tensor {name}")
+        _check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
+        start = int.from_bytes(digest, "little") % self.POOL_SIZE
+        values = torch.roll(self._pool, -start)
+        values = values * 0.1 + 1 if name.endswith("norm.weight") else values * 0.02
+        flat = out.view(-1)
+        for offset in range(0, flat.numel(), self.POOL_SIZE):
+            piece = flat[offset : offset + self.POOL_SIZE]
+            piece.copy_(values[: piece.numel()])
+
+
+def save_checkpoint(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors` (tensors contiguous, names as in Hugging Face) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / SINGLE_FILE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config), indent=2), encoding="utf-8")
+
+
+def has_all_files(folder: Path) -> bool:
+    """Whether the weights' files are there; their content is checked when they are opened."""
+    try:
+        return all(path.exists() for path in _tensor_files(folder).values())
+    except ConfigError:
+        return False
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of `folder` holds each tensor."""
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if single.exists():
+        return dict.fromkeys(_open(single).keys(), single)
+    if not index.exists():
+        raise ConfigError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(f"{index} has no weight_map")
+    return {name: folder / str(file) for name, file in weight_map.items()}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")  # unmapped with the last view of it
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    if found != wanted:
+        raise ConfigError(f"{name} has shape {list(found)} in {where}, not {list(wanted)}")
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

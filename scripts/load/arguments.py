@@ -1,0 +1,145 @@
+"""Load generator, its command line: flags -> checked values."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .workload import Span, parse_segments
+
+T = TypeVar("T")
+EXAMPLES = """\
+examples:
+  twenty requests at once, 100 to 300 tokens in, 64 out:
+    loadgen.py --num-requests 20 --input-len 100:300 --output-len 64
+  steady load with a burst of 16 requests per second from second 30 to 40, and a picture of it:
+    loadgen.py --arrival burst --burst 30:4,10:16,30:4 --json run.json --plot run.png
+  two servers asked in turn, measured as one:
+    loadgen.py --url http://127.0.0.1:9001,http://127.0.0.1:9002 --arrival poisson --rate 5 --num-requests 300
+  three minutes of Azure's code trace, thinned to 200 requests, twice as slow:
+    loadgen.py --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
+               --max-input 1024 --max-output 64
+  lengths of real conversations; a third of the clients hang up:
+    loadgen.py --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
+"""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Parser whose values have their final types; defaults included."""
+    parser = argparse.ArgumentParser(
+        prog="loadgen.py",
+        description=description,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_target(parser.add_argument_group("server"))
+    _add_workload(parser.add_argument_group("workload"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write summary, every request and /metrics here")
+    output.add_argument("--plot", type=Path, metavar="PNG", help="draw the timeline (needs matplotlib)")
+    output.add_argument("--quiet", action="store_true", help="no progress, only the report")
+    return parser
+
+
+def _add_target(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--url",
+        type=_checked(_urls, "an http URL"),
+        default=("http://127.0.0.1:8000",),
+        help="base URL, or several with commas: asked in turn (default http://127.0.0.1:8000)",
+    )
+    add("--model", help="model name (default: the first one the server lists)")
+    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    add(
+        "--prompt-mode",
+        choices=("ids", "text", "chat"),
+        default="ids",
+        help="ids: random token ids, lengths are exact (default); text, chat: about one word per token",
+    )
+    add("--vocab", type=_checked(Span.parse, "low:high"), default=Span(100, 20000), help="ids (default 100:20000)")
+    add("--extra-body", type=_checked(_json_object, "a JSON object"), default={}, help="JSON merged into requests")
+    add("--timeout", type=_positive, default=600.0, help="seconds until a request counts as failed (default 600)")
+    add("--concurrency", type=_count, help="at most so many requests at a time (default: no limit)")
+
+
+def _add_workload(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    span = _checked(Span.parse, "a number or low:high")
+    kinds = ("all", "fixed", "poisson", "burst", "trace")
+    add("--arrival", choices=kinds, help="default: what --trace, --burst or --rate ask for, else all at once")
+    add("--rate", type=_positive, help="requests per second, for fixed and poisson")
+    add("--num-requests", type=_count, help="default 100; for burst: no limit")
+    segments = _checked(parse_segments, "seconds:rate,...")
+    add("--burst", type=segments, metavar="S:RATE,...", help="poisson arrivals, the rate changing in steps")
+    add("--input-len", type=span, default=Span(128, 128), help="tokens, or low:high (default 128)")
+    add("--output-len", type=span, default=Span(64, 64), help="tokens, or low:high (default 64)")
+    add("--lengths-csv", type=Path, help="lengths of random rows of this file (ShareGPT lengths or Azure format)")
+    add("--trace", type=Path, help="arrivals and lengths of this file (Azure format)")
+    window = _checked(_window, "start:end")
+    add("--trace-window", type=window, default=(0.0, math.inf), metavar="START:END", help="seconds of the trace")
+    add("--limit", type=_count, help="a random choice of so many rows of the trace")
+    add("--time-scale", type=_positive, default=1.0, help="multiplies arrival times: 2 is half the rate (default 1)")
+    add("--max-input", type=_count, help="clip prompts to so many tokens")
+    add("--max-output", type=_count, help="clip outputs to so many tokens")
+    add("--cancel-fraction", type=_fraction, default=0.0, help="share of streams closed at a random token (default 0)")
+    add("--seed", type=int, default=0, help="same seed, same load (default 0)")
+
+
+def _checked(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
+    """Turn a ValueError into the message argparse shows."""
+
+    def checked(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error} (expected {what})") from None
+
+    return checked
+
+
+def _urls(text: str) -> tuple[str, ...]:
+    urls = tuple(url.strip().rstrip("/").removesuffix("/v1") for url in text.split(","))
+    if not all(url.startswith(("http://", "https://")) for url in urls):
+        raise ValueError(f"'{text}' does not start with http:// or https://")
+    return urls
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"'{text}' is not an object")
+    return value
+
+
+def _window(text: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
+    window = (float(start or 0), float(end or "inf"))
+    if not 0 <= window[0] < window[1]:
+        raise ValueError(f"'{text}' is empty")
+    return window
+
+
+def _number(text: str, convert: Callable[[str], T], is_valid: Callable[[T], bool], what: str) -> T:
+    with contextlib.suppress(ValueError):
+        if is_valid(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+
+
+def _positive(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < math.inf, "a positive number")
+
+
+def _count(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a positive whole number")
+
+
+def _fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "between 0 and 1")

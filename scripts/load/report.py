@@ -1,0 +1,128 @@
+"""Load generator, third step: a recording becomes numbers. Pure functions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .client import Recording, Stream
+
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, p50, p90, p99, p99.9 (linear between ranks) and max; None where there are no values."""
+    if not values:
+        return dict.fromkeys(("mean", *(f"p{p:g}" for p in PERCENTILES), "max"))
+    found = np.percentile(np.asarray(values), PERCENTILES).tolist()
+    named = {f"p{p:g}": value for p, value in zip(PERCENTILES, found, strict=True)}
+    return {"mean": float(np.mean(values)), **named, "max": max(values)}
+
+
+def longest_gap(token_s: Sequence[float], ended_s: float | None = None) -> float:
+    """Longest time between two chunks of a stream, its end included; 0 for a stream without a chunk.
+
+    The end counts because a client cannot tell a stalled stream from one that forgot to close.
+    """
+    times = [*token_s, ended_s] if token_s and ended_s is not None else token_s
+    return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+
+
+def time_to_first_token(stream: Stream) -> float | None:
+    """Seconds from sending the request to its first chunk."""
+    return stream.token_s[0] - stream.sent_s if stream.token_s and stream.sent_s is not None else None
+
+
+def time_per_output_token(stream: Stream) -> float | None:
+    """Seconds per token after the first, averaged over a completed stream."""
+    if stream.status != "completed" or stream.num_output_tokens < 2 or len(stream.token_s) < 2:
+        return None
+    return (stream.token_s[-1] - stream.token_s[0]) / (stream.num_output_tokens - 1)
+
+
+def summarize(recording: Recording) -> dict[str, Any]:
+    """All numbers of a run: times in seconds, rates per second of the whole run."""
+    streams, elapsed_s = recording.streams, recording.elapsed_s
+    by_status = Counter(stream.status for stream in streams)
+    num_output_tokens = sum(stream.num_output_tokens for stream in streams)
+    gaps = [longest_gap(stream.token_s, stream.ended_s) for stream in streams]
+    sent = [stream for stream in streams if stream.sent_s is not None]
+    done = [stream for stream in streams if stream.status == "completed"]
+    return {
+        "requests": len(streams),
+        "completed": by_status["completed"],
+        "failed": by_status["failed"],
+        "cancelled": by_status["cancelled"],
+        "unfinished": len(streams) - sum(by_status[s] for s in ("completed", "failed", "cancelled")),
+        "failures": dict(Counter(s.failure for s in streams if s.status == "failed").most_common()),
+        "short_outputs": sum(s.num_output_tokens < s.job.num_output_tokens for s in done),
+        "elapsed_s": elapsed_s,
+        "requests_per_s": len(done) / elapsed_s if elapsed_s else 0.0,
+        "prompt_tokens": sum(s.num_prompt_tokens or s.job.num_prompt_tokens for s in sent),
+        "output_tokens": num_output_tokens,
+        "output_tokens_per_s": num_output_tokens / elapsed_s if elapsed_s else 0.0,
+        "ttft_s": percentiles([t for s in streams if (t := time_to_first_token(s)) is not None]),
+        "tpot_s": percentiles([t for s in streams if (t := time_per_output_token(s)) is not None]),
+        "longest_gap_s": max(gaps, default=0.0),
+        "longest_gap_request": int(np.argmax(gaps)) if gaps else None,
+        "stream_gap_s": percentiles([g for g, s in zip(gaps, streams, strict=True) if s.token_s]),
+        "latest_send_s": max((s.sent_s - s.job.at_s for s in sent if s.sent_s is not None), default=0.0),
+    }
+
+
+def details(recording: Recording) -> dict[str, Any]:
+    """What --json holds beside the summary: every request, output tokens per second, and the metrics."""
+    chunks = [at_s for stream in recording.streams for at_s in stream.token_s]
+    num_seconds = int(recording.elapsed_s) + 1
+    per_second, _ = np.histogram(chunks, bins=num_seconds, range=(0, num_seconds))
+    return {
+        "requests": [_request(stream) for stream in recording.streams],
+        "chunks_per_s": per_second.tolist(),
+        "metrics": [{"url": s.url, "at_s": s.at_s, **s.values} for s in recording.series],
+    }
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for people."""
+    counts = ", ".join(f"{summary[key]} {key}" for key in ("completed", "failed", "cancelled", "unfinished"))
+    gap = summary["longest_gap_s"]
+    return [
+        f"requests   {summary['requests']}: {counts}",
+        f"time       {summary['elapsed_s']:.2f} s, {summary['requests_per_s']:.2f} completed requests/s",
+        f"output     {summary['output_tokens']} tokens, {summary['output_tokens_per_s']:.1f} tokens/s",
+        f"TTFT       {_row(summary['ttft_s'])}",
+        f"per token  {_row(summary['tpot_s'])}",
+        f"longest gap inside a stream  {gap:.3f} s (request {summary['longest_gap_request']})",
+        *(f"failed     {count} x {reason}" for reason, count in list(summary["failures"].items())[:10]),
+    ]
+
+
+def _row(values: dict[str, float | None]) -> str:
+    return "  ".join(f"{name} {_time(value)}" for name, value in values.items())
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _request(stream: Stream) -> dict[str, Any]:
+    return {
+        "at_s": stream.job.at_s,
+        "sent_s": stream.sent_s,
+        "ended_s": stream.ended_s,
+        "url": stream.url,
+        "status": stream.status,
+        "failure": stream.failure,
+        "prompt_tokens": stream.num_prompt_tokens or stream.job.num_prompt_tokens,
+        "max_tokens": stream.job.num_output_tokens,
+        "output_tokens": stream.num_output_tokens,
+        "ttft_s": time_to_first_token(stream),
+        "tpot_s": time_per_output_token(stream),
+        "longest_gap_s": longest_gap(stream.token_s, stream.ended_s),
+    }

@@ -1,0 +1,147 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import FAMILIES, make_tiny_model
+
+from kunserve.errors import ConfigError
+from kunserve.model.config import Llama3RopeScaling
+from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_is_read(family: str, tmp_path: Path) -> None:
+    config = load_hf_config(make_tiny_model(family, tmp_path))
+
+    assert config.family == {"llama3": "llama", "qwen3-tied": "qwen3"}.get(family, family)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (320, 64, 96, 3)
+    assert (config.num_heads, config.num_kv_heads) == (4, 2)
+    assert config.head_dim == (32 if family == "qwen3" else 16)
+    assert config.max_position_embeddings == 512
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 10000.0)
+    assert config.qkv_bias == (family == "qwen2")
+    assert config.qk_norm == family.startswith("qwen3")
+    assert config.tie_embeddings == (family in ("llama3", "qwen3-tied"))
+    assert config.rope_scaling == (Llama3RopeScaling(8.0, 1.0, 4.0, 64) if family == "llama3" else None)
+    assert (config.dtype, config.bos_token_id, config.eos_token_ids) == ("float32", 0, (2,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_write_is_read_by_us_and_by_transformers(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = replace(load_hf_config(make_tiny_model(family, tmp_path / "model")), dtype="bfloat16")
+    written = to_hf_config(config)
+    assert parse_hf_config(written) == config
+
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(theirs.to_dict(), default=str))
+    assert load_hf_config(tmp_path) == config
+
+
+def test_old_style_fields() -> None:
+    old = LLAMA | {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "type": "llama3",
+            "factor": 32,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        },
+        "torch_dtype": "torch.bfloat16",
+        "eos_token_id": [5, 6],
+    }
+    config = parse_hf_config(old)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert (config.dtype, config.eos_token_ids, config.head_dim) == ("bfloat16", (5, 6), 16)
+    assert parse_hf_config({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}).num_kv_heads == 4
+
+
+def test_end_tokens_of_generation_config_win(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 1}))
+    assert load_hf_config(tmp_path).eos_token_ids == (1,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    assert load_hf_config(tmp_path).eos_token_ids == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "max_positions"),
+    [
+        (MISTRAL, 512),
+        (MISTRAL | {"sliding_window": 100}, 100),
+        (MISTRAL | {"sliding_window": 4096}, 512),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, 512),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, 100),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 3}, 512),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, 100),
+    ],
+)
+def test_a_sliding_window_bounds_the_length(values: dict[str, Any], max_positions: int) -> None:
+    assert parse_hf_config(values).max_position_embeddings == max_positions
+
+
+def test_mistral_slides_when_it_says_nothing() -> None:
+    values = {k: v for k, v in MISTRAL.items() if k != "sliding_window"} | {"max_position_embeddings": 9999}
+    assert parse_hf_config(values).max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        (LLAMA | {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        (LLAMA | {"architectures": None}, "architectures"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act"),
+        (LLAMA | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias"),
+        (QWEN3 | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (LLAMA | {"rope_scaling": "llama3"}, "rope_scaling"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLAMA | {"torch_dtype": "float8_e4m3fn"}, "dtype"),
+        (LLAMA | {"hidden_size": None}, "hidden_size"),
+        (LLAMA | {"hidden_size": "64"}, "hidden_size"),
+        (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers"),
+        (LLAMA | {"num_key_value_heads": 3}, "KV heads"),
+        (LLAMA | {"head_dim": 15}, "head_dim"),
+        (LLAMA | {"rms_norm_eps": -1}, "rms_norm_eps"),
+        (LLAMA | {"eos_token_id": 320}, "eos_token_id"),
+        (LLAMA | {"eos_token_id": "</s>"}, "eos_token_id"),
+        ({k: v for k, v in QWEN2.items() if k != "num_key_value_heads"}, "num_key_value_heads"),
+        ({k: v for k, v in QWEN3.items() if k != "head_dim"}, "head_dim"),
+    ],
+)
+def test_what_would_run_wrongly_is_refused_by_name(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=field) as caught:
+        parse_hf_config(values)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_an_unreadable_file_is_named(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_hf_config(tmp_path)
