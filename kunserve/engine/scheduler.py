@@ -81,7 +81,7 @@ class Scheduler:
 
     @staticmethod
     def _by_urgency(group: Group) -> list[Request]:
-        """Requests with tokens to schedule: one token from the next output first, then prompts, in order of admission."""
+        """Requests with tokens to schedule: those one token from their next output first, in order of admission."""
         ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and not r.is_moving]
         return sorted(ready, key=lambda r: r.num_tokens - r.num_scheduled_tokens > 1)
 

@@ -1,0 +1,84 @@
+"""From tokenized prompts to the answer on the wire, in one piece or as a stream; the same for every endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+import structlog
+from aiohttp import web
+
+from kunserve.api.answers import AnswerFormat, Choice
+from kunserve.api.context import Api, json_response
+from kunserve.api.errors import error_event, internal_error
+from kunserve.api.generation import submitted
+from kunserve.api.protocol import GenerationCall
+from kunserve.api.sse import EventStream
+from kunserve.engine.request import Output, Request, SamplingParams
+from kunserve.errors import KunServeError
+
+log = structlog.get_logger()
+
+Outputs = AsyncIterator[tuple[int, Output]]
+
+
+def make_choices(
+    api: Api, answer_id: str, call: GenerationCall, prompts: Sequence[tuple[list[int], SamplingParams, str]]
+) -> list[Choice]:
+    """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
+    choices: list[Choice] = []
+    for ids, params, echo in prompts:
+        api.metrics.choices_asked(call.n)
+        for i in range(call.n):
+            seed = None if params.seed is None else (params.seed + i) & (2**63 - 1)
+            request_id = f"{answer_id}-{next(api.serials)}"
+            request = Request(request_id, ids, replace(params, seed=seed), priority=call.priority)
+            choices.append(Choice(len(choices), request, echo))
+    return choices
+
+
+async def answer(request: web.Request, api: Api, form: AnswerFormat, choices: Sequence[Choice]) -> web.StreamResponse:
+    """Generate and send. Leaving early in any way (a client that goes cancels this) ends the generation."""
+    async with submitted(api.backend, [choice.request for choice in choices]) as outputs:
+        if form.call.is_stream:
+            return await _stream(request, api, form, choices, outputs)
+        async for index, output in outputs:
+            choices[index].advance(output)
+            choices[index].outputs.append(output)
+    return json_response(form.answer_json(choices))
+
+
+async def _stream(
+    request: web.Request, api: Api, form: AnswerFormat, choices: Sequence[Choice], outputs: Outputs
+) -> web.StreamResponse:
+    events = EventStream(request, api.settings.write_timeout_s)
+    try:
+        await events.open()
+        try:
+            await _send_chunks(events, form, choices, outputs)
+        except ConnectionError:
+            raise
+        except KunServeError as error:
+            await events.send(error_event(error))
+        except Exception:
+            log.exception("request failed", path=request.path)
+            await events.send(error_event(internal_error()))
+        await events.close()
+    except ConnectionError as error:
+        log.info("stream cut", reason=str(error), request=choices[0].request.request_id)
+    return events.response
+
+
+async def _send_chunks(events: EventStream, form: AnswerFormat, choices: Sequence[Choice], outputs: Outputs) -> None:
+    """One event per delta; what opens a choice goes out with its first."""
+    opened = [False] * len(choices)
+    async for index, output in outputs:
+        choice = choices[index]
+        data = form.chunk(choice, output)
+        if not opened[index]:
+            opened[index] = True
+            data = form.opening(choice) + data
+        choice.advance(output)
+        await events.send(data)
+    if form.call.include_usage:
+        await events.send(form.usage_chunk(choices))

@@ -1,0 +1,114 @@
+"""The HTTP application: routes, and the one place where every error becomes an answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+from aiohttp import web
+
+from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.chat import chat_completions
+from kunserve.api.completions import completions
+from kunserve.api.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
+from kunserve.api.errors import error_response, http_error_response, internal_error
+from kunserve.api.operations import (
+    detokenize,
+    health,
+    list_models,
+    ready,
+    show_model,
+    show_version,
+    state,
+    tokenize_text,
+)
+from kunserve.api.operations import (
+    metrics as show_metrics,
+)
+from kunserve.api.sse import send_response
+from kunserve.errors import KunServeError
+from kunserve.metrics import Metrics
+
+log = structlog.get_logger()
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except KunServeError as error:
+        if error.status >= 500 and error.status != 503:
+            log.error("request failed", path=request.path, error=error.message)
+        return error_response(error)
+    except web.HTTPException as error:
+        return http_error_response(error)
+    except Exception:
+        log.exception("request failed", path=request.path)
+        return error_response(internal_error())
+
+
+@web.middleware
+async def answer_always(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Name the request, turn whatever goes wrong into an OpenAI-shaped error, and see the answer off."""
+    request[REQUEST_ID] = new_request_id(request)
+    response = await _respond(request, handler)
+    if not response.prepared:
+        try:
+            await send_response(request, response, request.app[API].settings.write_timeout_s)
+        except ConnectionError as error:
+            log.info("answer cut", path=request.path, reason=str(error))
+    return response
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: TextTokenizer,
+    chat_template: Template | None,
+    model: ModelInfo,
+    metrics: Metrics,
+    settings: ApiSettings,
+) -> web.Application:
+    """All routes on one engine. Whoever runs it needs no further arguments to aiohttp's runner.
+
+    A client that leaves cancels its handler at once (handler_cancellation), streaming or not, whether or not there
+    is a token to write: aiohttp keeps reading the socket and so sees the end of the connection. Connections that do
+    not come up with a request's headers in time are closed (keepalive_timeout runs from the accept as well).
+    """
+    app = web.Application(
+        middlewares=[answer_always],
+        client_max_size=settings.max_body_bytes,
+        handler_args={
+            "handler_cancellation": True,
+            "keepalive_timeout": settings.idle_timeout_s,
+            "auto_decompress": False,  # no bombs; no client we know compresses its requests
+        },
+    )
+    threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
+    app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, serials=itertools.count())
+
+    async def stop_threads(_: web.Application) -> AsyncIterator[None]:
+        yield
+        threads.shutdown(wait=False, cancel_futures=True)
+
+    app.cleanup_ctx.append(stop_threads)
+    app.on_response_prepare.append(echo_request_id)
+    app.add_routes(
+        [
+            web.post("/v1/completions", completions),
+            web.post("/v1/chat/completions", chat_completions),
+            web.get("/v1/models", list_models),
+            web.get("/v1/models/{name:.+}", show_model),
+            web.post("/tokenize", tokenize_text),
+            web.post("/detokenize", detokenize),
+            web.get("/health", health),
+            web.get("/ping", health),
+            web.get("/ready", ready),
+            web.get("/version", show_version),
+            web.get("/metrics", show_metrics),
+            web.get("/kunserve/state", state),
+        ]
+    )
+    return app

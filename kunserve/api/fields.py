@@ -1,0 +1,135 @@
+"""Reading a JSON object: each field checked, and named in the error with what was expected and what came.
+
+A null counts as absent. A wrong type is UnprocessableError (422), a wrong value InvalidRequestError (400).
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any, NoReturn, TypeGuard, TypeVar
+
+import orjson
+
+from kunserve.errors import InvalidRequestError, UnprocessableError
+
+T = TypeVar("T")
+
+INT64_MAX = 2**63 - 1
+
+
+def show(value: object) -> str:
+    """A JSON value as it came, cut to what an error message can bear (and a large body can cost)."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return orjson.dumps(value[:40] if isinstance(value, str) else value).decode()
+
+
+def wrong_type(param: str, expected: str, value: object) -> NoReturn:
+    """Raise the error for a field of the wrong type."""
+    raise UnprocessableError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
+
+
+def wrong_value(param: str, expected: str, value: object) -> NoReturn:
+    """Raise the error for a field out of range."""
+    raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
+
+
+def is_str_list(value: object) -> TypeGuard[list[str]]:
+    """Whether `value` is a list of nothing but strings."""
+    return isinstance(value, list) and set(map(type, value)) <= {str}
+
+
+def is_int_list(value: object) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of nothing but integers (true and false are not)."""
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+class Fields:
+    """One JSON object. Each reader returns the field's value, or `default` when it is absent."""
+
+    __slots__ = ("_prefix", "_values")
+
+    def __init__(self, values: dict[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    def any(self, name: str) -> Any:
+        """The value as it came."""
+        return self._values.get(name)
+
+    def required(self, name: str) -> Any:
+        """The value as it came; absent is an error."""
+        value = self._values.get(name)
+        if value is None:
+            param = self._prefix + name
+            raise InvalidRequestError(f"`{param}` is required.", param=param)
+        return value
+
+    def string(self, name: str, default: T) -> str | T:
+        """A string."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            wrong_type(self._prefix + name, "a string", value)
+        return value
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            wrong_type(self._prefix + name, "true or false", value)
+        return value
+
+    def integer(self, name: str, default: T, low: int, high: int = INT64_MAX) -> int | T:
+        """An integer in `low..high`, both included; 16.0 counts as 16."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int:
+            wrong_type(self._prefix + name, "an integer", value)
+        if not low <= value <= high:
+            expected = f"at least {low}" if high == INT64_MAX else f"between {low} and {high}"
+            wrong_value(self._prefix + name, expected, self._values[name])
+        return value
+
+    def number(self, name: str, default: float, low: float, high: float = inf, *, above_low: bool = False) -> float:
+        """A finite number in `low..high`, `low` left out if `above_low`."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if type(value) not in (int, float):
+            wrong_type(self._prefix + name, "a number", value)
+        if not low <= value <= high or (above_low and value == low):
+            bound = f"above {low:g}" if above_low else f"at least {low:g}"
+            expected = bound if high == inf else f"{bound} and at most {high:g}"
+            wrong_value(self._prefix + name, expected, value)
+        return float(value)
+
+    def object(self, name: str) -> Fields:
+        """The fields of an object within this one; absent counts as empty."""
+        return Fields(self.mapping(name), f"{self._prefix}{name}.")
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """An object whose fields are free."""
+        value = self._values.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            wrong_type(self._prefix + name, "an object", value)
+        return value
+
+    def unsupported(self, *names: str) -> None:
+        """Refuse the fields of features that are not there; null, false and empty ask for nothing."""
+        for name in names:
+            value = self._values.get(name)
+            is_empty = isinstance(value, str | list | dict) and not value
+            if value is not None and value is not False and not is_empty:
+                param = self._prefix + name
+                raise InvalidRequestError(f"`{param}` is not supported.", param=param)

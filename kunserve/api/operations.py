@@ -1,0 +1,106 @@
+"""Routes around generation: what is served, how it fares, and tokens to text and back."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from kunserve.api.backend import ModelInfo
+from kunserve.api.context import API, json_response, read_json
+from kunserve.api.fields import Fields, is_int_list, wrong_type
+from kunserve.api.prompts import tokenize, tokenize_chat
+from kunserve.api.protocol import check_token_ids, read_chat, read_model
+from kunserve.errors import NotFoundError, OverloadedError
+
+
+async def health(request: web.Request) -> web.Response:
+    """GET /health and /ping: 200 while the engine makes progress."""
+    reason = request.app[API].backend.health()
+    if reason is not None:
+        raise OverloadedError(reason)
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /ready: 200 while new requests are welcome (not while loading or stopping)."""
+    if not request.app[API].backend.is_ready:
+        raise OverloadedError("The server is loading its model or stopping.")
+    return await health(request)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET and HEAD /metrics."""
+    body = request.app[API].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def state(request: web.Request) -> web.Response:
+    """GET /kunserve/state: devices, groups, requests."""
+    return json_response(request.app[API].backend.state())
+
+
+async def show_version(request: web.Request) -> web.Response:
+    """GET /version."""
+    return json_response({"version": version("kunserve")})
+
+
+def _card(model: ModelInfo, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "kunserve",
+        "root": model.root,
+        "parent": None,
+        "max_model_len": model.max_model_len,
+        "permission": [],
+    }
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """GET /v1/models: one card for each name of the model."""
+    model = request.app[API].model
+    return json_response({"object": "list", "data": [_card(model, name) for name in model.served_names]})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{name}; names may have slashes."""
+    model, name = request.app[API].model, request.match_info["name"]
+    if name not in model.served_names:
+        raise NotFoundError(f"The model `{name[:200]}` does not exist.", param="model")
+    return json_response(_card(model, name))
+
+
+async def tokenize_text(request: web.Request) -> web.Response:
+    """POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
+    api = request.app[API]
+    values = await read_json(request, api.settings)
+    fields = Fields(values)
+    if fields.any("messages") is not None:
+        tokens = await tokenize_chat(api, read_chat(values, api.model, api.tokenizer.vocab_size))
+    else:
+        read_model(fields, api.model)
+        fields.required("prompt")
+        prompt = fields.string("prompt", "")
+        [tokens] = await tokenize(api, [prompt], fields.boolean("add_special_tokens", True))
+    strings = None
+    if fields.boolean("return_token_strs"):
+        strings = [api.tokenizer.token_text(token) for token in tokens]
+    answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": tokens}
+    return json_response({**answer, "token_strs": strings})
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize: {tokens} to {prompt}, special tokens included."""
+    api = request.app[API]
+    fields = Fields(await read_json(request, api.settings))
+    read_model(fields, api.model)
+    tokens = fields.required("tokens")
+    if not is_int_list(tokens):
+        wrong_type("tokens", "a list of token ids", tokens)
+    check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
+    text = await api.offload(len(tokens), lambda: api.tokenizer.decode(tokens, skip_special_tokens=False))
+    return json_response({"prompt": text})

@@ -1,0 +1,77 @@
+"""Prompts to token ids that fit the model: chat template, tokenizer, truncation, length and range checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kunserve.api.context import Api
+from kunserve.api.protocol import ChatCall, GenerationCall, Prompt, check_token_ids
+from kunserve.engine.request import SamplingParams
+from kunserve.errors import InvalidRequestError
+
+# No vocabulary we know has a longer token (runs of blanks reach 128), so longer text is too long without
+# tokenizing it: a 100 ms answer instead of seconds of a thread.
+MAX_TOKEN_CHARS = 256
+
+
+def _too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
+    return InvalidRequestError(f"This model's maximum context length is {max_model_len} tokens; {what}.", param=param)
+
+
+async def tokenize(api: Api, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each prompt; those that are ids already stay as they are."""
+
+    def encode(prompt: Prompt) -> list[int]:
+        return api.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+
+    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return await api.offload(num_chars, lambda: [encode(prompt) for prompt in prompts])
+
+
+async def tokenize_chat(api: Api, call: ChatCall) -> list[int]:
+    """Token ids of a conversation. The template writes special tokens itself, so none are added by default."""
+    template = api.chat_template
+    if template is None:
+        raise InvalidRequestError("The model has no chat template: use /v1/completions.", param="messages")
+
+    def encode() -> list[int]:
+        text = template.render(call.messages, call.tools, call.add_generation_prompt, **call.template_kwargs)
+        check_text(text, call.generation, api.model.max_model_len, "messages")
+        return api.tokenizer.encode(text, call.generation.add_special_tokens)
+
+    num_chars = sum(len(message["content"] or "") for message in call.messages)
+    return await api.offload(num_chars, encode)
+
+
+def check_text(text: Prompt, call: GenerationCall, max_model_len: int, param: str) -> None:
+    """Refuse text (or ids) that cannot fit whatever its tokens are, before any work on it."""
+    longest = max_model_len * MAX_TOKEN_CHARS if isinstance(text, str) else max_model_len
+    if len(text) > longest and call.truncate_prompt_tokens is None:
+        unit = "characters" if isinstance(text, str) else "tokens"
+        raise _too_long(f"the prompt has {len(text)} {unit}", param, max_model_len)
+
+
+def fit(ids: list[int], call: GenerationCall, api: Api, param: str) -> tuple[list[int], SamplingParams]:
+    """The tokens to compute and how many may follow.
+
+    Raises InvalidRequestError if prompt and max_tokens together exceed the model, or an id its vocabulary.
+    """
+    max_model_len = api.model.max_model_len
+    if call.truncate_prompt_tokens is not None:
+        ids = ids[-call.truncate_prompt_tokens :]
+    if not ids:
+        raise InvalidRequestError("The prompt is empty: it has no tokens.", param=param)
+    room = max_model_len - len(ids)
+    if room < 1:
+        raise _too_long(f"the prompt has {len(ids)} and needs room for one more", param, max_model_len)
+    check_token_ids(ids, api.tokenizer.vocab_size, param)
+    max_tokens = call.params.max_tokens
+    if max_tokens > room and call.has_max_tokens:
+        what = f"the prompt has {len(ids)} and `max_tokens` asks for {max_tokens} more"
+        raise _too_long(what, "max_tokens", max_model_len)
+    max_tokens = min(max_tokens, room)
+    if call.params.min_tokens > max_tokens:
+        text = f"`min_tokens` must be at most the {max_tokens} tokens that may be generated."
+        raise InvalidRequestError(text, param="min_tokens")
+    return ids, replace(call.params, max_tokens=max_tokens)

@@ -1,0 +1,271 @@
+"""JSON of a generation request to typed values: what the client asked for, checked but not yet tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kunserve.api.backend import ApiSettings, ModelInfo
+from kunserve.api.fields import INT64_MAX, Fields, is_int_list, is_str_list, wrong_type, wrong_value
+from kunserve.api.messages import read_messages
+from kunserve.engine.request import SamplingParams
+from kunserve.errors import InvalidRequestError, NotFoundError
+
+MAX_N = 128
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationCall:
+    """What completions and chat have in common."""
+
+    model: str
+    params: SamplingParams  # its max_tokens: as asked, or the default, which `prompts.fit` cuts to what fits
+    has_max_tokens: bool
+    n: int
+    is_stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    add_special_tokens: bool
+    truncate_prompt_tokens: int | None  # keep the last so many tokens
+    return_token_ids: bool
+    priority: int
+    request_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionCall:
+    """POST /v1/completions."""
+
+    generation: GenerationCall
+    prompts: tuple[Prompt, ...]
+    echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """POST /v1/chat/completions."""
+
+    generation: GenerationCall
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    add_generation_prompt: bool
+    template_kwargs: dict[str, Any]
+
+
+def read_model(fields: Fields, model: ModelInfo) -> str:
+    """The name under which the client knows the model; NotFoundError if it is another's."""
+    name = fields.string("model", model.name)
+    if name not in model.served_names:
+        raise NotFoundError(f"The model `{name[:200]}` does not exist.", param="model")
+    return name
+
+
+def read_prompts(value: object) -> tuple[Prompt, ...]:
+    """A string, a list of strings, token ids, or a list of token id lists."""
+    expected = "a string, a list of strings, a list of token ids or a list of such lists"
+    if isinstance(value, str):
+        return (value,)
+    if value == []:
+        wrong_value("prompt", "a prompt", value)
+    if is_int_list(value):
+        return (value,)
+    if not is_str_list(value) and not (isinstance(value, list) and all(map(is_int_list, value))):
+        wrong_type("prompt", expected, value)
+    return tuple(value)
+
+
+def _read_max_tokens(fields: Fields) -> int | None:
+    return fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1), 1)
+
+
+def _read_stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.any("stop")
+    if stop is None:
+        return ()
+    stops = [stop] if isinstance(stop, str) else stop
+    if not is_str_list(stops):
+        wrong_type("stop", "a string or a list of strings", stop)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError(f"`stop` must have at most {MAX_STOPS} strings.", param="stop")
+    if "" in stops:
+        raise InvalidRequestError("`stop` must not have an empty string.", param="stop")
+    return tuple(stops)
+
+
+def _read_stop_token_ids(fields: Fields, vocab_size: int) -> frozenset[int]:
+    ids = fields.any("stop_token_ids")
+    if ids is None:
+        return frozenset()
+    if not is_int_list(ids):
+        wrong_type("stop_token_ids", "a list of token ids", ids)
+    check_token_ids(ids, vocab_size, "stop_token_ids")
+    return frozenset(ids)
+
+
+def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
+    """Raise InvalidRequestError unless all of `ids` are in the vocabulary."""
+    for token_id in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            text = f"`{param}` has token id {token_id}, out of the vocabulary of {vocab_size}."
+            raise InvalidRequestError(text, param=param)
+
+
+def _read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    biases: list[tuple[int, float]] = []
+    values = fields.mapping("logit_bias")
+    reader = Fields(values, "logit_bias.")
+    for key in values:
+        if not key.isdecimal() or not key.isascii() or len(key) > 10:
+            wrong_value("logit_bias", "an object from token ids to numbers", values)
+        biases.append((int(key), reader.number(key, 0.0, -100.0, 100.0)))
+    check_token_ids([token_id for token_id, _ in biases], vocab_size, "logit_bias")
+    return tuple(biases)
+
+
+def _read_top_k(fields: Fields) -> int:
+    return max(fields.integer("top_k", 0, -1), 0)  # -1 and 0 both mean off
+
+
+def _read_seed(fields: Fields) -> int | None:
+    seed = fields.integer("seed", None, -INT64_MAX - 1)
+    return None if seed is None else seed & INT64_MAX
+
+
+def _read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=fields.integer("min_tokens", 0, 0),
+        temperature=fields.number("temperature", 1.0, 0.0),
+        top_p=fields.number("top_p", 1.0, 0.0, 1.0, above_low=True),
+        top_k=_read_top_k(fields),
+        min_p=fields.number("min_p", 0.0, 0.0, 1.0),
+        seed=_read_seed(fields),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.0, above_low=True),
+        logit_bias=_read_logit_bias(fields, vocab_size),
+        stop=_read_stop(fields),
+        stop_token_ids=_read_stop_token_ids(fields, vocab_size),
+        include_stop_str_in_output=fields.boolean("include_stop_str_in_output"),
+        ignore_eos=fields.boolean("ignore_eos"),
+        skip_special_tokens=fields.boolean("skip_special_tokens", True),
+        num_logprobs=num_logprobs,
+    )
+
+
+def _read_n(fields: Fields) -> int:
+    n = fields.integer("n", 1, 1, MAX_N)
+    best_of = fields.integer("best_of", n, 1)
+    if best_of not in (1, n):
+        raise InvalidRequestError("`best_of` is not supported unless it is 1 or equals `n`.", param="best_of")
+    return n
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    fields.unsupported("prompt_logprobs", "structured_outputs", "use_beam_search", "allowed_token_ids")
+    fields.unsupported("bad_words", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    if fields.object("response_format").string("type", "text") != "text":
+        text = "`response_format` is not supported unless its type is text."
+        raise InvalidRequestError(text, param="response_format")
+
+
+def _read_generation(
+    fields: Fields,
+    model: ModelInfo,
+    params: SamplingParams,
+    has_max_tokens: bool,
+    add_special_tokens: bool,
+) -> GenerationCall:
+    _refuse_unsupported(fields)
+    options = fields.object("stream_options")
+    include_usage = options.boolean("include_usage")
+    room = model.max_model_len - (params.max_tokens if has_max_tokens else 1)
+    return GenerationCall(
+        model=read_model(fields, model),
+        params=params,
+        has_max_tokens=has_max_tokens,
+        n=_read_n(fields),
+        is_stream=fields.boolean("stream"),
+        include_usage=include_usage,
+        continuous_usage=include_usage and options.boolean("continuous_usage_stats"),
+        add_special_tokens=fields.boolean("add_special_tokens", add_special_tokens),
+        truncate_prompt_tokens=_read_truncation(fields, room),
+        return_token_ids=fields.boolean("return_token_ids"),
+        priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
+        request_id=fields.string("request_id", None),
+    )
+
+
+def _read_truncation(fields: Fields, room: int) -> int | None:
+    """How many tokens of the prompt to keep; -1 stands for as many as there is room for."""
+    kept = fields.integer("truncate_prompt_tokens", None, -1)
+    if kept == 0:
+        wrong_value("truncate_prompt_tokens", "-1 or at least 1", kept)
+    return max(room, 1) if kept == -1 else kept
+
+
+def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSettings, vocab_size: int) -> CompletionCall:
+    """Check the body of POST /v1/completions."""
+    fields = Fields(values)
+    asked = _read_max_tokens(fields)
+    num_logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
+    params = _read_params(fields, asked or DEFAULT_COMPLETION_TOKENS, num_logprobs, vocab_size)
+    generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=True)
+    fields.unsupported("suffix")
+    echo = fields.boolean("echo")
+    if echo and num_logprobs is not None:
+        raise InvalidRequestError("`echo` is not supported together with `logprobs`.", param="echo")
+    prompts = read_prompts(fields.required("prompt"))
+    if len(prompts) * generation.n > settings.max_sequences:
+        text = f"`prompt` times `n` must be at most {settings.max_sequences} sequences."
+        raise InvalidRequestError(text, param="prompt")
+    return CompletionCall(generation, prompts, echo)
+
+
+def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+    """Tools are only shown to the template; calling them is not supported yet."""
+    tools = fields.any("tools")
+    choice = fields.any("tool_choice")
+    fields.unsupported("functions")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        wrong_type("tools", "a list of objects", tools)
+    if tools and choice != "none":
+        raise InvalidRequestError("`tools` is not supported unless `tool_choice` is none.", param="tools")
+    if choice not in (None, "none", "auto"):
+        raise InvalidRequestError("`tool_choice` is not supported unless it is none.", param="tool_choice")
+    return tools or None
+
+
+def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
+    kwargs = fields.mapping("chat_template_kwargs")
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in kwargs:
+            text = f"`chat_template_kwargs` must not set `{name}`: it is a field of its own."
+            raise InvalidRequestError(text, param="chat_template_kwargs")
+    return kwargs
+
+
+def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> ChatCall:
+    """Check the body of POST /v1/chat/completions."""
+    fields = Fields(values)
+    asked = _read_max_tokens(fields)
+    top_logprobs = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+    wants_logprobs = fields.boolean("logprobs")
+    if top_logprobs and not wants_logprobs:
+        raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
+    num_logprobs = (top_logprobs or 0) if wants_logprobs else None
+    params = _read_params(fields, asked or model.max_model_len, num_logprobs, vocab_size)
+    generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=False)
+    fields.unsupported("continue_final_message", "chat_template", "echo", "audio")
+    return ChatCall(
+        generation=generation,
+        messages=read_messages(fields.required("messages")),
+        tools=_read_tools(fields),
+        add_generation_prompt=fields.boolean("add_generation_prompt", True),
+        template_kwargs=_read_template_kwargs(fields),
+    )

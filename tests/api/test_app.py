@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from io import BytesIO
+
+import orjson
+import pytest
+import uvloop
+from api_fakes import Client, FakeEngine, error_of, events_of, say, serving
+
+from kunserve.api.backend import ApiSettings
+from kunserve.engine.request import Output, Request
+
+URL = "/v1/completions"
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def raw_post(body: bytes, path: str = URL, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    return head.encode() + body
+
+
+@asynccontextmanager
+async def connected(client: Client) -> AsyncIterator[Connection]:
+    reader, writer = await asyncio.open_connection(client.server.host, client.server.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close with RST, as a process that is killed with unread data does."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def leave(is_stream: bool, outputs: list[Output], with_reset: bool, n: int = 1) -> None:
+    """A client goes while the engine has nothing (more) to say: all its requests are aborted."""
+    engine = FakeEngine(lambda _: outputs)
+    async with serving(engine) as client, connected(client) as (reader, writer):
+        body = {"prompt": [1], "stream": is_stream, "n": n, "max_tokens": 8}
+        writer.write(raw_post(orjson.dumps(body)))
+        submitted = {await engine.submitted.get() for _ in range(n)}
+        if is_stream:
+            await reader.readuntil(b"\r\n\r\n")  # headers come before any token
+        if is_stream and outputs:
+            await reader.readuntil(b"data: ")
+        if with_reset:
+            reset(writer)
+        else:
+            writer.close()
+        assert {await engine.aborted.get() for _ in range(n)} == submitted
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize("num_outputs", [0, 2])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_client_that_leaves_ends_its_requests(is_stream: bool, num_outputs: int, with_reset: bool) -> None:
+    await leave(is_stream, say("abcd"[:num_outputs], None), with_reset)
+
+
+async def test_a_client_that_leaves_ends_all_its_choices() -> None:
+    await leave(True, say("ab", None), False, n=3)
+    await leave(False, [], False, n=3)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_on_uvloop(is_stream: bool) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(leave(is_stream, say("ab", None), False))
+
+
+async def test_a_client_that_leaves_while_it_sends_its_body() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as client:
+        async with connected(client) as (_, writer):
+            writer.write(raw_post(b'{"prompt', length=100))
+            await writer.drain()
+        assert (await client.post(URL, json={"prompt": "hi"})).status == 200
+    assert len(engine.requests) == 1
+
+
+async def test_other_streams_go_on() -> None:
+    gate = asyncio.Event()
+    engine = FakeEngine(lambda r: [*say("a", None), gate, *say("b")] if r.prompt_token_ids == [7] else [])
+    async with serving(engine) as client:
+        steady = await client.post(URL, json={"prompt": [7], "stream": True})
+        async with connected(client) as (_, writer):
+            writer.write(raw_post(b'{"prompt": [8], "stream": true}'))
+            await engine.submitted.get()
+            await engine.submitted.get()
+        await client.post(URL, data=b"{")
+        await client.post(URL, data=BytesIO(b" " * (9 << 20)))
+        assert await engine.aborted.get() == engine.requests[1].request_id
+        gate.set()
+        assert [event["choices"][0]["text"] for event in await events_of(steady)] == ["a", "b"]
+
+
+def endless(_: Request) -> Iterator[Output]:
+    while True:
+        yield Output("x" * 65536, (5,))
+
+
+async def test_a_client_that_stops_reading_is_cut_off() -> None:
+    engine = FakeEngine(endless)
+    async with serving(engine, ApiSettings(write_timeout_s=0.05)) as client, connected(client) as (reader, writer):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(raw_post(b'{"prompt": [7], "stream": true}'))
+        assert await engine.aborted.get() == await engine.submitted.get()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert not (await reader.read()).endswith(b"0\r\n\r\n")  # cut, not ended
+
+
+async def test_a_client_that_never_finishes_its_headers_is_cut_off() -> None:
+    settings = ApiSettings(idle_timeout_s=0.05)
+    async with serving(FakeEngine(), settings) as client, connected(client) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        assert await reader.read() == b""
+
+
+async def test_a_client_that_never_finishes_its_body_gets_an_error() -> None:
+    settings = ApiSettings(body_timeout_s=0.05)
+    async with serving(FakeEngine(), settings) as client, connected(client) as (reader, writer):
+        writer.write(raw_post(b'{"prompt', length=100))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b'{"prompt": NaN}', 400),
+        (b'{"prompt": "\xff\xfe"}', 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b"[" * 100_000, 400),
+        (b"[]", 422),
+        (b'"prompt"', 422),
+        (b'{"prompt": 1, "messages": 2, "tokens": "x"}', 422),
+    ],
+)
+async def test_bodies_that_are_no_request(body: bytes, status: int) -> None:
+    async with serving(FakeEngine()) as client:
+        for url in (URL, "/v1/chat/completions", "/tokenize", "/detokenize"):
+            assert (await error_of(await client.post(url, data=body)))["code"] == status
+
+
+async def test_large_bodies() -> None:
+    async def in_pieces() -> AsyncIterator[bytes]:
+        for _ in range(9):
+            yield b" " * (1 << 20)
+
+    async with serving(FakeEngine()) as client:
+        for data in (BytesIO(b" " * 50_000_000), in_pieces()):
+            response = await client.post(URL, data=data)
+            error = await error_of(response)
+            assert (response.status, error["type"]) == (413, "PayloadTooLargeError")
+        bomb = gzip.compress(b" " * (50 << 20))
+        response = await client.post(URL, data=bomb, headers={"Content-Encoding": "gzip"})
+        assert (await error_of(response))["code"] == 400
+        assert (await client.get("/health")).status == 200
+
+
+async def test_unknown_routes_and_methods() -> None:
+    async with serving(FakeEngine()) as client:
+        error = await error_of(await client.get("/v2/nothing"))
+        assert (error["code"], error["type"]) == (404, "NotFoundError")
+        response = await client.get(URL)
+        assert (await error_of(response))["code"] == 405
+        assert response.headers["Allow"] == "POST"
+        assert response.headers["X-Request-ID"]

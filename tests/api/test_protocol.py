@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kunserve.api.backend import ApiSettings, ModelInfo
+from kunserve.api.protocol import ChatCall, CompletionCall, read_chat, read_completion
+from kunserve.engine.request import SamplingParams
+from kunserve.errors import KunServeError
+
+MODEL = ModelInfo(("tiny",), max_model_len=100, root="tiny", created=0)
+
+
+def completion(**body: Any) -> CompletionCall:
+    return read_completion({"prompt": "hi", **body}, MODEL, ApiSettings(), 128)
+
+
+def chat(**body: Any) -> ChatCall:
+    return read_chat({"messages": [{"role": "user", "content": "hi"}], **body}, MODEL, 128)
+
+
+def test_defaults() -> None:
+    assert completion().generation.params == SamplingParams(max_tokens=16)
+    assert chat().generation.params == SamplingParams(max_tokens=100)
+    assert not completion().generation.has_max_tokens
+    assert completion().generation.add_special_tokens
+    assert not chat().generation.add_special_tokens
+
+
+def test_every_sampling_field() -> None:
+    params = completion(
+        max_tokens=20.0,
+        min_tokens=2,
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        seed=-1,
+        presence_penalty=1,
+        frequency_penalty=-2.0,
+        repetition_penalty=1.1,
+        logit_bias={"5": -100, "6": 1.5},
+        stop=["a", "bc"],
+        stop_token_ids=[3, 3],
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        logprobs=3,
+    ).generation.params
+    assert params == SamplingParams(
+        max_tokens=20,
+        min_tokens=2,
+        temperature=0.0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        seed=2**63 - 1,
+        presence_penalty=1.0,
+        frequency_penalty=-2.0,
+        repetition_penalty=1.1,
+        logit_bias=((5, -100.0), (6, 1.5)),
+        stop=("a", "bc"),
+        stop_token_ids=frozenset({3}),
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        num_logprobs=3,
+    )
+
+
+def test_one_stop_string_and_top_k_off() -> None:
+    params = completion(stop="x", top_k=-1).generation.params
+    assert (params.stop, params.top_k) == (("x",), 0)
+
+
+@pytest.mark.parametrize(("body", "kept"), [({}, 99), ({"max_tokens": 30}, 70), ({"max_tokens": 500}, 1)])
+def test_truncation_to_what_there_is_room_for(body: dict[str, Any], kept: int) -> None:
+    assert completion(truncate_prompt_tokens=-1, **body).generation.truncate_prompt_tokens == kept
+
+
+def test_chat_logprobs() -> None:
+    assert chat().generation.params.num_logprobs is None
+    assert chat(logprobs=True).generation.params.num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).generation.params.num_logprobs == 20
+    assert chat(logprobs=False, top_logprobs=0).generation.params.num_logprobs is None
+
+
+def test_nulls_and_unknown_fields_ask_for_nothing() -> None:
+    asked = completion(max_tokens=None, stop=None, logit_bias=None, response_format=None, novelty=1, suffix="")
+    assert asked == completion()
+    assert chat(response_format={"type": "text"}, tools=[], tool_choice="auto", functions=None) == chat()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "status"),
+    [
+        ("max_tokens", "many", 422),
+        ("max_tokens", 1.5, 422),
+        ("max_tokens", True, 422),
+        ("max_tokens", 1e30, 400),
+        ("temperature", -0.1, 400),
+        ("temperature", "hot", 422),
+        ("temperature", True, 422),
+        ("top_p", 0, 400),
+        ("top_p", 1.01, 400),
+        ("top_k", -2, 400),
+        ("min_p", 1.5, 400),
+        ("seed", 0.5, 422),
+        ("presence_penalty", 2.1, 400),
+        ("frequency_penalty", -2.1, 400),
+        ("repetition_penalty", 0, 400),
+        ("logit_bias", [], 422),
+        ("logit_bias", {"x": 1}, 400),
+        ("logit_bias", {"128": 1}, 400),
+        ("logit_bias", {"-1": 1}, 400),
+        ("logit_bias", {"5": 101}, 400),
+        ("logit_bias", {"5": "up"}, 422),
+        ("stop", 5, 422),
+        ("stop", ["a", 5], 422),
+        ("stop", "", 400),
+        ("stop", ["x"] * 17, 400),
+        ("stop_token_ids", 5, 422),
+        ("stop_token_ids", [128], 400),
+        ("min_tokens", -1, 400),
+        ("n", 0, 400),
+        ("n", 129, 400),
+        ("best_of", 2, 400),
+        ("logprobs", 21, 400),
+        ("stream", "yes", 422),
+        ("stream_options", True, 422),
+        ("stream_options", {"include_usage": 1}, 422),
+        ("truncate_prompt_tokens", 0, 400),
+        ("priority", 2**40, 400),
+        ("request_id", 5, 422),
+        ("model", 5, 422),
+        ("response_format", "text", 422),
+        ("prompt_logprobs", 0, 400),
+        ("structured_outputs", {"json": {}}, 400),
+    ],
+)
+def test_errors_name_the_field(field: str, value: Any, status: int) -> None:
+    with pytest.raises(KunServeError) as info:
+        completion(**{field: value})
+    assert info.value.status == status
+    assert (info.value.param or "").split(".")[0] == field
+    assert field in info.value.message
+    assert len(info.value.message) < 200
