@@ -1,0 +1,80 @@
+"""When to drop and when to come back: two watermarks and a hold time between measured demand and a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from kunserve.planner.demand import RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadPolicy:
+    """The distance between the watermarks is the hysteresis: a drop never undoes itself by what it adds."""
+
+    drop_watermark: float = 0.95  # of what is mapped
+    restore_watermark: float = 0.5  # of the undropped capacity
+    hold_s: float = 5.0
+    horizon_steps: int = 16  # a wait so short that a drop is not worth it
+
+
+class GroupLoad(NamedTuple):
+    """One group as admission sees it."""
+
+    free_blocks: int
+    running: Sequence[RequestView]
+
+
+def is_overloaded(
+    head_blocks: int | None,
+    groups: Sequence[GroupLoad],
+    demand_blocks: int,
+    mapped_blocks: int,
+    policy: OverloadPolicy,
+    block_size: int,
+) -> bool:
+    """Whether the head of the queue (None: nothing waits) fits nowhere, and will not within a few steps.
+
+    demand_blocks: `Demand.blocks`; mapped_blocks: capacity of all groups as they stand.
+    """
+    if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
+        return False
+    if demand_blocks <= policy.drop_watermark * mapped_blocks:
+        return False
+    horizon = policy.horizon_steps
+    return all(group.free_blocks + surely_freed(group.running, horizon, block_size) < head_blocks for group in groups)
+
+
+def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:
+    """Blocks a group has more (or fewer) after so many steps: of requests that reach `max_tokens`, less growth.
+
+    A request may stop earlier, but nobody can count on that.
+    """
+    freed = 0
+    for request in running:
+        if request.most_remaining <= horizon_steps:
+            freed += request.num_blocks
+        else:
+            freed -= max(0, -(-(request.num_tokens + horizon_steps) // block_size) - request.num_blocks)
+    return freed
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """Since when demand has been low without a break; `now` is the caller's clock in seconds."""
+
+    since_s: float | None = None
+
+    def observed(
+        self, now: float, num_waiting: int, demand_blocks: int, undropped_blocks: int, policy: OverloadPolicy
+    ) -> Relaxation:
+        """Return the state after an observation: the first low one starts the time, any other one ends it."""
+        is_low = num_waiting == 0 and demand_blocks < policy.restore_watermark * undropped_blocks
+        if not is_low:
+            return Relaxation()
+        return self if self.since_s is not None else replace(self, since_s=now)
+
+    def is_over(self, now: float, policy: OverloadPolicy) -> bool:
+        """Whether the burst is over: demand has been low for the hold time."""
+        return self.since_s is not None and now - self.since_s >= policy.hold_s

@@ -1,0 +1,90 @@
+"""What the planner answers: frozen plans, which engine/reconfigure.py applies whole or not at all."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kunserve.planner.snapshot import Origin, StageView
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Groups that become one chain. Every device keeps a part of the layers it has: nothing is loaded."""
+
+    group_ids: tuple[int, ...]
+    stages: tuple[StageView, ...]
+    capacity_blocks: int  # once the KV of live requests is exchanged
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class DropPlan:
+    """Which groups merge. Without `meets_need` it is the most that can be dropped."""
+
+    epoch: int
+    merges: tuple[Merge, ...]
+    freed_bytes: int  # of weights
+    added_blocks: int  # capacity of the server after minus before
+    meets_need: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the groups that a split makes.
+
+    `num_blocks`, one per stage: before the split each device shrinks its KV to so many blocks, which hold the blocks
+    of all live requests of the old group (a block id means the same in all layers of a device).
+    """
+
+    stages: tuple[StageView, ...]
+    num_blocks: tuple[int, ...]
+    origin: Origin | None
+
+    @property
+    def capacity_blocks(self) -> int:
+        """Blocks that the new group holds."""
+        return min(self.num_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A merged group that becomes two. Every device gets more layers around those it has: none leave."""
+
+    group_id: int
+    into: tuple[Part, Part]
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Which groups split, one step each (4 -> 2 + 2, later 2 -> 1 + 1), largest first."""
+
+    epoch: int
+    splits: tuple[Split, ...]
+
+
+class ExchangeMode(enum.StrEnum):
+    """How the KV of live requests follows its layers."""
+
+    BY_REQUEST = "by_request"  # all layers of one request after the other: each resumes as soon as it can
+    BY_LAYER = "by_layer"  # all requests, one layer after the other: needs the slack of one layer only
+    INFEASIBLE = "infeasible"  # no order fits into the budgets: recompute these requests instead
+
+
+@dataclass(frozen=True, slots=True)
+class KvMove:
+    """KV of layers `[first_layer, last_layer)` of some requests goes from one device to another."""
+
+    request_ids: tuple[str, ...]
+    first_layer: int
+    last_layer: int
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangePlan:
+    """Moves in an order in which each fits, if ranges that nobody uses any more are unmapped after every move."""
+
+    mode: ExchangeMode
+    moves: tuple[KvMove, ...]

@@ -1,0 +1,155 @@
+"""What the planner sees: the server's memory as frozen values, and the arithmetic of chunks and blocks.
+
+Flow: demand -> overload -> drop | restore -> exchange. Everything in this package is a pure function of values.
+Each layer has its own KV range that grows by whole chunks, so a stage's capacity is found in two roundings: chunks per
+layer, then blocks per layer. A group holds as many blocks as its poorest stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one model in chunks, and what its parts cost in time (relative to each other).
+
+    With `tied` embeddings the embedding's unit holds the final norm too and both ends of a chain need it.
+    """
+
+    num_layers: int
+    layer_chunks: int  # of one layer's weights
+    embed_chunks: int
+    head_chunks: int  # 0 if tied
+    tied: bool
+    kv_block_bytes: int  # one block of one layer
+    chunk_bytes: int
+    block_size: int  # tokens
+    layer_time: float = 1.0
+    embed_time: float = 0.0
+    head_time: float = 0.0  # norm and head
+
+    def __post_init__(self) -> None:
+        assert self.num_layers > 0 and self.layer_chunks > 0 and self.layer_time > 0
+        assert self.kv_block_bytes > 0 and self.chunk_bytes > 0 and self.block_size > 0
+        assert not (self.tied and self.head_chunks)
+
+    def end_chunks(self, is_first: bool, is_last: bool) -> int:
+        """Chunks of embedding and head that a stage holds besides its layers."""
+        embed = self.embed_chunks if is_first or (is_last and self.tied) else 0
+        return embed + (self.head_chunks if is_last else 0)
+
+    def end_time(self, is_first: bool, is_last: bool) -> float:
+        """Time of embedding and head on a stage."""
+        return (self.embed_time if is_first else 0.0) + (self.head_time if is_last else 0.0)
+
+    def weight_chunks(self, first_layer: int, last_layer: int) -> int:
+        """Chunks of all units that layers `[first_layer, last_layer)` need."""
+        ends = self.end_chunks(first_layer == 0, last_layer == self.num_layers)
+        return ends + (last_layer - first_layer) * self.layer_chunks
+
+    def stage_time(self, first_layer: int, last_layer: int) -> float:
+        """Time of one pass through layers `[first_layer, last_layer)`."""
+        ends = self.end_time(first_layer == 0, last_layer == self.num_layers)
+        return ends + (last_layer - first_layer) * self.layer_time
+
+    def kv_chunks(self, budget_chunks: int, first_layer: int, last_layer: int) -> int:
+        """Chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
+        return (budget_chunks - self.weight_chunks(first_layer, last_layer)) // (last_layer - first_layer)
+
+    def blocks_in(self, chunks: int) -> int:
+        """Blocks that `chunks` chunks of one layer's KV hold."""
+        return max(0, chunks) * self.chunk_bytes // self.kv_block_bytes
+
+    def chunks_for(self, blocks: int) -> int:
+        """Chunks that one layer's KV needs to hold `blocks` blocks."""
+        return -(-blocks * self.kv_block_bytes // self.chunk_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """One device: its budget, and the island of devices it has fast links with."""
+
+    device: int
+    budget_chunks: int
+    island: int = 0
+
+
+class StageView(NamedTuple):
+    """Layers `[first_layer, last_layer)` on one device."""
+
+    device: int
+    first_layer: int
+    last_layer: int
+
+
+class Origin(NamedTuple):
+    """Where a group came from: the stages it was launched with, or the two origins it was merged from."""
+
+    stages: tuple[StageView, ...] = ()
+    parts: tuple[Origin, ...] = ()
+
+    def launched(self) -> Iterator[Origin]:
+        """All origins of the tree that were launched, not merged."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.launched()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """One complete copy of the model, and what its live requests hold (as many blocks on each of its devices)."""
+
+    group_id: int
+    stages: tuple[StageView, ...]
+    used_blocks: int = 0
+    origin: Origin | None = None  # None: not known; restoring then halves the group
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The server at one moment: every plan made from it is for `epoch` only."""
+
+    epoch: int
+    model: ModelShape
+    devices: tuple[DeviceView, ...]
+    groups: tuple[GroupView, ...]
+
+    def budgets(self) -> dict[int, int]:
+        """Budget of each device, in chunks."""
+        return {view.device: view.budget_chunks for view in self.devices}
+
+    def capacity_blocks(self) -> int:
+        """Blocks that all groups hold together as they stand."""
+        budgets = self.budgets()
+        return sum(capacity_blocks(self.model, budgets, group.stages) for group in self.groups)
+
+    def undropped_blocks(self) -> int:
+        """Blocks that all groups would hold together if every drop were undone."""
+        budgets = self.budgets()
+        launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
+        return sum(capacity_blocks(self.model, budgets, stages) for stages in launched)
+
+
+def stage_blocks(model: ModelShape, budgets: dict[int, int], stage: StageView) -> int:
+    """Blocks that one stage holds when all its device's chunks are given to it."""
+    return model.blocks_in(model.kv_chunks(budgets[stage.device], stage.first_layer, stage.last_layer))
+
+
+def capacity_blocks(model: ModelShape, budgets: dict[int, int], stages: Iterable[StageView]) -> int:
+    """Blocks that a group with these stages holds: the least of its stages'."""
+    return min(stage_blocks(model, budgets, stage) for stage in stages)
+
+
+def launched_stages(model: ModelShape, budgets: dict[int, int], group: GroupView) -> list[tuple[StageView, ...]]:
+    """Stages of the groups that a group was at launch.
+
+    Of a group without a known origin: each device alone, if each can hold the model and some KV; else as it is.
+    """
+    if group.origin is not None:
+        return [origin.stages for origin in group.origin.launched()]
+    alone: list[tuple[StageView, ...]] = [(StageView(stage.device, 0, model.num_layers),) for stage in group.stages]
+    return alone if all(capacity_blocks(model, budgets, stages) for stages in alone) else [group.stages]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from kunserve.planner.demand import RequestView
+from kunserve.planner.overload import GroupLoad, OverloadPolicy, Relaxation, is_overloaded, surely_freed
+
+POLICY = OverloadPolicy(drop_watermark=0.95, restore_watermark=0.5, hold_s=5.0, horizon_steps=16)
+LONG = RequestView(num_tokens=160, num_output_tokens=20, max_tokens=500, num_blocks=10)
+ENDING = RequestView(num_tokens=160, num_output_tokens=490, max_tokens=500, num_blocks=10)
+
+
+def overloaded(head: int | None, groups: list[GroupLoad], demand: int = 600, mapped: int = 512) -> bool:
+    return is_overloaded(head, groups, demand, mapped, POLICY, block_size=16)
+
+
+def test_head_that_fits_nowhere_under_high_demand() -> None:
+    assert overloaded(5, [GroupLoad(4, [LONG]), GroupLoad(0, [LONG])])
+
+
+def test_nothing_waits() -> None:
+    assert not overloaded(None, [GroupLoad(0, [LONG])])
+
+
+def test_head_fits_somewhere() -> None:
+    assert not overloaded(5, [GroupLoad(4, [LONG]), GroupLoad(5, [LONG])])
+
+
+@pytest.mark.parametrize(("demand", "expected"), [(486, False), (487, True)])
+def test_watermark_of_what_is_mapped(demand: int, expected: bool) -> None:
+    assert overloaded(5, [GroupLoad(4, [LONG])], demand=demand) is expected  # 0.95 * 512 = 486.4
+
+
+def test_running_requests_free_enough_soon() -> None:
+    assert not overloaded(10, [GroupLoad(0, []), GroupLoad(1, [LONG, ENDING])])
+
+
+def test_what_is_freed_must_be_enough_in_one_group() -> None:
+    assert overloaded(12, [GroupLoad(1, [ENDING]), GroupLoad(1, [ENDING])])
+
+
+def test_growth_of_the_others_is_not_free() -> None:
+    assert surely_freed([ENDING, LONG, LONG], 16, 16) == 10 - 2
+    assert overloaded(10, [GroupLoad(1, [ENDING, LONG, LONG])])
+
+
+def test_relaxed_only_after_the_hold_time() -> None:
+    state = Relaxation().observed(10.0, 0, 100, 512, POLICY)
+    assert not state.is_over(14.9, POLICY)
+    state = state.observed(14.9, 0, 255, 512, POLICY)
+    assert state.is_over(15.0, POLICY)
+
+
+@pytest.mark.parametrize(("waiting", "demand"), [(1, 100), (0, 256)])
+def test_a_busy_moment_starts_the_hold_time_again(waiting: int, demand: int) -> None:
+    state = Relaxation().observed(10.0, 0, 100, 512, POLICY).observed(14.0, waiting, demand, 512, POLICY)
+    assert not state.is_over(99.0, POLICY)
+    state = state.observed(14.5, 0, 100, 512, POLICY)
+    assert not state.is_over(19.4, POLICY)
+    assert state.is_over(19.5, POLICY)
+
+
+def test_what_a_drop_adds_does_not_undo_it() -> None:
+    """Just over the drop's watermark of 512 blocks: the demand is not low, however much is mapped now."""
+    demand = 487
+    assert overloaded(5, [GroupLoad(0, [])], demand)
+    assert not Relaxation().observed(0.0, 0, demand, 512, POLICY).is_over(1e9, POLICY)
