@@ -26,6 +26,7 @@ class EngineConfig:
     device_memory_bytes: int | None = None  # whole budget of one device: weights + KV
     num_blocks_override: int | None = None  # then the budget is the weights plus so many blocks
     block_size: int = 16
+    chunk_bytes: int = 2 << 20  # of physical memory on CPU devices; smaller only in tests
     dtype: str = "auto"
     load_format: str = "auto"
     seed: int = 0
@@ -34,8 +35,12 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
     pipeline_parallel_size: int | None = None
-    overload_policy: OverloadPolicy = OverloadPolicy.RECOMPUTE
+    overload_policy: OverloadPolicy = OverloadPolicy.DROP
     watermark: float = 0.0
+    drop_watermark: float = 0.95  # of what is mapped
+    restore_watermark: float = 0.5  # of the undropped capacity
+    restore_hold_s: float = 5.0
+    is_pinned: bool = False  # regroup only when an operator asks
 
     def check(self) -> None:
         """Raise ConfigError for a number that cannot be meant."""
@@ -50,6 +55,14 @@ class EngineConfig:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{flag} {value}: must be at least {least}")
+        for flag, share in (
+            ("--drop-watermark", self.drop_watermark),
+            ("--restore-watermark", self.restore_watermark),
+        ):
+            if not 0 < share <= 1:
+                raise ConfigError(f"{flag} {share}: must be more than 0 and at most 1")
+        if self.restore_hold_s < 0:
+            raise ConfigError(f"--restore-hold {self.restore_hold_s}: must not be negative")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.device_memory_bytes is not None and self.num_blocks_override is not None:

@@ -65,6 +65,10 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
         pipeline_parallel_size=args.pipeline_parallel_size,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
+        drop_watermark=args.drop_watermark,
+        restore_watermark=args.restore_watermark,
+        restore_hold_s=args.restore_hold,
+        is_pinned=args.pin,
     )
     engine.check()
     return ServerConfig(
@@ -113,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
         help="what happens when KV memory is full",
     )
     add("--watermark", type=float, default=defaults.watermark, help="share of blocks that admission leaves free")
+    add(
+        "--drop-watermark", type=float, default=defaults.drop_watermark, help="demand over mapped KV that drops weights"
+    )
+    add(
+        "--restore-watermark",
+        type=float,
+        default=defaults.restore_watermark,
+        help="demand over undropped KV below which weights come back",
+    )
+    add("--restore-hold", type=float, default=defaults.restore_hold_s, metavar="S", help="seconds it must stay below")
+    add("--pin", action="store_true", help="regroup only when an operator asks")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
     )

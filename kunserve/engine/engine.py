@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -52,6 +52,25 @@ class _Live:
     last_token_s: float = 0.0
 
 
+class Control(Protocol):
+    """Who watches the engine and regroups it (engine/control.py)."""
+
+    def observe(self) -> None:
+        """Called before each round of scheduling."""
+
+    def finished(self, request: Request) -> None:
+        """Called when a request has ended."""
+
+    def held(self, device: int) -> list[list[int]]:
+        """Block tables on a device that belong to requests on the move."""
+
+    def state(self) -> dict[str, Any]:
+        """What `/kunserve/state` shows of it."""
+
+    async def stop(self) -> None:
+        """End what is under way."""
+
+
 class Engine:
     """Owns the groups, the queue and every request from `submit` to its last output."""
 
@@ -69,12 +88,15 @@ class Engine:
     ) -> None:
         self.model, self.limits, self.scheduler = model, limits, scheduler
         self.groups, self.memories, self.executor = list(groups), memories, executor
+        self.pools = {stage.device: stage.pool for group in groups for stage in group.stages}  # by device
         self.tokenizer, self.metrics = tokenizer, metrics
+        self.control: Control | None = None
         self.epoch = 0
         self._is_accepting = False
         self._live: dict[str, _Live] = {}
         self._random = random.Random(seed)
         self._wake = asyncio.Event()
+        self._progress = asyncio.Event()  # set, and replaced, whenever a microbatch came back
         self._tasks: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None  # while draining
@@ -86,7 +108,7 @@ class Engine:
     async def start(self) -> None:
         """Begin serving."""
         self._main = asyncio.create_task(self._run(), name="engine")
-        self._last_step_s = self._now()
+        self._last_step_s = self.now()
         self._is_accepting = True
 
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -98,6 +120,8 @@ class Engine:
                 await asyncio.wait_for(self._drained.wait(), drain_s)
         for live in list(self._live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
+        if self.control is not None:
+            await self.control.stop()
         if self._main is not None:
             self._main.cancel()
             await asyncio.wait([self._main])
@@ -138,7 +162,7 @@ class Engine:
                 "can be served",
                 param="prompt",
             )
-        request.arrival_s = self._now()
+        request.arrival_s = self.now()
         seed = request.params.seed
         request.seed = self._random.getrandbits(63) if seed is None else seed
         detokenizer = None
@@ -161,6 +185,22 @@ class Engine:
         """Something changed: look for work."""
         self._wake.set()
 
+    async def quiesce(self, groups: Sequence[Group]) -> None:
+        """Schedule nothing for these groups any more, and return when none of their microbatches is in flight."""
+        for group in groups:
+            group.is_paused = True
+        while any(group.num_in_flight for group in groups):
+            await self.next_commit()
+
+    async def next_commit(self) -> None:
+        """Return when a microbatch came back, a request ended, or `progress` was called."""
+        await self._progress.wait()
+
+    def progress(self) -> None:
+        """Let everybody who waits for `next_commit` look again."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
     # --- the loop -----------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -178,7 +218,8 @@ class Engine:
 
     def _schedule(self) -> None:
         """Give every chain as many microbatches as it has stages."""
-        assert self._tasks is not None
+        if self.control is not None:
+            self.control.observe()
         progress = True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
@@ -193,7 +234,7 @@ class Engine:
 
     def _launch(self, group: Group, batch: Microbatch) -> None:
         assert self._tasks is not None
-        now = self._now()
+        now = self.now()
         if self.is_idle_since_last_step:
             self._last_step_s = now
         for span in batch.spans:
@@ -210,13 +251,17 @@ class Engine:
             self._commit_failure(group, batch, error)
         else:
             self._commit(group, batch, tokens)
-        self._last_step_s = self._now()
+        self._last_step_s = self.now()
+        self.progress()
         self.wake()
 
     def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
         """Account for a microbatch that has passed its chain, and publish its tokens."""
         self.scheduler.commit(group, batch)
         self.metrics.step(batch.num_tokens)
+        if group.on_first_commit is not None:
+            group.on_first_commit()
+            group.on_first_commit = None
         sampled = iter(tokens)
         for span in batch.spans:
             token = next(sampled) if span.samples else None
@@ -235,7 +280,7 @@ class Engine:
 
     def _publish(self, live: _Live, token: SampledToken) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
-        request, now = live.request, self._now()
+        request, now = live.request, self.now()
         request.token_ids.append(token.token_id)
         self.metrics.generation_tokens(1)
         if request.first_token_s is None:
@@ -278,7 +323,9 @@ class Engine:
         request = live.request
         request.finish_reason = reason
         del self._live[request.request_id]
-        self.metrics.request_finished(request, self._now())
+        self.metrics.request_finished(request, self.now())
+        if self.control is not None:
+            self.control.finished(request)
         self._release(request)
         if self._drained is not None and not self._live:
             self._drained.set()
@@ -290,6 +337,7 @@ class Engine:
                 self.scheduler.waiting.remove(request)
         elif request.num_in_flight == 0 and not request.is_moving:
             self.group(request.group_id).release(request)
+            self.progress()
 
     # --- views --------------------------------------------------------------------------------------------------
 
@@ -311,7 +359,7 @@ class Engine:
         """None if the engine does its work; else what is wrong."""
         if not self.is_running:
             return "the engine has stopped"
-        silent_s = self._now() - self._last_step_s
+        silent_s = self.now() - self._last_step_s
         if self._live and silent_s > self.limits.stall_s:
             return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
         return None
@@ -366,6 +414,7 @@ class Engine:
                 "waiting": len(self.scheduler.waiting),
                 "preemptions": self.scheduler.num_preemptions,
             },
+            **(self.control.state() if self.control is not None else {}),
         }
 
     def check(self) -> None:
@@ -375,9 +424,10 @@ class Engine:
         for group in self.groups:
             group.check(self.model.num_layers)
             for i, stage in enumerate(group.stages):
-                stage.pool.check([r.block_tables[i] for r in group.running if r.block_tables])
+                moving = self.control.held(stage.device) if self.control is not None else []
+                stage.pool.check([*moving, *(r.block_tables[i] for r in group.running if r.block_tables)])
                 for layer in range(stage.first_layer, stage.last_layer):
-                    assert self.memories[stage.device].kv.num_blocks(layer) >= stage.pool.num_blocks
+                    assert self.memories[stage.device].kv.num_blocks(layer) >= stage.pool.limit
 
     def _report_preemptions(self) -> None:
         new = self.scheduler.num_preemptions - self._num_preemptions_seen
@@ -386,7 +436,8 @@ class Engine:
             self.metrics.preemption()
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
+        """The engine's clock, in seconds: the event loop's."""
         return asyncio.get_running_loop().time()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.request import Request
+from kunserve.planner.snapshot import Origin, StageView
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,11 @@ class Stage:
     last_layer: int
     pool: BlockPool
 
+    @property
+    def view(self) -> StageView:
+        """The stage as the planner sees it."""
+        return StageView(self.device, self.first_layer, self.last_layer)
+
 
 @dataclass(slots=True, eq=False)
 class Group:
@@ -28,7 +35,10 @@ class Group:
     block_size: int
     running: list[Request] = field(default_factory=list)  # in order of admission
     num_in_flight: int = 0  # microbatches
+    origin: Origin | None = None  # how it was launched or merged
     is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
+    is_admitting: bool = True  # False: KV on its way here needs the blocks first
+    on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
 
     @property
     def num_blocks(self) -> int:

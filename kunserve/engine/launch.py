@@ -13,17 +13,20 @@ import torch
 
 from kunserve.config import EngineConfig
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.executor import DeviceExecutor
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.placement import budget_chunks, model_shape, place
-from kunserve.engine.policy import make_policy
+from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.gpu.host import CHUNK_BYTES, HostDevice, available_bytes
+from kunserve.gpu.host import HostDevice, available_bytes
 from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.links import Links
 from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
@@ -31,7 +34,8 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.cpu_ops import cpu_ops_or_reference
 from kunserve.model.decoder import Decoder
 from kunserve.model.layout import units_of_stage, weight_units
-from kunserve.planner.snapshot import DeviceView, ModelShape, StageView
+from kunserve.planner.overload import Thresholds
+from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
 
 log = structlog.get_logger()
 
@@ -46,6 +50,7 @@ class Served:
     """An engine and what is known of its model."""
 
     engine: Engine
+    control: OverloadControl
     files: ModelFiles
     tokenizer: Tokenizer
     metrics: Metrics
@@ -60,7 +65,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     )
     model, dtype = files.config, _dtype(config.dtype)
     kv_shape = KVShape.of(model, config.block_size, dtype)
-    shape = model_shape(model, kv_shape, CHUNK_BYTES)
+    shape = model_shape(model, kv_shape, config.chunk_bytes)
     views = [DeviceView(i, _budget(config, shape)) for i in config.devices.indices]
     default_len = (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
     max_model_len = config.max_model_len or min(default_len, model.max_position_embeddings)
@@ -77,7 +82,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     )
     source = await asyncio.to_thread(open_weights, files.folder, model, config.load_format, config.seed)
     ops, ops_note = await asyncio.to_thread(cpu_ops_or_reference, dtype, model.head_dim)
-    devices = await _open_devices(views)
+    devices = await _open_devices(views, config.chunk_bytes)
     try:
         units = weight_units(model, dtype.itemsize)
         memories = [DeviceMemory(device, units, model.num_layers, kv_shape, dtype) for device in devices]
@@ -102,6 +107,13 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         Metrics(served_name, placement.max_model_len, lambda: engine.stats()),
         config.seed,
     )
+    links = Links()
+    thresholds = Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s)
+    is_automatic = config.overload_policy is OverloadPolicy.DROP and not config.is_pinned
+    control = OverloadControl(
+        engine, Reconfigure(engine, shape, source, links), shape, views, thresholds, is_automatic=is_automatic
+    )
+    engine.control = control
     log.info(
         "loaded",
         model=files.name,
@@ -111,7 +123,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         max_model_len=placement.max_model_len,
         operations=ops_note,
     )
-    return Served(engine, files, tokenizer, engine.metrics)
+    return Served(engine, control, files, tokenizer, engine.metrics)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -135,13 +147,13 @@ def _budget(config: EngineConfig, shape: ModelShape) -> int:
     return budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, default)
 
 
-async def _open_devices(views: Sequence[DeviceView]) -> list[HostDevice]:
+async def _open_devices(views: Sequence[DeviceView], chunk_bytes: int) -> list[HostDevice]:
     """Open all devices at once; each pinned to a core of its own while there are enough."""
     cores = sorted(os.sched_getaffinity(0))
     opened = await asyncio.gather(
         *(
             asyncio.to_thread(
-                HostDevice, v.device, v.budget_chunks, core=cores[i] if len(views) <= len(cores) else None
+                HostDevice, v.device, v.budget_chunks, chunk_bytes, core=cores[i] if len(views) <= len(cores) else None
             )
             for i, v in enumerate(views)
         ),
@@ -188,5 +200,5 @@ def _groups(placed: Sequence[Sequence[StageView]], memories: Sequence[DeviceMemo
     for group_id, stages in enumerate(placed):
         pools = [BlockPool(memories[s.device].kv.num_blocks(s.first_layer)) for s in stages]
         chain = (Stage(s.device, s.first_layer, s.last_layer, p) for s, p in zip(stages, pools, strict=True))
-        groups.append(Group(group_id, tuple(chain), block_size))
+        groups.append(Group(group_id, tuple(chain), block_size, origin=Origin(tuple(stages))))
     return groups

@@ -17,6 +17,7 @@ from kunserve.engine.request import Request
 class OverloadPolicy(enum.StrEnum):
     """Values of `--overload-policy`."""
 
+    DROP = "drop"
     RECOMPUTE = "recompute"
     QUEUE = "queue"
 

@@ -105,13 +105,15 @@ class Scheduler:
 
     def _admit_head(self, group: Group, groups: Sequence[Group]) -> Request | None:
         """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now."""
-        if not self.waiting or len(group.running) >= self.limits.max_num_seqs:
+        if not self.waiting or not group.is_admitting or len(group.running) >= self.limits.max_num_seqs:
             return None
         head = self.waiting[0]
         if not self.policy.may_admit(group, head):
             return None
         # Whoever is least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
-        others = (g for g in groups if g is not group and not g.is_paused and _load(g) < _load(group))
+        others = (
+            g for g in groups if g is not group and not g.is_paused and g.is_admitting and _load(g) < _load(group)
+        )
         if any(self.policy.may_admit(other, head) for other in others):
             return None
         self.waiting.popleft()

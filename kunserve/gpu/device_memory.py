@@ -15,6 +15,14 @@ from kunserve.model.layout import WeightUnit
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """What a device's chunks are for: the weight units present, and the chunks of each layer's KV (0: not served)."""
+
+    units: tuple[str, ...]
+    kv_chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkCounts:
     """Chunks of a device by owner; they add up to `budget`."""
 
@@ -45,6 +53,42 @@ class DeviceMemory:
         """Chunks by owner."""
         weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
         return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
+
+    @property
+    def layout(self) -> Layout:
+        """What the chunks are for now."""
+        kv = tuple(self.kv.num_chunks(layer) for layer in range(len(self.kv.layers)))
+        return Layout(tuple(self.weights.present), kv)
+
+    def rearrange(self, layout: Layout) -> None:
+        """Remap until `layout` holds: first what leaves, then what comes. Units that come are mapped, not filled.
+
+        No work may be running on what leaves. All or nothing: on `DeviceError` the old layout is back, with the
+        units that had left mapped but to be filled again.
+        """
+        before = self.layout
+        try:
+            self._unmap_beyond(layout)
+            self._map_up_to(layout)
+        except BaseException:
+            self._unmap_beyond(before)
+            self._map_up_to(before)
+            raise
+
+    def _unmap_beyond(self, layout: Layout) -> None:
+        for unit in self.weights.present:
+            if unit not in layout.units:
+                self.weights.drop(unit)
+        for layer, num_chunks in enumerate(layout.kv_chunks):
+            if self.kv.num_chunks(layer) > num_chunks:
+                self.kv.resize(layer, num_chunks)
+
+    def _map_up_to(self, layout: Layout) -> None:
+        for unit in layout.units:
+            self.weights.map(unit)
+        for layer, num_chunks in enumerate(layout.kv_chunks):
+            if self.kv.num_chunks(layer) < num_chunks:
+                self.kv.resize(layer, num_chunks)
 
     def check(self) -> None:
         """Assert invariant 2: every chunk is free, or owned by exactly the range it is mapped in."""

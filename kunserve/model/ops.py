@@ -58,7 +58,7 @@ class Ops(Protocol):
         """
 
     def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
-        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim). Scale head_dim**-0.5."""
+        """Causal attention of q in `qkv` over the blocks, scaled by head_dim**-0.5: -> (T, num_heads * head_dim)."""
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up: (T, 2 * I) -> (T, I)."""

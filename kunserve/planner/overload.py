@@ -10,7 +10,7 @@ from kunserve.planner.demand import RequestView
 
 
 @dataclass(frozen=True, slots=True)
-class OverloadPolicy:
+class Thresholds:
     """The distance between the watermarks is the hysteresis: a drop never undoes itself by what it adds."""
 
     drop_watermark: float = 0.95  # of what is mapped
@@ -31,19 +31,23 @@ def is_overloaded(
     groups: Sequence[GroupLoad],
     demand_blocks: int,
     mapped_blocks: int,
-    policy: OverloadPolicy,
+    thresholds: Thresholds,
     block_size: int,
 ) -> bool:
-    """Whether the head of the queue (None: nothing waits) fits nowhere, and will not within a few steps.
+    """Whether memory is, or is about to be, too small for what is asked of it.
 
+    The head of the queue (None: nothing waits) fits nowhere and will not within a few steps, or the running requests
+    of a group outgrow its blocks within these steps; and the whole demand exceeds the watermark.
     demand_blocks: `Demand.blocks`; mapped_blocks: capacity of all groups as they stand.
     """
+    if demand_blocks <= thresholds.drop_watermark * mapped_blocks:
+        return False
+    soon = [g.free_blocks + surely_freed(g.running, thresholds.horizon_steps, block_size) for g in groups]
+    if any(blocks < 0 for blocks in soon):
+        return True
     if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
         return False
-    if demand_blocks <= policy.drop_watermark * mapped_blocks:
-        return False
-    horizon = policy.horizon_steps
-    return all(group.free_blocks + surely_freed(group.running, horizon, block_size) < head_blocks for group in groups)
+    return all(blocks < head_blocks for blocks in soon)
 
 
 def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:
@@ -67,14 +71,14 @@ class Relaxation:
     since_s: float | None = None
 
     def observed(
-        self, now: float, num_waiting: int, demand_blocks: int, undropped_blocks: int, policy: OverloadPolicy
+        self, now: float, num_waiting: int, demand_blocks: int, undropped_blocks: int, thresholds: Thresholds
     ) -> Relaxation:
         """Return the state after an observation: the first low one starts the time, any other one ends it."""
-        is_low = num_waiting == 0 and demand_blocks < policy.restore_watermark * undropped_blocks
+        is_low = num_waiting == 0 and demand_blocks < thresholds.restore_watermark * undropped_blocks
         if not is_low:
             return Relaxation()
         return self if self.since_s is not None else replace(self, since_s=now)
 
-    def is_over(self, now: float, policy: OverloadPolicy) -> bool:
+    def is_over(self, now: float, thresholds: Thresholds) -> bool:
         """Whether the burst is over: demand has been low for the hold time."""
-        return self.since_s is not None and now - self.since_s >= policy.hold_s
+        return self.since_s is not None and now - self.since_s >= thresholds.hold_s

@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 
 from kunserve.planner.demand import RequestView
-from kunserve.planner.overload import GroupLoad, OverloadPolicy, Relaxation, is_overloaded, surely_freed
+from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded, surely_freed
 
-POLICY = OverloadPolicy(drop_watermark=0.95, restore_watermark=0.5, hold_s=5.0, horizon_steps=16)
+THRESHOLDS = Thresholds(drop_watermark=0.95, restore_watermark=0.5, hold_s=5.0, horizon_steps=16)
 LONG = RequestView(num_tokens=160, num_output_tokens=20, max_tokens=500, num_blocks=10)
 ENDING = RequestView(num_tokens=160, num_output_tokens=490, max_tokens=500, num_blocks=10)
 
 
 def overloaded(head: int | None, groups: list[GroupLoad], demand: int = 600, mapped: int = 512) -> bool:
-    return is_overloaded(head, groups, demand, mapped, POLICY, block_size=16)
+    return is_overloaded(head, groups, demand, mapped, THRESHOLDS, block_size=16)
 
 
 def test_head_that_fits_nowhere_under_high_demand() -> None:
@@ -19,7 +19,7 @@ def test_head_that_fits_nowhere_under_high_demand() -> None:
 
 
 def test_nothing_waits() -> None:
-    assert not overloaded(None, [GroupLoad(0, [LONG])])
+    assert not overloaded(None, [GroupLoad(0, [ENDING])])
 
 
 def test_head_fits_somewhere() -> None:
@@ -45,23 +45,30 @@ def test_growth_of_the_others_is_not_free() -> None:
 
 
 def test_relaxed_only_after_the_hold_time() -> None:
-    state = Relaxation().observed(10.0, 0, 100, 512, POLICY)
-    assert not state.is_over(14.9, POLICY)
-    state = state.observed(14.9, 0, 255, 512, POLICY)
-    assert state.is_over(15.0, POLICY)
+    state = Relaxation().observed(10.0, 0, 100, 512, THRESHOLDS)
+    assert not state.is_over(14.9, THRESHOLDS)
+    state = state.observed(14.9, 0, 255, 512, THRESHOLDS)
+    assert state.is_over(15.0, THRESHOLDS)
 
 
 @pytest.mark.parametrize(("waiting", "demand"), [(1, 100), (0, 256)])
 def test_a_busy_moment_starts_the_hold_time_again(waiting: int, demand: int) -> None:
-    state = Relaxation().observed(10.0, 0, 100, 512, POLICY).observed(14.0, waiting, demand, 512, POLICY)
-    assert not state.is_over(99.0, POLICY)
-    state = state.observed(14.5, 0, 100, 512, POLICY)
-    assert not state.is_over(19.4, POLICY)
-    assert state.is_over(19.5, POLICY)
+    state = Relaxation().observed(10.0, 0, 100, 512, THRESHOLDS).observed(14.0, waiting, demand, 512, THRESHOLDS)
+    assert not state.is_over(99.0, THRESHOLDS)
+    state = state.observed(14.5, 0, 100, 512, THRESHOLDS)
+    assert not state.is_over(19.4, THRESHOLDS)
+    assert state.is_over(19.5, THRESHOLDS)
 
 
 def test_what_a_drop_adds_does_not_undo_it() -> None:
     """Just over the drop's watermark of 512 blocks: the demand is not low, however much is mapped now."""
     demand = 487
     assert overloaded(5, [GroupLoad(0, [])], demand)
-    assert not Relaxation().observed(0.0, 0, demand, 512, POLICY).is_over(1e9, POLICY)
+    assert not Relaxation().observed(0.0, 0, demand, 512, THRESHOLDS).is_over(1e9, THRESHOLDS)
+
+
+def test_running_requests_that_outgrow_their_group_overload_it_though_nothing_waits() -> None:
+    growing = [RequestView(num_tokens=64, num_output_tokens=0, max_tokens=500, num_blocks=4)] * 10
+    assert is_overloaded(None, [GroupLoad(9, growing)], 300, 100, THRESHOLDS, block_size=16)  # 10 blocks in 16 steps
+    assert not is_overloaded(None, [GroupLoad(10, growing)], 300, 100, THRESHOLDS, block_size=16)
+    assert not is_overloaded(None, [GroupLoad(9, growing)], 90, 100, THRESHOLDS, block_size=16)

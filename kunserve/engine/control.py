@@ -1,0 +1,206 @@
+"""Control: watches the engine, asks the planner, and hands its plans to reconfigure. Decides nothing by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.reconfigure import Reconfigure, Transition
+from kunserve.engine.request import FinishReason, Request
+from kunserve.errors import ConflictError, InvalidRequestError
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
+from kunserve.planner.drop import plan_drop, plan_drop_of
+from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
+from kunserve.planner.plan import RestorePlan
+from kunserve.planner.restore import plan_restore
+from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
+
+log = structlog.get_logger()
+
+NEED_HEADROOM = 2.0  # a chain is cut for outputs so many times longer than expected: it cannot be cut anew
+RETRY_S = 1.0  # after a transition that failed
+
+
+class OverloadControl:
+    """Drops and restores as demand asks for, or as an operator does."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reconfigure: Reconfigure,
+        shape: ModelShape,
+        devices: Sequence[DeviceView],
+        thresholds: Thresholds,
+        *,
+        is_automatic: bool,
+    ) -> None:
+        self._engine, self.reconfigure = engine, reconfigure
+        self._shape, self._devices, self._thresholds = shape, tuple(devices), thresholds
+        self._is_automatic = is_automatic
+        self._estimate = OutputLengthEstimate()
+        self._relaxation = Relaxation()
+        self._not_before_s = 0.0
+        self._tasks: set[asyncio.Task[Transition]] = set()
+
+    # --- what the engine calls ----------------------------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
+        now = self._engine.now()
+        if not self._is_automatic or now < self._not_before_s:
+            return
+        is_idle = self.reconfigure.current is None
+        if (is_idle or self.reconfigure.is_cancellable) and self._is_tight() and self._is_overloaded():
+            self._relaxation = Relaxation()
+            if is_idle:
+                self._begin_drop()
+            else:
+                self.reconfigure.cancel_restore()
+        elif is_idle and any(group.origin and group.origin.parts for group in self._engine.groups):
+            self._begin_restore_if_relaxed(now)
+
+    def finished(self, request: Request) -> None:
+        """A request ended: learn how long outputs are."""
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._estimate = self._estimate.finished(request.num_output_tokens)
+
+    def held(self, device: int) -> list[list[int]]:
+        """Block tables on a device that belong to requests on the move."""
+        return self.reconfigure.exchange.held(device)
+
+    def state(self) -> dict[str, Any]:
+        """Transitions, for `/kunserve/state`."""
+        return {"transitions": [transition.state() for transition in self.reconfigure.transitions]}
+
+    async def stop(self) -> None:
+        """End what is under way. The engine has stopped."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- what operators call ------------------------------------------------------------------------------------
+
+    async def drop(self, group_ids: Sequence[int] | None = None) -> Transition:
+        """Merge these groups, or the two smallest; returns when the epoch is committed.
+
+        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
+        """
+        snapshot = self._snapshot()
+        if group_ids is None:
+            if len(snapshot.groups) < 2:
+                raise ConflictError("there is one group only: nothing to merge")
+            smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
+            group_ids = [group.group_id for group in smallest[:2]]
+        plan = plan_drop_of(snapshot, group_ids, self._need_blocks())
+        committed = asyncio.get_running_loop().create_future()
+        return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
+
+    async def restore(self, group_ids: Sequence[int] | None = None) -> Transition:
+        """Split these groups, or the largest, once; returns when the epoch is committed, or it was cancelled.
+
+        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
+        """
+        known = {group.group_id for group in self._engine.groups}
+        if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
+            raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
+        snapshot = self._snapshot()
+        plan = plan_restore(snapshot)
+        splits = [s for s in plan.splits if group_ids is None or s.group_id in group_ids] if plan else []
+        if not splits:
+            raise ConflictError("no such group is merged, or its live requests do not fit without the drop")
+        splits = splits[:1] if group_ids is None else splits
+        committed = asyncio.get_running_loop().create_future()
+        restore = self.reconfigure.restore(RestorePlan(snapshot.epoch, tuple(splits)), committed.set_result)
+        return await self._until_committed(restore, committed)
+
+    async def _until_committed(
+        self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition]
+    ) -> Transition:
+        task = self._spawn(transition)
+        await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
+        return committed.result() if committed.done() else task.result()
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def _is_tight(self) -> bool:
+        """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
+        horizon = self._thresholds.horizon_steps
+        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        per_request = 1 + horizon // self._shape.block_size
+        if any(group.num_free < len(group.running) * per_request for group in groups):
+            return True
+        return bool(waiting) and all(g.num_free < g.blocks_for(waiting[0].num_tokens) for g in groups)
+
+    def _is_overloaded(self) -> bool:
+        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        return is_overloaded(
+            groups[0].blocks_for(waiting[0].num_tokens) if waiting else None,
+            [GroupLoad(group.num_free, list(map(_view, group.running))) for group in groups],
+            self._demand(1.0),
+            sum(group.num_blocks for group in groups),
+            self._thresholds,
+            self._shape.block_size,
+        )
+
+    def _demand(self, headroom: float) -> int:
+        """Blocks that all requests need, if outputs are `headroom` times as long as expected."""
+        estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
+        running: Iterator[RequestView] = (_view(r) for group in self._engine.groups for r in group.running)
+        waiting = map(_view, self._engine.scheduler.waiting)
+        return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
+
+    def _need_blocks(self) -> int:
+        return self._demand(NEED_HEADROOM)
+
+    def _begin_drop(self) -> None:
+        snapshot = self._snapshot()
+        plan = plan_drop(snapshot, self._need_blocks())
+        if plan.merges:
+            for merge in plan.merges:
+                for group_id in merge.group_ids:
+                    self._engine.group(group_id).is_paused = True  # from this very step on
+            self._spawn(self.reconfigure.drop(snapshot, plan))
+
+    def _begin_restore_if_relaxed(self, now: float) -> None:
+        snapshot, demand = self._snapshot(), self._demand(1.0)
+        num_waiting = len(self._engine.scheduler.waiting)
+        before, undropped = self._relaxation, snapshot.undropped_blocks()
+        self._relaxation = before.observed(now, num_waiting, demand, undropped, self._thresholds)
+        if self._relaxation.is_over(now, self._thresholds):
+            if plan := plan_restore(snapshot, demand):
+                self._relaxation = Relaxation()
+                self._spawn(self.reconfigure.restore(plan))
+        elif self._relaxation != before and self._relaxation.since_s is not None:
+            asyncio.get_running_loop().call_later(self._thresholds.hold_s, self._engine.wake)
+
+    def _spawn(self, transition: Coroutine[Any, Any, Transition]) -> asyncio.Task[Transition]:
+        task = asyncio.create_task(transition, name="transition")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Transition]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("transition failed", error=repr(error))
+            self._not_before_s = self._engine.now() + RETRY_S
+            asyncio.get_running_loop().call_later(RETRY_S, self._engine.wake)
+        self._engine.wake()
+
+    def _snapshot(self) -> Snapshot:
+        groups = tuple(
+            GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
+            for g in self._engine.groups
+        )
+        return Snapshot(self._engine.epoch, self._shape, self._devices, groups)
+
+
+def _view(request: Request) -> RequestView:
+    held = len(request.block_tables[0]) if request.block_tables else 0
+    return RequestView(request.num_tokens, request.num_output_tokens, request.params.max_tokens, held)

@@ -1,0 +1,200 @@
+"""Exchange: KV of live requests follows its layers to other devices, while everything else keeps running.
+
+A request that moves is not scheduled. It holds its blocks where it was and where it goes; when its last layer has
+arrived it leaves the old ones and runs on. Each slice of a copy takes a turn on its link, behind activations.
+A request whose copy fails is recomputed: nothing is lost but time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group
+from kunserve.engine.remap import Remap
+from kunserve.engine.request import Request
+from kunserve.errors import EngineError
+from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.links import Links, Priority
+from kunserve.planner.exchange import LayerMove, layer_moves
+from kunserve.planner.plan import ExchangePlan, KvMove
+from kunserve.planner.snapshot import StageView
+
+log = structlog.get_logger()
+
+SLICE_BYTES = 4 << 20  # of one turn on a link: a millisecond or two between CPU devices
+
+
+@dataclass(slots=True, eq=False)
+class Moving:
+    """One request on its way from the stages it ran on to those of its new group."""
+
+    request: Request
+    group: Group  # the new one
+    left: tuple[StageView, ...]  # stages of the old one
+    tables: dict[int, list[int]]  # device -> block ids there: where it was, and where it has blocks already
+    has_blocks: bool = False  # on all devices of the new group
+
+    @classmethod
+    def begin(cls, request: Request, old: Group, new: Group) -> Moving:
+        """Take `request` from `old` to `new`; its blocks stay with it."""
+        tables = {stage.device: table for stage, table in zip(old.stages, request.block_tables, strict=True)}
+        request.is_moving, request.group_id, request.block_tables = True, new.group_id, []
+        new.running.append(request)
+        return cls(request, new, tuple(stage.view for stage in old.stages), tables)
+
+    @property
+    def moves(self) -> tuple[LayerMove, ...]:
+        """Layers whose device changes."""
+        return layer_moves(self.left, [stage.view for stage in self.group.stages])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks it holds on each device."""
+        return len(next(iter(self.tables.values())))
+
+
+class Exchange:
+    """Moves requests between the devices of an engine."""
+
+    def __init__(self, engine: Engine, remap: Remap, links: Links) -> None:
+        self._engine, self._remap, self._links = engine, remap, links
+        self._moving: dict[str, Moving] = {}  # by request id
+        self.num_bytes = 0  # copied since the server started
+
+    def begin(self, request: Request, old: Group, new: Group) -> Moving:
+        """Bind a request to its new group; until its KV has followed, it is not scheduled."""
+        moving = self._moving[request.request_id] = Moving.begin(request, old, new)
+        return moving
+
+    def held(self, device: int) -> list[list[int]]:
+        """Block tables that moving requests hold on a device."""
+        return [moving.tables[device] for moving in self._moving.values() if device in moving.tables]
+
+    async def by_request(self, moving: Sequence[Moving]) -> None:
+        """One request after the other, in this order; each runs on when its own layers have arrived.
+
+        All get their blocks at once where they fit. Otherwise their groups admit nobody until the last has them.
+        """
+        for m in moving:
+            if not self._allocate(m):
+                for other in moving:
+                    other.group.is_admitting = False
+                break
+        for m in moving:
+            while not m.has_blocks and m.request.finish_reason is None and not self._allocate(m):
+                if not await self._make_room(m.group):
+                    await self._engine.next_commit()
+            try:
+                for move in m.moves:
+                    await self._copy(m, move)
+            except Exception as error:
+                log.warning("exchange failed, recomputing", request=m.request.request_id, error=repr(error))
+                self._end(m, is_lost=True)
+            else:
+                self._end(m)
+        for m in moving:
+            m.group.is_admitting = True
+
+    async def by_layer(self, group: Group, moving: Sequence[Moving], plan: ExchangePlan) -> None:
+        """All requests, one layer after the other: needs the room of one layer only. They run on together."""
+        by_id = {m.request.request_id: m for m in moving}
+        is_lost = False
+        try:
+            for m in moving:
+                if m.request.finish_reason is None and not self._allocate(m, is_beyond_limit=True):
+                    raise EngineError("no blocks for KV that was planned to fit")
+            for move in plan.moves:
+                await self._grow(move)
+                step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
+                for request_id in move.request_ids:
+                    await self._copy(by_id[request_id], step)
+                await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
+        except Exception as error:
+            log.warning("exchange by layer failed, recomputing", requests=len(moving), error=repr(error))
+            is_lost = True
+        for m in moving:
+            self._end(m, is_lost=is_lost)
+
+    def _allocate(self, moving: Moving, *, is_beyond_limit: bool = False) -> bool:
+        """Give a request blocks on every device of its new group; False, and nothing taken, if one lacks them."""
+        taken: dict[int, list[int]] = {}
+        for stage in moving.group.stages:
+            if stage.device in moving.tables:
+                continue
+            blocks = stage.pool.alloc(moving.num_blocks, is_beyond_limit=is_beyond_limit)
+            if blocks is None:
+                for device, ids in taken.items():
+                    self._engine.pools[device].free(ids)
+                return False
+            taken[stage.device] = blocks
+        moving.tables |= taken
+        moving.has_blocks = True
+        return True
+
+    async def _copy(self, moving: Moving, move: LayerMove) -> None:
+        """Copy one request's KV of some layers, in slices. Nothing is copied for a request that has ended."""
+        source, target = self._engine.memories[move.source], self._engine.memories[move.destination]
+        used = moving.group.blocks_for(moving.request.num_computed_tokens)
+        layer_bytes = used * target.kv.shape.block_bytes
+        num_layers = max(1, SLICE_BYTES // max(1, layer_bytes))
+        for first in range(move.first_layer, move.last_layer, num_layers):
+            layers = range(first, min(first + num_layers, move.last_layer))
+            if not used or moving.request.finish_reason is not None:
+                return
+            read, write = moving.tables[move.source][:used], moving.tables[move.destination][:used]
+
+            def work(layers: range = layers, read: list[int] = read, write: list[int] = write) -> None:
+                for layer in layers:
+                    copy_blocks(source.kv.layers[layer], read, target.kv.layers[layer], write)
+
+            async with self._links.turn(move.source, move.destination, Priority.KV):
+                await target.device.run_copy(work)
+            self.num_bytes += layer_bytes * len(layers)
+
+    def _end(self, moving: Moving, *, is_lost: bool = False) -> None:
+        """The request has arrived, is lost on the way, or has ended: free what it holds elsewhere, and let it go on."""
+        request, group = moving.request, moving.group
+        del self._moving[request.request_id]
+        devices = {stage.device for stage in group.stages}
+        for device, table in moving.tables.items():
+            if device not in devices:
+                self._engine.pools[device].free(table)
+        request.block_tables = [moving.tables.get(stage.device, []) for stage in group.stages]
+        request.is_moving = False
+        if request.finish_reason is not None:
+            group.release(request)
+        elif is_lost:
+            self._engine.scheduler.preempt(group, request)
+        self._engine.wake()
+
+    async def _make_room(self, group: Group) -> bool:
+        """Give the KV of layers that everybody has left to those that stay; False if there is none."""
+        needed = {
+            (move.source, layer)
+            for m in self._moving.values()
+            for move in m.moves
+            for layer in range(move.first_layer, move.last_layer)
+        }
+        has_grown = False
+        for stage in group.stages:
+            stay = range(stage.first_layer, stage.last_layer)
+            mapped = self._engine.memories[stage.device].layout.kv_chunks
+            gone = [i for i, n in enumerate(mapped) if n and i not in stay and (stage.device, i) not in needed]
+            if gone:
+                added = sum(mapped[i] for i in gone) // len(stay)
+                await self._remap.resize_kv(stage.device, dict.fromkeys(gone, 0) | {i: mapped[i] + added for i in stay})
+                stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+                has_grown = True
+        return has_grown
+
+    async def _grow(self, move: KvMove) -> None:
+        """Map a layer's range at the destination up to the last block that anybody has there."""
+        kv = self._engine.memories[move.destination].kv
+        last = max((block for table in self.held(move.destination) for block in table), default=-1)
+        for layer in range(move.first_layer, move.last_layer):
+            chunks = max(kv.num_chunks(layer), kv.chunks_for(last + 1))
+            await self._remap.resize_kv(move.destination, {layer: chunks})

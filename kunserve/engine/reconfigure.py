@@ -1,0 +1,333 @@
+"""Reconfigure: the one place that applies plans. Drops weights and merges groups; brings weights back and splits.
+
+A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or rolls
+back to the old one. One runs at a time; a restore gives way to a new burst at any point before its split.
+The numbered steps are those of the design, section 7.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import structlog
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.exchange import Exchange, Moving
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.remap import Layouts, Remap
+from kunserve.errors import ConflictError
+from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.links import Links
+from kunserve.model.checkpoint import WeightSource
+from kunserve.planner.exchange import LiveRequest, plan_exchange
+from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
+from kunserve.planner.restore import HeldRequest, assign_requests
+from kunserve.planner.snapshot import ModelShape, Origin, Snapshot, StageView
+
+log = structlog.get_logger()
+
+HISTORY = 1000  # transitions that are remembered
+
+
+@dataclass(slots=True)
+class Transition:
+    """What happened, step by step. Times in seconds; `started_s` on the engine's clock."""
+
+    kind: str  # "drop", "restore"
+    started_s: float
+    old_groups: tuple[int, ...]
+    new_groups: tuple[int, ...] = ()
+    epoch: int | None = None  # the one it made, once committed
+    outcome: str = "running"  # then "done", "rolled back", "cancelled"
+    exchange_mode: str | None = None
+    exchange_bytes: int = 0
+    weight_bytes: int = 0  # dropped, or loaded
+    seconds: dict[str, float] = field(default_factory=dict)  # by step
+
+    def state(self) -> dict[str, Any]:
+        """As `/kunserve/state` and the log show it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class _CancelledError(Exception):
+    """A new burst came before the weights were back."""
+
+
+class Reconfigure:
+    """Applies plans to an engine, its devices and its requests."""
+
+    def __init__(self, engine: Engine, shape: ModelShape, source: WeightSource, links: Links) -> None:
+        self._engine, self._shape = engine, shape
+        self._remap = Remap(engine.model, shape, engine.memories, source, links)
+        self.exchange = Exchange(engine, self._remap, links)
+        self.transitions: list[Transition] = []
+        self.current: Transition | None = None
+        self._is_cancelled = False
+        self._next_group_id = 1 + max(group.group_id for group in engine.groups)
+
+    # --- drop ---------------------------------------------------------------------------------------------------
+
+    async def drop(
+        self, snapshot: Snapshot, plan: DropPlan, on_commit: Callable[[Transition], None] | None = None
+    ) -> Transition:
+        """Apply a drop plan; returns when every request has arrived. `on_commit` is called when the epoch is new.
+
+        Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
+        """
+        members = [[self._engine.group(i) for i in merge.group_ids] for merge in plan.merges]
+        with self._transition("drop", plan.epoch, [group for groups in members for group in groups]) as transition:
+            old = [group for groups in members for group in groups]
+            with transition.step("boundary"):  # 2
+                await self._engine.quiesce(old)
+            exchanges = [
+                plan_exchange(snapshot, merge, _live_requests(groups))
+                for merge, groups in zip(plan.merges, members, strict=True)
+            ]
+            layouts: Layouts = {}
+            for merge, groups, exchange in zip(plan.merges, members, exchanges, strict=True):
+                layouts |= self._remap.of_merge(
+                    merge,
+                    groups,
+                    is_kv_kept=exchange.mode is not ExchangeMode.INFEASIBLE,
+                    is_spare_kept=exchange.mode is ExchangeMode.BY_LAYER,
+                )
+            with transition.step("remap"):  # 3
+                await self._remap.apply(layouts)
+            transition.weight_bytes = plan.freed_bytes
+            merged = [
+                self._merge(merge, groups, exchange)
+                for merge, groups, exchange in zip(plan.merges, members, exchanges, strict=True)
+            ]
+            self._commit(transition, old, [group for group, _ in merged], on_commit)  # 4
+            with transition.step("exchange"):  # 5, 6
+                before = self.exchange.num_bytes
+                for (group, moving), exchange in zip(merged, exchanges, strict=True):
+                    transition.exchange_mode = str(exchange.mode) if moving else None
+                    await self._exchange_after_merge(group, moving, exchange)
+                transition.exchange_bytes = self.exchange.num_bytes - before
+        return transition
+
+    def _merge(self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan) -> tuple[Group, list[Moving]]:
+        """Make the merged group and bind all requests to it, in the order in which they were admitted."""
+        new = self._new_group(merge.stages, merge.origin)
+        for stage in new.stages:
+            mapped = self._engine.memories[stage.device].kv.num_blocks(stage.first_layer)
+            if exchange.mode is ExchangeMode.BY_LAYER:  # ids of blocks that are mapped layer by layer
+                chunks = self._remap.of_stage(stage.view).kv_chunks[stage.first_layer]
+                stage.pool.grow(self._shape.blocks_in(chunks))
+                stage.pool.set_limit(mapped)
+            else:
+                stage.pool.grow(mapped)
+        running = [(request, group) for group in groups for request in list(group.running)]
+        if exchange.mode is ExchangeMode.INFEASIBLE:
+            for request, group in reversed(running):
+                self._engine.scheduler.preempt(group, request)
+            return new, []
+        running.sort(key=lambda pair: (pair[0].admitted_s or 0.0, pair[0].arrival_s))
+        return new, [self.exchange.begin(request, group, new) for request, group in running]
+
+    async def _exchange_after_merge(self, group: Group, moving: list[Moving], exchange: ExchangePlan) -> None:
+        if exchange.mode is ExchangeMode.BY_LAYER:
+            await self.exchange.by_layer(group, moving, exchange)
+        elif moving:
+            order = {move.request_ids[0]: i for i, move in enumerate(exchange.moves)}
+            await self.exchange.by_request(sorted(moving, key=lambda m: order.get(m.request.request_id, -1)))
+        await self._remap.settle(group.stages)
+        self._engine.wake()
+
+    # --- restore ------------------------------------------------------------------------------------------------
+
+    async def restore(self, plan: RestorePlan, on_commit: Callable[[Transition], None] | None = None) -> Transition:
+        """Apply a restore plan; returns when every request has arrived in its new group. `on_commit` as in `drop`.
+
+        Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
+        If a new burst cancels it before the split, the old grouping is back and the outcome says so.
+        """
+        old = [self._engine.group(split.group_id) for split in plan.splits]
+        with self._transition("restore", plan.epoch, old) as transition:
+            before = self._remap.now(old)
+            try:
+                await self._bring_weights_back(transition, old, plan, before)
+                with transition.step("split"):
+                    await self._engine.quiesce(old)
+                self._give_way()
+            except BaseException as error:
+                await self._back_to_chain(old, before)
+                if isinstance(error, _CancelledError):
+                    transition.outcome = "cancelled"
+                    return transition
+                raise
+            new, moving = self._split(old, plan.splits)
+            self._commit(transition, old, new, on_commit)
+            with transition.step("exchange"):
+                bytes_before = self.exchange.num_bytes
+                await self.exchange.by_request(moving)
+                transition.exchange_bytes = self.exchange.num_bytes - bytes_before
+        return transition
+
+    def cancel_restore(self) -> None:
+        """A new burst came: give up a restore that has not split yet. Nothing happens if there is none."""
+        if self.is_cancellable:
+            self._is_cancelled = True
+            self._engine.progress()
+
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether `cancel_restore` would do something that it has not done yet."""
+        current = self.current
+        return current is not None and current.kind == "restore" and current.epoch is None and not self._is_cancelled
+
+    def _give_way(self) -> None:
+        if self._is_cancelled:
+            raise _CancelledError
+
+    async def _bring_weights_back(
+        self, transition: Transition, old: Sequence[Group], plan: RestorePlan, before: Layouts
+    ) -> None:
+        """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
+        parts = [part for split in plan.splits for part in split.into]
+        targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
+        with transition.step("shrink"):
+            for group in old:
+                for stage in group.stages:
+                    stage.pool.set_limit(targets[stage.device])
+            await self._engine.quiesce(old)
+            while not await self._empty_tails(old, targets):
+                self._resume(old)  # not enough room in front yet: somebody has to finish first
+                await self._engine.next_commit()
+                self._give_way()
+                await self._engine.quiesce(old)
+        with transition.step("remap"):
+            for group in old:
+                for stage in group.stages:
+                    stage.pool.shrink(targets[stage.device])
+            await self._remap.apply(self._remap.of_parts(parts))
+        self._resume(old)
+        with transition.step("load"):
+            transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
+        self._give_way()
+
+    async def _empty_tails(self, groups: Sequence[Group], targets: dict[int, int]) -> bool:
+        """Move live blocks from beyond the targets to free ones before them; False if these are too few."""
+        is_empty = True
+        for group in groups:
+            for position, stage in enumerate(group.stages):
+                tail = stage.pool.used_beyond(targets[stage.device])
+                front = stage.pool.alloc(min(len(tail), stage.pool.num_free)) or []
+                is_empty &= len(front) == len(tail)
+                moved = dict(zip(tail, front, strict=False))
+                try:
+                    await self._copy_within(stage, moved)
+                except BaseException:
+                    stage.pool.free(front)
+                    raise
+                for request in group.running:
+                    table = request.block_tables[position]
+                    table[:] = [moved.get(block, block) for block in table]
+                stage.pool.free(moved)
+        return is_empty
+
+    async def _copy_within(self, stage: Stage, moved: dict[int, int]) -> None:
+        """Copy blocks to other ids, in all layers of a stage."""
+        memory = self._engine.memories[stage.device]
+        for layer in range(stage.first_layer, stage.last_layer) if moved else ():
+            kv = memory.kv.layers[layer]
+            await memory.device.run(partial(copy_blocks, kv, list(moved), kv, list(moved.values())))
+
+    async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
+        """Undo a restore before its split: drop what came, and give the chunks to KV again."""
+        await self._engine.quiesce(groups)
+        await self._remap.apply(before)
+        for group in groups:
+            for stage in group.stages:
+                stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+
+    def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
+        """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
+        made, moving = [], []
+        for group, split in zip(old, splits, strict=True):
+            new = [self._new_group(part.stages, part.origin) for part in split.into]
+            held = [HeldRequest(r.request_id, len(r.block_tables[0])) for r in group.running]
+            stages = [stage.view for stage in group.stages]
+            homes = assign_requests(held, stages, [part.stages for part in split.into])
+            home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
+            moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
+            made += new
+        return made, moving
+
+    # --- both ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transition(self, kind: str, epoch: int, groups: Sequence[Group]) -> Iterator[Transition]:
+        """One transition at a time, of the present epoch; recorded whatever becomes of it."""
+        if self.current is not None:
+            raise ConflictError(f"a {self.current.kind} is under way", retry_after_s=1)
+        if epoch != self._engine.epoch:
+            raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._engine.epoch}")
+        transition = Transition(kind, self._engine.now(), tuple(group.group_id for group in groups))
+        self.current, self._is_cancelled = transition, False
+        self.transitions.append(transition)
+        del self.transitions[:-HISTORY]
+        try:
+            yield transition
+            if transition.outcome == "running":
+                transition.outcome = "done"
+        except BaseException:
+            transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
+            raise
+        finally:
+            self.current = None
+            transition.seconds["total"] = self._engine.now() - transition.started_s
+            self._resume(groups)
+            log.info("transition", **transition.state())
+
+    def _commit(
+        self,
+        transition: Transition,
+        old: Sequence[Group],
+        new: Sequence[Group],
+        on_commit: Callable[[Transition], None] | None,
+    ) -> None:
+        """The new grouping is live."""
+        engine = self._engine
+        engine.epoch += 1
+        engine.groups[:] = [group for group in engine.groups if group not in old] + list(new)
+        transition.epoch, transition.new_groups = engine.epoch, tuple(group.group_id for group in new)
+        transition.seconds["committed"] = engine.now() - transition.started_s
+        for group in new:
+            group.on_first_commit = partial(self._first_token, transition)
+        if on_commit is not None:
+            on_commit(transition)
+        engine.wake()
+
+    def _first_token(self, transition: Transition) -> None:
+        transition.seconds.setdefault("first_token", self._engine.now() - transition.started_s)
+
+    def _resume(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            group.is_paused = False
+        self._engine.wake()
+
+    def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
+        chain = tuple(Stage(s.device, s.first_layer, s.last_layer, self._engine.pools[s.device]) for s in stages)
+        group = Group(self._next_group_id, chain, self._shape.block_size, origin=origin)
+        self._next_group_id += 1
+        return group
+
+
+def _live_requests(groups: Sequence[Group]) -> list[LiveRequest]:
+    return [LiveRequest(r.request_id, g.group_id, len(r.block_tables[0])) for g in groups for r in g.running]

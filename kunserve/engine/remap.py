@@ -1,0 +1,150 @@
+"""Remap: what each device's chunks are for before and after a transition, applied to all its devices or to none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from kunserve.engine.group import Group, Stage
+from kunserve.gpu.device_memory import DeviceMemory, Layout
+from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.config import ModelConfig
+from kunserve.model.layout import units_of_stage
+from kunserve.planner.plan import Merge, Part
+from kunserve.planner.snapshot import ModelShape, StageView
+
+T = TypeVar("T")
+
+Layouts = dict[int, Layout]  # by device
+
+
+class Remap:
+    """Layouts of stages, and the verbs that bring devices to them."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        shape: ModelShape,
+        memories: Sequence[DeviceMemory],
+        source: WeightSource,
+        links: Links,
+    ) -> None:
+        self._model, self.shape, self._memories = model, shape, memories
+        self._source, self._links = source, links
+
+    # --- layouts ------------------------------------------------------------------------------------------------
+
+    def of_stage(self, stage: StageView) -> Layout:
+        """A device that serves one stage and nothing else: its units, and all other chunks evenly for KV."""
+        budget = self._memories[stage.device].pool.num_chunks
+        chunks = self.shape.kv_chunks(budget, stage.first_layer, stage.last_layer)
+        return self._layout(stage, dict.fromkeys(range(stage.first_layer, stage.last_layer), chunks))
+
+    def of_parts(self, parts: Iterable[Part]) -> Layouts:
+        """All devices of the groups that a split makes."""
+        return {stage.device: self.of_stage(stage) for part in parts for stage in part.stages}
+
+    def of_merge(self, merge: Merge, groups: Sequence[Group], *, is_kv_kept: bool, is_spare_kept: bool) -> Layouts:
+        """All devices of a merge right after the drop, before any KV has left.
+
+        is_kv_kept: leave the KV of layers that go until it is copied. is_spare_kept: leave the freed chunks free, for
+        KV that comes layer by layer; otherwise the layers that stay get them.
+        """
+        old = {stage.device: (group, stage) for group in groups for stage in group.stages}
+        layouts = {}
+        for stage in merge.stages:
+            memory, (group, before) = self._memories[stage.device], old[stage.device]
+            chunks = memory.kv.num_chunks(before.first_layer)
+            stay = range(stage.first_layer, stage.last_layer)
+            leaving = [i for i in range(before.first_layer, before.last_layer) if i not in stay]
+            if not (is_kv_kept and group.running):
+                leaving = []
+            spare = memory.pool.num_chunks - len(leaving) * chunks
+            spare -= self.shape.weight_chunks(stage.first_layer, stage.last_layer)
+            grown = chunks if is_spare_kept else spare // len(stay)
+            layouts[stage.device] = self._layout(stage, dict.fromkeys(leaving, chunks) | dict.fromkeys(stay, grown))
+        return layouts
+
+    def _layout(self, stage: StageView, chunks: Mapping[int, int]) -> Layout:
+        units = units_of_stage(self._model, stage.first_layer, stage.last_layer)
+        return Layout(units, tuple(chunks.get(layer, 0) for layer in range(self.shape.num_layers)))
+
+    def now(self, groups: Iterable[Group]) -> Layouts:
+        """The layouts that the groups' devices have."""
+        return {stage.device: self._memories[stage.device].layout for group in groups for stage in group.stages}
+
+    # --- verbs --------------------------------------------------------------------------------------------------
+
+    async def apply(self, layouts: Layouts) -> None:
+        """Rearrange all devices at once, each on its compute queue.
+
+        If one fails, all go back, with their weights filled again, before the error is raised.
+        """
+        before = {device: self._memories[device].layout for device in layouts}
+        try:
+            await self._rearrange(layouts)
+        except BaseException:
+            await self._rearrange(before)
+            for device, layout in before.items():
+                gone = [unit for unit in layout.units if unit not in layouts[device].units]
+                await self._fill(device, gone, self._memories[device].device.run)
+            raise
+
+    async def load(self, before: Layouts, is_cancelled: Callable[[], bool]) -> int:
+        """Fill the units that `before` lacked, all devices at once, in the background; returns bytes loaded.
+
+        Each unit takes its turn on the link from the host; between two of them it stops if it is cancelled.
+        """
+
+        async def load(device: int) -> int:
+            memory, loaded = self._memories[device], 0
+            for unit in memory.weights.present:
+                if unit in before[device].units or is_cancelled():
+                    continue
+                async with self._links.turn(HOST, device, Priority.WEIGHTS):
+                    await self._fill(device, [unit], memory.device.run_copy)
+                loaded += memory.weights.num_chunks(unit) * memory.device.chunk_bytes
+            return loaded
+
+        return sum(await gather_all(load(device) for device in before))
+
+    async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
+        """Give some layers of a device another number of KV chunks."""
+        memory = self._memories[device]
+        before = memory.layout
+        after = Layout(before.units, tuple(chunks.get(i, n) for i, n in enumerate(before.kv_chunks)))
+        if after != before:
+            await memory.device.run(partial(memory.rearrange, after))
+
+    async def settle(self, stages: Iterable[Stage]) -> None:
+        """Unmap KV of layers that are not served here any more, and give the chunks to those that are."""
+        stages = list(stages)
+        await self._rearrange({stage.device: self.of_stage(stage.view) for stage in stages})
+        for stage in stages:
+            stage.pool.grow(self._memories[stage.device].kv.num_blocks(stage.first_layer))
+
+    async def _rearrange(self, layouts: Layouts) -> None:
+        work = []
+        for device, layout in layouts.items():
+            memory = self._memories[device]
+            if memory.layout != layout:
+                work.append(memory.device.run(partial(memory.rearrange, layout)))
+        await gather_all(work)
+
+    async def _fill(
+        self, device: int, units: Sequence[str], run: Callable[[Callable[[], None]], Awaitable[None]]
+    ) -> None:
+        for unit in units:
+            await run(partial(self._memories[device].weights.fill, unit, self._source))
+
+
+async def gather_all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
+    """Wait for all of them, whatever happens to one; then raise the first error."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]

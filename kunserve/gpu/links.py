@@ -1,0 +1,67 @@
+"""Links between devices: one transfer at a time on each, activations first, then KV, then weights."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import heapq
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+HOST = -1  # the host as an end of a link
+
+
+class Priority(enum.IntEnum):
+    """Who goes first when a link becomes free; the least first."""
+
+    ACTIVATION = 0
+    KV = 1
+    WEIGHTS = 2
+
+
+@dataclass(slots=True)
+class _Link:
+    is_busy: bool = False
+    num_asked: int = 0
+    waiting: list[tuple[Priority, int, asyncio.Future[None]]] = field(default_factory=list)
+
+
+class Links:
+    """All links of a machine, named by source and destination device.
+
+    Long transfers take a turn per slice, so that an activation waits for one slice at most.
+    """
+
+    def __init__(self) -> None:
+        self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
+
+    @asynccontextmanager
+    async def turn(self, source: int, destination: int, priority: Priority) -> AsyncIterator[None]:
+        """Hold the link for one transfer, after all waiting ones of higher priority and earlier ones of the same."""
+        link = self._links[source, destination]
+        if link.is_busy:
+            ready = asyncio.get_running_loop().create_future()
+            link.num_asked += 1
+            heapq.heappush(link.waiting, (priority, link.num_asked, ready))
+            try:
+                await ready
+            except asyncio.CancelledError:
+                if ready.done() and not ready.cancelled():
+                    self._pass_on(link)
+                raise
+        link.is_busy = True
+        try:
+            yield
+        finally:
+            self._pass_on(link)
+
+    @staticmethod
+    def _pass_on(link: _Link) -> None:
+        while link.waiting:
+            _, _, ready = heapq.heappop(link.waiting)
+            if not ready.done():
+                ready.set_result(None)  # the link stays busy: it is the next one's
+                return
+        link.is_busy = False

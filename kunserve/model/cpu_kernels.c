@@ -1,0 +1,544 @@
+/* The decoder's operations on one CPU core, float32: called by cpu_ops.py, built at first use by cpu_kernels.py.
+ *
+ * One rule above all: batch invariance. A row's result is the same sequence of float operations whatever stands beside
+ * it in the batch and however its prompt was cut into chunks, so that outputs are bitwise equal in every grouping.
+ *  - linear: an output is VL partial sums along K (lane l: k = l, l + VL, ...) and one fixed tree over the lanes;
+ *    tiles differ only in how many outputs they hold in registers.
+ *  - attention: keys come in tiles of TT positions, aligned to multiples of TT; a score is one chain of FMAs along
+ *    head_dim, a value one chain along positions; rows that see nothing of a tile are left untouched.
+ * Therefore fused multiply-add is written out (fma_) and the file is compiled with -ffp-contract=off: the compiler must
+ * not decide by itself, differently in each tile, what to fuse. Single-threaded: a virtual device is one core.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VL 16 /* floats of a vector */
+#define MR 6  /* rows of x in a linear tile: MR * NR accumulators in 32 registers */
+#define SR 8  /* rows of queries in a score tile, by two vectors */
+#define PR 6  /* rows of queries in a value tile, by four vectors */
+#elif defined(__AVX__)
+#define VL 8
+#define MR 3
+#define SR 4
+#define PR 2
+#else
+#define VL 4
+#define MR 3
+#define SR 4
+#define PR 2
+#endif
+#define NR 4               /* rows of W in a linear tile: four outputs are reduced at once */
+#define KB 2048            /* longest run along K of one tile */
+#define STREAM 2           /* up to so many rows of x, W is read row by row: memory is fastest as one stream */
+#define XBYTES (256 << 10) /* of x that stay in L2 while W passes */
+#define TT 32              /* positions of keys in an attention tile */
+#define RR 48              /* most query rows (tokens * heads of a KV head) that share an attention tile */
+#define DMAX 256           /* largest head_dim */
+#define L2 2               /* __builtin_prefetch's locality for "not into L1" */
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef float vf_u __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef float v4_u __attribute__((vector_size(16), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+#define UNROLL _Pragma("GCC unroll 16")
+/* Hold a vector in a register: else the compiler reads it from memory again at each use, and loads become the limit. */
+#if defined(__x86_64__)
+#define KEEP(v, value) ({ v = (value); __asm__("" : "+v"(v)); })
+#elif defined(__aarch64__)
+#define KEEP(v, value) ({ v = (value); __asm__("" : "+w"(v)); })
+#else
+#define KEEP(v, value) ({ v = (value); })
+#endif
+#ifdef __clang__
+#define SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (i4){i, j, k, l})
+#endif
+
+INLINE int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE vf load(const float *p) { return *(const vf_u *)p; }
+INLINE void store(float *p, vf v) { *(vf_u *)p = v; }
+INLINE v4 load4(const float *p) { return *(const v4_u *)p; }
+INLINE void store4(float *p, v4 v) { *(v4_u *)p = v; }
+INLINE vf splat(float a) { return a - (vf){0}; }
+INLINE vf select_(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+INLINE vf fma_(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+/* The first n < VL floats at p, then zeros. Never reads past them: what follows may not be mapped. */
+INLINE vf load_tail(const float *p, int64_t n) {
+  float t[VL] = {0};
+  memcpy(t, p, 4 * n);
+  return load(t);
+}
+
+/* Fold a vector to four lanes: lane i holds the sum of lanes i, i + 4, ... as a tree of halves. */
+INLINE v4 fold4(vf v) {
+#if VL == 16
+  __m512 w = (__m512)v;
+  __m256 lo = _mm512_castps512_ps256(w);
+  __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(w), 1));
+  __m256 h = _mm256_add_ps(lo, hi);
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif VL == 8
+  __m256 h = (__m256)v;
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#else
+  return v;
+#endif
+}
+
+/* Sums of four vectors at once; each is (l0 + l2) + (l1 + l3) of its fold, whatever the other three are. */
+INLINE v4 sum4(vf a, vf b, vf c, vf d) {
+  v4 p = fold4(a), q = fold4(b), r = fold4(c), s = fold4(d);
+  v4 pq = SHUFFLE4(p, q, 0, 4, 1, 5) + SHUFFLE4(p, q, 2, 6, 3, 7); /* p02 q02 p13 q13 */
+  v4 rs = SHUFFLE4(r, s, 0, 4, 1, 5) + SHUFFLE4(r, s, 2, 6, 3, 7);
+  return SHUFFLE4(pq, rs, 0, 1, 4, 5) + SHUFFLE4(pq, rs, 2, 3, 6, 7);
+}
+
+INLINE float sum(vf a) { return sum4(a, (vf){0}, (vf){0}, (vf){0})[0]; }
+
+/* e**x within 1 ulp or so for x in [-86.6, 88]; 0 below, e**88 above, 1 at 0, NaN of NaN. */
+INLINE vf exp_(vf x) {
+  vi is_zero = x < splat(-86.6f), is_large = x > splat(88.0f);
+  x = select_(is_zero, splat(0), select_(is_large, splat(88.0f), x));
+  const vf magic = splat(12582912.0f); /* 1.5 * 2**23: adding it rounds to an integer */
+  vf t = fma_(x, splat(1.44269504088896341f), magic), n = t - magic;
+  vf r = fma_(n, splat(-0.693359375f), x);
+  r = fma_(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f); /* Cephes expf: 1 + r + r**2 * P(r) on [-ln2 / 2, ln2 / 2] */
+  p = fma_(p, r, splat(1.3981999507e-3f));
+  p = fma_(p, r, splat(8.3334519073e-3f));
+  p = fma_(p, r, splat(4.1665795894e-2f));
+  p = fma_(p, r, splat(1.6666665459e-1f));
+  p = fma_(p, r, splat(5.0000001201e-1f));
+  p = fma_(p, r * r, r) + 1.0f;
+  vf y = (vf)((vi)p + (((vi)t - (vi)magic) << 23));
+  return select_(is_zero, splat(0), y);
+}
+
+/* ---- linear: y = residual + x @ W.T + bias ------------------------------------------------------------------- */
+
+typedef struct {
+  const float *x, *w, *bias, *residual; /* of this tile; bias and residual may be null */
+  float *y;
+  int64_t K, N;          /* row strides of x and W, and of y and residual */
+  int64_t num_k;         /* run along K */
+  int is_first, is_last; /* run along K of these outputs */
+  const float *ahead;    /* W that is read soon, fetched while this tile computes: */
+  int64_t num_ahead;     /* so many vectors per step along k */
+} Tile;
+
+INLINE void linear_tile(const int mr, const int nr, const Tile *t) {
+  const float *x = t->x, *w = t->w, *ahead = t->ahead;
+  const int64_t K = t->K, num_k = t->num_k, num_ahead = t->num_ahead;
+  vf acc[MR][NR];
+  UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
+  int64_t k = 0;
+  for (; k + VL <= num_k; k += VL) {
+    for (int64_t j = 0; j < num_ahead; j++) __builtin_prefetch(ahead + k * num_ahead + j * VL, 0, L2);
+    vf a[MR], b[NR]; /* the fewer stay in registers, the others come one by one */
+    UNROLL for (int i = 0; i < mr && mr < nr; i++) KEEP(a[i], load(x + i * K + k));
+    UNROLL for (int j = 0; j < nr && mr >= nr; j++) KEEP(b[j], load(w + j * K + k));
+    if (mr < nr)
+      UNROLL for (int j = 0; j < nr; j++) {
+        KEEP(b[j], load(w + j * K + k));
+        UNROLL for (int i = 0; i < mr; i++) acc[i][j] = fma_(a[i], b[j], acc[i][j]);
+      }
+    else
+      UNROLL for (int i = 0; i < mr; i++) {
+        KEEP(a[i], load(x + i * K + k));
+        UNROLL for (int j = 0; j < nr; j++) acc[i][j] = fma_(a[i], b[j], acc[i][j]);
+      }
+  }
+  if (k < num_k) {
+    vf b[NR];
+    UNROLL for (int j = 0; j < nr; j++) b[j] = load_tail(w + j * K + k, num_k - k);
+    UNROLL for (int i = 0; i < mr; i++) {
+      vf a = load_tail(x + i * K + k, num_k - k);
+      UNROLL for (int j = 0; j < nr; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++) {
+    v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    float *y = t->y + i * t->N;
+    const float *residual = t->residual + i * t->N;
+    if (nr == NR) {
+      if (!t->is_first) s = load4(y) + s;
+      if (t->is_last && t->bias) s = s + load4(t->bias);
+      if (t->is_last && t->residual) s = load4(residual) + s;
+      store4(y, s);
+    } else {
+      float e = s[0];
+      if (!t->is_first) e = y[0] + e;
+      if (t->is_last && t->bias) e = e + t->bias[0];
+      if (t->is_last && t->residual) e = residual[0] + e;
+      y[0] = e;
+    }
+  }
+}
+
+#define TILE(name, m, n) static __attribute__((noinline)) void name(const Tile *t) { linear_tile(m, n, t); }
+TILE(tile_1x4, 1, 4) TILE(tile_2x4, 2, 4) TILE(tile_3x4, 3, 4)
+TILE(tile_1x1, 1, 1) TILE(tile_2x1, 2, 1) TILE(tile_3x1, 3, 1)
+#if MR == 6
+TILE(tile_4x4, 4, 4) TILE(tile_5x4, 5, 4) TILE(tile_6x4, 6, 4)
+TILE(tile_4x1, 4, 1) TILE(tile_5x1, 5, 1) TILE(tile_6x1, 6, 1)
+static void (*const TILES4[])(const Tile *) = {0, tile_1x4, tile_2x4, tile_3x4, tile_4x4, tile_5x4, tile_6x4};
+static void (*const TILES1[])(const Tile *) = {0, tile_1x1, tile_2x1, tile_3x1, tile_4x1, tile_5x1, tile_6x1};
+#else
+static void (*const TILES4[])(const Tile *) = {0, tile_1x4, tile_2x4, tile_3x4};
+static void (*const TILES1[])(const Tile *) = {0, tile_1x1, tile_2x1, tile_3x1};
+#endif
+
+/* All rows m of x (they fit in L2) by all rows of W, which pass once: tile of W by run of K by tile of x. */
+static void linear_rows(const float *x, const float *w, const float *bias, const float *residual, float *y,
+                        int64_t M, int64_t N, int64_t K, int64_t num_k) {
+  const int64_t num_tiles = (M + MR - 1) / MR;
+  for (int64_t n = 0; n < N;) {
+    const int64_t nr = M > STREAM && n + NR <= N ? NR : 1;
+    for (int64_t k = 0; k < K; k += num_k) {
+      Tile t = {.K = K, .N = N, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
+      t.w = w + n * K + k;
+      t.bias = bias ? bias + n : 0;
+      t.ahead = w + (n + NR) * K + k * nr; /* what comes NR rows later, in order of address */
+      int64_t ahead = n + nr + NR > N ? 0 : nr; /* vectors to fetch per step along k, spread over the tiles of x */
+      for (int64_t i = 0, m = 0; i < num_tiles; i++) {
+        const int64_t mr = (M - m + num_tiles - i - 1) / (num_tiles - i); /* tiles as even as can be */
+        t.x = x + m * K + k;
+        t.y = y + m * N + n;
+        t.residual = residual ? residual + m * N + n : 0;
+        t.num_ahead = (ahead + num_tiles - i - 1) / (num_tiles - i);
+        (nr == NR ? TILES4 : TILES1)[mr](&t);
+        t.ahead += t.num_ahead * t.num_k;
+        ahead -= t.num_ahead;
+        m += mr;
+      }
+    }
+    n += nr;
+  }
+}
+
+/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N). */
+EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
+                   int64_t M, int64_t N, int64_t K) {
+  const int64_t num_runs = (K + KB - 1) / KB;
+  const int64_t num_k = ((K + num_runs - 1) / num_runs + VL - 1) / VL * VL; /* of K alone */
+  int64_t rows = XBYTES / 4 / K / MR * MR;
+  if (rows < 2 * MR) rows = 2 * MR;
+  for (int64_t m = 0; m < M; m += rows)
+    linear_rows(x + m * K, w, bias, residual ? residual + m * N : 0, y + m * N, min_(rows, M - m), N, K, num_k);
+}
+
+/* ---- norm, activation ---------------------------------------------------------------------------------------- */
+
+INLINE void norm_row(const float *x, const float *w, float *y, int64_t n, float eps) {
+  vf a = {0}, b = {0};
+  int64_t i = 0;
+  for (; i + 2 * VL <= n; i += 2 * VL) {
+    vf u = load(x + i), v = load(x + i + VL);
+    a = fma_(u, u, a);
+    b = fma_(v, v, b);
+  }
+  for (; i < n; i += VL) {
+    vf u = n - i < VL ? load_tail(x + i, n - i) : load(x + i);
+    a = fma_(u, u, a);
+  }
+  const float scale = 1.0f / __builtin_sqrtf(sum(a + b) / (float)n + eps);
+  for (i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+/* x (T, H), w (H,) -> y (T, H). */
+EXPORT void rms_norm(const float *x, const float *w, float *y, int64_t T, int64_t H, float eps) {
+  for (int64_t t = 0; t < T; t++) norm_row(x + t * H, w, y + t * H, H, eps);
+}
+
+INLINE vf silu_mul(vf gate, vf up) { return gate / (exp_(-gate) + 1.0f) * up; }
+
+/* gate_up (T, 2 * I) -> y (T, I). */
+EXPORT void silu_and_mul(const float *gate_up, float *y, int64_t T, int64_t I) {
+  for (int64_t t = 0; t < T; t++, gate_up += 2 * I, y += I) {
+    int64_t i = 0;
+    for (; i + VL <= I; i += VL) store(y + i, silu_mul(load(gate_up + i), load(gate_up + I + i)));
+    if (i < I) {
+      vf v = silu_mul(load_tail(gate_up + i, I - i), load_tail(gate_up + I + i, I - i));
+      memcpy(y + i, &v, 4 * (I - i));
+    }
+  }
+}
+
+/* ---- the KV blocks ------------------------------------------------------------------------------------------- */
+
+/* `kv` of one layer, (num_blocks, 2, num_kv_heads, block_size, head_dim), and the width of the block tables. */
+typedef struct {
+  int64_t num_blocks, num_kv_heads, block_size, head_dim, W;
+} Blocks;
+
+INLINE void rotate(const float *x, const float *rope, float *y, int64_t half) {
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half], cos = rope[i], sin = rope[i + half];
+    y[i] = a * cos - b * sin;
+    y[i + half] = b * cos + a * sin;
+  }
+}
+
+/* Norm (if given) and rotate q in place; norm, rotate and append k; append v. -> 0, or 1 + the first bad token. */
+EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const float *q_norm, const float *k_norm,
+                                 const int32_t *positions, const int32_t *cu_seqlens_q, const int32_t *block_tables,
+                                 int64_t B, int64_t W, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size,
+                                 int64_t head_dim, int64_t num_heads, int64_t max_positions, float eps) {
+  const int64_t D = head_dim, KH = num_kv_heads, H = num_heads, head = block_size * D;
+  float t[DMAX];
+  for (int64_t b = 0; b < B; b++) {
+    for (int64_t i = cu_seqlens_q[b]; i < cu_seqlens_q[b + 1]; i++) {
+      const int64_t position = positions[i], block = position / block_size;
+      if (position < 0 || position >= max_positions || block >= W) return i + 1;
+      const int64_t id = block_tables[b * W + block];
+      if (id < 0 || id >= num_blocks) return i + 1;
+      float *x = qkv + i * (H + 2 * KH) * D;
+      float *keys = kv + id * 2 * KH * head + position % block_size * D;
+      for (int64_t h = 0; h < H + KH; h++) {
+        const float *norm = h < H ? q_norm : k_norm;
+        if (norm) norm_row(x + h * D, norm, t, D, eps);
+        else memcpy(t, x + h * D, 4 * D);
+        rotate(t, rope + position * D, h < H ? x + h * D : keys + (h - H) * head, D / 2);
+      }
+      for (int64_t h = 0; h < KH; h++) memcpy(keys + (KH + h) * head, x + (H + KH + h) * D, 4 * D);
+    }
+  }
+  return 0;
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------- */
+
+/* Query rows (token by token, head by head) that share a KV head, and what online softmax keeps of them. */
+typedef struct {
+  int64_t stride;                     /* of the rows of q, out and values: head_dim, rounded up to VL */
+  int64_t position[RR];
+  float q[RR * DMAX], out[RR * DMAX]; /* scaled queries; weighted sums of values */
+  float p[RR][TT];                    /* scores, then weights, of the tile at hand */
+  float keys[DMAX][TT];               /* the tile's keys, transposed */
+  float values[TT * DMAX];            /* the tile's values, only if head_dim is no multiple of VL */
+  float sum[RR][VL];                  /* lane sums of the weights */
+  float max[RR + VL], scale[RR + VL]; /* largest score so far; what this tile multiplies out and sum with */
+} Rows;
+
+INLINE void transpose4(const float *const *row, int64_t d, float (*out)[TT], int64_t t) {
+  v4 a = load4(row[t] + d), b = load4(row[t + 1] + d), c = load4(row[t + 2] + d), e = load4(row[t + 3] + d);
+  v4 ab = SHUFFLE4(a, b, 0, 4, 1, 5), ce = SHUFFLE4(c, e, 0, 4, 1, 5);
+  v4 ab2 = SHUFFLE4(a, b, 2, 6, 3, 7), ce2 = SHUFFLE4(c, e, 2, 6, 3, 7);
+  store4(&out[d][t], SHUFFLE4(ab, ce, 0, 1, 4, 5));
+  store4(&out[d + 1][t], SHUFFLE4(ab, ce, 2, 3, 6, 7));
+  store4(&out[d + 2][t], SHUFFLE4(ab2, ce2, 0, 1, 4, 5));
+  store4(&out[d + 3][t], SHUFFLE4(ab2, ce2, 2, 3, 6, 7));
+}
+
+INLINE void score_tile(const int mr, Rows *s, int64_t r, int64_t t, int64_t D) {
+  vf acc[SR][2];
+  UNROLL for (int i = 0; i < mr; i++) acc[i][0] = acc[i][1] = (vf){0};
+  for (int64_t d = 0; d < D; d++) {
+    vf k0, k1;
+    KEEP(k0, load(&s->keys[d][t]));
+    KEEP(k1, load(&s->keys[d][t + VL]));
+    UNROLL for (int i = 0; i < mr; i++) {
+      vf q = splat(s->q[(r + i) * s->stride + d]);
+      acc[i][0] = fma_(q, k0, acc[i][0]);
+      acc[i][1] = fma_(q, k1, acc[i][1]);
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++) {
+    store(&s->p[r + i][t], acc[i][0]);
+    store(&s->p[r + i][t + VL], acc[i][1]);
+  }
+}
+
+static void scores(Rows *s, int64_t r, int64_t end, int64_t D) {
+  for (; r + SR <= end; r += SR)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(SR, s, r, t, D);
+  for (; r + 3 <= end; r += 3)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(3, s, r, t, D);
+  for (; r < end; r++)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(1, s, r, t, D);
+}
+
+/* Scores of rows [r, end) -> weights; maximum, sum and scale follow. `first` is the tile's first position. */
+static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
+  static const int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vi lane;
+  memcpy(&lane, lanes, sizeof lane);
+  const vf minus_inf = splat(-__builtin_inff());
+  float old[RR + VL];
+  memcpy(old, s->max, sizeof old);
+  for (int64_t i = r; i < end; i++) {
+    const int32_t seen = (int32_t)min_(s->position[i] + 1 - first, TT);
+    vf top = splat(s->max[i]);
+    for (int32_t t = 0; t < TT; t += VL) {
+      vf x = load(&s->p[i][t]);
+      if (seen < t + VL) store(&s->p[i][t], x = select_(lane + t < seen - (vi){0}, x, minus_inf));
+      top = select_(x > top, x, top);
+    }
+    float m = top[0];
+    for (int l = 1; l < VL; l++) m = top[l] > m ? top[l] : m;
+    s->max[i] = m;
+  }
+  for (int64_t i = r; i < end; i += VL) store(s->scale + i, exp_(load(old + i) - load(s->max + i)));
+  for (int64_t i = r; i < end; i++) {
+    vf m = splat(s->max[i]), total = {0};
+    for (int64_t t = 0; t < TT; t += VL) {
+      vf p = exp_(load(&s->p[i][t]) - m);
+      store(&s->p[i][t], p);
+      total = total + p;
+    }
+    store(s->sum[i], fma_(load(s->sum[i]), splat(s->scale[i]), total));
+  }
+}
+
+INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row, int64_t n) {
+  vf acc[PR][4];
+  UNROLL for (int i = 0; i < mr; i++)
+    UNROLL for (int j = 0; j < nv; j++) acc[i][j] = load(&s->out[(r + i) * s->stride + d + j * VL]) * s->scale[r + i];
+  for (int64_t t = 0; t < n; t++) {
+    vf v[4];
+    UNROLL for (int j = 0; j < nv; j++) v[j] = load(row[t] + d + j * VL);
+    UNROLL for (int i = 0; i < mr; i++) {
+      vf p = splat(s->p[r + i][t]);
+      UNROLL for (int j = 0; j < nv; j++) acc[i][j] = fma_(p, v[j], acc[i][j]);
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++)
+    UNROLL for (int j = 0; j < nv; j++) store(&s->out[(r + i) * s->stride + d + j * VL], acc[i][j]);
+}
+
+INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row, int64_t n) {
+  int64_t d = 0;
+  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, n);
+  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, n);
+}
+
+static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, int64_t n) {
+  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, n);
+#if PR > 3
+  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, n);
+#endif
+  for (; r < end; r++) value_rows(1, s, r, D, row, n);
+}
+
+/* Keys of KV head h at positions [first, first + TT), those from `end` on repeating the last. -> 0, or 1 if unnamed. */
+INLINE int locate(const Blocks *c, const int32_t *table, const float *kv, int64_t h, int64_t first, int64_t end,
+                  const float **row) {
+  const int64_t head = c->block_size * c->head_dim, n = min_(TT, end - first);
+  if (n <= 0) return 1;
+  int64_t i = first / c->block_size, o = first % c->block_size;
+  for (int64_t t = 0; t < n; i++, o = 0) {
+    if (i >= c->W || table[i] < 0 || table[i] >= c->num_blocks) return 1;
+    const float *keys = kv + (table[i] * 2 * c->num_kv_heads + h) * head;
+    for (; t < n && o < c->block_size; t++, o++) row[t] = keys + o * c->head_dim;
+  }
+  for (int64_t t = n; t < TT; t++) row[t] = row[n - 1];
+  return 0;
+}
+
+/* A sequence's keys of one KV head that some rows pass over: positions [0, end) of a block table. */
+typedef struct {
+  const int32_t *table;
+  int64_t h, end;
+} Span;
+
+/* `num` rows over their span; of `next`, the first tile is fetched at the end. -> 0, or 1 if a block is not named. */
+static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span span, Span next) {
+  const int64_t D = c->head_dim, values_at = c->num_kv_heads * c->block_size * D; /* from a key to its value */
+  const float *tiles[2][TT]; /* the tile at hand and the one to fetch meanwhile, by turns */
+  for (int64_t i = 0; i < num; i++) {
+    memset(s->out + i * s->stride, 0, 4 * s->stride);
+    memset(s->sum[i], 0, sizeof s->sum[i]);
+    s->max[i] = -__builtin_inff();
+  }
+  if (locate(c, span.table, kv, span.h, 0, span.end, tiles[0])) return 1;
+  for (int64_t first = 0, r = 0; first < span.end; first += TT) {
+    const int64_t n = min_(TT, span.end - first);
+    const float **row = tiles[first / TT % 2], **ahead = tiles[1 - first / TT % 2];
+    if (first + TT < span.end) {
+      if (locate(c, span.table, kv, span.h, first + TT, span.end, ahead)) return 1;
+    } else if (next.end <= 0 || locate(c, next.table, kv, next.h, 0, next.end, ahead)) {
+      ahead = row;
+    }
+    while (s->position[r] < first) r++; /* these rows see nothing of this tile, nor of later ones */
+    for (int64_t t = 0; t < TT; t += 4)
+      for (int64_t d = 0; d < D; d += 4) {
+        const float *line = ahead[t + (d >> 2 & 3)] + (d & ~15);
+        __builtin_prefetch(line, 0, L2);
+        __builtin_prefetch(line + values_at, 0, L2);
+        transpose4(row, d, s->keys, t);
+      }
+    scores(s, r, num, D);
+    softmax(s, r, num, first);
+    for (int64_t t = 0; t < n; t++) row[t] += values_at;
+    if (D % VL)
+      for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
+    values(s, r, num, D, row, n);
+  }
+  return 0;
+}
+
+/* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence. */
+EXPORT int64_t attention(const float *qkv, const float *kv, float *out, const int32_t *positions,
+                         const int32_t *cu_seqlens_q, const int32_t *block_tables, int64_t B, int64_t W,
+                         int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim,
+                         int64_t num_heads) {
+  const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W};
+  const int64_t D = head_dim, stride = (num_heads + 2 * num_kv_heads) * D;
+  const int64_t group = num_heads / num_kv_heads, heads = min_(group, RR), tokens = RR / heads;
+  const float scale = 1.0f / __builtin_sqrtf((float)D);
+  Rows s;
+  s.stride = (D + VL - 1) / VL * VL;
+  if (D % VL) memset(s.values, 0, sizeof s.values); /* the padding of rows stays zero */
+  for (int64_t b = 0; b < B; b++) {
+    for (int64_t i = cu_seqlens_q[b], last; i < cu_seqlens_q[b + 1]; i = last) {
+      last = min_(i + tokens, cu_seqlens_q[b + 1]);
+      for (int64_t q = 0; q < num_heads; q += min_(heads, group - q % group)) {
+        const int64_t num_q = min_(heads, group - q % group), num = (last - i) * num_q;
+        for (int64_t r = 0; r < num; r++) {
+          const float *x = qkv + (i + r / num_q) * stride + (q + r % num_q) * D;
+          for (int64_t d = 0; d < D; d++) s.q[r * s.stride + d] = x[d] * scale;
+          s.position[r] = positions[i + r / num_q];
+        }
+        const Span span = {block_tables + b * W, q / group, positions[last - 1] + 1};
+        Span next = {span.table, (q + num_q) / group, span.end};
+        if (q + num_q == num_heads) { /* the next tokens: of this sequence or of the next */
+          next.h = 0;
+          if (last == cu_seqlens_q[b + 1]) next.table += W;
+          next.end = last < cu_seqlens_q[B] && next.table < block_tables + B * W ? positions[last] + 1 : 0;
+        }
+        if (attend(&s, num, &c, kv, span, next)) return i + 1;
+        for (int64_t r = 0; r < num; r++) {
+          float *y = out + ((i + r / num_q) * num_heads + q + r % num_q) * D;
+          const float total = sum(load(s.sum[r]));
+          for (int64_t d = 0; d < D; d++) y[d] = s.out[r * s.stride + d] / total;
+        }
+      }
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,96 @@
+"""Builds and binds the kernels of cpu_kernels.c: compiled for this very CPU at first use, then cached.
+
+The cached file's name is a hash of the source, the compiler's flags and the CPU's, so a cache that is carried to
+another machine is not used there. No compiler is no error: the caller falls back to TorchOps and logs the reason.
+Linked without -ffast-math: loading such a library flushes subnormals to zero in the whole process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
+BUILD_TIMEOUT_S = 120
+
+_POINTER, _INT = c_void_p, c_int64
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "linear": (None, [_POINTER] * 5 + [_INT] * 3),
+    "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float]),
+    "silu_and_mul": (None, [_POINTER] * 2 + [_INT] * 2),
+    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 8 + [c_float]),
+    "attention": (_INT, [_POINTER] * 6 + [_INT] * 7),
+}
+
+
+class KernelsUnavailableError(Exception):
+    """The kernels cannot be built or loaded here; the message says why, in one line."""
+
+
+def _cpu_flags() -> str:
+    """What -march=native depends on: the CPU's model and instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("flags", "features", "vendor_id", "cpu family", "model", "cpu part")
+    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip().lower() in wanted}))
+
+
+def _compiler() -> list[str]:
+    """The compiler's command: $CC, else cc, gcc or clang."""
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise KernelsUnavailableError("no C compiler (cc, gcc or clang) on PATH")
+
+
+def _build(library: Path, flags: tuple[str, ...]) -> None:
+    """Compile into `library`, which appears whole or not at all."""
+    command = _compiler()
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
+        built = Path(folder, library.name)
+        try:
+            done = subprocess.run(
+                [*command, *flags, str(SOURCE), "-o", str(built)],
+                capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelsUnavailableError(f"C compiler {command[0]!r} cannot run: {error}") from None
+        if done.returncode != 0 or not built.exists():
+            first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            raise KernelsUnavailableError(f"C compiler {command[0]!r} failed with {done.returncode}: {first.strip()}")
+        built.replace(library)
+
+
+def load_kernels(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The bound kernels, compiled unless cached ($KUNSERVE_CACHE/kernels or ~/.cache/kunserve/kernels).
+
+    extra_flags: passed to the compiler after our own. Calls drop the GIL. Raises KernelsUnavailableError.
+    """
+    flags = (*FLAGS, *extra_flags)
+    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, os.environ.get("CC", ""), _cpu_flags()])
+    root = os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve"
+    library = Path(root, "kernels", f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so")
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            _build(library, flags)
+        kernels = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise KernelsUnavailableError(f"cannot use the kernel cache: {error}") from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(kernels, name)
+        function.restype, function.argtypes = result, arguments
+    return kernels
