@@ -34,6 +34,13 @@ class UnauthorizedError(KunServeError):
     type = "AuthenticationError"
 
 
+class ForbiddenError(KunServeError):
+    """Nobody may do this on this server."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+
 class NotFoundError(KunServeError):
     """No such model, route or request."""
 

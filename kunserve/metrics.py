@@ -9,7 +9,7 @@ formatting) may be `COUNTERS_AGE_S` old.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -32,6 +32,7 @@ REQUEST_BUCKETS_S = (
     *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 LAG_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
+TRANSITION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 STEP_BUCKETS_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20)
@@ -49,6 +50,14 @@ class DeviceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupStats:
+    """One group; a chain has more than one stage."""
+
+    group_id: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What the engine is doing now; blocks are those mapped at present, over all groups."""
 
@@ -58,6 +67,8 @@ class EngineStats:
     num_used_blocks: int
     block_size: int
     devices: tuple[DeviceStats, ...] = ()
+    groups: tuple[GroupStats, ...] = ()
+    weights_dropped_bytes: int = 0
 
 
 def _token_buckets(max_tokens: int) -> list[int]:
@@ -108,6 +119,13 @@ class _Gauges(Collector):
             )
         ]
         yield self._gauge("kunserve:device_memory_bytes", "Bytes of a device by owner.", owners)
+        pools = [({"device": device.name}, float(device.kv_bytes)) for device in stats.devices]
+        yield self._gauge("kunserve:kv_pool_bytes", "Bytes of a device mapped for KV now.", pools)
+        stages = [({"group": str(group.group_id)}, float(group.num_stages)) for group in stats.groups]
+        yield self._gauge("kunserve:group_stages", "Devices in the chain of a group.", stages)
+        nothing: dict[str, str] = {}
+        dropped = [(nothing, float(stats.weights_dropped_bytes))]
+        yield self._gauge("kunserve:weights_dropped_bytes", "Bytes of weights that gave way to KV.", dropped)
 
 
 class Metrics:
@@ -154,6 +172,9 @@ class Metrics:
         text = "Requests turned away, by reason."
         family = Counter("vllm:admission_rejections", text, [*self._labels, "reason"], registry=self._registry)
         self._rejections = family
+        self._drops = self._counter("kunserve:drops", "Transitions that dropped weights.")
+        self._restores = self._counter("kunserve:restores", "Transitions that brought weights back.")
+        self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
 
     def _make_histograms(self, tokens: Sequence[float]) -> None:
         def seconds(name: str, text: str, buckets: Sequence[float] = REQUEST_BUCKETS_S) -> Histogram:
@@ -174,6 +195,10 @@ class Metrics:
         self._request_n = histogram("vllm:request_params_n", "Its n.", N_BUCKETS)
         self._request_preemptions = histogram("vllm:request_num_preemptions", "Its preemptions.", PREEMPTION_BUCKETS)
         self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_BUCKETS_TOKENS)
+        text = "Time of a transition, by step."
+        names = [*self._labels, "step"]
+        buckets = TRANSITION_BUCKETS_S
+        self._steps = Histogram("kunserve:transition_seconds", text, names, registry=self._registry, buckets=buckets)
         self._loop_lag = histogram("kunserve:event_loop_lag_seconds", "How late the event loop woke.", LAG_BUCKETS_S)
         names = list(self._labels)
         lag_max = Gauge("kunserve:event_loop_lag_max_seconds", "Since start.", names, registry=self._registry)
@@ -213,6 +238,13 @@ class Metrics:
         if seconds > self._worst_lag_s:
             self._worst_lag_s = seconds
             self._loop_lag_max.set(seconds)
+
+    def transition(self, kind: str, seconds: Mapping[str, float], exchange_bytes: int) -> None:
+        """Count a transition ("drop" or "restore") that was committed, and the seconds of its steps."""
+        (self._drops if kind == "drop" else self._restores).inc()
+        self._exchange_bytes.inc(exchange_bytes)
+        for step, value in seconds.items():
+            self._steps.labels(**self._labels, step=step).observe(value)
 
     def choices_asked(self, n: int) -> None:
         """Count the `n` of one prompt (fed by HTTP: the engine sees n requests)."""

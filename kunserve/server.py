@@ -39,6 +39,7 @@ class ServerConfig:
     host: str
     port: int
     shutdown_timeout_s: float
+    admin_keys: tuple[str, ...]
     log_level: str
     log_json: bool
 
@@ -77,6 +78,7 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
         host=args.host,
         port=args.port,
         shutdown_timeout_s=args.shutdown_timeout,
+        admin_keys=tuple(args.admin_key),
         log_level=args.log_level,
         log_json=args.log_format == "json",
     )
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--restore-hold", type=float, default=defaults.restore_hold_s, metavar="S", help="seconds it must stay below")
     add("--pin", action="store_true", help="regroup only when an operator asks")
+    add("--admin-key", action="append", default=[], metavar="KEY", help="allows /kunserve/drop and /kunserve/restore")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
     )
@@ -183,7 +186,9 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     if tokenizer.chat_template is not None:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
     info = ModelInfo(config.served_names, served.engine.limits.max_model_len, served.files.name, int(time.time()))
-    return create_app(served.engine, tokenizer, template, info, served.metrics, ApiSettings())
+    return create_app(
+        served.engine, tokenizer, template, info, served.metrics, ApiSettings(admin_keys=config.admin_keys)
+    )
 
 
 async def _watch_loop(metrics: Metrics) -> None:

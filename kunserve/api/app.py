@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 from aiohttp import web
 
+from kunserve.api.admin import drop, restore
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.chat import chat_completions
 from kunserve.api.completions import completions
@@ -109,6 +110,8 @@ def create_app(
             web.get("/version", show_version),
             web.get("/metrics", show_metrics),
             web.get("/kunserve/state", state),
+            web.post("/kunserve/drop", drop),
+            web.post("/kunserve/restore", restore),
         ]
     )
     return app

@@ -82,6 +82,12 @@ class Backend(Protocol):
     def state(self) -> dict[str, Any]:
         """Everything worth seeing for `/kunserve/state`, as JSON types."""
 
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed."""
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """Split these groups, or the largest; the transition as JSON types, once its epoch is committed."""
+
     def health(self) -> str | None:
         """None while steps make progress, else the reason why not."""
 
@@ -115,4 +121,5 @@ class ApiSettings:
     write_timeout_s: float = 30.0  # without one byte taken by the client
     max_sequences: int = 2048  # prompts times n of one request
     tokenizer_threads: int = 2
+    admin_keys: tuple[str, ...] = ()  # none: nobody is an admin
     inline_chars: int = 8192  # text up to this size is tokenized on the event loop: about 5 ms

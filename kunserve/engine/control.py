@@ -86,11 +86,8 @@ class OverloadControl:
 
     # --- what operators call ------------------------------------------------------------------------------------
 
-    async def drop(self, group_ids: Sequence[int] | None = None) -> Transition:
-        """Merge these groups, or the two smallest; returns when the epoch is committed.
-
-        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
-        """
+    async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """See `Engine.drop`."""
         snapshot = self._snapshot()
         if group_ids is None:
             if len(snapshot.groups) < 2:
@@ -101,11 +98,8 @@ class OverloadControl:
         committed = asyncio.get_running_loop().create_future()
         return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
 
-    async def restore(self, group_ids: Sequence[int] | None = None) -> Transition:
-        """Split these groups, or the largest, once; returns when the epoch is committed, or it was cancelled.
-
-        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
-        """
+    async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """See `Engine.restore`."""
         known = {group.group_id for group in self._engine.groups}
         if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
             raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
@@ -121,10 +115,10 @@ class OverloadControl:
 
     async def _until_committed(
         self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition]
-    ) -> Transition:
+    ) -> dict[str, Any]:
         task = self._spawn(transition)
         await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
-        return committed.result() if committed.done() else task.result()
+        return (committed.result() if committed.done() else task.result()).state()
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
@@ -187,7 +181,13 @@ class OverloadControl:
 
     def _done(self, task: asyncio.Task[Transition]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return
+        if (error := task.exception()) is None:
+            transition = task.result()
+            if transition.outcome == "done":
+                self._engine.metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
+        else:
             log.error("transition failed", error=repr(error))
             self._not_before_s = self._engine.now() + RETRY_S
             asyncio.get_running_loop().call_later(RETRY_S, self._engine.wake)

@@ -27,7 +27,7 @@ from kunserve.engine.stream import OutputStream
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.metrics import DeviceStats, EngineStats, Metrics
+from kunserve.metrics import DeviceStats, EngineStats, GroupStats, Metrics
 from kunserve.model.config import ModelConfig
 
 log = structlog.get_logger()
@@ -64,6 +64,12 @@ class Control(Protocol):
     def held(self, device: int) -> list[list[int]]:
         """Block tables on a device that belong to requests on the move."""
 
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """As `Engine.drop`."""
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """As `Engine.restore`."""
+
     def state(self) -> dict[str, Any]:
         """What `/kunserve/state` shows of it."""
 
@@ -94,6 +100,7 @@ class Engine:
         self.epoch = 0
         self._is_accepting = False
         self._live: dict[str, _Live] = {}
+        self._launched_weight_bytes = _weight_bytes(memories)
         self._random = random.Random(seed)
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()  # set, and replaced, whenever a microbatch came back
@@ -200,6 +207,21 @@ class Engine:
         """Let everybody who waits for `next_commit` look again."""
         self._progress.set()
         self._progress = asyncio.Event()
+
+    # --- operators ----------------------------------------------------------------------------------------------
+
+    async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """Merge these groups, or the two smallest; the transition's state once its epoch is committed.
+
+        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
+        """
+        assert self.control is not None
+        return await self.control.drop(group_ids)
+
+    async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """Split these groups, or the largest, once; as `drop`. A restore that a burst cancelled says so."""
+        assert self.control is not None
+        return await self.control.restore(group_ids)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -373,6 +395,8 @@ class Engine:
             num_used_blocks=sum(g.num_used for g in self.groups),
             block_size=self.groups[0].block_size,
             devices=tuple(_device_stats(m) for m in self.memories),
+            groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in self.groups),
+            weights_dropped_bytes=self._launched_weight_bytes - _weight_bytes(self.memories),
         )
 
     def state(self) -> dict[str, Any]:
@@ -439,6 +463,10 @@ class Engine:
     def now() -> float:
         """The engine's clock, in seconds: the event loop's."""
         return asyncio.get_running_loop().time()
+
+
+def _weight_bytes(memories: Sequence[DeviceMemory]) -> int:
+    return sum(memory.counts.weights * memory.device.chunk_bytes for memory in memories)
 
 
 def _device_stats(memory: DeviceMemory) -> DeviceStats:

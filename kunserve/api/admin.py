@@ -1,0 +1,44 @@
+"""What operators do by hand: POST /kunserve/drop and /kunserve/restore, with the admin key as a bearer token."""
+
+from __future__ import annotations
+
+from hmac import compare_digest
+
+from aiohttp import web
+
+from kunserve.api.context import API, json_response, read_json
+from kunserve.api.fields import Fields, is_int_list, wrong_type
+from kunserve.errors import ForbiddenError, UnauthorizedError
+
+
+def check_admin(request: web.Request) -> None:
+    """Raise unless the request carries the admin key."""
+    keys = request.app[API].settings.admin_keys
+    if not keys:
+        raise ForbiddenError("This server was started without --admin-key, so nobody may do this.")
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not any(compare_digest(given.encode(), key.encode()) for key in keys):
+        raise UnauthorizedError("The admin key is missing or wrong (send it as `Authorization: Bearer KEY`).")
+
+
+async def drop(request: web.Request) -> web.Response:
+    """POST /kunserve/drop: merge the groups that `groups` names, or the two smallest; answers when committed."""
+    check_admin(request)
+    return json_response(await request.app[API].backend.drop(await _groups(request)))
+
+
+async def restore(request: web.Request) -> web.Response:
+    """POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
+    check_admin(request)
+    return json_response(await request.app[API].backend.restore(await _groups(request)))
+
+
+async def _groups(request: web.Request) -> list[int] | None:
+    if not request.can_read_body:
+        return None
+    groups = Fields(await read_json(request, request.app[API].settings)).any("groups")
+    if groups is None:
+        return None
+    if not is_int_list(groups):
+        wrong_type("groups", "a list of group ids", groups)
+    return [int(group) for group in groups]
