@@ -402,6 +402,7 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
         return {
+            "now_s": self.now(),
             "epoch": self.epoch,
             "devices": [
                 {

@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Compare overload policies: one server per policy with the same memory, the same bursts; a table, JSON and a picture.
+
+Burst A fills memory by growth (48 requests at 16/s, 64 in / 256 out), burst B by prompts (48 at 4/s, 256 in / 128
+out). A peer that runs already is measured the same way: --peer vllm=http://127.0.0.1:8101,http://127.0.0.1:8102.
+The last line of stdout is one JSON object; everything for people goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from load import report
+from load.client import Recording, Target, first_model, run
+from load.plot import check_matplotlib
+from load.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
+from rich.console import Console
+from rich.table import Table
+
+POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
+START_TIMEOUT_S = 120.0
+SETTLE_S = 8.0  # after a burst: long enough for the weights to come back
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """A Poisson burst of equal requests; lengths in tokens."""
+
+    num_requests: int
+    rate: float  # requests per second
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+BURSTS = {"A": Burst(48, 16.0, 64, 256), "B": Burst(48, 4.0, 256, 128)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", default=",".join(POLICIES), help="which of ours, with commas; empty: none")
+    parser.add_argument("--bursts", default="A,B", help="which bursts, with commas")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL,URL", help="a running peer")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--devices", default="cpu:2")
+    parser.add_argument("--blocks", type=int, default=256, help="KV blocks of 16 tokens on each device")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for overload.json and overload.png")
+    return parser.parse_args()
+
+
+async def measure(urls: tuple[str, ...], burst: Burst, seed: int) -> dict[str, Any]:
+    """Run one burst; `summary`, `requests` and `metrics` as the load generator reports them."""
+    times = poisson_arrivals(burst.rate, burst.num_requests, stream_of(seed, 0))
+    prompt, output = Span.parse(str(burst.num_prompt_tokens)), Span.parse(str(burst.num_output_tokens))
+    lengths = draw_lengths(prompt, output, len(times), stream_of(seed, 1))
+    jobs = make_jobs(times, lengths, (None, None), 0.0, stream_of(seed, 2))
+    recording = Recording.of(jobs, urls)
+    await run(recording, Target(urls, await first_model(urls[0], {}), seed=seed))
+    return {"summary": report.summarize(recording), **report.details(recording)}
+
+
+async def get_json(url: str) -> dict[str, Any]:
+    """The JSON object at `url`."""
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        response.raise_for_status()
+        answer: dict[str, Any] = await response.json()
+        return answer
+
+
+async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> dict[str, Any]:
+    """Start a server with this policy, run the bursts one after the other, and stop it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", args.out / f"server-{policy}.log"
+    with log.open("wb") as out:
+        server = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "kunserve.server", "--model", args.model, "--devices", args.devices),
+            *("--num-gpu-blocks-override", str(args.blocks), "--overload-policy", policy, "--port", str(port)),
+            stdout=out,
+            stderr=out,
+        )
+        try:
+            await _until_ready(server, url, log)
+            results = {}
+            for name, burst in bursts.items():
+                before = await get_json(f"{url}/kunserve/state")
+                result = await measure((url,), burst, args.seed)
+                await asyncio.sleep(SETTLE_S)
+                after = await get_json(f"{url}/kunserve/state")
+                result["preemptions"] = after["requests"]["preemptions"] - before["requests"]["preemptions"]
+                new = after["transitions"][len(before["transitions"]) :]
+                result["transitions"] = [t | {"at_s": t["started_s"] - before["now_s"]} for t in new]
+                results[name] = result
+            return results
+        finally:
+            server.send_signal(signal.SIGINT)
+            await server.wait()
+
+
+async def _until_ready(server: asyncio.subprocess.Process, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.returncode is None:
+        try:
+            await get_json(f"{url}/health")
+            return
+        except aiohttp.ClientError:
+            await asyncio.sleep(0.2)
+    raise SystemExit(f"the server did not start:\n{log.read_text()[-2000:]}")
+
+
+def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
+    """One row per policy or peer."""
+    table = Table(title=f"Burst {burst}: {BURSTS[burst]}")
+    for column in (
+        "policy",
+        "time s",
+        "tok/s",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT p50",
+        "longest gap",
+        "preempted",
+        "failed",
+    ):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, bursts in results.items():
+        s = bursts[burst]["summary"]
+        table.add_row(
+            name,
+            f"{s['elapsed_s']:.1f}",
+            f"{s['output_tokens_per_s']:.0f}",
+            *(f"{value:.2f}" for value in (s["ttft_s"]["p50"], s["ttft_s"]["p99"], s["tpot_s"]["p50"])),
+            f"{s['longest_gap_s']:.2f}",
+            str(bursts[burst].get("preemptions", "?")),
+            str(s["failed"] + s["unfinished"]),
+        )
+    return table
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """A column per policy and a page row per burst: TTFT, stalls, and KV capacity and use over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bursts = list(next(iter(results.values())))
+    rows = [(burst, kind) for burst in bursts for kind in ("TTFT s", "longest gap s", "KV")]
+    figure, axes = pyplot.subplots(
+        len(rows),
+        len(results),
+        figsize=(3 * len(results) + 1, 2.1 * len(rows)),
+        sharex="row",
+        sharey="row",
+        squeeze=False,
+    )
+    for column, (name, by_burst) in enumerate(results.items()):
+        for row, (burst, kind) in enumerate(rows):
+            _panel(axes[row][column], kind, by_burst[burst])
+            if column == 0:
+                axes[row][column].set_ylabel(f"{burst}: {kind}")
+        axes[0][column].set_title(name)
+        axes[-1][column].set_xlabel("s")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _panel(axes: Any, kind: str, result: dict[str, Any]) -> None:
+    requests = [r for r in result["requests"] if r["ttft_s"] is not None]
+    if kind == "KV":
+        for server in result["metrics"]:
+            pools = [values for key, values in server.items() if key.startswith("kunserve:kv_pool_bytes")]
+            if pools:
+                capacity = [sum(v or 0 for v in at) / 2**20 for at in zip(*pools, strict=True)]
+                axes.plot(server["at_s"], capacity, label="capacity MiB")
+                used = [c * (u or 0) for c, u in zip(capacity, server["kv_usage"], strict=True)]
+                axes.fill_between(server["at_s"], used, alpha=0.4, label="used")
+    else:
+        key = "ttft_s" if kind.startswith("TTFT") else "longest_gap_s"
+        axes.scatter([r["sent_s"] for r in requests], [r[key] for r in requests], s=6)
+    for transition in result.get("transitions", []):
+        colour = "tab:red" if transition["kind"] == "drop" else "tab:green"
+        axes.axvline(transition["at_s"], color=colour, linewidth=1)
+        seconds = transition["seconds"]
+        if (exchange := seconds.get("exchange", 0.0)) > 0:
+            start = transition["at_s"] + seconds.get("committed", 0.0)
+            axes.axvspan(start, start + exchange, color=colour, alpha=0.2)
+    axes.grid(alpha=0.3)
+
+
+async def main() -> None:
+    """Measure everything that was asked for."""
+    args = parse_arguments()
+    try:
+        check_matplotlib()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    bursts = {name: BURSTS[name] for name in args.bursts.split(",")}
+    results: dict[str, dict[str, Any]] = {}
+    for policy in filter(None, args.policies.split(",")):
+        console.print(f"measuring {policy}")
+        results[policy] = await measure_policy(policy, bursts, args)
+    for peer in args.peer:
+        name, _, urls = peer.partition("=")
+        console.print(f"measuring {name}")
+        results[name] = {b: await measure(tuple(urls.split(",")), burst, args.seed) for b, burst in bursts.items()}
+    for burst in bursts:
+        console.print(table_of(burst, results))
+    (args.out / "overload.json").write_text(json.dumps(results))
+    draw(results, args.out / "overload.png")
+    console.print(f"written: {args.out / 'overload.json'}, {args.out / 'overload.png'}")
+    summaries = {
+        name: {b: r["summary"] | {"preemptions": r.get("preemptions")} for b, r in by.items()}
+        for name, by in results.items()
+    }
+    print(json.dumps(summaries))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
