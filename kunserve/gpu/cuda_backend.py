@@ -1,0 +1,180 @@
+"""What launching an engine on CUDA devices takes, in the order of its verbs: prepare, open, source, executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kunserve.engine.request import SamplingParams
+from kunserve.engine.sampler import SamplingRow
+from kunserve.gpu.cuda import (
+    CudaDevice,
+    budget_bytes,
+    choose_chunk_bytes,
+    islands,
+    open_cuda_devices,
+    open_drivers,
+)
+from kunserve.gpu.cuda_driver import Driver
+from kunserve.gpu.cuda_executor import CudaExecutor
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.pinned import PinnedSource
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.config import ModelConfig
+from kunserve.model.cuda_attention import StepLimits
+from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
+from kunserve.model.cuda_sampling import launch_sample
+from kunserve.model.layout import weight_units
+from kunserve.model.ops import AttentionBatch
+from kunserve.planner.snapshot import DeviceView
+
+GRAPH_BYTES = 192 << 20  # of one logical device: memory that captured graphs keep for themselves
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """What flags say. Sizes in bytes, tokens or sequences as named."""
+
+    ordinals: tuple[int, ...]  # of each logical device; none: every GPU once
+    dtype: torch.dtype
+    block_size: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    memory_bytes: int | None = None
+    utilization: float = 0.92
+    enforce_eager: bool = False
+    pin_weights: bool = True
+
+
+class CudaBackend:
+    """Drivers that are open, and the sizes that were found. Blocking; prepare, open and load on a thread."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        options: CudaOptions,
+        open_driver: Callable[[int], Driver] | None = None,
+        measure: Callable[[Driver, ModelConfig, CudaOptions], int] | None = None,
+    ) -> None:
+        """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
+        self._model, self._options = model, options
+        self._drivers = open_drivers(options.ordinals, open_driver)
+        try:
+            ordinals = [driver.ordinal for driver in self._drivers]
+            first = {driver.ordinal: driver for driver in reversed(self._drivers)}
+            reserved = (measure or measure_activations)(self._drivers[0], model, options)
+            self.budget_bytes = budget_bytes(
+                ordinals,
+                {ordinal: driver.memory() for ordinal, driver in first.items()},
+                memory_bytes=options.memory_bytes,
+                utilization=options.utilization,
+                reserved_bytes=reserved,
+            )
+            self._block_bytes = KVShape.of(model, options.block_size, options.dtype).block_bytes
+            self.chunk_bytes = choose_chunk_bytes(
+                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self.budget_bytes
+            )
+            self.num_chunks = self.budget_bytes // self.chunk_bytes
+        except BaseException:
+            self.close()
+            raise
+
+    def views(self) -> list[DeviceView]:
+        """The devices as the planner sees them."""
+        return [DeviceView(i, self.num_chunks, island) for i, island in enumerate(islands(self._drivers))]
+
+    def open(self) -> list[CudaDevice]:
+        """Create all chunks; the devices own the drivers from now on. ConfigError, with nothing open."""
+        drivers, self._drivers = self._drivers, []
+        return open_cuda_devices(drivers, self.num_chunks, self.chunk_bytes)
+
+    def source(self, source: WeightSource, device: CudaDevice) -> WeightSource:
+        """The one host copy of the weights, pinned unless flags say no."""
+        if not self._options.pin_weights:
+            return source
+        units = weight_units(self._model, self._options.dtype.itemsize)
+        return PinnedSource(source, units, self._options.dtype, device.driver)
+
+    def executor(
+        self, devices: Sequence[CudaDevice], memories: Sequence[DeviceMemory], max_model_len: int
+    ) -> tuple[CudaExecutor, str]:
+        """Decoders on the devices' memory; and what they are made of, for the log."""
+        options = self._options
+        limits = StepLimits(
+            options.max_num_batched_tokens, options.max_num_seqs, self.budget_bytes // self._block_bytes
+        )
+        made = [_decoder(self._model, options, memory, max_model_len, limits) for memory in memories]
+        return CudaExecutor(devices, [decoder for decoder, _ in made]), made[0][1]
+
+    def close(self) -> None:
+        """Give up before `open`. Idempotent."""
+        while self._drivers:
+            self._drivers.pop().close()
+
+
+def _decoder(
+    model: ModelConfig, options: CudaOptions, memory: DeviceMemory, max_model_len: int, limits: StepLimits
+) -> tuple[CudaDecoder, str]:
+    return cuda_decoder(
+        model,
+        memory.weights,
+        memory.kv,
+        max_model_len,
+        limits,
+        block_size=options.block_size,
+        dtype=options.dtype,
+        device=memory.device.torch_device,
+        enforce_eager=options.enforce_eager,
+    )
+
+
+def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
+    """Bytes that torch takes for one logical device: workspaces, and a step at the full token budget.
+
+    The step runs on a model of one layer, as activations do not depend on how many there are. What it took is given
+    back to the GPU, so that the memory that is free then is as it was.
+    """
+    one_layer, device = replace(model, num_layers=1), driver.torch_device
+    num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
+    shape = KVShape.of(model, options.block_size, options.dtype)
+    num_blocks = -(-num_tokens // options.block_size) + num_seqs
+    units = weight_units(one_layer, options.dtype.itemsize)
+    chunk = driver.granularity
+    kv_chunks = -(-num_blocks * shape.block_bytes // chunk)
+    num_chunks = kv_chunks + sum(-(-unit.num_bytes // chunk) for unit in units)
+    (small,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
+    try:
+        before = torch.cuda.memory_reserved(device)
+        memory = DeviceMemory(small, units, 1, shape, options.dtype)
+        for unit in units:
+            memory.weights.map(unit.name)
+        memory.kv.resize(0, kv_chunks)
+        limits = StepLimits(num_tokens, num_seqs, num_blocks)
+        decoder, _ = _decoder(one_layer, options, memory, num_tokens, limits)
+        ids, batch, rows = full_step(num_tokens, num_seqs, options.block_size)
+        logits = decoder.forward(0, 1, ids, batch, rows)
+        launch_sample(logits, [SamplingRow(SamplingParams(1), 0, (), (), ())] * num_seqs)
+        torch.cuda.synchronize(device)
+        taken = torch.cuda.memory_reserved(device) - before
+        del decoder, logits, memory
+    finally:
+        small.close()
+    torch.cuda.empty_cache()
+    return taken + (0 if options.enforce_eager else GRAPH_BYTES)
+
+
+def full_step(num_tokens: int, num_seqs: int, block_size: int) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:
+    """The largest microbatch: `num_seqs` prompts with `num_tokens` tokens together, all sampled."""
+    lens = torch.full((num_seqs,), num_tokens // num_seqs)
+    lens[: num_tokens % num_seqs] += 1
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
+    width = -(-int(lens.max()) // block_size)
+    counts = -(-lens // block_size)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])[:-1]
+    tables = (starts[:, None] + torch.arange(width)).clamp(max=int(counts.sum()) - 1)
+    positions = torch.arange(num_tokens) - ends[:-1].repeat_interleave(lens)
+    batch = AttentionBatch(positions.int(), ends.int(), lens.int(), tables.int(), block_size)
+    return torch.zeros(num_tokens, dtype=torch.int32), batch, ends[1:] - 1

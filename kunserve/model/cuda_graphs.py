@@ -1,0 +1,110 @@
+"""CUDA graphs of decode steps: one per run of layers and bucket of batch sizes, captured when first needed.
+
+A graph reads and writes addresses that never change: weights, KV, the staged arrays of a step and one buffer of
+hidden states per bucket. Runs are short and begin at multiples of their length, so that a stage of any grouping is
+made of the same runs: after a drop or a restore the same graphs replay, and nothing is captured again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+RUN_LAYERS = 4
+
+
+class Run(NamedTuple):
+    """Layers `[first_layer, last_layer)` that one graph runs."""
+
+    first_layer: int
+    last_layer: int
+
+
+def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes that are captured: a few, and the largest that can come if it is not too large."""
+    below = tuple(bucket for bucket in BUCKETS if bucket < max_num_seqs)
+    return (*below, max_num_seqs) if max_num_seqs <= BUCKETS[-1] else BUCKETS
+
+
+def bucket_for(num_seqs: int, buckets: tuple[int, ...]) -> int | None:
+    """The smallest bucket that holds `num_seqs` sequences; None if there is none: such a step runs eagerly."""
+    i = bisect_left(buckets, num_seqs)
+    return buckets[i] if i < len(buckets) else None
+
+
+def cut_into_runs(first_layer: int, last_layer: int, run_layers: int = RUN_LAYERS) -> list[tuple[Run, bool]]:
+    """Cut a stage at multiples of `run_layers`. False: a ragged end, which only this grouping has; it runs eagerly."""
+    runs = []
+    start = first_layer
+    while start < last_layer:
+        end = min((start // run_layers + 1) * run_layers, last_layer)
+        runs.append((Run(start, end), end - start == run_layers))
+        start = end
+    return runs
+
+
+class Graph(Protocol):
+    """Captured work."""
+
+    def replay(self) -> None:
+        """Launch it on the current stream."""
+
+
+class DecodeGraphs:
+    """The graphs of one device, and the hidden states that they work on."""
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capture: Callable[[Callable[[], None]], Graph],
+        run_layers: int = RUN_LAYERS,
+    ) -> None:
+        self.buckets, self.run_layers = batch_buckets(max_num_seqs), run_layers
+        self._hidden = torch.zeros(self.buckets[-1], hidden_size, dtype=dtype, device=device)
+        self._capture = capture
+        self._graphs: dict[tuple[Run, int], Graph] = {}
+        self.num_captures = 0
+        self.num_replays = 0
+
+    def hidden(self, bucket: int) -> Tensor:
+        """The rows (bucket, H) that graphs of `bucket` change in place."""
+        return self._hidden[:bucket]
+
+    def run(self, run: Run, bucket: int, work: Callable[[], None]) -> None:
+        """Do `work`: replay it, or the first time do it and capture it for the next."""
+        graph = self._graphs.get((run, bucket))
+        if graph is not None:
+            self.num_replays += 1
+            graph.replay()
+            return
+        work()  # the step itself; it also compiles and loads what a capture could not
+        self._graphs[run, bucket] = self._capture(work)
+        self.num_captures += 1
+
+
+class CudaCapture:
+    """Captures on the current stream. Other threads go on launching meanwhile; all graphs share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` launches, without running it."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph would synchronize the GPU and empty its cache under the other devices' feet.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        return graph

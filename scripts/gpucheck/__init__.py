@@ -1,0 +1,1 @@
+"""Parts of scripts/gpu_check.py: each is a function of a `Bench` that returns figures."""

@@ -1,0 +1,254 @@
+"""A driver without a GPU that keeps CUDA's rules and breaks the test when our code does not.
+
+Physical memory is a memfd and addresses are reserved with PROT_NONE, so bytes follow their chunk, and touching what is
+not mapped or has no access set ends the process as it does a GPU's context. Work on a stream is not finished before
+the test says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kunserve.errors import DeviceError
+
+GRANULARITY = 2 << 20
+_RW = mmap.PROT_READ | mmap.PROT_WRITE
+_FIXED, _NORESERVE = 0x10, 0x4000
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class RuleBrokenError(AssertionError):
+    """Our code did what CUDA forbids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An event: how much of a stream's work it waits for."""
+
+    stream: int
+    position: int
+
+
+class FakeCuda:
+    """`Driver` of a GPU that is not there. `calls` counts calls by name; `fail_at[name]` makes the n-th one fail."""
+
+    def __init__(self, ordinal: int = 0, total_bytes: int = 1 << 30, reachable: Sequence[int] = ()) -> None:
+        self.ordinal, self.torch_device, self.granularity = ordinal, torch.device("cpu"), GRANULARITY
+        self.calls: Counter[str] = Counter()
+        self.log: list[tuple[Any, ...]] = []
+        self.fail_at: dict[str, int] = {}
+        self.is_open = True
+        self._total, self._reachable = total_bytes, {ordinal, *reachable}
+        self._fd = os.memfd_create("fake-cuda")
+        os.ftruncate(self._fd, total_bytes)
+        self._handles: dict[int, tuple[int, int]] = {}  # handle -> offset, bytes
+        self._next_offset = 0
+        self._reserved: dict[int, int] = {}
+        self._mapped: dict[int, tuple[int, int]] = {}  # address -> bytes, handle
+        self._accessible: dict[int, tuple[int, ...]] = {}  # address of a mapping -> ordinals
+        self._submitted: dict[int, int] = {}  # stream -> pieces of work
+        self._done: dict[int, int] = {}
+        self._waits: dict[int, list[tuple[int, Mark]]] = {}  # stream -> (position that waits, for what)
+        self._change = threading.Condition()
+        self.pinned_ranges: dict[int, int] = {}
+        self.error: str | None = None  # a kernel failed: every wait says so
+
+    # --- for tests ---------------------------------------------------------------------------------------------
+
+    def submit(self, stream: int) -> None:
+        """A kernel is launched on `stream`; it runs until `complete`."""
+        with self._change:
+            self._submitted[stream] += 1
+
+    def complete(self, stream: int, pieces: int = 1) -> None:
+        """The oldest kernels of `stream` finish."""
+        with self._change:
+            done = self._done[stream] + pieces
+            assert done <= self._submitted[stream]
+            for position, mark in self._waits[stream]:
+                if position < done and self._done[mark.stream] < mark.position:
+                    raise RuleBrokenError("a kernel ran before the event that it waits for")
+            self._done[stream] = done
+            self._change.notify_all()
+
+    def fail(self, error: str) -> None:
+        """A kernel faults: all waiting ends with the error."""
+        with self._change:
+            self.error = error
+            self._change.notify_all()
+
+    def reaches(self, address: int) -> tuple[int, ...]:
+        """GPUs that may use the mapping at `address`."""
+        return self._accessible.get(address, ())
+
+    def is_clean(self) -> bool:
+        """Whether everything was given back."""
+        return not (self._handles or self._reserved or self._mapped or self._submitted or self.is_open)
+
+    # --- Driver ------------------------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[int, int]:
+        return self._total - sum(size for _, size in self._handles.values()), self._total
+
+    def can_access(self, ordinal: int) -> bool:
+        return ordinal in self._reachable
+
+    def create(self, num_bytes: int) -> int:
+        self._count("create", num_bytes)
+        self._check(num_bytes > 0 and num_bytes % GRANULARITY == 0, "create: size is no multiple of the granularity")
+        if self._next_offset + num_bytes > self._total:
+            raise DeviceError(f"cuda:{self.ordinal}: cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY")
+        handle = 1000 + len(self._handles)
+        self._handles[handle] = (self._next_offset, num_bytes)
+        self._next_offset += num_bytes
+        return handle
+
+    def release(self, handle: int) -> None:
+        self._count("release", handle)
+        self._check(handle in self._handles, "release: no such handle")
+        self._check(all(h != handle for _, h in self._mapped.values()), "release: the handle is mapped")
+        del self._handles[handle]
+
+    def reserve(self, num_bytes: int) -> int:
+        self._count("reserve", num_bytes)
+        self._check(num_bytes > 0 and num_bytes % GRANULARITY == 0, "reserve: size is no multiple of the granularity")
+        start = self._mmap(None, num_bytes + GRANULARITY, 0, _RESERVED)
+        address = -(-start // GRANULARITY) * GRANULARITY  # the few pages around it stay reserved: nobody can land there
+        self._reserved[address] = num_bytes
+        return address
+
+    def free(self, address: int, num_bytes: int) -> None:
+        self._count("free", address, num_bytes)
+        self._check(self._reserved.get(address) == num_bytes, "free: not a reserved range")
+        self._check(not self._inside(address, num_bytes), "free: something is mapped in it")
+        del self._reserved[address]
+        _libc.munmap(address, num_bytes)
+
+    def map(self, address: int, num_bytes: int, handle: int) -> None:
+        self._count("map", address, num_bytes, handle)
+        self._check_idle("map")
+        self._check(address % GRANULARITY == 0, "map: address is not aligned")
+        self._check(self._handles.get(handle, (0, 0))[1] == num_bytes, "map: no such handle, or not all of it")
+        in_range = any(a <= address and address + num_bytes <= a + n for a, n in self._reserved.items())
+        self._check(in_range, "map: not in a reserved range")
+        self._check(not self._overlapping(address, num_bytes), "map: something is mapped there")
+        self._check(all(h != handle for _, h in self._mapped.values()), "map: the chunk is mapped elsewhere")
+        self._mmap(address, num_bytes, 0, mmap.MAP_SHARED | _FIXED, self._fd, self._handles[handle][0])
+        self._mapped[address] = (num_bytes, handle)
+
+    def set_access(self, address: int, num_bytes: int, ordinals: Sequence[int]) -> None:
+        self._count("set_access", address, num_bytes, tuple(ordinals))
+        self._check_idle("set_access")
+        inside = self._inside(address, num_bytes)
+        self._check(sum(self._mapped[a][0] for a in inside) == num_bytes, "set_access: not all of it is mapped")
+        self._check(self.ordinal in ordinals, "set_access: without the GPU that holds it")
+        self._accessible.update((a, tuple(ordinals)) for a in inside)
+        assert _libc.mprotect(address, num_bytes, _RW) == 0
+
+    def unmap(self, address: int, num_bytes: int) -> None:
+        self._count("unmap", address, num_bytes)
+        self._check_idle("unmap")
+        inside = self._inside(address, num_bytes)
+        whole = sum(self._mapped[a][0] for a in inside) == num_bytes and num_bytes > 0
+        self._check(whole, "unmap: not whole mappings")
+        for a in inside:
+            del self._mapped[a]
+            self._accessible.pop(a, None)
+        self._mmap(address, num_bytes, 0, _RESERVED | _FIXED)
+
+    def create_stream(self) -> int:
+        stream = 1 + max(self._submitted, default=0)
+        self._submitted[stream] = self._done[stream] = 0
+        self._waits[stream] = []
+        return stream
+
+    def destroy_stream(self, stream: int) -> None:
+        del self._submitted[stream]
+
+    def on(self, stream: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def record(self, stream: int) -> Mark:
+        with self._change:
+            return Mark(stream, self._submitted[stream])
+
+    def wait(self, stream: int, event: Mark) -> None:
+        with self._change:
+            self._waits[stream].append((self._submitted[stream], event))
+
+    def synchronize(self, stream: int) -> None:
+        self.calls["synchronize"] += 1
+        self.synchronize_event(self.record(stream))
+
+    def synchronize_event(self, event: Mark) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self.error or self._done[event.stream] >= event.position)
+            if self.error:
+                raise DeviceError(f"cuda:{self.ordinal}: cuEventSynchronize failed: {self.error}")
+
+    def storage(self, address: int, num_bytes: int) -> torch.UntypedStorage:
+        make: Any = torch._C._construct_storage_from_data_pointer
+        storage: torch.UntypedStorage = make(address, self.torch_device, num_bytes)
+        return storage
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        self._count("pin", address, num_bytes)
+        self._check(address not in self.pinned_ranges, "pin: pinned already")
+        self.pinned_ranges[address] = num_bytes
+
+    def unpin(self, address: int) -> None:
+        self._check(address in self.pinned_ranges, "unpin: not pinned")
+        del self.pinned_ranges[address]
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            os.close(self._fd)
+
+    # --- rules -------------------------------------------------------------------------------------------------
+
+    def _count(self, name: str, *arguments: Any) -> None:
+        self.calls[name] += 1
+        self.log.append((name, *arguments))
+        if self.fail_at.get(name) == self.calls[name]:
+            raise DeviceError(f"cuda:{self.ordinal}: {name} failed: CUDA_ERROR_UNKNOWN")
+
+    def _check(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise RuleBrokenError(rule)
+
+    def _check_idle(self, call: str) -> None:
+        with self._change:
+            idle = all(self._done[s] == n for s, n in self._submitted.items())
+        self._check(idle, f"{call}: work that was submitted is not finished")
+
+    def _inside(self, address: int, num_bytes: int) -> list[int]:
+        return sorted(a for a, (n, _) in self._mapped.items() if address <= a and a + n <= address + num_bytes)
+
+    def _overlapping(self, address: int, num_bytes: int) -> bool:
+        return any(a < address + num_bytes and address < a + n for a, (n, _) in self._mapped.items())
+
+    def _mmap(self, address: int | None, size: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+        result = _libc.mmap(address, size, prot, flags, fd, offset)
+        assert result is not None and result != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+        return int(result)

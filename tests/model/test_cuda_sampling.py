@@ -1,0 +1,82 @@
+"""Asynchronous sampling gives the tokens that `sample` gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kunserve.engine.request import SamplingParams
+from kunserve.engine.sampler import SamplingRow, sample
+from kunserve.errors import EngineError
+from kunserve.model import cuda_sampling
+from kunserve.model.cuda_sampling import launch_sample
+
+
+def row(seed: int, num_output: int = 2, **params: Any) -> SamplingRow:
+    settings = SamplingParams(max_tokens=9, **params)
+    return SamplingRow(settings, seed, (1, 2), tuple(range(num_output)), (0,))
+
+
+PLAIN = [
+    row(1, temperature=0.0),
+    row(2, temperature=1.0),
+    row(3, temperature=0.3, min_p=0.1),
+    row(4, temperature=2.0, num_output=5),
+    row(5, temperature=0.0, top_k=3),
+]
+
+
+def logits(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, 97, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plain_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_sampling, "SLICE_ELEMENTS", 200)  # two rows at a time
+    values = logits(len(PLAIN), seed)
+    pending = launch_sample(values, PLAIN)
+    assert pending.known is None
+    assert pending.tokens() == sample(values, PLAIN)
+    assert pending.on_device.tolist() == [token.token_id for token in pending.tokens()]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 0.5},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": ((3, 50.0),)},
+        {"min_tokens": 4},
+        {"num_logprobs": 2},
+        {"allowed_token_ids": (4, 9)},
+    ],
+)
+def test_rows_that_ask_for_more(params: dict[str, Any]) -> None:
+    rows, values = [*PLAIN, row(6, **params)], logits(len(PLAIN) + 1, 3)
+    pending = launch_sample(values, rows)
+    assert pending.known is not None
+    assert pending.tokens() == sample(values, rows)
+    assert pending.on_device.tolist() == [token.token_id for token in pending.tokens()]
+
+
+def test_rows_that_score_a_prompt_token() -> None:
+    rows = [PLAIN[0], replace(row(6), given=17)]
+    assert [token.token_id for token in launch_sample(logits(2, 1), rows).tokens()][1] == 17
+
+
+def test_rows_without_a_finite_logit_are_named_when_tokens_are_asked_for() -> None:
+    values = logits(3, 0)
+    values[1, 5] = torch.inf
+    pending = launch_sample(values, PLAIN[:3])
+    with pytest.raises(EngineError, match=r"rows \[1\] of 3"):
+        pending.tokens()
+
+
+def test_nothing_to_sample() -> None:
+    assert launch_sample(torch.zeros(0, 97), []).tokens() == []
