@@ -37,10 +37,14 @@ class EngineConfig:
     pipeline_parallel_size: int | None = None
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     watermark: float = 0.0
+    swap_space_bytes: int = 4 << 30  # of host memory, for the KV of requests that make way
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
     is_pinned: bool = False  # regroup only when an operator asks
+    gpu_memory_utilization: float = 0.92  # CUDA only, as are the next two
+    pin_weights: bool = True
+    enforce_eager: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for a number that cannot be meant."""
@@ -92,7 +96,11 @@ def parse_size(text: str) -> int:
 
 def parse_devices(text: str) -> DeviceSpec:
     """Devices of "cpu:2" (two virtual CPU devices); ConfigError otherwise."""
+    if text.strip().startswith("cuda"):
+        from kunserve.gpu.cuda import parse_cuda_devices  # imports torch
+
+        return DeviceSpec("cuda", parse_cuda_devices(text))
     match = re.fullmatch(r"cpu(?::(\d+))?", text.strip())
     if not match or not 0 < int(match[1] or 1) <= 64:
-        raise ConfigError(f"not devices: {text!r} (write for instance cpu:2)")
+        raise ConfigError(f"not devices: {text!r} (write for instance cpu:2, cuda or cuda:0*4)")
     return DeviceSpec("cpu", tuple(range(int(match[1] or 1))))

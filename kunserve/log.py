@@ -7,10 +7,14 @@ import sys
 
 import orjson
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 
 
 def set_up_logging(level: str, as_json: bool) -> None:
-    """Send all events of `level` and above to stderr. Called once, at start-up."""
+    """Send all events of `level` and above to stderr. Called once, at start-up.
+
+    Tracebacks are without local variables: those hold prompts, and may be as long.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -20,7 +24,7 @@ def set_up_logging(level: str, as_json: bool) -> None:
         structlog.configure(
             processors=[
                 *shared,
-                structlog.processors.dict_tracebacks,
+                structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
                 structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str)),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
@@ -28,7 +32,12 @@ def set_up_logging(level: str, as_json: bool) -> None:
         )
     else:
         structlog.configure(
-            processors=[*shared, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+            processors=[
+                *shared,
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                ),
+            ],
             wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
             logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         )

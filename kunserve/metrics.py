@@ -69,6 +69,7 @@ class EngineStats:
     devices: tuple[DeviceStats, ...] = ()
     groups: tuple[GroupStats, ...] = ()
     weights_dropped_bytes: int = 0
+    num_waiting_tokens: int = 0  # of the prompts and answers of those waiting
 
 
 def _token_buckets(max_tokens: int) -> list[int]:
@@ -145,6 +146,7 @@ class Metrics:
         self._now = now
         self._counters_text = b""
         self._counters_text_s = -inf
+        self.num_prompt_tokens = self.num_generation_tokens = 0  # since start
         self._make_counters()
         self._make_histograms(_token_buckets(max_model_len))
         self._worst_lag_s = 0.0
@@ -219,10 +221,12 @@ class Metrics:
     def prompt_tokens(self, num_tokens: int) -> None:
         """Add prompt tokens computed."""
         self._prompt_tokens.inc(num_tokens)
+        self.num_prompt_tokens += num_tokens
 
     def generation_tokens(self, num_tokens: int) -> None:
         """Add tokens generated."""
         self._generation_tokens.inc(num_tokens)
+        self.num_generation_tokens += num_tokens
 
     def preemption(self) -> None:
         """Count one request that lost its KV to others."""

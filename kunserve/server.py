@@ -7,8 +7,9 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 import uvloop
@@ -17,13 +18,19 @@ from aiohttp import web
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.chat_template import ChatTemplate
+from kunserve.api.reasoning import END as REASONING_END
+from kunserve.api.structured import Grammars
+from kunserve.api.tool_parsers import parser_of_template
 from kunserve.config import EngineConfig, parse_devices, parse_size
 from kunserve.engine.launch import Served, launch
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
+from kunserve.flags import HttpConfig, add_http_flags, http_config, with_config_file
+from kunserve.listen import Listener
 from kunserve.log import set_up_logging
 from kunserve.metrics import Metrics
 from kunserve.progress import LoadingProgress
+from kunserve.summary import Summary, log_summary
 
 log = structlog.get_logger()
 
@@ -38,16 +45,16 @@ class ServerConfig:
     served_names: tuple[str, ...]
     host: str
     port: int
+    http: HttpConfig
     shutdown_timeout_s: float
-    admin_keys: tuple[str, ...]
     log_level: str
     log_json: bool
 
 
-def parse_args(arguments: Sequence[str]) -> ServerConfig:
+def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> ServerConfig:
     """Flags to a config. Exits with usage on unknown flags; ConfigError for values that cannot be."""
-    args = _parser().parse_args(arguments)
-    model = args.model or args.model_tag
+    args = _parser(prog).parse_args(with_config_file(arguments))
+    model = args.model_tag or args.model
     if not model:
         raise ConfigError("no model: give --model NAME, for instance --model smollm2-135m")
     engine = EngineConfig(
@@ -66,30 +73,35 @@ def parse_args(arguments: Sequence[str]) -> ServerConfig:
         pipeline_parallel_size=args.pipeline_parallel_size,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
+        swap_space_bytes=parse_size(args.swap_space),
         drop_watermark=args.drop_watermark,
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
         is_pinned=args.pin,
     )
     engine.check()
+    if not 0 < args.port < 65536:
+        raise ConfigError(f"--port {args.port}: must be between 1 and 65535")
+    if not args.shutdown_timeout >= 0:
+        raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: must be at least 0")
     return ServerConfig(
         engine=engine,
         served_names=tuple(args.served_model_name or [model]),
         host=args.host,
         port=args.port,
+        http=http_config(args),
         shutdown_timeout_s=args.shutdown_timeout,
-        admin_keys=tuple(args.admin_key),
         log_level=args.log_level,
         log_json=args.log_format == "json",
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     defaults = EngineConfig(model="")
     parser = argparse.ArgumentParser(
-        prog="python -m kunserve.server",
+        prog=prog,
         description="Serve a model on all devices of this machine, with an OpenAI-compatible API.",
-        epilog="Example: python -m kunserve.server --model smollm2-135m --devices cpu:2 --device-memory 730MiB",
+        epilog=f"Example: {prog} --model smollm2-135m --devices cpu:2 --device-memory 730MiB",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -118,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         default=str(defaults.overload_policy),
         help="what happens when KV memory is full",
     )
+    add("--swap-space", metavar="SIZE", default="4GiB", help="host memory for KV, with --overload-policy swap")
     add("--watermark", type=float, default=defaults.watermark, help="share of blocks that admission leaves free")
     add(
         "--drop-watermark", type=float, default=defaults.drop_watermark, help="demand over mapped KV that drops weights"
@@ -130,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--restore-hold", type=float, default=defaults.restore_hold_s, metavar="S", help="seconds it must stay below")
     add("--pin", action="store_true", help="regroup only when an operator asks")
-    add("--admin-key", action="append", default=[], metavar="KEY", help="allows /kunserve/drop and /kunserve/restore")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
     )
+    add_http_flags(parser)
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="least level to log")
     add("--log-format", default="console", choices=("console", "json"), help="how to log")
     return parser
@@ -145,35 +158,51 @@ async def serve(config: ServerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _request_stop, stop)
-    with LoadingProgress() as progress:
-        served = await launch(config.engine, config.served_names[0], progress.update)
+    listener = Listener(config.host, config.port, config.http.uds, config.http.ssl_context())
+    try:
+        async with listener.answering_probes():
+            with LoadingProgress() as progress:
+                served = await launch(config.engine, config.served_names[0], progress.update)
+        await _serve(config, served, listener, stop)
+    finally:
+        listener.close()
+    log.info("stopped")
+
+
+async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
+    """Serve what is loaded until `stop`; then drain. Closes the engine."""
     engine = served.engine
     try:
         await engine.start()
         runner = web.AppRunner(_app(config, served), handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
-        heartbeat = asyncio.create_task(_watch_loop(served.metrics))
+        watchers = [asyncio.create_task(_watch_loop(served.metrics))]
+        if (interval_s := config.http.stats_interval_s) is not None:
+            watchers.append(asyncio.create_task(log_summary(Summary(served.metrics, engine.stats), interval_s)))
         try:
-            try:
-                await web.TCPSite(runner, config.host, config.port).start()
-            except OSError as error:
-                raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
-            log.info("ready", url=f"http://{config.host}:{config.port}", model=config.served_names[0])
-            await stop.wait()
+            await listener.serve(runner)
+            log.info("ready", url=listener.url, model=config.served_names[0])
+            await _first_of(stop.wait(), engine.wait())
+            if not engine.is_running:
+                raise ConfigError("the engine has stopped; the log says why")
             log.info("stopping", drain_s=config.shutdown_timeout_s, running=engine.num_running)
             stop.clear()
-            drain = asyncio.create_task(engine.stop(config.shutdown_timeout_s))
-            impatient = asyncio.create_task(stop.wait())  # a second Ctrl-C
-            await asyncio.wait([drain, impatient], return_when=asyncio.FIRST_COMPLETED)
-            impatient.cancel()
-            drain.cancel()
+            await _first_of(engine.stop(config.shutdown_timeout_s), stop.wait())  # a second Ctrl-C
         finally:
-            heartbeat.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             await engine.stop()
             await runner.cleanup()
     finally:
         await engine.close()
-    log.info("stopped")
+
+
+async def _first_of(*awaitables: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them is done, and cancel the others."""
+    tasks = [asyncio.create_task(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def _request_stop(stop: asyncio.Event) -> None:
@@ -182,13 +211,32 @@ def _request_stop(stop: asyncio.Event) -> None:
 
 def _app(config: ServerConfig, served: Served) -> web.Application:
     tokenizer = served.tokenizer
-    template = None
-    if tokenizer.chat_template is not None:
-        template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    source = tokenizer.chat_template
+    if (path := config.http.chat_template) is not None:
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+    template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
     info = ModelInfo(config.served_names, served.engine.limits.max_model_len, served.files.name, int(time.time()))
-    return create_app(
-        served.engine, tokenizer, template, info, served.metrics, ApiSettings(admin_keys=config.admin_keys)
+    settings = ApiSettings(
+        api_keys=config.http.api_keys,
+        admin_keys=config.http.admin_keys,
+        allowed_origins=config.http.allowed_origins,
+        max_num_queued_reqs=config.engine.max_num_queued_reqs,
+        max_num_queued_tokens=config.http.max_num_queued_tokens,
+        logs_access=config.http.logs_access,
+        tool_call_parser=config.http.tool_call_parser or parser_of_template(source),
+        reasoning_parser=config.http.reasoning_parser,
     )
+    model = served.engine.model
+    grammars = Grammars(
+        tokenizer.to_json,
+        max(model.vocab_size, tokenizer.vocab_size),
+        model.eos_token_ids,
+        tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
+    )
+    return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
 
 
 async def _watch_loop(metrics: Metrics) -> None:
@@ -200,14 +248,21 @@ async def _watch_loop(metrics: Metrics) -> None:
         metrics.loop_lag(max(0.0, loop.time() - due))
 
 
-def main() -> None:
-    """Entry point of `python -m kunserve.server`."""
+def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> None:
+    """Serve until a signal; errors that a user can mend end the process with one line."""
     try:
-        config = parse_args(sys.argv[1:])
+        config = parse_args(arguments, prog)
         set_up_logging(config.log_level, config.log_json)
+        if config.http.ignored:
+            log.warning("flags of vLLM that change nothing here are ignored", flags=" ".join(config.http.ignored))
         uvloop.run(serve(config))
     except ConfigError as error:
         sys.exit(f"kunserve: {error.message}")
+
+
+def main() -> None:
+    """Entry point of `python -m kunserve.server`."""
+    run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,21 @@
 """Shared by all tests. This file also puts `tests/` on the path, for helpers such as `tiny_models`."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
 from hypothesis import settings
+from tiny_models import make_tiny_model
 
 # The same examples in every run, and no failures because a machine is slow.
 settings.register_profile("kunserve", deadline=None, derandomize=True, database=None)
 settings.load_profile("kunserve")
+
+
+@pytest.fixture(scope="session")
+def tiny64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model of six layers in float64, where the order of sums does not choose tokens."""
+    folder = tmp_path_factory.mktemp("tiny64")
+    return make_tiny_model("llama", folder, dtype=torch.float64, num_hidden_layers=6, hidden_size=32)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from hmac import compare_digest
-
 from aiohttp import web
 
+from kunserve.api.access import bearer, is_key
 from kunserve.api.context import API, json_response, read_json
 from kunserve.api.fields import Fields, is_int_list, wrong_type
 from kunserve.errors import ForbiddenError, UnauthorizedError
@@ -16,8 +15,7 @@ def check_admin(request: web.Request) -> None:
     keys = request.app[API].settings.admin_keys
     if not keys:
         raise ForbiddenError("This server was started without --admin-key, so nobody may do this.")
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not any(compare_digest(given.encode(), key.encode()) for key in keys):
+    if not is_key(bearer(request), keys):
         raise UnauthorizedError("The admin key is missing or wrong (send it as `Authorization: Bearer KEY`).")
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from aiohttp import web
 
-from kunserve.api.answers import AnswerFormat, Choice
+from kunserve.api.answers import Choice
 from kunserve.api.context import Api, json_response
-from kunserve.api.errors import error_event, internal_error
+from kunserve.api.errors import internal_error
 from kunserve.api.generation import submitted
 from kunserve.api.protocol import GenerationCall
+from kunserve.api.reasoning import MessageParser
 from kunserve.api.sse import EventStream
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.errors import KunServeError
+
+if TYPE_CHECKING:
+    from kunserve.engine.constraint import GrammarConstraint
 
 log = structlog.get_logger()
 
@@ -23,7 +28,12 @@ Outputs = AsyncIterator[tuple[int, Output]]
 
 
 def make_choices(
-    api: Api, answer_id: str, call: GenerationCall, prompts: Sequence[tuple[list[int], SamplingParams, str]]
+    api: Api,
+    answer_id: str,
+    call: GenerationCall,
+    prompts: Sequence[tuple[list[int], SamplingParams, str | None]],
+    constraint: GrammarConstraint | None = None,
+    new_parser: Callable[[], MessageParser] | None = None,
 ) -> list[Choice]:
     """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
     choices: list[Choice] = []
@@ -32,12 +42,34 @@ def make_choices(
         for i in range(call.n):
             seed = None if params.seed is None else (params.seed + i) & (2**63 - 1)
             request_id = f"{answer_id}-{next(api.serials)}"
-            request = Request(request_id, ids, replace(params, seed=seed), priority=call.priority)
-            choices.append(Choice(len(choices), request, echo))
+            own = None if constraint is None else constraint.copy()
+            request = Request(request_id, ids, replace(params, seed=seed), priority=call.priority, constraint=own)
+            choices.append(Choice(len(choices), request, echo, new_parser() if new_parser else None))
     return choices
 
 
-async def answer(request: web.Request, api: Api, form: AnswerFormat, choices: Sequence[Choice]) -> web.StreamResponse:
+class Form(Protocol):
+    """How one endpoint writes its answers."""
+
+    call: GenerationCall
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """Events before a choice's first chunk, which is for `output`."""
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """Events for a delta, not yet counted into `choice`; perhaps none."""
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """Events after the last chunk."""
+
+    def error(self, error: KunServeError) -> bytes:
+        """Events that end the answer with an error."""
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+async def answer(request: web.Request, api: Api, form: Form, choices: Sequence[Choice]) -> web.StreamResponse:
     """Generate and send. Leaving early in any way (a client that goes cancels this) ends the generation."""
     async with submitted(api.backend, [choice.request for choice in choices]) as outputs:
         if form.call.is_stream:
@@ -49,7 +81,7 @@ async def answer(request: web.Request, api: Api, form: AnswerFormat, choices: Se
 
 
 async def _stream(
-    request: web.Request, api: Api, form: AnswerFormat, choices: Sequence[Choice], outputs: Outputs
+    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], outputs: Outputs
 ) -> web.StreamResponse:
     events = EventStream(request, api.settings.write_timeout_s)
     try:
@@ -59,26 +91,25 @@ async def _stream(
         except ConnectionError:
             raise
         except KunServeError as error:
-            await events.send(error_event(error))
+            await events.send(form.error(error))
         except Exception:
             log.exception("request failed", path=request.path)
-            await events.send(error_event(internal_error()))
+            await events.send(form.error(internal_error()))
         await events.close()
     except ConnectionError as error:
         log.info("stream cut", reason=str(error), request=choices[0].request.request_id)
     return events.response
 
 
-async def _send_chunks(events: EventStream, form: AnswerFormat, choices: Sequence[Choice], outputs: Outputs) -> None:
+async def _send_chunks(events: EventStream, form: Form, choices: Sequence[Choice], outputs: Outputs) -> None:
     """One event per delta; what opens a choice goes out with its first."""
     opened = [False] * len(choices)
     async for index, output in outputs:
         choice = choices[index]
-        data = form.chunk(choice, output)
-        if not opened[index]:
-            opened[index] = True
-            data = form.opening(choice) + data
+        data = b"" if opened[index] else form.opening(choice, output)
+        opened[index] = True
+        data += form.chunk(choice, output)
         choice.advance(output)
-        await events.send(data)
-    if form.call.include_usage:
-        await events.send(form.usage_chunk(choices))
+        if data:
+            await events.send(data)
+    await events.send(form.ending(choices))

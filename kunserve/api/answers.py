@@ -10,8 +10,12 @@ from typing import Any, ClassVar
 import orjson
 
 from kunserve.api.backend import TextTokenizer
+from kunserve.api.errors import error_event
 from kunserve.api.protocol import GenerationCall
-from kunserve.engine.request import Output, Request, TokenLogprobs
+from kunserve.api.reasoning import MessageParser
+from kunserve.api.sse import DONE
+from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
+from kunserve.errors import KunServeError
 
 
 @dataclass(slots=True)
@@ -20,7 +24,8 @@ class Choice:
 
     index: int
     request: Request
-    echo: str = ""  # the prompt, if the answer begins with it
+    echo: str | None = None  # the prompt, if the answer begins with it
+    parser: MessageParser | None = None  # None: the text is the message
     num_tokens: int = 0
     text_length: int = 0
     outputs: list[Output] = field(default_factory=list)  # kept for an answer in one piece only
@@ -39,6 +44,11 @@ class Choice:
     def token_ids(self) -> list[int]:
         """What was generated."""
         return [token_id for output in self.outputs for token_id in output.token_ids]
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """Of each token of the prompt but the first."""
+        return [entry for output in self.outputs for entry in output.prompt_logprobs]
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
@@ -71,6 +81,7 @@ class AnswerFormat(ABC):
 
     def __init__(self, answer_id: str, created: int, call: GenerationCall, tokenizer: TextTokenizer) -> None:
         self.call = call
+        self.is_call_the_end = True  # a tool call is a reason to finish
         self.tokenizer = tokenizer
         self._identity = {"id": answer_id, "created": created, "model": call.model}
         self._chunk_identity = {"object": self.chunk_object, **self._identity}
@@ -85,8 +96,8 @@ class AnswerFormat(ABC):
     def choice_json(self, choice: Choice) -> dict[str, Any]:
         """A finished choice, without index, finish_reason and stop_reason."""
 
-    def opening(self, choice: Choice) -> bytes:
-        """Events before a choice's first chunk."""
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """Events before a choice's first chunk, which is for `output`."""
         return b""
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -99,7 +110,7 @@ class AnswerFormat(ABC):
         """The event for a delta, not yet counted into `choice`."""
         parts = [self._head, b"%d" % choice.index, self.text_open, orjson.dumps(output.text), self.text_close]
         if output.logprobs:
-            logprobs = self.logprobs_json(output.logprobs, len(choice.echo) + choice.text_length)
+            logprobs = self.logprobs_json(output.logprobs, len(choice.echo or "") + choice.text_length)
             parts += b',"logprobs":', orjson.dumps(logprobs)
         else:
             parts.append(b',"logprobs":null')
@@ -111,24 +122,48 @@ class AnswerFormat(ABC):
         if self.call.return_token_ids:
             parts += b',"token_ids":', orjson.dumps(output.token_ids)
         if self.call.continuous_usage:
-            num_tokens = choice.num_tokens + len(output.token_ids)
-            usage = usage_json(choice.request.num_prompt_tokens, num_tokens)
-            parts += b'}],"usage":', orjson.dumps(usage), b"}\n\n"
+            parts += b'}],"usage":', orjson.dumps(self.usage_of(choice, output)), b"}\n\n"
         else:
             parts.append(self._tail)
         return b"".join(parts)
 
-    def usage_chunk(self, choices: Sequence[Choice]) -> bytes:
-        """The last event of a client that asked for usage."""
-        return self.event([], usage=total_usage(choices, self.call.n))
+    def usage_of(self, choice: Choice, output: Output) -> dict[str, int]:
+        """The `usage` of one choice after a delta not yet counted into it."""
+        return usage_json(choice.request.num_prompt_tokens, choice.num_tokens + len(output.token_ids))
+
+    def finish_reason(self, choice: Choice, output: Output) -> str | None:
+        """Why a choice ended; the message has been parsed."""
+        has_calls = self.is_call_the_end and choice.parser is not None and choice.parser.num_calls > 0
+        return "tool_calls" if has_calls and output.finish_reason is FinishReason.STOP else output.finish_reason
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """The last events: usage, if the client asked for it, and the mark of the end."""
+        usage = self.event([], usage=total_usage(choices, self.call.n)) if self.call.include_usage else b""
+        return usage + DONE
+
+    def error(self, error: KunServeError) -> bytes:
+        """An error after the answer has begun."""
+        return error_event(error) + DONE
+
+    def prompt_logprobs_json(self, choice: Choice) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: per token its own and the most likely ones; nothing comes before the first."""
+        shown: list[dict[str, Any] | None] = [None]
+        for entry in choice.prompt_logprobs:
+            top = [(i, p, rank) for rank, (i, p) in enumerate(entry.top[: self.call.prompt_logprobs], 1)]
+            ranked = [(entry.token_id, entry.logprob, entry.rank), *top]
+            shown.append(
+                {str(i): {"logprob": p, "rank": rank, "decoded_token": self.token_text(i)} for i, p, rank in ranked}
+            )
+        return shown
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece."""
         finished = []
         for choice in choices:
             last = choice.outputs[-1]
-            ending = {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
-            finished.append({"index": choice.index, **self.choice_json(choice), **ending})
+            shown = self.choice_json(choice)
+            ending = {"finish_reason": self.finish_reason(choice, last), "stop_reason": last.stop_reason}
+            finished.append({"index": choice.index, **shown, **ending})
         usage = total_usage(choices, self.call.n)
         return {"object": self.object, **self._identity, "choices": finished, "usage": usage}
 

@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 from aiohttp import web
 
+from kunserve.api import anthropic
+from kunserve.api.access import allow_origin, check_key, is_preflight, log_access, preflight_response
 from kunserve.api.admin import drop, restore
+from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.chat import chat_completions
 from kunserve.api.completions import completions
@@ -21,6 +24,7 @@ from kunserve.api.operations import (
     list_models,
     ready,
     show_model,
+    show_openapi,
     show_version,
     state,
     tokenize_text,
@@ -28,7 +32,9 @@ from kunserve.api.operations import (
 from kunserve.api.operations import (
     metrics as show_metrics,
 )
+from kunserve.api.responses import responses
 from kunserve.api.sse import send_response
+from kunserve.api.structured import Grammars
 from kunserve.errors import KunServeError
 from kunserve.metrics import Metrics
 
@@ -39,6 +45,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        if is_preflight(request) and request.app[API].settings.allowed_origins:
+            return preflight_response(request)
+        check_key(request)
         return await handler(request)
     except KunServeError as error:
         if error.status >= 500 and error.status != 503:
@@ -56,6 +65,8 @@ async def answer_always(request: web.Request, handler: Handler) -> web.StreamRes
     """Name the request, turn whatever goes wrong into an OpenAI-shaped error, and see the answer off."""
     request[REQUEST_ID] = new_request_id(request)
     response = await _respond(request, handler)
+    if request.path.startswith(anthropic.PREFIX) and response.status >= 400 and isinstance(response, web.Response):
+        anthropic.reworded(response)
     if not response.prepared:
         try:
             await send_response(request, response, request.app[API].settings.write_timeout_s)
@@ -71,6 +82,7 @@ def create_app(
     model: ModelInfo,
     metrics: Metrics,
     settings: ApiSettings,
+    grammars: Grammars | None = None,
 ) -> web.Application:
     """All routes on one engine. Whoever runs it needs no further arguments to aiohttp's runner.
 
@@ -79,7 +91,7 @@ def create_app(
     not come up with a request's headers in time are closed (keepalive_timeout runs from the accept as well).
     """
     app = web.Application(
-        middlewares=[answer_always],
+        middlewares=[log_access, answer_always],
         client_max_size=settings.max_body_bytes,
         handler_args={
             "handler_cancellation": True,
@@ -88,18 +100,26 @@ def create_app(
         },
     )
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
-    app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, serials=itertools.count())
+    admission = Admission(backend.stats, metrics, settings.max_num_queued_reqs, settings.max_num_queued_tokens)
+    serials = itertools.count()
+    app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, admission, grammars, serials)
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
         yield
         threads.shutdown(wait=False, cancel_futures=True)
+        if grammars is not None:
+            grammars.close()
 
     app.cleanup_ctx.append(stop_threads)
     app.on_response_prepare.append(echo_request_id)
+    app.on_response_prepare.append(allow_origin)
     app.add_routes(
         [
             web.post("/v1/completions", completions),
             web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/responses", responses),
+            web.post("/v1/messages", anthropic.messages),
+            web.post("/v1/messages/count_tokens", anthropic.count_tokens),
             web.get("/v1/models", list_models),
             web.get("/v1/models/{name:.+}", show_model),
             web.post("/tokenize", tokenize_text),
@@ -108,6 +128,7 @@ def create_app(
             web.get("/ping", health),
             web.get("/ready", ready),
             web.get("/version", show_version),
+            web.get("/openapi.json", show_openapi),
             web.get("/metrics", show_metrics),
             web.get("/kunserve/state", state),
             web.post("/kunserve/drop", drop),

@@ -121,5 +121,12 @@ class ApiSettings:
     write_timeout_s: float = 30.0  # without one byte taken by the client
     max_sequences: int = 2048  # prompts times n of one request
     tokenizer_threads: int = 2
+    api_keys: tuple[str, ...] = ()  # none: everybody may come in
     admin_keys: tuple[str, ...] = ()  # none: nobody is an admin
+    allowed_origins: tuple[str, ...] = ()  # of browsers; "*" is any
+    max_num_queued_reqs: int = 1024  # sequences waiting, accepted ones included
+    max_num_queued_tokens: int = 4 << 20  # of their prompts: 64 MiB of them
+    logs_access: bool = True
+    tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS
+    reasoning_parser: str | None = None  # see reasoning.REASONING_PARSERS
     inline_chars: int = 8192  # text up to this size is tokenized on the event loop: about 5 ms

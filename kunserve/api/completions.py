@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
+from kunserve.api.admission import estimated_tokens
 from kunserve.api.answering import answer, make_choices
-from kunserve.api.answers import AnswerFormat, Choice
+from kunserve.api.answers import AnswerFormat, Choice, usage_json
 from kunserve.api.context import API, choose_request_id, read_json
+from kunserve.api.conversation import compile_structure
 from kunserve.api.prompts import check_text, fit, tokenize
 from kunserve.api.protocol import read_completion
-from kunserve.engine.request import TokenLogprobs
+from kunserve.engine.request import FinishReason, Output, TokenLogprobs
 
 
 class CompletionFormat(AnswerFormat):
@@ -35,11 +38,21 @@ class CompletionFormat(AnswerFormat):
         logprobs = [entry.logprob for entry in entries]
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
-    def opening(self, choice: Choice) -> bytes:
+    def _prompt_logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of an echoed prompt; its first token has none."""
+        first = choice.request.prompt_token_ids[0]
+        text = self.token_text(first)
+        shown = self.logprobs_json(_cut(entries, self.call.params.num_logprobs), len(text))
+        nothing = {"text_offset": 0, "token_logprobs": None, "tokens": text, "top_logprobs": None}
+        return {name: [nothing[name], *values] for name, values in shown.items()}
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
         """The prompt, to clients that want it back."""
-        if not choice.echo and not self.call.return_token_ids:
+        if choice.echo is None and not self.call.return_token_ids:
             return b""
-        first = {"index": choice.index, "text": choice.echo, "logprobs": None, "finish_reason": None}
+        first = {"index": choice.index, "text": choice.echo or "", "logprobs": None, "finish_reason": None}
+        if choice.echo is not None and self.call.params.num_logprobs is not None:
+            first["logprobs"] = self._prompt_logprobs(choice, output.prompt_logprobs)
         if self.call.return_token_ids:
             first |= {"prompt_token_ids": choice.request.prompt_token_ids, "token_ids": []}
         return self.event([first])
@@ -47,29 +60,75 @@ class CompletionFormat(AnswerFormat):
     def choice_json(self, choice: Choice) -> dict[str, Any]:
         """Text, its log-probabilities, and the token ids if asked for."""
         asked = self.call.params.num_logprobs is not None
-        logprobs = self.logprobs_json(choice.logprobs, len(choice.echo)) if asked else None
-        ids = {}
+        logprobs = self.logprobs_json(choice.logprobs, len(choice.echo or "")) if asked else None
+        if logprobs is not None and choice.echo is not None:
+            prompt = self._prompt_logprobs(choice, choice.prompt_logprobs)
+            logprobs = {name: prompt[name] + values for name, values in logprobs.items()}
+        ids: dict[str, Any] = {}
         if self.call.return_token_ids:
             ids = {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
-        return {"text": choice.echo + choice.text, "logprobs": logprobs, **ids}
+        if self.call.prompt_logprobs is not None:
+            ids["prompt_logprobs"] = self.prompt_logprobs_json(choice)
+        return {"text": (choice.echo or "") + choice.text, "logprobs": logprobs, **ids}
+
+
+class EchoFormat(CompletionFormat):
+    """With max_tokens 0: the prompt alone. The token that the last of it computes is not shown."""
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """The end."""
+        return super().chunk(choice, _without_tokens(output))
+
+    def usage_of(self, choice: Choice, output: Output) -> dict[str, int]:
+        """Nothing was generated."""
+        return usage_json(choice.request.num_prompt_tokens, 0)
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """See `AnswerFormat`."""
+        _forget(choices)
+        return super().ending(choices)
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """See `AnswerFormat`."""
+        _forget(choices)
+        return super().answer_json(choices)
+
+
+def _without_tokens(output: Output) -> Output:
+    return replace(output, text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
+
+
+def _forget(choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        choice.num_tokens = 0
+        choice.outputs = [_without_tokens(output) for output in choice.outputs]
+
+
+def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLogprobs]:
+    return [replace(entry, top=entry.top[:num_top]) for entry in entries]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
+    api.admission.check()  # a full queue refuses before it reads
     call = read_completion(await read_json(request, api.settings), api.model, api.settings, api.tokenizer.vocab_size)
     generation = call.generation
     for prompt in call.prompts:
         check_text(prompt, generation, api.model.max_model_len, "prompt")
     prompts = []
-    tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
+    num_tokens = sum(map(estimated_tokens, call.prompts))
+    with api.admission.accepted(len(call.prompts) * generation.n, num_tokens):
+        tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
+        constraint = await compile_structure(api, generation.structure, reasons=False)
     for prompt, whole in zip(call.prompts, tokenized, strict=True):
         ids, params = fit(whole, generation, api, "prompt")
-        echo = ""
+        echo = None
         if call.echo:
             is_whole_text = isinstance(prompt, str) and len(ids) == len(whole)
             echo = str(prompt) if is_whole_text else api.tokenizer.decode(ids)
         prompts.append((ids, params, echo))
     answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
-    form = CompletionFormat(answer_id, int(time.time()), generation, api.tokenizer)
-    return await answer(request, api, form, make_choices(api, answer_id, generation, prompts))
+    make_form = EchoFormat if call.is_echo_only else CompletionFormat
+    form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
+    return await answer(request, api, form, make_choices(api, answer_id, generation, prompts, constraint))

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import orjson
 from aiohttp import web
 
+from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.structured import Grammars
 from kunserve.errors import InvalidRequestError, PayloadTooLargeError, UnprocessableError
 from kunserve.metrics import Metrics
 
@@ -35,6 +37,8 @@ class Api:
     metrics: Metrics
     settings: ApiSettings
     threads: ThreadPoolExecutor  # for the text that would hold up the event loop
+    admission: Admission
+    grammars: Grammars | None
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from kunserve.api.backend import ModelInfo
 from kunserve.api.context import API, json_response, read_json
 from kunserve.api.fields import Fields, is_int_list, wrong_type
+from kunserve.api.openapi import openapi_document
 from kunserve.api.prompts import tokenize, tokenize_chat
 from kunserve.api.protocol import check_token_ids, read_chat, read_model
 from kunserve.errors import NotFoundError, OverloadedError
@@ -47,6 +48,11 @@ async def show_version(request: web.Request) -> web.Response:
     return json_response({"version": version("kunserve")})
 
 
+async def show_openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json."""
+    return json_response(openapi_document(version("kunserve")))
+
+
 def _card(model: ModelInfo, name: str) -> dict[str, Any]:
     return {
         "id": name,
@@ -80,7 +86,7 @@ async def tokenize_text(request: web.Request) -> web.Response:
     values = await read_json(request, api.settings)
     fields = Fields(values)
     if fields.any("messages") is not None:
-        tokens = await tokenize_chat(api, read_chat(values, api.model, api.tokenizer.vocab_size))
+        tokens = (await tokenize_chat(api, read_chat(values, api.model, api.tokenizer.vocab_size))).ids
     else:
         read_model(fields, api.model)
         fields.required("prompt")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kunserve.api.context import Api
 from kunserve.api.protocol import ChatCall, GenerationCall, Prompt, check_token_ids
@@ -13,6 +13,7 @@ from kunserve.errors import InvalidRequestError
 # No vocabulary we know has a longer token (runs of blanks reach 128), so longer text is too long without
 # tokenizing it: a 100 ms answer instead of seconds of a thread.
 MAX_TOKEN_CHARS = 256
+ENDING_CHARS = 64  # enough to see whether the template has opened or closed the reasoning
 
 
 def _too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
@@ -29,19 +30,40 @@ async def tokenize(api: Api, prompts: Sequence[Prompt], add_special_tokens: bool
     return await api.offload(num_chars, lambda: [encode(prompt) for prompt in prompts])
 
 
-async def tokenize_chat(api: Api, call: ChatCall) -> list[int]:
-    """Token ids of a conversation. The template writes special tokens itself, so none are added by default."""
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as the model sees it."""
+
+    ids: list[int]
+    ending: str  # the last characters of its text
+
+
+async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
+    """A conversation's prompt. The template writes special tokens itself, so none are added by default."""
     template = api.chat_template
     if template is None:
         raise InvalidRequestError("The model has no chat template: use /v1/completions.", param="messages")
 
-    def encode() -> list[int]:
-        text = template.render(call.messages, call.tools, call.add_generation_prompt, **call.template_kwargs)
+    def encode() -> ChatPrompt:
+        tools = call.tools.definitions or None
+        text = template.render(call.messages, tools, call.add_generation_prompt, **call.template_kwargs)
+        if call.continue_final_message:
+            text = _until_final_message(text, call.messages[-1]["content"])
         check_text(text, call.generation, api.model.max_model_len, "messages")
-        return api.tokenizer.encode(text, call.generation.add_special_tokens)
+        return ChatPrompt(api.tokenizer.encode(text, call.generation.add_special_tokens), text[-ENDING_CHARS:])
 
     num_chars = sum(len(message["content"] or "") for message in call.messages)
     return await api.offload(num_chars, encode)
+
+
+def _until_final_message(text: str, content: str | None) -> str:
+    """The prompt up to the end of the final message, without what the template closes it with."""
+    final = (content or "").strip()
+    place = text.rfind(final) if final else -1
+    if place < 0:
+        message = "`continue_final_message` needs a final message that the chat template shows as it is."
+        raise InvalidRequestError(message, param="continue_final_message")
+    return text[: place + len(final)]
 
 
 def check_text(text: Prompt, call: GenerationCall, max_model_len: int, param: str) -> None:
@@ -71,7 +93,14 @@ def fit(ids: list[int], call: GenerationCall, api: Api, param: str) -> tuple[lis
         what = f"the prompt has {len(ids)} and `max_tokens` asks for {max_tokens} more"
         raise _too_long(what, "max_tokens", max_model_len)
     max_tokens = min(max_tokens, room)
+    bad_words = tuple(dict.fromkeys(word for text in call.bad_words for word in _spellings(api, text)))
     if call.params.min_tokens > max_tokens:
         text = f"`min_tokens` must be at most the {max_tokens} tokens that may be generated."
         raise InvalidRequestError(text, param="min_tokens")
-    return ids, replace(call.params, max_tokens=max_tokens)
+    return ids, replace(call.params, max_tokens=max_tokens, bad_words=bad_words)
+
+
+def _spellings(api: Api, word: str) -> list[tuple[int, ...]]:
+    """Tokens of a word at the beginning of a text, and after a blank."""
+    texts = (word.lstrip(), " " + word.lstrip())
+    return [tuple(ids) for text in texts if (ids := api.tokenizer.encode(text, add_special_tokens=False))]

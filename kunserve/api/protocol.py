@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.fields import INT64_MAX, Fields, is_int_list, is_str_list, wrong_type, wrong_value
 from kunserve.api.messages import read_messages
+from kunserve.api.structured import Structure, read_structure
+from kunserve.api.tools import Tools, read_tools
 from kunserve.engine.request import SamplingParams
 from kunserve.errors import InvalidRequestError, NotFoundError
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
 
 Prompt = str | list[int]
@@ -35,6 +39,9 @@ class GenerationCall:
     return_token_ids: bool
     priority: int
     request_id: str | None
+    bad_words: tuple[str, ...]
+    structure: Structure | None
+    prompt_logprobs: int | None  # as asked for; params has more if `echo` needs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class CompletionCall:
     generation: GenerationCall
     prompts: tuple[Prompt, ...]
     echo: bool
+    is_echo_only: bool  # max_tokens is 0: the prompt and perhaps its log-probabilities are the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,9 @@ class ChatCall:
 
     generation: GenerationCall
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
+    tools: Tools
     add_generation_prompt: bool
+    continue_final_message: bool
     template_kwargs: dict[str, Any]
 
 
@@ -79,8 +88,8 @@ def read_prompts(value: object) -> tuple[Prompt, ...]:
     return tuple(value)
 
 
-def _read_max_tokens(fields: Fields) -> int | None:
-    return fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1), 1)
+def _read_max_tokens(fields: Fields, least: int = 1) -> int | None:
+    return fields.integer("max_completion_tokens", fields.integer("max_tokens", None, least), least)
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:
@@ -97,14 +106,33 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _read_stop_token_ids(fields: Fields, vocab_size: int) -> frozenset[int]:
-    ids = fields.any("stop_token_ids")
+def _read_token_ids(fields: Fields, name: str, vocab_size: int) -> list[int] | None:
+    ids = fields.any(name)
     if ids is None:
-        return frozenset()
+        return None
     if not is_int_list(ids):
-        wrong_type("stop_token_ids", "a list of token ids", ids)
-    check_token_ids(ids, vocab_size, "stop_token_ids")
-    return frozenset(ids)
+        wrong_type(name, "a list of token ids", ids)
+    check_token_ids(ids, vocab_size, name)
+    return ids
+
+
+def _read_allowed_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...] | None:
+    ids = _read_token_ids(fields, "allowed_token_ids", vocab_size)
+    if ids == []:
+        wrong_value("allowed_token_ids", "at least one token id", ids)
+    return None if ids is None else tuple(dict.fromkeys(ids))
+
+
+def _read_bad_words(fields: Fields) -> tuple[str, ...]:
+    words = fields.any("bad_words")
+    if words is None:
+        return ()
+    if not is_str_list(words):
+        wrong_type("bad_words", "a list of strings", words)
+    if len(words) > MAX_BAD_WORDS or any(not 0 < len(word) <= MAX_BAD_WORD_CHARS for word in words):
+        text = f"`bad_words` must be at most {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_CHARS} characters."
+        raise InvalidRequestError(text, param="bad_words")
+    return tuple(words)
 
 
 def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
@@ -150,7 +178,9 @@ def _read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, voca
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.0, above_low=True),
         logit_bias=_read_logit_bias(fields, vocab_size),
         stop=_read_stop(fields),
-        stop_token_ids=_read_stop_token_ids(fields, vocab_size),
+        stop_token_ids=frozenset(_read_token_ids(fields, "stop_token_ids", vocab_size) or ()),
+        allowed_token_ids=_read_allowed_token_ids(fields, vocab_size),
+        num_prompt_logprobs=fields.integer("prompt_logprobs", None, 0, MAX_LOGPROBS),
         include_stop_str_in_output=fields.boolean("include_stop_str_in_output"),
         ignore_eos=fields.boolean("ignore_eos"),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
@@ -167,11 +197,9 @@ def _read_n(fields: Fields) -> int:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    fields.unsupported("prompt_logprobs", "structured_outputs", "use_beam_search", "allowed_token_ids")
-    fields.unsupported("bad_words", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    if fields.object("response_format").string("type", "text") != "text":
-        text = "`response_format` is not supported unless its type is text."
-        raise InvalidRequestError(text, param="response_format")
+    fields.unsupported("use_beam_search", "logits_processors")
+    if fields.boolean("stream") and fields.any("prompt_logprobs") is not None:
+        raise InvalidRequestError("`prompt_logprobs` is not supported together with `stream`.", param="prompt_logprobs")
 
 
 def _read_generation(
@@ -198,6 +226,9 @@ def _read_generation(
         return_token_ids=fields.boolean("return_token_ids"),
         priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
         request_id=fields.string("request_id", None),
+        bad_words=_read_bad_words(fields),
+        structure=read_structure(fields),
+        prompt_logprobs=params.num_prompt_logprobs,
     )
 
 
@@ -212,33 +243,21 @@ def _read_truncation(fields: Fields, room: int) -> int | None:
 def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSettings, vocab_size: int) -> CompletionCall:
     """Check the body of POST /v1/completions."""
     fields = Fields(values)
-    asked = _read_max_tokens(fields)
+    echo = fields.boolean("echo")
+    asked = _read_max_tokens(fields, 0 if echo else 1)
     num_logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-    params = _read_params(fields, asked or DEFAULT_COMPLETION_TOKENS, num_logprobs, vocab_size)
+    max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else max(asked, 1)  # the last prompt token computes one
+    params = _read_params(fields, max_tokens, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=True)
     fields.unsupported("suffix")
-    echo = fields.boolean("echo")
     if echo and num_logprobs is not None:
-        raise InvalidRequestError("`echo` is not supported together with `logprobs`.", param="echo")
+        params = replace(params, num_prompt_logprobs=max(num_logprobs, params.num_prompt_logprobs or 0))
+        generation = replace(generation, params=params)
     prompts = read_prompts(fields.required("prompt"))
     if len(prompts) * generation.n > settings.max_sequences:
         text = f"`prompt` times `n` must be at most {settings.max_sequences} sequences."
         raise InvalidRequestError(text, param="prompt")
-    return CompletionCall(generation, prompts, echo)
-
-
-def _read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    """Tools are only shown to the template; calling them is not supported yet."""
-    tools = fields.any("tools")
-    choice = fields.any("tool_choice")
-    fields.unsupported("functions")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        wrong_type("tools", "a list of objects", tools)
-    if tools and choice != "none":
-        raise InvalidRequestError("`tools` is not supported unless `tool_choice` is none.", param="tools")
-    if choice not in (None, "none", "auto"):
-        raise InvalidRequestError("`tool_choice` is not supported unless it is none.", param="tool_choice")
-    return tools or None
+    return CompletionCall(generation, prompts, echo, is_echo_only=asked == 0)
 
 
 def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
@@ -247,6 +266,8 @@ def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
         if name in kwargs:
             text = f"`chat_template_kwargs` must not set `{name}`: it is a field of its own."
             raise InvalidRequestError(text, param="chat_template_kwargs")
+    if (effort := fields.string("reasoning_effort", None)) is not None:
+        kwargs = {"reasoning_effort": effort, **kwargs}
     return kwargs
 
 
@@ -261,11 +282,20 @@ def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> Chat
     num_logprobs = (top_logprobs or 0) if wants_logprobs else None
     params = _read_params(fields, asked or model.max_model_len, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=False)
-    fields.unsupported("continue_final_message", "chat_template", "echo", "audio")
+    fields.unsupported("chat_template", "echo", "audio", "functions")
+    continues = fields.boolean("continue_final_message")
+    if continues and fields.boolean("add_generation_prompt"):
+        text = "`continue_final_message` and `add_generation_prompt` exclude each other."
+        raise InvalidRequestError(text, param="continue_final_message")
+    tools = read_tools(fields)
+    if generation.structure is not None and tools.structure is not None:
+        text = f"`{generation.structure.param}` and `tool_choice` exclude each other."
+        raise InvalidRequestError(text, param="tool_choice")
     return ChatCall(
         generation=generation,
         messages=read_messages(fields.required("messages")),
-        tools=_read_tools(fields),
-        add_generation_prompt=fields.boolean("add_generation_prompt", True),
+        tools=tools,
+        add_generation_prompt=not continues and fields.boolean("add_generation_prompt", True),
+        continue_final_message=continues,
         template_kwargs=_read_template_kwargs(fields),
     )

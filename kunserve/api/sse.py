@@ -70,6 +70,5 @@ class EventStream:
         await write_while_read(self._request, lambda: self.response.write(events), len(events), self._timeout_s)
 
     async def close(self) -> None:
-        """Send [DONE] and the end of the response."""
-        await self.send(DONE)
+        """Send the end of the response."""
         await write_while_read(self._request, self.response.write_eof, 0, self._timeout_s)

@@ -12,7 +12,7 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.reconfigure import Reconfigure, Transition
 from kunserve.engine.request import FinishReason, Request
-from kunserve.errors import ConflictError, InvalidRequestError
+from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
@@ -45,7 +45,7 @@ class OverloadControl:
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
-        self._tasks: set[asyncio.Task[Transition]] = set()
+        self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ class OverloadControl:
         now = self._engine.now()
         if not self._is_automatic or now < self._not_before_s:
             return
-        is_idle = self.reconfigure.current is None
+        is_idle = not self._tasks
         if (is_idle or self.reconfigure.is_cancellable) and self._is_tight() and self._is_overloaded():
             self._relaxation = Relaxation()
             if is_idle:
@@ -70,15 +70,16 @@ class OverloadControl:
             self._estimate = self._estimate.finished(request.num_output_tokens)
 
     def held(self, device: int) -> list[list[int]]:
-        """Block tables on a device that belong to requests on the move."""
-        return self.reconfigure.exchange.held(device)
+        """Blocks in use on a device that are in no request's table: of what is on the move."""
+        return self.reconfigure.held(device)
 
     def state(self) -> dict[str, Any]:
         """Transitions, for `/kunserve/state`."""
         return {"transitions": [transition.state() for transition in self.reconfigure.transitions]}
 
     async def stop(self) -> None:
-        """End what is under way. The engine has stopped."""
+        """End what is under way, and begin nothing more."""
+        self._is_automatic = False
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -88,6 +89,7 @@ class OverloadControl:
 
     async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """See `Engine.drop`."""
+        self._refuse_if_busy()
         snapshot = self._snapshot()
         if group_ids is None:
             if len(snapshot.groups) < 2:
@@ -100,6 +102,7 @@ class OverloadControl:
 
     async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """See `Engine.restore`."""
+        self._refuse_if_busy()
         known = {group.group_id for group in self._engine.groups}
         if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
             raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
@@ -113,11 +116,18 @@ class OverloadControl:
         restore = self.reconfigure.restore(RestorePlan(snapshot.epoch, tuple(splits)), committed.set_result)
         return await self._until_committed(restore, committed)
 
+    def _refuse_if_busy(self) -> None:
+        if self._tasks:
+            current = self.reconfigure.current
+            raise ConflictError(f"a {current.kind if current else 'transition'} is under way", retry_after_s=1)
+
     async def _until_committed(
         self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition]
     ) -> dict[str, Any]:
         task = self._spawn(transition)
         await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
+        if not committed.done() and task.cancelled():
+            raise OverloadedError("the server is stopping", retry_after_s=5)
         return (committed.result() if committed.done() else task.result()).state()
 
     # --- decisions ----------------------------------------------------------------------------------------------

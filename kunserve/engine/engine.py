@@ -18,7 +18,7 @@ import structlog
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch, step_inputs
+from kunserve.engine.microbatch import Microbatch, scored_positions, step_inputs
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
@@ -29,6 +29,7 @@ from kunserve.errors import EngineError, InvalidRequestError, KunServeError, Ove
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import DeviceStats, EngineStats, GroupStats, Metrics
 from kunserve.model.config import ModelConfig
+from kunserve.model.layout import units_of_stage
 
 log = structlog.get_logger()
 
@@ -62,7 +63,7 @@ class Control(Protocol):
         """Called when a request has ended."""
 
     def held(self, device: int) -> list[list[int]]:
-        """Block tables on a device that belong to requests on the move."""
+        """Blocks in use on a device that are in no request's table: of what is on the move."""
 
     async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """As `Engine.drop`."""
@@ -72,6 +73,28 @@ class Control(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What `/kunserve/state` shows of it."""
+
+    async def stop(self) -> None:
+        """End what is under way."""
+
+
+class Mover(Protocol):
+    """Who moves KV of requests because a policy wants it (engine/swap.py, engine/migrate.py)."""
+
+    def observe(self) -> None:
+        """Called after each round of scheduling."""
+
+    def stepped(self, group: Group, seconds: float) -> None:
+        """Called when a microbatch of `group` came back after so long."""
+
+    def is_busy(self, groups: Sequence[Group]) -> bool:
+        """Whether copies from or to these groups' devices are under way; it calls `progress` when they end."""
+
+    def held(self, device: int) -> list[list[int]]:
+        """Blocks in use on a device that are in no request's table."""
+
+    def finished(self, request: Request) -> None:
+        """Called when a request has ended and its blocks, if nobody works on them, are free."""
 
     async def stop(self) -> None:
         """End what is under way."""
@@ -97,6 +120,7 @@ class Engine:
         self.pools = {stage.device: stage.pool for group in groups for stage in group.stages}  # by device
         self.tokenizer, self.metrics = tokenizer, metrics
         self.control: Control | None = None
+        self.mover: Mover | None = None
         self.epoch = 0
         self._is_accepting = False
         self._live: dict[str, _Live] = {}
@@ -129,10 +153,17 @@ class Engine:
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
         if self.control is not None:
             await self.control.stop()
+        if self.mover is not None:
+            await self.mover.stop()
         if self._main is not None:
             self._main.cancel()
             await asyncio.wait([self._main])
             self._main = None
+
+    async def wait(self) -> None:
+        """Return when the engine has stopped, for whatever reason."""
+        if self._main is not None:
+            await asyncio.wait([self._main])
 
     async def close(self) -> None:
         """End all devices' threads and release their memory. The engine has stopped."""
@@ -193,10 +224,13 @@ class Engine:
         self._wake.set()
 
     async def quiesce(self, groups: Sequence[Group]) -> None:
-        """Schedule nothing for these groups any more, and return when none of their microbatches is in flight."""
+        """Schedule nothing for these groups any more, and return when none of their microbatches is in flight.
+
+        Nor is any copy that a policy asked for: their blocks may then be moved.
+        """
         for group in groups:
             group.is_paused = True
-        while any(group.num_in_flight for group in groups):
+        while any(group.num_in_flight for group in groups) or (self.mover is not None and self.mover.is_busy(groups)):
             await self.next_commit()
 
     async def next_commit(self) -> None:
@@ -232,8 +266,8 @@ class Engine:
                     self._wake.clear()
                     self._schedule()
                     await self._wake.wait()
-        except* KunServeError as errors:
-            log.error("engine stopped", error=str(errors.exceptions[0]))
+        except* Exception:  # a bug of ours: nothing can be served any more, and everybody has to know
+            log.exception("engine stopped")
         finally:
             for live in list(self._live.values()):
                 self._fail(live, EngineError("the engine has stopped"))
@@ -252,6 +286,8 @@ class Engine:
                 if batch is not None:
                     progress = True
                     self._launch(group, batch)
+        if self.mover is not None:
+            self.mover.observe()
         self._report_preemptions()
 
     def _launch(self, group: Group, batch: Microbatch) -> None:
@@ -266,13 +302,20 @@ class Engine:
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
     async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:
+        started = self.now()
         try:
             tokens: list[SampledToken] = await execution
+        except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
+            group.num_in_flight -= 1
+            self.progress()
+            raise
         except Exception as error:  # whatever went wrong on the device ends these requests, not the server
             log.exception("step failed", group=group.group_id, requests=len(batch.spans))
             self._commit_failure(group, batch, error)
         else:
             self._commit(group, batch, tokens)
+            if self.mover is not None:
+                self.mover.stepped(group, self.now() - started)
         self._last_step_s = self.now()
         self.progress()
         self.wake()
@@ -286,7 +329,11 @@ class Engine:
             group.on_first_commit = None
         sampled = iter(tokens)
         for span in batch.spans:
+            scored = [(position, next(sampled)) for position in scored_positions(span)]
             token = next(sampled) if span.samples else None
+            for position, given in scored:
+                if given.logprobs and position == len(span.request.prompt_logprobs):  # else it was computed before
+                    span.request.prompt_logprobs.append(given.logprobs)
             if span.request.finish_reason is not None:
                 self._release(span.request)
             elif token is not None:
@@ -296,9 +343,10 @@ class Engine:
         self.scheduler.commit(group, batch)
         message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
         for span in batch.spans:
-            if (live := self._live.get(span.request.request_id)) is not None:
-                self._fail(live, EngineError(message))
-            self._release(span.request)
+            if span.request.finish_reason is None:
+                self._fail(self._live[span.request.request_id], EngineError(message))
+            else:
+                self._release(span.request)
 
     def _publish(self, live: _Live, token: SampledToken) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
@@ -311,6 +359,14 @@ class Engine:
         else:
             self.metrics.inter_token(now - live.last_token_s)
         live.last_token_s = now
+        is_complete = False
+        if request.constraint is not None:
+            try:
+                request.constraint.accept(token.token_id)
+            except EngineError as error:
+                self._fail(live, error)
+                return
+            is_complete = request.constraint.is_finished
         finish = finish_of(request, self.model.eos_token_ids, self.limits.max_model_len)
         reason: FinishReason | None = None
         stop: int | str | None = None
@@ -322,9 +378,13 @@ class Engine:
                 text = live.detokenizer.push(token.token_id)
             if live.detokenizer.stopped is not None:
                 reason, stop = FinishReason.STOP, live.detokenizer.stopped
-            elif reason is not None:
+            elif reason is not None or is_complete:
                 text += live.detokenizer.flush()
-        output = Output(text, (token.token_id,), (token.logprobs,) if token.logprobs else (), stop_reason=stop)
+        if reason is None and is_complete:
+            reason = FinishReason.STOP
+        prompt_logprobs = tuple(request.prompt_logprobs) if request.num_output_tokens == 1 else ()
+        logprobs = (token.logprobs,) if token.logprobs else ()
+        output = Output(text, (token.token_id,), logprobs, None, stop, prompt_logprobs)
         if reason is None:
             live.stream.put(output)
         else:
@@ -349,17 +409,18 @@ class Engine:
         if self.control is not None:
             self.control.finished(request)
         self._release(request)
+        if self.mover is not None:
+            self.mover.finished(request)
+        self.progress()
         if self._drained is not None and not self._live:
             self._drained.set()
 
     def _release(self, request: Request) -> None:
         """Free a finished request's blocks, unless a device still works on them: then its last commit does."""
         if request.group_id is None:
-            if request in self.scheduler.waiting:
-                self.scheduler.waiting.remove(request)
+            self.scheduler.remove(request)
         elif request.num_in_flight == 0 and not request.is_moving:
             self.group(request.group_id).release(request)
-            self.progress()
 
     # --- views --------------------------------------------------------------------------------------------------
 
@@ -390,10 +451,11 @@ class Engine:
         """The figures that metrics show."""
         return EngineStats(
             num_running=self.num_running,
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.scheduler.num_waiting,
             num_blocks=sum(g.num_blocks for g in self.groups),
             num_used_blocks=sum(g.num_used for g in self.groups),
             block_size=self.groups[0].block_size,
+            num_waiting_tokens=sum(r.num_tokens for r in self.scheduler.waiting),
             devices=tuple(_device_stats(m) for m in self.memories),
             groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in self.groups),
             weights_dropped_bytes=self._launched_weight_bytes - _weight_bytes(self.memories),
@@ -436,29 +498,41 @@ class Engine:
             ],
             "requests": {
                 "running": self.num_running,
-                "waiting": len(self.scheduler.waiting),
+                "waiting": self.scheduler.num_waiting,
                 "preemptions": self.scheduler.num_preemptions,
+                "swaps": self.scheduler.swapped.num_swaps,
+                "migrations": self.scheduler.num_migrations,
             },
             **(self.control.state() if self.control is not None else {}),
         }
 
     def check(self) -> None:
         """Assert the invariants of memory and grouping (design, section 4)."""
+        self.scheduler.swapped.check()
         for memory in self.memories:
             memory.check()
         for group in self.groups:
             group.check(self.model.num_layers)
             for i, stage in enumerate(group.stages):
                 moving = self.control.held(stage.device) if self.control is not None else []
-                stage.pool.check([*moving, *(r.block_tables[i] for r in group.running if r.block_tables)])
-                for layer in range(stage.first_layer, stage.last_layer):
-                    assert self.memories[stage.device].kv.num_blocks(layer) >= stage.pool.limit
+                moving += self.mover.held(stage.device) if self.mover is not None else []
+                tables = [r.block_tables[i] for r in group.running if r.block_tables]
+                stage.pool.check([*moving, *tables])
+                if group.is_paused and not group.num_in_flight:
+                    continue  # it is being remapped, perhaps
+                memory = self.memories[stage.device]
+                needed = max(stage.pool.limit, 1 + max((block for table in tables for block in table), default=0))
+                layers = range(stage.first_layer, stage.last_layer)
+                assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
+                assert set(units_of_stage(self.model, stage.first_layer, stage.last_layer)) <= {*memory.weights.present}
 
     def _report_preemptions(self) -> None:
         new = self.scheduler.num_preemptions - self._num_preemptions_seen
         self._num_preemptions_seen += new
         for _ in range(new):
             self.metrics.preemption()
+        if new:
+            self.progress()  # blocks are free, perhaps without any microbatch on its way
 
     @staticmethod
     def now() -> float:

@@ -70,54 +70,79 @@ class Exchange:
         moving = self._moving[request.request_id] = Moving.begin(request, old, new)
         return moving
 
+    def reserve(self, moving: Sequence[Moving], *, is_beyond_limit: bool = False) -> None:
+        """Give requests blocks where they go, in this order, all at once, before anybody else can take them.
+
+        Where they do not fit, their groups admit nobody until the last has them.
+        """
+        for m in moving:
+            if not self._allocate(m, is_beyond_limit=is_beyond_limit):
+                for other in moving:
+                    other.group.is_admitting = False
+                return
+
     def held(self, device: int) -> list[list[int]]:
         """Block tables that moving requests hold on a device."""
         return [moving.tables[device] for moving in self._moving.values() if device in moving.tables]
 
     async def by_request(self, moving: Sequence[Moving]) -> None:
-        """One request after the other, in this order; each runs on when its own layers have arrived.
-
-        All get their blocks at once where they fit. Otherwise their groups admit nobody until the last has them.
-        """
-        for m in moving:
-            if not self._allocate(m):
-                for other in moving:
-                    other.group.is_admitting = False
-                break
-        for m in moving:
-            while not m.has_blocks and m.request.finish_reason is None and not self._allocate(m):
-                if not await self._make_room(m.group):
-                    await self._engine.next_commit()
-            try:
-                for move in m.moves:
-                    await self._copy(m, move)
-            except Exception as error:
-                log.warning("exchange failed, recomputing", request=m.request.request_id, error=repr(error))
-                self._end(m, is_lost=True)
-            else:
-                self._end(m)
-        for m in moving:
-            m.group.is_admitting = True
-
-    async def by_layer(self, group: Group, moving: Sequence[Moving], plan: ExchangePlan) -> None:
-        """All requests, one layer after the other: needs the room of one layer only. They run on together."""
-        by_id = {m.request.request_id: m for m in moving}
-        is_lost = False
+        """One request after the other, in the order of `reserve`; each runs on when its own layers have arrived."""
         try:
             for m in moving:
-                if m.request.finish_reason is None and not self._allocate(m, is_beyond_limit=True):
-                    raise EngineError("no blocks for KV that was planned to fit")
+                if self._is_moving(m):
+                    await self._bring(m)
+        finally:
+            self._end_all(moving)
+
+    async def by_layer(self, group: Group, moving: Sequence[Moving], plan: ExchangePlan) -> None:
+        """All requests, one layer after the other: needs the room of one layer only. They run on together.
+
+        That is once the freed chunks are theirs to grow into.
+        """
+        by_id = {m.request.request_id: m for m in moving}
+        try:
+            if any(not m.has_blocks for m in moving):
+                raise EngineError("no blocks for KV that was planned to fit")
             for move in plan.moves:
                 await self._grow(move)
                 step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
                 for request_id in move.request_ids:
-                    await self._copy(by_id[request_id], step)
+                    if request_id in by_id:  # not if it left since the plan was made
+                        await self._copy(by_id[request_id], step)
                 await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
+            await self._remap.settle(group.stages)
         except Exception as error:
             log.warning("exchange by layer failed, recomputing", requests=len(moving), error=repr(error))
-            is_lost = True
-        for m in moving:
-            self._end(m, is_lost=is_lost)
+        else:
+            for m in moving:
+                self._end(m)
+        finally:
+            self._end_all(moving)
+
+    async def _bring(self, moving: Moving) -> None:
+        """Take one request all the way; if that cannot be, it is recomputed."""
+        is_lost = True
+        try:
+            if await self._wait_for_blocks(moving):
+                for move in moving.moves:
+                    await self._copy(moving, move)
+                is_lost = False
+        except Exception as error:
+            log.warning("exchange failed, recomputing", request=moving.request.request_id, error=repr(error))
+        self._end(moving, is_lost=is_lost)
+
+    async def _wait_for_blocks(self, moving: Moving) -> bool:
+        """Return when a request has its blocks, or has ended; False if nobody is left who could make room for it."""
+        group = moving.group
+        while not moving.has_blocks and moving.request.finish_reason is None and not self._allocate(moving):
+            self._end_finished(group)
+            if not await self._make_room(group):
+                if all(request.is_moving for request in group.running):
+                    return False
+                await self._engine.next_commit()
+        if not group.is_admitting:
+            group.is_admitting = all(m.has_blocks for m in self._moving.values() if m.group is group)
+        return True
 
     def _allocate(self, moving: Moving, *, is_beyond_limit: bool = False) -> bool:
         """Give a request blocks on every device of its new group; False, and nothing taken, if one lacks them."""
@@ -155,6 +180,22 @@ class Exchange:
                 await target.device.run_copy(work)
             self.num_bytes += layer_bytes * len(layers)
 
+    def _is_moving(self, moving: Moving) -> bool:
+        return self._moving.get(moving.request.request_id) is moving
+
+    def _end_finished(self, group: Group) -> None:
+        """Free what requests hold whose clients left while they waited."""
+        for m in list(self._moving.values()):
+            if m.group is group and m.request.finish_reason is not None:
+                self._end(m)
+
+    def _end_all(self, moving: Sequence[Moving]) -> None:
+        """However an exchange ended: nobody is left on the way, the last admitted is recomputed last."""
+        for m in reversed(moving):
+            if self._is_moving(m):
+                self._end(m, is_lost=True)
+            m.group.is_admitting = True
+
     def _end(self, moving: Moving, *, is_lost: bool = False) -> None:
         """The request has arrived, is lost on the way, or has ended: free what it holds elsewhere, and let it go on."""
         request, group = moving.request, moving.group
@@ -182,12 +223,13 @@ class Exchange:
         has_grown = False
         for stage in group.stages:
             stay = range(stage.first_layer, stage.last_layer)
-            mapped = self._engine.memories[stage.device].layout.kv_chunks
+            memory = self._engine.memories[stage.device]
+            mapped = memory.layout.kv_chunks
             gone = [i for i, n in enumerate(mapped) if n and i not in stay and (stage.device, i) not in needed]
             if gone:
-                added = sum(mapped[i] for i in gone) // len(stay)
+                added = (memory.counts.free + sum(mapped[i] for i in gone)) // len(stay)
                 await self._remap.resize_kv(stage.device, dict.fromkeys(gone, 0) | {i: mapped[i] + added for i in stay})
-                stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+                stage.pool.grow(memory.kv.num_blocks(stage.first_layer))
                 has_grown = True
         return has_grown
 

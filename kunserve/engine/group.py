@@ -88,7 +88,8 @@ class Group:
         assert bounds[0][0] == 0 and bounds[-1][1] == num_layers
         assert all(a[1] == b[0] for a, b in pairwise(bounds)) and all(a < b for a, b in bounds)
         for request in self.running:
-            assert request.group_id == self.group_id and request.finish_reason is None
+            assert request.group_id == self.group_id
+            assert request.finish_reason is None or request.num_in_flight or request.is_moving  # released after that
             assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_tokens
             if request.is_moving:
                 continue

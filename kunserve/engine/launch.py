@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
-import torch
 
 from kunserve.config import EngineConfig
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine, ServingLimits
-from kunserve.engine.executor import DeviceExecutor
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.placement import budget_chunks, model_shape, place
+from kunserve.engine.machine import Machine, make_machine
+from kunserve.engine.migrate import Migration
+from kunserve.engine.placement import model_shape, place
 from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.swap import Swap
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.gpu.host import HostDevice, available_bytes
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
 from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
-from kunserve.model.cpu_ops import cpu_ops_or_reference
-from kunserve.model.decoder import Decoder
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
+from kunserve.planner.snapshot import ModelShape, Origin, StageView
 
 log = structlog.get_logger()
 
 Progress = Callable[[str, float], None]  # what is being done, share of it done
 
-DEFAULT_KV_BYTES = 1 << 30  # of one device, where neither --device-memory nor a number of blocks is given
 DEFAULT_MAX_MODEL_LEN = 8192
 
 
@@ -54,55 +50,71 @@ class Served:
     files: ModelFiles
     tokenizer: Tokenizer
     metrics: Metrics
+    machine: Machine
+
+    async def close(self) -> None:
+        """Release all devices; the engine has stopped."""
+        await asyncio.to_thread(self.machine.close)
 
 
 async def launch(config: EngineConfig, served_name: str, progress: Progress) -> Served:
     """Build an engine. ConfigError, with nothing left open, if it cannot be."""
     started = time.perf_counter()
-    torch.set_num_threads(1)  # a device computes on its own thread
     files = await asyncio.to_thread(
         resolve_model, config.model, load_format=config.load_format, progress=lambda text: progress(text, 0.0)
     )
-    model, dtype = files.config, _dtype(config.dtype)
-    kv_shape = KVShape.of(model, config.block_size, dtype)
-    shape = model_shape(model, kv_shape, config.chunk_bytes)
-    views = [DeviceView(i, _budget(config, shape)) for i in config.devices.indices]
-    default_len = (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
-    max_model_len = config.max_model_len or min(default_len, model.max_position_embeddings)
-    if max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} is more than the model's {model.max_position_embeddings} positions"
-        )
+    machine = await asyncio.to_thread(make_machine, files.config, config)
+    try:
+        served = await _launch_on(machine, files, config, served_name, progress)
+    except BaseException:
+        await asyncio.to_thread(machine.close)
+        raise
+    groups = served.engine.groups
+    log.info(
+        "loaded",
+        model=files.name,
+        seconds=round(time.perf_counter() - started, 1),
+        groups=[[f"{s.device}: {s.first_layer}-{s.last_layer}" for s in group.stages] for group in groups],
+        kv_tokens=sum(group.num_blocks for group in groups) * config.block_size,
+        max_model_len=served.engine.limits.max_model_len,
+    )
+    return served
+
+
+async def _launch_on(
+    machine: Machine, files: ModelFiles, config: EngineConfig, served_name: str, progress: Progress
+) -> Served:
+    model = files.config
+    kv_shape = KVShape.of(model, config.block_size, machine.dtype)
+    shape = model_shape(model, kv_shape, machine.chunk_bytes)
+    views = machine.views(shape)
     placement = place(
         shape,
         views,
-        max_model_len=max_model_len,
+        max_model_len=_max_model_len(files, config),
         is_len_required=config.max_model_len is not None,
         devices_per_group=config.pipeline_parallel_size,
     )
-    source = await asyncio.to_thread(open_weights, files.folder, model, config.load_format, config.seed)
-    ops, ops_note = await asyncio.to_thread(cpu_ops_or_reference, dtype, model.head_dim)
-    devices = await _open_devices(views, config.chunk_bytes)
-    try:
-        units = weight_units(model, dtype.itemsize)
-        memories = [DeviceMemory(device, units, model.num_layers, kv_shape, dtype) for device in devices]
-        await _load(model, memories, placement.groups, shape, source, progress)
-        tokenizer = await asyncio.to_thread(_tokenizer, files)
-    except BaseException:
-        for device in devices:
-            device.close()
-        raise
-    groups = _groups(placement.groups, memories, config.block_size)
+    weights = await asyncio.to_thread(open_weights, files.folder, model, config.load_format, config.seed)
+    devices = await asyncio.to_thread(machine.open)
+    source = await asyncio.to_thread(machine.source, weights)
+    units = weight_units(model, machine.dtype.itemsize)
+    memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
+    await _load(model, memories, placement.groups, shape, source, progress)
+    tokenizer = await asyncio.to_thread(_tokenizer, files)
+    executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
+    log.info("computing with", operations=note)
     engine = Engine(
         model,
         ServingLimits(placement.max_model_len, config.max_num_queued_reqs),
         Scheduler(
             Limits(config.max_num_batched_tokens, config.max_num_seqs),
             make_policy(config.overload_policy, config.watermark),
+            _num_host_blocks(config, kv_shape, model),
         ),
-        groups,
+        _groups(placement.groups, memories, config.block_size),
         memories,
-        DeviceExecutor(devices, [Decoder(model, ops, m.weights, m.kv, placement.max_model_len) for m in memories]),
+        executor,
         tokenizer,
         Metrics(served_name, placement.max_model_len, lambda: engine.stats()),
         config.seed,
@@ -114,24 +126,20 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         engine, Reconfigure(engine, shape, source, links), shape, views, thresholds, is_automatic=is_automatic
     )
     engine.control = control
-    log.info(
-        "loaded",
-        model=files.name,
-        seconds=round(time.perf_counter() - started, 1),
-        groups=[[f"{s.device}: {s.first_layer}-{s.last_layer}" for s in g] for g in placement.groups],
-        kv_tokens=sum(g.num_blocks for g in groups) * config.block_size,
-        max_model_len=placement.max_model_len,
-        operations=ops_note,
-    )
-    return Served(engine, control, files, tokenizer, engine.metrics)
+    if config.overload_policy is OverloadPolicy.SWAP:
+        engine.mover = Swap(engine, links)
+    elif config.overload_policy is OverloadPolicy.MIGRATE:
+        engine.mover = Migration(engine, links)
+    return Served(engine, control, files, tokenizer, engine.metrics, machine)
 
 
-def _dtype(name: str) -> torch.dtype:
-    """The dtype of weights and KV. "auto" is float32 on CPU devices: they have no fast bfloat16."""
-    known = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
-    if name not in known:
-        raise ConfigError(f"--dtype {name} is not served on CPU devices; use one of {', '.join(known)}")
-    return known[name]
+def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:
+    """What is asked for, else what the card says; ConfigError beyond the model's positions."""
+    limit = files.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's {limit} positions")
+    default = (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
+    return config.max_model_len or min(default, limit)
 
 
 def _tokenizer(files: ModelFiles) -> Tokenizer:
@@ -140,32 +148,11 @@ def _tokenizer(files: ModelFiles) -> Tokenizer:
     return Tokenizer(files.folder)
 
 
-def _budget(config: EngineConfig, shape: ModelShape) -> int:
-    share = available_bytes() * 4 // 5 // len(config.devices.indices)
-    weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
-    default = max(0, min(DEFAULT_KV_BYTES, share - weights))
-    return budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, default)
-
-
-async def _open_devices(views: Sequence[DeviceView], chunk_bytes: int) -> list[HostDevice]:
-    """Open all devices at once; each pinned to a core of its own while there are enough."""
-    cores = sorted(os.sched_getaffinity(0))
-    opened = await asyncio.gather(
-        *(
-            asyncio.to_thread(
-                HostDevice, v.device, v.budget_chunks, chunk_bytes, core=cores[i] if len(views) <= len(cores) else None
-            )
-            for i, v in enumerate(views)
-        ),
-        return_exceptions=True,
-    )
-    failed = [result for result in opened if isinstance(result, BaseException)]
-    devices = [result for result in opened if isinstance(result, HostDevice)]
-    if failed:
-        for device in devices:
-            device.close()
-        raise failed[0]
-    return devices
+def _num_host_blocks(config: EngineConfig, shape: KVShape, model: ModelConfig) -> int:
+    """Blocks, of all layers, that `--swap-space` holds."""
+    if config.overload_policy is not OverloadPolicy.SWAP:
+        return 0
+    return config.swap_space_bytes // (shape.block_bytes * model.num_layers)
 
 
 async def _load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,29 @@ class StepInputs:
         )
 
 
+def scored_positions(span: Span) -> range:
+    """Positions of a span whose logits say how likely the prompt's next token was; empty unless asked for."""
+    request = span.request
+    if request.params.num_prompt_logprobs is None:
+        return range(0)
+    return range(span.start, min(span.end, request.num_prompt_tokens - 1))
+
+
+def _sampled(batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Iterator[tuple[int, SamplingRow]]:
+    """Rows whose logits are needed, span by span: the prompt's tokens to score, then the next to choose."""
+    first_row = 0
+    for span in batch.spans:
+        r = span.request
+        for position in scored_positions(span):
+            given = r.prompt_token_ids[position + 1]
+            yield first_row + position - span.start, SamplingRow(r.params, 0, (), (), (), given=given)
+        first_row += span.end - span.start
+        if span.samples:
+            mask = None if r.constraint is None else r.constraint.mask()
+            output = tuple(r.output_token_ids)
+            yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
+
+
 def _padded(tables: list[list[int]], width: int) -> Tensor:
     out = np.zeros((len(tables), width), np.int32)
     for row, table in zip(out, tables, strict=True):
@@ -75,7 +99,7 @@ def step_inputs(batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ..
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     width = -(-int((starts + lens).max()) // block_size)
     num_stages = len(spans[0].request.block_tables)
-    sampled = [(int(cu_seqlens[i + 1]) - 1, span.request) for i, span in enumerate(spans) if span.samples]
+    sampled = list(_sampled(batch, eos_token_ids))
     return StepInputs(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
@@ -83,9 +107,6 @@ def step_inputs(batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ..
         context_lens=torch.from_numpy(starts + lens),
         block_tables=tuple(_padded([s.request.block_tables[i] for s in spans], width) for i in range(num_stages)),
         sampled_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64),
-        sampling=tuple(
-            SamplingRow(r.params, r.seed, r.prompt_token_ids, tuple(r.output_token_ids), eos_token_ids)
-            for _, r in sampled
-        ),
+        sampling=tuple(row for _, row in sampled),
         block_size=block_size,
     )

@@ -1,17 +1,29 @@
 """What to do when blocks run out: who is admitted, and who makes room. Pure: no clock, no I/O, no torch.
 
-The policies are those of the published engines, so that they can be compared in the same engine
-(sources and constants: vLLM 0.32 `v1/core/sched/scheduler.py` for recompute). `drop` acts one level higher, in the
-planner; below it, when even the largest merge is not enough, it preempts like recompute.
+The policies are those of the published engines, with their constants, so that they can be compared in one engine:
+recompute (vLLM 0.32), retract (SGLang, mid-2026), swap (InferCept), migrate (Llumnix v0). `drop` acts one level
+higher, in the planner; below it, when even the largest merge is not enough, it preempts like recompute.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
 
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
+
+# SGLang: schedule_conservativeness 1.0, SGLANG_INIT_NEW_TOKEN_RATIO and its companions
+INIT_NEW_TOKEN_RATIO = 0.7
+MIN_NEW_TOKEN_RATIO = 0.14 * INIT_NEW_TOKEN_RATIO
+NEW_TOKEN_RATIO_DECAY = (INIT_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / 600  # per decode step
+CLIP_MAX_NEW_TOKENS = 4096
+RETRACT_DECODE_STEPS = 20
+SWAP_WATERMARK = 0.01  # InferCept: share of blocks that admission leaves free
+MIGRATE_THRESHOLD = 3.0  # Llumnix: remaining steps below which a replica gives requests away
 
 
 class OverloadPolicy(enum.StrEnum):
@@ -19,17 +31,32 @@ class OverloadPolicy(enum.StrEnum):
 
     DROP = "drop"
     RECOMPUTE = "recompute"
+    RETRACT = "retract"
+    SWAP = "swap"
+    MIGRATE = "migrate"
     QUEUE = "queue"
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """Decisions at the edge of memory, for one group at a time."""
 
+    is_requeued_last = False  # a preempted request goes to the tail of the queue, not to its head
+
+    @abstractmethod
     def may_admit(self, group: Group, request: Request) -> bool:
         """Whether `request`, now waiting, may join `group`."""
 
+    def make_way(self, group: Group, num_leaving: int) -> list[Request]:
+        """Whom to take out before a step, so that all others get their blocks; `num_leaving` come free anyway."""
+        return []
+
     def victim(self, group: Group, request: Request) -> Request | None:
         """Whom to preempt so that `request` gets a block, perhaps itself; None: wait for what is in flight."""
+        return None
+
+    def load(self, group: Group) -> float:
+        """How full a group is; the least loaded that may admit a request takes it."""
+        return len(group.running) / len(group.stages) + group.num_used / (group.num_blocks + 1)
 
 
 def is_settled(request: Request) -> bool:
@@ -37,7 +64,12 @@ def is_settled(request: Request) -> bool:
     return request.num_in_flight == 0 and not request.is_moving
 
 
-class Recompute:
+def is_decoding(request: Request) -> bool:
+    """Whether it has all its KV but that of its last token, which the next step computes or one does now."""
+    return request.num_output_tokens > 0 and request.num_tokens - request.num_computed_tokens == 1
+
+
+class Recompute(Policy):
     """vLLM: the whole input must fit to be admitted; the last admitted makes room and starts over.
 
     `watermark`: share of the group's blocks that admission leaves free while anything runs (vLLM's `--watermark`).
@@ -52,12 +84,12 @@ class Recompute:
         return group.blocks_for(request.num_tokens) <= group.num_free - kept
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """The tail of the running list."""
-        tail = group.running[-1]
+        """The tail of the running list. Nobody on the move: it may be waiting for the blocks of those that run."""
+        tail = next(r for r in reversed(group.running) if not r.is_moving)
         return tail if is_settled(tail) else None
 
 
-class Queue:
+class Queue(Policy):
     """Admit only what surely fits: input and every token it may still ask for. Never preempts."""
 
     def may_admit(self, group: Group, request: Request) -> bool:
@@ -68,11 +100,149 @@ class Queue:
     def _most_blocks(group: Group, request: Request) -> int:
         return group.blocks_for(request.num_prompt_tokens + request.params.max_tokens)
 
+
+class Retract(Policy):
+    """SGLang: admits by an estimate of what the running will still generate, and takes it back when it was wrong.
+
+    The estimate is a ratio of the tokens they may still ask for. It decays while all goes well, and is set anew
+    from what is known when somebody had to leave: those with the fewest generated tokens, to the tail of the queue.
+    """
+
+    is_requeued_last = True
+
+    def __init__(self) -> None:
+        self._ratios: dict[int, float] = {}  # by group id; absent: never decoded, or idle since
+
+    def ratio(self, group: Group) -> float:
+        """Share of the tokens still asked for that is reserved for decoding requests."""
+        return self._ratios.get(group.group_id, INIT_NEW_TOKEN_RATIO)
+
+    def may_admit(self, group: Group, request: Request) -> bool:
+        """Input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
+        if not group.running:
+            return group.blocks_for(request.num_tokens) <= group.num_free
+        budget = group.num_free * group.block_size - self._reserved(group)
+        return request.num_tokens + _most_new_tokens(request) + group.block_size < budget
+
+    def make_way(self, group: Group, num_leaving: int) -> list[Request]:
+        """The fewest generated tokens first, of equals the longest prompt; one stays. Called once per step."""
+        if not group.running:
+            self._ratios.pop(group.group_id, None)
+            return []
+        ready = [r for r in group.running if is_settled(r) and is_decoding(r)]
+        ready.sort(key=lambda r: (r.num_output_tokens, -r.num_prompt_tokens))
+        victims = _until_fits(group, ready, num_leaving)
+        if victims:
+            stay = [r for r in group.running if r.num_output_tokens and r not in victims]
+            self._ratios[group.group_id] = ratio_after_retraction(stay)
+        elif ready:  # a chain's step is as many microbatches as it has stages
+            decayed = self.ratio(group) - NEW_TOKEN_RATIO_DECAY / len(group.stages)
+            self._ratios[group.group_id] = max(MIN_NEW_TOKEN_RATIO, decayed)
+        return victims
+
+    def _reserved(self, group: Group) -> float:
+        """Tokens that the running will still generate, by the estimate; prefills count in full, as in SGLang."""
+        ratio = self.ratio(group)
+        return sum(_most_new_tokens(r) * (ratio if is_decoding(r) else 1.0) for r in group.running)
+
+
+def _most_new_tokens(request: Request) -> int:
+    return min(request.params.max_tokens - request.num_output_tokens, CLIP_MAX_NEW_TOKENS)
+
+
+def ratio_after_retraction(stay: Sequence[Request]) -> float:
+    """SGLang's estimate from the requests that stayed: what they have generated and will in 20 steps, of their all."""
+    decoded = sum(request.num_output_tokens for request in stay)
+    most = sum(request.params.max_tokens for request in stay)
+    return min(1.0, (decoded + RETRACT_DECODE_STEPS * len(stay)) / (most + 1))
+
+
+class Swap(Recompute):
+    """InferCept under memory pressure: vLLM's order, but the victims' KV goes to host memory and comes back.
+
+    Who leaves is named before the step, because blocks come free only when their copy is done.
+    """
+
+    def make_way(self, group: Group, num_leaving: int) -> list[Request]:
+        """From the tail of the running list; one stays."""
+        return _until_fits(group, [r for r in reversed(group.running) if is_settled(r)], num_leaving)
+
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Nobody: admission saw to it."""
+        """Nobody: whoever has to leave is on the way."""
         return None
 
 
+class Migrate(Recompute):
+    """Llumnix: vLLM in every replica, dispatch to the replica with most remaining steps, and live migration.
+
+    Llumnix also migrates queued requests. Here the queue is global and a request is bound to a group only when it is
+    admitted: strictly better than moving it once it has been bound to the wrong one.
+    """
+
+    def load(self, group: Group) -> float:
+        """Fewer remaining steps are more load. What waits is nobody's yet."""
+        return -remaining_steps(group.num_free, len(group.running))
+
+
+def remaining_steps(num_free: float, num_running: int, waiting_blocks: float = 0.0, num_waiting: float = 0.0) -> float:
+    """Llumnix's freeness: blocks that are left for each request, after those that wait have got theirs."""
+    num_requests = num_running + num_waiting
+    return (num_free - waiting_blocks) / num_requests if num_requests else inf
+
+
+@dataclass(frozen=True, slots=True)
+class Freeness:
+    """One group when Llumnix looks for pairs. `num_killed`: requests it preempted that still wait."""
+
+    group_id: int
+    remaining_steps: float
+    num_killed: int
+
+
+def pair_groups(groups: Iterable[Freeness], threshold: float = MIGRATE_THRESHOLD) -> list[tuple[int, int]]:
+    """(source, destination) group ids: the most loaded with the least loaded, the next with the next, and so on."""
+    by_load = sorted(groups, key=lambda g: (g.remaining_steps, g.group_id))
+    sources = [g.group_id for g in by_load if g.num_killed or g.remaining_steps < threshold]
+    free = [g.group_id for g in reversed(by_load) if not g.num_killed and g.remaining_steps > threshold]
+    return list(zip(sources, free, strict=False))
+
+
+def shortest_running(group: Group) -> Request | None:
+    """Llumnix's choice of whom to migrate: of the decoding requests the one with the fewest tokens."""
+    decoding = (r for r in group.running if is_decoding(r) and not r.is_moving and r.finish_reason is None)
+    return min(decoding, key=lambda r: r.num_tokens, default=None)
+
+
+def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -> list[Request]:
+    """The first of `candidates`, as few as let all others have blocks for their next tokens; the last one stays."""
+    short = sum(_missing(group, r) for r in candidates) - group.num_free - num_leaving
+    victims = []
+    for request in candidates[:-1]:
+        if short <= 0:
+            break
+        victims.append(request)
+        short -= _missing(group, request) + _held(request)
+    return victims
+
+
+def _held(request: Request) -> int:
+    return len(request.block_tables[0]) if request.block_tables else 0
+
+
+def _missing(group: Group, request: Request) -> int:
+    return max(0, group.blocks_for(request.num_tokens) - _held(request))
+
+
 def make_policy(policy: OverloadPolicy, watermark: float) -> Policy:
-    """The policy that a flag names."""
-    return Queue() if policy is OverloadPolicy.QUEUE else Recompute(watermark)
+    """The policy that a flag names. `watermark` as in `Recompute`; 0: the published engine's default."""
+    match policy:
+        case OverloadPolicy.QUEUE:
+            return Queue()
+        case OverloadPolicy.RETRACT:
+            return Retract()
+        case OverloadPolicy.SWAP:
+            return Swap(watermark or SWAP_WATERMARK)
+        case OverloadPolicy.MIGRATE:
+            return Migrate(watermark)
+        case OverloadPolicy.DROP | OverloadPolicy.RECOMPUTE:
+            return Recompute(watermark)

@@ -19,7 +19,8 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.exchange import Exchange, Moving
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.remap import Layouts, Remap
+from kunserve.engine.remap import Layouts, Remap, gather_all
+from kunserve.engine.request import Request
 from kunserve.errors import ConflictError
 from kunserve.gpu.copies import copy_blocks
 from kunserve.gpu.links import Links
@@ -63,6 +64,9 @@ class Transition:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+_MergeStep = tuple[Merge, list[Group], ExchangePlan]
+
+
 class _CancelledError(Exception):
     """A new burst came before the weights were back."""
 
@@ -76,6 +80,7 @@ class Reconfigure:
         self.exchange = Exchange(engine, self._remap, links)
         self.transitions: list[Transition] = []
         self.current: Transition | None = None
+        self._arriving: dict[int, list[int]] = {}  # device -> blocks that tails are copied to now
         self._is_cancelled = False
         self._next_group_id = 1 + max(group.group_id for group in engine.groups)
 
@@ -88,66 +93,71 @@ class Reconfigure:
 
         Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
         """
-        members = [[self._engine.group(i) for i in merge.group_ids] for merge in plan.merges]
-        with self._transition("drop", plan.epoch, [group for groups in members for group in groups]) as transition:
-            old = [group for groups in members for group in groups]
+        group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
+        with self._transition("drop", plan.epoch, group_ids) as (transition, old):
             with transition.step("boundary"):  # 2
                 await self._engine.quiesce(old)
-            exchanges = [
-                plan_exchange(snapshot, merge, _live_requests(groups))
-                for merge, groups in zip(plan.merges, members, strict=True)
-            ]
+                await self._settle(old)
+            steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
+            modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
+            transition.exchange_mode = ", ".join(sorted(modes)) or None
             layouts: Layouts = {}
-            for merge, groups, exchange in zip(plan.merges, members, exchanges, strict=True):
-                layouts |= self._remap.of_merge(
-                    merge,
-                    groups,
-                    is_kv_kept=exchange.mode is not ExchangeMode.INFEASIBLE,
-                    is_spare_kept=exchange.mode is ExchangeMode.BY_LAYER,
-                )
+            for merge, groups, exchange in steps:
+                is_spare_kept = exchange.mode is ExchangeMode.BY_LAYER
+                layouts |= self._remap.of_merge(merge, groups, is_spare_kept=is_spare_kept)
             with transition.step("remap"):  # 3
                 await self._remap.apply(layouts)
             transition.weight_bytes = plan.freed_bytes
-            merged = [
-                self._merge(merge, groups, exchange)
-                for merge, groups, exchange in zip(plan.merges, members, exchanges, strict=True)
-            ]
-            self._commit(transition, old, [group for group, _ in merged], on_commit)  # 4
+            merged = [self._merge(*step) for step in steps]
+            self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
             with transition.step("exchange"):  # 5, 6
                 before = self.exchange.num_bytes
-                for (group, moving), exchange in zip(merged, exchanges, strict=True):
-                    transition.exchange_mode = str(exchange.mode) if moving else None
-                    await self._exchange_after_merge(group, moving, exchange)
-                transition.exchange_bytes = self.exchange.num_bytes - before
+                try:
+                    await gather_all(self._exchange_after_merge(*step) for step in merged)
+                finally:
+                    transition.exchange_bytes = self.exchange.num_bytes - before
         return transition
 
-    def _merge(self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan) -> tuple[Group, list[Moving]]:
+    def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
+        """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may."""
+        groups = [self._engine.group(group_id) for group_id in merge.group_ids]
+        live = [LiveRequest(r.request_id, g.group_id, len(r.block_tables[0])) for g in groups for r in g.running]
+        exchange = plan_exchange(snapshot, merge, live)
+        if exchange.mode is ExchangeMode.INFEASIBLE:
+            for request, group in reversed(_by_admission(groups)):
+                self._engine.scheduler.preempt(group, request)
+        return merge, groups, exchange
+
+    def _merge(
+        self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan
+    ) -> tuple[Group, list[Moving], ExchangePlan]:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
-        new = self._new_group(merge.stages, merge.origin)
+        new, is_by_layer = self._new_group(merge.stages, merge.origin), exchange.mode is ExchangeMode.BY_LAYER
         for stage in new.stages:
             mapped = self._engine.memories[stage.device].kv.num_blocks(stage.first_layer)
-            if exchange.mode is ExchangeMode.BY_LAYER:  # ids of blocks that are mapped layer by layer
+            if is_by_layer:  # ids of blocks that are mapped layer by layer
                 chunks = self._remap.of_stage(stage.view).kv_chunks[stage.first_layer]
                 stage.pool.grow(self._shape.blocks_in(chunks))
                 stage.pool.set_limit(mapped)
             else:
                 stage.pool.grow(mapped)
-        running = [(request, group) for group in groups for request in list(group.running)]
-        if exchange.mode is ExchangeMode.INFEASIBLE:
-            for request, group in reversed(running):
-                self._engine.scheduler.preempt(group, request)
-            return new, []
-        running.sort(key=lambda pair: (pair[0].admitted_s or 0.0, pair[0].arrival_s))
-        return new, [self.exchange.begin(request, group, new) for request, group in running]
+        moving = [self.exchange.begin(request, group, new) for request, group in _by_admission(groups)]
+        order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
+        moving.sort(key=lambda m: order.get(m.request.request_id, -1))
+        self.exchange.reserve(moving, is_beyond_limit=is_by_layer)
+        return new, moving, exchange
 
     async def _exchange_after_merge(self, group: Group, moving: list[Moving], exchange: ExchangePlan) -> None:
         if exchange.mode is ExchangeMode.BY_LAYER:
             await self.exchange.by_layer(group, moving, exchange)
-        elif moving:
-            order = {move.request_ids[0]: i for i, move in enumerate(exchange.moves)}
-            await self.exchange.by_request(sorted(moving, key=lambda m: order.get(m.request.request_id, -1)))
+        else:
+            await self.exchange.by_request(moving)
         await self._remap.settle(group.stages)
         self._engine.wake()
+
+    async def _settle(self, groups: Sequence[Group]) -> None:
+        """Bring devices to their groups' layouts, if an earlier transition failed to."""
+        await self._remap.settle(stage for group in groups for stage in group.stages)
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -157,8 +167,9 @@ class Reconfigure:
         Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
         If a new burst cancels it before the split, the old grouping is back and the outcome says so.
         """
-        old = [self._engine.group(split.group_id) for split in plan.splits]
-        with self._transition("restore", plan.epoch, old) as transition:
+        group_ids = [split.group_id for split in plan.splits]
+        with self._transition("restore", plan.epoch, group_ids) as (transition, old):
+            await self._settle(old)
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
@@ -226,20 +237,28 @@ class Reconfigure:
         is_empty = True
         for group in groups:
             for position, stage in enumerate(group.stages):
-                tail = stage.pool.used_beyond(targets[stage.device])
-                front = stage.pool.alloc(min(len(tail), stage.pool.num_free)) or []
-                is_empty &= len(front) == len(tail)
-                moved = dict(zip(tail, front, strict=False))
-                try:
-                    await self._copy_within(stage, moved)
-                except BaseException:
-                    stage.pool.free(front)
-                    raise
-                for request in group.running:
-                    table = request.block_tables[position]
-                    table[:] = [moved.get(block, block) for block in table]
-                stage.pool.free(moved)
+                is_empty &= await self._empty_tail(group, position, stage, targets[stage.device])
         return is_empty
+
+    async def _empty_tail(self, group: Group, position: int, stage: Stage, target: int) -> bool:
+        pool = stage.pool
+        tail = pool.used_beyond(target)
+        front = self._arriving[stage.device] = pool.alloc(min(len(tail), pool.num_free)) or []
+        moved = dict(zip(tail, front, strict=False))
+        try:
+            await self._copy_within(stage, moved)
+        except BaseException:
+            pool.free(front)
+            raise
+        finally:
+            del self._arriving[stage.device]
+        for request in group.running:
+            table = request.block_tables[position]
+            table[:] = [moved.get(block, block) for block in table]
+        arrived = {block for request in group.running for block in request.block_tables[position]}
+        for old, new in moved.items():
+            pool.free([old if new in arrived else new])  # the new one if its request has ended meanwhile
+        return len(front) == len(tail)
 
     async def _copy_within(self, stage: Stage, moved: dict[int, int]) -> None:
         """Copy blocks to other ids, in all layers of a stage."""
@@ -267,23 +286,32 @@ class Reconfigure:
             home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
             moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
             made += new
+        self.exchange.reserve(moving)  # they have blocks everywhere already
         return made, moving
 
     # --- both ---------------------------------------------------------------------------------------------------
 
+    def held(self, device: int) -> list[list[int]]:
+        """Blocks in use on a device that are in no request's table: of what is on the move."""
+        arriving = [self._arriving[device]] if device in self._arriving else []
+        return arriving + self.exchange.held(device)
+
     @contextmanager
-    def _transition(self, kind: str, epoch: int, groups: Sequence[Group]) -> Iterator[Transition]:
-        """One transition at a time, of the present epoch; recorded whatever becomes of it."""
+    def _transition(
+        self, kind: str, epoch: int, group_ids: Sequence[int]
+    ) -> Iterator[tuple[Transition, Sequence[Group]]]:
+        """One transition at a time, of the present epoch and these groups; recorded whatever becomes of it."""
         if self.current is not None:
             raise ConflictError(f"a {self.current.kind} is under way", retry_after_s=1)
         if epoch != self._engine.epoch:
             raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._engine.epoch}")
-        transition = Transition(kind, self._engine.now(), tuple(group.group_id for group in groups))
+        groups = [self._engine.group(group_id) for group_id in group_ids]
+        transition = Transition(kind, self._engine.now(), tuple(group_ids))
         self.current, self._is_cancelled = transition, False
         self.transitions.append(transition)
         del self.transitions[:-HISTORY]
         try:
-            yield transition
+            yield transition, groups
             if transition.outcome == "running":
                 transition.outcome = "done"
         except BaseException:
@@ -329,5 +357,7 @@ class Reconfigure:
         return group
 
 
-def _live_requests(groups: Sequence[Group]) -> list[LiveRequest]:
-    return [LiveRequest(r.request_id, g.group_id, len(r.block_tables[0])) for g in groups for r in g.running]
+def _by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:
+    """All requests of these groups, in the order in which they were admitted."""
+    running = [(request, group) for group in groups for request in group.running]
+    return sorted(running, key=lambda pair: (pair[0].admitted_s or 0.0, pair[0].arrival_s))

@@ -47,11 +47,11 @@ class Remap:
         """All devices of the groups that a split makes."""
         return {stage.device: self.of_stage(stage) for part in parts for stage in part.stages}
 
-    def of_merge(self, merge: Merge, groups: Sequence[Group], *, is_kv_kept: bool, is_spare_kept: bool) -> Layouts:
+    def of_merge(self, merge: Merge, groups: Sequence[Group], *, is_spare_kept: bool) -> Layouts:
         """All devices of a merge right after the drop, before any KV has left.
 
-        is_kv_kept: leave the KV of layers that go until it is copied. is_spare_kept: leave the freed chunks free, for
-        KV that comes layer by layer; otherwise the layers that stay get them.
+        Layers that go keep the KV of running requests until it is copied. is_spare_kept: leave the freed chunks free,
+        for KV that comes layer by layer; otherwise the layers that stay get them.
         """
         old = {stage.device: (group, stage) for group in groups for stage in group.stages}
         layouts = {}
@@ -60,7 +60,7 @@ class Remap:
             chunks = memory.kv.num_chunks(before.first_layer)
             stay = range(stage.first_layer, stage.last_layer)
             leaving = [i for i in range(before.first_layer, before.last_layer) if i not in stay]
-            if not (is_kv_kept and group.running):
+            if not group.running:
                 leaving = []
             spare = memory.pool.num_chunks - len(leaving) * chunks
             spare -= self.shape.weight_chunks(stage.first_layer, stage.last_layer)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Waits for the mask: bit i of its little-endian words (V / 32,) uint32 allows token i; None allows all.
+TokenMask = Callable[[], NDArray[np.uint32] | None]
 
 
 class FinishReason(enum.StrEnum):
@@ -35,16 +43,20 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not come up
+    allowed_token_ids: tuple[int, ...] | None = None  # None: all
+    num_prompt_logprobs: int | None = None  # None: off; as num_logprobs, for the prompt's tokens from the second on
     num_logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one generated position, from the raw logits (before penalties and temperature)."""
+    """Log-probabilities at one position, from the raw logits (before penalties and temperature)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    rank: int | None = None  # of a prompt's token: 1 if it is the most likely one
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,21 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop token id or stop string that ended it
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token, if asked for
+
+
+class Constraint(Protocol):
+    """What a request's next token may be, by a grammar (engine/constraint.py). Used on the event loop only."""
+
+    def mask(self) -> TokenMask:
+        """Begin to find out which tokens may come next; the same until `accept`."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was chosen. Raises EngineError if it cannot follow."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may follow."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +99,7 @@ class Request:
     arrival_s: float = 0.0  # on the engine's clock
     seed: int = 0  # always set by the engine: from params, or drawn
     priority: int = 0
+    constraint: Constraint | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then everything generated
     num_computed_tokens: int = 0
@@ -83,6 +111,7 @@ class Request:
     num_preemptions: int = 0
     num_in_flight: int = 0  # microbatches that carry it now
     is_moving: bool = False  # its KV is being exchanged: not schedulable
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as they are known
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

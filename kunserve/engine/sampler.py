@@ -9,14 +9,15 @@ so that their sums come out the same in whatever order a device adds them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kunserve.engine.request import SamplingParams, TokenLogprobs
+from kunserve.engine.request import SamplingParams, TokenLogprobs, TokenMask
 from kunserve.errors import EngineError
 
 UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
@@ -33,6 +34,8 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]  # generated so far
     eos_token_ids: tuple[int, ...]
+    mask: TokenMask | None = None  # of a grammar; read, and waited for, when the logits are there
+    given: int | None = None  # not to choose but to score this token of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,17 @@ class SampledToken:
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Choose one token per row: logits (R, V), any float type and device, left unchanged; R rows.
 
-    Order as in vLLM: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Ties go to the
-    lowest id. Raises EngineError, naming the rows, when a row's largest logit is not finite.
+    Order as in vLLM: grammar and allowed tokens, logit bias, min_tokens and bad words, penalties, temperature, min_p,
+    top_k, top_p. Ties go to the lowest id. Raises EngineError, naming the rows, when a row's largest logit is not
+    finite.
     """
     assert logits.shape[0] == len(rows)
     if not rows:
         return []
     token_ids = _greedy(logits)
-    others = [i for i, row in enumerate(rows) if row.params.temperature > 0 or _is_adjusted(row)]
+    others = [
+        i for i, row in enumerate(rows) if row.given is None and (row.params.temperature > 0 or _is_adjusted(row))
+    ]
     rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
     for start in range(0, len(others), rows_per_slice):
         part = others[start : start + rows_per_slice]
@@ -62,6 +68,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
             token_ids[i] = token_id
     return [
         SampledToken(token_id, _logprobs(logits[i], token_id, row.params.num_logprobs))
+        if row.given is None
+        else SampledToken(row.given, _scored(logits[i], row.given, row.params.num_prompt_logprobs))
         for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True))
     ]
 
@@ -168,7 +176,12 @@ def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: i
 
 def _is_adjusted(row: SamplingRow) -> bool:
     p = row.params
-    return bool(p.logit_bias) or _is_penalised(p) or len(row.output_token_ids) < p.min_tokens
+    is_biased = bool(p.logit_bias or p.bad_words) or len(row.output_token_ids) < p.min_tokens
+    return is_biased or _is_restricted(row) or _is_penalised(p)
+
+
+def _is_restricted(row: SamplingRow) -> bool:
+    return row.mask is not None or row.params.allowed_token_ids is not None
 
 
 def _is_penalised(p: SamplingParams) -> bool:
@@ -176,17 +189,21 @@ def _is_penalised(p: SamplingParams) -> bool:
 
 
 def _adjust(scores: Tensor, row: SamplingRow) -> None:
-    """Apply logit bias, min_tokens and penalties in place: scores (V,) float64."""
+    """Apply masks, logit bias, min_tokens, bad words and penalties in place: scores (V,) float64."""
     params, vocab_size = row.params, scores.shape[0]
+    _allow(scores, row)
     # Ids beyond the vocabulary are no error here: they cannot come up anyway.
     bias = [(i, value) for i, value in params.logit_bias if 0 <= i < vocab_size]
     if bias:
         ids, values = zip(*bias, strict=True)
         delta = torch.tensor(values, dtype=scores.dtype, device=scores.device)
         scores.index_add_(0, torch.tensor(ids, device=scores.device), delta)
-    if len(row.output_token_ids) < params.min_tokens:
-        banned = [i for i in {*row.eos_token_ids, *params.stop_token_ids} if 0 <= i < vocab_size]
-        scores[torch.tensor(banned, dtype=torch.int64, device=scores.device)] = -torch.inf
+    if banned := [i for i in _banned(row) if 0 <= i < vocab_size]:
+        places = torch.tensor(banned, dtype=torch.int64, device=scores.device)
+        before = scores[places]
+        scores[places] = -torch.inf
+        if _is_restricted(row) and float(scores.max()) == -torch.inf:  # nothing else is allowed
+            scores[places] = before
     if _is_penalised(params):
         counts = _counts(row.output_token_ids, vocab_size).to(scores.device)
         if params.repetition_penalty != 1.0:
@@ -194,6 +211,36 @@ def _adjust(scores: Tensor, row: SamplingRow) -> None:
             factor = params.repetition_penalty
             scores.copy_(scores.where(~is_seen, torch.where(scores > 0, scores / factor, scores * factor)))
         scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _allow(scores: Tensor, row: SamplingRow) -> None:
+    """Rule out in place what the grammar or the request does not allow: scores (V,). One token always remains."""
+    vocab_size = scores.shape[0]
+    is_allowed: NDArray[np.bool_] | None = None
+    words = row.mask() if row.mask is not None else None
+    if words is not None:
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab_size].astype(np.bool_)
+        is_allowed = np.pad(bits, (0, vocab_size - len(bits)))
+    if (ids := row.params.allowed_token_ids) is not None:
+        is_listed = np.zeros(vocab_size, np.bool_)
+        is_listed[[i for i in ids if 0 <= i < vocab_size]] = True
+        both = is_listed if is_allowed is None else is_listed & is_allowed
+        is_allowed = both if both.any() else is_allowed
+    if is_allowed is not None and is_allowed.any():
+        scores.masked_fill_(torch.from_numpy(~is_allowed).to(scores.device), -torch.inf)
+
+
+def _banned(row: SamplingRow) -> list[int]:
+    """Tokens that must not come next: the end before min_tokens, the last token of a bad word."""
+    params, output = row.params, row.output_token_ids
+    banned = set[int]()
+    if len(output) < params.min_tokens:
+        banned = {*row.eos_token_ids, *params.stop_token_ids}
+    for word in params.bad_words:
+        *begin, last = word
+        if len(begin) <= len(output) and list(output[len(output) - len(begin) :]) == begin:
+            banned.add(last)
+    return sorted(banned)
 
 
 def _counts(token_ids: Sequence[int], vocab_size: int) -> Tensor:
@@ -213,3 +260,10 @@ def _logprobs(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenL
         found = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
         top = sorted(found, key=lambda entry: (-entry[1], entry[0]))[:num_logprobs]
     return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(top))
+
+
+def _scored(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
+    """`_logprobs` of a token that was given, and its rank."""
+    if (found := _logprobs(logits, token_id, num_logprobs)) is None:
+        return None
+    return replace(found, rank=int((logits > logits[token_id]).sum()) + 1)

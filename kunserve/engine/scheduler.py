@@ -15,6 +15,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, Span
 from kunserve.engine.policy import Policy
 from kunserve.engine.request import Request
+from kunserve.engine.swap_queue import SwapMove, SwapQueue
 from kunserve.planner.microbatch import decode_share
 
 
@@ -27,20 +28,34 @@ class Limits:
 
 
 class Scheduler:
-    """The global waiting queue, and the rule that turns it and a group's running requests into microbatches."""
+    """The global waiting queue, and the rule that turns it and a group's running requests into microbatches.
 
-    def __init__(self, limits: Limits, policy: Policy) -> None:
+    `num_host_blocks`: room in host memory for the KV of requests that make way; 0: it is recomputed.
+    """
+
+    def __init__(self, limits: Limits, policy: Policy, num_host_blocks: int = 0) -> None:
         self.limits = limits
         self.policy = policy
         self.waiting: deque[Request] = deque()
+        self.swapped = SwapQueue(num_host_blocks)
+        self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
         self.num_preemptions = 0
+        self.num_migrations = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests bound to no group."""
+        return len(self.waiting) + len(self.swapped.ready)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
         spans: list[Span] = []
         budget = self.limits.max_num_batched_tokens
-        preemptions_before = self.num_preemptions
-        decoding = sum(1 for r in group.running if r.num_output_tokens and not r.is_moving)
+        num_leaving = self.swapped.num_leaving(group)
+        evictions_before = self._num_evictions
+        for victim in self.policy.make_way(group, num_leaving):
+            self._evict(group, victim)
+        decoding = sum(1 for r in group.running if r.num_output_tokens and _is_schedulable(r))
         share = decode_share(decoding, len(group.stages))
         for request in self._by_urgency(group):
             if budget == 0 or request.group_id != group.group_id:  # preempted meanwhile
@@ -54,7 +69,9 @@ class Scheduler:
             if self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(request, num_tokens))
                 budget -= num_tokens
-        if self.num_preemptions == preemptions_before:
+        if self._num_evictions == evictions_before and not num_leaving:
+            while self._bring_back_head(group, groups):
+                pass
             while budget and (admitted := self._admit_head(group, groups)) is not None:
                 num_tokens = min(admitted.num_tokens, budget)
                 spans.append(self._span(admitted, num_tokens))
@@ -77,12 +94,49 @@ class Scheduler:
         request.num_computed_tokens = request.num_scheduled_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.preempted_by[request.request_id] = group.group_id
+        if self.policy.is_requeued_last:
+            self.waiting.append(request)
+        else:
+            self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that is bound to no group. Nothing happens if it does not wait."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self.swapped.remove(request)
+        self.preempted_by.pop(request.request_id, None)
+
+    def end_swap(self, move: SwapMove, *, is_lost: bool = False) -> None:
+        """A copy to the host or back is over, or has failed: then the request is recomputed."""
+        request, group = move.request, move.group
+        is_kept = move.is_out and not is_lost and request.finish_reason is None
+        if is_kept or request.finish_reason is not None:
+            group.release(request)
+        self.swapped.end(move, is_kept=is_kept)
+        if is_lost and request.finish_reason is None:
+            self.preempt(group, request)
+
+    def hand_over(self, request: Request, source: Group, destination: Group, block_tables: list[list[int]]) -> None:
+        """Bind a settled request to another group, where its KV is in `block_tables` by now."""
+        source.release(request)
+        request.group_id, request.block_tables = destination.group_id, block_tables
+        destination.running.append(request)
+        self.num_migrations += 1
+
+    @property
+    def _num_evictions(self) -> int:
+        return self.num_preemptions + self.swapped.num_swaps
+
+    def _evict(self, group: Group, request: Request) -> None:
+        """To the host if there is room, else to be recomputed."""
+        if not self.swapped.begin_out(group, request):
+            self.preempt(group, request)
 
     @staticmethod
     def _by_urgency(group: Group) -> list[Request]:
         """Requests with tokens to schedule: those one token from their next output first, in order of admission."""
-        ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and not r.is_moving]
+        ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and _is_schedulable(r)]
         return sorted(ready, key=lambda r: r.num_tokens - r.num_scheduled_tokens > 1)
 
     @staticmethod
@@ -103,27 +157,42 @@ class Scheduler:
                 return False
         return True
 
+    def _bring_back_head(self, group: Group, groups: Sequence[Group]) -> bool:
+        """Begin to copy the first of the swapped back to `group`; False if it should not now."""
+        if not self.swapped.ready or not self._takes(group, groups, self.swapped.ready[0]):
+            return False
+        self.swapped.begin_in(group)
+        return True
+
     def _admit_head(self, group: Group, groups: Sequence[Group]) -> Request | None:
-        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now."""
-        if not self.waiting or not group.is_admitting or len(group.running) >= self.limits.max_num_seqs:
+        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now.
+
+        Whoever is on the host goes first.
+        """
+        if not self.waiting or self.swapped.ready or not self._takes(group, groups, self.waiting[0]):
             return None
-        head = self.waiting[0]
-        if not self.policy.may_admit(group, head):
-            return None
-        # Whoever is least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
-        others = (
-            g for g in groups if g is not group and not g.is_paused and g.is_admitting and _load(g) < _load(group)
-        )
-        if any(self.policy.may_admit(other, head) for other in others):
-            return None
-        self.waiting.popleft()
+        head = self.waiting.popleft()
+        self.preempted_by.pop(head.request_id, None)
         head.group_id = group.group_id
         group.running.append(head)
         is_allocated = group.allocate(head, head.num_tokens)
         assert is_allocated, "admitted what does not fit"
         return head
 
+    def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
+        """Whether `group` has room for `head`, and no less loaded group has.
 
-def _load(group: Group) -> float:
-    """How full a group is: its requests per device, then its blocks."""
-    return len(group.running) / len(group.stages) + group.num_used / (group.num_blocks + 1)
+        The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
+        """
+        if not group.is_admitting or len(group.running) >= self.limits.max_num_seqs:
+            return False
+        if not self.policy.may_admit(group, head):
+            return False
+        load = self.policy.load
+        others = (g for g in groups if g is not group and not g.is_paused and g.is_admitting and load(g) < load(group))
+        return not any(self.policy.may_admit(other, head) for other in others)
+
+
+def _is_schedulable(request: Request) -> bool:
+    """Whether more of it may run: one that has ended only waits for what is in flight."""
+    return not request.is_moving and request.finish_reason is None

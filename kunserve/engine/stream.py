@@ -47,4 +47,11 @@ class OutputStream:
 
 
 def _merge(a: Output, b: Output) -> Output:
-    return Output(a.text + b.text, a.token_ids + b.token_ids, a.logprobs + b.logprobs, b.finish_reason, b.stop_reason)
+    return Output(
+        a.text + b.text,
+        a.token_ids + b.token_ids,
+        a.logprobs + b.logprobs,
+        b.finish_reason,
+        b.stop_reason,
+        a.prompt_logprobs + b.prompt_logprobs,
+    )

@@ -104,6 +104,14 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """The whole tokenizer, as in `tokenizer.json`."""
+        return self._core.to_str()
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary writes it ("</think>"); None if there is no such token."""
+        return self._core.token_to_id(token)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, perhaps a part of a character; b"" for an unknown id."""
         if (found := self._bytes.get(token_id)) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,10 @@ class ChunkCounts:
 
 
 class DeviceMemory:
-    """The memory of one device: who has its chunks now, and the verbs that move them."""
+    """The memory of one device: who has its chunks now, and the verbs that move them.
+
+    `rearrange` runs on the device's queue while others look: they see it before or after, never in between.
+    """
 
     def __init__(
         self,
@@ -47,16 +51,22 @@ class DeviceMemory:
         self.pool = ChunkPool(device.num_chunks)
         self.weights = Weights(device, self.pool, units, dtype)
         self.kv = KVMemory(device, self.pool, num_layers, kv_shape)
+        self._lock = threading.Lock()
 
     @property
     def counts(self) -> ChunkCounts:
         """Chunks by owner."""
-        weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
-        return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
+        with self._lock:
+            weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
+            return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
 
     @property
     def layout(self) -> Layout:
         """What the chunks are for now."""
+        with self._lock:
+            return self._layout()
+
+    def _layout(self) -> Layout:
         kv = tuple(self.kv.num_chunks(layer) for layer in range(len(self.kv.layers)))
         return Layout(tuple(self.weights.present), kv)
 
@@ -66,14 +76,15 @@ class DeviceMemory:
         No work may be running on what leaves. All or nothing: on `DeviceError` the old layout is back, with the
         units that had left mapped but to be filled again.
         """
-        before = self.layout
-        try:
-            self._unmap_beyond(layout)
-            self._map_up_to(layout)
-        except BaseException:
-            self._unmap_beyond(before)
-            self._map_up_to(before)
-            raise
+        with self._lock:
+            before = self._layout()
+            try:
+                self._unmap_beyond(layout)
+                self._map_up_to(layout)
+            except BaseException:
+                self._unmap_beyond(before)
+                self._map_up_to(before)
+                raise
 
     def _unmap_beyond(self, layout: Layout) -> None:
         for unit in self.weights.present:
@@ -92,4 +103,5 @@ class DeviceMemory:
 
     def check(self) -> None:
         """Assert invariant 2: every chunk is free, or owned by exactly the range it is mapped in."""
-        self.pool.check({Owner.WEIGHTS: self.weights.mapped_chunks, Owner.KV: self.kv.mapped_chunks})
+        with self._lock:
+            self.pool.check({Owner.WEIGHTS: self.weights.mapped_chunks, Owner.KV: self.kv.mapped_chunks})

@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo, Template, TextTokenizer
+from kunserve.api.structured import Grammars
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.metrics import EngineStats, Metrics
@@ -104,6 +105,12 @@ class FakeEngine:
     def state(self) -> dict[str, Any]:
         return {"epoch": 0, "groups": [{"id": 0, "stages": [[0, 30]]}]}
 
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        return {"dropped": group_ids}
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        return {"restored": group_ids}
+
     def health(self) -> str | None:
         return self.illness
 
@@ -122,6 +129,7 @@ async def serving(
     model: ModelInfo = MODEL,
     tokenizer: TextTokenizer | None = None,
     template: Template | None = BRACKETS,
+    grammars: Grammars | None = None,
 ) -> AsyncIterator[Client]:
     """A client of the application on `engine`."""
     metrics = Metrics(model.name, model.max_model_len, engine.stats)
@@ -132,6 +140,7 @@ async def serving(
         model,
         metrics,
         settings or ApiSettings(),
+        grammars,
     )
     async with TestClient(PlainServer(app)) as client:
         yield client

@@ -121,7 +121,7 @@ async def test_bad_requests_never_reach_the_engine(body: dict[str, Any], status:
 
 async def test_tools_without_calling_them_are_for_the_template() -> None:
     engine = FakeEngine()
-    await post(engine, tools=[{"type": "function"}], tool_choice="none")
+    await post(engine, tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none")
     assert len(engine.requests) == 1
 
 

@@ -193,7 +193,9 @@ async def test_request_ids() -> None:
         ({"min_tokens": 17}, 400, "min_tokens"),
         ({"model": "other"}, 404, "model"),
         ({"suffix": "x"}, 400, "suffix"),
-        ({"echo": True, "logprobs": 1}, 400, "echo"),
+        ({"echo": False, "max_tokens": 0}, 400, "max_tokens"),
+        ({"stream": True, "prompt_logprobs": 0}, 400, "prompt_logprobs"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ],
 )
 async def test_bad_requests_never_reach_the_engine(body: dict[str, Any], status: int, param: str) -> None:
@@ -282,3 +284,65 @@ async def test_text_that_cannot_fit_is_not_tokenized() -> None:
         error = await error_of(await client.post(URL, json={"prompt": "x" * 256 * 65}))
     assert error["code"] == 400
     assert tokenizer.threads == []
+
+
+SCORES = (TokenLogprobs(104, -1.0, ((5, -0.5),), 2), TokenLogprobs(105, -2.0, ((6, -0.25),), 7))
+
+
+def scoring(_: Any) -> list[Output]:
+    """A prompt of BOS, h, i."""
+    return [Output("o", (111,), (TokenLogprobs(111, -3.0, ((7, -0.1),)),), FinishReason.LENGTH, None, SCORES)]
+
+
+async def test_echo_with_logprobs() -> None:
+    answer = await post(FakeEngine(scoring), echo=True, logprobs=1, max_tokens=1)
+    choice = answer["choices"][0]
+    assert choice["text"] == "hio"
+    assert choice["logprobs"] == {
+        "tokens": [chr(BOS), "h", "i", "o"],
+        "token_logprobs": [None, -1.0, -2.0, -3.0],
+        "top_logprobs": [None, {"h": -1.0, chr(5): -0.5}, {"i": -2.0, chr(6): -0.25}, {"o": -3.0, chr(7): -0.1}],
+        "text_offset": [0, 1, 2, 2],
+    }
+    events = await stream(FakeEngine(scoring), echo=True, logprobs=1, max_tokens=1)
+    assert events[0]["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert events[1]["choices"][0]["logprobs"]["token_logprobs"] == [-3.0]
+
+
+async def test_echo_of_nothing_but_the_prompt() -> None:
+    engine = FakeEngine(scoring)
+    answer = await post(engine, echo=True, logprobs=0, max_tokens=0)
+    assert engine.requests[0].params.max_tokens == 1
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"h": -1.0}, {"i": -2.0}]
+    assert answer["usage"]["completion_tokens"] == 0
+    events = await stream(FakeEngine(scoring), echo=True, max_tokens=0, stream_options={"include_usage": True})
+    assert [event["choices"][0]["text"] for event in events[:-1]] == ["hi", ""]
+    assert events[-1]["usage"]["completion_tokens"] == 0
+
+
+async def test_prompt_logprobs() -> None:
+    engine = FakeEngine(scoring)
+    answer = await post(engine, prompt_logprobs=1)
+    assert engine.requests[0].params.num_prompt_logprobs == 1
+    assert answer["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            "104": {"logprob": -1.0, "rank": 2, "decoded_token": "h"},
+            "5": {"logprob": -0.5, "rank": 1, "decoded_token": "\x05"},
+        },
+        {
+            "105": {"logprob": -2.0, "rank": 7, "decoded_token": "i"},
+            "6": {"logprob": -0.25, "rank": 1, "decoded_token": "\x06"},
+        },
+    ]
+
+
+async def test_bad_words_and_allowed_tokens_reach_the_engine() -> None:
+    engine = FakeEngine()
+    await post(engine, bad_words=["no"], allowed_token_ids=[5, 6, 5])
+    params = engine.requests[0].params
+    assert params.bad_words == ((110, 111), (32, 110, 111))
+    assert params.allowed_token_ids == (5, 6)

@@ -10,9 +10,10 @@ import pytest
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import Microbatch
-from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.policy import OverloadPolicy, make_policy, shortest_running
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.swap_queue import SwapMove
 
 LAYERS = 8
 
@@ -28,9 +29,10 @@ def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
 
 
 def make_scheduler(
-    policy: OverloadPolicy = OverloadPolicy.RECOMPUTE, budget: int = 12, watermark: float = 0
+    policy: OverloadPolicy = OverloadPolicy.RECOMPUTE, budget: int = 12, watermark: float = 0, num_host_blocks: int = 0
 ) -> Scheduler:
-    return Scheduler(Limits(max_num_batched_tokens=budget, max_num_seqs=64), make_policy(policy, watermark))
+    limits = Limits(max_num_batched_tokens=budget, max_num_seqs=64)
+    return Scheduler(limits, make_policy(policy, watermark), num_host_blocks)
 
 
 def commit(scheduler: Scheduler, group: Group, batch: Microbatch) -> list[Request]:
@@ -59,8 +61,9 @@ def check(groups: list[Group]) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy, num_stages: int, seed: int) -> None:
     rng = random.Random(seed)
-    scheduler = make_scheduler(policy)
+    scheduler = make_scheduler(policy, num_host_blocks=20 * (policy is OverloadPolicy.SWAP))
     groups = [make_group(i, num_stages) for i in range(rng.randrange(1, 4))]
+    copies: list[SwapMove] = []
     requests = [make_request(f"r{i}", rng.randrange(1, 40), rng.randrange(1, 24)) for i in range(30)]
     arrivals, done = deque(requests), []
     in_flight: list[tuple[Group, Microbatch]] = []
@@ -77,6 +80,13 @@ def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy,
                 assert len({id(s.request) for s in batch.spans}) == len(batch.spans)
                 in_flight.append((group, batch))
         check(groups)
+        copies += scheduler.swapped.take_begun()
+        if copies and rng.random() < 0.3:
+            scheduler.end_swap(copies.pop(rng.randrange(len(copies))), is_lost=rng.random() < 0.1)
+        if policy is OverloadPolicy.MIGRATE and rng.random() < 0.1:
+            migrate(scheduler, *rng.choices(groups, k=2))
+        scheduler.swapped.check()
+        check(groups)
         if in_flight:
             # microbatches of one group come back in order; groups in any
             group = rng.choice(in_flight)[0]
@@ -86,9 +96,24 @@ def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy,
         if len(done) == len(requests):
             break
     assert len(done) == len(requests), "no progress"
-    assert all(group.num_used == 0 and not group.running for group in groups) and not scheduler.waiting
+    assert all(group.num_used == 0 and not group.running for group in groups)
+    assert scheduler.num_waiting == 0 and not scheduler.preempted_by and not copies
+    assert scheduler.swapped.num_free == scheduler.swapped.num_blocks
     if policy is OverloadPolicy.QUEUE:
         assert scheduler.num_preemptions == 0
+
+
+def migrate(scheduler: Scheduler, source: Group, destination: Group) -> None:
+    """Hand the shortest running request over, if that can be now."""
+    request = shortest_running(source)
+    if source is destination or request is None or request.num_in_flight:
+        return
+    tables = [stage.pool.alloc(len(request.block_tables[0])) for stage in destination.stages]
+    if all(table is not None for table in tables):
+        scheduler.hand_over(request, source, destination, [table or [] for table in tables])
+        return
+    for stage, table in zip(destination.stages, tables, strict=True):
+        stage.pool.free(table or [])
 
 
 def test_decodes_go_before_prompts_and_prompts_are_cut_to_the_budget() -> None:
@@ -188,3 +213,58 @@ def test_a_request_in_flight_is_no_victim() -> None:
     assert scheduler.num_preemptions == (0 if b.num_in_flight else 1)
     check([group])
     del a
+
+
+def run_steps(scheduler: Scheduler, group: Group, num_steps: int) -> None:
+    for _ in range(num_steps):
+        if (batch := scheduler.schedule(group, [group], 0)) is None:
+            return
+        commit(scheduler, group, batch)
+
+
+def test_swap_sends_the_tail_away_and_serves_it_before_those_that_wait() -> None:
+    scheduler, group = make_scheduler(OverloadPolicy.SWAP, num_host_blocks=8), make_group(num_blocks=4)  # 16 tokens
+    for name in ("a", "b"):
+        scheduler.waiting.append(make_request(name, 6, 8))
+    scheduler.waiting.append(make_request("c", 2, 1))
+    run_steps(scheduler, group, 3)  # prompts, then tokens 7 and 8
+    a, b = group.running
+    batch = scheduler.schedule(group, [group], 0)
+    (move,) = scheduler.swapped.take_begun()
+    assert batch is None and (move.request, move.num_blocks, move.is_out) == (b, 2, True)
+    assert b.is_moving and group.num_free == 0  # until the copy is done
+    assert scheduler.schedule(group, [group], 0) is None and not scheduler.swapped.take_begun()  # b is enough
+    scheduler.end_swap(move)
+    assert list(scheduler.swapped.ready) == [b] and b.num_computed_tokens == 8 and not b.block_tables
+    run_steps(scheduler, group, 4)
+    assert [r.request_id for r in scheduler.waiting] == ["c"] and group.running == [a]  # c would fit, b is first
+    run_steps(scheduler, group, 9)
+    (move,) = scheduler.swapped.take_begun()
+    assert (move.request, move.is_out, b.is_moving) == (b, False, True)
+    scheduler.end_swap(move)
+    check([group])
+    run_steps(scheduler, group, 9)
+    assert b.finish_reason and scheduler.num_waiting == scheduler.num_preemptions == 0
+    assert scheduler.swapped.num_swaps == 1 and scheduler.swapped.num_free == 8
+
+
+def test_swap_recomputes_when_the_host_is_full() -> None:
+    scheduler, group = make_scheduler(OverloadPolicy.SWAP, num_host_blocks=1), make_group(num_blocks=4)
+    scheduler.waiting += [make_request("a", 6, 8), make_request("b", 6, 8)]
+    run_steps(scheduler, group, 40)
+    assert scheduler.num_preemptions == 1 and scheduler.swapped.num_swaps == 0
+    assert not group.running and scheduler.num_waiting == 0
+
+
+def test_a_retracted_request_goes_to_the_tail_of_the_queue() -> None:
+    scheduler, group = make_scheduler(OverloadPolicy.RETRACT, budget=64), make_group(num_blocks=4)
+    a = make_request("a", 6, 8)
+    scheduler.waiting += [a, make_request("b", 16, 1)]
+    batch = scheduler.schedule(group, [group], 0)
+    assert batch is not None
+    commit(scheduler, group, batch)
+    assert group.running == [a]
+    scheduler.preempt(group, a)
+    assert [r.request_id for r in scheduler.waiting] == ["b", "a"] and scheduler.preempted_by == {"a": 0}
+    scheduler.remove(a)
+    assert [r.request_id for r in scheduler.waiting] == ["b"] and not scheduler.preempted_by

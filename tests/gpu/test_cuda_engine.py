@@ -12,6 +12,8 @@ from fake_cuda import GRANULARITY, FakeCuda
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.control import OverloadControl
+from kunserve.engine.cuda_executor import CudaExecutor
+from kunserve.engine.cuda_machine import CudaMachine, CudaOptions, full_step
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.placement import model_shape
@@ -20,8 +22,6 @@ from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import Request, SamplingParams
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.errors import ConfigError
-from kunserve.gpu.cuda_backend import CudaBackend, CudaOptions, full_step
-from kunserve.gpu.cuda_executor import CudaExecutor
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
@@ -41,23 +41,23 @@ OPTIONS = CudaOptions((0, 0), torch.float32, BLOCK, 48, 8, memory_bytes=20 * GRA
 async def serving(drivers: list[FakeCuda]) -> AsyncIterator[Engine]:
     """Two groups of one device each, that regroup when told to."""
     unopened = iter(drivers)
-    backend = CudaBackend(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
+    machine = CudaMachine(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
     shape = KVShape.of(MODEL, BLOCK, torch.float32)
-    views, devices = backend.views(), backend.open()
+    chunks = model_shape(MODEL, shape, machine.chunk_bytes)
+    views, devices = machine.views(chunks), machine.open()
     units = weight_units(MODEL, 4)
     memories = [DeviceMemory(device, units, MODEL.num_layers, shape, torch.float32) for device in devices]
-    source = backend.source(DummySource(MODEL), devices[0])
-    chunks = model_shape(MODEL, shape, backend.chunk_bytes)
+    source = machine.source(DummySource(MODEL))
     groups = []
     for i, memory in enumerate(memories):
         for unit in units_of_stage(MODEL, 0, MODEL.num_layers):
             memory.weights.map(unit)
             memory.weights.fill(unit, source)
         for layer in range(MODEL.num_layers):
-            memory.kv.resize(layer, chunks.kv_chunks(backend.num_chunks, 0, MODEL.num_layers))
+            memory.kv.resize(layer, chunks.kv_chunks(machine.num_chunks, 0, MODEL.num_layers))
         stage = Stage(i, 0, MODEL.num_layers, BlockPool(memory.kv.num_blocks(0)))
         groups.append(Group(i, (stage,), BLOCK, origin=Origin((StageView(i, 0, MODEL.num_layers),))))
-    executor, _ = backend.executor(devices, memories, MAX_LEN)
+    executor, _ = machine.executor(memories, MAX_LEN)
     scheduler = Scheduler(Limits(48, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
     engine = Engine(MODEL, ServingLimits(MAX_LEN, 64), scheduler, groups, memories, executor, None, metrics)
@@ -68,7 +68,7 @@ async def serving(drivers: list[FakeCuda]) -> AsyncIterator[Engine]:
         yield engine
     finally:
         await engine.stop()
-        await engine.close()
+        machine.close()
 
 
 async def generate(engine: Engine, i: int) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def test_too_little_memory_closes_the_drivers() -> None:
     drivers = [FakeCuda(total_bytes=30 * GRANULARITY), FakeCuda(total_bytes=30 * GRANULARITY)]
     unopened = iter(drivers)
     with pytest.raises(ConfigError, match=r"--device-memory asks for 2 x 40 MiB .* 60 of 60 MiB are free"):
-        CudaBackend(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
+        CudaMachine(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
     assert not any(driver.is_open for driver in drivers)
 
 

@@ -1,4 +1,4 @@
-"""What launching an engine on CUDA devices takes, in the order of its verbs: prepare, open, source, executor."""
+"""GPUs as a `Machine`: budgets from what is free, chunks that suit the model, pinned weights, FlashInfer decoders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kunserve.config import EngineConfig
+from kunserve.engine.cuda_executor import CudaExecutor
+from kunserve.engine.placement import budget_chunks
 from kunserve.engine.request import SamplingParams
 from kunserve.engine.sampler import SamplingRow
+from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import (
     CudaDevice,
     budget_bytes,
@@ -18,7 +22,6 @@ from kunserve.gpu.cuda import (
     open_drivers,
 )
 from kunserve.gpu.cuda_driver import Driver
-from kunserve.gpu.cuda_executor import CudaExecutor
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.pinned import PinnedSource
@@ -26,10 +29,11 @@ from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import StepLimits
 from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
+from kunserve.model.cuda_ops import cuda_dtype
 from kunserve.model.cuda_sampling import launch_sample
 from kunserve.model.layout import weight_units
 from kunserve.model.ops import AttentionBatch
-from kunserve.planner.snapshot import DeviceView
+from kunserve.planner.snapshot import DeviceView, ModelShape
 
 GRAPH_BYTES = 192 << 20  # of one logical device: memory that captured graphs keep for themselves
 
@@ -47,10 +51,27 @@ class CudaOptions:
     utilization: float = 0.92
     enforce_eager: bool = False
     pin_weights: bool = True
+    num_blocks: int | None = None  # the budget is then the weights plus so many blocks
+
+    @classmethod
+    def of(cls, model: ModelConfig, config: EngineConfig) -> CudaOptions:
+        """Read the flags. ConfigError for a dtype that is not served."""
+        return cls(
+            ordinals=config.devices.indices,
+            dtype=cuda_dtype(config.dtype, model.dtype),
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            memory_bytes=config.device_memory_bytes,
+            utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager,
+            pin_weights=config.pin_weights,
+            num_blocks=config.num_blocks_override,
+        )
 
 
-class CudaBackend:
-    """Drivers that are open, and the sizes that were found. Blocking; prepare, open and load on a thread."""
+class CudaMachine:
+    """Drivers, later devices, that are open, and the sizes that were found."""
 
     def __init__(
         self,
@@ -60,7 +81,9 @@ class CudaBackend:
         measure: Callable[[Driver, ModelConfig, CudaOptions], int] | None = None,
     ) -> None:
         """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
-        self._model, self._options = model, options
+        self._model, self._options, self.dtype = model, options, options.dtype
+        self._devices: list[CudaDevice] = []
+        self._pinned: PinnedSource | None = None
         self._drivers = open_drivers(options.ordinals, open_driver)
         try:
             ordinals = [driver.ordinal for driver in self._drivers]
@@ -82,35 +105,48 @@ class CudaBackend:
             self.close()
             raise
 
-    def views(self) -> list[DeviceView]:
-        """The devices as the planner sees them."""
+    def views(self, shape: ModelShape) -> list[DeviceView]:
+        """See `Machine.views`."""
+        if self._options.num_blocks is not None:
+            asked = budget_chunks(shape, None, self._options.num_blocks, 0)
+            if asked > self.num_chunks:
+                raise ConfigError(
+                    f"--num-gpu-blocks-override {self._options.num_blocks} needs {asked * self.chunk_bytes >> 20} MiB "
+                    f"on each device; {self.budget_bytes >> 20} MiB are there"
+                )
+            self.num_chunks = asked
         return [DeviceView(i, self.num_chunks, island) for i, island in enumerate(islands(self._drivers))]
 
-    def open(self) -> list[CudaDevice]:
-        """Create all chunks; the devices own the drivers from now on. ConfigError, with nothing open."""
+    def open(self) -> Sequence[CudaDevice]:
+        """See `Machine.open`: create all chunks; the devices own the drivers from now on."""
         drivers, self._drivers = self._drivers, []
-        return open_cuda_devices(drivers, self.num_chunks, self.chunk_bytes)
+        self._devices = open_cuda_devices(drivers, self.num_chunks, self.chunk_bytes)
+        return self._devices
 
-    def source(self, source: WeightSource, device: CudaDevice) -> WeightSource:
-        """The one host copy of the weights, pinned unless flags say no."""
+    def source(self, source: WeightSource) -> WeightSource:
+        """See `Machine.source`: pinned, unless flags say no."""
         if not self._options.pin_weights:
             return source
         units = weight_units(self._model, self._options.dtype.itemsize)
-        return PinnedSource(source, units, self._options.dtype, device.driver)
+        self._pinned = PinnedSource(source, units, self._options.dtype, self._devices[0].driver)
+        return self._pinned
 
-    def executor(
-        self, devices: Sequence[CudaDevice], memories: Sequence[DeviceMemory], max_model_len: int
-    ) -> tuple[CudaExecutor, str]:
-        """Decoders on the devices' memory; and what they are made of, for the log."""
+    def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[CudaExecutor, str]:
+        """See `Machine.executor`."""
         options = self._options
         limits = StepLimits(
             options.max_num_batched_tokens, options.max_num_seqs, self.budget_bytes // self._block_bytes
         )
         made = [_decoder(self._model, options, memory, max_model_len, limits) for memory in memories]
-        return CudaExecutor(devices, [decoder for decoder, _ in made]), made[0][1]
+        return CudaExecutor(self._devices, [decoder for decoder, _ in made]), made[0][1]
 
     def close(self) -> None:
-        """Give up before `open`. Idempotent."""
+        """See `Machine.close`."""
+        if self._pinned is not None:
+            self._pinned.close()
+            self._pinned = None
+        while self._devices:
+            self._devices.pop().close()
         while self._drivers:
             self._drivers.pop().close()
 

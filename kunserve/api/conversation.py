@@ -1,0 +1,74 @@
+"""A chat request made ready for the engine: prompt, constraint, and how its output is read; for all chat endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kunserve.api.admission import estimated_tokens
+from kunserve.api.context import Api
+from kunserve.api.prompts import ChatPrompt, fit, tokenize_chat
+from kunserve.api.protocol import ChatCall
+from kunserve.api.reasoning import MessageParser, ThinkSplitter
+from kunserve.api.structured import Structure
+from kunserve.engine.request import SamplingParams
+from kunserve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from kunserve.engine.constraint import GrammarConstraint
+
+_SHOWS_SPECIAL_TOKENS = ("mistral", "llama3_json", "llama3")  # their marks of calls are special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What the engine gets, and a parser for each choice (None: the output is the message)."""
+
+    ids: list[int]
+    params: SamplingParams
+    constraint: GrammarConstraint | None
+    new_parser: Callable[[], MessageParser] | None
+
+
+async def prepare(api: Api, call: ChatCall) -> Conversation:
+    """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
+    call.tools.new_parser(api.settings.tool_call_parser)  # refuse before any work
+    num_tokens = sum(estimated_tokens(message["content"] or "") for message in call.messages)
+    with api.admission.accepted(call.generation.n, num_tokens):
+        prompt = await tokenize_chat(api, call)
+        think = _splitter(api, prompt)
+        structure = call.generation.structure or call.tools.structure
+        constraint = await compile_structure(api, structure, reasons=think is not None)
+    ids, params = fit(prompt.ids, call.generation, api, "messages")
+    if call.tools.mode == "auto" and api.settings.tool_call_parser in _SHOWS_SPECIAL_TOKENS:
+        params = replace(params, skip_special_tokens=False)
+
+    def new_parser() -> MessageParser:
+        tools = call.tools.new_parser(api.settings.tool_call_parser)
+        return MessageParser(think and think(), tools, call.tools.is_parallel)
+
+    needs_parser = think is not None or call.tools.mode != "none"
+    return Conversation(ids, params, constraint, new_parser if needs_parser else None)
+
+
+async def compile_structure(api: Api, structure: Structure | None, reasons: bool) -> GrammarConstraint | None:
+    """The constraint for what the client asked for, made on a thread."""
+    if structure is None:
+        return None
+    grammars = api.grammars
+    if grammars is None:
+        raise InvalidRequestError(f"`{structure.param}` is not supported by this server.", param=structure.param)
+    return await asyncio.get_running_loop().run_in_executor(
+        api.threads, lambda: grammars.compile(structure, reasons=reasons)
+    )
+
+
+def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | None:
+    """None if the model does not reason, or the template has closed the reasoning already (Qwen3 without thinking)."""
+    name, ending = api.settings.reasoning_parser, prompt.ending.rstrip()
+    if name is None or ending.endswith("</think>"):
+        return None
+    is_open = name == "deepseek_r1" or ending.endswith("<think>")
+    return lambda: ThinkSplitter(is_open)

@@ -1,0 +1,26 @@
+"""`kunserve serve MODEL`: the console script; all it knows is its subcommands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from kunserve import server
+
+USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
+       kunserve --version
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `kunserve`."""
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    if command == "serve":
+        server.run(rest, prog="kunserve serve")
+    elif command in ("--version", "-v", "version"):
+        print(version("kunserve"))
+    elif command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+    else:
+        sys.exit(f"{USAGE}kunserve: {'no command' if not command else f'no such command: {command}'}")

@@ -1,0 +1,118 @@
+"""The devices of a machine, of one kind: how much memory they have, how they are opened, and what computes on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from kunserve.config import EngineConfig
+from kunserve.engine.executor import DeviceExecutor, Executor
+from kunserve.engine.placement import budget_chunks
+from kunserve.errors import ConfigError
+from kunserve.gpu.device import Device
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host import HostDevice, available_bytes
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.config import ModelConfig
+from kunserve.model.cpu_ops import cpu_ops_or_reference
+from kunserve.model.decoder import Decoder
+from kunserve.planner.snapshot import DeviceView, ModelShape
+
+DEFAULT_KV_BYTES = 1 << 30  # of one CPU device, where neither --device-memory nor a number of blocks is given
+
+
+class Machine(Protocol):
+    """What launching needs, in the order of its verbs: views, open, source, executor, close. All of it may block."""
+
+    dtype: torch.dtype  # of weights and KV
+    chunk_bytes: int
+
+    def views(self, shape: ModelShape) -> list[DeviceView]:
+        """The devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
+
+    def open(self) -> Sequence[Device]:
+        """Take all memory of the views; ConfigError, with nothing open, if that fails."""
+
+    def source(self, source: WeightSource) -> WeightSource:
+        """The one host copy of the weights that all devices are filled from."""
+
+    def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
+        """What runs microbatches on the open devices; and what it is made of, for the log."""
+
+    def close(self) -> None:
+        """Close what is open. Idempotent."""
+
+
+class HostMachine:
+    """Virtual CPU devices, each with a thread pinned to a core of its own while there are enough."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
+        self._model, self._config = model, config
+        self.dtype, self.chunk_bytes = _host_dtype(config.dtype), config.chunk_bytes
+        self._views: list[DeviceView] = []
+        self._devices: list[HostDevice] = []
+
+    def views(self, shape: ModelShape) -> list[DeviceView]:
+        """See `Machine.views`."""
+        config, indices = self._config, self._config.devices.indices
+        weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
+        share = available_bytes() * 4 // 5 // len(indices)
+        default = max(0, min(DEFAULT_KV_BYTES, share - weights))
+        budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, default)
+        self._views = [DeviceView(index, budget) for index in indices]
+        return self._views
+
+    def open(self) -> Sequence[Device]:
+        """See `Machine.open`."""
+        cores = sorted(os.sched_getaffinity(0))
+        is_pinned = len(self._views) <= len(cores)
+
+        def open_one(view: DeviceView) -> HostDevice:
+            core = cores[view.device] if is_pinned else None
+            device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
+            self._devices.append(device)
+            return device
+
+        torch.set_num_threads(1)  # a device computes on its own thread
+        try:
+            with ThreadPoolExecutor(len(self._views)) as threads:
+                return list(threads.map(open_one, self._views))
+        except BaseException:
+            self.close()
+            raise
+
+    def source(self, source: WeightSource) -> WeightSource:
+        """See `Machine.source`: the mapped file itself."""
+        return source
+
+    def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
+        """See `Machine.executor`."""
+        ops, note = cpu_ops_or_reference(self.dtype, self._model.head_dim)
+        decoders = [Decoder(self._model, ops, m.weights, m.kv, max_model_len) for m in memories]
+        return DeviceExecutor([memory.device for memory in memories], decoders), note
+
+    def close(self) -> None:
+        """See `Machine.close`."""
+        while self._devices:
+            self._devices.pop().close()
+
+
+def _host_dtype(name: str) -> torch.dtype:
+    """The dtype of weights and KV. "auto" is float32 on CPU devices: they have no fast bfloat16."""
+    known = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
+    if name not in known:
+        raise ConfigError(f"--dtype {name} is not served on CPU devices; use one of {', '.join(known)}")
+    return known[name]
+
+
+def make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
+    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    if config.devices.kind == "cpu":
+        return HostMachine(model, config)
+    from kunserve.engine.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
+
+    return CudaMachine(model, CudaOptions.of(model, config))

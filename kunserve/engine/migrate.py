@@ -1,0 +1,228 @@
+"""Migrate: live migration of running requests between groups, as Llumnix does it.
+
+Every 50 ms, while anything runs, the most loaded groups are paired with the least loaded, and the shortest decoding
+request of each source moves. It keeps running there while stage after stage copies the blocks that are complete;
+when few are left it stops, the rest follows, and it runs on at the destination. A migration that cannot be finished
+is given up: the request never left.
+
+Llumnix's second kind, migration of queued requests, is not needed: the queue is global (see policy.Migrate).
+Only groups of one device migrate: both ends then hold all layers, and one block table is all there is to copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import structlog
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.policy import Freeness, pair_groups, remaining_steps, shortest_running
+from kunserve.engine.request import Request
+from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.kv_memory import KVMemory
+from kunserve.gpu.links import Links, Priority
+
+log = structlog.get_logger()
+
+PAIR_EVERY_S = 0.05
+MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy
+LAST_STAGE_BLOCKS = 16  # fewer than these left: stop and copy
+SLICE_BYTES = 4 << 20  # of one turn on a link
+
+
+@dataclass(slots=True, eq=False)
+class Migrating:
+    """One request on its way. The blocks in `table` are at the destination; the first `num_copied` have arrived."""
+
+    request: Request
+    source: Group
+    destination: Group
+    num_preemptions: int  # of the request when it began: another means that its KV is gone
+    table: list[int] = field(default_factory=list)
+    num_copied: int = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the request still runs at the source, and no transition waits for either group."""
+        request = self.request
+        return (
+            request.finish_reason is None
+            and request.group_id == self.source.group_id
+            and request.num_preemptions == self.num_preemptions
+            and not (self.source.is_paused or self.destination.is_paused)
+        )
+
+
+class Migration:
+    """Moves requests from loaded groups to free ones: one at a time from each source."""
+
+    def __init__(self, engine: Engine, links: Links) -> None:
+        self._engine, self._links = engine, links
+        self._migrating: dict[int, Migrating] = {}  # by source group id
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_stopped = False
+        self.num_bytes = 0  # copied since the server started
+        self.num_given_up = 0
+
+    # --- what the engine calls ----------------------------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Look for pairs in 50 ms, if anything runs."""
+        if self._timer is None and not self._is_stopped and len(self._engine.groups) > 1 and self._engine.num_running:
+            self._timer = asyncio.get_running_loop().call_later(PAIR_EVERY_S, self.pair)
+
+    def stepped(self, group: Group, seconds: float) -> None:
+        """Steps do not matter here."""
+
+    def is_busy(self, groups: Sequence[Group]) -> bool:
+        """Whether a request is on its way from or to one of these groups."""
+        return any(m.source in groups or m.destination in groups for m in self._migrating.values())
+
+    def held(self, device: int) -> list[list[int]]:
+        """Blocks that wait at a destination for their request."""
+        return [m.table for m in self._migrating.values() if _stage(m.destination).device == device]
+
+    def finished(self, request: Request) -> None:
+        """A request ended: its migration, if there is one, sees that."""
+
+    async def stop(self) -> None:
+        """End what is under way, and begin nothing more."""
+        self._is_stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- who goes where -----------------------------------------------------------------------------------------
+
+    def pair(self) -> None:
+        """Begin a migration from each loaded group that has a free one to go to."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        groups = [g for g in self._engine.groups if len(g.stages) == 1 and not g.is_paused and g.is_admitting]
+        by_id = {group.group_id: group for group in groups}
+        for source_id, destination_id in pair_groups(self._freeness(groups)):
+            source, destination = by_id[source_id], by_id[destination_id]
+            has_seat = len(destination.running) < self._engine.scheduler.limits.max_num_seqs
+            if source_id not in self._migrating and has_seat and (request := shortest_running(source)) is not None:
+                self.begin(request, source, destination)
+        self.observe()
+
+    def _freeness(self, groups: Sequence[Group]) -> list[Freeness]:
+        """What waits is nobody's yet: each group counts an equal share of it."""
+        scheduler, share = self._engine.scheduler, 1 / len(self._engine.groups)
+        killed = Counter(scheduler.preempted_by.values())
+        waiting = len(scheduler.waiting) * share
+        return [
+            Freeness(
+                group.group_id,
+                remaining_steps(
+                    group.num_free,
+                    len(group.running),
+                    sum(group.blocks_for(r.num_tokens) for r in scheduler.waiting) * share,
+                    waiting,
+                ),
+                killed[group.group_id],
+            )
+            for group in groups
+        ]
+
+    # --- one migration ------------------------------------------------------------------------------------------
+
+    def begin(self, request: Request, source: Group, destination: Group) -> None:
+        """Move a decoding request; nothing else may be on its way from `source`."""
+        migrating = Migrating(request, source, destination, request.num_preemptions)
+        assert source.group_id not in self._migrating
+        self._migrating[source.group_id] = migrating
+        task = asyncio.create_task(self._migrate(migrating), name="migrate")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _migrate(self, m: Migrating) -> None:
+        has_arrived = False
+        try:
+            has_arrived = await self._copy_in_stages(m)
+        except Exception as error:
+            log.warning("migration failed, the request stays", request=m.request.request_id, error=repr(error))
+        finally:
+            self._end(m, has_arrived=has_arrived)
+
+    async def _copy_in_stages(self, m: Migrating) -> bool:
+        """Copy while it runs, then stop it and copy the rest; False if that cannot be."""
+        for _ in range(MAX_STAGES):
+            if not m.is_wanted:
+                return False
+            computed = m.request.num_computed_tokens
+            if m.source.blocks_for(computed) - m.num_copied < LAST_STAGE_BLOCKS:
+                return await self._stop_and_copy(m)
+            complete = computed // m.source.block_size
+            if not self._allocate(m, complete):
+                return False
+            await self._copy(m, complete)
+        return False  # it grows faster than it is copied
+
+    async def _stop_and_copy(self, m: Migrating) -> bool:
+        m.request.is_moving = True
+        while m.request.num_in_flight:
+            await self._engine.next_commit()
+        if m.request.finish_reason is not None or not self._allocate(m, len(m.request.block_tables[0])):
+            return False
+        await self._copy(m, m.source.blocks_for(m.request.num_computed_tokens))
+        return m.request.finish_reason is None
+
+    def _allocate(self, m: Migrating, num_blocks: int) -> bool:
+        """Hold `num_blocks` at the destination; False, and no change, if it has not got them."""
+        blocks = _stage(m.destination).pool.alloc(num_blocks - len(m.table))
+        m.table += blocks or []
+        return blocks is not None
+
+    async def _copy(self, m: Migrating, end: int) -> None:
+        """Copy blocks up to `end`, all layers, in slices. Stops early for a request that is not wanted any more."""
+        source, target = _stage(m.source), _stage(m.destination)
+        memories = self._engine.memories
+        read, write = m.request.block_tables[0][m.num_copied : end], m.table[m.num_copied : end]
+        layer_bytes = len(read) * memories[target.device].kv.shape.block_bytes
+        num_layers = max(1, SLICE_BYTES // max(1, layer_bytes))
+        for first in range(target.first_layer, target.last_layer if read else 0, num_layers):
+            if not (m.is_wanted or m.request.is_moving):
+                return
+            layers = range(first, min(first + num_layers, target.last_layer))
+            work = partial(_copy_layers, memories[source.device].kv, read, memories[target.device].kv, write, layers)
+            async with self._links.turn(source.device, target.device, Priority.KV):
+                await memories[target.device].device.run_copy(work)
+            self.num_bytes += layer_bytes * len(layers)
+        m.num_copied = end
+
+    def _end(self, m: Migrating, *, has_arrived: bool) -> None:
+        """The request runs on at the destination, or it stays, or it has ended on the way."""
+        del self._migrating[m.source.group_id]
+        is_stopped, m.request.is_moving = m.request.is_moving, False
+        if has_arrived:
+            self._engine.scheduler.hand_over(m.request, m.source, m.destination, [m.table])
+        else:
+            self.num_given_up += 1
+            _stage(m.destination).pool.free(m.table)
+            if is_stopped and m.request.finish_reason is not None and m.request.num_in_flight == 0:
+                m.source.release(m.request)
+        self._engine.progress()
+        self._engine.wake()
+
+
+def _stage(group: Group) -> Stage:
+    """The only one."""
+    (stage,) = group.stages
+    return stage
+
+
+def _copy_layers(source: KVMemory, read: list[int], target: KVMemory, write: list[int], layers: range) -> None:
+    for layer in layers:
+        copy_blocks(source.layers[layer], read, target.layers[layer], write)

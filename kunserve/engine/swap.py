@@ -1,0 +1,187 @@
+"""Swap: copies the KV of requests that make way to host memory and back, hidden behind the devices' forward time.
+
+The scheduler decides who leaves and who returns (engine/swap_queue.py); this does the copies, on each device's copy
+queue. Per iteration of a device no more bytes move than fit into its measured forward time at the measured copy
+speed (InferCept's swap budget), in and out together; while nothing computes there is nothing to hide behind.
+A request whose copy fails is recomputed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import torch
+from torch import Tensor
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.remap import gather_all
+from kunserve.engine.request import Request
+from kunserve.engine.swap_queue import SwapMove
+from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.links import HOST, Links, Priority
+
+log = structlog.get_logger()
+
+SLICE_BYTES = 4 << 20  # of one turn on a link
+SMOOTHING = 0.2  # weight of the newest measurement
+
+
+@dataclass(slots=True)
+class CopyBudget:
+    """How many bytes one device may copy in the present iteration. Pure."""
+
+    bytes_per_s: float | None = None
+    step_s: float | None = None
+    num_bytes_left: int = 0
+    is_untouched: bool = True  # nothing copied in this iteration
+
+    def stepped(self, seconds: float) -> None:
+        """An iteration that computed so long is over; the next begins."""
+        self.step_s = _smooth(self.step_s, seconds)
+        self.num_bytes_left = int((self.bytes_per_s or 0.0) * self.step_s)
+        self.is_untouched = True
+
+    def copied(self, num_bytes: int, seconds: float) -> None:
+        """A copy took so long."""
+        self.bytes_per_s = _smooth(self.bytes_per_s, num_bytes / max(seconds, 1e-9))
+
+    def take(self, layer_bytes: int, num_layers: int) -> int:
+        """How many of `num_layers` may be copied now. One in every iteration, however large, so that all end."""
+        granted = min(num_layers, self.num_bytes_left // layer_bytes) or int(self.is_untouched)
+        self.num_bytes_left = max(0, self.num_bytes_left - granted * layer_bytes)
+        self.is_untouched &= granted == 0
+        return granted
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)
+
+
+class Swap:
+    """Does the copies that an engine's scheduler asks for: one request of a group after the other."""
+
+    def __init__(self, engine: Engine, links: Links) -> None:
+        self._engine, self._links = engine, links
+        self._budgets: defaultdict[int, CopyBudget] = defaultdict(CopyBudget)  # by device
+        self._buffers: dict[str, dict[int, Tensor]] = {}  # request id -> layer -> (blocks, *block_shape)
+        self._moves: dict[int, deque[SwapMove]] = {}  # group id -> begun and not ended, the first under way
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.num_bytes = 0  # copied since the server started
+
+    # --- what the engine calls ----------------------------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Begin the copies that the last round of scheduling asked for."""
+        for move in self._engine.scheduler.swapped.take_begun():
+            group_id = move.group.group_id
+            if group_id in self._moves:
+                self._moves[group_id].append(move)
+                continue
+            self._moves[group_id] = deque([move])
+            task = asyncio.create_task(self._work_off(group_id), name="swap")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def stepped(self, group: Group, seconds: float) -> None:
+        """A microbatch of `group` took so long, and a new iteration of its devices begins."""
+        for stage in group.stages:
+            self._budgets[stage.device].stepped(seconds / len(group.stages))
+
+    def is_busy(self, groups: Sequence[Group]) -> bool:
+        """Whether copies of these groups' requests are under way."""
+        return any(group.group_id in self._moves for group in groups)
+
+    def held(self, device: int) -> list[list[int]]:
+        """No blocks but those in requests' tables."""
+        return []
+
+    def finished(self, request: Request) -> None:
+        """A request ended: free its host memory, unless a copy works on it; then the copy's end does."""
+        if not request.is_moving:
+            self._buffers.pop(request.request_id, None)
+
+    async def stop(self) -> None:
+        """End what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        under_way = [move for moves in self._moves.values() for move in moves]
+        self._moves.clear()
+        for move in (*under_way, *self._engine.scheduler.swapped.take_begun()):
+            self._end(move, is_lost=True)
+
+    # --- copies -------------------------------------------------------------------------------------------------
+
+    async def _work_off(self, group_id: int) -> None:
+        moves = self._moves[group_id]
+        while moves:
+            move, is_lost = moves[0], False
+            try:
+                await self._copy(move)
+            except Exception as error:
+                log.warning("swap failed, recomputing", request=move.request.request_id, error=repr(error))
+                is_lost = True
+            moves.popleft()
+            if not moves:
+                del self._moves[group_id]
+            self._end(move, is_lost=is_lost)
+
+    async def _copy(self, move: SwapMove) -> None:
+        """All layers of one request, all stages at once."""
+        self._buffers.setdefault(move.request.request_id, {})
+        await gather_all(self._copy_stage(move, *positioned) for positioned in enumerate(move.group.stages))
+
+    async def _copy_stage(self, move: SwapMove, position: int, stage: Stage) -> None:
+        """The layers of one stage, as many at a time as the budget allows. Nothing for a request that has ended."""
+        memory, budget = self._engine.memories[stage.device], self._budgets[stage.device]
+        ids = move.request.block_tables[position][: move.num_blocks]
+        buffers = self._buffers[move.request.request_id]
+        layer_bytes = len(ids) * memory.kv.shape.block_bytes
+        ends = (stage.device, HOST) if move.is_out else (HOST, stage.device)
+        first = stage.first_layer
+        while first < stage.last_layer and move.request.finish_reason is None:
+            num_layers = await self._grant(move.group, budget, layer_bytes, stage.last_layer - first)
+            layers = range(first, first + num_layers)
+            copy = partial(_copy_out if move.is_out else _copy_in, memory.kv.layers, layers, ids, buffers)
+            async with self._links.turn(*ends, Priority.KV):
+                started = self._engine.now()
+                await memory.device.run_copy(copy)
+                budget.copied(num_layers * layer_bytes, self._engine.now() - started)
+            self.num_bytes += num_layers * layer_bytes
+            first += num_layers
+
+    async def _grant(self, group: Group, budget: CopyBudget, layer_bytes: int, num_layers: int) -> int:
+        """How many layers to copy in the next slice; returns when that is at least one."""
+        num_layers = min(num_layers, max(1, SLICE_BYTES // layer_bytes))
+        while group.num_in_flight:
+            if granted := budget.take(layer_bytes, num_layers):
+                return granted
+            await self._engine.next_commit()
+        return num_layers
+
+    def _end(self, move: SwapMove, *, is_lost: bool = False) -> None:
+        if is_lost or not move.is_out or move.request.finish_reason is not None:
+            self._buffers.pop(move.request.request_id, None)
+        self._engine.scheduler.end_swap(move, is_lost=is_lost)
+        self._engine.progress()
+        self._engine.wake()
+
+
+def _copy_out(kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor]) -> None:
+    """Blocks `ids` of some layers into new host tensors. Blocking."""
+    for layer in layers:
+        index = torch.tensor(ids, device=kv[layer].device)
+        buffers[layer] = kv[layer].index_select(0, index).cpu()
+
+
+def _copy_in(kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor]) -> None:
+    """Some layers' host tensors into blocks `ids`. Blocking."""
+    for layer in layers:
+        copy_blocks(buffers[layer], range(len(ids)), kv[layer], ids)

@@ -1,0 +1,232 @@
+"""Flags around the engine, in the names vLLM's users know: who may come in, how to listen, what to log.
+
+Also reads them from a file (`--config`), and takes flags of vLLM's that change nothing here with a warning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kunserve.api.reasoning import REASONING_PARSERS
+from kunserve.api.tool_parsers import TOOL_PARSERS
+from kunserve.errors import ConfigError
+
+API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
+ADMIN_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY"
+STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTERVAL")
+
+# Flags of vLLM's that tune what is done differently here: harmless, so nobody has to change a command line.
+_IGNORED_SWITCHES = (
+    "--enforce-eager",
+    "--trust-remote-code",
+    "--enable-chunked-prefill",
+    "--enable-prefix-caching",
+    "--async-scheduling",
+    "--enable-request-id-headers",
+    "--enable-auto-tool-choice",
+    "--enable-prompt-tokens-details",
+    "--disable-frontend-multiprocessing",
+    "--disable-custom-all-reduce",
+    "--enable-log-requests",
+    "--disable-log-requests",
+    "--enable-server-load-tracking",
+    "--use-tqdm-on-load",
+)
+_IGNORED_VALUES = (
+    "--gpu-memory-utilization",
+    "--swap-space",
+    "--cpu-offload-gb",
+    "--tensor-parallel-size",
+    "--data-parallel-size",
+    "--distributed-executor-backend",
+    "--download-dir",
+    "--generation-config",
+    "--tokenizer-mode",
+    "--max-seq-len-to-capture",
+    "--cudagraph-capture-sizes",
+    "--compilation-config",
+    "--optimization-level",
+    "--api-server-count",
+    "--uvicorn-log-level",
+    "--stream-interval",
+    "--max-logprobs",
+    "--scheduling-policy",
+    "--allowed-methods",
+    "--allowed-headers",
+    "--max-parallel-loading-workers",
+    "--attention-backend",
+    "--prefix-caching-hash-algo",
+)
+_REPEATED = ("--api-key", "--admin-key")
+_SHORT = {"--tensor-parallel-size": "-tp", "--data-parallel-size": "-dp", "--optimization-level": "-O"}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    """What the process does around the engine, besides listening on host and port."""
+
+    api_keys: tuple[str, ...]
+    admin_keys: tuple[str, ...]
+    max_num_queued_tokens: int
+    uds: Path | None
+    ssl_keyfile: Path | None
+    ssl_certfile: Path | None
+    allowed_origins: tuple[str, ...]
+    logs_access: bool
+    stats_interval_s: float | None  # None: no summary line
+    chat_template: Path | None
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+    ignored: tuple[str, ...]  # flags that change nothing
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
+        if self.ssl_certfile is None:
+            if self.ssl_keyfile is not None:
+                raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"cannot use the certificate {self.ssl_certfile}: {error}") from None
+        return context
+
+
+class _Ignore(argparse.Action):
+    """Remember that a flag was given, not its value."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """See argparse."""
+        namespace.ignored_flags = [*(namespace.ignored_flags or []), option_string]
+
+
+def add_http_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `HttpConfig`, and those of vLLM's that nobody else has defined."""
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file of flags; the command line goes before it")
+    add("--api-key", action="append", metavar="KEY", help="clients must bring one of these")
+    add("--admin-key", action="append", metavar="KEY", help="allows /kunserve/drop and /kunserve/restore")
+    add("--max-num-queued-tokens", type=int, default=4 << 20, help="tokens of waiting prompts before 503")
+    add("--uds", type=Path, metavar="PATH", help="listen on a Unix socket instead of host and port")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
+    add("--ssl-certfile", type=Path, metavar="FILE", help="serve https with this certificate")
+    add("--allowed-origins", type=_origins, default=("*",), metavar="JSON", help="of browsers, as a JSON list")
+    for name in ("--disable-access-log", "--disable-uvicorn-access-log"):
+        add(name, dest="disable_access_log", action="store_true", help="no line for each request")
+    add("--disable-log-stats", action="store_true", help="no summary line every ten seconds")
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
+    parsers = tuple(TOOL_PARSERS)
+    add("--tool-call-parser", choices=parsers, help="how the model writes tool calls (default: as its template does)")
+    add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
+    known = parser._option_string_actions
+    for flag in _IGNORED_SWITCHES:
+        if flag not in known:
+            names = [flag, "--no-" + flag.removeprefix("--")]
+            add(*names, nargs=0, action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
+    for flag in _IGNORED_VALUES:
+        if flag not in known:
+            names = [flag, *(_SHORT[flag],)] if flag in _SHORT else [flag]
+            nargs = "+" if flag == "--cudagraph-capture-sizes" else None
+            add(*names, nargs=nargs, action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
+
+
+def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
+    """Values of the flags, keys of the environment where no flag gives one. Raises ConfigError."""
+    keys = args.api_key or [environment[name] for name in API_KEY_VARIABLES if environment.get(name)]
+    admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
+    if "" in (*keys, *admin_keys):
+        raise ConfigError("--api-key and --admin-key must not be empty")
+    if args.max_num_queued_tokens < 1:
+        raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
+    return HttpConfig(
+        api_keys=tuple(keys),
+        admin_keys=tuple(admin_keys),
+        max_num_queued_tokens=args.max_num_queued_tokens,
+        uds=args.uds,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        allowed_origins=tuple(args.allowed_origins),
+        logs_access=not args.disable_access_log,
+        stats_interval_s=None if args.disable_log_stats else _stats_interval(environment),
+        chat_template=args.chat_template,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        ignored=tuple(dict.fromkeys(args.ignored_flags or ())),
+    )
+
+
+def with_config_file(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with those of `--config FILE` before them: the last one of a flag counts. Raises ConfigError."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(arguments)[0].config
+    if path is None:
+        return list(arguments)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold flags, one `name: value` a line")
+    flags: list[str] = []
+    for name, value in values.items():
+        flags += _as_flag(path, str(name), value)
+    return [*flags, *arguments]
+
+
+def _as_flag(path: str, name: str, value: Any) -> list[str]:
+    """`name: value` as on the command line: true is the flag alone, false and null nothing, a list its values."""
+    flag = f"--{name.replace('_', '-')}"
+    if flag == "--config":
+        raise ConfigError(f"{path} must not name another --config")
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict) or flag == "--allowed-origins":
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [f"{flag}={item}" for item in value] if flag in _REPEATED else [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    """A JSON list of origins, or one origin."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = [text]
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise argparse.ArgumentTypeError(f"not a JSON list of origins: {text}")
+    return tuple(values)
+
+
+def _stats_interval(environment: Mapping[str, str]) -> float:
+    for name in STATS_INTERVAL_VARIABLES:
+        if text := environment.get(name):
+            try:
+                seconds = float(text)
+            except ValueError:
+                seconds = 0.0
+            if not 0 < seconds < float("inf"):
+                raise ConfigError(f"{name}={text}: must be a number of seconds")
+            return seconds
+    return 10.0

@@ -1,0 +1,96 @@
+"""The server's socket: bound before the model loads, so that a wrong port fails at once and probes get an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from aiohttp import web
+
+from kunserve.api.errors import error_response
+from kunserve.errors import ConfigError, OverloadedError
+
+BACKLOG = 1024
+LOADING = OverloadedError("The server is loading its model.", retry_after_s=5)
+
+
+class Listener:
+    """A listening socket, served by one aiohttp runner after another without a moment of refusal between them."""
+
+    def __init__(self, host: str, port: int, uds: Path | None, ssl_context: ssl.SSLContext | None) -> None:
+        """Bind. Raises ConfigError if the address is taken or cannot be."""
+        self._uds, self._ssl_context = uds, ssl_context
+        scheme = "http" if ssl_context is None else "https"
+        self.url = f"unix:{uds}" if uds is not None else f"{scheme}://{host}:{port}"
+        try:
+            self._socket = _tcp_socket(host, port) if uds is None else _unix_socket(uds)
+            self._socket.listen(BACKLOG)
+        except OSError as error:
+            where = str(uds) if uds is not None else f"{host}:{port}"
+            raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
+        self._socket.setblocking(False)
+
+    async def serve(self, runner: web.BaseRunner) -> None:
+        """Let `runner`, which is set up, take connections until it is cleaned up."""
+        await web.SockSite(runner, self._socket.dup(), ssl_context=self._ssl_context, backlog=BACKLOG).start()
+
+    def close(self) -> None:
+        """Refuse connections from now on."""
+        self._socket.close()
+        if self._uds is not None:
+            self._uds.unlink(missing_ok=True)
+
+    @contextlib.asynccontextmanager
+    async def answering_probes(self) -> AsyncIterator[None]:
+        """Inside, every request is answered 503: loading."""
+        runner = web.ServerRunner(web.Server(_loading), handle_signals=False, shutdown_timeout=0.0)
+        await runner.setup()
+        try:
+            await self.serve(runner)
+            yield
+        finally:
+            await runner.cleanup()
+
+
+async def _loading(request: web.BaseRequest) -> web.StreamResponse:
+    return error_response(LOADING)
+
+
+def _tcp_socket(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """A socket at `path`; one that a server before left behind is replaced, any other file is not."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists():
+            if not stat.S_ISSOCK(path.stat().st_mode) or _is_served(path):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            path.unlink()
+        sock.bind(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0

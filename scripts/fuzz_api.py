@@ -1,0 +1,86 @@
+"""Send thousands of requests made from /openapi.json to a running server: none may fail on its side, none may hang.
+
+    pip install schemathesis
+    python -m kunserve.server smollm2-135m --max-model-len 64 --port 8200 &
+    python scripts/fuzz_api.py http://127.0.0.1:8200 --examples 1500
+
+Leaves out the routes that regroup devices. Ends with one JSON line: requests sent, failures, slowest answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+EXCLUDED = r"^/kunserve/(drop|restore)$"
+TIMEOUT_S = 30  # without an answer for so long counts as a hang
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("--examples", type=int, default=100, help="generated requests per route")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    url = args.url.rstrip("/")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "events.ndjson"
+        command = [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+            *("--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing"),
+            *("--exclude-path-regex", EXCLUDED, "--max-examples", str(args.examples), "--seed", str(args.seed)),
+            *("--request-timeout", str(TIMEOUT_S), "--workers", str(args.workers), "--continue-on-failure"),
+            *("--suppress-health-check", "all", "--report", "ndjson", "--report-ndjson-path", str(report)),
+        ]
+        started = time.monotonic()
+        code = subprocess.run(command, check=False).returncode
+        statuses, slowest_s = read_report(report)
+    with urlopen(f"{url}/health", timeout=TIMEOUT_S) as response:  # it still serves
+        is_healthy = response.status == 200
+    result = {
+        "requests": sum(statuses.values()),
+        "by_status": dict(sorted(statuses.items())),
+        "slowest_s": round(slowest_s, 3),
+        "seconds": round(time.monotonic() - started, 1),
+        "is_healthy": is_healthy,
+        "ok": code == 0,
+    }
+    print(json.dumps(result))
+    sys.exit(code)
+
+
+def read_report(path: Path) -> tuple[dict[str, int], float]:
+    """Answers by status ("none": no answer), and the time of the slowest."""
+    statuses: dict[str, int] = {}
+    slowest_s = 0.0
+
+    def visit(value: object) -> None:
+        nonlocal slowest_s
+        if isinstance(value, list):
+            for item in value:
+                visit(item)
+        elif isinstance(value, dict):
+            if "interactions" in value and isinstance(value["interactions"], dict):
+                for interaction in value["interactions"].values():
+                    response = interaction.get("response") or {}
+                    status = str(response.get("status_code", "none"))
+                    statuses[status] = statuses.get(status, 0) + 1
+                    slowest_s = max(slowest_s, float(response.get("elapsed", 0.0)))
+            else:
+                for item in value.values():
+                    visit(item)
+
+    for line in path.read_text(encoding="utf-8").splitlines():
+        visit(json.loads(line))
+    return statuses, slowest_s
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from api_fakes import FakeEngine, error_of, say, serving
+
+from kunserve.api.structured import Grammars
+from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.tokenizer import Tokenizer
+from kunserve.errors import EngineError
+
+EOS = 299
+
+
+def grammars() -> Grammars:
+    return Grammars(Tokenizer.dummy(300, (EOS,)).to_json, 300, (EOS,))
+
+
+def accepts(request: Request, text: str) -> bool:
+    """Whether the request's constraint allows `text` as the whole output."""
+    assert request.constraint is not None
+    place = request.constraint.copy()  # type: ignore[attr-defined]
+    try:
+        for byte in text.encode():
+            place.accept(byte)
+        if not place.is_finished:
+            place.accept(EOS)
+    except EngineError:
+        return False
+    return True
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"x": [1]}', "[1]"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+            '{"a": 1}',
+            '{"a": "1"}',
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, '{"a":1}', "{}"),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, "12", "x"),
+        ({"structured_outputs": {"json_object": True}}, "{}", "1"),
+        ({"structured_outputs": {"regex": "a+b"}}, "aab", "b"),
+        ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'n"o', "maybe"),
+        ({"structured_outputs": {"grammar": 'start: "x" | "y" "z"'}}, "yz", "z"),
+        ({"structured_outputs": {"grammar": 'root ::= "x" | "y"'}}, "y", "xy"),
+        ({"guided_json": SCHEMA}, '{"a": 2}', "1"),
+        ({"guided_regex": "[0-9]{2}"}, "42", "4"),
+        ({"guided_choice": ["a", "b"]}, "b", "c"),
+        ({"guided_grammar": 'start: "x"'}, "x", "y"),
+    ],
+)
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/chat/completions"])
+async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -> None:
+    engine = FakeEngine()
+    prompt = {"prompt": "hi"} if url == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    async with serving(engine, grammars=grammars()) as client:
+        response = await client.post(url, json={**prompt, **body, "n": 2})
+        assert response.status == 200, await response.text()
+    first, second = engine.requests
+    assert first.constraint is not second.constraint
+    for request in engine.requests:
+        assert accepts(request, good)
+        assert not accepts(request, bad)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"$ref": "#/nowhere"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
+        ({"structured_outputs": {"grammar": "start"}}, "structured_outputs.grammar"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+    ],
+)
+async def test_structures_that_cannot_be(body: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", **body})
+        error = await error_of(response)
+    assert (response.status, error["param"]) == (400, param)
+    assert len(error["message"]) < 400 and "\n" not in error["message"]
+    assert engine.requests == []
+
+
+async def test_blanks_have_an_end() -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        await client.post("/v1/completions", json={"prompt": "hi", "structured_outputs": {"json": SCHEMA}})
+    assert accepts(engine.requests[0], '{\n  "a": 1\n}')
+    assert not accepts(engine.requests[0], '{   "a": 1}')
+
+
+async def test_a_reasoning_model_may_think_before() -> None:
+    own = Grammars(Tokenizer.dummy(300, (EOS,)).to_json, 300, (EOS,), reasoning_end=270)
+    engine = FakeEngine(lambda _: [Output("x", (1,), (), FinishReason.STOP)])
+    from kunserve.api.backend import ApiSettings
+
+    async with serving(engine, ApiSettings(reasoning_parser="qwen3"), grammars=own) as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "json_object"}}
+        assert (await client.post("/v1/chat/completions", json=body)).status == 200
+    constraint = engine.requests[0].constraint
+    assert constraint is not None
+    assert constraint.mask()() is None
+    for token in (*b"free text", 270, *b"{}"):
+        constraint.accept(token)
+
+
+async def test_only_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    async with serving(FakeEngine(lambda _: say("x")), grammars=grammars()) as client:
+        body = {"prompt": "hi", "structured_outputs": {"regex": "a"}}
+        error = await error_of(await client.post("/v1/completions", json=body))
+    assert error["code"] == 400 and "`structured`" in error["message"]

@@ -1,0 +1,333 @@
+"""The engine on scripted devices: every request gets exactly one ending, whatever ends it, and frees its blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from engine_fakes import EOS, make_request, read, scripted_engine, token_ids
+
+from kunserve.engine.engine import Engine
+from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.tokenizer import Tokenizer
+from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
+
+
+def assert_idle(engine: Engine) -> None:
+    assert engine.num_running == 0 and not engine.scheduler.waiting
+    assert [group.num_used for group in engine.groups] == [0] * len(engine.groups)
+    engine.check()
+
+
+async def test_a_request_from_submit_to_its_last_token() -> None:
+    async with scripted_engine() as (engine, executor):
+        request = make_request(num_prompt=5, max_tokens=3)
+        stream = engine.submit(request)
+        step = await executor.next_step()
+        assert (step.num_tokens, step.inputs.positions.tolist()) == (5, [0, 1, 2, 3, 4])
+        assert engine.stats().num_running == 1 and engine.stats().num_used_blocks == 2
+        engine.check()
+        step.finish(7)
+        assert await anext(stream) == Output("", (7,))
+        step = await executor.next_step()
+        assert (step.inputs.token_ids.tolist(), step.inputs.positions.tolist()) == ([7], [5])
+        step.finish(8)
+        (await executor.next_step()).finish(9)
+        outputs = await read(stream)
+        assert token_ids(outputs) == [8, 9]
+        assert outputs[-1].finish_reason is request.finish_reason is FinishReason.LENGTH
+        assert_idle(engine)
+        assert executor.num_pending == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "reason", "stop_reason"),
+    [
+        ({}, [7, EOS], FinishReason.STOP, None),
+        ({"stop_token_ids": frozenset({7})}, [7], FinishReason.STOP, 7),
+        ({"ignore_eos": True}, [EOS, 7, 8], FinishReason.LENGTH, None),
+        ({"min_tokens": 2}, [EOS, EOS], FinishReason.STOP, None),
+    ],
+)
+async def test_endings(
+    params: dict[str, Any], tokens: list[int], reason: FinishReason, stop_reason: int | None
+) -> None:
+    async with scripted_engine() as (engine, executor):
+        stream = engine.submit(make_request(max_tokens=3, **params))
+        for token in tokens:
+            (await executor.next_step()).finish(token)
+        outputs = await read(stream)
+        assert token_ids(outputs) == tokens
+        assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (reason, stop_reason)
+        assert_idle(engine)
+
+
+async def test_a_request_ends_at_the_model_length() -> None:
+    async with scripted_engine(chunks_per_layer=8, max_num_batched_tokens=256) as (engine, executor):
+        stream = engine.submit(make_request(num_prompt=254, max_tokens=50))
+        (await executor.next_step()).finish(7)
+        (await executor.next_step()).finish(7)
+        outputs = await read(stream)
+        assert token_ids(outputs) == [7, 7] and outputs[-1].finish_reason is FinishReason.LENGTH
+        assert_idle(engine)
+
+
+async def test_text_ends_at_a_stop_string() -> None:
+    async with scripted_engine(tokenizer=Tokenizer.dummy(100)) as (engine, executor):
+        stream = engine.submit(make_request(max_tokens=30, stop=("st",)))
+        for char in b"first":
+            (await executor.next_step()).finish(char - 32)  # the model's vocabulary ends at 100: "FIRST"
+        await asyncio.sleep(0)
+        engine.abort("r")
+        assert "".join(output.text for output in await read(stream)) == "FIRST"
+        stream = engine.submit(make_request(max_tokens=30, stop=("ST",)))
+        for char in b"FIRST":
+            (await executor.next_step()).finish(char)
+        outputs = await read(stream)
+        assert "".join(output.text for output in outputs) == "FIR"
+        assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (FinishReason.STOP, "ST")
+        assert token_ids(outputs) == list(b"FIRST")
+        assert_idle(engine)
+
+
+async def test_abort_while_waiting_running_and_in_flight() -> None:
+    async with scripted_engine(chunks_per_layer=1) as (engine, executor):  # 8 blocks of 4
+        running, waiting = make_request("running", 20, 9), make_request("waiting", 20, 9)
+        streams = [engine.submit(running), engine.submit(waiting)]
+        step = await executor.next_step()
+        assert (engine.num_running, len(engine.scheduler.waiting)) == (1, 1)
+        engine.abort("waiting")
+        assert await read(streams[1]) == [Output(finish_reason=FinishReason.ABORT)]
+        assert not engine.scheduler.waiting
+        engine.abort("running")
+        engine.abort("running")
+        engine.abort("unknown")
+        assert await read(streams[0]) == [Output(finish_reason=FinishReason.ABORT)]
+        assert engine.num_running == 1 and engine.groups[0].num_used == 5  # its step still writes there
+        engine.check()
+        step.finish(7)
+        third = engine.submit(make_request("third", 20, 1))
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(third)) == [7]
+        assert_idle(engine)
+
+
+async def test_an_id_may_be_used_again_while_its_last_user_is_still_in_flight() -> None:
+    async with scripted_engine() as (engine, executor):
+        for ending in ("finish", "fail"):
+            engine.submit(make_request("same", 5, 1))
+            step = await executor.next_step()
+            engine.abort("same")
+            second = make_request("same", 6, 1)
+            stream = engine.submit(second)
+            if ending == "finish":
+                step.finish(3)
+            else:
+                step.fail(DeviceError("broken"))
+            step = await executor.next_step()
+            assert step.num_tokens == 6
+            step.finish(4)
+            assert await read(stream) == [Output("", (4,), (), FinishReason.LENGTH)]
+            assert second.output_token_ids == [4]
+            assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(DeviceError("cpu:0: broken"), "cpu:0: broken"), (ValueError("what?"), "a step failed: .*what")],
+)
+async def test_a_failed_step_ends_its_requests_and_no_others(error: Exception, message: str) -> None:
+    async with scripted_engine(num_groups=2) as (engine, executor):
+        streams = {name: engine.submit(make_request(name)) for name in ("a", "b")}
+        first, second = await executor.next_step(), await executor.next_step()
+        assert {first.group.group_id, second.group.group_id} == {0, 1}
+        [name] = [r.request_id for r in first.group.running]
+        other = "b" if name == "a" else "a"
+        first.fail(error)
+        with pytest.raises(EngineError, match=message):
+            await read(streams[name])
+        engine.check()
+        assert first.group.num_used == 0 and not first.group.running
+        second.finish(7)
+        for _ in range(2):
+            (await executor.next_step()).finish(7)
+        assert token_ids(await read(streams[other])) == [7, 7, 7]
+        again = engine.submit(make_request("again", 5, 1))
+        (await executor.next_step()).finish(8)
+        assert token_ids(await read(again)) == [8]
+        assert engine.health() is None
+        assert_idle(engine)
+
+
+async def test_a_failed_chunk_ends_a_request_that_has_another_in_flight() -> None:
+    async with scripted_engine(num_stages=2, max_num_batched_tokens=8) as (engine, executor):
+        request = make_request(num_prompt=20)
+        stream = engine.submit(request)
+        first, second = await executor.next_step(), await executor.next_step()
+        assert (first.num_tokens, second.num_tokens, request.num_in_flight) == (8, 8, 2)
+        first.fail(DeviceError("broken"))
+        with pytest.raises(EngineError, match="broken"):
+            await read(stream)
+        assert engine.groups[0].num_used == 5  # the second chunk still writes
+        engine.check()
+        second.finish()
+        follower = engine.submit(make_request("next", 5, 1))
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(follower)) == [7]
+        assert_idle(engine)
+
+
+async def test_a_chain_has_two_microbatches_in_flight() -> None:
+    async with scripted_engine(num_stages=2) as (engine, executor):
+        streams = [engine.submit(make_request(name, 4, 2)) for name in ("a", "b")]
+        (await executor.next_step()).finish(7, 8)
+        first, second = await executor.next_step(), await executor.next_step()
+        assert [first.inputs.token_ids.tolist(), second.inputs.token_ids.tolist()] == [[7], [8]]
+        assert len(first.inputs.block_tables) == 2
+        assert engine.groups[0].num_in_flight == 2
+        second.finish(10)
+        first.finish(9)
+        assert [token_ids(await read(stream)) for stream in streams] == [[7, 9], [8, 10]]
+        assert_idle(engine)
+
+
+async def test_preemption_recomputes_and_repeats_nothing() -> None:
+    async with scripted_engine(chunks_per_layer=1) as (engine, executor):  # 8 blocks of 4
+        streams = [engine.submit(make_request(name, 12, 9)) for name in ("a", "b")]
+        outputs = [asyncio.create_task(read(stream)) for stream in streams]
+        recomputed, token = [], 20
+        while not all(task.done() for task in outputs):
+            step = await executor.next_step()
+            engine.check()
+            recomputed += [row.output_token_ids for row in step.inputs.sampling if step.num_tokens > 2]
+            num_rows = len(step.inputs.sampling)
+            step.finish(*range(token, token + num_rows))
+            token += num_rows
+            for _ in range(4):
+                await asyncio.sleep(0)  # until the commit is done
+        a, b = (token_ids(task.result()) for task in outputs)
+        assert len(a) == len(b) == 9 and sorted(a + b) == list(range(20, 38))  # each sampled once, given out once
+        assert engine.scheduler.num_preemptions == 1
+        assert [len(output) for output in recomputed] == [0, 0, 5]
+        assert_idle(engine)
+
+
+async def test_a_full_queue_refuses() -> None:
+    async with scripted_engine(chunks_per_layer=1, max_num_queued_reqs=2) as (engine, executor):
+        running = engine.submit(make_request("running", 30, 1))
+        step = await executor.next_step()
+        streams = [engine.submit(make_request(f"w{i}", 30, 1)) for i in range(2)]
+        with pytest.raises(OverloadedError, match="2 requests are waiting already") as caught:
+            engine.submit(make_request("late", 30, 1))
+        assert caught.value.retry_after_s is not None and caught.value.status == 503
+        step.finish(7)
+        for _ in streams:
+            (await executor.next_step()).finish(7)
+        assert [token_ids(await read(stream)) for stream in (running, *streams)] == [[7]] * 3
+        assert b"admission_rejections_total{" in engine.metrics.render()
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("num_prompt", [0, 256, 1000])
+async def test_a_prompt_that_cannot_fit_is_refused(num_prompt: int) -> None:
+    async with scripted_engine() as (engine, _):
+        with pytest.raises(InvalidRequestError, match=f"{num_prompt} tokens; between 1 and 255") as caught:
+            engine.submit(make_request(num_prompt=num_prompt))
+        assert caught.value.param == "prompt"
+        assert_idle(engine)
+
+
+async def test_an_id_in_use_is_refused_and_its_owner_unharmed() -> None:
+    async with scripted_engine() as (engine, executor):
+        stream = engine.submit(make_request("same", 5, 1))
+        with pytest.raises(InvalidRequestError, match="'same' is in use"):
+            engine.submit(make_request("same", 5, 1))
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(stream)) == [7]
+        assert_idle(engine)
+
+
+async def test_seeds_are_the_requests_or_drawn() -> None:
+    async with scripted_engine() as (engine, _):
+        requests = [make_request("a", seed=5), make_request("b"), make_request("c")]
+        for request in requests:
+            engine.submit(request)
+        assert requests[0].seed == 5 and requests[1].seed != requests[2].seed
+
+
+async def test_stop_drains_what_is_accepted_and_refuses_what_is_new() -> None:
+    async with scripted_engine() as (engine, executor):
+        stream = engine.submit(make_request(max_tokens=2))
+        step = await executor.next_step()
+        stopping = asyncio.create_task(engine.stop(drain_s=60))
+        await asyncio.sleep(0)
+        assert not engine.is_ready
+        with pytest.raises(OverloadedError, match="stopping"):
+            engine.submit(make_request("late"))
+        step.finish(7)
+        (await executor.next_step()).finish(8)
+        await stopping
+        outputs = await read(stream)
+        assert token_ids(outputs) == [7, 8] and outputs[-1].finish_reason is FinishReason.LENGTH
+        assert not engine.is_running
+        assert_idle(engine)
+
+
+async def test_stop_without_time_to_drain_ends_everything_with_an_error() -> None:
+    async with scripted_engine(chunks_per_layer=1) as (engine, executor):
+        streams = [engine.submit(make_request(name, 30)) for name in ("running", "waiting")]
+        await executor.next_step()
+        await engine.stop()
+        for stream in streams:
+            with pytest.raises(OverloadedError, match="stopping"):
+                await read(stream)
+        assert not engine.is_running and not engine.scheduler.waiting
+        await engine.stop()  # again: nothing happens
+
+
+async def test_an_engine_that_breaks_ends_every_request_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scripted_engine() as (engine, executor):
+        stream = engine.submit(make_request())
+        step = await executor.next_step()
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("a bug of ours")
+
+        monkeypatch.setattr(engine.scheduler, "schedule", broken)
+        step.finish(7)
+        assert await anext(stream) == Output("", (7,))
+        with pytest.raises(EngineError, match="the engine has stopped"):
+            await read(stream)
+        assert engine.health() == "the engine has stopped" and not engine.is_ready
+        with pytest.raises(OverloadedError):
+            engine.submit(make_request("late"))
+
+
+async def test_health_reports_a_stall_only_while_there_is_work() -> None:
+    async with scripted_engine(stall_s=-1.0) as (engine, executor):  # any silence is too long
+        assert engine.health() is None
+        stream = engine.submit(make_request(max_tokens=1))
+        step = await executor.next_step()
+        assert "no step has finished for 0 s although 1 requests are not done" in str(engine.health())
+        step.finish(7)
+        await read(stream)
+        assert engine.health() is None
+    assert engine.health() == "the engine has stopped"
+
+
+async def test_state_and_stats_say_the_same() -> None:
+    async with scripted_engine(num_groups=2, num_stages=2) as (engine, executor):
+        request: Request = make_request(num_prompt=9)
+        engine.submit(request)
+        await executor.next_step()
+        state, stats = engine.state(), engine.stats()
+        assert [[stage["layers"] for stage in group["stages"]] for group in state["groups"]] == [[[0, 2], [2, 4]]] * 2
+        assert sum(group["blocks"]["used"] for group in state["groups"]) == stats.num_used_blocks == 3
+        assert sum(group["blocks"]["total"] for group in state["groups"]) == stats.num_blocks == 32
+        assert state["requests"]["running"] == stats.num_running == 1
+        for device, seen in zip(state["devices"], stats.devices, strict=True):
+            chunks = device["chunks"]
+            assert chunks["weights"] + chunks["kv"] + chunks["free"] == chunks["budget"] == 400
+            assert seen.weight_bytes == chunks["weights"] * device["chunk_bytes"]
+            assert seen.kv_bytes == chunks["kv"] * device["chunk_bytes"] > 0

@@ -1,0 +1,125 @@
+"""Flags around the engine: keys, files, and flags of vLLM's that change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kunserve.errors import ConfigError
+from kunserve.server import ServerConfig, parse_args
+
+VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY", "KUNSERVE_ADMIN_KEY", "VLLM_LOG_STATS_INTERVAL")
+
+
+@pytest.fixture(autouse=True)
+def _no_keys_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def parse(text: str) -> ServerConfig:
+    return parse_args(text.split())
+
+
+def test_defaults() -> None:
+    http = parse("m").http
+    assert http.api_keys == http.admin_keys == http.ignored == ()
+    assert http.uds is None and http.ssl_context() is None
+    assert http.allowed_origins == ("*",)
+    assert (http.logs_access, http.stats_interval_s) == (True, 10.0)
+
+
+def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "theirs")
+    assert parse("m").http.api_keys == ("theirs",)
+    monkeypatch.setenv("KUNSERVE_API_KEY", "ours")
+    monkeypatch.setenv("KUNSERVE_ADMIN_KEY", "root")
+    http = parse("m").http
+    assert (http.api_keys, http.admin_keys) == (("ours", "theirs"), ("root",))
+    http = parse("--api-key a --api-key b m --admin-key c").http
+    assert (http.api_keys, http.admin_keys) == (("a", "b"), ("c",))
+
+
+def test_summary_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("m --disable-log-stats").http.stats_interval_s is None
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "2.5")
+    assert parse("m").http.stats_interval_s == 2.5
+    for text in ("0", "-1", "often", "inf", "nan"):
+        monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", text)
+        with pytest.raises(ConfigError, match="must be a number of seconds"):
+            parse("m")
+
+
+def test_flags_of_vllm_that_change_nothing() -> None:
+    text = "m --enforce-eager --gpu-memory-utilization 0.9 --no-enable-prefix-caching -tp 2 --seed 3 --enforce-eager"
+    config = parse(text + " --cudagraph-capture-sizes 1 2 4 --port 99")
+    assert config.http.ignored == (
+        *("--enforce-eager", "--gpu-memory-utilization", "--no-enable-prefix-caching", "-tp"),
+        "--cudagraph-capture-sizes",
+    )
+    assert (config.engine.model, config.engine.seed, config.port) == ("m", 3, 99)
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [('["http://a","http://b"]', ("http://a", "http://b")), ("http://a", ("http://a",)), ("[]", ())],
+)
+def test_origins(text: str, origins: tuple[str, ...]) -> None:
+    assert parse_args(["m", "--allowed-origins", text]).http.allowed_origins == origins
+
+
+def test_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "model: other\nport: 81\nhost: 0.0.0.0\nserved-model-name: [a, b]\nmax_model_len: 99\npin: true\n"
+        "enforce-eager: false\ndisable-log-stats: true\napi-key: [x, y]\nallowed-origins: ['http://a']\nseed: null\n"
+    )
+    config = parse(f"--config {path} --port 82")
+    assert (config.engine.model, config.port, config.host) == ("other", 82, "0.0.0.0")
+    assert (config.served_names, config.engine.max_model_len) == (("a", "b"), 99)
+    assert config.engine.is_pinned and config.http.ignored == () and config.http.stats_interval_s is None
+    assert (config.http.api_keys, config.http.allowed_origins) == (("x", "y"), ("http://a",))
+    assert parse(f"m --config={path}").engine.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("port: [", "is not YAML"),
+        ("- port", "must hold flags"),
+        ("config: other.yaml", "must not name another"),
+        ("port: 70000", "--port 70000"),
+    ],
+)
+def test_config_files_that_cannot_be(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        parse(f"m --config {path}")
+    assert message in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("m --max-num-queued-tokens 0", "--max-num-queued-tokens 0"),
+        ("m --api-key=", "must not be empty"),
+    ],
+)
+def test_values_that_cannot_be(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(flags)
+
+
+def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
+    nothing = tmp_path / "cert.pem"
+    with pytest.raises(ConfigError, match="cannot use the certificate"):
+        parse(f"m --ssl-certfile {nothing}").http.ssl_context()
+    nothing.write_text("no certificate")
+    with pytest.raises(ConfigError, match="cannot use the certificate"):
+        parse(f"m --ssl-certfile {nothing}").http.ssl_context()
+    with pytest.raises(ConfigError, match="needs --ssl-certfile"):
+        parse(f"m --ssl-keyfile {nothing}").http.ssl_context()

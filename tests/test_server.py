@@ -1,0 +1,79 @@
+"""The command line of the server, without starting one (`e2e/test_cli.py` does)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kunserve.config import DeviceSpec
+from kunserve.engine.policy import OverloadPolicy
+from kunserve.errors import ConfigError
+from kunserve.server import parse_args
+
+
+def test_defaults() -> None:
+    config = parse_args(["--model", "smollm2-135m"])
+    assert (config.host, config.port) == ("127.0.0.1", 8000)
+    assert config.served_names == ("smollm2-135m",)
+    assert config.engine.model == "smollm2-135m"
+    assert config.engine.devices == DeviceSpec("cpu", (0, 1))
+    assert config.engine.block_size == 16
+    assert config.engine.device_memory_bytes is config.engine.num_blocks_override is None
+
+
+def test_every_flag_arrives() -> None:
+    flags = (
+        "--model m --served-model-name a b --host 0.0.0.0 --port 81 --devices cpu:3 --device-memory 18GiB"
+        " --block-size 32 --max-model-len 99 --dtype float64 --load-format dummy --seed 5 --max-num-batched-tokens 7"
+        " --max-num-seqs 8 --max-num-queued-reqs 9 -pp 3 --overload-policy queue --watermark 0.25"
+        " --shutdown-timeout 1.5 --log-level debug --log-format json"
+    )
+    config = parse_args(flags.split())
+    engine = config.engine
+    assert (config.served_names, config.host, config.port) == (("a", "b"), "0.0.0.0", 81)
+    assert (config.shutdown_timeout_s, config.log_level, config.log_json) == (1.5, "debug", True)
+    assert (engine.model, engine.devices.indices, engine.device_memory_bytes) == ("m", (0, 1, 2), 18 << 30)
+    assert (engine.block_size, engine.max_model_len, engine.dtype, engine.load_format) == (32, 99, "float64", "dummy")
+    assert (engine.seed, engine.max_num_batched_tokens, engine.max_num_seqs) == (5, 7, 8)
+    assert (engine.max_num_queued_reqs, engine.pipeline_parallel_size) == (9, 3)
+    assert (engine.overload_policy, engine.watermark) == (OverloadPolicy.QUEUE, 0.25)
+    assert parse_args(["m", "--num-gpu-blocks-override", "256"]).engine.num_blocks_override == 256
+
+
+def test_the_model_may_stand_alone() -> None:
+    assert parse_args(["smollm2-135m", "--port", "1"]).engine.model == "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "no model: give --model NAME"),
+        ("m --devices tpu:4", "not devices: 'tpu:4'"),
+        ("m --device-memory lots", "not a size: 'lots'"),
+        ("m --max-model-len 1", "--max-model-len 1"),
+        ("m --device-memory 1GiB --num-gpu-blocks-override 4", "not both"),
+        ("m --port 70000", "--port 70000: must be between 1 and 65535"),
+        ("m --shutdown-timeout -1", "--shutdown-timeout -1.0: must be at least 0"),
+    ],
+)
+def test_values_that_cannot_be(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(flags.split())
+    assert message in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "flags", ["m --no-such-flag", "m --port many", "m --load-format gguf", "m --overload-policy x"]
+)
+def test_unknown_flags_and_choices_show_usage(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(flags.split())
+    assert caught.value.code == 2
+    assert "usage: python -m kunserve.server" in capsys.readouterr().err
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--device-memory" in shown and "--pipeline-parallel-size" in shown and "Example:" in shown
