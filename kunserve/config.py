@@ -60,6 +60,7 @@ class EngineConfig:
             if value is not None and value < least:
                 raise ConfigError(f"{flag} {value}: must be at least {least}")
         for flag, share in (
+            ("--gpu-memory-utilization", self.gpu_memory_utilization),
             ("--drop-watermark", self.drop_watermark),
             ("--restore-watermark", self.restore_watermark),
         ):

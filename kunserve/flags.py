@@ -26,7 +26,6 @@ STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTER
 
 # Flags of vLLM's that tune what is done differently here: harmless, so nobody has to change a command line.
 _IGNORED_SWITCHES = (
-    "--enforce-eager",
     "--trust-remote-code",
     "--enable-chunked-prefill",
     "--enable-prefix-caching",
@@ -42,8 +41,6 @@ _IGNORED_SWITCHES = (
     "--use-tqdm-on-load",
 )
 _IGNORED_VALUES = (
-    "--gpu-memory-utilization",
-    "--swap-space",
     "--cpu-offload-gb",
     "--tensor-parallel-size",
     "--data-parallel-size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 import time
@@ -78,6 +79,9 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
         is_pinned=args.pin,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        pin_weights=args.pin_weights == "on",
+        enforce_eager=args.enforce_eager,
     )
     engine.check()
     if not 0 < args.port < 65536:
@@ -110,14 +114,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use; the first is shown")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on")
-    add("--devices", default="cpu:2", help="cpu:N is N virtual CPU devices")
+    add(
+        "--devices",
+        default="cpu:2",
+        help="cpu:N: virtual CPU devices; cuda, cuda:0,1: GPUs; cuda:0*4: several logical devices on one",
+    )
     add("--device-memory", metavar="SIZE", help="budget of one device, weights and KV: 730MiB, 18GiB")
     add("--num-gpu-blocks-override", type=int, metavar="N", help="budget is the weights plus N blocks of KV")
     add("--block-size", type=int, default=defaults.block_size, help="tokens of one KV block")
     add(
         "--max-model-len", type=int, help="longest prompt plus answer, in tokens (default: what the card says and fits)"
     )
-    add("--dtype", default=defaults.dtype, help="dtype of weights and KV: auto, float32, float64")
+    add(
+        "--dtype",
+        default=defaults.dtype,
+        help="dtype of weights and KV: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
+    )
     add("--load-format", default=defaults.load_format, choices=("auto", "dummy"), help="dummy: random weights")
     add("--seed", type=int, default=defaults.seed, help="of dummy weights and of requests that bring none")
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="token budget of a step")
@@ -142,6 +154,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="demand over undropped KV below which weights come back",
     )
     add("--restore-hold", type=float, default=defaults.restore_hold_s, metavar="S", help="seconds it must stay below")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=defaults.gpu_memory_utilization,
+        help="share of a GPU's memory to use, where --device-memory is not given",
+    )
+    add("--pin-weights", choices=("on", "off"), default="on", help="keep the host copy of the weights pinned (CUDA)")
+    add("--enforce-eager", action="store_true", help="capture no CUDA graphs")
     add("--pin", action="store_true", help="regroup only when an operator asks")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
@@ -172,6 +192,7 @@ async def serve(config: ServerConfig) -> None:
 async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
     """Serve what is loaded until `stop`; then drain. Closes the engine."""
     engine = served.engine
+    gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
         await engine.start()
         runner = web.AppRunner(_app(config, served), handle_signals=False, shutdown_timeout=1.0)
@@ -194,7 +215,7 @@ async def _serve(config: ServerConfig, served: Served, listener: Listener, stop:
             await engine.stop()
             await runner.cleanup()
     finally:
-        await engine.close()
+        await served.close()
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, object]) -> None:

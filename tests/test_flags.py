@@ -52,10 +52,10 @@ def test_summary_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_of_vllm_that_change_nothing() -> None:
-    text = "m --enforce-eager --gpu-memory-utilization 0.9 --no-enable-prefix-caching -tp 2 --seed 3 --enforce-eager"
+    text = "m --trust-remote-code --cpu-offload-gb 0 --no-enable-prefix-caching -tp 2 --seed 3 --trust-remote-code"
     config = parse(text + " --cudagraph-capture-sizes 1 2 4 --port 99")
     assert config.http.ignored == (
-        *("--enforce-eager", "--gpu-memory-utilization", "--no-enable-prefix-caching", "-tp"),
+        *("--trust-remote-code", "--cpu-offload-gb", "--no-enable-prefix-caching", "-tp"),
         "--cudagraph-capture-sizes",
     )
     assert (config.engine.model, config.engine.seed, config.port) == ("m", 3, 99)

@@ -22,7 +22,8 @@ from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapsho
 
 log = structlog.get_logger()
 
-NEED_HEADROOM = 2.0  # a chain is cut for outputs so many times longer than expected: it cannot be cut anew
+# A chain cannot be cut anew, so it is cut for outputs longer than expected, and for more requests than are here yet.
+LENGTH_HEADROOM, ARRIVAL_HEADROOM = 2.0, 1.5
 RETRY_S = 1.0  # after a transition that failed
 
 
@@ -160,7 +161,7 @@ class OverloadControl:
         return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
 
     def _need_blocks(self) -> int:
-        return self._demand(NEED_HEADROOM)
+        return round(ARRIVAL_HEADROOM * self._demand(LENGTH_HEADROOM))
 
     def _begin_drop(self) -> None:
         snapshot = self._snapshot()

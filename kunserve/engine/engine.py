@@ -11,13 +11,14 @@ import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
+from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, scored_positions, step_inputs
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
@@ -25,11 +26,11 @@ from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
 from kunserve.engine.stream import OutputStream
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.view import check_engine, engine_state, engine_stats, weight_bytes
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.metrics import DeviceStats, EngineStats, GroupStats, Metrics
+from kunserve.metrics import EngineStats, Metrics
 from kunserve.model.config import ModelConfig
-from kunserve.model.layout import units_of_stage
 
 log = structlog.get_logger()
 
@@ -51,53 +52,6 @@ class _Live:
     stream: OutputStream
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
-
-
-class Control(Protocol):
-    """Who watches the engine and regroups it (engine/control.py)."""
-
-    def observe(self) -> None:
-        """Called before each round of scheduling."""
-
-    def finished(self, request: Request) -> None:
-        """Called when a request has ended."""
-
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table: of what is on the move."""
-
-    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
-        """As `Engine.drop`."""
-
-    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
-        """As `Engine.restore`."""
-
-    def state(self) -> dict[str, Any]:
-        """What `/kunserve/state` shows of it."""
-
-    async def stop(self) -> None:
-        """End what is under way."""
-
-
-class Mover(Protocol):
-    """Who moves KV of requests because a policy wants it (engine/swap.py, engine/migrate.py)."""
-
-    def observe(self) -> None:
-        """Called after each round of scheduling."""
-
-    def stepped(self, group: Group, seconds: float) -> None:
-        """Called when a microbatch of `group` came back after so long."""
-
-    def is_busy(self, groups: Sequence[Group]) -> bool:
-        """Whether copies from or to these groups' devices are under way; it calls `progress` when they end."""
-
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table."""
-
-    def finished(self, request: Request) -> None:
-        """Called when a request has ended and its blocks, if nobody works on them, are free."""
-
-    async def stop(self) -> None:
-        """End what is under way."""
 
 
 class Engine:
@@ -124,7 +78,7 @@ class Engine:
         self.epoch = 0
         self._is_accepting = False
         self._live: dict[str, _Live] = {}
-        self._launched_weight_bytes = _weight_bytes(memories)
+        self.launched_weight_bytes = weight_bytes(memories)
         self._random = random.Random(seed)
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()  # set, and replaced, whenever a microbatch came back
@@ -449,82 +403,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The figures that metrics show."""
-        return EngineStats(
-            num_running=self.num_running,
-            num_waiting=self.scheduler.num_waiting,
-            num_blocks=sum(g.num_blocks for g in self.groups),
-            num_used_blocks=sum(g.num_used for g in self.groups),
-            block_size=self.groups[0].block_size,
-            num_waiting_tokens=sum(r.num_tokens for r in self.scheduler.waiting),
-            devices=tuple(_device_stats(m) for m in self.memories),
-            groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in self.groups),
-            weights_dropped_bytes=self._launched_weight_bytes - _weight_bytes(self.memories),
-        )
+        return engine_stats(self)
 
     def state(self) -> dict[str, Any]:
-        """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
-        return {
-            "now_s": self.now(),
-            "epoch": self.epoch,
-            "devices": [
-                {
-                    "name": memory.device.name,
-                    "chunk_bytes": memory.device.chunk_bytes,
-                    "chunks": {
-                        "budget": (counts := memory.counts).budget,
-                        "weights": counts.weights,
-                        "kv": counts.kv,
-                        "free": counts.free,
-                    },
-                    "weights": memory.weights.present,
-                }
-                for memory in self.memories
-            ],
-            "groups": [
-                {
-                    "id": group.group_id,
-                    "stages": [
-                        {
-                            "device": self.memories[s.device].device.name,
-                            "layers": [s.first_layer, s.last_layer],
-                        }
-                        for s in group.stages
-                    ],
-                    "blocks": {"total": group.num_blocks, "used": group.num_used},
-                    "running": len(group.running),
-                    "microbatches_in_flight": group.num_in_flight,
-                }
-                for group in self.groups
-            ],
-            "requests": {
-                "running": self.num_running,
-                "waiting": self.scheduler.num_waiting,
-                "preemptions": self.scheduler.num_preemptions,
-                "swaps": self.scheduler.swapped.num_swaps,
-                "migrations": self.scheduler.num_migrations,
-            },
-            **(self.control.state() if self.control is not None else {}),
-        }
+        """What `/kunserve/state` shows."""
+        return engine_state(self)
 
     def check(self) -> None:
         """Assert the invariants of memory and grouping (design, section 4)."""
-        self.scheduler.swapped.check()
-        for memory in self.memories:
-            memory.check()
-        for group in self.groups:
-            group.check(self.model.num_layers)
-            for i, stage in enumerate(group.stages):
-                moving = self.control.held(stage.device) if self.control is not None else []
-                moving += self.mover.held(stage.device) if self.mover is not None else []
-                tables = [r.block_tables[i] for r in group.running if r.block_tables]
-                stage.pool.check([*moving, *tables])
-                if group.is_paused and not group.num_in_flight:
-                    continue  # it is being remapped, perhaps
-                memory = self.memories[stage.device]
-                needed = max(stage.pool.limit, 1 + max((block for table in tables for block in table), default=0))
-                layers = range(stage.first_layer, stage.last_layer)
-                assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
-                assert set(units_of_stage(self.model, stage.first_layer, stage.last_layer)) <= {*memory.weights.present}
+        check_engine(self)
 
     def _report_preemptions(self) -> None:
         new = self.scheduler.num_preemptions - self._num_preemptions_seen
@@ -538,12 +425,3 @@ class Engine:
     def now() -> float:
         """The engine's clock, in seconds: the event loop's."""
         return asyncio.get_running_loop().time()
-
-
-def _weight_bytes(memories: Sequence[DeviceMemory]) -> int:
-    return sum(memory.counts.weights * memory.device.chunk_bytes for memory in memories)
-
-
-def _device_stats(memory: DeviceMemory) -> DeviceStats:
-    counts, size = memory.counts, memory.device.chunk_bytes
-    return DeviceStats(memory.device.name, counts.weights * size, counts.kv * size, counts.free * size)

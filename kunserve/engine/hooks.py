@@ -1,0 +1,56 @@
+"""Who is told what the engine does: the control that regroups it, and the mover of a policy's KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+
+
+class Control(Protocol):
+    """Who watches the engine and regroups it (engine/control.py)."""
+
+    def observe(self) -> None:
+        """Called before each round of scheduling."""
+
+    def finished(self, request: Request) -> None:
+        """Called when a request has ended."""
+
+    def held(self, device: int) -> list[list[int]]:
+        """Blocks in use on a device that are in no request's table: of what is on the move."""
+
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """As `Engine.drop`."""
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """As `Engine.restore`."""
+
+    def state(self) -> dict[str, Any]:
+        """What `/kunserve/state` shows of it."""
+
+    async def stop(self) -> None:
+        """End what is under way."""
+
+
+class Mover(Protocol):
+    """Who moves KV of requests because a policy wants it (engine/swap.py, engine/migrate.py)."""
+
+    def observe(self) -> None:
+        """Called after each round of scheduling."""
+
+    def stepped(self, group: Group, seconds: float) -> None:
+        """Called when a microbatch of `group` came back after so long."""
+
+    def is_busy(self, groups: Sequence[Group]) -> bool:
+        """Whether copies from or to these groups' devices are under way; it calls `progress` when they end."""
+
+    def held(self, device: int) -> list[list[int]]:
+        """Blocks in use on a device that are in no request's table."""
+
+    def finished(self, request: Request) -> None:
+        """Called when a request has ended and its blocks, if nobody works on them, are free."""
+
+    async def stop(self) -> None:
+        """End what is under way."""

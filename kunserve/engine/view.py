@@ -1,0 +1,105 @@
+"""The engine seen from outside: figures for `/metrics`, everything for `/kunserve/state`, invariants for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.metrics import DeviceStats, EngineStats, GroupStats
+from kunserve.model.layout import units_of_stage
+
+if TYPE_CHECKING:
+    from kunserve.engine.engine import Engine
+
+
+def engine_stats(engine: Engine) -> EngineStats:
+    """The figures that metrics show."""
+    return EngineStats(
+        num_running=engine.num_running,
+        num_waiting=engine.scheduler.num_waiting,
+        num_blocks=sum(g.num_blocks for g in engine.groups),
+        num_used_blocks=sum(g.num_used for g in engine.groups),
+        block_size=engine.groups[0].block_size,
+        num_waiting_tokens=sum(r.num_tokens for r in engine.scheduler.waiting),
+        devices=tuple(_device_stats(m) for m in engine.memories),
+        groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in engine.groups),
+        weights_dropped_bytes=engine.launched_weight_bytes - weight_bytes(engine.memories),
+    )
+
+
+def engine_state(engine: Engine) -> dict[str, Any]:
+    """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
+    return {
+        "now_s": engine.now(),
+        "epoch": engine.epoch,
+        "devices": [
+            {
+                "name": memory.device.name,
+                "chunk_bytes": memory.device.chunk_bytes,
+                "chunks": {
+                    "budget": (counts := memory.counts).budget,
+                    "weights": counts.weights,
+                    "kv": counts.kv,
+                    "free": counts.free,
+                },
+                "weights": memory.weights.present,
+            }
+            for memory in engine.memories
+        ],
+        "groups": [
+            {
+                "id": group.group_id,
+                "stages": [
+                    {
+                        "device": engine.memories[s.device].device.name,
+                        "layers": [s.first_layer, s.last_layer],
+                    }
+                    for s in group.stages
+                ],
+                "blocks": {"total": group.num_blocks, "used": group.num_used},
+                "running": len(group.running),
+                "microbatches_in_flight": group.num_in_flight,
+            }
+            for group in engine.groups
+        ],
+        "requests": {
+            "running": engine.num_running,
+            "waiting": engine.scheduler.num_waiting,
+            "preemptions": engine.scheduler.num_preemptions,
+            "swaps": engine.scheduler.swapped.num_swaps,
+            "migrations": engine.scheduler.num_migrations,
+        },
+        **(engine.control.state() if engine.control is not None else {}),
+    }
+
+
+def check_engine(engine: Engine) -> None:
+    """Assert the invariants of memory and grouping (design, section 4)."""
+    engine.scheduler.swapped.check()
+    for memory in engine.memories:
+        memory.check()
+    for group in engine.groups:
+        group.check(engine.model.num_layers)
+        for i, stage in enumerate(group.stages):
+            moving = engine.control.held(stage.device) if engine.control is not None else []
+            moving += engine.mover.held(stage.device) if engine.mover is not None else []
+            tables = [r.block_tables[i] for r in group.running if r.block_tables]
+            stage.pool.check([*moving, *tables])
+            if group.is_paused and not group.num_in_flight:
+                continue  # it is being remapped, perhaps
+            memory = engine.memories[stage.device]
+            needed = max(stage.pool.limit, 1 + max((block for table in tables for block in table), default=0))
+            layers = range(stage.first_layer, stage.last_layer)
+            assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
+            assert set(units_of_stage(engine.model, stage.first_layer, stage.last_layer)) <= {*memory.weights.present}
+
+
+def weight_bytes(memories: Sequence[DeviceMemory]) -> int:
+    """Bytes that weights take on all devices together."""
+    return sum(memory.counts.weights * memory.device.chunk_bytes for memory in memories)
+
+
+def _device_stats(memory: DeviceMemory) -> DeviceStats:
+    counts, size = memory.counts, memory.device.chunk_bytes
+    return DeviceStats(memory.device.name, counts.weights * size, counts.kv * size, counts.free * size)
