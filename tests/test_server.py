@@ -1,4 +1,4 @@
-"""The command line of the server, without starting one (`e2e/test_cli.py` does)."""
+"""The command line of the server, without starting one (`e2e/test_process.py` does)."""
 
 from __future__ import annotations
 

@@ -119,6 +119,11 @@ class Engine:
         if self._main is not None:
             await asyncio.wait([self._main])
 
+    def halt(self) -> None:
+        """Stop at once, because devices are not what groups need any more. All requests end with an error."""
+        if self._main is not None:
+            self._main.cancel()
+
     async def close(self) -> None:
         """End all devices' threads and release their memory. The engine has stopped."""
         for memory in self.memories:

@@ -60,9 +60,14 @@ class HostMachine:
         """See `Machine.views`."""
         config, indices = self._config, self._config.devices.indices
         weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
-        share = available_bytes() * 4 // 5 // len(indices)
-        default = max(0, min(DEFAULT_KV_BYTES, share - weights))
+        available = available_bytes()
+        default = max(0, min(DEFAULT_KV_BYTES, available * 4 // 5 // len(indices) - weights))
         budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, default)
+        if (needed := budget * self.chunk_bytes * len(indices)) > available:
+            raise ConfigError(
+                f"{len(indices)} device(s) of {budget * self.chunk_bytes >> 20} MiB need {needed >> 20} MiB: "
+                f"{available >> 20} MiB of host memory are available. Lower --device-memory or use fewer devices"
+            )
         self._views = [DeviceView(index, budget) for index in indices]
         return self._views
 

@@ -19,7 +19,7 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.exchange import Exchange, Moving
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.remap import Layouts, Remap, gather_all
+from kunserve.engine.remap import Layouts, NoWayBackError, Remap, gather_all
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError
 from kunserve.gpu.copies import copy_blocks
@@ -44,7 +44,7 @@ class Transition:
     old_groups: tuple[int, ...]
     new_groups: tuple[int, ...] = ()
     epoch: int | None = None  # the one it made, once committed
-    outcome: str = "running"  # then "done", "rolled back", "cancelled"
+    outcome: str = "running"  # then "done", "cancelled", "rolled back", "failed after its commit", "lost"
     exchange_mode: str | None = None
     exchange_bytes: int = 0
     weight_bytes: int = 0  # dropped, or loaded
@@ -314,6 +314,10 @@ class Reconfigure:
             yield transition, groups
             if transition.outcome == "running":
                 transition.outcome = "done"
+        except NoWayBackError:  # better no server than one that computes with whatever is mapped there now
+            transition.outcome = "lost"
+            self._engine.halt()
+            raise
         except BaseException:
             transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
             raise

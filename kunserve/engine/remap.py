@@ -7,7 +7,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+import structlog
+
 from kunserve.engine.group import Group, Stage
+from kunserve.errors import DeviceError
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.links import HOST, Links, Priority
 from kunserve.model.checkpoint import WeightSource
@@ -19,6 +22,14 @@ from kunserve.planner.snapshot import ModelShape, StageView
 T = TypeVar("T")
 
 Layouts = dict[int, Layout]  # by device
+
+log = structlog.get_logger()
+
+ROLLBACK_ATTEMPTS = 3
+
+
+class NoWayBackError(DeviceError):
+    """Weights or KV that groups need are not on their devices any more."""
 
 
 class Remap:
@@ -81,17 +92,28 @@ class Remap:
     async def apply(self, layouts: Layouts) -> None:
         """Rearrange all devices at once, each on its compute queue.
 
-        If one fails, all go back, with their weights filled again, before the error is raised.
+        If one fails, all go back, with their weights filled again, before the error is raised. NoWayBackError if that
+        fails too: nothing may run on these devices then.
         """
         before = {device: self._memories[device].layout for device in layouts}
         try:
             await self._rearrange(layouts)
         except BaseException:
-            await self._rearrange(before)
-            for device, layout in before.items():
-                gone = [unit for unit in layout.units if unit not in layouts[device].units]
-                await self._fill(device, gone, self._memories[device].device.run)
+            await self._go_back(before, layouts)
             raise
+
+    async def _go_back(self, before: Layouts, layouts: Layouts) -> None:
+        for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
+            try:
+                await self._rearrange(before)
+                for device, layout in before.items():
+                    gone = [unit for unit in layout.units if unit not in layouts[device].units]
+                    await self._fill(device, gone, self._memories[device].device.run)
+                return
+            except Exception as error:
+                log.error("rolling back failed", error=repr(error), attempts_left=attempts_left)
+                if not attempts_left:
+                    raise NoWayBackError(f"a transition failed and could not be rolled back: {error}") from error
 
     async def load(self, before: Layouts, is_cancelled: Callable[[], bool]) -> int:
         """Fill the units that `before` lacked, all devices at once, in the background; returns bytes loaded.

@@ -1,0 +1,34 @@
+"""Greedy output of the embedded model is transformers' across a drop and a restore, in float32 and natural language."""
+
+from __future__ import annotations
+
+import asyncio
+
+from e2e.engines import assert_idle, generate_all, greedy, running_engine
+
+
+async def test_a_drop_and_a_restore_change_no_token(
+    smollm2_prompts: list[list[int]], smollm2_greedy: list[list[int]]
+) -> None:
+    settings = {"num_blocks_override": 256, "max_model_len": 2048, "is_pinned": True}
+    async with running_engine("smollm2-135m", "cpu:2", **settings) as served:
+        engine, control = served.engine, served.control
+        answers = asyncio.create_task(generate_all(engine, smollm2_prompts, greedy(64)))
+        num_dropped = num_restored = 0
+        for _ in range(2):
+            for _ in range(6):
+                await engine.next_commit()
+            await engine.drop()
+            num_dropped += engine.num_running
+            await asyncio.wait(set(control._tasks))  # its KV is exchanged
+            for _ in range(6):
+                await engine.next_commit()
+            await engine.restore()
+            num_restored += engine.num_running
+            await asyncio.wait(set(control._tasks))
+        assert num_dropped >= 30 and num_restored >= 30  # most of them were there each time
+        assert await answers == smollm2_greedy
+        outcomes = [(t.kind, t.outcome, t.exchange_bytes > 0) for t in control.reconfigure.transitions]
+        assert outcomes == [("drop", "done", True), ("restore", "done", True)] * 2
+        assert len(engine.groups) == 2 and engine.scheduler.num_preemptions == 0
+        assert_idle(engine)

@@ -1,0 +1,109 @@
+"""What a budget becomes at launch: chains where a device is too small, or an error with the figures and no trace."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.engines import assert_idle, generate_all, greedy, running_engine
+from e2e.tiny import TinyModels, random_prompt
+from kunserve.errors import ConfigError
+
+MIB = 1 << 20
+LARGER: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}  # about 13 MiB a layer
+
+
+async def test_a_model_too_large_for_a_device_starts_as_chains(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """Without being told: four devices that hold half of it each are two chains of two. Its weights are dummies."""
+    folder = tmp_path / "without-weights"
+    folder.mkdir()
+    for path in tiny_models.folder("llama", **LARGER).iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    prompts = [random_prompt(10 + 5 * i) for i in range(8)]
+
+    async def tokens(devices: str, memory_mib: int, lengths: list[int]) -> list[list[int]]:
+        settings = {"device_memory_bytes": memory_mib * MIB, "max_model_len": 512, "seed": 3}
+        async with running_engine(folder, devices, load_format="dummy", **settings) as served:
+            assert [len(group.stages) for group in served.engine.groups] == lengths
+            generated = await generate_all(served.engine, prompts, greedy(24))
+            assert_idle(served.engine)
+            return generated
+
+    assert await tokens("cpu:4", 40, [2, 2]) == await tokens("cpu:1", 100, [1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_memory_bytes": 300 * MIB}, "the weights take 530 MiB .* 1 device.s. have 300 MiB each"),
+        (
+            {"device_memory_bytes": 600 * MIB, "max_model_len": 8192},
+            "one request of --max-model-len 8192 360 MiB of KV; 1 device.s. have 600 MiB each",
+        ),
+        ({"max_model_len": 9000}, "--max-model-len 9000 is more than the model's 8192 positions"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 is not served on CPU devices"),
+        ({"pipeline_parallel_size": 2}, "chains of 2 devices cannot be made from 1 devices"),
+    ],
+)
+async def test_what_cannot_be_is_refused_with_figures(settings: dict[str, Any], message: str) -> None:
+    files = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        async with running_engine("smollm2-135m", "cpu:1", **settings):
+            pass
+    assert "\n" not in caught.value.message
+    assert sorted(os.listdir("/proc/self/fd")) == files
+
+
+async def test_memory_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device alone would fit."""
+    monkeypatch.setattr("kunserve.engine.machine.available_bytes", lambda: 1000 * MIB)
+    message = r"2 device\(s\) of 730 MiB need 1460 MiB: 1000 MiB of host memory are available"
+    with pytest.raises(ConfigError, match=message):
+        async with running_engine("smollm2-135m", "cpu:2", device_memory_bytes=730 * MIB):
+            pass
+
+
+@pytest.mark.parametrize("broken", ["truncated", "missing", "tokenizer"])
+async def test_a_broken_folder_leaves_nothing_open(broken: str, tiny_models: TinyModels, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in tiny_models.folder("llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = folder / "model.safetensors"
+    match broken:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "missing":
+            weights.unlink()
+        case "tokenizer":
+            (folder / "tokenizer.json").write_text("{}")
+    files, maps = len(os.listdir("/proc/self/fd")), _num_pool_maps()
+    with pytest.raises(ConfigError):
+        async with running_engine(folder, "cpu:2", num_blocks_override=512):
+            pass
+    assert (len(os.listdir("/proc/self/fd")), _num_pool_maps()) == (files, maps)
+
+
+async def test_an_engine_that_was_closed_leaves_nothing_open(tiny_models: TinyModels) -> None:
+    folder = tiny_models.folder("llama")
+    async with running_engine(folder, "cpu:2", num_blocks_override=512) as served:
+        await generate_all(served.engine, [random_prompt(5)], greedy(5))
+        assert _num_pool_maps() > 0
+    assert _num_pool_maps() == 0
+    assert not [thread for thread in asyncio.all_tasks() if thread.get_name() == "engine"]
+
+
+def _num_pool_maps() -> int:
+    """Mappings of device memory in this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:kunserve")
