@@ -1,0 +1,129 @@
+"""Links: whose turn it is, and that no turn is ever lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from kunserve.gpu.links import HOST, Links, Priority
+
+
+class Transfers:
+    """Transfers that record their order and hold the link until they are let go."""
+
+    def __init__(self) -> None:
+        self.links, self.order = Links(), list[str]()
+        self.on_link: dict[tuple[int, int], int] = {}
+        self._gates: dict[str, asyncio.Event] = {}
+
+    def begin(self, name: str, priority: Priority, source: int = 0, destination: int = 1) -> asyncio.Task[None]:
+        self._gates[name] = asyncio.Event()
+        return asyncio.create_task(self._transfer(name, priority, (source, destination)))
+
+    def let_go(self, name: str) -> None:
+        self._gates[name].set()
+
+    async def _transfer(self, name: str, priority: Priority, link: tuple[int, int]) -> None:
+        async with self.links.turn(*link, priority):
+            self.on_link[link] = self.on_link.get(link, 0) + 1
+            assert self.on_link[link] == 1  # one at a time
+            self.order.append(name)
+            try:
+                await self._gates[name].wait()
+            finally:
+                self.on_link[link] -= 1
+
+
+async def settle() -> None:
+    """Let every task go as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_activations_then_kv_then_weights_each_in_order_of_asking() -> None:
+    transfers = Transfers()
+    tasks = [transfers.begin("first", Priority.WEIGHTS)]
+    await settle()
+    for name, priority in (
+        ("weights", Priority.WEIGHTS),
+        ("kv 1", Priority.KV),
+        ("kv 2", Priority.KV),
+        ("activation", Priority.ACTIVATION),
+    ):
+        tasks.append(transfers.begin(name, priority))
+        await settle()
+    assert transfers.order == ["first"]
+    for name in ("first", "activation", "kv 1", "kv 2", "weights"):
+        transfers.let_go(name)
+        await settle()
+    assert transfers.order == ["first", "activation", "kv 1", "kv 2", "weights"]
+    await asyncio.gather(*tasks)
+
+
+async def test_links_do_not_wait_for_each_other() -> None:
+    transfers = Transfers()
+    ways = [(0, 1), (1, 0), (HOST, 1), (1, 2)]
+    tasks = [transfers.begin(f"{way}", Priority.KV, *way) for way in ways]
+    await settle()
+    assert len(transfers.order) == 4
+    for way in ways:
+        transfers.let_go(f"{way}")
+    await asyncio.gather(*tasks)
+
+
+async def test_a_transfer_that_fails_frees_the_link() -> None:
+    links = Links()
+    try:
+        async with links.turn(0, 1, Priority.KV):
+            raise OSError("lost")
+    except OSError:
+        pass
+    async with links.turn(0, 1, Priority.KV):
+        pass
+
+
+async def test_a_cancelled_waiter_passes_its_turn_on() -> None:
+    """Also one that is cancelled when it has been given its turn, but has not run yet."""
+    transfers, gate = Transfers(), asyncio.Event()
+
+    async def hold_and_cancel() -> None:
+        async with transfers.links.turn(0, 1, Priority.KV):
+            await gate.wait()
+        chosen.cancel()
+
+    first = asyncio.create_task(hold_and_cancel())
+    await settle()
+    waiting, chosen, last = (transfers.begin(name, Priority.KV) for name in ("waiting", "chosen", "last"))
+    await settle()
+    waiting.cancel()
+    await settle()
+    gate.set()
+    await first
+    await settle()
+    assert transfers.order == ["last"]
+    transfers.let_go("last")
+    await last
+    assert waiting.cancelled() and chosen.cancelled()
+
+
+async def test_random_transfers_and_cancellations() -> None:
+    rng, transfers = random.Random(0), Transfers()
+    tasks = {}
+    for i in range(600):
+        name = f"{i}"
+        tasks[name] = transfers.begin(name, rng.choice(list(Priority)), rng.randrange(2), 2)
+        for _ in range(rng.randrange(3)):
+            victim = rng.choice(list(tasks))
+            if rng.random() < 0.5:
+                tasks[victim].cancel()
+            else:
+                transfers.let_go(victim)
+            if rng.random() < 0.5:
+                await asyncio.sleep(0)
+    for name in tasks:
+        transfers.let_go(name)
+    await asyncio.wait(tasks.values())
+    done = [name for name, task in tasks.items() if not task.cancelled()]
+    assert len(done) >= 100 and set(done) <= set(transfers.order)
+    async with transfers.links.turn(0, 2, Priority.WEIGHTS), transfers.links.turn(1, 2, Priority.WEIGHTS):
+        pass  # both are free
