@@ -219,7 +219,8 @@ async def regroup_forever(checked: Checked, rng: random.Random) -> None:
         await checked.commits(rng.randrange(1, 5))
         with suppress(ConflictError):  # not now: for instance because live requests do not fit without the drop
             if rng.random() < 0.5 and len(checked.engine.groups) > 1:
-                await control.drop([group.group_id for group in rng.sample(checked.engine.groups, 2)])
+                two = [group.group_id for group in rng.sample(checked.engine.groups, 2)]
+                await control.drop(two if rng.random() < 0.3 else None)  # None: the smallest, so 2 + 2 becomes 4
             elif rng.random() < 0.5:
                 await control.restore()
             else:

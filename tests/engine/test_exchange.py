@@ -1,0 +1,319 @@
+"""KV of live requests follows its layers: in every order, with new requests beside it, and with clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transition_harness import Answer, Checked, again, checked_engine
+
+from kunserve.engine.remap import Layouts
+from kunserve.engine.request import FinishReason, Request, SamplingParams
+from kunserve.errors import DeviceError
+from kunserve.planner.exchange import LiveRequest
+from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, KvMove, Merge
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
+
+
+class Gate:
+    """Holds back every copy between devices until it is opened."""
+
+    def __init__(self, checked: Checked) -> None:
+        self.is_open = asyncio.Event()
+        self.num_waiting = 0
+        for memory in checked.engine.memories:
+            device: Any = memory.device
+            device.run_copy = partial(self._run_copy, device.run_copy)
+
+    async def _run_copy(self, run_copy: Callable[[Any], Awaitable[Any]], work: Any) -> Any:
+        self.num_waiting += 1
+        await self.is_open.wait()
+        self.num_waiting -= 1
+        return await run_copy(work)
+
+
+def long_requests(number: int, num_prompt_tokens: int, num_tokens: int, name: str = "r") -> list[Request]:
+    """Requests of equal length, half of them greedy."""
+    return [
+        Request(
+            f"{name}{i}",
+            [3 + (7 * i + 11 * j) % 300 for j in range(num_prompt_tokens)],
+            SamplingParams(num_tokens, temperature=i % 2, seed=i, ignore_eos=True, num_logprobs=2),
+        )
+        for i in range(number)
+    ]
+
+
+def two_devices(folder: Path, num_blocks: int, max_model_len: int = 128) -> AbstractAsyncContextManager[Checked]:
+    """An engine that computes all prompts in a few steps: the first is far from its end when the last begins."""
+    settings = {"max_model_len": max_model_len, "max_num_batched_tokens": 512}
+    return checked_engine(folder, "cpu:2", num_blocks, **settings)
+
+
+async def expected(folder: Path, requests: Sequence[Request]) -> list[Answer]:
+    """What one device answers that has room for all."""
+    num_blocks = sum(request.num_prompt_tokens + request.params.max_tokens + 4 for request in requests) // 4
+    async with checked_engine(folder, "cpu:1", max(128, num_blocks), max_model_len=400) as checked:
+        return await checked.answer_all(again(requests))
+
+
+async def asked(checked: Checked, requests: Sequence[Request]) -> asyncio.Task[list[Answer]]:
+    """Ask for all of them, now."""
+    task = asyncio.create_task(checked.answer_all(requests))
+    while not checked.engine._live.keys() >= {request.request_id for request in requests}:
+        await asyncio.sleep(0)
+    return task
+
+
+async def loaded(
+    checked: Checked, requests: Sequence[Request], num_last: int | None = None
+) -> asyncio.Future[list[Answer]]:
+    """Answers to all of them, each of which has its first token: `num_last` (or half) on the second group."""
+    num_first = len(requests) - (len(requests) // 2 if num_last is None else num_last)
+    first, last = checked.engine.groups
+    answers = []
+    for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
+        group.is_admitting, other.is_admitting = True, False
+        answers.append(await asked(checked, some))
+        while not all(request.num_output_tokens for request in some):
+            await checked.commits(1)
+        group.is_paused = True  # it waits for the other
+    for group in (first, last):
+        group.is_admitting, group.is_paused = True, False
+    checked.engine.wake()
+    assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
+    return asyncio.ensure_future(_joined(*answers))
+
+
+async def _joined(first: Awaitable[list[Answer]], last: Awaitable[list[Answer]]) -> list[Answer]:
+    return await first + await last
+
+
+def assert_same(answers: Sequence[Answer], its: Sequence[Answer]) -> None:
+    for answer, other in zip(answers, its, strict=True):
+        answer.assert_same(other)
+
+
+async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:
+    old, new = long_requests(8, 30, 20), long_requests(4, 12, 8, "new")
+    its = await expected(tiny64, old + new)
+    async with two_devices(tiny64, 320) as checked:
+        answers, gate = await loaded(checked, old), Gate(checked)
+        await checked.control.drop()
+        before = [r.num_output_tokens for r in old]
+        first = await checked.answer_all(new)
+        assert gate.num_waiting == 1 and checked.reconfigure.current is not None  # the exchange goes on
+        assert [r.num_output_tokens for r in old] == before and all(r.is_moving for r in old)
+        gate.is_open.set()
+        assert_same(await answers + first, its)
+        await checked.settled()
+        assert checked.outcomes == {("drop", "done", "by_request"): 1}
+        await checked.undo_drops()
+
+
+async def test_each_request_runs_on_when_its_own_layers_have_arrived(tiny64: Path) -> None:
+    requests = long_requests(8, 30, 12)
+    async with two_devices(tiny64, 320) as checked:
+        answers = await loaded(checked, requests)
+        moving: list[int] = []
+        end = checked.reconfigure.exchange._end
+
+        def end_and_count(*arguments: Any, **more: Any) -> None:
+            end(*arguments, **more)
+            moving.append(sum(r.is_moving for r in requests))
+
+        checked.reconfigure.exchange._end = end_and_count  # type: ignore[method-assign]
+        await checked.control.drop()
+        await answers
+        await checked.settled()
+        assert moving == list(range(len(moving)))[::-1] and len(moving) >= 6
+
+
+# Freed are 8 chunks of a device; KV has 24: three times as much. All of it is in use.
+async def test_kv_larger_than_the_freed_weights_goes_layer_by_layer(tiny64: Path) -> None:
+    old, new = long_requests(8, 112, 14), long_requests(1, 5, 4, "new")
+    its = await expected(tiny64, old + new)
+    async with two_devices(tiny64, 128) as checked:
+        engine = checked.engine
+        answers = await loaded(checked, old)
+        kv, weights = engine.memories[0].counts.kv, engine.memories[0].counts.weights
+        gate = Gate(checked)
+        state = await checked.control.drop()
+        freed = weights - engine.memories[0].counts.weights
+        assert kv >= 3 * freed > 0
+        first = await asked(checked, new)
+        gate.is_open.set()
+        assert_same(await answers + await first, its)
+        await checked.settled()
+        assert state["exchange_mode"] == "by_layer" and checked.num_outcomes("drop", "done", "by_layer") == 1
+        assert engine.scheduler.num_preemptions == 0
+        await checked.undo_drops()
+
+
+@pytest.mark.parametrize("is_during_remap", [True, False])
+async def test_a_client_that_leaves_while_layers_move(
+    is_during_remap: bool, tiny64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = long_requests(8, 112, 14)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, 128) as checked:
+        answers, gate = await loaded(checked, requests), Gate(checked)
+        remap = checked.reconfigure._remap
+        apply = remap.apply
+
+        async def leave_and_apply(layouts: Layouts) -> None:
+            checked.engine.abort("r3")
+            await apply(layouts)
+
+        if is_during_remap:
+            monkeypatch.setattr(remap, "apply", leave_and_apply)
+        await checked.control.drop()
+        checked.engine.abort("r3")
+        checked.check()
+        gate.is_open.set()
+        done = await answers
+        assert done[3].finish == (FinishReason.ABORT, None)
+        assert_same(done[:3] + done[4:], its[:3] + its[4:])
+        await checked.undo_drops()
+        assert checked.num_outcomes("drop", "done", "by_layer") == 1
+        assert checked.engine.scheduler.num_preemptions == 0  # nobody else noticed
+
+
+async def test_kv_that_fits_in_no_order_is_recomputed(tiny64: Path) -> None:
+    requests = long_requests(8, 370, 26)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, 384, max_model_len=400) as checked:
+        answers = await loaded(checked, requests)
+        await checked.control.drop()
+        assert_same(await answers, its)
+        await checked.settled()
+        assert checked.outcomes == {("drop", "done", "infeasible"): 1}
+        assert checked.engine.scheduler.num_preemptions >= 8
+        await checked.undo_drops()
+
+
+async def test_a_failed_remap_loses_nothing_of_kv_that_fits_in_no_order(tiny64: Path) -> None:
+    """Its ranges are unmapped by then: whoever ran must not read what is mapped there now."""
+    requests = long_requests(8, 370, 26)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, 384, max_model_len=400) as checked:
+        answers = await loaded(checked, requests)
+        device: Any = checked.engine.memories[1].device
+        map_ = device.map
+
+        def refuse_once(address: int, chunks: Sequence[int]) -> None:
+            device.map = map_
+            raise DeviceError("refused")
+
+        device.map = refuse_once
+        with pytest.raises(DeviceError, match="refused"):
+            await checked.control.drop()
+        assert_same(await answers, its)
+        await checked.undo_drops()
+        assert checked.num_outcomes("drop", "rolled back") == 1
+
+
+async def test_a_failed_copy_recomputes_only_its_request(tiny64: Path) -> None:
+    requests = long_requests(8, 30, 20)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, 320) as checked:
+        answers = await loaded(checked, requests)
+        device: Any = checked.engine.memories[0].device
+        run_copy = device.run_copy
+
+        async def fail_once(work: Any) -> Any:
+            device.run_copy = run_copy
+            raise OSError("lost")
+
+        device.run_copy = fail_once
+        await checked.control.drop()
+        assert_same(await answers, its)
+        await checked.undo_drops()
+        assert checked.num_outcomes("drop", "done") == 1
+        assert [r.num_preemptions for r in requests].count(1) == sum(r.num_preemptions for r in requests) == 1
+
+
+# --- uneven splits: some have to wait for room ------------------------------------------------------------------------
+
+
+async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
+    """Merge both groups; device 0 keeps four of six layers, so it has hardly more room than before."""
+    snapshot = checked.control._snapshot()
+    stages = (StageView(0, 0, 4), StageView(1, 4, 6))
+    origin = Origin((), tuple(group.origin for group in snapshot.groups if group.origin))
+    plan = DropPlan(snapshot.epoch, (Merge((0, 1), stages, 0, origin),), 0, 0, True)
+    committed = asyncio.get_running_loop().create_future()
+    task = checked.control._spawn(checked.reconfigure.drop(snapshot, plan, committed.set_result))
+    await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
+    return task
+
+
+async def test_requests_that_do_not_fit_yet_wait_for_room(tiny64: Path) -> None:
+    old, new = long_requests(10, 112, 14), long_requests(2, 5, 4, "new")
+    its = await expected(tiny64, old + new)
+    async with two_devices(tiny64, 256) as checked:
+        answers = await loaded(checked, old, 3)
+        gate = Gate(checked)
+        await drop_unevenly(checked)
+        (group,) = checked.engine.groups
+        held = [m.has_blocks for m in checked.reconfigure.exchange._moving.values()]
+        assert 0 < held.count(False) < len(held) and not group.is_admitting
+        late = await asked(checked, new)
+        assert len(checked.engine.scheduler.waiting) == 2  # the blocks are for those on their way
+        gate.is_open.set()
+        assert_same(await answers + await late, its)
+        await checked.undo_drops()
+        assert checked.num_outcomes("drop", "done", "by_request") == 1
+        assert checked.engine.scheduler.num_preemptions == 0
+
+
+async def test_a_client_that_leaves_while_its_kv_waits_for_room(tiny64: Path) -> None:
+    """Nothing else is in flight then: only its leaving tells the exchange to look again."""
+    requests = long_requests(10, 112, 14)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, 256) as checked:
+        answers = await loaded(checked, requests, 3)
+        gate = Gate(checked)
+        await drop_unevenly(checked)
+        late = [m.request for m in checked.reconfigure.exchange._moving.values() if not m.has_blocks]
+        for request in late:
+            checked.engine.abort(request.request_id)
+        gate.is_open.set()
+        for request, answer, other in zip(requests, await answers, its, strict=True):
+            if request in late:
+                assert answer.finish == (FinishReason.ABORT, None)
+            else:
+                answer.assert_same(other)
+        await checked.undo_drops()
+
+
+def one_by_one(snapshot: Snapshot, merge: Merge, live: Sequence[LiveRequest]) -> ExchangePlan:
+    """A plan that did not look whether it fits."""
+    return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(KvMove((request.request_id,), 0, 0, 0, 0) for request in live))
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        pytest.param(long_requests(10, 84, 40), id="those that arrived grow into the blocks that others wait for"),
+        pytest.param(long_requests(2, 388, 12), id="everybody is on the way and waits for the other"),
+    ],
+)
+async def test_an_order_that_does_not_fit_after_all(
+    requests: list[Request], tiny64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody gives way, and nobody waits for ever."""
+    its, requests = await expected(tiny64, requests), again(requests)
+    monkeypatch.setattr("kunserve.engine.reconfigure.plan_exchange", one_by_one)
+    async with two_devices(tiny64, 128, max_model_len=400) as checked:
+        answers = await loaded(checked, requests)
+        await checked.control.drop()
+        assert_same(await answers, its)
+        await checked.undo_drops()
+        assert checked.num_outcomes("drop", "done", "by_request") == 1
+        assert checked.engine.scheduler.num_preemptions > 0

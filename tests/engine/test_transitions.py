@@ -1,0 +1,263 @@
+"""A plan is applied whole or not at all: any one call to a device fails, and no stream notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests
+
+from kunserve.engine.group import Stage
+from kunserve.engine.request import Request
+from kunserve.errors import ConflictError, DeviceError, EngineError, OverloadedError
+from kunserve.gpu.device_memory import Layout
+from kunserve.planner.plan import DropPlan, RestorePlan
+
+NUM_REQUESTS = 8
+REQUESTS = make_requests(NUM_REQUESTS, seed=1, longest_prompt=32, most_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny64: Path) -> list[Answer]:
+    """What an undisturbed server answers."""
+
+    async def ask() -> list[Answer]:
+        async with checked_engine(tiny64, "cpu:1", 320) as checked:
+            return await checked.answer_all(again(REQUESTS))
+
+    return asyncio.run(ask())
+
+
+def contents(checked: Checked) -> dict[str, torch.Tensor]:
+    """Copies of all weights that are present, by device and tensor."""
+    return {
+        f"{memory.device.name} {unit} {spec.name}": memory.weights.tensor(unit, spec.name).clone()
+        for memory in checked.engine.memories
+        for unit in memory.weights.present
+        for spec in memory.weights._units[unit].tensors
+    }
+
+
+def layouts(checked: Checked) -> list[Layout]:
+    return [memory.layout for memory in checked.engine.memories]
+
+
+async def finish(checked: Checked, answers: Sequence[asyncio.Task[Answer]], expected: Sequence[Answer]) -> None:
+    """Every stream ends as if nothing had been; then nothing is left over."""
+    for answer, its in zip(await asyncio.gather(*answers), expected, strict=True):
+        answer.assert_same(its)
+    await checked.undo_drops()
+
+
+async def begin(checked: Checked, requests: Sequence[Request]) -> list[asyncio.Task[Answer]]:
+    """Ask, and wait for some steps."""
+    answers = [asyncio.create_task(checked.answer(request)) for request in requests]
+    await checked.commits(3)
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["drop", "restore"])
+async def test_any_call_may_fail(kind: str, tiny64: Path, expected: list[Answer]) -> None:
+    """The first call of a transition fails, then the second, and so on until there is no such call any more."""
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        engine, original = checked.engine, contents(checked)
+        failures = Failures(engine)
+        failed_on: set[tuple[str, str]] = set()
+        number = num_rolled_back = num_after_commit = 0
+        while True:
+            answers = await begin(checked, again(REQUESTS))
+            if kind == "restore":
+                await checked.control.drop()
+                await checked.settled()
+            epoch, before, held = engine.epoch, layouts(checked), contents(checked)
+            groups = list(engine.groups)
+            failures.arm(number)
+            with suppress(DeviceError, OSError):
+                await getattr(checked.control, kind)()
+            await checked.settled()
+            checked.check()
+            failed_on.update(failures.failed)
+            is_over = not failures.failed
+            failures.arm(None)
+            if engine.epoch == epoch:
+                num_rolled_back += 1
+                assert engine.groups == groups and layouts(checked) == before
+                now = contents(checked)
+                assert now.keys() == held.keys() and all(torch.equal(held[name], now[name]) for name in held)
+                assert not any(group.is_paused for group in groups)
+            elif not is_over:
+                num_after_commit += 1
+            await finish(checked, answers, expected)
+            now = contents(checked)
+            assert all(torch.equal(original[name], now[name]) for name in original)
+            if is_over:
+                break
+            number += 1
+        assert num_rolled_back >= 10 and num_after_commit >= (5 if kind == "drop" else 1)
+        calls = {"run", "map", "unmap", "run_copy"}
+        assert {name for _, name in failed_on} == calls and {device for device, _ in failed_on} == {"cpu:0", "cpu:1"}
+
+
+async def test_devices_that_were_not_settled_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
+    """All maps fail once the epoch is committed: the chain serves with less, and can be restored all the same."""
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        failures = Failures(checked.engine)
+        answers = await begin(checked, again(REQUESTS))
+        await checked.control.drop()
+        failures.rate = 1.0
+        await checked.settled()
+        failures.rate = 0.0
+        checked.check()
+        assert checked.num_outcomes("drop", "failed after its commit") == 1
+        await finish(checked, answers, expected)
+        assert checked.num_outcomes("restore", "done") == 1
+
+
+def refuse_to_map(checked: Checked, number: int) -> None:
+    """Let the next so many maps on the second device fail."""
+    device: Any = checked.engine.memories[1].device
+    map_ = device.map
+
+    def refuse(address: int, chunks: Sequence[int]) -> None:
+        nonlocal number
+        number -= 1
+        if number >= 0:
+            raise DeviceError("refused")
+        map_(address, chunks)
+
+    device.map = refuse
+
+
+async def test_going_back_is_tried_again(tiny64: Path, expected: list[Answer]) -> None:
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        answers = await begin(checked, again(REQUESTS))
+        refuse_to_map(checked, 3)
+        with pytest.raises(DeviceError, match="refused"):
+            await checked.control.drop()
+        checked.check()
+        await finish(checked, answers, expected)
+        assert checked.outcomes == {("drop", "rolled back", "by_request"): 1}
+
+
+async def test_nothing_runs_on_a_device_that_cannot_go_back(tiny64: Path) -> None:
+    """It would read what is mapped there now, or nothing."""
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        answers = await begin(checked, again(REQUESTS))
+        refuse_to_map(checked, 1000)
+        with pytest.raises(DeviceError, match="could not be rolled back: refused"):
+            await checked.control.drop()
+        for answer in await asyncio.gather(*answers):
+            assert answer.finish is not None or isinstance(answer.error, EngineError)
+        assert not checked.engine.is_ready and checked.engine.health() == "the engine has stopped"
+        assert checked.reconfigure.transitions[-1].outcome == "lost"
+
+
+# --- clients that leave, operators that are early ---------------------------------------------------------------------
+
+
+async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64: Path, expected: list[Answer]) -> None:
+    async with checked_engine(tiny64, "cpu:2", 64) as checked:
+        answers = await begin(checked, again(REQUESTS))
+        await checked.control.drop()
+        await checked.settled()
+        (group,) = checked.engine.groups
+        last = max(group.running, key=lambda request: request.params.max_tokens - request.num_output_tokens)
+        await checked.engine.quiesce([group])
+        for position, stage in enumerate(group.stages):
+            await _move_to_tail(checked, stage, last.block_tables[position])
+        checked.check()
+        reconfigure, copied = checked.reconfigure, []
+        copy_within = reconfigure._copy_within
+
+        async def leave_and_copy(stage: Any, moved: dict[int, int]) -> None:
+            copied.append(dict(moved))
+            checked.check()  # blocks that are arriving are accounted for
+            checked.engine.abort(last.request_id)
+            await copy_within(stage, moved)
+
+        reconfigure._copy_within = leave_and_copy  # type: ignore[method-assign]
+        await checked.control.restore()
+        assert copied[0] and not copied[1]  # it was alone in the tail
+        checked.check()
+        done = await asyncio.gather(*answers)
+        for request, answer, its in zip(REQUESTS, done, expected, strict=True):
+            if request.request_id != last.request_id:
+                answer.assert_same(its)
+        assert checked.engine.scheduler.num_preemptions == 0
+        await checked.undo_drops()
+
+
+async def _move_to_tail(checked: Checked, stage: Stage, table: list[int]) -> None:
+    """Move a request's blocks on a stage to the last ids, as if the front had been full."""
+    pool = stage.pool
+    tail = pool.alloc(pool.num_free)
+    assert tail is not None
+    pool.free(tail[: -len(table)])
+    await checked.reconfigure._copy_within(stage, dict(zip(table, tail[-len(table) :], strict=True)))
+    pool.free(table)
+    table[:] = tail[-len(table) :]
+
+
+async def test_one_transition_at_a_time_and_of_the_present_epoch(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+        control, reconfigure = checked.control, checked.reconfigure
+        first, second = asyncio.create_task(control.drop([0, 1])), asyncio.create_task(control.drop([2, 3]))
+        await asyncio.wait([first, second])
+        assert (await first)["kind"] == "drop"
+        with pytest.raises(ConflictError, match="under way"):
+            await second
+        stale = control._snapshot()
+        await checked.settled()
+        with pytest.raises(ConflictError, match="epoch 0"):
+            await reconfigure.drop(stale, DropPlan(0, (), 0, 0, True))
+        with pytest.raises(ConflictError, match="epoch 7"):
+            await reconfigure.restore(RestorePlan(7, ()))
+        await checked.undo_drops()
+
+
+async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        held = asyncio.Event()
+        device: Any = checked.engine.memories[0].device
+        run_copy = device.run_copy
+
+        async def hold(work: Any) -> Any:
+            await held.wait()
+            return await run_copy(work)
+
+        answers = await begin(checked, again(REQUESTS))
+        await checked.control.drop()
+        device.run_copy = hold
+        await checked.engine.stop()
+        for answer in await asyncio.gather(*answers):
+            assert answer.finish is not None or isinstance(answer.error, OverloadedError)
+        assert checked.reconfigure.current is None
+        checked.assert_no_failure()
+        assert not checked.reconfigure.exchange._moving
+        assert not any(request.is_moving for group in checked.engine.groups for request in group.running)
+
+
+async def test_an_operator_whose_restore_is_ended_by_the_stop_is_told(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        await checked.control.drop()
+        await checked.settled()
+        device: Any = checked.engine.memories[0].device
+        loading = asyncio.Event()
+
+        async def hold(work: Any) -> Any:
+            loading.set()
+            await asyncio.Event().wait()
+
+        device.run_copy = hold
+        restore = asyncio.create_task(checked.control.restore())
+        await loading.wait()
+        await checked.engine.stop()
+        with pytest.raises(OverloadedError, match="stopping"):
+            await restore
+        (group,) = checked.engine.groups
+        assert len(group.stages) == 2 and checked.reconfigure.transitions[-1].outcome == "rolled back"
