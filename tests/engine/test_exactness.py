@@ -15,6 +15,7 @@ from transition_harness import (
     checked_engine,
     make_requests,
     regroup_forever,
+    regroup_in_order,
     with_stop_strings,
 )
 
@@ -56,7 +57,7 @@ async def test_regrouping_changes_no_answer(
     requests, expected = undisturbed
     async with checked_engine(tiny64, devices, num_blocks // int(devices[-1])) as checked:
         for seed in SEEDS[num_blocks == TIGHT :: 2]:
-            regroup = partial(regroup_forever, checked, random.Random(seed))
+            regroup = partial(regroup_in_order if seed % 4 > 1 else regroup_forever, checked, random.Random(seed))
             answers = await answer_while(checked, again(requests), regroup)
             for answer, its in zip(answers, expected, strict=True):
                 answer.assert_same(its)
@@ -68,4 +69,5 @@ async def test_regrouping_changes_no_answer(
             ("restore", "cancelled", None),
         ):
             assert checked.num_outcomes(kind, outcome, mode) > 0
-        assert set(checked.steps) >= {1, 2}
+        # While most of the memory is KV, a chain of four holds less than two of two, and is refused.
+        assert set(checked.steps) >= ({1, 2, 4} if devices == "cpu:4" and num_blocks == TIGHT else {1, 2})

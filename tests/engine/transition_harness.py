@@ -236,6 +236,24 @@ async def regroup_forever(checked: Checked, rng: random.Random) -> None:
                     restore.cancel()
 
 
+async def regroup_in_order(checked: Checked, rng: random.Random) -> None:
+    """All groups become one, two by two (2 + 2 to 4 with four devices), a restore is cancelled, and all come apart.
+
+    At random steps, until cancelled. A drop that would hold less than before is refused: then it is left out.
+    """
+    control, engine = checked.control, checked.engine
+    while True:
+        for verb in [control.drop] * (len(engine.memories) - 1) + [control.restore] * len(engine.memories):
+            await checked.commits(rng.randrange(1, 4))
+            with suppress(ConflictError):
+                transition = asyncio.create_task(verb())
+                if verb == control.restore and rng.random() < 0.3:
+                    await checked.commits(1)
+                    checked.reconfigure.cancel_restore()
+                await transition
+            await checked.settled()
+
+
 async def answer_while(
     checked: Checked, requests: Sequence[Request], disturb: Callable[[], Awaitable[None]]
 ) -> list[Answer]:
