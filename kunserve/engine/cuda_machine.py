@@ -73,6 +73,8 @@ class CudaOptions:
 class CudaMachine:
     """Drivers, later devices, that are open, and the sizes that were found."""
 
+    shares_head = False  # decoding is bound by reading the head's matrix: both ends would read all of it
+
     def __init__(
         self,
         model: ModelConfig,

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from kunserve.engine.group import Group
+from torch import Tensor
+
+from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.sampler import SampledToken
-from kunserve.engine.stage import run_last_stage, run_stage
+from kunserve.engine.stage import run_head, run_last_layers, run_last_stage, run_stage
 from kunserve.gpu.device import Device
+from kunserve.gpu.queue import gather_all
 from kunserve.model.decoder import Decoder
 
 
@@ -25,18 +28,40 @@ class Executor(Protocol):
 
 
 class DeviceExecutor:
-    """Runs stages on real devices, each on its compute queue."""
+    """Runs stages on real devices, each on its compute queue.
 
-    def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder]) -> None:
-        self._devices, self._decoders = devices, decoders
+    `shares_head`: both ends of a chain hold the head (tied embeddings) and compute it, each for half of the rows. In a
+    small model it costs as much as many layers, and at one end alone it would unbalance the chain.
+    """
+
+    def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
+        self._devices, self._decoders, self._shares_head = devices, decoders, shares_head
 
     async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         """See `Executor.execute`."""
         x = inputs.token_ids
-        *first, last = enumerate(group.stages)
-        for position, stage in first:
+        *before, last = enumerate(group.stages)
+        for position, stage in before:
             decoder = self._decoders[stage.device]
             x = await self._devices[stage.device].run(partial(run_stage, decoder, stage, position, inputs, x))
         position, stage = last
-        decoder = self._decoders[stage.device]
-        return await self._devices[stage.device].run(partial(run_last_stage, decoder, stage, position, inputs, x))
+        decoder, device = self._decoders[stage.device], self._devices[stage.device]
+        if before and self._shares_head and len(inputs.sampling) > 1:
+            x = await device.run(partial(run_last_layers, decoder, stage, position, inputs, x))
+            return await self._sample_at_both_ends(group, inputs, x)
+        return await device.run(partial(run_last_stage, decoder, stage, position, inputs, x))
+
+    async def _sample_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
+        """Hidden states (R, H) after the last layer; the last stage, which is free now, takes the odd row."""
+        half = (len(x) + 1) // 2
+        shares: list[tuple[Stage, slice]] = [
+            (group.stages[-1], slice(half)),
+            (group.stages[0], slice(half, None)),
+        ]
+        tokens = await gather_all(
+            self._devices[stage.device].run(
+                partial(run_head, self._decoders[stage.device], x[rows], inputs.sampling[rows])
+            )
+            for stage, rows in shares
+        )
+        return [token for share in tokens for token in share]

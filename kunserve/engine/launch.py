@@ -86,7 +86,7 @@ async def _launch_on(
 ) -> Served:
     model = files.config
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
-    shape = model_shape(model, kv_shape, machine.chunk_bytes)
+    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
     views = machine.views(shape)
     placement = place(
         shape,

@@ -30,6 +30,7 @@ class Machine(Protocol):
 
     dtype: torch.dtype  # of weights and KV
     chunk_bytes: int
+    shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """The devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
@@ -49,6 +50,8 @@ class Machine(Protocol):
 
 class HostMachine:
     """Virtual CPU devices, each with a thread pinned to a core of its own while there are enough."""
+
+    shares_head = True
 
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._model, self._config = model, config
@@ -98,7 +101,8 @@ class HostMachine:
         """See `Machine.executor`."""
         ops, note = cpu_ops_or_reference(self.dtype, self._model.head_dim)
         decoders = [Decoder(self._model, ops, m.weights, m.kv, max_model_len) for m in memories]
-        return DeviceExecutor([memory.device for memory in memories], decoders), note
+        devices = [memory.device for memory in memories]
+        return DeviceExecutor(devices, decoders, shares_head=self._model.tie_embeddings), note
 
     def close(self) -> None:
         """See `Machine.close`."""

@@ -27,8 +27,11 @@ class Placement:
     max_model_len: int  # tokens
 
 
-def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int) -> ModelShape:
-    """The sizes that the planner works with. Times are relative: bytes of weights that a step reads."""
+def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, shares_head: bool = False) -> ModelShape:
+    """The sizes that the planner works with. Times are relative: bytes of weights that a step reads.
+
+    `shares_head`: the executor lets both ends of a chain compute the head, if both have it.
+    """
     units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype.itemsize)}
     layer, embed = units[layer_name(0)], units["embed"]
     head = units.get("head")
@@ -43,6 +46,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int) -> Mod
         chunk_bytes=chunk_bytes,
         block_size=kv_shape.block_size,
         head_time=prod((head or embed).tensors[-1 if head else 0].shape) * kv_shape.dtype.itemsize / layer.num_bytes,
+        shares_head=shares_head and config.tie_embeddings,
     )
 
 

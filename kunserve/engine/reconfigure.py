@@ -19,11 +19,12 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.exchange import Exchange, Moving
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.remap import Layouts, NoWayBackError, Remap, gather_all
+from kunserve.engine.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError
 from kunserve.gpu.copies import copy_blocks
 from kunserve.gpu.links import Links
+from kunserve.gpu.queue import gather_all
 from kunserve.model.checkpoint import WeightSource
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import structlog
 
@@ -13,13 +11,12 @@ from kunserve.engine.group import Group, Stage
 from kunserve.errors import DeviceError
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.gpu.queue import gather_all
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
 from kunserve.planner.plan import Merge, Part
 from kunserve.planner.snapshot import ModelShape, StageView
-
-T = TypeVar("T")
 
 Layouts = dict[int, Layout]  # by device
 
@@ -161,12 +158,3 @@ class Remap:
     ) -> None:
         for unit in units:
             await run(partial(self._memories[device].weights.fill, unit, self._source))
-
-
-async def gather_all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
-    """Wait for all of them, whatever happens to one; then raise the first error."""
-    results = await asyncio.gather(*awaitables, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.remap import gather_all
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove
 from kunserve.gpu.copies import copy_blocks
 from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.gpu.queue import gather_all
 
 log = structlog.get_logger()
 

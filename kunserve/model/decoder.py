@@ -79,14 +79,22 @@ class Decoder:
         x: token ids (T,) int32 if `first_layer` is 0, else hidden states (T, H).
         Returns hidden states (T, H), or after the last layer the logits of `sampled_rows`: (R, V).
         """
+        x = self.hidden(first_layer, last_layer, x, batch)
+        return x if last_layer < self._config.num_layers else self.logits(x[sampled_rows])
+
+    @torch.inference_mode()
+    def hidden(self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
+        """As `forward` without the head: hidden states (T, H)."""
         if first_layer == 0:
             x = self._ops.embed(x, self._embed)
         for layer in range(first_layer, last_layer):
             x = self._layer(self._layers[layer], self._kv[layer], x, batch)
-        if last_layer < self._config.num_layers:
-            return x
-        x = self._ops.rms_norm(x[sampled_rows], self._norm, self._config.rms_norm_eps)
-        return self._ops.linear(x, self._head)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """The head: hidden states after the last layer (R, H) -> (R, V). Its weights must be present."""
+        return self._ops.linear(self._ops.rms_norm(x, self._norm, self._config.rms_norm_eps), self._head)
 
     def _layer(self, w: LayerWeights, kv: Tensor, x: Tensor, batch: AttentionBatch) -> Tensor:
         ops, eps = self._ops, self._config.rms_norm_eps

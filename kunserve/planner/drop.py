@@ -185,7 +185,8 @@ def plan_drop(snapshot: Snapshot, need_blocks: int) -> DropPlan:
     """Merge groups, two smallest first, until the server holds `need_blocks` in all. O(N log N).
 
     `need_blocks` is the whole demand, not what is short. If all merges are not enough they are planned nevertheless,
-    and `meets_need` is false. No merges if the need is met as it is.
+    and `meets_need` is false. No merges if the need is met as it is. Two groups that hold no more together than apart
+    stay apart, even if three would gain: that can happen only with a handful of chunks.
     """
     shapes = _Shapes(snapshot.model)
     nodes = _nodes(snapshot, shapes)

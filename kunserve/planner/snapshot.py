@@ -16,7 +16,8 @@ from typing import NamedTuple
 class ModelShape:
     """Sizes of one model in chunks, and what its parts cost in time (relative to each other).
 
-    With `tied` embeddings the embedding's unit holds the final norm too and both ends of a chain need it.
+    With `tied` embeddings the embedding's unit holds the final norm too and both ends of a chain need it. Where
+    `shares_head`, both ends then compute the head too, each for half of the rows.
     """
 
     num_layers: int
@@ -29,12 +30,13 @@ class ModelShape:
     block_size: int  # tokens
     layer_time: float = 1.0
     embed_time: float = 0.0
-    head_time: float = 0.0  # norm and head
+    head_time: float = 0.0  # norm, head and sampling
+    shares_head: bool = False
 
     def __post_init__(self) -> None:
         assert self.num_layers > 0 and self.layer_chunks > 0 and self.layer_time > 0
         assert self.kv_block_bytes > 0 and self.chunk_bytes > 0 and self.block_size > 0
-        assert not (self.tied and self.head_chunks)
+        assert not (self.tied and self.head_chunks) and (self.tied or not self.shares_head)
 
     def end_chunks(self, is_first: bool, is_last: bool) -> int:
         """Chunks of embedding and head that a stage holds besides its layers."""
@@ -43,6 +45,8 @@ class ModelShape:
 
     def end_time(self, is_first: bool, is_last: bool) -> float:
         """Time of embedding and head on a stage."""
+        if self.shares_head and is_first != is_last:
+            return self.head_time / 2 + (self.embed_time if is_first else 0.0)
         return (self.embed_time if is_first else 0.0) + (self.head_time if is_last else 0.0)
 
     def weight_chunks(self, first_layer: int, last_layer: int) -> int:

@@ -35,6 +35,7 @@ def random_model(rng: random.Random, max_layers: int = 7) -> ModelShape:
         layer_time=rng.choice([1.0, 0.37, 2.5]),
         embed_time=rng.choice([0.0, 0.1, 1.7]),
         head_time=rng.choice([0.0, 0.9, 4.3]),
+        shares_head=tied and rng.random() < 0.5,
     )
 
 
