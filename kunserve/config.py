@@ -86,10 +86,10 @@ _SIZES = {
 }
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "730MiB", "18GiB", "500MB" or a plain number; ConfigError otherwise."""
+def parse_size(text: str, plain_unit: str = "") -> int:
+    """Bytes of "730MiB", "18GiB", "500MB" or a plain number of `plain_unit` (bytes); ConfigError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match and _SIZES.get(match[2].lower())
+    unit = match and _SIZES.get((match[2] or plain_unit).lower())
     if not match or not unit:
         raise ConfigError(f"not a size: {text!r} (write for instance 730MiB or 18GiB)")
     return int(float(match[1]) * unit)

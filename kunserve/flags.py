@@ -56,7 +56,6 @@ _IGNORED_VALUES = (
     "--uvicorn-log-level",
     "--stream-interval",
     "--max-logprobs",
-    "--scheduling-policy",
     "--allowed-methods",
     "--allowed-headers",
     "--max-parallel-loading-workers",
@@ -74,6 +73,7 @@ class HttpConfig:
     api_keys: tuple[str, ...]
     admin_keys: tuple[str, ...]
     max_num_queued_tokens: int
+    uses_priority: bool
     uds: Path | None
     ssl_keyfile: Path | None
     ssl_certfile: Path | None
@@ -120,6 +120,8 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", metavar="KEY", help="clients must bring one of these")
     add("--admin-key", action="append", metavar="KEY", help="allows /kunserve/drop and /kunserve/restore")
     add("--max-num-queued-tokens", type=int, default=4 << 20, help="tokens of waiting prompts before 503")
+    policies, text = ("fcfs", "priority"), "priority: lower `priority` of a request goes first; fcfs: it says nothing"
+    add("--scheduling-policy", choices=policies, default="fcfs", help=text)
     add("--uds", type=Path, metavar="PATH", help="listen on a Unix socket instead of host and port")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
     add("--ssl-certfile", type=Path, metavar="FILE", help="serve https with this certificate")
@@ -155,6 +157,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         api_keys=tuple(keys),
         admin_keys=tuple(admin_keys),
         max_num_queued_tokens=args.max_num_queued_tokens,
+        uses_priority=args.scheduling_policy == "priority",
         uds=args.uds,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,

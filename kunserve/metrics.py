@@ -69,7 +69,6 @@ class EngineStats:
     devices: tuple[DeviceStats, ...] = ()
     groups: tuple[GroupStats, ...] = ()
     weights_dropped_bytes: int = 0
-    num_waiting_tokens: int = 0  # of the prompts and answers of those waiting
 
 
 def _token_buckets(max_tokens: int) -> list[int]:

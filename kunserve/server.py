@@ -74,7 +74,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         pipeline_parallel_size=args.pipeline_parallel_size,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
-        swap_space_bytes=parse_size(args.swap_space),
+        swap_space_bytes=parse_size(args.swap_space, "GiB"),
         drop_watermark=args.drop_watermark,
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
@@ -142,7 +142,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=str(defaults.overload_policy),
         help="what happens when KV memory is full",
     )
-    add("--swap-space", metavar="SIZE", default="4GiB", help="host memory for KV, with --overload-policy swap")
+    add(
+        "--swap-space",
+        metavar="SIZE",
+        default="4GiB",
+        help="host memory for KV with --overload-policy swap; a plain number is GiB",
+    )
     add("--watermark", type=float, default=defaults.watermark, help="share of blocks that admission leaves free")
     add(
         "--drop-watermark", type=float, default=defaults.drop_watermark, help="demand over mapped KV that drops weights"
@@ -246,6 +251,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         allowed_origins=config.http.allowed_origins,
         max_num_queued_reqs=config.engine.max_num_queued_reqs,
         max_num_queued_tokens=config.http.max_num_queued_tokens,
+        uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
         tool_call_parser=config.http.tool_call_parser or parser_of_template(source),
         reasoning_parser=config.http.reasoning_parser,

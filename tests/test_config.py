@@ -28,6 +28,11 @@ def test_sizes(text: str, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 
 
+def test_a_plain_number_of_gibibytes() -> None:
+    assert parse_size("4", "GiB") == 4 << 30
+    assert parse_size("100MiB", "GiB") == 100 << 20
+
+
 @pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1TiB", "1e9", "12 34", "1.2.3GiB", "0x10", "10 MiB each"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match=r"not a size: .*730MiB"):

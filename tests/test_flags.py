@@ -41,6 +41,12 @@ def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch
     assert (http.api_keys, http.admin_keys) == (("a", "b"), ("c",))
 
 
+def test_the_scheduling_policy_says_whether_priorities_count() -> None:
+    assert not parse("m").http.uses_priority
+    assert not parse("m --scheduling-policy fcfs").http.uses_priority
+    assert parse("m --scheduling-policy priority").http.uses_priority
+
+
 def test_summary_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("m --disable-log-stats").http.stats_interval_s is None
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "2.5")

@@ -44,6 +44,15 @@ def check_key(request: web.Request) -> None:
         raise UnauthorizedError("The API key is missing or wrong (send it as `Authorization: Bearer KEY`).")
 
 
+def owner_of(request: web.Request, user: str = "") -> str:
+    """Who shares the queue with whom: keys, where there are several; else the users that clients name.
+
+    A key's requests never count as several owners', or a flood could take many shares.
+    """
+    keys = request.app[API].settings.api_keys
+    return f"key {keys.index(bearer(request))}" if len(keys) > 1 else user
+
+
 def is_preflight(request: web.Request) -> bool:
     """Whether a browser asks if it may ask."""
     return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers

@@ -6,13 +6,21 @@ flood through (vllm#58192), so what is accepted counts from here on, and until t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
+from kunserve.api.backend import ApiSettings
+from kunserve.engine.waiting import Waiting
 from kunserve.errors import InvalidRequestError, OverloadedError
-from kunserve.metrics import EngineStats, Metrics
+from kunserve.metrics import Metrics
 
 CHARS_PER_TOKEN = 4  # of text that is not tokenized yet
+# Where several keys share the queue, each may hold so many times the room that is left: alone three quarters, two of
+# them three sevenths each. A flood then leaves places to others, and nothing is set aside for keys that are not used
+# (dynamic thresholds, Choudhury and Hahne, 1998).
+SHARE = 3
 
 
 def estimated_tokens(prompt: str | list[int]) -> int:
@@ -20,38 +28,61 @@ def estimated_tokens(prompt: str | list[int]) -> int:
     return len(prompt) if isinstance(prompt, list) else len(prompt) // CHARS_PER_TOKEN + 1
 
 
+class Queued(Protocol):
+    """The engine's queue: how much is in it, of all or of one owner."""
+
+    def __call__(self, owner: str | None = None) -> Waiting:
+        """See `Backend.waiting`."""
+
+
 class Admission:
     """Counts what is accepted but not yet queued, on top of what the engine says is waiting."""
 
-    def __init__(self, stats: Callable[[], EngineStats], metrics: Metrics, max_reqs: int, max_tokens: int) -> None:
-        self._stats, self._metrics = stats, metrics
-        self._max_reqs, self._max_tokens = max_reqs, max_tokens
-        self._num_reqs = self._num_tokens = 0
+    def __init__(self, queued: Queued, metrics: Metrics, settings: ApiSettings) -> None:
+        self._queued, self._metrics = queued, metrics
+        self._max_reqs, self._max_tokens = settings.max_num_queued_reqs, settings.max_num_queued_tokens
+        self._is_shared = len(settings.api_keys) > 1
+        self._accepted: defaultdict[str | None, Waiting] = defaultdict(Waiting)  # None: of all
 
-    def check(self, num_reqs: int = 1, num_tokens: int = 1) -> None:
+    def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
         """OverloadedError if so many sequences, with prompts of so many tokens in all, do not fit in the queue."""
         if num_reqs > self._max_reqs:
             text = f"The request asks for {num_reqs} sequences; the queue holds {self._max_reqs}."
             raise InvalidRequestError(text, param="n")
-        stats = self._stats()
-        waiting_reqs = stats.num_waiting + self._num_reqs
-        waiting_tokens = stats.num_waiting_tokens + self._num_tokens
-        if waiting_reqs + num_reqs > self._max_reqs:
-            self._metrics.rejection("queue_full")
-            raise OverloadedError(f"The queue is full: {waiting_reqs} requests are waiting.", retry_after_s=1)
-        if waiting_reqs and waiting_tokens + num_tokens > self._max_tokens:  # an empty queue takes any one prompt
-            self._metrics.rejection("queue_tokens_full")
-            text = f"The queue is full: prompts of {waiting_tokens} tokens are waiting."
-            raise OverloadedError(text, retry_after_s=1)
+        total = self._waiting(None)
+        if total.num_reqs + num_reqs > self._max_reqs:
+            self._refuse("queue_full", f"The queue is full: {total.num_reqs} requests are waiting.")
+        if total.num_reqs and total.num_tokens + num_tokens > self._max_tokens:  # an empty queue takes any one prompt
+            self._refuse("queue_tokens_full", f"The queue is full: prompts of {total.num_tokens} tokens are waiting.")
+        if self._is_shared and (own := self._waiting(owner)).num_reqs:
+            reqs_left = self._max_reqs - total.num_reqs - num_reqs + 1
+            tokens_left = self._max_tokens - total.num_tokens - num_tokens + 1
+            if own.num_reqs + num_reqs > SHARE * reqs_left or own.num_tokens + num_tokens > SHARE * tokens_left:
+                text = f"{own.num_reqs} requests of this key are waiting; what is left of the queue is for others."
+                self._refuse("key_share", text)
 
     @contextmanager
-    def accepted(self, num_reqs: int, num_tokens: int) -> Iterator[None]:
+    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[None]:
         """Hold the place of sequences in the queue while their prompts are made; leave it before they are submitted."""
-        self.check(num_reqs, num_tokens)
-        self._num_reqs += num_reqs
-        self._num_tokens += num_tokens
+        self.check(owner, num_reqs, num_tokens)
+        self._add(owner, num_reqs, num_tokens)
         try:
             yield
         finally:
-            self._num_reqs -= num_reqs
-            self._num_tokens -= num_tokens
+            self._add(owner, -num_reqs, -num_tokens)
+            if self._accepted[owner].num_reqs == 0:
+                del self._accepted[owner]
+
+    def _waiting(self, owner: str | None) -> Waiting:
+        queued = self._queued(owner)
+        accepted = self._accepted.get(owner, Waiting())
+        return Waiting(queued.num_reqs + accepted.num_reqs, queued.num_tokens + accepted.num_tokens)
+
+    def _add(self, owner: str, num_reqs: int, num_tokens: int) -> None:
+        for waiting in (self._accepted[None], self._accepted[owner]):
+            waiting.num_reqs += num_reqs
+            waiting.num_tokens += num_tokens
+
+    def _refuse(self, reason: str, text: str) -> None:
+        self._metrics.rejection(reason)
+        raise OverloadedError(text, retry_after_s=1)

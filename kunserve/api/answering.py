@@ -31,19 +31,22 @@ def make_choices(
     api: Api,
     answer_id: str,
     call: GenerationCall,
+    owner: str,
     prompts: Sequence[tuple[list[int], SamplingParams, str | None]],
     constraint: GrammarConstraint | None = None,
     new_parser: Callable[[], MessageParser] | None = None,
 ) -> list[Choice]:
     """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
     choices: list[Choice] = []
+    priority = call.priority if api.settings.uses_priority else 0
     for ids, params, echo in prompts:
         api.metrics.choices_asked(call.n)
         for i in range(call.n):
             seed = None if params.seed is None else (params.seed + i) & (2**63 - 1)
             request_id = f"{answer_id}-{next(api.serials)}"
             own = None if constraint is None else constraint.copy()
-            request = Request(request_id, ids, replace(params, seed=seed), priority=call.priority, constraint=own)
+            seeded = replace(params, seed=seed)
+            request = Request(request_id, ids, seeded, priority=priority, owner=owner, constraint=own)
             choices.append(Choice(len(choices), request, echo, new_parser() if new_parser else None))
     return choices
 

@@ -168,5 +168,5 @@ class AnswerFormat(ABC):
         return {"object": self.object, **self._identity, "choices": finished, "usage": usage}
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token, for log-probabilities."""
-        return self.tokenizer.token_text(token_id)
+        """Text of one token, for log-probabilities; its id if the client asked for that."""
+        return f"token_id:{token_id}" if self.call.tokens_as_ids else self.tokenizer.token_text(token_id)

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
 from kunserve.api.context import API, choose_request_id, json_response, read_json
@@ -24,7 +25,7 @@ _OWN = frozenset(
     {
         *("system", "messages", "tools", "tool_choice", "stop_sequences", "max_tokens", "thinking", "metadata"),
         *("n", "stop", "max_completion_tokens", "stream_options", "logprobs", "prompt_logprobs", "response_format"),
-        *("service_tier", "container", "context_management", "output_config", "chat_template_kwargs"),
+        *("user", "service_tier", "container", "context_management", "output_config", "chat_template_kwargs"),
     }
 )
 _ERROR_TYPES = {
@@ -46,6 +47,7 @@ def chat_values(values: dict[str, Any]) -> dict[str, Any]:
     chat["messages"] = _messages(fields)
     chat["max_tokens"] = values.get("max_tokens")
     chat["stop"] = fields.any("stop_sequences")
+    chat["user"] = fields.object("metadata").any("user_id")
     kwargs = dict(fields.mapping("chat_template_kwargs"))
     if (thinking := fields.object("thinking").string("type", None)) is not None:
         kwargs.setdefault("enable_thinking", thinking != "disabled")
@@ -249,14 +251,15 @@ def reworded(response: web.Response) -> web.Response:
 async def messages(request: web.Request) -> web.StreamResponse:
     """The route of /v1/messages."""
     api = request.app[API]
-    api.admission.check()  # a full queue refuses before it reads
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
     values = await read_json(request, api.settings)
     Fields(values).required("max_tokens")
     call = read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
-    talk = await prepare(api, call)
+    owner = owner_of(request, call.generation.user)
+    talk = await prepare(api, call, owner)
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
     prompts = [(talk.ids, talk.params, None)]
-    choices = make_choices(api, answer_id, call.generation, prompts, talk.constraint, talk.new_parser)
+    choices = make_choices(api, answer_id, call.generation, owner, prompts, talk.constraint, talk.new_parser)
     return await answer(request, api, MessageFormat(answer_id, call.generation), choices)
 
 

@@ -100,7 +100,7 @@ def create_app(
         },
     )
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
-    admission = Admission(backend.stats, metrics, settings.max_num_queued_reqs, settings.max_num_queued_tokens)
+    admission = Admission(backend.waiting, metrics, settings)
     serials = itertools.count()
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, admission, grammars, serials)
 

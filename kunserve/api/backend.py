@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kunserve.engine.request import Output, Request
+from kunserve.engine.waiting import Waiting
 from kunserve.errors import InvalidRequestError
 from kunserve.metrics import EngineStats
 
@@ -24,8 +25,11 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, special tokens included: perhaps a part of a character."""
+
     def token_text(self, token_id: int) -> str:
-        """Text of one token on its own, special tokens included."""
+        """Text of one token on its own, special tokens included; half a character is U+FFFD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,10 @@ class TokenIdsOnly:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """No text."""
         return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A name for the token."""
+        return self.token_text(token_id).encode()
 
     def token_text(self, token_id: int) -> str:
         """A name for the token."""
@@ -75,6 +83,9 @@ class Backend(Protocol):
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks within one step; no effect if it has ended or is unknown."""
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        """How much is queued, of all or of one owner."""
 
     def stats(self) -> EngineStats:
         """Numbers for `/metrics`; never waits."""
@@ -126,6 +137,7 @@ class ApiSettings:
     allowed_origins: tuple[str, ...] = ()  # of browsers; "*" is any
     max_num_queued_reqs: int = 1024  # sequences waiting, accepted ones included
     max_num_queued_tokens: int = 4 << 20  # of their prompts: 64 MiB of them
+    uses_priority: bool = False  # requests may say theirs (`--scheduling-policy priority`)
     logs_access: bool = True
     tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS
     reasoning_parser: str | None = None  # see reasoning.REASONING_PARSERS

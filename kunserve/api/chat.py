@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
+from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice
 from kunserve.api.context import API, choose_request_id, read_json
@@ -26,8 +27,8 @@ class ChatFormat(AnswerFormat):
     text_close = b"}"
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        data = self.tokenizer.token_bytes(token_id)
+        return {"token": self.token_text(token_id), "logprob": logprob, "bytes": list(data)}
 
     def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
         """One object per token, with as many of the most likely ones as asked for."""
@@ -122,14 +123,15 @@ def delta_json(delta: Delta) -> dict[str, Any]:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
-    api.admission.check()  # a full queue refuses before it reads
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
     call = read_chat(await read_json(request, api.settings), api.model, api.tokenizer.vocab_size)
     generation = call.generation
-    talk = await prepare(api, call)
+    owner = owner_of(request, call.generation.user)
+    talk = await prepare(api, call, owner)
     answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
     form = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
     form.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
     prompts = [(talk.ids, talk.params, "")]
     return await answer(
-        request, api, form, make_choices(api, answer_id, generation, prompts, talk.constraint, talk.new_parser)
+        request, api, form, make_choices(api, answer_id, generation, owner, prompts, talk.constraint, talk.new_parser)
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from kunserve.api.access import owner_of
 from kunserve.api.admission import estimated_tokens
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice, usage_json
@@ -27,23 +28,30 @@ class CompletionFormat(AnswerFormat):
     text_open = b',"text":'
     text_close = b""
 
+    def _token_name(self, token_id: int) -> str:
+        """Its text; of half a character the bytes, as OpenAI writes them: texts are keys and must be apart."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token_id))
+
     def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
         """Four parallel lists; the most likely tokens of a position always include the one that was taken."""
-        tokens = [self.token_text(entry.token_id) for entry in entries]
+        tokens = [self._token_name(entry.token_id) for entry in entries]
         offsets = []
-        for token in tokens:
+        for entry in entries:
             offsets.append(text_offset)
-            text_offset += len(token)
-        top = [{self.token_text(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)} for entry in entries]
+            text_offset += len(self.tokenizer.token_text(entry.token_id))
+        top = [{self._token_name(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)} for entry in entries]
         logprobs = [entry.logprob for entry in entries]
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
     def _prompt_logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """Of an echoed prompt; its first token has none."""
         first = choice.request.prompt_token_ids[0]
-        text = self.token_text(first)
-        shown = self.logprobs_json(_cut(entries, self.call.params.num_logprobs), len(text))
-        nothing = {"text_offset": 0, "token_logprobs": None, "tokens": text, "top_logprobs": None}
+        length = len(self.tokenizer.token_text(first))
+        shown = self.logprobs_json(_cut(entries, self.call.params.num_logprobs), length)
+        nothing = {"text_offset": 0, "token_logprobs": None, "tokens": self._token_name(first), "top_logprobs": None}
         return {name: [nothing[name], *values] for name, values in shown.items()}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
@@ -111,14 +119,15 @@ def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLog
 async def completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
-    api.admission.check()  # a full queue refuses before it reads
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
     call = read_completion(await read_json(request, api.settings), api.model, api.settings, api.tokenizer.vocab_size)
     generation = call.generation
     for prompt in call.prompts:
         check_text(prompt, generation, api.model.max_model_len, "prompt")
+    owner = owner_of(request, generation.user)
     prompts = []
     num_tokens = sum(map(estimated_tokens, call.prompts))
-    with api.admission.accepted(len(call.prompts) * generation.n, num_tokens):
+    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens):
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
         constraint = await compile_structure(api, generation.structure, reasons=False)
     for prompt, whole in zip(call.prompts, tokenized, strict=True):
@@ -131,4 +140,4 @@ async def completions(request: web.Request) -> web.StreamResponse:
     answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
     make_form = EchoFormat if call.is_echo_only else CompletionFormat
     form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
-    return await answer(request, api, form, make_choices(api, answer_id, generation, prompts, constraint))
+    return await answer(request, api, form, make_choices(api, answer_id, generation, owner, prompts, constraint))

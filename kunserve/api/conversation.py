@@ -32,11 +32,11 @@ class Conversation:
     new_parser: Callable[[], MessageParser] | None
 
 
-async def prepare(api: Api, call: ChatCall) -> Conversation:
+async def prepare(api: Api, call: ChatCall, owner: str) -> Conversation:
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
     call.tools.new_parser(api.settings.tool_call_parser)  # refuse before any work
     num_tokens = sum(estimated_tokens(message["content"] or "") for message in call.messages)
-    with api.admission.accepted(call.generation.n, num_tokens):
+    with api.admission.accepted(owner, call.generation.n, num_tokens):
         prompt = await tokenize_chat(api, call)
         think = _splitter(api, prompt)
         structure = call.generation.structure or call.tools.structure

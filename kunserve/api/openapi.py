@@ -66,6 +66,8 @@ GENERATION: dict[str, Schema] = {
     "priority": _integer(-(2**31), 2**31 - 1),
     "request_id": STRING,
     "user": STRING,
+    "safety_identifier": STRING,
+    "return_tokens_as_token_ids": BOOLEAN,
     "response_format": _fields(("type",), type={"enum": ["text", "json_object", "json_schema"]}, json_schema=OBJECT),
     "structured_outputs": _fields(
         (), json=_any_of(OBJECT, STRING), regex=STRING, choice=STRINGS, grammar=STRING, json_object=BOOLEAN

@@ -18,6 +18,7 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
+MAX_USER_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
 
 Prompt = str | list[int]
@@ -42,6 +43,8 @@ class GenerationCall:
     bad_words: tuple[str, ...]
     structure: Structure | None
     prompt_logprobs: int | None  # as asked for; params has more if `echo` needs more
+    tokens_as_ids: bool  # log-probabilities name tokens by their ids
+    user: str  # whom the client asks for; "": it does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,8 @@ def _read_generation(
         bad_words=_read_bad_words(fields),
         structure=read_structure(fields),
         prompt_logprobs=params.num_prompt_logprobs,
+        tokens_as_ids=fields.boolean("return_tokens_as_token_ids"),
+        user=fields.string("safety_identifier", fields.string("user", ""))[:MAX_USER_CHARS],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
+from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
 from kunserve.api.context import API, choose_request_id, read_json
@@ -268,12 +269,13 @@ def _status(last: Output) -> str:
 async def responses(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
-    api.admission.check()  # a full queue refuses before it reads
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
     values = await read_json(request, api.settings)
     call = read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
-    talk = await prepare(api, call)
+    owner = owner_of(request, call.generation.user)
+    talk = await prepare(api, call, owner)
     answer_id = f"resp_{choose_request_id(request, call.generation.request_id)}"
     form = ResponseFormat(answer_id, int(time.time()), call.generation, values)
     prompts = [(talk.ids, talk.params, None)]
-    choices = make_choices(api, answer_id, call.generation, prompts, talk.constraint, talk.new_parser)
+    choices = make_choices(api, answer_id, call.generation, owner, prompts, talk.constraint, talk.new_parser)
     return await answer(request, api, form, choices)

@@ -140,12 +140,13 @@ class OverloadControl:
         per_request = 1 + horizon // self._shape.block_size
         if any(group.num_free < len(group.running) * per_request for group in groups):
             return True
-        return bool(waiting) and all(g.num_free < g.blocks_for(waiting[0].num_tokens) for g in groups)
+        head = waiting.head
+        return head is not None and all(g.num_free < g.blocks_for(head.num_tokens) for g in groups)
 
     def _is_overloaded(self) -> bool:
-        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        groups, head = self._engine.groups, self._engine.scheduler.waiting.head
         return is_overloaded(
-            groups[0].blocks_for(waiting[0].num_tokens) if waiting else None,
+            groups[0].blocks_for(head.num_tokens) if head is not None else None,
             [GroupLoad(group.num_free, list(map(_view, group.running))) for group in groups],
             self._demand(1.0),
             sum(group.num_blocks for group in groups),

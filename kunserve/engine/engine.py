@@ -27,6 +27,7 @@ from kunserve.engine.stop import finish_of
 from kunserve.engine.stream import OutputStream
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.engine.view import check_engine, engine_state, engine_stats, weight_bytes
+from kunserve.engine.waiting import Waiting
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import EngineStats, Metrics
@@ -405,6 +406,13 @@ class Engine:
         if self._live and silent_s > self.limits.stall_s:
             return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
         return None
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        """How much is queued, of all or of one owner."""
+        queue = self.scheduler.waiting
+        if owner is not None:
+            return queue.waiting_of(owner)
+        return Waiting(self.scheduler.num_waiting, queue.num_tokens)
 
     def stats(self) -> EngineStats:
         """The figures that metrics show."""

@@ -69,6 +69,10 @@ def is_decoding(request: Request) -> bool:
     return request.num_output_tokens > 0 and request.num_tokens - request.num_computed_tokens == 1
 
 
+def _priority(request: Request) -> int:
+    return request.priority
+
+
 class Recompute(Policy):
     """vLLM: the whole input must fit to be admitted; the last admitted makes room and starts over.
 
@@ -84,8 +88,8 @@ class Recompute(Policy):
         return group.blocks_for(request.num_tokens) <= group.num_free - kept
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """The tail of the running list. Nobody on the move: it may be waiting for the blocks of those that run."""
-        tail = next(r for r in reversed(group.running) if not r.is_moving)
+        """Of the last priority, the tail. Nobody on the move: it may be waiting for the blocks of those that run."""
+        tail = max((r for r in reversed(group.running) if not r.is_moving), key=_priority)
         return tail if is_settled(tail) else None
 
 
@@ -125,12 +129,15 @@ class Retract(Policy):
         return request.num_tokens + _most_new_tokens(request) + group.block_size < budget
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
-        """The fewest generated tokens first, of equals the longest prompt; one stays. Called once per step."""
+        """The last priority and the fewest generated tokens first, of equals the longest prompt; one stays.
+
+        Called once per step.
+        """
         if not group.running:
             self._ratios.pop(group.group_id, None)
             return []
         ready = [r for r in group.running if is_settled(r) and is_decoding(r)]
-        ready.sort(key=lambda r: (r.num_output_tokens, -r.num_prompt_tokens))
+        ready.sort(key=lambda r: (-r.priority, r.num_output_tokens, -r.num_prompt_tokens))
         victims = _until_fits(group, ready, num_leaving)
         if victims:
             stay = [r for r in group.running if r.num_output_tokens and r not in victims]
@@ -164,8 +171,9 @@ class Swap(Recompute):
     """
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
-        """From the tail of the running list; one stays."""
-        return _until_fits(group, [r for r in reversed(group.running) if is_settled(r)], num_leaving)
+        """Of the last priority first, from the tail of the running list; one stays."""
+        settled = (r for r in reversed(group.running) if is_settled(r))
+        return _until_fits(group, sorted(settled, key=_priority, reverse=True), num_leaving)
 
     def victim(self, group: Group, request: Request) -> Request | None:
         """Nobody: whoever has to leave is on the way."""

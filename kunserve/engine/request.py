@@ -98,7 +98,8 @@ class Request:
     params: SamplingParams
     arrival_s: float = 0.0  # on the engine's clock
     seed: int = 0  # always set by the engine: from params, or drawn
-    priority: int = 0
+    priority: int = 0  # lower goes first
+    owner: str = ""  # whose it is, where several share the server (engine/waiting.py)
     constraint: Constraint | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then everything generated

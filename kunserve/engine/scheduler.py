@@ -7,7 +7,6 @@ more than its share of one step.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from kunserve.engine.microbatch import Microbatch, Span
 from kunserve.engine.policy import Policy
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove, SwapQueue
+from kunserve.engine.waiting import WaitingQueue
 from kunserve.planner.microbatch import decode_share
 
 
@@ -36,7 +36,7 @@ class Scheduler:
     def __init__(self, limits: Limits, policy: Policy, num_host_blocks: int = 0) -> None:
         self.limits = limits
         self.policy = policy
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.swapped = SwapQueue(num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
         self.num_preemptions = 0
@@ -87,6 +87,8 @@ class Scheduler:
         for span in batch.spans:
             span.request.num_in_flight -= 1
             span.request.num_computed_tokens = span.end
+            if span.samples:
+                self.waiting.generated(span.request.owner, 1)
 
     def preempt(self, group: Group, request: Request) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
@@ -102,8 +104,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request that is bound to no group. Nothing happens if it does not wait."""
-        if request in self.waiting:
-            self.waiting.remove(request)
+        self.waiting.remove(request)
         self.swapped.remove(request)
         self.preempted_by.pop(request.request_id, None)
 
@@ -169,9 +170,10 @@ class Scheduler:
 
         Whoever is on the host goes first.
         """
-        if not self.waiting or self.swapped.ready or not self._takes(group, groups, self.waiting[0]):
+        head = self.waiting.head
+        if head is None or self.swapped.ready or not self._takes(group, groups, head):
             return None
-        head = self.waiting.popleft()
+        self.waiting.popleft()
         self.preempted_by.pop(head.request_id, None)
         head.group_id = group.group_id
         group.running.append(head)

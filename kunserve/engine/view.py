@@ -21,7 +21,6 @@ def engine_stats(engine: Engine) -> EngineStats:
         num_blocks=sum(g.num_blocks for g in engine.groups),
         num_used_blocks=sum(g.num_used for g in engine.groups),
         block_size=engine.groups[0].block_size,
-        num_waiting_tokens=sum(r.num_tokens for r in engine.scheduler.waiting),
         devices=tuple(_device_stats(m) for m in engine.memories),
         groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in engine.groups),
         weights_dropped_bytes=engine.launched_weight_bytes - weight_bytes(engine.memories),

@@ -15,6 +15,7 @@ from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo, Template, TextTokenizer
 from kunserve.api.structured import Grammars
 from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.waiting import Waiting
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.metrics import EngineStats, Metrics
 
@@ -36,6 +37,9 @@ class CharTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(i) for i in ids if i != BOS or not skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
@@ -101,6 +105,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return STATS
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        return Waiting(STATS.num_waiting) if owner is None else Waiting()
 
     def state(self) -> dict[str, Any]:
         return {"epoch": 0, "groups": [{"id": 0, "stages": [[0, 30]]}]}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from aiohttp import web
 from api_fakes import FakeEngine, error_of, serving
@@ -36,6 +38,46 @@ async def test_keys(headers: dict[str, str], status: int) -> None:
         if status == 401:
             assert (await error_of(response))["type"] == "AuthenticationError"
     assert len(engine.requests) == (status == 200)
+
+
+async def owners(settings: ApiSettings, *requests: tuple[str, str, Any]) -> list[str]:
+    """Of requests by (key, path, body)."""
+    engine = FakeEngine()
+    async with serving(engine, settings) as client:
+        for key, path, body in requests:
+            response = await client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+            assert response.status == 200, await response.text()
+    return [request.owner for request in engine.requests]
+
+
+async def test_keys_share_the_queue() -> None:
+    """Whatever users they name."""
+    body = {"prompt": "x", "user": "u"}
+    requests = [(key, "/v1/completions", body) for key in ("first", "second", "first")]
+    first, second, again = await owners(KEYS, *requests)
+    assert first == again != second and "first" not in first
+
+
+async def test_users_share_the_queue_where_there_is_one_key() -> None:
+    message = [{"role": "user", "content": "x"}]
+    named = [
+        ("k", "/v1/completions", {"prompt": "x", "user": "u"}),
+        ("k", "/v1/chat/completions", {"messages": message, "user": "w", "safety_identifier": "u"}),
+        ("k", "/v1/responses", {"input": "x", "user": "u"}),
+        ("k", "/v1/messages", {"messages": message, "max_tokens": 1, "metadata": {"user_id": "u"}}),
+    ]
+    assert await owners(ApiSettings(api_keys=("k",)), *named, ("k", "/v1/completions", {"prompt": "x"})) == [
+        *"uuuu",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("uses_priority", "expected"), [(True, -3), (False, 0)])
+async def test_priorities_count_if_the_server_says_so(uses_priority: bool, expected: int) -> None:
+    engine = FakeEngine()
+    async with serving(engine, ApiSettings(uses_priority=uses_priority)) as client:
+        await client.post("/v1/completions", json={"prompt": "x", "priority": -3})
+    assert engine.requests[0].priority == expected
 
 
 async def test_every_route_is_guarded_but_those_of_probes() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,55 +9,87 @@ from api_fakes import STATS, CharTokenizer, FakeEngine, error_of, serving
 
 from kunserve.api.admission import Admission, estimated_tokens
 from kunserve.api.backend import ApiSettings
+from kunserve.engine.waiting import Waiting
 from kunserve.errors import InvalidRequestError, OverloadedError
-from kunserve.metrics import EngineStats, Metrics
+from kunserve.metrics import Metrics
 
-IDLE = replace(STATS, num_waiting=0)
+KEYS = ("key of a", "key of b")
 
 
-def admission(stats: EngineStats = IDLE, max_reqs: int = 4, max_tokens: int = 100) -> tuple[Admission, Metrics]:
-    metrics = Metrics("tiny", 64, lambda: stats)
-    return Admission(lambda: stats, metrics, max_reqs, max_tokens), metrics
+def admission(
+    queued: Waiting | None = None, max_reqs: int = 4, max_tokens: int = 100, api_keys: tuple[str, ...] = ()
+) -> tuple[Admission, Metrics]:
+    """A door before a queue that holds `queued`, all of it owned by "a"."""
+    metrics = Metrics("tiny", 64, lambda: STATS)
+    settings = ApiSettings(max_num_queued_reqs=max_reqs, max_num_queued_tokens=max_tokens, api_keys=api_keys)
+
+    def waiting(owner: str | None = None) -> Waiting:
+        return queued if queued is not None and owner in (None, "a") else Waiting()
+
+    return Admission(waiting, metrics, settings), metrics
 
 
 def test_what_is_accepted_counts_until_the_engine_has_it() -> None:
     door, metrics = admission()
-    with door.accepted(3, 10), door.accepted(1, 10):
+    with door.accepted("a", 3, 10), door.accepted("b", 1, 10):
         with pytest.raises(OverloadedError, match="4 requests are waiting") as caught:
             door.check()
         assert caught.value.retry_after_s == 1
-    door.check(4)
+    door.check("a", 4)
     assert b'vllm:admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 1.0' in metrics.render()
 
 
 def test_what_waits_in_the_engine_counts() -> None:
-    door, _ = admission(replace(IDLE, num_waiting=3, num_waiting_tokens=90))
-    door.check(1, 10)
+    door, _ = admission(Waiting(3, 90))
+    door.check("a", 1, 10)
     with pytest.raises(OverloadedError, match="tokens are waiting"):
-        door.check(1, 11)
+        door.check("a", 1, 11)
     with pytest.raises(OverloadedError):
-        door.check(2, 1)
+        door.check("a", 2, 1)
+
+
+def test_a_flood_from_one_key_leaves_places_for_others() -> None:
+    door, metrics = admission(Waiting(8, 8), max_reqs=12, api_keys=KEYS)
+    with door.accepted("a", 1, 1):  # three quarters
+        with pytest.raises(OverloadedError, match="9 requests of this key are waiting"):
+            door.check("a")
+        door.check("b", 3)
+        with pytest.raises(OverloadedError, match="The queue is full"):
+            door.check("b", 4)
+    assert b'reason="key_share"} 1.0' in metrics.render()
+
+
+def test_a_flood_of_tokens_from_one_key_leaves_room_for_others() -> None:
+    door, _ = admission(Waiting(1, 70), api_keys=KEYS)
+    with pytest.raises(OverloadedError, match="of this key"):
+        door.check("a", 1, 20)
+    door.check("b", 1, 20)
+
+
+def test_the_only_key_may_fill_the_queue() -> None:
+    door, _ = admission(Waiting(3, 3), api_keys=KEYS[:1])
+    door.check("a")
 
 
 def test_an_empty_queue_takes_any_one_prompt() -> None:
     door, _ = admission()
-    with door.accepted(1, 1000), pytest.raises(OverloadedError):
-        door.check(1, 1)
+    with door.accepted("a", 1, 1000), pytest.raises(OverloadedError):
+        door.check("a", 1, 1)
 
 
 def test_more_than_the_queue_ever_holds_can_never_succeed() -> None:
     door, _ = admission()
     with pytest.raises(InvalidRequestError) as caught:
-        door.check(5)
+        door.check("a", 5)
     assert caught.value.param == "n"
 
 
 def test_a_failure_gives_the_place_back() -> None:
     door, _ = admission()
     for _ in range(9):
-        with pytest.raises(ValueError), door.accepted(4, 4):
+        with pytest.raises(ValueError), door.accepted("a", 4, 4):
             raise ValueError
-    door.check(4)
+    door.check("a", 4)
 
 
 def test_estimates() -> None:

@@ -119,6 +119,38 @@ async def test_logprobs() -> None:
     }
 
 
+class HalfTokenizer(CharTokenizer):
+    """Tokens 3 and 4 are the first bytes of longer characters."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return {3: b"\xe2\x82", 4: b"\xf0"}.get(token_id) or super().token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+
+HALVES = (TokenLogprobs(3, -0.5, ((4, -1.0), (97, -2.0))),)
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [({}, (r"bytes:\xe2\x82", r"bytes:\xf0", "a")), ({"return_tokens_as_token_ids": True}, ("3", "4", "97"))],
+)
+async def test_logprobs_of_half_characters_stay_apart(more: dict[str, Any], names: tuple[str, ...]) -> None:
+    names = tuple(name if not more else f"token_id:{name}" for name in names)
+    engine = FakeEngine(lambda _: [Output("", (3,), HALVES, FinishReason.LENGTH)])
+    async with serving(engine, tokenizer=HalfTokenizer()) as client:
+        body = {"prompt": "x", "logprobs": 2, **more}
+        logprobs = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]["logprobs"]
+        body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2, **more}
+        [chat] = (await (await client.post("/v1/chat/completions", json=body)).json())["choices"][0]["logprobs"][
+            "content"
+        ]
+    assert logprobs["tokens"] == [names[0]]
+    assert logprobs["top_logprobs"] == [dict(zip(names, (-0.5, -1.0, -2.0), strict=True))]
+    assert chat["bytes"] == [0xE2, 0x82] and [top["bytes"] for top in chat["top_logprobs"]] == [[0xF0], [97]]
+
+
 async def test_stream_logprobs_offsets_go_on() -> None:
     outputs = [
         Output("ab", (97,), (TokenLogprobs(97, -1.0, ()),)),

@@ -245,3 +245,12 @@ def test_the_shortest_decoding_request_migrates() -> None:
     moving.is_moving = True
     short = decoding(group, "short", 2, 2)
     assert shortest_running(group) is short
+
+
+def test_the_last_priority_makes_room_first() -> None:
+    group = make_group(num_blocks=7)  # all in use, and all three need one more
+    for name, priority in (("a", 0), ("low", 5), ("b", 0)):
+        decoding(group, name, 8, 1).priority = priority
+    assert Recompute().victim(group, group.running[2]) is group.running[1]
+    assert names(Swap().make_way(group, 0)) == ["low"]
+    assert names(Retract().make_way(group, 0)) == ["low"]

@@ -118,7 +118,7 @@ def migrate(scheduler: Scheduler, source: Group, destination: Group) -> None:
 
 def test_decodes_go_before_prompts_and_prompts_are_cut_to_the_budget() -> None:
     scheduler, group = make_scheduler(budget=6), make_group()
-    scheduler.waiting += [make_request("a", 3, 9), make_request("long", 20, 9)]
+    scheduler.waiting.extend([make_request("a", 3, 9), make_request("long", 20, 9)])
     first = scheduler.schedule(group, [group], 0)
     assert first is not None
     assert [(s.request.request_id, s.start, s.end, s.samples) for s in first.spans] == [
@@ -152,7 +152,7 @@ def test_recompute_preempts_the_tail_and_resumes_it_first() -> None:
 
 def test_admission_waits_for_the_whole_prompt_and_keeps_order() -> None:
     scheduler, group = make_scheduler(), make_group(num_blocks=4)
-    scheduler.waiting += [make_request("a", 8, 2), make_request("big", 12, 2), make_request("small", 2, 2)]
+    scheduler.waiting.extend([make_request("a", 8, 2), make_request("big", 12, 2), make_request("small", 2, 2)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None
     assert [s.request.request_id for s in batch.spans] == ["a"]  # no overtaking past the head
@@ -160,7 +160,7 @@ def test_admission_waits_for_the_whole_prompt_and_keeps_order() -> None:
 
 def test_watermark_holds_admission_back_only_while_something_runs() -> None:
     scheduler, group = make_scheduler(watermark=0.5), make_group(num_blocks=8)
-    scheduler.waiting += [make_request("a", 12, 9), make_request("b", 8, 9)]
+    scheduler.waiting.extend([make_request("a", 12, 9), make_request("b", 8, 9)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None and [s.request.request_id for s in batch.spans] == ["a"]
     commit(scheduler, group, batch)
@@ -171,7 +171,7 @@ def test_watermark_holds_admission_back_only_while_something_runs() -> None:
 def test_requests_spread_over_idle_groups() -> None:
     scheduler = make_scheduler(budget=64)
     groups = [make_group(i) for i in range(3)]
-    scheduler.waiting += [make_request(f"r{i}", 4, 4) for i in range(6)]
+    scheduler.waiting.extend([make_request(f"r{i}", 4, 4) for i in range(6)])
     progress = True
     while progress:
         progress = False
@@ -190,7 +190,7 @@ def test_requests_spread_over_idle_groups() -> None:
 
 def test_two_microbatches_share_the_decodes_of_a_chain() -> None:
     scheduler, group = make_scheduler(budget=64), make_group(num_stages=2, num_blocks=64)
-    scheduler.waiting += [make_request(f"r{i}", 2, 20) for i in range(8)]
+    scheduler.waiting.extend([make_request(f"r{i}", 2, 20) for i in range(8)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None and len(batch.spans) == 8  # prompts
     commit(scheduler, group, batch)
@@ -202,7 +202,7 @@ def test_two_microbatches_share_the_decodes_of_a_chain() -> None:
 
 def test_a_request_in_flight_is_no_victim() -> None:
     scheduler, group = make_scheduler(budget=64), make_group(num_stages=2, num_blocks=4)
-    scheduler.waiting += [make_request("a", 8, 9), make_request("b", 7, 9)]
+    scheduler.waiting.extend([make_request("a", 8, 9), make_request("b", 7, 9)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None
     commit(scheduler, group, batch)
@@ -250,7 +250,7 @@ def test_swap_sends_the_tail_away_and_serves_it_before_those_that_wait() -> None
 
 def test_swap_recomputes_when_the_host_is_full() -> None:
     scheduler, group = make_scheduler(OverloadPolicy.SWAP, num_host_blocks=1), make_group(num_blocks=4)
-    scheduler.waiting += [make_request("a", 6, 8), make_request("b", 6, 8)]
+    scheduler.waiting.extend([make_request("a", 6, 8), make_request("b", 6, 8)])
     run_steps(scheduler, group, 40)
     assert scheduler.num_preemptions == 1 and scheduler.swapped.num_swaps == 0
     assert not group.running and scheduler.num_waiting == 0
@@ -259,7 +259,7 @@ def test_swap_recomputes_when_the_host_is_full() -> None:
 def test_a_retracted_request_goes_to_the_tail_of_the_queue() -> None:
     scheduler, group = make_scheduler(OverloadPolicy.RETRACT, budget=64), make_group(num_blocks=4)
     a = make_request("a", 6, 8)
-    scheduler.waiting += [a, make_request("b", 16, 1)]
+    scheduler.waiting.extend([a, make_request("b", 16, 1)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None
     commit(scheduler, group, batch)
