@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kunserve.engine.request import FinishReason, Request
+from kunserve.recent import Recent
 
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -148,6 +149,7 @@ class Metrics:
         self.num_prompt_tokens = self.num_generation_tokens = 0  # since start
         self._make_counters()
         self._make_histograms(_token_buckets(max_model_len))
+        self.recent = Recent()
         self._worst_lag_s = 0.0
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -208,10 +210,12 @@ class Metrics:
     def first_token(self, request: Request, now_s: float) -> None:
         """Count the first token of a request, at `now_s` on the engine's clock."""
         self._ttft.observe(now_s - request.arrival_s)
+        self.recent.first_token(now_s, now_s - request.arrival_s)
 
     def inter_token(self, seconds: float) -> None:
         """Count the time from one token of a request to its next."""
         self._inter_token.observe(seconds)
+        self.recent.gap_s = max(self.recent.gap_s, seconds)
 
     def step(self, num_tokens: int) -> None:
         """Count one step that computed `num_tokens` (prompt and decode)."""

@@ -18,7 +18,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Probes and scrapers bring no key, and come too often to be worth a line.
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
-ADMIN_PATHS = frozenset({"/kunserve/drop", "/kunserve/restore"})  # these ask for the admin key (admin.py)
+ADMIN_PATHS = frozenset(
+    {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}
+)  # these ask for the admin key (admin.py)
 _PREFLIGHT_AGE_S = 600
 
 

@@ -14,10 +14,12 @@ from kunserve.api.access import allow_origin, check_key, is_preflight, log_acces
 from kunserve.api.admin import drop, restore
 from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.burst import BURSTS, Bursts, start_burst
 from kunserve.api.chat import chat_completions
 from kunserve.api.completions import completions
 from kunserve.api.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
 from kunserve.api.errors import error_response, http_error_response, internal_error
+from kunserve.api.feed import FEED, Feed, events
 from kunserve.api.operations import (
     detokenize,
     health,
@@ -103,6 +105,8 @@ def create_app(
     admission = Admission(backend.waiting, metrics, settings)
     serials = itertools.count()
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, admission, grammars, serials)
+    app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
+    app[BURSTS] = Bursts()
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
         yield
@@ -111,6 +115,7 @@ def create_app(
             grammars.close()
 
     app.cleanup_ctx.append(stop_threads)
+    app.on_shutdown.append(app[FEED].close)
     app.on_response_prepare.append(echo_request_id)
     app.on_response_prepare.append(allow_origin)
     app.add_routes(
@@ -131,6 +136,8 @@ def create_app(
             web.get("/openapi.json", show_openapi),
             web.get("/metrics", show_metrics),
             web.get("/kunserve/state", state),
+            web.get("/kunserve/events", events, allow_head=False),
+            web.post("/kunserve/burst", start_burst),
             web.post("/kunserve/drop", drop),
             web.post("/kunserve/restore", restore),
         ]

@@ -90,8 +90,8 @@ class Backend(Protocol):
     def stats(self) -> EngineStats:
         """Numbers for `/metrics`; never waits."""
 
-    def state(self) -> dict[str, Any]:
-        """Everything worth seeing for `/kunserve/state`, as JSON types."""
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        """Everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
 
     async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed."""

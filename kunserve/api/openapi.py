@@ -149,6 +149,13 @@ TOKENIZE = _fields(
     (), prompt=STRING, messages=_MESSAGES, model=STRING, add_special_tokens=BOOLEAN, return_token_strs=BOOLEAN
 )
 DETOKENIZE = _fields(("tokens",), tokens=TOKEN_IDS, model=STRING)
+BURST = _fields(
+    (),
+    requests=_integer(1, 1000),
+    rate={"type": "number", "minimum": 0.01, "maximum": 1000},
+    prompt_tokens=_integer(1),
+    output_tokens=_integer(1),
+)
 GROUPS = _fields((), groups={"type": "array", "items": {"type": "integer"}})
 
 # path -> method, summary, body
@@ -169,6 +176,8 @@ ROUTES: tuple[tuple[str, str, str, Schema | None], ...] = (
     ("/openapi.json", "get", "This document", None),
     ("/metrics", "get", "Prometheus metrics", None),
     ("/kunserve/state", "get", "Devices, groups, requests", None),
+    ("/kunserve/events", "get", "What /kunserve/state shows, as it changes: server-sent events", None),
+    ("/kunserve/burst", "post", "A burst of made-up requests; answers when it is over; needs the admin key", BURST),
     ("/kunserve/drop", "post", "Merge groups; needs the admin key", GROUPS),
     ("/kunserve/restore", "post", "Split groups; needs the admin key", GROUPS),
 )

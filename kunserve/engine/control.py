@@ -74,9 +74,10 @@ class OverloadControl:
         """Blocks in use on a device that are in no request's table: of what is on the move."""
         return self.reconfigure.held(device)
 
-    def state(self) -> dict[str, Any]:
-        """Transitions, for `/kunserve/state`."""
-        return {"transitions": [transition.state() for transition in self.reconfigure.transitions]}
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        """Transitions, for `/kunserve/state`: the last so many, or all that are remembered."""
+        shown = self.reconfigure.transitions[-(num_transitions or 0) :]
+        return {"transitions": [transition.state() for transition in shown]}
 
     async def stop(self) -> None:
         """End what is under way, and begin nothing more."""

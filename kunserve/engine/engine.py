@@ -20,6 +20,7 @@ from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, scored_positions, step_inputs
+from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
@@ -76,6 +77,7 @@ class Engine:
         self.tokenizer, self.metrics = tokenizer, metrics
         self.control: Control | None = None
         self.mover: Mover | None = None
+        self.overload_policy: OverloadPolicy | None = None  # as the flag names it: for views
         self.epoch = 0
         self._is_accepting = False
         self._live: dict[str, _Live] = {}
@@ -418,9 +420,9 @@ class Engine:
         """The figures that metrics show."""
         return engine_stats(self)
 
-    def state(self) -> dict[str, Any]:
-        """What `/kunserve/state` shows."""
-        return engine_state(self)
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        """What `/kunserve/state` shows, with the last `num_transitions` or all that are remembered."""
+        return engine_state(self, num_transitions)
 
     def check(self) -> None:
         """Assert the invariants of memory and grouping (design, section 4)."""

@@ -27,8 +27,8 @@ class Control(Protocol):
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """As `Engine.restore`."""
 
-    def state(self) -> dict[str, Any]:
-        """What `/kunserve/state` shows of it."""
+    def state(self, num_transitions: int | None) -> dict[str, Any]:
+        """What `/kunserve/state` shows of it; the last so many transitions, or all."""
 
     async def stop(self) -> None:
         """End what is under way."""

@@ -126,6 +126,7 @@ async def _launch_on(
         engine, Reconfigure(engine, shape, source, links), shape, views, thresholds, is_automatic=is_automatic
     )
     engine.control = control
+    engine.overload_policy = config.overload_policy
     if config.overload_policy is OverloadPolicy.SWAP:
         engine.mover = Swap(engine, links)
     elif config.overload_policy is OverloadPolicy.MIGRATE:

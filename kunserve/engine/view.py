@@ -27,11 +27,19 @@ def engine_stats(engine: Engine) -> EngineStats:
     )
 
 
-def engine_state(engine: Engine) -> dict[str, Any]:
-    """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
+def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str, Any]:
+    """What `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch.
+
+    The last `num_transitions`, or all that are remembered.
+    """
+    home = _home_units(engine)
     return {
         "now_s": engine.now(),
         "epoch": engine.epoch,
+        "overload_policy": engine.overload_policy,
+        "num_layers": engine.model.num_layers,
+        "block_size": engine.groups[0].block_size,
+        "chunks_of_unit": engine.memories[0].weights.chunks_of_unit,
         "devices": [
             {
                 "name": memory.device.name,
@@ -43,8 +51,10 @@ def engine_state(engine: Engine) -> dict[str, Any]:
                     "free": counts.free,
                 },
                 "weights": memory.weights.present,
+                "home": home.get(index, memory.weights.present),
+                "blocks": {"total": engine.pools[index].limit, "used": engine.pools[index].num_used},
             }
-            for memory in engine.memories
+            for index, memory in enumerate(engine.memories)
         ],
         "groups": [
             {
@@ -69,7 +79,17 @@ def engine_state(engine: Engine) -> dict[str, Any]:
             "swaps": engine.scheduler.swapped.num_swaps,
             "migrations": engine.scheduler.num_migrations,
         },
-        **(engine.control.state() if engine.control is not None else {}),
+        **(engine.control.state(num_transitions) if engine.control is not None else {}),
+    }
+
+
+def _home_units(engine: Engine) -> dict[int, list[str]]:
+    """Units that each device was launched with: where dropped weights come back to."""
+    origins = [origin for group in engine.groups if group.origin for origin in group.origin.launched()]
+    return {
+        stage.device: list(units_of_stage(engine.model, stage.first_layer, stage.last_layer))
+        for origin in origins
+        for stage in origin.stages
     }
 
 

@@ -23,6 +23,7 @@ class ChunkPool:
         # Ascending ids come out first: neighbours in a range are then neighbours in memory, and map in one call.
         self._free = list(range(num_chunks - 1, -1, -1))
         self._owners: dict[int, Owner] = {}
+        self._num_owned = dict.fromkeys(Owner, 0)  # always counts `_owners`: a GPU has 40,000 chunks, and many look
 
     @property
     def num_free(self) -> int:
@@ -31,7 +32,7 @@ class ChunkPool:
 
     def num_owned(self, owner: Owner) -> int:
         """Chunks of one owner."""
-        return sum(1 for o in self._owners.values() if o is owner)
+        return self._num_owned[owner]
 
     def alloc(self, num_chunks: int, owner: Owner) -> list[int]:
         """Take chunks for `owner`; `DeviceError` when there are not enough, and nothing is taken."""
@@ -39,13 +40,14 @@ class ChunkPool:
             raise DeviceError(f"out of device memory: {num_chunks} chunks wanted for {owner}, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(num_chunks)]
         self._owners.update((chunk, owner) for chunk in taken)
+        self._num_owned[owner] += num_chunks
         return taken
 
     def free(self, chunks: Iterable[int]) -> None:
         """Give chunks back."""
         for chunk in chunks:
             assert chunk in self._owners, f"chunk {chunk} freed twice"
-            del self._owners[chunk]
+            self._num_owned[self._owners.pop(chunk)] -= 1
             self._free.append(chunk)
         self._free.sort(reverse=True)
 
@@ -55,5 +57,6 @@ class ChunkPool:
         assert set(self._free).isdisjoint(self._owners) and len(set(self._free)) == len(self._free)
         for owner in Owner:
             chunks = mapped.get(owner, [])
+            assert len(chunks) == self._num_owned[owner]
             assert len(set(chunks)) == len(chunks), f"a chunk of {owner} is mapped twice"
             assert set(chunks) == {c for c, o in self._owners.items() if o is owner}, f"{owner}: owned is not mapped"

@@ -29,6 +29,11 @@ class Weights:
         return -(-self._units[unit].num_bytes // self._chunk_bytes)
 
     @property
+    def chunks_of_unit(self) -> dict[str, int]:
+        """Chunks of every unit of the model, present or not, in the order of a forward pass."""
+        return {unit: self.num_chunks(unit) for unit in self._units}
+
+    @property
     def present(self) -> list[str]:
         """Names of the units whose chunks are mapped, in the order of a forward pass."""
         return [name for name, range_ in self._ranges.items() if range_.chunks]

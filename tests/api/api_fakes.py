@@ -109,7 +109,7 @@ class FakeEngine:
     def waiting(self, owner: str | None = None) -> Waiting:
         return Waiting(STATS.num_waiting) if owner is None else Waiting()
 
-    def state(self) -> dict[str, Any]:
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         return {"epoch": 0, "groups": [{"id": 0, "stages": [[0, 30]]}]}
 
     async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:

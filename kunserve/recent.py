@@ -1,0 +1,35 @@
+"""What histograms cannot give back: the first tokens of the last seconds, and the longest gap since somebody looked."""
+
+from __future__ import annotations
+
+from collections import deque
+
+HISTORY = 512  # first tokens that are remembered
+
+
+class Recent:
+    """Fed by metrics at every token, so it does next to nothing; asked by the feed, a few times a second."""
+
+    __slots__ = ("_first_tokens", "gap_s")
+
+    def __init__(self) -> None:
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # when, and after how long; seconds
+        self.gap_s = 0.0  # the longest between two tokens of a request, since `take_gap`
+
+    def first_token(self, at_s: float, ttft_s: float) -> None:
+        """A request got its first token at `at_s` on the engine's clock."""
+        self._first_tokens.append((at_s, ttft_s))
+
+    def ttfts(self, since_s: float) -> list[float]:
+        """Times to first token of those that came since then, ascending; of the last `HISTORY` at most."""
+        return sorted(ttft_s for at_s, ttft_s in self._first_tokens if at_s >= since_s)
+
+    def take_gap(self) -> float:
+        """The longest gap between two tokens of a request since the last call, in seconds; 0 if there was none."""
+        gap_s, self.gap_s = self.gap_s, 0.0
+        return gap_s
+
+
+def quantile(ascending: list[float], q: float) -> float:
+    """The value below which a share `q` of a sorted, non-empty list lies (nearest rank)."""
+    return ascending[min(len(ascending) - 1, int(q * len(ascending)))]

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import ClientResponse, web
+from api_fakes import Client, FakeEngine, error_of, serving
+from states import state
+from structlog.testing import capture_logs
+
+from kunserve.api import feed as feed_module
+from kunserve.api.backend import ApiSettings
+from kunserve.api.feed import BEHIND_BYTES, FEED, Feed
+from kunserve.frame import Frame, apply
+
+URL = "/kunserve/events"
+
+
+class Scene(FakeEngine):
+    """An engine that shows one state after the other, the last one for ever."""
+
+    def __init__(self, *states: dict[str, Any]) -> None:
+        super().__init__()
+        self.states = list(states) or [state()]
+        self.num_looks = 0
+
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        self.num_looks += 1
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feed ticks when a test says so."""
+    monkeypatch.setattr(feed_module, "TICK_S", 3600.0)
+
+
+@asynccontextmanager
+async def watched(engine: Scene, settings: ApiSettings | None = None) -> AsyncIterator[tuple[Client, Feed]]:
+    async with serving(engine, settings) as client:
+        application = client.app
+        assert isinstance(application, web.Application)
+        yield client, application[FEED]
+
+
+async def next_event(response: ClientResponse) -> tuple[str, Frame]:
+    assert response.status == 200
+    lines = [(await response.content.readline()).decode() for _ in range(3)]
+    assert lines[0].startswith("event: ") and lines[1].startswith("data: ") and lines[2] == "\n"
+    return lines[0].removeprefix("event: ").strip(), orjson.loads(lines[1].removeprefix("data: "))
+
+
+async def test_deltas_make_of_a_snapshot_what_a_later_viewer_gets() -> None:
+    scenes = [state(1.0), state(1.1, used=3, waiting=2), state(1.2, is_dropped=True, used=40), state(1.3)]
+    async with watched(Scene(*scenes)) as (client, feed):
+        early = await client.get(URL)
+        name, frame = await next_event(early)
+        assert name == "snapshot"
+        for _ in range(3):
+            await feed.tick()
+            name, delta = await next_event(early)
+            assert name == "delta"
+            apply(frame, delta)
+            late = await client.get(URL)
+            assert await next_event(late) == ("snapshot", frame)
+            late.close()
+        assert frame["groups"].keys() == {"0", "1"} and frame["transitions"] == {}
+
+
+async def test_nothing_is_looked_at_while_nobody_watches() -> None:
+    engine = Scene()
+    async with watched(engine) as (client, feed):
+        assert engine.num_looks == 0
+        viewers = [await client.get(URL) for _ in range(3)]
+        assert engine.num_looks == 1  # for all of them
+        await feed.tick()
+        assert engine.num_looks == 2
+        for viewer in viewers:
+            viewer.close()
+        while feed._viewers:
+            await asyncio.sleep(0)
+
+
+async def test_the_ticker_ends_with_the_last_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "TICK_S", 0.0)
+    engine = Scene()
+    async with watched(engine) as (client, feed):
+        viewer = await client.get(URL)
+        ticker = feed._ticker
+        assert ticker is not None
+        viewer.close()
+        await ticker
+        looks = engine.num_looks
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert engine.num_looks == looks
+        assert (await next_event(await client.get(URL)))[0] == "snapshot"  # and it starts again
+
+
+async def test_time_alone_is_told_once_a_second() -> None:
+    scenes = [state(at_s) for at_s in (1.0, 1.1, 1.9, 2.0, 2.1)]
+    async with watched(Scene(*scenes)) as (client, feed):
+        viewer = await client.get(URL)
+        await next_event(viewer)
+        for _ in range(4):
+            await feed.tick()
+        await feed.close()
+        rest = (await viewer.content.read()).decode()
+        assert rest == 'event: delta\ndata: {"at_s":2.0}\n\n'
+
+
+async def test_a_viewer_that_does_not_read_is_cut_off_and_nobody_waits_for_it() -> None:
+    def padded(i: int) -> dict[str, Any]:
+        return state(float(i), requests={"pad": f"{i}" + "x" * BEHIND_BYTES})
+
+    async with watched(Scene(*map(padded, range(400)))) as (client, feed):
+        _, writer = await asyncio.open_connection(client.server.host, client.server.port, limit=1024)
+        try:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(f"GET {URL} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            while not feed._viewers:
+                await asyncio.sleep(0)
+            viewer = await client.get(URL)
+            await next_event_of_any_size(viewer)
+            num_seen = 0
+            while len(feed._viewers) == 2:
+                await asyncio.wait_for(feed.tick(), 5)
+                await next_event_of_any_size(viewer)
+                num_seen += 1
+            assert 0 < num_seen < 399
+            await feed.tick()
+            await next_event_of_any_size(viewer)  # the one that reads goes on
+        finally:
+            writer.transport.abort()
+
+
+async def next_event_of_any_size(response: ClientResponse) -> None:
+    end = b""
+    while not end.endswith(b"\n\n"):
+        end = (end + await response.content.readany())[-2:]
+
+
+async def test_a_server_that_stops_ends_its_streams() -> None:
+    async with watched(Scene()) as (client, feed):
+        viewer = await client.get(URL)
+        await feed.close()
+        assert (await viewer.content.read()).startswith(b"event: snapshot\n")
+        assert viewer.content.at_eof()
+
+
+async def test_a_feed_that_fails_says_so_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "TICK_S", 0.0)
+    with capture_logs() as lines:
+        async with watched(Scene(state(), {})) as (client, _):
+            viewer = await client.get(URL)
+            assert (await viewer.content.read()).count(b"event:") == 1
+    assert "feed stopped" in [line["event"] for line in lines]
+
+
+async def test_viewers_bring_the_key_and_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "MAX_VIEWERS", 1)
+    async with watched(Scene(), ApiSettings(api_keys=("k",))) as (client, _):
+        assert (await client.get(URL)).status == 401
+        key = {"Authorization": "Bearer k"}
+        _, frame = await next_event(await client.get(URL, headers=key))
+        assert (frame["model"], frame["has_admin"]) == ("tiny", False)
+        assert (await error_of(await client.get(URL, headers=key)))["code"] == 503
+
+
+def ticks(metrics: Any, times: Sequence[float]) -> list[Frame]:
+    rates = feed_module.Rates(metrics)
+    shown = []
+    for at_s in times:
+        metrics.generation_tokens(10)
+        shown.append(rates.at(at_s))
+    return shown
+
+
+async def test_rates() -> None:
+    async with serving(FakeEngine()) as client:
+        application = client.app
+        assert isinstance(application, web.Application)
+        metrics = application[feed_module.FEED]._metrics
+        metrics.inter_token(9.0)  # while nobody watched
+        shown = ticks(metrics, [5.0, 5.5, 6.0, 6.5])
+        assert [rates["tok_s"] for rates in shown] == [0.0, 20.0, 20.0, 20.0]
+        assert all(rates.keys() == {"tok_s"} for rates in shown)
+        metrics.inter_token(0.25)
+        metrics.recent.first_token(7.0, 0.5)
+        [rates] = ticks(metrics, [7.0])
+        assert "gap_s" not in rates  # Rates began anew: the gap was of the time before
+        assert (rates["ttft_p50_s"], rates["ttft_p99_s"]) == (0.5, 0.5)
+        again = feed_module.Rates(metrics)
+        metrics.inter_token(0.25)
+        assert again.at(7.1)["gap_s"] == 0.25 == again.at(8.0)["gap_s"]
+        assert "gap_s" not in again.at(8.2)
