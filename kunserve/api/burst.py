@@ -22,6 +22,7 @@ from kunserve.errors import ConflictError, InvalidRequestError, KunServeError, O
 
 MAX_REQUESTS = 1000
 MAX_RATE = 1000.0
+OWNER = "burst"  # of its requests: everybody else has a share of the queue as large
 
 
 @dataclass(slots=True)
@@ -93,14 +94,14 @@ async def _run(api: Api, burst: Burst, burst_id: str) -> None:
         for _ in range(burst.num_requests):
             prompt = [chance.randrange(api.tokenizer.vocab_size) for _ in range(burst.num_prompt_tokens)]
             params = SamplingParams(burst.num_output_tokens, temperature=0.0, ignore_eos=True)
-            request = Request(f"burst-{burst_id}-{next(api.serials)}", prompt, params)
+            request = Request(f"burst-{burst_id}-{next(api.serials)}", prompt, params, owner=OWNER)
             tasks.create_task(_send(api, burst, request))
             await asyncio.sleep(chance.expovariate(burst.rate))
 
 
 async def _send(api: Api, burst: Burst, request: Request) -> None:
     try:
-        api.admission.check(1, burst.num_prompt_tokens)
+        api.admission.check(OWNER, 1, burst.num_prompt_tokens)
         async with submitted(api.backend, [request]) as outputs:
             async for _ in outputs:
                 pass

@@ -13,6 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
+from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.sampler import SampledToken
@@ -23,7 +24,7 @@ from kunserve.model.cuda_decoder import CudaDecoder
 from kunserve.model.cuda_sampling import PendingTokens, launch_sample
 
 
-class CudaExecutor:
+class CudaExecutor(Executor):
     """`Executor` on CUDA devices."""
 
     def __init__(self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder]) -> None:

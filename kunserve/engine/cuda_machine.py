@@ -9,6 +9,7 @@ import torch
 
 from kunserve.config import EngineConfig
 from kunserve.engine.cuda_executor import CudaExecutor
+from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
 from kunserve.engine.request import SamplingParams
 from kunserve.engine.sampler import SamplingRow
@@ -70,7 +71,7 @@ class CudaOptions:
         )
 
 
-class CudaMachine:
+class CudaMachine(Machine):
     """Drivers, later devices, that are open, and the sizes that were found."""
 
     shares_head = False  # decoding is bound by reading the head's matrix: both ends would read all of it

@@ -19,7 +19,7 @@ from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.microbatch import Microbatch, scored_positions, step_inputs
+from kunserve.engine.microbatch import Microbatch, scored_positions
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
@@ -260,7 +260,7 @@ class Engine:
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
-        inputs = step_inputs(batch, group.block_size, self.model.eos_token_ids)
+        inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
     async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:

@@ -176,9 +176,10 @@ class Exchange:
                 for layer in layers:
                     copy_blocks(source.kv.layers[layer], read, target.kv.layers[layer], write)
 
-            async with self._links.turn(move.source, move.destination, Priority.KV):
+            num_bytes = layer_bytes * len(layers)
+            async with self._links.turn(move.source, move.destination, Priority.KV, num_bytes):
                 await target.device.run_copy(work)
-            self.num_bytes += layer_bytes * len(layers)
+            self.num_bytes += num_bytes
 
     def _is_moving(self, moving: Moving) -> bool:
         return self._moving.get(moving.request.request_id) is moving

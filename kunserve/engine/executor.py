@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.microbatch import StepInputs
+from kunserve.engine.microbatch import Microbatch, StepInputs, step_inputs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.stage import run_head, run_last_layers, run_last_stage, run_stage
 from kunserve.gpu.device import Device
@@ -20,14 +20,18 @@ from kunserve.model.decoder import Decoder
 class Executor(Protocol):
     """Runs microbatches; the engine knows nothing else of how."""
 
-    async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+    def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
+        """What `execute` needs of a microbatch, taken now: its requests may change later."""
+        return step_inputs(batch, group.block_size, eos_token_ids)
+
+    async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
         """Pass a microbatch through all stages of `group`; one token per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
         """
 
 
-class DeviceExecutor:
+class DeviceExecutor(Executor):
     """Runs stages on real devices, each on its compute queue.
 
     `shares_head`: both ends of a chain hold the head (tied embeddings) and compute it, each for half of the rows. In a

@@ -25,7 +25,6 @@ from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
-from kunserve.gpu.links import Links
 from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
@@ -84,24 +83,47 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
 async def _launch_on(
     machine: Machine, files: ModelFiles, config: EngineConfig, served_name: str, progress: Progress
 ) -> Served:
-    model = files.config
+    def weights() -> WeightSource:
+        return open_weights(files.folder, files.config, config.load_format, config.seed)
+
+    max_model_len = _max_model_len(files, config)
+    tokenizer = await asyncio.to_thread(_tokenizer, files)
+    engine, control = await assemble(
+        machine, files.config, config, served_name, max_model_len, weights, tokenizer, progress
+    )
+    return Served(engine, control, files, tokenizer, engine.metrics, machine)
+
+
+async def assemble(
+    machine: Machine,
+    model: ModelConfig,
+    config: EngineConfig,
+    served_name: str,
+    max_model_len: int,
+    weights: Callable[[], WeightSource],
+    tokenizer: Tokenizer | None,
+    progress: Progress = lambda text, share: None,
+) -> tuple[Engine, OverloadControl]:
+    """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
+
+    `weights` is called once it is sure that they fit. ConfigError if that cannot be; the caller closes the machine.
+    """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
     shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
     views = machine.views(shape)
     placement = place(
         shape,
         views,
-        max_model_len=_max_model_len(files, config),
+        max_model_len=max_model_len,
         is_len_required=config.max_model_len is not None,
         devices_per_group=config.pipeline_parallel_size,
     )
-    weights = await asyncio.to_thread(open_weights, files.folder, model, config.load_format, config.seed)
+    opened = await asyncio.to_thread(weights)
     devices = await asyncio.to_thread(machine.open)
-    source = await asyncio.to_thread(machine.source, weights)
+    source = await asyncio.to_thread(machine.source, opened)
     units = weight_units(model, machine.dtype.itemsize)
     memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
     await _load(model, memories, placement.groups, shape, source, progress)
-    tokenizer = await asyncio.to_thread(_tokenizer, files)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
     engine = Engine(
@@ -119,19 +141,18 @@ async def _launch_on(
         Metrics(served_name, placement.max_model_len, lambda: engine.stats()),
         config.seed,
     )
-    links = Links()
+    links = machine.links()
     thresholds = Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s)
     is_automatic = config.overload_policy is OverloadPolicy.DROP and not config.is_pinned
-    control = OverloadControl(
-        engine, Reconfigure(engine, shape, source, links), shape, views, thresholds, is_automatic=is_automatic
-    )
+    reconfigure = Reconfigure(engine, shape, source, links, machine.clock)
+    control = OverloadControl(engine, reconfigure, shape, views, thresholds, is_automatic=is_automatic)
     engine.control = control
     engine.overload_policy = config.overload_policy
     if config.overload_policy is OverloadPolicy.SWAP:
         engine.mover = Swap(engine, links)
     elif config.overload_policy is OverloadPolicy.MIGRATE:
         engine.mover = Migration(engine, links)
-    return Served(engine, control, files, tokenizer, engine.metrics, machine)
+    return engine, control
 
 
 def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:

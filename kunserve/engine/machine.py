@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -16,6 +17,7 @@ from kunserve.errors import ConfigError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host import HostDevice, available_bytes
+from kunserve.gpu.links import Links
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cpu_ops import cpu_ops_or_reference
@@ -44,11 +46,19 @@ class Machine(Protocol):
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """What runs microbatches on the open devices; and what it is made of, for the log."""
 
+    def links(self) -> Links:
+        """The links that copies between its devices, and from and to the host, take turns on."""
+        return Links()
+
+    def clock(self) -> float:
+        """Seconds, to measure how long something took; finer than the event loop's, where that is coarse."""
+        return time.perf_counter()
+
     def close(self) -> None:
         """Close what is open. Idempotent."""
 
 
-class HostMachine:
+class HostMachine(Machine):
     """Virtual CPU devices, each with a thread pinned to a core of its own while there are enough."""
 
     shares_head = True

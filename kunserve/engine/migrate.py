@@ -197,9 +197,10 @@ class Migration:
                 return
             layers = range(first, min(first + num_layers, target.last_layer))
             work = partial(_copy_layers, memories[source.device].kv, read, memories[target.device].kv, write, layers)
-            async with self._links.turn(source.device, target.device, Priority.KV):
+            num_bytes = layer_bytes * len(layers)
+            async with self._links.turn(source.device, target.device, Priority.KV, num_bytes):
                 await memories[target.device].device.run_copy(work)
-            self.num_bytes += layer_bytes * len(layers)
+            self.num_bytes += num_bytes
         m.num_copied = end
 
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:

@@ -55,15 +55,6 @@ class Transition:
         """As `/kunserve/state` and the log show it."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a step."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
 
 _MergeStep = tuple[Merge, list[Group], ExchangePlan]
 
@@ -73,10 +64,20 @@ class _CancelledError(Exception):
 
 
 class Reconfigure:
-    """Applies plans to an engine, its devices and its requests."""
+    """Applies plans to an engine, its devices and its requests.
 
-    def __init__(self, engine: Engine, shape: ModelShape, source: WeightSource, links: Links) -> None:
-        self._engine, self._shape = engine, shape
+    `clock` measures how long its steps take: finer than the loop's clock, which may count whole milliseconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: ModelShape,
+        source: WeightSource,
+        links: Links,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._engine, self._shape, self._clock = engine, shape, clock
         self._remap = Remap(engine.model, shape, engine.memories, source, links)
         self.exchange = Exchange(engine, self._remap, links)
         self.transitions: list[Transition] = []
@@ -96,7 +97,7 @@ class Reconfigure:
         """
         group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
         with self._transition("drop", plan.epoch, group_ids) as (transition, old):
-            with transition.step("boundary"):  # 2
+            with self._step(transition, "boundary"):  # 2
                 await self._engine.quiesce(old)
                 await self._settle(old)
             steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
@@ -106,12 +107,12 @@ class Reconfigure:
             for merge, groups, exchange in steps:
                 is_spare_kept = exchange.mode is ExchangeMode.BY_LAYER
                 layouts |= self._remap.of_merge(merge, groups, is_spare_kept=is_spare_kept)
-            with transition.step("remap"):  # 3
+            with self._step(transition, "remap"):  # 3
                 await self._remap.apply(layouts)
             transition.weight_bytes = plan.freed_bytes
             merged = [self._merge(*step) for step in steps]
             self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
-            with transition.step("exchange"):  # 5, 6
+            with self._step(transition, "exchange"):  # 5, 6
                 before = self.exchange.num_bytes
                 try:
                     await gather_all(self._exchange_after_merge(*step) for step in merged)
@@ -174,7 +175,7 @@ class Reconfigure:
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
-                with transition.step("split"):
+                with self._step(transition, "split"):
                     await self._engine.quiesce(old)
                 self._give_way()
             except BaseException as error:
@@ -185,7 +186,7 @@ class Reconfigure:
                 raise
             new, moving = self._split(old, plan.splits)
             self._commit(transition, old, new, on_commit)
-            with transition.step("exchange"):
+            with self._step(transition, "exchange"):
                 bytes_before = self.exchange.num_bytes
                 await self.exchange.by_request(moving)
                 transition.exchange_bytes = self.exchange.num_bytes - bytes_before
@@ -213,7 +214,7 @@ class Reconfigure:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
         parts = [part for split in plan.splits for part in split.into]
         targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
-        with transition.step("shrink"):
+        with self._step(transition, "shrink"):
             for group in old:
                 for stage in group.stages:
                     stage.pool.set_limit(targets[stage.device])
@@ -223,13 +224,13 @@ class Reconfigure:
                 await self._engine.next_commit()
                 self._give_way()
                 await self._engine.quiesce(old)
-        with transition.step("remap"):
+        with self._step(transition, "remap"):
             for group in old:
                 for stage in group.stages:
                     stage.pool.shrink(targets[stage.device])
             await self._remap.apply(self._remap.of_parts(parts))
         self._resume(old)
-        with transition.step("load"):
+        with self._step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
@@ -327,6 +328,15 @@ class Reconfigure:
             transition.seconds["total"] = self._engine.now() - transition.started_s
             self._resume(groups)
             log.info("transition", **transition.state())
+
+    @contextmanager
+    def _step(self, transition: Transition, name: str) -> Iterator[None]:
+        """Add the time of the block to a step."""
+        started = self._clock()
+        try:
+            yield
+        finally:
+            transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
 
     def _commit(
         self,

@@ -123,9 +123,10 @@ class Remap:
             for unit in memory.weights.present:
                 if unit in before[device].units or is_cancelled():
                     continue
-                async with self._links.turn(HOST, device, Priority.WEIGHTS):
+                num_bytes = memory.weights.num_chunks(unit) * memory.device.chunk_bytes
+                async with self._links.turn(HOST, device, Priority.WEIGHTS, num_bytes):
                     await self._fill(device, [unit], memory.device.run_copy)
-                loaded += memory.weights.num_chunks(unit) * memory.device.chunk_bytes
+                loaded += num_bytes
             return loaded
 
         return sum(await gather_all(load(device) for device in before))

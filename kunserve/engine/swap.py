@@ -150,7 +150,7 @@ class Swap:
             num_layers = await self._grant(move.group, budget, layer_bytes, stage.last_layer - first)
             layers = range(first, first + num_layers)
             copy = partial(_copy_out if move.is_out else _copy_in, memory.kv.layers, layers, ids, buffers)
-            async with self._links.turn(*ends, Priority.KV):
+            async with self._links.turn(*ends, Priority.KV, num_layers * layer_bytes):
                 started = self._engine.now()
                 await memory.device.run_copy(copy)
                 budget.copied(num_layers * layer_bytes, self._engine.now() - started)

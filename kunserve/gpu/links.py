@@ -38,8 +38,11 @@ class Links:
         self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
 
     @asynccontextmanager
-    async def turn(self, source: int, destination: int, priority: Priority) -> AsyncIterator[None]:
-        """Hold the link for one transfer, after all waiting ones of higher priority and earlier ones of the same."""
+    async def turn(self, source: int, destination: int, priority: Priority, num_bytes: int) -> AsyncIterator[None]:
+        """Hold the link for one transfer, after all waiting ones of higher priority and earlier ones of the same.
+
+        The caller copies its `num_bytes` meanwhile. Where nothing is copied, a subclass lets that much time pass.
+        """
         link = self._links[source, destination]
         if link.is_busy:
             ready = asyncio.get_running_loop().create_future()

@@ -28,6 +28,7 @@ class NullDevice:
         self._next_address = chunk_bytes
         self._reserved: dict[int, int] = {}
         self._mapped: dict[int, int] = {}  # address -> chunk
+        self._in_use: set[int] = set()  # chunks that are mapped
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
@@ -40,7 +41,7 @@ class NullDevice:
         if self._reserved.pop(address, None) != num_bytes:
             raise DeviceError(f"{self.name}: {address:#x} is not a reserved range")
         for at in range(address, address + num_bytes, self.chunk_bytes):
-            self._mapped.pop(at, None)
+            self._in_use.discard(self._mapped.pop(at, -1))
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`."""
@@ -49,10 +50,12 @@ class NullDevice:
             a <= address and address + len(chunks) * self.chunk_bytes <= a + n for a, n in self._reserved.items()
         ):
             raise DeviceError(f"{self.name}: {address:#x} is not in a reserved range")
-        used = set(self._mapped.values())
-        if any(p in self._mapped for p in places) or any(c in used or not 0 <= c < self.num_chunks for c in chunks):
+        if not self._in_use.isdisjoint(chunks) or not all(0 <= chunk < self.num_chunks for chunk in chunks):
             raise DeviceError(f"{self.name}: mapped twice, or no such chunk")
+        if any(place in self._mapped for place in places):
+            raise DeviceError(f"{self.name}: {address:#x} is mapped already")
         self._mapped.update(zip(places, chunks, strict=True))
+        self._in_use.update(chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`."""
@@ -60,7 +63,7 @@ class NullDevice:
         if not all(p in self._mapped for p in places):
             raise DeviceError(f"{self.name}: {address:#x} is not mapped")
         for place in places:
-            del self._mapped[place]
+            self._in_use.remove(self._mapped.pop(place))
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`; on the meta device, so that shapes are right and bytes are not there."""
@@ -77,3 +80,4 @@ class NullDevice:
     def close(self) -> None:
         """See `Device.close`."""
         self._mapped.clear()
+        self._in_use.clear()

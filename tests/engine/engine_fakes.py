@@ -12,6 +12,7 @@ import torch
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.policy import OverloadPolicy, make_policy
@@ -67,7 +68,7 @@ class Step:
         self.done.set_exception(error)
 
 
-class ScriptedExecutor:
+class ScriptedExecutor(Executor):
     """Hands every microbatch to the test, in order."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ class Transfers:
         self._gates[name].set()
 
     async def _transfer(self, name: str, priority: Priority, link: tuple[int, int]) -> None:
-        async with self.links.turn(*link, priority):
+        async with self.links.turn(*link, priority, 1):
             self.on_link[link] = self.on_link.get(link, 0) + 1
             assert self.on_link[link] == 1  # one at a time
             self.order.append(name)
@@ -74,11 +74,11 @@ async def test_links_do_not_wait_for_each_other() -> None:
 async def test_a_transfer_that_fails_frees_the_link() -> None:
     links = Links()
     try:
-        async with links.turn(0, 1, Priority.KV):
+        async with links.turn(0, 1, Priority.KV, 1):
             raise OSError("lost")
     except OSError:
         pass
-    async with links.turn(0, 1, Priority.KV):
+    async with links.turn(0, 1, Priority.KV, 1):
         pass
 
 
@@ -87,7 +87,7 @@ async def test_a_cancelled_waiter_passes_its_turn_on() -> None:
     transfers, gate = Transfers(), asyncio.Event()
 
     async def hold_and_cancel() -> None:
-        async with transfers.links.turn(0, 1, Priority.KV):
+        async with transfers.links.turn(0, 1, Priority.KV, 1):
             await gate.wait()
         chosen.cancel()
 
@@ -125,5 +125,5 @@ async def test_random_transfers_and_cancellations() -> None:
     await asyncio.wait(tasks.values())
     done = [name for name, task in tasks.items() if not task.cancelled()]
     assert len(done) >= 100 and set(done) <= set(transfers.order)
-    async with transfers.links.turn(0, 2, Priority.WEIGHTS), transfers.links.turn(1, 2, Priority.WEIGHTS):
+    async with transfers.links.turn(0, 2, Priority.WEIGHTS, 1), transfers.links.turn(1, 2, Priority.WEIGHTS, 1):
         pass  # both are free

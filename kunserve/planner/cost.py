@@ -1,0 +1,116 @@
+"""How long a microbatch takes on a stage, predicted: what balances microbatches in a chain, and the simulator's clock.
+
+The form is the paper's (KunServe, section 4.3): a chunk of c tokens after a prefix of p costs
+`a * (p*c + (c*c+c)/2) + b*c + g` in each layer, and loading a layer's weights is paid once per microbatch. A decoding
+request is a chunk of one token. Around the layers there are the embedding, the norm and head per sampled row, and
+what submitting a stage costs.
+
+One thing is added. On a roofline loading and multiplying overlap: a few rows cost no more than reading the weights.
+So the two are joined by a norm, `(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum,
+a large o is their maximum. Which o fits is found with the other constants (scripts/fit_cost_model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+
+class Chunk(NamedTuple):
+    """`num_tokens` tokens of one request after `prefix` others; the head is computed for `num_samples` of them."""
+
+    prefix: int
+    num_tokens: int
+    num_samples: int = 0
+
+
+class Work(NamedTuple):
+    """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
+
+    num_pairs: int = 0  # of a token and one it attends to
+    num_tokens: int = 0
+    num_chunks: int = 0
+    num_samples: int = 0
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Work:
+        """The work of all these chunks in one microbatch."""
+        work = cls()
+        for chunk in chunks:
+            work = work.plus(chunk)
+        return work
+
+    def plus(self, chunk: Chunk) -> Work:
+        """The work with one more chunk."""
+        prefix, c, num_samples = chunk
+        return Work(
+            self.num_pairs + prefix * c + (c * c + c) // 2,
+            self.num_tokens + c,
+            self.num_chunks + 1,
+            self.num_samples + num_samples,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Constants of one model on one kind of device, in seconds; none is negative."""
+
+    pair_s: float  # a: one token attends to one other, in one layer
+    token_s: float  # b: one token through the matrices of a layer
+    chunk_s: float  # g: one chunk in a layer, whatever its length
+    load_s: float  # reading one layer's weights, once per microbatch
+    layer_s: float  # a layer that has nothing to read: launching its operations
+    embed_token_s: float  # embedding of one token
+    head_row_s: float  # norm and head of one sampled row
+    head_load_s: float  # reading the head's weights, if a row is sampled
+    sample_s: float  # choosing one token from its logits
+    stage_s: float  # a stage of a microbatch, whatever it holds
+    overlap: float = 1.0  # of loading and multiplying; 1: one after the other, large: the longer of both
+
+    def layer_time(self, work: Work) -> float:
+        """Seconds that one layer takes."""
+        matrices = self._overlapped(self.load_s, self.token_s * work.num_tokens)
+        return matrices + self.pair_s * work.num_pairs + self.chunk_s * work.num_chunks + self.layer_s
+
+    def head_time(self, num_samples: int) -> float:
+        """Seconds for norm, head and sampling of so many rows."""
+        if num_samples == 0:
+            return 0.0
+        return self._overlapped(self.head_load_s, self.head_row_s * num_samples) + self.sample_s * num_samples
+
+    def stage_time(self, num_layers: int, chunks: Iterable[Chunk], is_first: bool, is_last: bool) -> float:
+        """Seconds that a microbatch of these chunks takes on a stage of `num_layers` layers; 0 without chunks."""
+        return self.work_time(num_layers, Work.of(chunks), is_first, is_last)
+
+    def work_time(self, num_layers: int, work: Work, is_first: bool, is_last: bool) -> float:
+        """As `stage_time`, from the sums over the chunks."""
+        if work.num_chunks == 0:
+            return 0.0
+        ends = self.embed_token_s * work.num_tokens if is_first else 0.0
+        if is_last:
+            ends += self.head_time(work.num_samples)
+        return self.stage_s + ends + num_layers * self.layer_time(work)
+
+    def to_dict(self) -> dict[str, float]:
+        """The constants by name, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> CostModel:
+        """Constants from a file. Raises ValueError that names what is missing, unknown or no sensible number."""
+        known = {field.name for field in fields(cls)}
+        if wrong := set(values) ^ known:
+            raise ValueError(f"{', '.join(sorted(wrong))}: missing or unknown among the constants of a cost model")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} = {value!r}: must be a number, not negative")
+        if values["overlap"] < 1:
+            raise ValueError(f"overlap = {values['overlap']!r}: must be at least 1")
+        return cls(**{name: float(value) for name, value in values.items()})
+
+    def _overlapped(self, load: float, compute: float) -> float:
+        longer, shorter = max(load, compute), min(load, compute)
+        if shorter == 0.0:
+            return longer
+        return float(longer * (1.0 + (shorter / longer) ** self.overlap) ** (1.0 / self.overlap))
