@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 from transition_harness import (
     Answer,
     Checked,
@@ -22,9 +21,9 @@ from transition_harness import (
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import DeviceError
 
-SEEDS = range(5)
-NUM_STEPS = 400  # at least, for each seed
-NUM_REQUESTS = 320
+NUM_SEEDS, MOST_SEEDS = 5, 12
+NUM_STEPS = 2000  # at least
+NUM_REQUESTS = 200  # of each seed
 
 
 async def ask_at_random(checked: Checked, requests: Sequence[Request], rng: random.Random) -> list[Answer]:
@@ -58,30 +57,41 @@ async def regroup_with_failures(checked: Checked, rng: random.Random) -> None:
             await regroup_forever(checked, rng)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-async def test_everything_at_random(seed: int, tiny64: Path) -> None:
-    requests = make_requests(NUM_REQUESTS, seed)
-    async with checked_engine(tiny64, "cpu:1", 4000) as checked:
-        expected = await checked.answer_all(again(requests))
+def is_shown(checked: Checked, failures: Failures, num_left: int) -> bool:
+    """Whether enough happened. How often each thing does depends on how threads run."""
+    return (
+        num_left >= 50
+        and len(failures.failed) >= 25
+        and checked.steps.total() >= NUM_STEPS
+        and len(checked.steps) >= 3
+        and checked.num_outcomes("drop", "done", "by_request") >= 15
+        and checked.num_outcomes("restore", "done", "by_request") >= 15
+    )
+
+
+async def test_everything_at_random(tiny64: Path) -> None:
+    num_left = 0
     async with checked_engine(tiny64, "cpu:4", 96, max_num_seqs=6, max_num_batched_tokens=24) as checked:
-        rng = random.Random(seed)
-        failures = Failures(checked.engine, rate=0.01, rng=random.Random(seed))
-        asking = asyncio.create_task(ask_at_random(checked, again(requests), rng))
-        regrouping = asyncio.create_task(regroup_with_failures(checked, random.Random(seed)))
-        answers = await asking
-        regrouping.cancel()
-        with suppress(asyncio.CancelledError):
-            await regrouping
-        failures.rate = 0.0
-        num_left = 0
-        for answer, its in zip(answers, expected, strict=True):
-            if answer.finish == (FinishReason.ABORT, None):  # exactly one final output, and a true beginning
-                num_left += 1
-                assert answer.token_ids == its.token_ids[: len(answer.token_ids)]
-            else:
-                answer.assert_same(its)
-        await checked.undo_drops()
-        assert num_left >= 10 and len(failures.failed) >= 5
-        assert checked.steps.total() >= NUM_STEPS and len(checked.steps) >= 3
-        assert checked.num_outcomes("drop", "done", "by_request") >= 3
-        assert checked.num_outcomes("restore", "done", "by_request") >= 3
+        failures = Failures(checked.engine)
+        for seed in range(MOST_SEEDS):
+            if seed >= NUM_SEEDS and is_shown(checked, failures, num_left):
+                break
+            requests = make_requests(NUM_REQUESTS, seed)
+            async with checked_engine(tiny64, "cpu:1", 4000) as undisturbed:
+                expected = await undisturbed.answer_all(again(requests))
+            failures.begin(0.01, random.Random(seed))
+            asking = asyncio.create_task(ask_at_random(checked, again(requests), random.Random(seed)))
+            regrouping = asyncio.create_task(regroup_with_failures(checked, random.Random(seed)))
+            answers = await asking
+            regrouping.cancel()
+            with suppress(asyncio.CancelledError):
+                await regrouping
+            failures.begin(0.0, random.Random(seed))
+            for answer, its in zip(answers, expected, strict=True):
+                if answer.finish == (FinishReason.ABORT, None):  # exactly one final output, and a true beginning
+                    num_left += 1
+                    assert answer.token_ids == its.token_ids[: len(answer.token_ids)]
+                else:
+                    answer.assert_same(its)
+            await checked.undo_drops()
+        assert is_shown(checked, failures, num_left)

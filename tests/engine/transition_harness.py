@@ -155,8 +155,9 @@ class Checked:
                 assert pool.num_used == 0 and pool.limit == pool.num_blocks == kv.num_blocks(stage.first_layer)
 
     def assert_no_failure(self) -> None:
-        """No check has failed so far."""
-        assert self._failure is None, self._failure
+        """No check has failed so far; else its own traceback."""
+        if self._failure is not None:
+            raise self._failure
 
     def num_outcomes(self, kind: str, outcome: str, mode: str | None = None) -> int:
         """Transitions that ended so; with `mode`, those that exchanged KV so."""
@@ -275,12 +276,12 @@ class Failures:
     Every other time it is not an error that we know.
     """
 
-    def __init__(self, engine: Engine, rate: float = 0.0, rng: random.Random | None = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.calls: list[tuple[str, str]] = []  # device, what was called
         self.failed: list[tuple[str, str]] = []
         self.fail_at: int | None = None  # the call of this number
-        self.rate = rate  # of all calls, at random
-        self._rng = rng or random.Random(0)
+        self.rate = 0.0  # of all calls, at random
+        self._rng = random.Random(0)
         self._num_failures = 0
         for memory in engine.memories:
             device: Any = memory.device
@@ -288,6 +289,10 @@ class Failures:
             device.unmap = partial(self._call, device.name, "unmap", device.unmap)
             device.run = partial(self._run, device.name, "run", device.run)
             device.run_copy = partial(self._run, device.name, "run_copy", device.run_copy)
+
+    def begin(self, rate: float, rng: random.Random) -> None:
+        """Fail at random from now on; at a rate of 0 not at all."""
+        self.rate, self._rng = rate, rng
 
     def arm(self, fail_at: int | None) -> None:
         """Count calls from zero, and let the one of this number fail."""
