@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+from torch import Tensor
+
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.sampler import SampledToken
@@ -21,6 +23,8 @@ class Executor(Protocol):
         """Pass a microbatch through all stages of `group`; one token per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
+        Tokens that `inputs` lacks are taken from `inputs.ahead_of`, and what is sampled is put into `inputs.sampled`,
+        without waiting for the caller.
         """
 
 
@@ -32,11 +36,15 @@ class DeviceExecutor:
 
     async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         """See `Executor.execute`."""
-        x = inputs.token_ids
+        x: Tensor | None = None
         *first, last = enumerate(group.stages)
-        for position, stage in first:
+        try:
+            for position, stage in first:
+                decoder = self._decoders[stage.device]
+                x = await self._devices[stage.device].run(partial(run_stage, decoder, stage, position, inputs, x))
+            position, stage = last
             decoder = self._decoders[stage.device]
-            x = await self._devices[stage.device].run(partial(run_stage, decoder, stage, position, inputs, x))
-        position, stage = last
-        decoder = self._decoders[stage.device]
-        return await self._devices[stage.device].run(partial(run_last_stage, decoder, stage, position, inputs, x))
+            return await self._devices[stage.device].run(partial(run_last_stage, decoder, stage, position, inputs, x))
+        except BaseException:
+            inputs.sampled.cancel()  # a device may be waiting for it
+            raise
