@@ -34,6 +34,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 128
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
+    async_scheduling: bool = True  # plan the next step while the current one runs
     pipeline_parallel_size: int | None = None
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     watermark: float = 0.0

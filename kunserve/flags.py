@@ -29,7 +29,6 @@ _IGNORED_SWITCHES = (
     "--trust-remote-code",
     "--enable-chunked-prefill",
     "--enable-prefix-caching",
-    "--async-scheduling",
     "--enable-request-id-headers",
     "--enable-auto-tool-choice",
     "--enable-prompt-tokens-details",

@@ -71,6 +71,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         max_num_queued_reqs=args.max_num_queued_reqs,
+        async_scheduling=args.async_scheduling,
         pipeline_parallel_size=args.pipeline_parallel_size,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
@@ -135,6 +136,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="token budget of a step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="running requests of one group")
     add("--max-num-queued-reqs", type=int, default=defaults.max_num_queued_reqs, help="waiting requests before 503")
+    add(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.async_scheduling,
+        help="plan the next step while the current one runs",
+    )
     add("--pipeline-parallel-size", "-pp", type=int, metavar="S", help="devices of one chain (default: as few as fit)")
     add(
         "--overload-policy",

@@ -25,6 +25,7 @@ class GrammarConstraint:
         self._matcher, self._vocab_size, self._threads = matcher, vocab_size, threads
         self._begins_after = begins_after
         self._mask: Future[NDArray[np.uint32]] | None = None
+        self._next: Future[TokenMask] | None = None  # somebody will need the mask after the next `accept`
 
     def copy(self) -> GrammarConstraint:
         """Another request's, at the same place."""
@@ -38,8 +39,25 @@ class GrammarConstraint:
             self._mask = self._threads.submit(self._compute)
         return self._mask.result
 
+    def next_mask(self) -> TokenMask:
+        """See `Constraint.next_mask`."""
+        waiting = self._next = self._next or Future()
+        return lambda: waiting.result()()
+
     def accept(self, token_id: int) -> None:
         """See `Constraint.accept`."""
+        self._accept(token_id)
+        if self._next is not None and not self.is_finished:
+            self._next.set_result(self.mask())
+            self._next = None
+
+    def close(self) -> None:
+        """See `Constraint.close`."""
+        if self._next is not None:
+            self._next.set_result(lambda: None)
+            self._next = None
+
+    def _accept(self, token_id: int) -> None:
         if self._begins_after is not None:
             if token_id == self._begins_after:
                 self._begins_after = None

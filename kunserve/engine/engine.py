@@ -163,6 +163,7 @@ class Engine:
                 param="prompt",
             )
         request.arrival_s = self.now()
+        request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         seed = request.params.seed
         request.seed = self._random.getrandbits(63) if seed is None else seed
         detokenizer = None
@@ -235,14 +236,14 @@ class Engine:
                 self._fail(live, EngineError("the engine has stopped"))
 
     def _schedule(self) -> None:
-        """Give every chain as many microbatches as it has stages."""
+        """Give every chain as many microbatches as it has stages, and one to go on with while results are looked at."""
         if self.control is not None:
             self.control.observe()
         progress = True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
             for group in self.groups:
-                if group.is_paused or group.num_in_flight >= len(group.stages):
+                if group.is_paused or group.num_in_flight >= len(group.stages) + self.scheduler.limits.num_ahead:
                     continue
                 batch = self.scheduler.schedule(group, self.groups, self.epoch)
                 if batch is not None:
@@ -268,7 +269,7 @@ class Engine:
         try:
             tokens: list[SampledToken] = await execution
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
-            group.num_in_flight -= 1
+            group.in_flight.remove(batch)
             self.progress()
             raise
         except Exception as error:  # whatever went wrong on the device ends these requests, not the server
@@ -285,6 +286,7 @@ class Engine:
     def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
         """Account for a microbatch that has passed its chain, and publish its tokens."""
         self.scheduler.commit(group, batch)
+        self._release_ended(batch)
         self.metrics.step(batch.num_tokens)
         if group.on_first_commit is not None:
             group.on_first_commit()
@@ -296,18 +298,21 @@ class Engine:
             for position, given in scored:
                 if given.logprobs and position == len(span.request.prompt_logprobs):  # else it was computed before
                     span.request.prompt_logprobs.append(given.logprobs)
-            if span.request.finish_reason is not None:
-                self._release(span.request)
-            elif token is not None:
+            if token is not None and span.request.finish_reason is None:
                 self._publish(self._live[span.request.request_id], token)
 
     def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
         self.scheduler.commit(group, batch)
+        self._release_ended(batch)
         message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
         for span in batch.spans:
             if span.request.finish_reason is None:
                 self._fail(self._live[span.request.request_id], EngineError(message))
-            else:
+
+    def _release_ended(self, batch: Microbatch) -> None:
+        """Of a microbatch that came back: who ended meanwhile has waited for that."""
+        for span in batch.spans:
+            if span.request.finish_reason is not None:
                 self._release(span.request)
 
     def _publish(self, live: _Live, token: SampledToken) -> None:
@@ -367,6 +372,8 @@ class Engine:
         request = live.request
         request.finish_reason = reason
         del self._live[request.request_id]
+        if request.constraint is not None:
+            request.constraint.close()
         self.metrics.request_finished(request, self.now())
         if self.control is not None:
             self.control.finished(request)

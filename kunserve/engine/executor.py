@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -16,18 +18,22 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.queue import gather_all
 from kunserve.model.decoder import Decoder
 
+T = TypeVar("T")
+
 
 class Executor(Protocol):
     """Runs microbatches; the engine knows nothing else of how."""
 
     def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
         """What `execute` needs of a microbatch, taken now: its requests may change later."""
-        return step_inputs(batch, group.block_size, eos_token_ids)
+        return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0])
 
     async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
         """Pass a microbatch through all stages of `group`; one token per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
+        Tokens that `inputs` lacks are taken from `inputs.ahead_of`, and what is sampled is put into `inputs.sampled`,
+        without waiting for the caller.
         """
 
 
@@ -40,32 +46,53 @@ class DeviceExecutor(Executor):
 
     def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
         self._devices, self._decoders, self._shares_head = devices, decoders, shares_head
+        self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
 
     async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         """See `Executor.execute`."""
-        x = inputs.token_ids
-        *before, last = enumerate(group.stages)
-        for position, stage in before:
-            decoder = self._decoders[stage.device]
-            x = await self._devices[stage.device].run(partial(run_stage, decoder, stage, position, inputs, x))
+        try:
+            return await (self._pass_chain(group, inputs) if len(group.stages) > 1 else self._run_alone(group, inputs))
+        except BaseException:
+            inputs.sampled.cancel()  # somebody may be waiting for it
+            raise
+
+    async def _run_alone(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+        """On one device the queue keeps the order: what the microbatch before has sampled is there in time."""
+        [stage] = group.stages
+        return await self._run(stage, partial(run_last_stage, self._decoders[stage.device], stage, 0, inputs, None))
+
+    async def _pass_chain(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+        x = await self._enter(group, inputs)
+        *between, last = list(enumerate(group.stages))[1:]
+        for position, stage in between:
+            x = await self._run(stage, partial(run_stage, self._decoders[stage.device], stage, position, inputs, x))
         position, stage = last
-        decoder, device = self._decoders[stage.device], self._devices[stage.device]
-        if before and self._shares_head and len(inputs.sampling) > 1:
-            x = await device.run(partial(run_last_layers, decoder, stage, position, inputs, x))
-            return await self._sample_at_both_ends(group, inputs, x)
-        return await device.run(partial(run_last_stage, decoder, stage, position, inputs, x))
+        decoder = self._decoders[stage.device]
+        if not self._shares_head or len(inputs.sampling) < 2:
+            return await self._run(stage, partial(run_last_stage, decoder, stage, position, inputs, x))
+        x = await self._run(stage, partial(run_last_layers, decoder, stage, position, inputs, x))
+        return await self._sample_at_both_ends(group, inputs, x)
+
+    async def _enter(self, group: Group, inputs: StepInputs) -> Tensor:
+        """The first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
+        stage = group.stages[0]
+        async with self._entrances.setdefault(group, asyncio.Lock()):
+            if inputs.ahead_of is not None:
+                await asyncio.wait([asyncio.wrap_future(inputs.ahead_of)])
+            work = partial(run_stage, self._decoders[stage.device], stage, 0, inputs, None)
+            running = asyncio.ensure_future(self._run(stage, work))  # queued before the next one enters
+        return await running
 
     async def _sample_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
         """Hidden states (R, H) after the last layer; the last stage, which is free now, takes the odd row."""
         half = (len(x) + 1) // 2
-        shares: list[tuple[Stage, slice]] = [
-            (group.stages[-1], slice(half)),
-            (group.stages[0], slice(half, None)),
-        ]
-        tokens = await gather_all(
-            self._devices[stage.device].run(
-                partial(run_head, self._decoders[stage.device], x[rows], inputs.sampling[rows])
-            )
-            for stage, rows in shares
+        shares = [(group.stages[-1], slice(half)), (group.stages[0], slice(half, None))]
+        shared = await gather_all(
+            self._run(stage, partial(run_head, self._decoders[stage.device], x, inputs, rows)) for stage, rows in shares
         )
-        return [token for share in tokens for token in share]
+        tokens = [token for share in shared for token in share]
+        inputs.sampled.set_result([token.token_id for token in tokens])
+        return tokens
+
+    def _run(self, stage: Stage, work: Callable[[], T]) -> Awaitable[T]:
+        return self._devices[stage.device].run(work)

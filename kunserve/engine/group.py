@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+
+if TYPE_CHECKING:
+    from kunserve.engine.microbatch import Microbatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Stage:
         return StageView(self.device, self.first_layer, self.last_layer)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Group:
     """A chain and its requests. Every stage holds the same number of blocks of a request, from its own pool."""
 
@@ -34,11 +38,16 @@ class Group:
     stages: tuple[Stage, ...]
     block_size: int
     running: list[Request] = field(default_factory=list)  # in order of admission
-    num_in_flight: int = 0  # microbatches
+    in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     origin: Origin | None = None  # how it was launched or merged
     is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
+
+    @property
+    def num_in_flight(self) -> int:
+        """Microbatches that were scheduled and have not come back."""
+        return len(self.in_flight)
 
     @property
     def num_blocks(self) -> int:
@@ -59,12 +68,17 @@ class Group:
         """Blocks that hold `num_tokens` of one request."""
         return -(-num_tokens // self.block_size)
 
+    def missing_blocks(self, request: Request, num_tokens: int) -> int:
+        """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
+        held = len(request.block_tables[0]) if request.block_tables else 0
+        return max(0, self.blocks_for(num_tokens) - held)
+
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Let `request` hold blocks for its first `num_tokens` on every stage; False, and no change, if it cannot."""
         if not request.block_tables:
             request.block_tables = [[] for _ in self.stages]
-        missing = self.blocks_for(num_tokens) - len(request.block_tables[0])
-        if missing <= 0:
+        missing = self.missing_blocks(request, num_tokens)
+        if missing == 0:
             return True
         if missing > self.num_free:
             return False
@@ -90,7 +104,8 @@ class Group:
         for request in self.running:
             assert request.group_id == self.group_id
             assert request.finish_reason is None or request.num_in_flight or request.is_moving  # released after that
-            assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_tokens
+            assert request.num_computed_tokens <= request.num_scheduled_tokens <= request.num_expected_tokens
+            assert 0 <= request.num_sampling <= request.num_in_flight
             if request.is_moving:
                 continue
             assert len({len(table) for table in request.block_tables}) <= 1

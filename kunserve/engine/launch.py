@@ -130,7 +130,7 @@ async def assemble(
         model,
         ServingLimits(placement.max_model_len, config.max_num_queued_reqs),
         Scheduler(
-            Limits(config.max_num_batched_tokens, config.max_num_seqs),
+            Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling)),
             make_policy(config.overload_policy, config.watermark),
             _num_host_blocks(config, kv_shape, model),
         ),

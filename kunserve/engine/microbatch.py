@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kunserve.engine.request import Request
-from kunserve.engine.sampler import SamplingRow
+from kunserve.engine.sampler import SamplingRow, reads_output
 from kunserve.model.ops import AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens `[start, end)` of one request. `samples`: they reach its last, so the last stage samples the next."""
+    """Tokens `[start, end)` of one request. `samples`: they reach its last, so the last stage samples the next.
+
+    `is_ahead`: nobody knows the last one yet; the oldest microbatch in flight samples it.
+    """
 
     request: Request
     start: int
     end: int
     samples: bool
+    is_ahead: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Microbatch:
     """Spans of distinct requests, scheduled together. Everything a stage needs is a snapshot: requests may change."""
 
     group_id: int
     epoch: int
     spans: tuple[Span, ...]
+    sampled: Future[Any] = field(default_factory=Future)  # by its executor, for the microbatch that runs ahead of it
 
     @property
     def num_tokens(self) -> int:
@@ -42,7 +49,7 @@ class Microbatch:
 class StepInputs:
     """What all stages of a microbatch share; made on the event loop when it is scheduled."""
 
-    token_ids: Tensor  # (T,) int32
+    token_ids: Tensor  # (T,) int32; -1 - i is the i-th token that `ahead_of` has sampled
     positions: Tensor  # (T,) int32
     cu_seqlens_q: Tensor  # (B + 1,) int32
     context_lens: Tensor  # (B,) int32
@@ -50,12 +57,42 @@ class StepInputs:
     sampled_rows: Tensor  # (R,) int64: rows of T whose logits are needed
     sampling: tuple[SamplingRow, ...]  # one per sampled row
     block_size: int
+    sampled: Future[Any] = field(default_factory=Future)  # what the last stage sampled, in its executor's terms
+    ahead_of: Future[Any] | None = None  # `sampled` of the microbatch that placeholders refer to
 
     def attention(self, stage: int) -> AttentionBatch:
         """The view of one stage."""
         return AttentionBatch(
             self.positions, self.cu_seqlens_q, self.context_lens, self.block_tables[stage], self.block_size
         )
+
+    def fed(self) -> Any:
+        """What the microbatch before has sampled; blocks until then. None if it failed, and all its requests."""
+        assert self.ahead_of is not None
+        try:
+            return self.ahead_of.result()
+        except CancelledError:
+            return None
+
+
+def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
+    """Put sampled tokens where their placeholders are: (T,) int32, a new one. Without any, what comes out is unused."""
+    ids = token_ids.numpy().copy()
+    places = np.flatnonzero(ids < 0)
+    ids[places] = 0 if sampled is None else np.array(sampled)[-1 - ids[places]]
+    return torch.from_numpy(ids)
+
+
+def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) -> list[SamplingRow]:
+    """As `fill_token_ids`, in the rows whose next token depends on it."""
+    return [
+        replace(
+            row, output_token_ids=(*row.output_token_ids[:-1], sampled[-1 - row.output_token_ids[-1]] if sampled else 0)
+        )
+        if row.output_token_ids and row.output_token_ids[-1] < 0 and reads_output(row.params)
+        else row
+        for row in rows
+    ]
 
 
 def scored_positions(span: Span) -> range:
@@ -66,7 +103,24 @@ def scored_positions(span: Span) -> range:
     return range(span.start, min(span.end, request.num_prompt_tokens - 1))
 
 
-def _sampled(batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Iterator[tuple[int, SamplingRow]]:
+def _places(batch: Microbatch) -> dict[Request, int]:
+    """Which of the tokens that a microbatch samples is each request's."""
+    places, num_sampled = {}, 0
+    for span in batch.spans:
+        num_sampled += len(scored_positions(span)) + span.samples
+        if span.samples:
+            places[span.request] = num_sampled - 1
+    return places
+
+
+def _token_ids(span: Span, places: Mapping[Request, int]) -> list[int]:
+    known = span.request.token_ids[span.start : span.end]
+    return [*known, -1 - places[span.request]] if span.is_ahead else known
+
+
+def _sampled(
+    batch: Microbatch, places: Mapping[Request, int], eos_token_ids: tuple[int, ...]
+) -> Iterator[tuple[int, SamplingRow]]:
     """Rows whose logits are needed, span by span: the prompt's tokens to score, then the next to choose."""
     first_row = 0
     for span in batch.spans:
@@ -76,8 +130,11 @@ def _sampled(batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Iterator[tupl
             yield first_row + position - span.start, SamplingRow(r.params, 0, (), (), (), given=given)
         first_row += span.end - span.start
         if span.samples:
-            mask = None if r.constraint is None else r.constraint.mask()
-            output = tuple(r.output_token_ids)
+            output, mask = tuple(r.output_token_ids), None
+            if span.is_ahead:
+                output = (*output, -1 - places[r])
+            if r.constraint is not None:
+                mask = r.constraint.next_mask() if span.is_ahead else r.constraint.mask()
             yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
 
 
@@ -88,18 +145,22 @@ def _padded(tables: list[list[int]], width: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def step_inputs(batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ...]) -> StepInputs:
-    """Snapshot the arrays of a microbatch from its requests."""
+def step_inputs(
+    batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ...], oldest: Microbatch | None = None
+) -> StepInputs:
+    """Snapshot the arrays of a microbatch from its requests; `oldest` of those in flight may yet sample some tokens."""
     spans = batch.spans
+    is_ahead = any(span.is_ahead for span in spans)
+    places = _places(oldest) if is_ahead and oldest is not None else {}
     lens = np.array([span.end - span.start for span in spans], np.int32)
     starts = np.array([span.start for span in spans], np.int32)
     cu_seqlens = np.zeros(len(spans) + 1, np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
-    token_ids = np.concatenate([np.array(s.request.token_ids[s.start : s.end], np.int32) for s in spans])
+    token_ids = np.concatenate([np.array(_token_ids(span, places), np.int32) for span in spans])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     width = -(-int((starts + lens).max()) // block_size)
     num_stages = len(spans[0].request.block_tables)
-    sampled = list(_sampled(batch, eos_token_ids))
+    sampled = list(_sampled(batch, places, eos_token_ids))
     return StepInputs(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
@@ -109,4 +170,6 @@ def step_inputs(batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ..
         sampled_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64),
         sampling=tuple(row for _, row in sampled),
         block_size=block_size,
+        sampled=batch.sampled,
+        ahead_of=oldest.sampled if is_ahead and oldest is not None else None,
     )

@@ -142,7 +142,7 @@ class Retract(Policy):
         if victims:
             stay = [r for r in group.running if r.num_output_tokens and r not in victims]
             self._ratios[group.group_id] = ratio_after_retraction(stay)
-        elif ready:  # a chain's step is as many microbatches as it has stages
+        elif any(map(is_decoding, group.running)):  # a chain's step is as many microbatches as it has stages
             decayed = self.ratio(group) - NEW_TOKEN_RATIO_DECAY / len(group.stages)
             self._ratios[group.group_id] = max(MIN_NEW_TOKEN_RATIO, decayed)
         return victims
@@ -223,22 +223,18 @@ def shortest_running(group: Group) -> Request | None:
 
 def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -> list[Request]:
     """The first of `candidates`, as few as let all others have blocks for their next tokens; the last one stays."""
-    short = sum(_missing(group, r) for r in candidates) - group.num_free - num_leaving
+    short = sum(group.missing_blocks(r, r.num_tokens) for r in candidates) - group.num_free - num_leaving
     victims = []
     for request in candidates[:-1]:
         if short <= 0:
             break
         victims.append(request)
-        short -= _missing(group, request) + _held(request)
+        short -= group.missing_blocks(request, request.num_tokens) + _held(request)
     return victims
 
 
 def _held(request: Request) -> int:
     return len(request.block_tables[0]) if request.block_tables else 0
-
-
-def _missing(group: Group, request: Request) -> int:
-    return max(0, group.blocks_for(request.num_tokens) - _held(request))
 
 
 def make_policy(policy: OverloadPolicy, watermark: float) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -77,8 +78,14 @@ class Constraint(Protocol):
     def mask(self) -> TokenMask:
         """Begin to find out which tokens may come next; the same until `accept`."""
 
+    def next_mask(self) -> TokenMask:
+        """As `mask`, for the token after the one that `accept` has not been given yet: it waits for both."""
+
     def accept(self, token_id: int) -> None:
         """Take the token that was chosen. Raises EngineError if it cannot follow."""
+
+    def close(self) -> None:
+        """Nothing will be accepted any more: whoever waits may go on, with any token."""
 
     @property
     def is_finished(self) -> bool:
@@ -89,8 +96,9 @@ class Constraint(Protocol):
 class Request:
     """One sequence being generated. Owned by the engine from `submit` to its final `Output`.
 
-    Counters (all in tokens): `num_computed_tokens <= num_scheduled_tokens <= num_tokens`. Tokens up to
-    `num_computed_tokens` have their KV in the blocks; those between computed and scheduled are in flight.
+    Counters (all in tokens): `num_computed_tokens <= num_scheduled_tokens <= num_expected_tokens`. Tokens up to
+    `num_computed_tokens` have their KV in the blocks; those between computed and scheduled are in flight. Those between
+    `num_tokens` and `num_expected_tokens` are being sampled.
     """
 
     request_id: str
@@ -105,6 +113,8 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt, then everything generated
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_sampling: int = 0  # microbatches in flight that will bring a token
+    max_num_tokens: int = sys.maxsize  # it ends when it has so many; set by the engine
     group_id: int | None = None  # while admitted
     block_tables: list[list[int]] = field(default_factory=list)  # one per stage of its group
     admitted_s: float | None = None
@@ -122,6 +132,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt plus generated."""
         return len(self.token_ids)
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Prompt, generated, and those that are being sampled."""
+        return len(self.token_ids) + self.num_sampling
 
     @property
     def num_prompt_tokens(self) -> int:

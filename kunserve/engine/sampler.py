@@ -74,6 +74,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     ]
 
 
+def reads_output(params: SamplingParams) -> bool:
+    """Whether a token depends on which ones were generated before it, and not only on how many."""
+    return bool(params.bad_words) or _is_penalised(params)
+
+
 def uniform(seed: int, position: int) -> float:
     """Return the number in [0, 1) that decides the token at `position` (tokens generated before it)."""
     digest = blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()

@@ -25,6 +25,7 @@ class Limits:
 
     max_num_batched_tokens: int
     max_num_seqs: int  # running requests of a group
+    num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
 
 
 class Scheduler:
@@ -55,13 +56,14 @@ class Scheduler:
         evictions_before = self._num_evictions
         for victim in self.policy.make_way(group, num_leaving):
             self._evict(group, victim)
-        decoding = sum(1 for r in group.running if r.num_output_tokens and _is_schedulable(r))
+        decoding = sum(1 for r in group.running if _has_output(r) and _is_schedulable(r))
         share = decode_share(decoding, len(group.stages))
-        for request in self._by_urgency(group):
+        ready, is_short = self._ready(group)
+        for request in ready:
             if budget == 0 or request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            pending = request.num_tokens - request.num_scheduled_tokens
-            if request.num_output_tokens and pending == 1:
+            pending = request.num_expected_tokens - request.num_scheduled_tokens
+            if _has_output(request) and pending == 1:
                 if share == 0:
                     continue
                 share -= 1
@@ -69,7 +71,7 @@ class Scheduler:
             if self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(request, num_tokens))
                 budget -= num_tokens
-        if self._num_evictions == evictions_before and not num_leaving:
+        if self._num_evictions == evictions_before and not num_leaving and not is_short:
             while self._bring_back_head(group, groups):
                 pass
             while budget and (admitted := self._admit_head(group, groups)) is not None:
@@ -78,14 +80,16 @@ class Scheduler:
                 budget -= num_tokens
         if not spans:
             return None
-        group.num_in_flight += 1
-        return Microbatch(group.group_id, epoch, tuple(spans))
+        batch = Microbatch(group.group_id, epoch, tuple(spans))
+        group.in_flight.append(batch)
+        return batch
 
     def commit(self, group: Group, batch: Microbatch) -> None:
         """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
-        group.num_in_flight -= 1
+        group.in_flight.remove(batch)
         for span in batch.spans:
             span.request.num_in_flight -= 1
+            span.request.num_sampling -= span.samples
             span.request.num_computed_tokens = span.end
             if span.samples:
                 self.waiting.generated(span.request.owner, 1)
@@ -134,18 +138,30 @@ class Scheduler:
         if not self.swapped.begin_out(group, request):
             self.preempt(group, request)
 
-    @staticmethod
-    def _by_urgency(group: Group) -> list[Request]:
-        """Requests with tokens to schedule: those one token from their next output first, in order of admission."""
-        ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and _is_schedulable(r)]
-        return sorted(ready, key=lambda r: r.num_tokens - r.num_scheduled_tokens > 1)
+    def _ready(self, group: Group) -> tuple[list[Request], bool]:
+        """Requests with tokens to schedule: those one token from their next output first, in order of admission.
+
+        Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
+        must not be in flight, and nobody new comes in.
+        """
+        ahead = _can_run_ahead(group.in_flight[0]) if self.limits.num_ahead and group.in_flight else set()
+        ready = [
+            r for r in group.running if _is_schedulable(r) and (r.num_scheduled_tokens < r.num_tokens or r in ahead)
+        ]
+        missing = sum(group.missing_blocks(r, r.num_scheduled_tokens + 1) for r in ready)
+        is_short = missing > group.num_free
+        if is_short:
+            ready = [r for r in ready if r not in ahead]
+        return sorted(ready, key=lambda r: r.num_expected_tokens - r.num_scheduled_tokens > 1), is_short
 
     @staticmethod
     def _span(request: Request, num_tokens: int) -> Span:
         start = request.num_scheduled_tokens
         request.num_scheduled_tokens = end = start + num_tokens
+        samples, is_ahead = end == request.num_expected_tokens, end > request.num_tokens
         request.num_in_flight += 1
-        return Span(request, start, end, samples=end == request.num_tokens)
+        request.num_sampling += samples
+        return Span(request, start, end, samples, is_ahead)
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
         """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
@@ -193,6 +209,19 @@ class Scheduler:
         load = self.policy.load
         others = (g for g in groups if g is not group and not g.is_paused and g.is_admitting and load(g) < load(group))
         return not any(self.policy.may_admit(other, head) for other in others)
+
+
+def _can_run_ahead(oldest: Microbatch) -> set[Request]:
+    """Whose last token is sampled by the oldest microbatch in flight, and will not be the last of all.
+
+    Only by the oldest: whatever waits for a younger one would hold up those between.
+    """
+    sampling = (span.request for span in oldest.spans if span.samples)
+    return {r for r in sampling if r.num_sampling == 1 and r.num_expected_tokens < r.max_num_tokens}
+
+
+def _has_output(request: Request) -> bool:
+    return request.num_expected_tokens > request.num_prompt_tokens
 
 
 def _is_schedulable(request: Request) -> bool:

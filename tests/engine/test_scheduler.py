@@ -25,27 +25,39 @@ def make_group(group_id: int = 0, num_stages: int = 1, num_blocks: int = 16, blo
 
 
 def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
-    return Request(name, list(range(1, num_prompt + 1)), SamplingParams(max_tokens=max_tokens, temperature=0))
+    request = Request(name, list(range(1, num_prompt + 1)), SamplingParams(max_tokens=max_tokens, temperature=0))
+    request.max_num_tokens = num_prompt + max_tokens
+    return request
 
 
 def make_scheduler(
-    policy: OverloadPolicy = OverloadPolicy.RECOMPUTE, budget: int = 12, watermark: float = 0, num_host_blocks: int = 0
+    policy: OverloadPolicy = OverloadPolicy.RECOMPUTE,
+    budget: int = 12,
+    watermark: float = 0,
+    num_host_blocks: int = 0,
+    num_ahead: int = 0,
 ) -> Scheduler:
-    limits = Limits(max_num_batched_tokens=budget, max_num_seqs=64)
+    limits = Limits(max_num_batched_tokens=budget, max_num_seqs=64, num_ahead=num_ahead)
     return Scheduler(limits, make_policy(policy, watermark), num_host_blocks)
 
 
-def commit(scheduler: Scheduler, group: Group, batch: Microbatch) -> list[Request]:
-    """What the engine does after a step, with token ids that do not matter; returns who finished."""
+def commit(scheduler: Scheduler, group: Group, batch: Microbatch, stops: float = 0.0) -> list[Request]:
+    """What the engine does after a step, with token ids that do not matter; returns who finished.
+
+    `stops`: how many tokens end their request, which nobody could know before.
+    """
     scheduler.commit(group, batch)
     finished = []
     for span in batch.spans:
-        if span.samples:
-            span.request.token_ids.append(7)
-            if span.request.num_output_tokens == span.request.params.max_tokens:
-                span.request.finish_reason = FinishReason.LENGTH
-                group.release(span.request)
-                finished.append(span.request)
+        request = span.request
+        if span.samples and request.finish_reason is None:
+            request.token_ids.append(7)
+            assert request.num_tokens <= request.max_num_tokens
+            if request.num_tokens == request.max_num_tokens or random.Random(request.num_tokens).random() < stops:
+                request.finish_reason = FinishReason.LENGTH
+                finished.append(request)
+        if request.finish_reason is not None and request.num_in_flight == 0:
+            group.release(request)
     return finished
 
 
@@ -57,11 +69,15 @@ def check(groups: list[Group]) -> None:
 
 
 @pytest.mark.parametrize("policy", list(OverloadPolicy))
+@pytest.mark.parametrize("num_ahead", [0, 1])
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy, num_stages: int, seed: int) -> None:
+def test_every_request_finishes_within_memory_and_budget(
+    policy: OverloadPolicy, num_stages: int, num_ahead: int, seed: int
+) -> None:
     rng = random.Random(seed)
-    scheduler = make_scheduler(policy, num_host_blocks=20 * (policy is OverloadPolicy.SWAP))
+    num_host_blocks = 20 * (policy is OverloadPolicy.SWAP)
+    scheduler = make_scheduler(policy, num_host_blocks=num_host_blocks, num_ahead=num_ahead)
     groups = [make_group(i, num_stages) for i in range(rng.randrange(1, 4))]
     copies: list[SwapMove] = []
     requests = [make_request(f"r{i}", rng.randrange(1, 40), rng.randrange(1, 24)) for i in range(30)]
@@ -72,7 +88,7 @@ def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy,
             if arrivals:
                 scheduler.waiting.append(arrivals.popleft())
         for group in groups:
-            while group.num_in_flight < num_stages:
+            while group.num_in_flight < num_stages + num_ahead:
                 batch = scheduler.schedule(group, groups, 0)
                 if batch is None:
                     break
@@ -91,9 +107,9 @@ def test_every_request_finishes_within_memory_and_budget(policy: OverloadPolicy,
             # microbatches of one group come back in order; groups in any
             group = rng.choice(in_flight)[0]
             at = next(i for i, (g, _) in enumerate(in_flight) if g is group)
-            done += commit(scheduler, *in_flight.pop(at))
+            done += commit(scheduler, *in_flight.pop(at), stops=0.02)
             check(groups)
-        if len(done) == len(requests):
+        if len(done) == len(requests) and not in_flight:
             break
     assert len(done) == len(requests), "no progress"
     assert all(group.num_used == 0 and not group.running for group in groups)
@@ -107,7 +123,7 @@ def migrate(scheduler: Scheduler, source: Group, destination: Group) -> None:
     """Hand the shortest running request over, if that can be now."""
     request = shortest_running(source)
     if source is destination or request is None or request.num_in_flight:
-        return
+        return  # with one step planned ahead it has to be held back first, as engine/migrate.py does
     tables = [stage.pool.alloc(len(request.block_tables[0])) for stage in destination.stages]
     if all(table is not None for table in tables):
         scheduler.hand_over(request, source, destination, [table or [] for table in tables])
@@ -179,12 +195,12 @@ def test_requests_spread_over_idle_groups() -> None:
             if group.num_in_flight == 0 and scheduler.schedule(group, groups, 0) is not None:
                 progress = True
     for group in groups:
-        group.num_in_flight = 0
+        group.in_flight.clear()
         for request in group.running:
             request.num_in_flight, request.num_computed_tokens = 0, request.num_tokens
     while any(scheduler.schedule(group, groups, 0) for group in groups):
         for group in groups:
-            group.num_in_flight = 0
+            group.in_flight.clear()
     assert sorted(len(group.running) for group in groups) == [2, 2, 2]
 
 
@@ -198,6 +214,64 @@ def test_two_microbatches_share_the_decodes_of_a_chain() -> None:
     assert first is not None and second is not None
     assert len(first.spans) == len(second.spans) == 4
     assert {id(s.request) for s in first.spans}.isdisjoint({id(s.request) for s in second.spans})
+
+
+def spans(batch: Microbatch | None) -> list[tuple[str, int, int, bool]]:
+    return [(s.request.request_id, s.start, s.end, s.is_ahead) for s in batch.spans] if batch else []
+
+
+def test_the_next_step_is_planned_while_the_current_one_runs() -> None:
+    scheduler, group = make_scheduler(budget=64, num_ahead=1), make_group(num_blocks=64)
+    scheduler.waiting.extend([make_request("a", 4, 2), make_request("b", 6, 9)])
+    first, second = scheduler.schedule(group, [group], 0), scheduler.schedule(group, [group], 0)
+    assert first is not None and second is not None
+    assert spans(first) == [("a", 0, 4, False), ("b", 0, 6, False)]
+    assert spans(second) == [("a", 4, 5, True), ("b", 6, 7, True)]
+    a, b = group.running
+    assert (a.num_tokens, a.num_expected_tokens, a.num_scheduled_tokens) == (4, 6, 5)
+    assert scheduler.schedule(group, [group], 0) is None  # nothing follows what only the second samples
+    check([group])
+    commit(scheduler, group, first)
+    third = scheduler.schedule(group, [group], 0)
+    assert spans(third) == [("b", 7, 8, True)]  # a ends with what the second samples
+    assert commit(scheduler, group, second) == [a]
+    b.finish_reason = FinishReason.STOP  # found out late: the third carries it already
+    check([group])
+    assert scheduler.schedule(group, [group], 0) is None and group.num_used == 2
+    assert third is not None
+    commit(scheduler, group, third)
+    assert not group.running and group.num_used == 0
+
+
+def test_a_chain_runs_ahead_of_its_oldest_microbatch_only() -> None:
+    scheduler, group = make_scheduler(budget=64, num_ahead=1), make_group(num_stages=2, num_blocks=64)
+    scheduler.waiting.extend([make_request(name, 2, 20) for name in "abcd"])
+    prompts = scheduler.schedule(group, [group], 0)
+    assert prompts is not None
+    first, second = scheduler.schedule(group, [group], 0), scheduler.schedule(group, [group], 0)
+    assert first is not None and second is not None
+    assert spans(first) == [("a", 2, 3, True), ("b", 2, 3, True)]
+    assert spans(second) == [("c", 2, 3, True), ("d", 2, 3, True)]
+    for done, names in ((prompts, "ab"), (first, "cd"), (second, "ab")):
+        commit(scheduler, group, done)
+        batch = scheduler.schedule(group, [group], 0)
+        assert [(name, is_ahead) for name, _, _, is_ahead in spans(batch)] == [(name, True) for name in names]
+
+
+def test_nobody_runs_ahead_into_a_shortage_and_the_victim_is_the_same() -> None:
+    victims = []
+    for num_ahead in (0, 1):
+        scheduler, group = make_scheduler(budget=64, num_ahead=num_ahead), make_group(num_blocks=5)  # 20 tokens
+        scheduler.waiting.extend([make_request("a", 6, 14), make_request("b", 6, 14), make_request("c", 2, 9)])
+        in_flight: list[Microbatch] = []
+        while not scheduler.num_preemptions:
+            while len(in_flight) < 1 + num_ahead and (batch := scheduler.schedule(group, [group], 0)) is not None:
+                in_flight.append(batch)
+            if not scheduler.num_preemptions:
+                commit(scheduler, group, in_flight.pop(0))
+        victims.append((list(scheduler.waiting), [r.num_tokens for r in group.running]))
+    (off, lens_off), (on, lens_on) = victims
+    assert [r.request_id for r in on] == [r.request_id for r in off] == ["b", "c"] and lens_on == lens_off
 
 
 def test_a_request_in_flight_is_no_victim() -> None:
