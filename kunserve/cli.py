@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from kunserve import server
+from kunserve import replay, server, top
 
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
+       kunserve top [URL]              watch a server in the terminal
+       kunserve replay FILE            make a page of a recorded run
        kunserve --version
 """
 
@@ -18,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command == "serve":
         server.run(rest, prog="kunserve serve")
+    elif command == "top":
+        top.main(rest)
+    elif command == "replay":
+        replay.main(rest)
     elif command in ("--version", "-v", "version"):
         print(version("kunserve"))
     elif command in ("--help", "-h", "help"):

@@ -12,19 +12,21 @@ const CHARTS = [
   { title: "Requests", show: count, series: [
     { column: "running", label: "running", colour: "--run", dash: "solid", width: 2 },
     { column: "waiting", label: "waiting", colour: "--wait", dash: "dashed", fill: "--wait-area" } ] },
-  { title: "Latency", show: seconds, series: [
-    { column: "p50", label: "TTFT p50", colour: "--run", dash: "solid", width: 2 },
-    { column: "p99", label: "TTFT p99", colour: "--wait", dash: "dashed" },
-    { column: "gap", label: "longest gap", colour: "--ink", dash: "dotted", width: 2 } ] },
+  { title: "Time to first token, longest gap in a stream", show: seconds, series: [
+    { column: "p50", label: "p50", colour: "--run", dash: "solid", width: 2 },
+    { column: "p99", label: "p99", colour: "--wait", dash: "dashed" },
+    { column: "gap", label: "gap", colour: "--ink", dash: "dotted", width: 2 } ] },
   { title: "Tokens per second", show: count, series: [
     { column: "tok", label: "generated", colour: "--run", dash: "solid", width: 2, fill: "--run-area" } ] },
 ];
 
-/** Draws a History into `root`. `range()` gives the seconds that the x axis spans. */
+/** Draws a History into `root`. `range()`: the seconds that x axes span; `playhead`: what is shown of a recording. */
 export class Charts {
   constructor(root, history, range) {
     this.history = history;
     this.range = range;
+    this.playhead = null;
+    this.onSeek = null;
     this.marks = [];
     this.charts = CHARTS.map((spec) => new Chart(root, spec, this));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.remake());
@@ -34,6 +36,15 @@ export class Charts {
   update(frame) {
     this.marks = transitionsOf(frame).map((transition) => ({ ...markOf(transition), startS: this.history.startS }));
     for (const chart of this.charts) chart.draw();
+  }
+
+  /** The row that numbers are of: the newest, or that at the playhead. */
+  row() {
+    const { at } = this.history.columns;
+    if (this.playhead === null) return at.length - 1;
+    let row = at.findIndex((value) => value > this.playhead + 0.001);
+    if (row < 0) row = at.length;
+    return Math.max(0, row - 1);
   }
 
   resize() {
@@ -85,10 +96,11 @@ class Chart {
       }))],
       hooks: {
         drawClear: [(plot) => drawExchanges(plot, this.owner.marks, colour)],
-        draw: [(plot) => drawMarks(plot, this.owner.marks, colour)],
+        draw: [(plot) => drawMarks(plot, this.owner, colour)],
         setCursor: [() => this.say()],
       },
     }, this.data(), this.canvas);
+    this.plot.over.addEventListener("click", () => this.owner.onSeek?.(this.plot.posToVal(this.plot.cursor.left, "x")));
   }
 
   data() {
@@ -108,7 +120,7 @@ class Chart {
   /** The newest values, or those under the cursor. */
   say() {
     const columns = this.data();
-    const row = this.plot?.cursor.idx ?? columns[0].length - 1;
+    const row = this.plot?.cursor.idx ?? this.owner.row();
     const shown = this.spec.series.map((series, i) => {
       const value = columns[i + 1][row];
       const text = value === null || value === undefined ? "–" : this.spec.show(value);
@@ -161,11 +173,11 @@ function drawExchanges(plot, marks, colour) {
   }
 }
 
-/** A line where a grouping became live: drops solid, restores dashed; its name on top. */
-function drawMarks(plot, marks, colour) {
+/** A line where a grouping became live: drops solid, restores dashed; its name on top. And the playhead. */
+function drawMarks(plot, { marks, playhead }, colour) {
   const { ctx, bbox } = plot;
   const ratio = devicePixelRatio;
-  let free = -Infinity;
+  const free = [-Infinity, -Infinity]; // where the next name may begin: above the plot, else within
   ctx.save();
   ctx.font = `600 ${11 * ratio}px system-ui`;
   ctx.textBaseline = "bottom";
@@ -183,10 +195,14 @@ function drawMarks(plot, marks, colour) {
     const text = mark.exchanged ? `${mark.label} ⇄` : mark.label;
     const width = ctx.measureText(text).width;
     const left = Math.min(Math.max(bbox.left, at - 5 * ratio), bbox.left + bbox.width - width);
-    if (left > free) {
-      ctx.fillText(text, left, bbox.top - 1 * ratio);
-      free = left + width + 6 * ratio;
-    }
+    const row = free.findIndex((end) => left > end);
+    if (row < 0) continue;
+    ctx.fillText(text, row ? at + 4 * ratio : left, bbox.top + row * 15 * ratio - ratio);
+    free[row] = left + width + 6 * ratio;
+  }
+  if (playhead !== null) {
+    ctx.fillStyle = colour("--ink");
+    ctx.fillRect(Math.round(plot.valToPos(playhead, "x", true)) - ratio, bbox.top, 2 * ratio, bbox.height);
   }
   ctx.restore();
 }

@@ -34,14 +34,15 @@ export class View {
     });
   }
 
-  show(frame) {
+  /** Show a frame; `whole`: the one whose transitions charts mark. */
+  show(frame, whole = frame) {
     say(byId("model"), frame.model);
     say(byId("policy"), `policy: ${frame.policy || "none"}`);
     say(byId("epoch"), `epoch ${frame.epoch}`);
     for (const [i, [, , figure]] of FIGURES.entries()) say(this.figures[i], figure(frame));
     this.memory.update(frame);
     this.groups.update(frame);
-    this.charts.update(frame);
+    this.charts.update(whole);
     this.transitions.update(frame, this.history.startS);
     say(byId("given"), given(frame));
   }
