@@ -38,7 +38,7 @@ async def _write(response: aiohttp.ClientResponse, path: Path) -> None:
     """One JSON object per event: seconds since the first, its name, its data as it came."""
     started_s = perf_counter()
     name = ""
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", buffering=1) as file:  # an interrupted run keeps what it saw
         try:
             async for line in response.content:
                 text = line.decode().rstrip()
