@@ -12,7 +12,7 @@ const CHARTS = [
   { title: "Requests", show: count, series: [
     { column: "running", label: "running", colour: "--run", dash: "solid", width: 2 },
     { column: "waiting", label: "waiting", colour: "--wait", dash: "dashed", fill: "--wait-area" } ] },
-  { title: "Time to first token, longest gap in a stream", show: seconds, series: [
+  { title: "TTFT, and longest gap in a stream", show: seconds, series: [
     { column: "p50", label: "p50", colour: "--run", dash: "solid", width: 2 },
     { column: "p99", label: "p99", colour: "--wait", dash: "dashed" },
     { column: "gap", label: "gap", colour: "--ink", dash: "dotted", width: 2 } ] },
@@ -86,7 +86,7 @@ class Chart {
       cursor: { sync: { key: "kunserve" }, y: false, drag: { x: false, y: false }, points: { size: 7 } },
       scales: { x: { time: false, range: () => this.owner.range() }, y: { range: (_, low, high) => [0, niceTop(high)] } },
       axes: [
-        { ...axis, values: (_, splits) => splits.map((at) => (at < 0 ? "" : clock(at))) },
+        { ...axis, incrs: [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600], values: (_, splits) => splits.map(clock) },
         { ...axis, size: 46, space: 36, values: (_, splits) => splits.map(this.spec.show === seconds ? axisSeconds : count) },
       ],
       series: [{}, ...this.spec.series.map((series) => ({
@@ -197,7 +197,8 @@ function drawMarks(plot, { marks, playhead }, colour) {
     const left = Math.min(Math.max(bbox.left, at - 5 * ratio), bbox.left + bbox.width - width);
     const row = free.findIndex((end) => left > end);
     if (row < 0) continue;
-    ctx.fillText(text, row ? at + 4 * ratio : left, bbox.top + row * 15 * ratio - ratio);
+    const beside = at + 4 * ratio + width <= bbox.left + bbox.width ? at + 4 * ratio : at - 4 * ratio - width;
+    ctx.fillText(text, row ? beside : left, bbox.top + row * 15 * ratio - ratio);
     free[row] = left + width + 6 * ratio;
   }
   if (playhead !== null) {
