@@ -40,7 +40,6 @@ class Screen:
     def __init__(self) -> None:
         self.frame: Frame = {}
         self._cells: deque[dict[str, float]] = deque(maxlen=NUM_CELLS)
-        self._cell_until_s = 0.0
 
     def take(self, name: str, data: Mapping[str, Any]) -> None:
         """An event of the feed."""
@@ -48,11 +47,10 @@ class Screen:
             self.frame = {}
         apply(self.frame, data)
         at_s = self.frame["at_s"]
-        if at_s < self._cell_until_s - 2 * CELL_S:  # another server
+        if self._cells and at_s < self._cells[-1]["at_s"]:  # a server that was started anew
             self._cells.clear()
-        if not self._cells or at_s >= self._cell_until_s or at_s < self._cell_until_s - 2 * CELL_S:
+        if not self._cells or at_s >= self._cells[-1]["at_s"] + CELL_S:
             self._cells.append({"at_s": at_s})
-            self._cell_until_s = at_s + CELL_S
         cell, rates, requests = self._cells[-1], self.frame["rates"], self.frame["requests"]
         now = {
             "tok/s": rates["tok_s"],

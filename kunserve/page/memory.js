@@ -70,7 +70,8 @@ class Bar {
         fill(cell, rest / this.sizes[unit]);
         rest -= this.sizes[unit];
       }
-      cell.title = `${this.names[unit].replace("layers.", "layer ")}: ${isDropped ? "dropped, KV now" : "weights"}`;
+      const title = `${this.names[unit].replace("layers.", "layer ")}: ${isDropped ? "dropped, KV now" : "weights"}`;
+      if (cell.title !== title) cell.title = title;
     }
     const chunk = frame.chunk_bytes;
     const runs = layerRuns(here, this.names);
