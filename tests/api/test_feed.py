@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -118,7 +119,11 @@ async def test_a_viewer_that_does_not_read_is_cut_off_and_nobody_waits_for_it() 
         return state(float(i), requests={"pad": f"{i}" + "x" * BEHIND_BYTES})
 
     async with watched(Scene(*map(padded, range(400)))) as (client, feed):
-        _, writer = await asyncio.open_connection(client.server.host, client.server.port, limit=1024)
+        small = socket.socket()
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else the kernel reads megabytes for it
+        small.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(small, (client.server.host, client.server.port))
+        _, writer = await asyncio.open_connection(sock=small, limit=1024)
         try:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(f"GET {URL} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
