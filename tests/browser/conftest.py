@@ -25,7 +25,7 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium() -> Path:
     """The system's chromium. Missing: a failure in CI, which installs it, else a skip that says so."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -37,9 +37,9 @@ def chromium() -> Path:
     return Path(path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(chromium: Path) -> Iterator[Browser]:
-    """A browser with a fresh profile, ended with the tests."""
+    """A browser with a fresh profile. Its driver runs an event loop in this thread, so it ends before other tests."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         yield browser
