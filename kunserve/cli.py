@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from kunserve import server
-
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
+       kunserve top [URL]              watch a server in the terminal
+       kunserve replay FILE            make a page of a recorded run
        kunserve --version
 """
 
@@ -17,7 +17,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kunserve`."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command == "serve":
+        from kunserve import server  # imports torch: seconds that nobody else should wait
+
         server.run(rest, prog="kunserve serve")
+    elif command == "top":
+        from kunserve import top
+
+        top.main(rest)
+    elif command == "replay":
+        from kunserve import replay
+
+        replay.main(rest)
     elif command in ("--version", "-v", "version"):
         print(version("kunserve"))
     elif command in ("--help", "-h", "help"):

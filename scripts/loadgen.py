@@ -20,6 +20,7 @@ from load import report
 from load.arguments import build_parser
 from load.client import Recording, Stream, Target, first_model, run
 from load.plot import check_matplotlib, plot
+from load.record import recording as recording_feed
 from load.workload import (
     Job,
     Segment,
@@ -93,16 +94,20 @@ async def measure(args: argparse.Namespace, jobs: list[Job]) -> tuple[Recording,
         extra_body=args.extra_body,
     )
     recording = Recording.of(jobs, target.urls)
-    sending = asyncio.create_task(run(recording, target))
-    progress = asyncio.create_task(show_progress(recording.streams, args.quiet))
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_number, sending.cancel)
-    try:
-        await asyncio.wait([sending])
-    finally:
-        progress.cancel()
-        await asyncio.wait([progress])
+    feed = recording_feed(target.urls[0], headers, args.record) if args.record else contextlib.nullcontext()
+    async with feed:
+        sending = asyncio.create_task(run(recording, target))
+        progress = asyncio.create_task(show_progress(recording.streams, args.quiet))
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signal_number, sending.cancel)
+        try:
+            await asyncio.wait([sending])
+        finally:
+            progress.cancel()
+            await asyncio.wait([progress])
+        if args.record and not sending.cancelled():
+            await asyncio.sleep(args.record_after)  # the way back is part of the story
     if not sending.cancelled():
         sending.result()
     return recording, sending.cancelled()
@@ -145,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.plot:
             check_matplotlib()
-        for path in filter(None, (args.json, args.plot)):  # before the run, not after it
+        for path in filter(None, (args.json, args.plot, args.record)):  # before the run, not after it
             if not path.parent.is_dir():
                 raise ValueError(f"cannot write {path}: no such directory")
         jobs = make_workload(args)

@@ -25,3 +25,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_commands(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(arguments)
+
+
+def test_watching_and_replaying_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("top", "replay"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"usage: kunserve {command}" in capsys.readouterr().out

@@ -18,6 +18,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Probes and scrapers bring no key, and come too often to be worth a line.
 OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
+PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show asks for the key
 ADMIN_PATHS = frozenset(
     {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}
 )  # these ask for the admin key (admin.py)
@@ -39,10 +40,15 @@ def _bytes(text: str) -> bytes:
     return text.encode(errors="surrogateescape")  # headers may hold any bytes
 
 
+def needs_key(path: str) -> bool:
+    """Whether the API key is asked for there, if there is one."""
+    return path not in OPEN_PATHS | ADMIN_PATHS and path != "/" and not path.startswith(PAGE_PREFIX)
+
+
 def check_key(request: web.Request) -> None:
     """Raise UnauthorizedError unless the request may come in."""
     keys = request.app[API].settings.api_keys
-    if keys and request.path not in OPEN_PATHS | ADMIN_PATHS and not is_key(bearer(request), keys):
+    if keys and needs_key(request.path) and not is_key(bearer(request), keys):
         raise UnauthorizedError("The API key is missing or wrong (send it as `Authorization: Bearer KEY`).")
 
 

@@ -34,6 +34,7 @@ from kunserve.api.operations import (
 from kunserve.api.operations import (
     metrics as show_metrics,
 )
+from kunserve.api.page import PAGE, page_files, show_page
 from kunserve.api.responses import responses
 from kunserve.api.sse import send_response
 from kunserve.api.structured import Grammars
@@ -107,6 +108,7 @@ def create_app(
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, admission, grammars, serials)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()
+    app[PAGE] = page_files()
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
         yield
@@ -135,6 +137,8 @@ def create_app(
             web.get("/version", show_version),
             web.get("/openapi.json", show_openapi),
             web.get("/metrics", show_metrics),
+            web.get("/", show_page),
+            web.get("/page/{name}", show_page),
             web.get("/kunserve/state", state),
             web.get("/kunserve/events", events, allow_head=False),
             web.post("/kunserve/burst", start_burst),

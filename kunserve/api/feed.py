@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 TICK_S = 0.1
 QUIET_S = 1.0  # between updates that say nothing but the time
-RATE_S = 1.0  # window of tokens per second and of the longest gap
+RATE_S = 2.0  # window of tokens per second and of the longest gap
 TTFT_S = 10.0  # window of the times to first token
 BEHIND_BYTES = 32 << 10
 MAX_VIEWERS = 200

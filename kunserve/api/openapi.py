@@ -175,6 +175,8 @@ ROUTES: tuple[tuple[str, str, str, Schema | None], ...] = (
     ("/version", "get", "Version of the server", None),
     ("/openapi.json", "get", "This document", None),
     ("/metrics", "get", "Prometheus metrics", None),
+    ("/", "get", "A page that shows the server", None),
+    ("/page/{name}", "get", "A file of that page", None),
     ("/kunserve/state", "get", "Devices, groups, requests", None),
     ("/kunserve/events", "get", "What /kunserve/state shows, as it changes: server-sent events", None),
     ("/kunserve/burst", "post", "A burst of made-up requests; answers when it is over; needs the admin key", BURST),

@@ -43,6 +43,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write summary, every request and /metrics here")
     output.add_argument("--plot", type=Path, metavar="PNG", help="draw the timeline (needs matplotlib)")
+    output.add_argument("--record", type=Path, metavar="FILE", help="record KunServe's feed (see: kunserve replay)")
+    output.add_argument(
+        "--record-after", type=float, default=10.0, metavar="S", help="go on recording after the last answer (10)"
+    )
     output.add_argument("--quiet", action="store_true", help="no progress, only the report")
     return parser
 

@@ -1,0 +1,43 @@
+"""GET / and /page/NAME: the page that shows the server, from files of the package. No build step, no outside host."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from aiohttp import web
+
+from kunserve.errors import NotFoundError
+
+# Everything from here and nothing inline, so that nothing that a user or a model wrote can become code.
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+def page_files() -> dict[str, str]:
+    """Text of every file of the page, by name."""
+    folder = files("kunserve") / "page"
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if _type(file.name)}
+
+
+def _type(name: str) -> str | None:
+    return _TYPES.get(name.rpartition(".")[2])
+
+
+PAGE = web.AppKey("page", dict[str, str])
+
+
+async def show_page(request: web.Request) -> web.Response:
+    """The page itself, or one of its files."""
+    name = request.match_info.get("name", "index.html")
+    text = request.app[PAGE].get(name)
+    if text is None:
+        raise NotFoundError(f"The page has no file `{name[:100]}`.")
+    return web.Response(text=text, content_type=_type(name), charset="utf-8", headers=_HEADERS)

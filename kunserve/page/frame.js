@@ -1,0 +1,60 @@
+// A frame is what is seen of a server at one moment (kunserve/frame.py); a delta is a JSON merge patch of it.
+
+/** Change `frame` as `delta` says. */
+export function apply(frame, delta) {
+  for (const [name, value] of Object.entries(delta)) {
+    if (value === null) {
+      delete frame[name];
+    } else if (typeof value === "object" && !Array.isArray(value)) {
+      if (typeof frame[name] !== "object" || Array.isArray(frame[name])) frame[name] = {};
+      apply(frame[name], value);
+    } else {
+      frame[name] = value;
+    }
+  }
+}
+
+/** Indices in half-open runs [[0, 3]]. */
+export function indices(runs) {
+  const all = [];
+  for (const [first, last] of runs) for (let i = first; i < last; i++) all.push(i);
+  return all;
+}
+
+/** Tokens that KV has room for, and those that are in use, over all groups. */
+export function tokens(frame) {
+  let room = 0;
+  let used = 0;
+  for (const group of Object.values(frame.groups)) {
+    room += group.blocks * frame.block_size;
+    used += group.used * frame.block_size;
+  }
+  return { room, used };
+}
+
+/** Chunks of weights that were dropped and are not back, over all devices. */
+export function droppedChunks(frame) {
+  const sizes = Object.values(frame.units);
+  let chunks = 0;
+  for (const device of Object.values(frame.devices)) {
+    const here = new Set(indices(device.units));
+    for (const unit of indices(device.home)) if (!here.has(unit)) chunks += sizes[unit];
+  }
+  return chunks;
+}
+
+const MARKS = { drop: "▼", restore: "▲" };
+
+/** What charts mark of a transition: where, what, and from when to when KV moved. Times on the engine's clock. */
+export function markOf(transition) {
+  const { started_s: startedS, seconds, kind } = transition;
+  const isCommitted = seconds.committed !== undefined;
+  const at = startedS + (isCommitted ? seconds.committed : (seconds.total ?? 0));
+  const label = isCommitted ? `${MARKS[kind] ?? "◆"} ${kind}` : `✕ ${kind} ${transition.outcome}`;
+  const exchanged = isCommitted && transition.exchange_bytes > 0 ? [at, at + (seconds.exchange ?? 0)] : null;
+  return { at, kind, label, isCommitted, exchanged };
+}
+
+/** Transitions of a frame, oldest first. */
+export const transitionsOf = (frame) =>
+  Object.values(frame.transitions).sort((a, b) => a.started_s - b.started_s);

@@ -1,0 +1,105 @@
+// A bar per device, a cell per unit of weights in its place: a unit that is dropped empties, and its cell fills with KV.
+import { bytes, el, layers, say } from "./dom.js";
+import { indices } from "./frame.js";
+
+/** Draws `frame.devices` into `root`. */
+export class Memory {
+  constructor(root) {
+    this.root = root;
+    this.bars = new Map();
+  }
+
+  update(frame) {
+    for (const id of this.bars.keys()) if (!(id in frame.devices)) this.remove(id);
+    for (const [id, device] of Object.entries(frame.devices)) {
+      const shape = JSON.stringify([device.name, device.home, device.budget, frame.units]);
+      if (this.bars.get(id)?.shape !== shape) {
+        this.remove(id);
+        this.bars.set(id, new Bar(this.root, device, frame.units, shape));
+      }
+      this.bars.get(id).update(device, frame);
+    }
+  }
+
+  remove(id) {
+    this.bars.get(id)?.element.remove();
+    this.bars.delete(id);
+  }
+}
+
+class Bar {
+  constructor(root, device, units, shape) {
+    this.shape = shape;
+    this.names = Object.keys(units);
+    this.sizes = Object.values(units);
+    this.home = indices(device.home);
+    this.element = el("div", "device", "", { "data-device": device.name });
+    const head = this.element.appendChild(el("p", "device-head"));
+    head.appendChild(el("b", "", device.name));
+    this.text = head.appendChild(el("span", "quiet"));
+    this.bar = this.element.appendChild(el("div", "bar", "", { role: "img" }));
+    this.cells = new Map();
+    for (const [order, unit] of this.home.entries()) {
+      const cell = el("span", unit % 2 ? "cell odd" : "cell", "", { "data-unit": this.names[unit] });
+      cell.style.flexGrow = this.sizes[unit];
+      cell.style.setProperty("--delay", `${Math.round((order / this.home.length) * 500)}ms`);
+      this.bar.appendChild(cell);
+      this.cells.set(unit, cell);
+    }
+    this.base = this.bar.appendChild(el("span", "cell kv base"));
+    this.free = this.bar.appendChild(el("span", "cell free"));
+    root.appendChild(this.element);
+  }
+
+  update(device, frame) {
+    const here = new Set(indices(device.units));
+    const dropped = this.home.filter((unit) => !here.has(unit));
+    const size = (list) => list.reduce((sum, unit) => sum + this.sizes[unit], 0);
+    const away = size(dropped);
+    const base = Math.max(0, device.kv - away);
+    const usedChunks = device.blocks ? Math.min(1, device.used / device.blocks) * device.kv : 0;
+    this.base.style.flexGrow = base;
+    this.free.style.flexGrow = device.free;
+    this.free.hidden = device.free === 0;
+    fill(this.base, base ? usedChunks / base : 0);
+    let rest = usedChunks - base;
+    for (const [unit, cell] of this.cells) {
+      const isDropped = !here.has(unit);
+      cell.classList.toggle("kv", isDropped);
+      if (isDropped) {
+        fill(cell, rest / this.sizes[unit]);
+        rest -= this.sizes[unit];
+      }
+      const title = `${this.names[unit].replace("layers.", "layer ")}: ${isDropped ? "dropped, KV now" : "weights"}`;
+      if (cell.title !== title) cell.title = title;
+    }
+    const chunk = frame.chunk_bytes;
+    const runs = layerRuns(here, this.names);
+    const whole = runs.length ? `layers ${layers(runs)}` : "no layers";
+    const text = [
+      `weights ${bytes(device.weights * chunk)} (${whole})`,
+      `KV ${bytes(usedChunks * chunk)} of ${bytes(device.kv * chunk)} used`,
+      `free ${bytes(device.free * chunk)}`,
+    ].join(" · ");
+    say(this.text, text);
+    this.bar.setAttribute("aria-label", `${device.name}: ${text}`);
+    this.element.dataset.dropped = dropped.length;
+  }
+}
+
+function fill(cell, share) {
+  cell.style.setProperty("--fill", Math.max(0, Math.min(1, share)).toFixed(3));
+}
+
+/** Half-open runs of layer numbers among the units that are here. */
+function layerRuns(here, names) {
+  const runs = [];
+  for (const [unit, name] of names.entries()) {
+    if (!here.has(unit) || !name.startsWith("layers.")) continue;
+    const layer = Number(name.slice(7));
+    const last = runs[runs.length - 1];
+    if (last && last[1] === layer) last[1]++;
+    else runs.push([layer, layer + 1]);
+  }
+  return runs;
+}

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from io import StringIO
+
+import orjson
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from rich.console import Console
+from states import drop_transition, state
+
+from kunserve import top
+from kunserve.frame import delta_of, frame_of
+from kunserve.top import Screen, UnreachableError, events, watch
+
+RATES = {"tok_s": 1234.4, "gap_s": 0.25, "ttft_p50_s": 0.0421, "ttft_p99_s": 2.5}
+
+
+def shown(screen: Screen, width: int = 80) -> list[str]:
+    """The lines of a terminal without colours."""
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(screen.render())
+    file = console.file
+    assert isinstance(file, StringIO)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def after_a_drop(**more: object) -> Screen:
+    screen = Screen()
+    before = frame_of(state(1.0, used=30, waiting=4), model="m", rates={"tok_s": 0.0})
+    after = frame_of(state(3.5, is_dropped=True, used=32), model="m", rates=RATES)
+    screen.take("snapshot", before)
+    screen.take("delta", delta_of(before, {**after, **more}))
+    return screen
+
+
+def test_eighty_columns_hold_everything() -> None:
+    lines = shown(after_a_drop())
+    assert max(map(len, lines)) <= 80 and len(lines) <= 24
+    text = "\n".join(lines)
+    assert "m  policy drop  epoch 1" in text
+    assert "1,234 tok/s  1 running  0 waiting  TTFT p50 42 ms p99 2.5 s  preempted 0" in text
+    assert "group 2  [cpu:0 0–1 → cpu:1 2–3]  1 running  1/2 in flight  512/1,024 tokens" in text
+    assert "▼ drop    done  0+1→2  28 MiB  boundary 12 ms, remap 2 ms, exchange 100 ms" in text
+    marks = next(line for line in lines if line.strip() == "▼")
+    speeds = next(line for line in lines if line.startswith("tok/s"))
+    assert marks.index("▼") == speeds.index("█") - 1  # in the second before
+
+
+def test_a_bar_is_the_devices_memory_in_four_signs() -> None:
+    bar = next(line for line in shown(after_a_drop()) if line.startswith("cpu:0"))
+    signs = "".join(c for c in bar if c in "█▓░·")
+    assert (len(signs), signs) == (48, "█" * 11 + "▓" * 17 + "░" * 17 + "·" * 3)
+    assert bar.endswith("KV 21/42 MiB")
+
+
+def test_many_devices_and_long_names_do_not_break_the_lines() -> None:
+    transitions = {str(i): {**drop_transition(float(i)), "outcome": "failed after its commit"} for i in range(9)}
+    stages = [[f"cuda:{i}", i, i + 1] for i in range(64)]
+    groups = {"2": {"stages": stages, "blocks": 10**6, "used": 10**6, "running": 999, "in_flight": 64}}
+    screen = after_a_drop(model="\x1b[31mred\x07" + "x" * 300, transitions=transitions, groups=groups)
+    lines = shown(screen)
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in "".join(lines) and "\x07" not in "".join(lines)
+
+
+def test_before_the_first_frame() -> None:
+    assert shown(Screen()) == ["waiting for the server"]
+
+
+async def serve_feed(request: web.Request) -> web.Response:
+    if request.headers.get("Authorization") != "Bearer k":
+        raise web.HTTPUnauthorized
+    data = orjson.dumps(frame_of(state(used=3), model="m", rates=RATES))
+    return web.Response(body=b"event: snapshot\ndata: %s\n\n" % data, content_type="text/event-stream")
+
+
+async def test_it_follows_a_server_and_says_why_it_cannot() -> None:
+    app = web.Application()
+    app.router.add_get("/kunserve/events", serve_feed)
+    async with TestServer(app) as server:
+        url = str(server.make_url("")).rstrip("/")
+        seen = [(name, frame["model"]) async for name, frame in events(url, "k")]
+        assert seen == [("snapshot", "m")]
+        out = StringIO()
+        await watch(url, "k", Console(file=out, width=80), is_once=True)
+        assert "group 0" in out.getvalue()
+        for key, path, reason in ((None, "", "asks for its API key"), ("k", "/other", "HTTP 404")):
+            with pytest.raises(UnreachableError, match=reason):
+                await watch(url + path, key, Console(file=out), is_once=True)
+
+
+def test_the_command_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="kunserve top: Cannot connect to host"):
+        top.main(["http://127.0.0.1:1", "--once"])
+    with pytest.raises(SystemExit):
+        top.main(["--help"])
+    assert "kunserve top" in capsys.readouterr().out
