@@ -133,6 +133,16 @@ INLINE v4 sum4(vf a, vf b, vf c, vf d) {
 }
 #endif
 
+INLINE float largest(vf a) {
+#if VL == 16
+  return _mm512_reduce_max_ps((__m512)a);
+#else
+  float m = a[0];
+  for (int l = 1; l < VL; l++) m = a[l] > m ? a[l] : m;
+  return m;
+#endif
+}
+
 INLINE float sum(vf a) { return sum4(a, (vf){0}, (vf){0}, (vf){0})[0]; }
 
 /* e**x within 1 ulp or so for x in [-86.6, 88]; 0 below, e**88 above, 1 at 0, NaN of NaN. */
@@ -420,9 +430,7 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
       if (seen < t + VL) store(&s->p[i][t], x = select_(lane + t < seen - (vi){0}, x, minus_inf));
       top = select_(x > top, x, top);
     }
-    float m = top[0];
-    for (int l = 1; l < VL; l++) m = top[l] > m ? top[l] : m;
-    s->max[i] = m;
+    s->max[i] = largest(top);
   }
   for (int64_t i = r; i < end; i += VL) store(s->scale + i, exp_(load(old + i) - load(s->max + i)));
   for (int64_t i = r; i < end; i++) {
@@ -436,13 +444,17 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
   }
 }
 
-INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row, int64_t n) {
+INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
   vf acc[PR][4];
   UNROLL for (int i = 0; i < mr; i++)
     UNROLL for (int j = 0; j < nv; j++) acc[i][j] = load(&s->out[(r + i) * s->stride + d + j * VL]) * s->scale[r + i];
   for (int64_t t = 0; t < n; t++) {
     vf v[4];
-    UNROLL for (int j = 0; j < nv; j++) v[j] = load(row[t] + d + j * VL);
+    UNROLL for (int j = 0; j < nv; j++) {
+      if (j * VL % 16 == 0) __builtin_prefetch(ahead[t] + ahead_at + d + j * VL, 0, L2);
+      v[j] = load(row[t] + d + j * VL);
+    }
     UNROLL for (int i = 0; i < mr; i++) {
       vf p = splat(s->p[r + i][t]);
       UNROLL for (int j = 0; j < nv; j++) acc[i][j] = fma_(p, v[j], acc[i][j]);
@@ -452,18 +464,20 @@ INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d
     UNROLL for (int j = 0; j < nv; j++) store(&s->out[(r + i) * s->stride + d + j * VL], acc[i][j]);
 }
 
-INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row, int64_t n) {
+INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
   int64_t d = 0;
-  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, n);
-  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, n);
+  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, ahead, ahead_at, n);
+  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, ahead, ahead_at, n);
 }
 
-static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, int64_t n) {
-  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, n);
+static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, const float *const *ahead,
+                   int64_t ahead_at, int64_t n) {
+  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, ahead, ahead_at, n);
 #if PR > 3
-  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, n);
+  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, ahead, ahead_at, n);
 #endif
-  for (; r < end; r++) value_rows(1, s, r, D, row, n);
+  for (; r < end; r++) value_rows(1, s, r, D, row, ahead, ahead_at, n);
 }
 
 /* Keys of KV head h at positions [first, first + TT), those from `end` on repeating the last. -> 0, or 1 if unnamed. */
@@ -508,9 +522,7 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     while (s->position[r] < first) r++; /* these rows see nothing of this tile, nor of later ones */
     for (int64_t t = 0; t < TT; t += 4)
       for (int64_t d = 0; d < D; d += 4) {
-        const float *line = ahead[t + (d >> 2 & 3)] + (d & ~15);
-        __builtin_prefetch(line, 0, L2);
-        __builtin_prefetch(line + values_at, 0, L2);
+        __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15), 0, L2);
         transpose4(row, d, s->keys, t);
       }
     scores(s, r, num, D);
@@ -518,7 +530,7 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     for (int64_t t = 0; t < n; t++) row[t] += values_at;
     if (D % VL)
       for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
-    values(s, r, num, D, row, n);
+    values(s, r, num, D, row, ahead, ahead == row ? 0 : values_at, n);
   }
   return 0;
 }
