@@ -19,24 +19,28 @@
 #endif
 
 #if defined(__AVX512F__)
-#define VL 16 /* floats of a vector */
-#define MR 6  /* rows of x in a linear tile: MR * NR accumulators in 32 registers */
-#define SR 8  /* rows of queries in a score tile, by two vectors */
-#define PR 6  /* rows of queries in a value tile, by four vectors */
-#elif defined(__AVX__)
+#define VL 16    /* floats of a vector */
+#define MR 6     /* rows of x in a linear tile: MR * NR accumulators in 32 registers */
+#define STREAM 5 /* up to so many rows of x, W is read row by row: memory is fastest as one stream */
+#define FETCH 2  /* tiles of x, the last ones, that fetch W: the first have no line fill buffers to spare */
+#define SR 8     /* rows of queries in a score tile, by two vectors */
+#define PR 6     /* rows of queries in a value tile, by four vectors */
+#else
+#if defined(__AVX__)
 #define VL 8
-#define MR 3
-#define SR 4
-#define PR 2
 #else
 #define VL 4
+#endif
 #define MR 3
+#define STREAM 3
+#define FETCH 4
 #define SR 4
 #define PR 2
 #endif
 #define NR 4               /* rows of W in a linear tile: four outputs are reduced at once */
 #define KB 2048            /* longest run along K of one tile */
-#define STREAM 2           /* up to so many rows of x, W is read row by row: memory is fastest as one stream */
+#define ALONE 2            /* up to so many rows of x, nothing is fetched: the CPU sees one stream and runs ahead */
+#define AHEAD (36 << 8)    /* floats of W from what is read to what is fetched */
 #define XBYTES (256 << 10) /* of x that stay in L2 while W passes */
 #define TT 32              /* positions of keys in an attention tile */
 #define RR 48              /* most query rows (tokens * heads of a KV head) that share an attention tile */
@@ -89,20 +93,31 @@ INLINE vf fma_(vf a, vf b, vf c) {
 
 /* The first n < VL floats at p, then zeros. Never reads past them: what follows may not be mapped. */
 INLINE vf load_tail(const float *p, int64_t n) {
+#if VL == 16
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
   float t[VL] = {0};
   memcpy(t, p, 4 * n);
   return load(t);
+#endif
 }
 
-/* Fold a vector to four lanes: lane i holds the sum of lanes i, i + 4, ... as a tree of halves. */
-INLINE v4 fold4(vf v) {
+/* The sums of four vectors. Each is the same tree of halves, whatever the other three are: lane l and lane l + VL / 2,
+ * and so on down to four lanes, of which it is (l0 + l2) + (l1 + l3). */
 #if VL == 16
-  __m512 w = (__m512)v;
-  __m256 lo = _mm512_castps512_ps256(w);
-  __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(w), 1));
-  __m256 h = _mm256_add_ps(lo, hi);
-  return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-#elif VL == 8
+INLINE v4 sum4(vf a, vf b, vf c, vf d) { /* a step for all four at once: 14 instructions */
+  __m512 p = (__m512)a, q = (__m512)b, r = (__m512)c, s = (__m512)d;
+  __m512 pq = _mm512_shuffle_f32x4(p, q, 0x44) + _mm512_shuffle_f32x4(p, q, 0xee); /* quarters p02 p13 q02 q13 */
+  __m512 rs = _mm512_shuffle_f32x4(r, s, 0x44) + _mm512_shuffle_f32x4(r, s, 0xee);
+  __m512 t = _mm512_shuffle_f32x4(pq, rs, 0x88) + _mm512_shuffle_f32x4(pq, rs, 0xdd); /* p q r s, four lanes each */
+  t += _mm512_permute_ps(t, 0x4e);
+  t += _mm512_permute_ps(t, 0xb1);
+  const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+  return (v4)_mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, t));
+}
+#else
+INLINE v4 fold4(vf v) {
+#if VL == 8
   __m256 h = (__m256)v;
   return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 #else
@@ -110,12 +125,22 @@ INLINE v4 fold4(vf v) {
 #endif
 }
 
-/* Sums of four vectors at once; each is (l0 + l2) + (l1 + l3) of its fold, whatever the other three are. */
 INLINE v4 sum4(vf a, vf b, vf c, vf d) {
   v4 p = fold4(a), q = fold4(b), r = fold4(c), s = fold4(d);
   v4 pq = SHUFFLE4(p, q, 0, 4, 1, 5) + SHUFFLE4(p, q, 2, 6, 3, 7); /* p02 q02 p13 q13 */
   v4 rs = SHUFFLE4(r, s, 0, 4, 1, 5) + SHUFFLE4(r, s, 2, 6, 3, 7);
   return SHUFFLE4(pq, rs, 0, 1, 4, 5) + SHUFFLE4(pq, rs, 2, 3, 6, 7);
+}
+#endif
+
+INLINE float largest(vf a) {
+#if VL == 16
+  return _mm512_reduce_max_ps((__m512)a);
+#else
+  float m = a[0];
+  for (int l = 1; l < VL; l++) m = a[l] > m ? a[l] : m;
+  return m;
+#endif
 }
 
 INLINE float sum(vf a) { return sum4(a, (vf){0}, (vf){0}, (vf){0})[0]; }
@@ -147,18 +172,17 @@ typedef struct {
   int64_t K, N;          /* row strides of x and W, and of y and residual */
   int64_t num_k;         /* run along K */
   int is_first, is_last; /* run along K of these outputs */
-  const float *ahead;    /* W that is read soon, fetched while this tile computes: */
-  int64_t num_ahead;     /* so many vectors per step along k */
+  const float *ahead;    /* W that is read soon, fetched while this tile computes */
 } Tile;
 
-INLINE void linear_tile(const int mr, const int nr, const Tile *t) {
+INLINE void linear_tile(const int mr, const int nr, const int num_ahead, const Tile *t) {
   const float *x = t->x, *w = t->w, *ahead = t->ahead;
-  const int64_t K = t->K, num_k = t->num_k, num_ahead = t->num_ahead;
+  const int64_t K = t->K, num_k = t->num_k;
   vf acc[MR][NR];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
   int64_t k = 0;
   for (; k + VL <= num_k; k += VL) {
-    for (int64_t j = 0; j < num_ahead; j++) __builtin_prefetch(ahead + k * num_ahead + j * VL, 0, L2);
+    UNROLL for (int j = 0; j < num_ahead; j++) __builtin_prefetch(ahead + k * num_ahead + j * VL, 0, L2);
     vf a[MR], b[NR]; /* the fewer stay in registers, the others come one by one */
     UNROLL for (int i = 0; i < mr && mr < nr; i++) KEEP(a[i], load(x + i * K + k));
     UNROLL for (int j = 0; j < nr && mr >= nr; j++) KEEP(b[j], load(w + j * K + k));
@@ -181,37 +205,44 @@ INLINE void linear_tile(const int mr, const int nr, const Tile *t) {
       UNROLL for (int j = 0; j < nr; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);
     }
   }
-  UNROLL for (int i = 0; i < mr; i++) {
-    v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-    float *y = t->y + i * t->N;
-    const float *residual = t->residual + i * t->N;
-    if (nr == NR) {
+  const float *bias = t->is_last ? t->bias : 0, *residual = t->is_last ? t->residual : 0;
+  if (nr == NR)
+    UNROLL for (int i = 0; i < mr; i++) {
+      v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      float *y = t->y + i * t->N;
       if (!t->is_first) s = load4(y) + s;
-      if (t->is_last && t->bias) s = s + load4(t->bias);
-      if (t->is_last && t->residual) s = load4(residual) + s;
+      if (bias) s = s + load4(bias);
+      if (residual) s = load4(residual + i * t->N) + s;
       store4(y, s);
-    } else {
-      float e = s[0];
-      if (!t->is_first) e = y[0] + e;
-      if (t->is_last && t->bias) e = e + t->bias[0];
-      if (t->is_last && t->residual) e = residual[0] + e;
-      y[0] = e;
     }
-  }
+  else
+    UNROLL for (int i = 0; i < mr; i += 4) {
+      v4 s = sum4(acc[i][0], acc[min_(i + 1, mr - 1)][0], acc[min_(i + 2, mr - 1)][0], acc[min_(i + 3, mr - 1)][0]);
+      for (int l = 0; l < 4 && i + l < mr; l++) {
+        float *y = t->y + (i + l) * t->N, e = s[l];
+        if (!t->is_first) e = y[0] + e;
+        if (bias) e = e + bias[0];
+        if (residual) e = residual[(i + l) * t->N] + e;
+        y[0] = e;
+      }
+    }
 }
 
-#define TILE(name, m, n) static __attribute__((noinline)) void name(const Tile *t) { linear_tile(m, n, t); }
-TILE(tile_1x4, 1, 4) TILE(tile_2x4, 2, 4) TILE(tile_3x4, 3, 4)
-TILE(tile_1x1, 1, 1) TILE(tile_2x1, 2, 1) TILE(tile_3x1, 3, 1)
+/* A tile of mr rows, each count unrolled by itself: `name` is for `nr` outputs and `num_ahead` vectors. */
+#define ROWS(mr, nr, num_ahead) case mr: linear_tile(mr, nr, num_ahead, t); break;
 #if MR == 6
-TILE(tile_4x4, 4, 4) TILE(tile_5x4, 5, 4) TILE(tile_6x4, 6, 4)
-TILE(tile_4x1, 4, 1) TILE(tile_5x1, 5, 1) TILE(tile_6x1, 6, 1)
-static void (*const TILES4[])(const Tile *) = {0, tile_1x4, tile_2x4, tile_3x4, tile_4x4, tile_5x4, tile_6x4};
-static void (*const TILES1[])(const Tile *) = {0, tile_1x1, tile_2x1, tile_3x1, tile_4x1, tile_5x1, tile_6x1};
+#define MORE_ROWS(nr, num_ahead) ROWS(4, nr, num_ahead) ROWS(5, nr, num_ahead) ROWS(6, nr, num_ahead)
 #else
-static void (*const TILES4[])(const Tile *) = {0, tile_1x4, tile_2x4, tile_3x4};
-static void (*const TILES1[])(const Tile *) = {0, tile_1x1, tile_2x1, tile_3x1};
+#define MORE_ROWS(nr, num_ahead)
 #endif
+#define TILE(name, nr, num_ahead) \
+  static __attribute__((noinline)) void name(int64_t rows, const Tile *t) { \
+    switch (rows) { ROWS(1, nr, num_ahead) ROWS(2, nr, num_ahead) ROWS(3, nr, num_ahead) MORE_ROWS(nr, num_ahead) } \
+  }
+TILE(tile_1_0, 1, 0) TILE(tile_1_1, 1, 1)
+TILE(tile_4_0, 4, 0) TILE(tile_4_1, 4, 1) TILE(tile_4_2, 4, 2) TILE(tile_4_4, 4, 4)
+static void (*const TILES1[])(int64_t, const Tile *) = {tile_1_0, tile_1_1};
+static void (*const TILES4[])(int64_t, const Tile *) = {tile_4_0, tile_4_1, tile_4_2, 0, tile_4_4};
 
 /* All rows m of x (they fit in L2) by all rows of W, which pass once: tile of W by run of K by tile of x. */
 static void linear_rows(const float *x, const float *w, const float *bias, const float *residual, float *y,
@@ -223,17 +254,17 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
       Tile t = {.K = K, .N = N, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
       t.w = w + n * K + k;
       t.bias = bias ? bias + n : 0;
-      t.ahead = w + (n + NR) * K + k * nr; /* what comes NR rows later, in order of address */
-      int64_t ahead = n + nr + NR > N ? 0 : nr; /* vectors to fetch per step along k, spread over the tiles of x */
+      t.ahead = w + n * K + k * nr + AHEAD; /* in order of address; past the end of W is mostly what is read next */
+      int64_t ahead = M > ALONE ? nr : 0; /* vectors to fetch per step along k, over the last tiles of x */
       for (int64_t i = 0, m = 0; i < num_tiles; i++) {
-        const int64_t mr = (M - m + num_tiles - i - 1) / (num_tiles - i); /* tiles as even as can be */
+        const int64_t tiles_left = num_tiles - i, mr = (M - m + tiles_left - 1) / tiles_left; /* as even as can be */
         t.x = x + m * K + k;
         t.y = y + m * N + n;
         t.residual = residual ? residual + m * N + n : 0;
-        t.num_ahead = (ahead + num_tiles - i - 1) / (num_tiles - i);
-        (nr == NR ? TILES4 : TILES1)[mr](&t);
-        t.ahead += t.num_ahead * t.num_k;
-        ahead -= t.num_ahead;
+        const int64_t num_ahead = tiles_left > FETCH ? 0 : (ahead + tiles_left - 1) / tiles_left;
+        (nr == NR ? TILES4 : TILES1)[num_ahead](mr, &t);
+        t.ahead += num_ahead * t.num_k;
+        ahead -= num_ahead;
         m += mr;
       }
     }
@@ -399,9 +430,7 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
       if (seen < t + VL) store(&s->p[i][t], x = select_(lane + t < seen - (vi){0}, x, minus_inf));
       top = select_(x > top, x, top);
     }
-    float m = top[0];
-    for (int l = 1; l < VL; l++) m = top[l] > m ? top[l] : m;
-    s->max[i] = m;
+    s->max[i] = largest(top);
   }
   for (int64_t i = r; i < end; i += VL) store(s->scale + i, exp_(load(old + i) - load(s->max + i)));
   for (int64_t i = r; i < end; i++) {
@@ -415,13 +444,17 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
   }
 }
 
-INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row, int64_t n) {
+INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
   vf acc[PR][4];
   UNROLL for (int i = 0; i < mr; i++)
     UNROLL for (int j = 0; j < nv; j++) acc[i][j] = load(&s->out[(r + i) * s->stride + d + j * VL]) * s->scale[r + i];
   for (int64_t t = 0; t < n; t++) {
     vf v[4];
-    UNROLL for (int j = 0; j < nv; j++) v[j] = load(row[t] + d + j * VL);
+    UNROLL for (int j = 0; j < nv; j++) {
+      if (j * VL % 16 == 0) __builtin_prefetch(ahead[t] + ahead_at + d + j * VL, 0, L2);
+      v[j] = load(row[t] + d + j * VL);
+    }
     UNROLL for (int i = 0; i < mr; i++) {
       vf p = splat(s->p[r + i][t]);
       UNROLL for (int j = 0; j < nv; j++) acc[i][j] = fma_(p, v[j], acc[i][j]);
@@ -431,18 +464,20 @@ INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d
     UNROLL for (int j = 0; j < nv; j++) store(&s->out[(r + i) * s->stride + d + j * VL], acc[i][j]);
 }
 
-INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row, int64_t n) {
+INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
   int64_t d = 0;
-  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, n);
-  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, n);
+  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, ahead, ahead_at, n);
+  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, ahead, ahead_at, n);
 }
 
-static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, int64_t n) {
-  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, n);
+static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, const float *const *ahead,
+                   int64_t ahead_at, int64_t n) {
+  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, ahead, ahead_at, n);
 #if PR > 3
-  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, n);
+  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, ahead, ahead_at, n);
 #endif
-  for (; r < end; r++) value_rows(1, s, r, D, row, n);
+  for (; r < end; r++) value_rows(1, s, r, D, row, ahead, ahead_at, n);
 }
 
 /* Keys of KV head h at positions [first, first + TT), those from `end` on repeating the last. -> 0, or 1 if unnamed. */
@@ -487,9 +522,7 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     while (s->position[r] < first) r++; /* these rows see nothing of this tile, nor of later ones */
     for (int64_t t = 0; t < TT; t += 4)
       for (int64_t d = 0; d < D; d += 4) {
-        const float *line = ahead[t + (d >> 2 & 3)] + (d & ~15);
-        __builtin_prefetch(line, 0, L2);
-        __builtin_prefetch(line + values_at, 0, L2);
+        __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15), 0, L2);
         transpose4(row, d, s->keys, t);
       }
     scores(s, r, num, D);
@@ -497,7 +530,7 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     for (int64_t t = 0; t < n; t++) row[t] += values_at;
     if (D % VL)
       for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
-    values(s, r, num, D, row, n);
+    values(s, r, num, D, row, ahead, ahead == row ? 0 : values_at, n);
   }
   return 0;
 }
