@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from kunserve.engine.executor import Executor
-from kunserve.engine.group import Group, Stage
-from kunserve.engine.microbatch import StepInputs
-from kunserve.engine.sampler import SampledToken
+from kunserve.engine.group import Group
+from kunserve.engine.microbatch import StepInputs, fill_sampling
+from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output
 from kunserve.engine.stage import run_stage
+from kunserve.errors import EngineError
 from kunserve.gpu.cuda import CudaDevice
 from kunserve.gpu.cuda_stream import Launched
 from kunserve.model.cuda_decoder import CudaDecoder
 from kunserve.model.cuda_sampling import PendingTokens, launch_sample
+
+_Fed = Launched[PendingTokens] | None
 
 
 class CudaExecutor(Executor):
@@ -29,6 +32,7 @@ class CudaExecutor(Executor):
 
     def __init__(self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder]) -> None:
         self._devices, self.decoders = devices, decoders
+        self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
     async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         """See `Executor.execute`. A cancelled caller waits: requests' blocks must not change under the work."""
@@ -42,29 +46,65 @@ class CudaExecutor(Executor):
             raise
 
     async def _pass(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
-        launched: Launched[Tensor] | None = None
-        *stages, last = enumerate(group.stages)
+        launched: Launched[Any] | None = None
         try:
-            for position, stage in stages:
-                x = launched.value if launched else inputs.token_ids
-                work = partial(run_stage, self.decoders[stage.device], stage, position, inputs, x)
-                launched = await self._devices[stage.device].launch(work, [launched.ready] if launched else ())
-            position, stage = last
-            x, after = (launched.value, [launched.ready]) if launched else (inputs.token_ids, [])
-            end = partial(_launch_last_stage, self.decoders[stage.device], stage, position, inputs, x)
-            pending = await self._devices[stage.device].launch(end, after)
+            async with self._turns[group.stages[0].device]:
+                fed = await _fed(inputs)
+                launched = await self._launch(group, 0, inputs, fed)
+            for position in range(1, len(group.stages)):
+                launched = await self._launch(group, position, inputs, fed, launched)
+            inputs.sampled.set_result(launched)
         except BaseException:
+            inputs.sampled.cancel()
             if launched:  # what earlier stages still do with the requests' blocks
                 with contextlib.suppress(Exception):
                     await self._devices[group.stages[0].device].finish(launched)
             raise
-        return (await self._devices[stage.device].finish(pending)).tokens()
+        pending: PendingTokens = await self._devices[group.stages[-1].device].finish(launched)
+        return pending.tokens()
+
+    async def _launch(
+        self, group: Group, position: int, inputs: StepInputs, fed: _Fed, before: Launched[Tensor] | None = None
+    ) -> Launched[Any]:
+        """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with."""
+        stage = group.stages[position]
+        device, decoder = self._devices[stage.device], self.decoders[stage.device]
+
+        def work() -> Any:
+            x = before.value if before else _feed(decoder, inputs, fed)
+            y = run_stage(decoder, stage, position, inputs, x)
+            if position + 1 < len(group.stages):
+                return y
+            return launch_sample(y, _rows(device, inputs, fed))
+
+        needed = before or fed
+        return await device.launch(work, [needed.ready] if needed else ())
 
 
-def _launch_last_stage(
-    decoder: CudaDecoder, stage: Stage, position: int, inputs: StepInputs, x: Tensor
-) -> PendingTokens:
-    """Launch the stage at the end of a chain and the sampling of one token per sampled row."""
-    pending = launch_sample(run_stage(decoder, stage, position, inputs, x), inputs.sampling)
-    decoder.feed(pending.on_device)
-    return pending
+async def _fed(inputs: StepInputs) -> _Fed:
+    """What the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
+    if inputs.ahead_of is None:
+        return None
+    sampled = asyncio.wrap_future(inputs.ahead_of)
+    await asyncio.wait([sampled])
+    return None if sampled.cancelled() else sampled.result()
+
+
+def _feed(decoder: CudaDecoder, inputs: StepInputs, fed: _Fed) -> Tensor:
+    """Token ids (T,), and what their placeholders stand for given to the decoder. What failed needs no tokens."""
+    if fed is None:
+        return inputs.token_ids.clamp(min=0)
+    decoder.feed(fed.value.on_device)
+    return inputs.token_ids
+
+
+def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:
+    """Sampling rows. Waits for the tokens before only if a row depends on which they are."""
+    if inputs.ahead_of is None or not any(reads_output(row.params) for row in inputs.sampling):
+        return inputs.sampling
+    sampled: list[int] | None = None
+    if fed is not None:
+        device.driver.synchronize_event(fed.ready)
+        with contextlib.suppress(EngineError):  # they cannot be sampled: their requests end with that
+            sampled = [token.token_id for token in fed.value.tokens()]
+    return fill_sampling(inputs.sampling, sampled)

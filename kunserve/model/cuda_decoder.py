@@ -42,8 +42,8 @@ class CudaDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.forward`, with `batch`, `sampled_rows` and token ids on the host; hidden states on any GPU.
 
-        A token id below 0 stands for one that this device has sampled, but the host has not seen: -1 - i is the i-th
-        of those last given to `feed`.
+        A token id below 0 stands for one that was sampled, but that the host has not seen: -1 - i is the i-th of those
+        last given to `feed`.
         """
         graphs, buffers = self.graphs, self._buffers
         is_decode = len(batch.positions) == len(batch.context_lens)
@@ -58,7 +58,9 @@ class CudaDecoder(Decoder):
         return self._replay(graphs, bucket, first_layer, last_layer, x, planned, rows)
 
     def feed(self, token_ids: Tensor) -> None:
-        """Remember sampled ids (R,) on the device: the next step may name them before the host knows them."""
+        """Remember sampled ids (R,), of any GPU: the next step may name them before the host knows them."""
+        if token_ids.is_cuda:  # its memory must not be used again before this stream has read it
+            token_ids.record_stream(torch.cuda.current_stream(token_ids.device))
         self._fed[: len(token_ids)].copy_(token_ids)
 
     def _replay(

@@ -31,4 +31,4 @@ async def test_a_drop_and_a_restore_change_no_token(
         outcomes = [(t.kind, t.outcome, t.exchange_bytes > 0) for t in control.reconfigure.transitions]
         assert outcomes == [("drop", "done", True), ("restore", "done", True)] * 2
         assert len(engine.groups) == 2 and engine.scheduler.num_preemptions == 0
-        assert_idle(engine)
+        await assert_idle(engine)

@@ -25,7 +25,7 @@ async def test_the_embedded_model(name: str, smollm2_prompts: list[list[int]], s
         for start in range(0, len(smollm2_prompts), layout.num_groups):
             alone += await generate_all(engine, smollm2_prompts[start : start + layout.num_groups], greedy(64))
         assert alone == smollm2_greedy
-        assert_idle(engine)
+        await assert_idle(engine)
 
 
 # The shortest, around a block's end, around the step's budget, and of several chunks.
@@ -48,4 +48,4 @@ async def test_every_family_with_prompts_cut_into_chunks(
         layout.check(engine)
         assert await generate_all(engine, prompts, greedy(32)) == expected
         assert [(await generate_all(engine, [prompt], greedy(32)))[0] for prompt in prompts] == expected
-        assert_idle(engine)
+        await assert_idle(engine)

@@ -29,7 +29,7 @@ async def test_prompt_logprobs(name: str, tiny_models: TinyModels) -> None:
     settings: dict[str, Any] = {"num_blocks_override": 512, "max_num_batched_tokens": 24}
     async with running_engine(folder, **LAYOUTS[name].settings, **settings) as served:
         answers = await asyncio.gather(*(outputs_of(served.engine, prompt, params) for prompt in prompts))
-        assert_idle(served.engine)
+        await assert_idle(served.engine)
     for prompt, outputs in zip(prompts, answers, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
@@ -65,4 +65,4 @@ async def test_grammars_hold_while_requests_are_preempted(tiny_models: TinyModel
         assert len(set(texts)) > 1
         assert engine.scheduler.num_preemptions > 0
         grammars.close()
-        assert_idle(engine)
+        await assert_idle(engine)

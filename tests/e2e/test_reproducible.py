@@ -43,7 +43,7 @@ async def test_a_seed_decides_whatever_else_runs(name: str, tiny_models: TinyMod
         await asyncio.gather(*others)
         assert crowded == alone
         assert await generate(engine, prompt, replace(SAMPLED, seed=8)) != alone[0]
-        assert_idle(engine)
+        await assert_idle(engine)
 
 
 @pytest.mark.parametrize("policy", [OverloadPolicy.RECOMPUTE, OverloadPolicy.QUEUE])
@@ -66,7 +66,7 @@ async def test_scarce_memory_changes_no_token(name: str, policy: OverloadPolicy,
         assert sum(group.num_blocks for group in engine.groups) < 12 * 8  # each request needs 7 to 9 in the end
         assert await run(engine) == expected
         assert (engine.scheduler.num_preemptions > 0) is (policy is OverloadPolicy.RECOMPUTE)
-        assert_idle(engine)
+        await assert_idle(engine)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -103,7 +103,7 @@ async def test_streams_that_are_cut_at_random_leave_nothing_behind(name: str, ti
         async with asyncio.TaskGroup() as tasks:
             for i in range(200):
                 tasks.create_task(leave_early(rng.randrange(30)) if i % 3 == 0 else stay())
-        assert_idle(engine)
+        await assert_idle(engine)
 
 
 async def test_a_request_aborted_before_it_ran_never_runs(tiny_models: TinyModels) -> None:
@@ -116,4 +116,4 @@ async def test_a_request_aborted_before_it_ran_never_runs(tiny_models: TinyModel
         outputs = [[output async for output in stream] for stream in streams]
         assert outputs == [[Output(finish_reason=FinishReason.ABORT)]] * 3
         assert (await generate_all(engine, [random_prompt(9)], greedy(9)))[0]
-        assert_idle(engine)
+        await assert_idle(engine)

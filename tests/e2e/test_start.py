@@ -37,7 +37,7 @@ async def test_a_model_too_large_for_a_device_starts_as_chains(tiny_models: Tiny
         async with running_engine(folder, devices, load_format="dummy", **settings) as served:
             assert [len(group.stages) for group in served.engine.groups] == lengths
             generated = await generate_all(served.engine, prompts, greedy(24))
-            assert_idle(served.engine)
+            await assert_idle(served.engine)
             return generated
 
     assert await tokens("cpu:4", 40, [2, 2]) == await tokens("cpu:1", 100, [1])

@@ -107,6 +107,7 @@ async def scripted_engine(
     num_stages: int = 1,
     chunks_per_layer: int = 2,
     max_num_batched_tokens: int = 64,
+    num_ahead: int = 0,
     max_num_queued_reqs: int = 100,
     stall_s: float = 60.0,
     tokenizer: Tokenizer | None = None,
@@ -125,7 +126,7 @@ async def scripted_engine(
             stages.append(Stage(len(memories) - 1, *layers, pool))
         groups.append(Group(group_id, tuple(stages), BLOCK_SIZE))
     executor = ScriptedExecutor()
-    limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=64)
+    limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=64, num_ahead=num_ahead)
     engine = Engine(
         MODEL,
         ServingLimits(MODEL.max_position_embeddings, max_num_queued_reqs, stall_s),

@@ -42,6 +42,28 @@ def test_follows_the_grammar(tokenizer: LLTokenizer) -> None:
             second.accept(ord("x"))
 
 
+def test_the_mask_after_the_next_token_waits_for_it(tokenizer: LLTokenizer) -> None:
+    with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as device:
+        constraint = GrammarConstraint(LLMatcher(tokenizer, LLMatcher.grammar_from_regex("ab(c|d)e")), 300, threads)
+        assert allowed(constraint) == {ord("a")}
+        waiting = device.submit(constraint.next_mask())
+        assert not waiting.done()
+        constraint.accept(ord("a"))
+        words = waiting.result(5)
+        assert words is not None and np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0].tolist() == [
+            98
+        ]
+        left = device.submit(constraint.next_mask())
+        constraint.close()
+        assert left.result(5) is None  # nobody needs it any more
+        last = device.submit(constraint.next_mask())
+        with pytest.raises(EngineError, match="does not allow token"):
+            constraint.accept(ord("x"))
+        constraint.close()
+        assert last.result(5) is None
+        constraint.close()  # again: nothing happens
+
+
 def test_begins_after_the_reasoning(tokenizer: LLTokenizer) -> None:
     with ThreadPoolExecutor(1) as threads:
         matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex("ab"))

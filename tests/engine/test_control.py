@@ -54,6 +54,7 @@ async def until_launched(checked: Checked, num_groups: int = 2) -> None:
         if checked.control._tasks:
             await asyncio.wait(set(checked.control._tasks))
     await checked.settled()
+    await checked.until_no_step_runs()
     checked.assert_idle()
 
 

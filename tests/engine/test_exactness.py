@@ -30,10 +30,11 @@ def undisturbed(tiny64: Path) -> tuple[list[Request], list[Answer]]:
     """64 requests, and what one device answers that has room for all of them."""
 
     async def ask() -> tuple[list[Request], list[Answer]]:
-        async with checked_engine(tiny64, "cpu:1", ROOMY) as checked:
+        async with checked_engine(tiny64, "cpu:1", ROOMY, async_scheduling=False) as checked:
             requests = make_requests(64, longest_prompt=20, most_tokens=9)
             requests = with_stop_strings(requests, await checked.answer_all(requests))
             answers = await checked.answer_all(requests)
+            await checked.until_no_step_runs()
             checked.assert_idle()
         return again(requests), answers
 

@@ -77,7 +77,7 @@ async def test_everything_at_random(tiny64: Path) -> None:
             if seed >= NUM_SEEDS and is_shown(checked, failures, num_left):
                 break
             requests = make_requests(NUM_REQUESTS, seed)
-            async with checked_engine(tiny64, "cpu:1", 4000) as undisturbed:
+            async with checked_engine(tiny64, "cpu:1", 4000, async_scheduling=False) as undisturbed:
                 expected = await undisturbed.answer_all(again(requests))
             failures.begin(0.01, random.Random(seed))
             asking = asyncio.create_task(ask_at_random(checked, again(requests), random.Random(seed)))

@@ -136,10 +136,16 @@ class Checked:
     async def undo_drops(self) -> None:
         """Restore, step by step, until the groups are as launched. Nothing may be running."""
         await self.settled()
+        await self.until_no_step_runs()
         while any(group.origin and group.origin.parts for group in self.engine.groups):
             await self.control.restore()
             await self.settled()
         self.assert_idle()
+
+    async def until_no_step_runs(self) -> None:
+        """Wait for steps that were planned before it was known that nobody needs them."""
+        while any(group.num_in_flight for group in self.engine.groups):
+            await self.engine.next_commit()
 
     def assert_idle(self) -> None:
         """No request is anywhere, every block is free, every chunk is where the grouping wants it."""

@@ -38,7 +38,7 @@ OPTIONS = CudaOptions((0, 0), torch.float32, BLOCK, 48, 8, memory_bytes=20 * GRA
 
 
 @asynccontextmanager
-async def serving(drivers: list[FakeCuda]) -> AsyncIterator[Engine]:
+async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[Engine]:
     """Two groups of one device each, that regroup when told to."""
     unopened = iter(drivers)
     machine = CudaMachine(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
@@ -58,7 +58,7 @@ async def serving(drivers: list[FakeCuda]) -> AsyncIterator[Engine]:
         stage = Stage(i, 0, MODEL.num_layers, BlockPool(memory.kv.num_blocks(0)))
         groups.append(Group(i, (stage,), BLOCK, origin=Origin((StageView(i, 0, MODEL.num_layers),))))
     executor, _ = machine.executor(memories, MAX_LEN)
-    scheduler = Scheduler(Limits(48, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    scheduler = Scheduler(Limits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
     engine = Engine(MODEL, ServingLimits(MAX_LEN, 64), scheduler, groups, memories, executor, None, metrics)
     reconfigure = Reconfigure(engine, chunks, source, Links())
@@ -73,7 +73,8 @@ async def serving(drivers: list[FakeCuda]) -> AsyncIterator[Engine]:
 
 async def generate(engine: Engine, i: int) -> tuple[int, ...]:
     temperature = 0.0 if i % 2 else 0.8
-    params = SamplingParams(max_tokens=60, temperature=temperature, seed=i, ignore_eos=True)
+    penalty = 0.5 * (i % 3 == 0)  # then tokens depend on those before, which the host does not know yet
+    params = SamplingParams(60, temperature=temperature, seed=i, ignore_eos=True, presence_penalty=penalty)
     prompt = [(7 * i + k) % 300 for k in range(3 + 9 * i)]
     tokens: tuple[int, ...] = ()
     async for output in engine.submit(Request(str(i), prompt, params)):
@@ -98,7 +99,7 @@ async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ..
 
 async def test_same_tokens_whatever_happens_underneath() -> None:
     drivers = [FakeCuda(), FakeCuda()]
-    async with serving(drivers) as engine:
+    async with serving(drivers, num_ahead=0) as engine:
         expected = await tokens_through(engine, regroup=False)
     async with serving(drivers := [FakeCuda(), FakeCuda()]) as engine:
         assert await tokens_through(engine, regroup=True) == expected
