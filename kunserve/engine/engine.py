@@ -278,10 +278,18 @@ class Engine:
         else:
             self._commit(group, batch, tokens)
             if self.mover is not None:
-                self.mover.stepped(group, self.now() - started)
+                self.mover.stepped(group, self._seconds_since(started, group))
         self._last_step_s = self.now()
         self.progress()
         self.wake()
+
+    def _seconds_since(self, launched: float, group: Group) -> float:
+        """How long the microbatch that comes back now was computed: not while it waited for those before it."""
+        now, before = self.now(), group.returned_s
+        begun = max(launched, before[0]) if len(before) == len(group.stages) else launched
+        before.append(now)
+        del before[: -len(group.stages)]
+        return now - begun
 
     def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
         """Account for a microbatch that has passed its chain, and publish its tokens."""

@@ -39,6 +39,7 @@ class Group:
     block_size: int
     running: list[Request] = field(default_factory=list)  # in order of admission
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
+    returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
     origin: Origin | None = None  # how it was launched or merged
     is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
