@@ -17,12 +17,12 @@ from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import StepInputs, fill_sampling
 from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output
-from kunserve.engine.stage import run_stage
+from kunserve.engine.stage import has_scored_rows, run_stage, sample_in_slices
 from kunserve.errors import EngineError
 from kunserve.gpu.cuda import CudaDevice
 from kunserve.gpu.cuda_stream import Launched
 from kunserve.model.cuda_decoder import CudaDecoder
-from kunserve.model.cuda_sampling import PendingTokens, launch_sample
+from kunserve.model.cuda_sampling import PendingTokens, launch_sample, sampled
 
 _Fed = Launched[PendingTokens] | None
 
@@ -72,10 +72,13 @@ class CudaExecutor(Executor):
 
         def work() -> Any:
             x = before.value if before else _feed(decoder, inputs, fed)
-            y = run_stage(decoder, stage, position, inputs, x)
-            if position + 1 < len(group.stages):
+            is_last = position + 1 == len(group.stages)
+            is_scored = is_last and has_scored_rows(inputs.sampling)
+            y = run_stage(decoder, stage, position, inputs, x, with_head=not is_scored)
+            if not is_last:
                 return y
-            return launch_sample(y, _rows(device, inputs, fed))
+            rows = _rows(device, inputs, fed)
+            return sampled(sample_in_slices(decoder, y, rows), y.device) if is_scored else launch_sample(y, rows)
 
         needed = before or fed
         return await device.launch(work, [needed.ready] if needed else ())
@@ -85,9 +88,9 @@ async def _fed(inputs: StepInputs) -> _Fed:
     """What the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
     if inputs.ahead_of is None:
         return None
-    sampled = asyncio.wrap_future(inputs.ahead_of)
-    await asyncio.wait([sampled])
-    return None if sampled.cancelled() else sampled.result()
+    pending = asyncio.wrap_future(inputs.ahead_of)
+    await asyncio.wait([pending])
+    return None if pending.cancelled() else pending.result()
 
 
 def _feed(decoder: CudaDecoder, inputs: StepInputs, fed: _Fed) -> Tensor:
@@ -102,9 +105,9 @@ def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[Samplin
     """Sampling rows. Waits for the tokens before only if a row depends on which they are."""
     if inputs.ahead_of is None or not any(reads_output(row.params) for row in inputs.sampling):
         return inputs.sampling
-    sampled: list[int] | None = None
+    token_ids: list[int] | None = None
     if fed is not None:
         device.driver.synchronize_event(fed.ready)
         with contextlib.suppress(EngineError):  # they cannot be sampled: their requests end with that
-            sampled = [token.token_id for token in fed.value.tokens()]
-    return fill_sampling(inputs.sampling, sampled)
+            token_ids = [token.token_id for token in fed.value.tokens()]
+    return fill_sampling(inputs.sampling, token_ids)

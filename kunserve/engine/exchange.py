@@ -17,7 +17,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.remap import Remap
 from kunserve.engine.request import Request
 from kunserve.errors import EngineError
-from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links, Priority
 from kunserve.planner.exchange import LayerMove, layer_moves
 from kunserve.planner.plan import ExchangePlan, KvMove
@@ -171,14 +171,10 @@ class Exchange:
             if not used or moving.request.finish_reason is not None:
                 return
             read, write = moving.tables[move.source][:used], moving.tables[move.destination][:used]
-
-            def work(layers: range = layers, read: list[int] = read, write: list[int] = write) -> None:
-                for layer in layers:
-                    copy_blocks(source.kv.layers[layer], read, target.kv.layers[layer], write)
-
+            copies = layer_copies(source.kv.layers, read, target.kv.layers, write, layers)
             num_bytes = layer_bytes * len(layers)
             async with self._links.turn(move.source, move.destination, Priority.KV, num_bytes):
-                await target.device.run_copy(work)
+                await target.device.copy(copies, source.device)
             self.num_bytes += num_bytes
 
     def _is_moving(self, moving: Moving) -> bool:

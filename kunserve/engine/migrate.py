@@ -15,7 +15,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import structlog
 
@@ -23,8 +22,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.policy import Freeness, pair_groups, remaining_steps, shortest_running
 from kunserve.engine.request import Request
-from kunserve.gpu.copies import copy_blocks
-from kunserve.gpu.kv_memory import KVMemory
+from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links, Priority
 
 log = structlog.get_logger()
@@ -196,10 +194,11 @@ class Migration:
             if not (m.is_wanted or m.request.is_moving):
                 return
             layers = range(first, min(first + num_layers, target.last_layer))
-            work = partial(_copy_layers, memories[source.device].kv, read, memories[target.device].kv, write, layers)
+            kv, target_kv = memories[source.device].kv.layers, memories[target.device].kv.layers
+            copies = layer_copies(kv, read, target_kv, write, layers)
             num_bytes = layer_bytes * len(layers)
             async with self._links.turn(source.device, target.device, Priority.KV, num_bytes):
-                await memories[target.device].device.run_copy(work)
+                await memories[target.device].device.copy(copies, memories[source.device].device)
             self.num_bytes += num_bytes
         m.num_copied = end
 
@@ -222,8 +221,3 @@ def _stage(group: Group) -> Stage:
     """The only one."""
     (stage,) = group.stages
     return stage
-
-
-def _copy_layers(source: KVMemory, read: list[int], target: KVMemory, write: list[int], layers: range) -> None:
-    for layer in layers:
-        copy_blocks(source.layers[layer], read, target.layers[layer], write)

@@ -22,7 +22,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError
-from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
 from kunserve.model.checkpoint import WeightSource
@@ -265,9 +265,9 @@ class Reconfigure:
     async def _copy_within(self, stage: Stage, moved: dict[int, int]) -> None:
         """Copy blocks to other ids, in all layers of a stage."""
         memory = self._engine.memories[stage.device]
+        kv = memory.kv.layers
         for layer in range(stage.first_layer, stage.last_layer) if moved else ():
-            kv = memory.kv.layers[layer]
-            await memory.device.run(partial(copy_blocks, kv, list(moved), kv, list(moved.values())))
+            await memory.device.copy(layer_copies(kv, list(moved), kv, list(moved.values()), [layer]))
 
     async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
         """Undo a restore before its split: drop what came, and give the chunks to KV again."""

@@ -12,17 +12,15 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import structlog
-import torch
 from torch import Tensor
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove
-from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.copies import BlockCopy, host_blocks
 from kunserve.gpu.links import HOST, Links, Priority
 from kunserve.gpu.queue import gather_all
 
@@ -149,10 +147,10 @@ class Swap:
         while first < stage.last_layer and move.request.finish_reason is None:
             num_layers = await self._grant(move.group, budget, layer_bytes, stage.last_layer - first)
             layers = range(first, first + num_layers)
-            copy = partial(_copy_out if move.is_out else _copy_in, memory.kv.layers, layers, ids, buffers)
+            copies = _copies(memory.kv.layers, layers, ids, buffers, is_out=move.is_out)
             async with self._links.turn(*ends, Priority.KV, num_layers * layer_bytes):
                 started = self._engine.now()
-                await memory.device.run_copy(copy)
+                await memory.device.copy(copies, is_to_host=move.is_out)
                 budget.copied(num_layers * layer_bytes, self._engine.now() - started)
             self.num_bytes += num_layers * layer_bytes
             first += num_layers
@@ -174,14 +172,15 @@ class Swap:
         self._engine.wake()
 
 
-def _copy_out(kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor]) -> None:
-    """Blocks `ids` of some layers into new host tensors. Blocking."""
+def _copies(
+    kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor], *, is_out: bool
+) -> list[BlockCopy]:
+    """Blocks `ids` of some layers into new host tensors, or back from those."""
+    copies = []
     for layer in layers:
-        index = torch.tensor(ids, device=kv[layer].device)
-        buffers[layer] = kv[layer].index_select(0, index).cpu()
-
-
-def _copy_in(kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor]) -> None:
-    """Some layers' host tensors into blocks `ids`. Blocking."""
-    for layer in layers:
-        copy_blocks(buffers[layer], range(len(ids)), kv[layer], ids)
+        if is_out:
+            buffers[layer] = host_blocks(len(ids), kv[layer])
+            copies.append(BlockCopy(kv[layer], ids, buffers[layer], range(len(ids))))
+        else:
+            copies.append(BlockCopy(buffers[layer], range(len(ids)), kv[layer], ids))
+    return copies

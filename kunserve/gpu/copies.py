@@ -1,18 +1,49 @@
-"""Copies of KV blocks between ranges, on one device or from device to device."""
+"""Copies of KV blocks: what is copied, for the `copy` of devices, and how where both ends can be reached directly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def copy_blocks(source: Tensor, source_ids: Sequence[int], destination: Tensor, destination_ids: Sequence[int]) -> None:
-    """Copy blocks of one layer: `destination[destination_ids] = source[source_ids]`. Only named blocks are touched.
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Blocks of one layer: `destination[destination_ids] = source[source_ids]`; no block is in both.
 
-    source, destination: (num_blocks, ...) of the same block shape and dtype. Blocking; run it on a copy queue.
+    source, destination: (num_blocks, ...) of the same block shape and dtype, on a device or in host memory.
     """
-    read = torch.tensor(source_ids, device=source.device)
-    write = torch.tensor(destination_ids, device=destination.device)
-    destination.index_copy_(0, write, source.index_select(0, read).to(destination.device))
+
+    source: Tensor
+    source_ids: Sequence[int]
+    destination: Tensor
+    destination_ids: Sequence[int]
+
+    def gather(self) -> Tensor:
+        """The blocks one after the other: (B, ...) where the source is."""
+        return self.source.index_select(0, torch.tensor(self.source_ids, device=self.source.device))
+
+    def scatter(self, blocks: Tensor) -> None:
+        """Put blocks (B, ...) where they belong. Only named blocks are touched."""
+        ids = torch.tensor(self.destination_ids, device=self.destination.device)
+        self.destination.index_copy_(0, ids, blocks.to(self.destination.device))
+
+
+def copy_blocks(copies: Iterable[BlockCopy]) -> None:
+    """Copy from wherever to wherever this thread can reach. Blocking; run it on a copy queue."""
+    for copy in copies:
+        copy.scatter(copy.gather())
+
+
+def layer_copies(
+    source: Sequence[Tensor], read: Sequence[int], target: Sequence[Tensor], write: Sequence[int], layers: Iterable[int]
+) -> list[BlockCopy]:
+    """The same blocks of several layers; source and target: KV of all layers of a device."""
+    return [BlockCopy(source[layer], read, target[layer], write) for layer in layers]
+
+
+def host_blocks(num_blocks: int, kv: Tensor) -> Tensor:
+    """Room in host memory for blocks of `kv` (N, ...): (num_blocks, ...), pinned if a GPU will copy them."""
+    return torch.empty(num_blocks, *kv.shape[1:], dtype=kv.dtype, pin_memory=kv.is_cuda)

@@ -11,14 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kunserve.errors import ConfigError, DeviceError
+from kunserve.gpu.copies import BlockCopy, copy_blocks
+from kunserve.gpu.cuda_copy import copy_between
 from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
+from kunserve.gpu.device import Device
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 
@@ -131,6 +135,18 @@ class CudaDevice:
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
         return await self.copy_in.run(work)
+
+    async def copy(
+        self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
+    ) -> None:
+        """See `Device.copy`."""
+        if is_to_host:
+            await self.copy_out.run(partial(copy_blocks, copies))
+        elif source is None:
+            await self.copy_in.run(partial(copy_blocks, copies))
+        else:
+            assert isinstance(source, CudaDevice)
+            await copy_between(source, self, copies)
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""

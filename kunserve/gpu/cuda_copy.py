@@ -1,17 +1,39 @@
-"""Bytes from one CUDA device to another: directly where GPUs reach each other, through pinned host memory elsewhere."""
+"""From one CUDA device to another: directly where GPUs reach each other, through pinned host memory elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kunserve.gpu.cuda import CudaDevice
+from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
+
+if TYPE_CHECKING:
+    from kunserve.gpu.cuda import CudaDevice
 
 SLICE_BYTES = 8 << 20
 NUM_BUFFERS = 2  # one filled while the other is emptied
+
+
+async def copy_between(source: CudaDevice, target: CudaDevice, copies: Sequence[BlockCopy]) -> None:
+    """Copy blocks: on one GPU at once, else gathered on the one, taken over as a whole, and put down on the other."""
+    if source.driver.ordinal == target.driver.ordinal:
+        await target.peer.run(partial(copy_blocks, copies))
+        return
+    blocks = await source.copy_out.run(lambda: torch.cat([copy.gather() for copy in copies]))
+    arrived = await target.copy_in.run(lambda: torch.empty_like(blocks, device=target.torch_device))
+    await transfer(source, blocks, target, arrived)
+
+    def put_down() -> None:
+        pieces = torch.split(arrived, [len(copy.source_ids) for copy in copies])
+        for copy, piece in zip(copies, pieces, strict=True):
+            copy.scatter(piece)
+
+    await target.copy_in.run(put_down)
 
 
 async def transfer(

@@ -5,6 +5,7 @@ are named by their index. Virtual addresses are reserved apart and get chunks ma
 reserved range stays valid whatever is mapped, and only mapped parts of it may be touched.
 
 Work is submitted to two queues, each in order: `run` for compute, `run_copy` for transfers that overlap with it.
+`copy` moves blocks between devices, and to and from the host, in whatever way the hardware has.
 Three implementations pass one contract test: host (memfd and mmap), null (counts only), cuda (cuMem*).
 """
 
@@ -15,6 +16,8 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from kunserve.gpu.copies import BlockCopy
 
 T = TypeVar("T")
 
@@ -50,6 +53,15 @@ class Device(Protocol):
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """Run `work` on the copy queue, beside compute; returns when the copied bytes are there."""
+
+    async def copy(
+        self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
+    ) -> None:
+        """Copy blocks beside compute; returns when they are there. Nobody else touches them meanwhile.
+
+        They come from `source`, a device of the same kind, or from this one or host memory if that is None; they go to
+        this device, or with `is_to_host` from it to host memory.
+        """
 
     def close(self) -> None:
         """End the queues and release all memory. Idempotent."""

@@ -11,12 +11,15 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kunserve.errors import ConfigError, DeviceError
+from kunserve.gpu.copies import BlockCopy, copy_blocks
+from kunserve.gpu.device import Device
 from kunserve.gpu.queue import WorkQueue
 
 T = TypeVar("T")
@@ -137,6 +140,12 @@ class HostDevice:
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
         return await self._copy.run(work)
+
+    async def copy(
+        self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
+    ) -> None:
+        """See `Device.copy`: all devices' memory, and the host's, is one address space."""
+        await self.run_copy(partial(copy_blocks, copies))
 
     def close(self) -> None:
         """See `Device.close`."""

@@ -7,12 +7,15 @@ runs on the real ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kunserve.errors import DeviceError
+from kunserve.gpu.copies import BlockCopy, copy_blocks
+from kunserve.gpu.device import Device
 
 T = TypeVar("T")
 
@@ -76,6 +79,12 @@ class NullDevice:
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
         return work()
+
+    async def copy(
+        self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
+    ) -> None:
+        """See `Device.copy`: there are no bytes."""
+        await self.run_copy(partial(copy_blocks, copies))
 
     def close(self) -> None:
         """See `Device.close`."""

@@ -38,7 +38,14 @@ class CudaDecoder(Decoder):
 
     @torch.inference_mode()
     def forward(
-        self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch, sampled_rows: Tensor
+        self,
+        first_layer: int,
+        last_layer: int,
+        x: Tensor,
+        batch: AttentionBatch,
+        sampled_rows: Tensor,
+        *,
+        with_head: bool = True,
     ) -> Tensor:
         """As `Decoder.forward`, with `batch`, `sampled_rows` and token ids on the host; hidden states on any GPU.
 
@@ -54,8 +61,9 @@ class CudaDecoder(Decoder):
         x = self._token_ids(x) if first_layer == 0 else self._here(x)
         buffers.mark_written()
         if graphs is None or bucket is None:
-            return super().forward(first_layer, last_layer, x, planned, rows)
-        return self._replay(graphs, bucket, first_layer, last_layer, x, planned, rows)
+            return super().forward(first_layer, last_layer, x, planned, rows, with_head=with_head)
+        y = self._replay(graphs, bucket, first_layer, last_layer, x, planned, rows)
+        return self.logits(y) if with_head and last_layer == self._config.num_layers else y
 
     def feed(self, token_ids: Tensor) -> None:
         """Remember sampled ids (R,), of any GPU: the next step may name them before the host knows them."""
@@ -89,8 +97,7 @@ class CudaDecoder(Decoder):
                 work()
         if last_layer < self._config.num_layers:
             return hidden[:num_rows].clone()  # the next step changes `hidden` while the next stage still reads this
-        x = self._ops.rms_norm(hidden[sampled_rows], self._norm, self._config.rms_norm_eps)
-        return self._ops.linear(x, self._head)
+        return hidden[sampled_rows]
 
     def _token_ids(self, x: Tensor) -> Tensor:
         """Ids (T,) from the host, with the device's own put in where the host did not know them."""

@@ -48,9 +48,7 @@ def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
     """Choose one token per row of logits (R, V), as `sample` does, on the current stream."""
     device = logits.device
     if not all(map(_is_plain, rows)):
-        known = tuple(sample(logits, rows))
-        ids = torch.tensor([token.token_id for token in known], dtype=torch.int64)
-        return PendingTokens(ids.to(device, non_blocking=True), ids, known)
+        return sampled(sample(logits, rows), device)
     ids = logits.argmax(-1)
     is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
     if any(row.params.temperature > 0 for row in rows):
@@ -61,6 +59,12 @@ def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
     on_host = torch.empty(result.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     on_host.copy_(result, non_blocking=True)
     return PendingTokens(ids, on_host)
+
+
+def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingTokens:
+    """Tokens that the host knows already, for a step on `device` that is fed with them."""
+    ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
+    return PendingTokens(ids.to(device, non_blocking=True), ids, tuple(tokens))
 
 
 def _is_plain(row: SamplingRow) -> bool:

@@ -72,24 +72,28 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch, sampled_rows: Tensor
+        self,
+        first_layer: int,
+        last_layer: int,
+        x: Tensor,
+        batch: AttentionBatch,
+        sampled_rows: Tensor,
+        *,
+        with_head: bool = True,
     ) -> Tensor:
         """Run layers `[first_layer, last_layer)`, with the embedding before layer 0 and the head after the last.
 
         x: token ids (T,) int32 if `first_layer` is 0, else hidden states (T, H).
-        Returns hidden states (T, H), or after the last layer the logits of `sampled_rows`: (R, V).
+        Returns hidden states (T, H), or after the last layer the logits of `sampled_rows`: (R, V); without the head
+        what `logits` takes: (R, H).
         """
-        x = self.hidden(first_layer, last_layer, x, batch)
-        return x if last_layer < self._config.num_layers else self.logits(x[sampled_rows])
-
-    @torch.inference_mode()
-    def hidden(self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
-        """As `forward` without the head: hidden states (T, H)."""
         if first_layer == 0:
             x = self._ops.embed(x, self._embed)
         for layer in range(first_layer, last_layer):
             x = self._layer(self._layers[layer], self._kv[layer], x, batch)
-        return x
+        if last_layer < self._config.num_layers:
+            return x
+        return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:

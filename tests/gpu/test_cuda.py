@@ -21,6 +21,7 @@ from test_device_contract import (  # noqa: F401  collected here too, with this 
 
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu import cuda, cuda_driver
+from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
 from kunserve.gpu.cuda import (
     CudaDevice,
     budget_bytes,
@@ -344,6 +345,29 @@ async def test_transfer_between_gpus(reachable: bool) -> None:
     assert drivers[0].reaches(min(source._mapped)) == ((0, 1) if reachable else (0,))
     source.close()
     target.close()
+    assert all(driver.is_clean() for driver in drivers)
+
+
+@pytest.mark.parametrize("kind", ["one GPU", "peers", "staged"])
+async def test_blocks_are_copied_between_devices_and_to_the_host(kind: str) -> None:
+    ordinals, is_peer = ((0, 0) if kind == "one GPU" else (0, 1)), kind == "peers"
+    drivers = [FakeCuda(o, reachable=[0, 1] if is_peer else []) for o in ordinals]
+    source, target = open_cuda_devices(drivers, 2, CHUNK)
+    kv = []
+    for device in (source, target):
+        device.map(device.reserve(2 * CHUNK), [1, 0])
+        kv.append(device.tensor(min(device._mapped), 2 * CHUNK).view(torch.float32).view(2, 32, -1))  # two layers
+        kv[-1].zero_()
+    kv[0].copy_(torch.arange(32)[None, :, None] + torch.tensor([0, 100])[:, None, None])
+    await target.copy(layer_copies(list(kv[0]), [3, 30], list(kv[1]), [31, 2], range(2)), source)
+    assert [kv[1][layer, [31, 2], -1].tolist() for layer in range(2)] == [[3, 30], [103, 130]]
+    assert int(kv[1].count_nonzero()) == 4 * kv[1].shape[-1]  # nothing else was touched
+    host = host_blocks(2, kv[1][1])
+    await target.copy([BlockCopy(kv[1][1], [2, 31], host, range(2))], is_to_host=True)
+    await target.copy([BlockCopy(host, range(2), kv[1][0], [7, 8])])
+    assert kv[1][0, [7, 8], 0].tolist() == [130, 103]
+    for device in (source, target):
+        device.close()
     assert all(driver.is_clean() for driver in drivers)
 
 

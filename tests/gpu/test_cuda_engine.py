@@ -110,12 +110,21 @@ async def test_same_tokens_whatever_happens_underneath() -> None:
     assert all(driver.calls["unmap"] > 0 and driver.calls["create"] == driver.calls["release"] for driver in drivers)
 
 
+async def test_prompts_are_scored() -> None:
+    async with serving([FakeCuda(), FakeCuda()]) as engine:
+        params = SamplingParams(3, temperature=0, num_prompt_logprobs=0, presence_penalty=0.5, ignore_eos=True)
+        prompt = [(7 * k) % 300 for k in range(90)]  # in two steps, each in two slices
+        outputs = [output async for output in engine.submit(Request("r", prompt, params))]
+        assert [scored.token_id for scored in outputs[0].prompt_logprobs] == prompt[1:]
+        assert len([token for output in outputs for token in output.token_ids]) == 3
+
+
 async def test_a_step_that_fails_ends_its_requests_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving([FakeCuda(), FakeCuda()]) as engine:
         expected = await generate(engine, 1)
         assert isinstance(engine.executor, CudaExecutor)
         for decoder in engine.executor.decoders:
-            monkeypatch.setattr(decoder, "forward", lambda *_: 1 // 0)
+            monkeypatch.setattr(decoder, "forward", lambda *_, **__: 1 // 0)
         with pytest.raises(Exception, match="a step failed"):
             await generate(engine, 1)
         monkeypatch.undo()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kunserve.errors import DeviceError
-from kunserve.gpu.copies import copy_blocks
+from kunserve.gpu.copies import BlockCopy
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host import HostDevice
 from kunserve.gpu.kv_memory import KVShape
@@ -152,11 +152,11 @@ async def test_copies_touch_only_the_named_blocks() -> None:
         read, write = source.kv.layers[1], target.kv.layers[3]
         read[:num_blocks] = torch.arange(num_blocks, dtype=torch.float32)[:, None, None, None, None] + 1
         write[:num_blocks] = 0
-        await devices[1].run_copy(lambda: copy_blocks(read, [2, 0], write, [1, 3]))
+        await devices[1].copy([BlockCopy(read, [2, 0], write, [1, 3])], devices[0])
         firsts = write[:num_blocks, 0, 0, 0, 0].tolist()
         assert firsts == [0, 3, 0, 1] + [0] * (num_blocks - 4)
         assert all(bool((write[i] == write[i, 0, 0, 0, 0]).all()) for i in range(num_blocks))
-        await devices[0].run(lambda: copy_blocks(read, [0], read, [3]))  # on one device
+        await devices[0].copy([BlockCopy(read, [0], read, [3])])  # on one device
         assert read[:4, 0, 0, 0, 0].tolist() == [1, 2, 3, 1]
     finally:
         await asyncio.gather(*(asyncio.to_thread(device.close) for device in devices))
