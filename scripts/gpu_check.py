@@ -12,6 +12,7 @@ import datetime
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -117,8 +118,28 @@ def sanitizer(bench: Bench) -> dict[str, Any]:
     return {"clean": done.returncode == 0, "summary": summary[-1].strip() if summary else done.stdout[-300:]}
 
 
-def run_parts(parts: dict[str, Part], budget_s: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run parts one after the other; what fails or finds no time is recorded as that."""
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError("stopped: its time was over")
+
+
+def run_parts(
+    parts: dict[str, Part], budget_s: float, say: Callable[[str], None], limit_s: float = 470.0
+) -> dict[str, Any]:
+    """Run parts one after the other; what fails or finds no time is recorded as that.
+
+    None begins after `budget_s`, and what still runs after `limit_s` is stopped.
+    """
+    before = signal.signal(signal.SIGALRM, _out_of_time)
+    try:
+        return _run_parts(parts, budget_s, limit_s, say)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _run_parts(
+    parts: dict[str, Part], budget_s: float, limit_s: float, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     results: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
@@ -127,11 +148,14 @@ def run_parts(parts: dict[str, Part], budget_s: float, say: Callable[[str], None
             results[name] = {"skipped": f"no time left: {budget_s:.0f} s are over"}
             continue
         say(f"{name} ...")
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, started + limit_s - begun))
         try:
             results[name] = part()
         except Exception as error:
             traceback.print_exc()
             results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         results[name]["seconds"] = round(time.perf_counter() - begun, 2)
         say(f"{name}: {json.dumps(results[name], default=str)}")
     return results

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,17 @@ def test_a_part_that_fails_does_not_end_the_rest(capsys: pytest.CaptureFixture[s
     assert "ZeroDivisionError" in results["bad"]["failed"] and results["good"]["ok"]
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert "no time left" in gpu_check.run_parts(parts, -1.0, lambda line: None)["good"]["skipped"]
+
+
+def test_a_part_that_takes_too_long_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    parts: dict[str, gpu_check.Part] = {
+        "slow": lambda: {"x": time.sleep(600)},
+        "serving": lambda: asyncio.run(asyncio.sleep(600, {})),
+        "good": lambda: {"ok": True},
+    }
+    results = gpu_check.run_parts(parts, 100.0, lambda line: None, limit_s=0.05)
+    assert all("its time was over" in results[name]["failed"] for name in ("slow", "serving"))
+    assert results["good"]["ok"] and capsys.readouterr().err.count("Traceback") >= 2
 
 
 PARTS: dict[str, Any] = {
