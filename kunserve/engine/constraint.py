@@ -26,6 +26,7 @@ class GrammarConstraint:
         self._begins_after = begins_after
         self._mask: Future[NDArray[np.uint32]] | None = None
         self._next: Future[TokenMask] | None = None  # somebody will need the mask after the next `accept`
+        self._is_finished = begins_after is None and matcher.is_stopped()
 
     def copy(self) -> GrammarConstraint:
         """Another request's, at the same place."""
@@ -47,7 +48,8 @@ class GrammarConstraint:
     def accept(self, token_id: int) -> None:
         """See `Constraint.accept`."""
         self._accept(token_id)
-        if self._next is not None and not self.is_finished:
+        self._is_finished = self._begins_after is None and self._matcher.is_stopped()  # before a thread has it again
+        if self._next is not None and not self._is_finished:
             self._next.set_result(self.mask())
             self._next = None
 
@@ -71,7 +73,7 @@ class GrammarConstraint:
     @property
     def is_finished(self) -> bool:
         """See `Constraint.is_finished`."""
-        return self._begins_after is None and self._matcher.is_stopped()
+        return self._is_finished
 
     def _compute(self) -> NDArray[np.uint32]:
         words = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)

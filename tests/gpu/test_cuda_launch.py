@@ -72,6 +72,12 @@ async def serving(folder: Path, seen: list[tuple[str, float]] | None = None, **s
         await served.close()
 
 
+async def until_settled(served: Served) -> None:
+    """Wait until no transition is under way."""
+    while tasks := served.control._tasks:
+        await asyncio.wait(set(tasks))
+
+
 def prompt(i: int) -> list[int]:
     return [3 + (7 * i + k) % (VOCAB_SIZE - 3) for k in range(4 + 9 * i)]
 
@@ -94,13 +100,11 @@ async def test_from_the_flags_to_tokens_through_drop_and_restore(
             await engine.next_commit()
         await engine.drop()
         assert [len(group.stages) for group in engine.groups] == [2]
-        while served.control.reconfigure.current is not None:
-            await engine.next_commit()
+        await until_settled(served)
         await engine.restore()
         assert [len(group.stages) for group in engine.groups] == [1, 1]
         assert await asyncio.gather(*streams) == expected
-        while served.control.reconfigure.current is not None:
-            await asyncio.sleep(0)
+        await until_settled(served)
         await assert_idle(engine)
 
 
@@ -141,7 +145,8 @@ async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[Fake
 async def test_what_cannot_be_is_said_in_one_line(
     tiny: Path, drivers: list[FakeCuda], settings: dict[str, Any], message: str
 ) -> None:
-    config = EngineConfig(str(tiny), **{"devices": parse_devices("cuda:0*2"), "dtype": "float32"} | settings)
+    flags: dict[str, Any] = {"devices": parse_devices("cuda:0*2"), "dtype": "float32"}
+    config = EngineConfig(str(tiny), **flags | settings)
     with pytest.raises(ConfigError, match=message) as error:
         await launch(config, "tiny", lambda text, share: None)
     assert "\n" not in error.value.message
