@@ -82,15 +82,15 @@ class Feed:
         if len(self._viewers) >= MAX_VIEWERS:
             raise OverloadedError(f"{MAX_VIEWERS} viewers are watching already.", retry_after_s=5)
         stream, viewer = EventStream(request, timeout_s=5.0), _Viewer(request, asyncio.Event())
+        if not self._viewers:
+            self._rates = Rates(self._metrics)
+            self._sent = self._look()
         try:
             await stream.open()
-            if not self._viewers:
-                self._rates = Rates(self._metrics)
-                self._sent = self._look()
             self._viewers.add(viewer)
-            await request.writer.write(_event("snapshot", self._sent))
             if self._ticker is None:
                 self._ticker = asyncio.create_task(self._run(), name="feed")
+            await request.writer.write(_event("snapshot", self._sent))  # in the buffer before any delta
             await viewer.over.wait()
             await stream.close()
         except ConnectionError:

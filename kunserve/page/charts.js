@@ -84,10 +84,10 @@ class Chart {
       legend: { show: false },
       padding: [16, 16, 0, 0],
       cursor: { sync: { key: "kunserve" }, y: false, drag: { x: false, y: false }, points: { size: 7 } },
-      scales: { x: { time: false, range: () => this.owner.range() }, y: { range: (_, low, high) => [0, niceTop(high)] } },
+      scales: { x: { time: false, range: () => this.owner.range() }, y: { range: (_, low, high) => [0, niceTop(high, this.spec.show === seconds ? 1 : 10)] } },
       axes: [
         { ...axis, incrs: [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600], values: (_, splits) => splits.map(clock) },
-        { ...axis, size: 46, space: 36, values: (_, splits) => splits.map(this.spec.show === seconds ? axisSeconds : count) },
+        { ...axis, size: 46, space: 36, values: (_, splits) => splits.map(this.spec.show === seconds ? axisSeconds : axisCount) },
       ],
       series: [{}, ...this.spec.series.map((series) => ({
         stroke: colour(series.colour), width: series.width ?? 1.5, dash: DASHES[series.dash],
@@ -132,13 +132,14 @@ class Chart {
   }
 }
 
-/** The top of an axis: at least 1, and not so near that a line runs along it. */
-function niceTop(high) {
-  if (!(high > 0)) return 1;
+/** The top of an axis: not so near that a line runs along it. */
+function niceTop(high, empty) {
+  if (!(high > 0)) return empty;
   const step = 10 ** Math.floor(Math.log10(high)) / 2;
   return Math.ceil((high * 1.05) / step) * step;
 }
 
+const axisCount = (value) => (Number.isInteger(value) ? count(value) : "");
 const axisSeconds = (value) => (value === 0 ? "0" : `${Number(value.toPrecision(3))} s`);
 
 function x(plot, mark, at) {

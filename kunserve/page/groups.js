@@ -40,6 +40,7 @@ export class Groups {
       this.lanes.appendChild(lane);
       this.parts.set(id, { text, flow, running });
     }
+    this.lanes.classList.toggle("many", this.parts.size > 3);
     this.lanes.style.minHeight = `${this.lanes.offsetHeight}px`; // so that what is below does not jump up
     if (this.shape !== null) slide(this.lanes, before);
     this.shape = shape;

@@ -22,6 +22,7 @@ const allowBurst = startBurst();
 /** Draw once per picture of the screen, however many updates came. */
 function draw() {
   isDue = false;
+  byId("main").hidden = false;
   view.show(frame);
   allowBurst(frame.has_admin);
 }

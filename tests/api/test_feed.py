@@ -203,3 +203,8 @@ async def test_rates() -> None:
         metrics.inter_token(0.25)
         assert again.at(9.1)["gap_s"] == 0.25 == again.at(11.0)["gap_s"]
         assert "gap_s" not in again.at(11.2)
+
+
+async def test_a_state_that_cannot_be_seen_is_an_error_not_a_broken_stream() -> None:
+    async with watched(Scene({})) as (client, _):
+        assert (await error_of(await client.get(URL)))["code"] == 500

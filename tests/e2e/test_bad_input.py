@@ -181,7 +181,7 @@ async def test_fields_of_the_wrong_type_or_out_of_range(tiny_server: ServerProce
 
 async def test_routes_and_methods_that_are_not_there(tiny_server: ServerProcess) -> None:
     async with bystander(tiny_server) as session:
-        for path in ("/", "/v1", "/v1/nothing", "/v1/models/gpt-4", "/../../etc/passwd", "/%00"):
+        for path in ("/page", "/v1", "/v1/nothing", "/v1/models/gpt-4", "/../../etc/passwd", "/%00"):
             async with session.get(path) as response:
                 check_error(response.status, await response.read(), 404)
         async with session.get(COMPLETIONS) as response:
