@@ -5,7 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from kunserve.api.access import bearer, is_key
-from kunserve.api.context import API, json_response, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, json_response
 from kunserve.api.fields import Fields, is_int_list, wrong_type
 from kunserve.errors import ForbiddenError, UnauthorizedError
 
@@ -34,7 +35,7 @@ async def restore(request: web.Request) -> web.Response:
 async def _groups(request: web.Request) -> list[int] | None:
     if not request.can_read_body:
         return None
-    groups = Fields(await read_json(request, request.app[API].settings)).any("groups")
+    groups = await read_body(request, request.app[API], lambda values: Fields(values).any("groups"))
     if groups is None:
         return None
     if not is_int_list(groups):

@@ -11,12 +11,13 @@ from aiohttp import web
 from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
-from kunserve.api.context import API, choose_request_id, json_response, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, choose_request_id, json_response
 from kunserve.api.conversation import prepare
 from kunserve.api.fields import Fields, wrong_type
 from kunserve.api.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
 from kunserve.api.prompts import tokenize_chat
-from kunserve.api.protocol import GenerationCall, read_chat
+from kunserve.api.protocol import ChatCall, GenerationCall, read_chat
 from kunserve.engine.request import FinishReason, Output
 from kunserve.errors import InvalidRequestError, KunServeError
 
@@ -252,9 +253,12 @@ async def messages(request: web.Request) -> web.StreamResponse:
     """The route of /v1/messages."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    values = await read_json(request, api.settings)
-    Fields(values).required("max_tokens")
-    call = read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
+
+    def read(values: dict[str, Any]) -> ChatCall:
+        Fields(values).required("max_tokens")
+        return read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
+
+    call = await read_body(request, api, read)
     owner = owner_of(request, call.generation.user)
     talk = await prepare(api, call, owner)
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
@@ -266,6 +270,6 @@ async def messages(request: web.Request) -> web.StreamResponse:
 async def count_tokens(request: web.Request) -> web.Response:
     """The route of /v1/messages/count_tokens."""
     api = request.app[API]
-    values = await read_json(request, api.settings)
-    call = read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
+    vocab_size = api.tokenizer.vocab_size
+    call = await read_body(request, api, lambda values: read_chat(chat_values(values), api.model, vocab_size))
     return json_response({"input_tokens": len((await tokenize_chat(api, call)).ids)})

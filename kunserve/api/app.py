@@ -38,6 +38,7 @@ from kunserve.api.page import PAGE, page_files, show_page
 from kunserve.api.responses import responses
 from kunserve.api.sse import send_response
 from kunserve.api.structured import Grammars
+from kunserve.api.turns import Turns
 from kunserve.errors import KunServeError
 from kunserve.metrics import Metrics
 
@@ -104,8 +105,8 @@ def create_app(
     )
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
     admission = Admission(backend.waiting, metrics, settings)
-    serials = itertools.count()
-    app[API] = Api(backend, tokenizer, chat_template, model, metrics, settings, threads, admission, grammars, serials)
+    shared = (settings, threads, Turns(), admission, grammars, itertools.count())
+    app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()
     app[PAGE] = page_files()

@@ -11,7 +11,8 @@ from aiohttp import web
 from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice
-from kunserve.api.context import API, choose_request_id, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, choose_request_id
 from kunserve.api.conversation import prepare
 from kunserve.api.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.protocol import read_chat
@@ -124,7 +125,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    call = read_chat(await read_json(request, api.settings), api.model, api.tokenizer.vocab_size)
+    call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
     generation = call.generation
     owner = owner_of(request, call.generation.user)
     talk = await prepare(api, call, owner)

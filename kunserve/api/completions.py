@@ -13,11 +13,12 @@ from kunserve.api.access import owner_of
 from kunserve.api.admission import estimated_tokens
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice, usage_json
-from kunserve.api.context import API, choose_request_id, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, choose_request_id
 from kunserve.api.conversation import compile_structure
-from kunserve.api.prompts import check_text, fit, tokenize
+from kunserve.api.prompts import fit, spell, tokenize
 from kunserve.api.protocol import read_completion
-from kunserve.engine.request import FinishReason, Output, TokenLogprobs
+from kunserve.engine.request import FinishReason, Output, SamplingParams, TokenLogprobs
 
 
 class CompletionFormat(AnswerFormat):
@@ -120,18 +121,18 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    call = read_completion(await read_json(request, api.settings), api.model, api.settings, api.tokenizer.vocab_size)
+    vocab_size = api.tokenizer.vocab_size
+    call = await read_body(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
     generation = call.generation
-    for prompt in call.prompts:
-        check_text(prompt, generation, api.model.max_model_len, "prompt")
     owner = owner_of(request, generation.user)
-    prompts = []
+    prompts: list[tuple[list[int], SamplingParams, str | None]] = []
     num_tokens = sum(map(estimated_tokens, call.prompts))
     with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens):
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
+        bad_words = await spell(api, generation.bad_words)
         constraint = await compile_structure(api, generation.structure, reasons=False)
     for prompt, whole in zip(call.prompts, tokenized, strict=True):
-        ids, params = fit(whole, generation, api, "prompt")
+        ids, params = fit(whole, generation, bad_words, api, "prompt")
         echo = None
         if call.echo:
             is_whole_text = isinstance(prompt, str) and len(ids) == len(whole)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 from aiohttp import web
@@ -16,7 +16,7 @@ from aiohttp import web
 from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.structured import Grammars
-from kunserve.errors import InvalidRequestError, PayloadTooLargeError, UnprocessableError
+from kunserve.api.turns import Turns
 from kunserve.metrics import Metrics
 
 T = TypeVar("T")
@@ -36,15 +36,18 @@ class Api:
     model: ModelInfo
     metrics: Metrics
     settings: ApiSettings
-    threads: ThreadPoolExecutor  # for the text that would hold up the event loop
+    threads: ThreadPoolExecutor  # for what would hold up the event loop
+    turns: Turns
     admission: Admission
     grammars: Grammars | None
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
         """Result of `work` on so much text: here if it is short, else on a thread."""
-        if num_chars <= self.settings.inline_chars:
-            return work()
+        return work() if num_chars <= self.settings.inline_chars else await self.on_thread(work)
+
+    async def on_thread(self, work: Callable[[], T]) -> T:
+        """Result of `work`, which takes too long for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
 
@@ -67,31 +70,6 @@ def choose_request_id(request: web.Request, from_body: str | None) -> str:
 async def echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """Give every answer the id of its request (an aiohttp on_response_prepare signal)."""
     response.headers[_REQUEST_ID_HEADER] = request.get(REQUEST_ID, "")
-
-
-async def read_json(request: web.Request, settings: ApiSettings) -> dict[str, Any]:
-    """The JSON object in the body. 413 beyond the bound, 400 if it is no JSON or does not come in time."""
-    too_large = PayloadTooLargeError(f"The body is larger than {settings.max_body_bytes} bytes.")
-    if (request.content_length or 0) > settings.max_body_bytes:
-        raise too_large  # before the first byte is read
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise InvalidRequestError("Compressed bodies are not supported.")
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            body = await request.read()
-    except TimeoutError:
-        raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
-    except web.RequestPayloadError:
-        raise InvalidRequestError("The body is not what its headers say.") from None
-    try:
-        values = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UnprocessableError("The body must be a JSON object.")
-    return values
 
 
 def json_response(value: object) -> web.Response:

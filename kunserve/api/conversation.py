@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kunserve.api.admission import estimated_tokens
 from kunserve.api.context import Api
-from kunserve.api.prompts import ChatPrompt, fit, tokenize_chat
+from kunserve.api.prompts import ChatPrompt, fit, spell, tokenize_chat
 from kunserve.api.protocol import ChatCall
 from kunserve.api.reasoning import MessageParser, ThinkSplitter
 from kunserve.api.structured import Structure
@@ -41,7 +40,8 @@ async def prepare(api: Api, call: ChatCall, owner: str) -> Conversation:
         think = _splitter(api, prompt)
         structure = call.generation.structure or call.tools.structure
         constraint = await compile_structure(api, structure, reasons=think is not None)
-    ids, params = fit(prompt.ids, call.generation, api, "messages")
+        bad_words = await spell(api, call.generation.bad_words)
+    ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
     if call.tools.mode == "auto" and api.settings.tool_call_parser in _SHOWS_SPECIAL_TOKENS:
         params = replace(params, skip_special_tokens=False)
 
@@ -60,9 +60,7 @@ async def compile_structure(api: Api, structure: Structure | None, reasons: bool
     grammars = api.grammars
     if grammars is None:
         raise InvalidRequestError(f"`{structure.param}` is not supported by this server.", param=structure.param)
-    return await asyncio.get_running_loop().run_in_executor(
-        api.threads, lambda: grammars.compile(structure, reasons=reasons)
-    )
+    return await api.on_thread(lambda: grammars.compile(structure, reasons=reasons))
 
 
 def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | None:

@@ -10,6 +10,8 @@ from kunserve.api.backend import Backend
 from kunserve.engine.request import Output, Request
 from kunserve.errors import EngineError
 
+SUBMITS_A_ROUND = 64  # of the event loop: 2 ms
+
 
 async def _next(stream: AsyncIterator[Output]) -> Output:
     async for output in stream:
@@ -51,6 +53,8 @@ async def submitted(backend: Backend, requests: Sequence[Request]) -> AsyncItera
     try:
         for request in requests:
             streams.append(backend.submit(request))
+            if len(streams) % SUBMITS_A_ROUND == 0:
+                await asyncio.sleep(0)
         yield outputs
     finally:
         for request in requests[: len(streams)]:

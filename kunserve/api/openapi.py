@@ -50,7 +50,7 @@ GENERATION: dict[str, Schema] = {
     "seed": _integer(),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+    "repetition_penalty": _number(0.01, 100),
     "logit_bias": {"type": "object", "additionalProperties": _number(-100, 100)},
     "stop": _any_of(STRING, STRINGS),
     "stop_token_ids": TOKEN_IDS,

@@ -9,11 +9,12 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.backend import ModelInfo
-from kunserve.api.context import API, json_response, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, json_response
 from kunserve.api.fields import Fields, is_int_list, wrong_type
 from kunserve.api.openapi import openapi_document
 from kunserve.api.prompts import tokenize, tokenize_chat
-from kunserve.api.protocol import check_token_ids, read_chat, read_model
+from kunserve.api.protocol import ChatCall, check_token_ids, read_chat, read_model
 from kunserve.errors import NotFoundError, OverloadedError
 
 
@@ -83,18 +84,24 @@ async def show_model(request: web.Request) -> web.Response:
 async def tokenize_text(request: web.Request) -> web.Response:
     """POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
     api = request.app[API]
-    values = await read_json(request, api.settings)
-    fields = Fields(values)
-    if fields.any("messages") is not None:
-        tokens = (await tokenize_chat(api, read_chat(values, api.model, api.tokenizer.vocab_size))).ids
-    else:
+
+    def read(values: dict[str, Any]) -> tuple[ChatCall | str, bool, bool]:
+        fields = Fields(values)
+        wants = (fields.boolean("add_special_tokens", True), fields.boolean("return_token_strs"))
+        if fields.any("messages") is not None:
+            return read_chat(values, api.model, api.tokenizer.vocab_size), *wants
         read_model(fields, api.model)
         fields.required("prompt")
-        prompt = fields.string("prompt", "")
-        [tokens] = await tokenize(api, [prompt], fields.boolean("add_special_tokens", True))
+        return fields.string("prompt", ""), *wants
+
+    asked, add_special_tokens, wants_strings = await read_body(request, api, read)
+    if isinstance(asked, ChatCall):
+        tokens = (await tokenize_chat(api, asked)).ids
+    else:
+        [tokens] = await tokenize(api, [asked], add_special_tokens)
     strings = None
-    if fields.boolean("return_token_strs"):
-        strings = [api.tokenizer.token_text(token) for token in tokens]
+    if wants_strings:
+        strings = await api.offload(len(tokens), lambda: list(map(api.tokenizer.token_text, tokens)))
     answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": tokens}
     return json_response({**answer, "token_strs": strings})
 
@@ -102,11 +109,16 @@ async def tokenize_text(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: {tokens} to {prompt}, special tokens included."""
     api = request.app[API]
-    fields = Fields(await read_json(request, api.settings))
-    read_model(fields, api.model)
-    tokens = fields.required("tokens")
-    if not is_int_list(tokens):
-        wrong_type("tokens", "a list of token ids", tokens)
-    check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
+
+    def read(values: dict[str, Any]) -> list[int]:
+        fields = Fields(values)
+        read_model(fields, api.model)
+        tokens = fields.required("tokens")
+        if not is_int_list(tokens):
+            wrong_type("tokens", "a list of token ids", tokens)
+        check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
+        return tokens
+
+    tokens = await read_body(request, api, read)
     text = await api.offload(len(tokens), lambda: api.tokenizer.decode(tokens, skip_special_tokens=False))
     return json_response({"prompt": text})

@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kunserve.api.context import Api
-from kunserve.api.protocol import ChatCall, GenerationCall, Prompt, check_token_ids
+from kunserve.api.protocol import ChatCall, GenerationCall, Prompt, check_text, too_long
 from kunserve.engine.request import SamplingParams
 from kunserve.errors import InvalidRequestError
 
-# No vocabulary we know has a longer token (runs of blanks reach 128), so longer text is too long without
-# tokenizing it: a 100 ms answer instead of seconds of a thread.
-MAX_TOKEN_CHARS = 256
+CALL_CHARS = 64  # a call or a message costs as much as so many characters
 ENDING_CHARS = 64  # enough to see whether the template has opened or closed the reasoning
-
-
-def _too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
-    return InvalidRequestError(f"This model's maximum context length is {max_model_len} tokens; {what}.", param=param)
 
 
 async def tokenize(api: Api, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
@@ -26,7 +20,7 @@ async def tokenize(api: Api, prompts: Sequence[Prompt], add_special_tokens: bool
     def encode(prompt: Prompt) -> list[int]:
         return api.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
 
-    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    num_chars = sum(len(prompt) + CALL_CHARS for prompt in prompts if isinstance(prompt, str))
     return await api.offload(num_chars, lambda: [encode(prompt) for prompt in prompts])
 
 
@@ -52,7 +46,9 @@ async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
         check_text(text, call.generation, api.model.max_model_len, "messages")
         return ChatPrompt(api.tokenizer.encode(text, call.generation.add_special_tokens), text[-ENDING_CHARS:])
 
-    num_chars = sum(len(message["content"] or "") for message in call.messages)
+    num_chars = sum(len(message["content"] or "") + CALL_CHARS for message in call.messages)
+    if call.tools.definitions:
+        return await api.on_thread(encode)  # of any size
     return await api.offload(num_chars, encode)
 
 
@@ -66,18 +62,12 @@ def _until_final_message(text: str, content: str | None) -> str:
     return text[: place + len(final)]
 
 
-def check_text(text: Prompt, call: GenerationCall, max_model_len: int, param: str) -> None:
-    """Refuse text (or ids) that cannot fit whatever its tokens are, before any work on it."""
-    longest = max_model_len * MAX_TOKEN_CHARS if isinstance(text, str) else max_model_len
-    if len(text) > longest and call.truncate_prompt_tokens is None:
-        unit = "characters" if isinstance(text, str) else "tokens"
-        raise _too_long(f"the prompt has {len(text)} {unit}", param, max_model_len)
-
-
-def fit(ids: list[int], call: GenerationCall, api: Api, param: str) -> tuple[list[int], SamplingParams]:
+def fit(
+    ids: list[int], call: GenerationCall, bad_words: tuple[tuple[int, ...], ...], api: Api, param: str
+) -> tuple[list[int], SamplingParams]:
     """The tokens to compute and how many may follow.
 
-    Raises InvalidRequestError if prompt and max_tokens together exceed the model, or an id its vocabulary.
+    Raises InvalidRequestError if prompt and max_tokens together exceed the model.
     """
     max_model_len = api.model.max_model_len
     if call.truncate_prompt_tokens is not None:
@@ -86,21 +76,20 @@ def fit(ids: list[int], call: GenerationCall, api: Api, param: str) -> tuple[lis
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param=param)
     room = max_model_len - len(ids)
     if room < 1:
-        raise _too_long(f"the prompt has {len(ids)} and needs room for one more", param, max_model_len)
-    check_token_ids(ids, api.tokenizer.vocab_size, param)
+        raise too_long(f"the prompt has {len(ids)} and needs room for one more", param, max_model_len)
     max_tokens = call.params.max_tokens
     if max_tokens > room and call.has_max_tokens:
         what = f"the prompt has {len(ids)} and `max_tokens` asks for {max_tokens} more"
-        raise _too_long(what, "max_tokens", max_model_len)
+        raise too_long(what, "max_tokens", max_model_len)
     max_tokens = min(max_tokens, room)
-    bad_words = tuple(dict.fromkeys(word for text in call.bad_words for word in _spellings(api, text)))
     if call.params.min_tokens > max_tokens:
         text = f"`min_tokens` must be at most the {max_tokens} tokens that may be generated."
         raise InvalidRequestError(text, param="min_tokens")
     return ids, replace(call.params, max_tokens=max_tokens, bad_words=bad_words)
 
 
-def _spellings(api: Api, word: str) -> list[tuple[int, ...]]:
-    """Tokens of a word at the beginning of a text, and after a blank."""
-    texts = (word.lstrip(), " " + word.lstrip())
-    return [tuple(ids) for text in texts if (ids := api.tokenizer.encode(text, add_special_tokens=False))]
+async def spell(api: Api, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token sequences of words: at the beginning of a text, and after a blank."""
+    texts = [blank + word.lstrip() for word in words for blank in ("", " ")]
+    spelt = await tokenize(api, texts, add_special_tokens=False)
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelt if ids))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kunserve.api.backend import ApiSettings, ModelInfo
-from kunserve.api.fields import INT64_MAX, Fields, is_int_list, is_str_list, wrong_type, wrong_value
+from kunserve.api.fields import INT64_MAX, Fields, is_int_list, is_str_list, pieces, wrong_type, wrong_value
 from kunserve.api.messages import read_messages
 from kunserve.api.structured import Structure, read_structure
 from kunserve.api.tools import Tools, read_tools
@@ -19,6 +19,9 @@ MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_USER_CHARS = 256
+# No vocabulary we know has a longer token (runs of blanks reach 128), so longer text is too long without
+# tokenizing it: a 100 ms answer instead of seconds of a thread.
+MAX_TOKEN_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
 
 Prompt = str | list[int]
@@ -140,10 +143,24 @@ def _read_bad_words(fields: Fields) -> tuple[str, ...]:
 
 def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
     """Raise InvalidRequestError unless all of `ids` are in the vocabulary."""
-    for token_id in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= token_id < vocab_size:
-            text = f"`{param}` has token id {token_id}, out of the vocabulary of {vocab_size}."
-            raise InvalidRequestError(text, param=param)
+    for piece in pieces(ids):
+        for token_id in (min(piece), max(piece)):
+            if not 0 <= token_id < vocab_size:
+                text = f"`{param}` has token id {token_id}, out of the vocabulary of {vocab_size}."
+                raise InvalidRequestError(text, param=param)
+
+
+def check_text(text: Prompt, call: GenerationCall, max_model_len: int, param: str) -> None:
+    """Refuse text (or ids) that cannot fit whatever its tokens are, before any work on it."""
+    longest = max_model_len * MAX_TOKEN_CHARS if isinstance(text, str) else max_model_len
+    if len(text) > longest and call.truncate_prompt_tokens is None:
+        unit = "characters" if isinstance(text, str) else "tokens"
+        raise too_long(f"the prompt has {len(text)} {unit}", param, max_model_len)
+
+
+def too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
+    """The error for what does not fit the model."""
+    return InvalidRequestError(f"This model's maximum context length is {max_model_len} tokens; {what}.", param=param)
 
 
 def _read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
@@ -178,7 +195,7 @@ def _read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, voca
         seed=_read_seed(fields),
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.0, above_low=True),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100.0),
         logit_bias=_read_logit_bias(fields, vocab_size),
         stop=_read_stop(fields),
         stop_token_ids=frozenset(_read_token_ids(fields, "stop_token_ids", vocab_size) or ()),
@@ -205,6 +222,13 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise InvalidRequestError("`prompt_logprobs` is not supported together with `stream`.", param="prompt_logprobs")
 
 
+def _check_restrictions(params: SamplingParams, structure: Structure | None) -> None:
+    """One restriction may leave nothing of another."""
+    if structure is not None and params.allowed_token_ids is not None:
+        text = f"`{structure.param}` and `allowed_token_ids` exclude each other."
+        raise InvalidRequestError(text, param="allowed_token_ids")
+
+
 def _read_generation(
     fields: Fields,
     model: ModelInfo,
@@ -215,6 +239,8 @@ def _read_generation(
     _refuse_unsupported(fields)
     options = fields.object("stream_options")
     include_usage = options.boolean("include_usage")
+    structure = read_structure(fields)
+    _check_restrictions(params, structure)
     room = model.max_model_len - (params.max_tokens if has_max_tokens else 1)
     return GenerationCall(
         model=read_model(fields, model),
@@ -230,7 +256,7 @@ def _read_generation(
         priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
         request_id=fields.string("request_id", None),
         bad_words=_read_bad_words(fields),
-        structure=read_structure(fields),
+        structure=structure,
         prompt_logprobs=params.num_prompt_logprobs,
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids"),
         user=fields.string("safety_identifier", fields.string("user", ""))[:MAX_USER_CHARS],
@@ -262,6 +288,10 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
     if len(prompts) * generation.n > settings.max_sequences:
         text = f"`prompt` times `n` must be at most {settings.max_sequences} sequences."
         raise InvalidRequestError(text, param="prompt")
+    for prompt in prompts:
+        check_text(prompt, generation, model.max_model_len, "prompt")
+        if isinstance(prompt, list):
+            check_token_ids(prompt, vocab_size, "prompt")
     return CompletionCall(generation, prompts, echo, is_echo_only=asked == 0)
 
 

@@ -11,11 +11,12 @@ from aiohttp import web
 from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
-from kunserve.api.context import API, choose_request_id, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, choose_request_id
 from kunserve.api.conversation import prepare
 from kunserve.api.fields import Fields, wrong_type
 from kunserve.api.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
-from kunserve.api.protocol import GenerationCall, read_chat
+from kunserve.api.protocol import ChatCall, GenerationCall, read_chat
 from kunserve.engine.request import FinishReason, Output
 from kunserve.errors import InvalidRequestError, KunServeError
 
@@ -270,8 +271,11 @@ async def responses(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    values = await read_json(request, api.settings)
-    call = read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
+
+    def read(values: dict[str, Any]) -> tuple[dict[str, Any], ChatCall]:
+        return values, read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
+
+    values, call = await read_body(request, api, read)
     owner = owner_of(request, call.generation.user)
     talk = await prepare(api, call, owner)
     answer_id = f"resp_{choose_request_id(request, call.generation.request_id)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from kunserve.errors import ConfigError, InvalidRequestError
 from kunserve.model.hf_config import read_json
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the devices' cores
+
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+SHORT_CHARS = 1000
 SPACE_MARK = "▁"  # SentencePiece's space
 
 
@@ -96,12 +100,14 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens that are written out in it count as such. Raises InvalidRequestError."""
         try:
+            if len(text) > SHORT_CHARS:  # only this one lets go of the GIL; it is faster, too
+                return self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self._core.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequestError("the text is not valid Unicode (a lone surrogate)") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing. Keeps the GIL."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:

@@ -110,6 +110,7 @@ def test_nulls_and_unknown_fields_ask_for_nothing() -> None:
         ("presence_penalty", 2.1, 400),
         ("frequency_penalty", -2.1, 400),
         ("repetition_penalty", 0, 400),
+        ("repetition_penalty", 1e-300, 400),
         ("logit_bias", [], 422),
         ("logit_bias", {"x": 1}, 400),
         ("logit_bias", {"128": 1}, 400),

@@ -78,6 +78,7 @@ async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -
         ({"structured_outputs": {"json": {"$ref": "#/nowhere"}}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
         ({"structured_outputs": {"grammar": "start"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [98]}, "allowed_token_ids"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
     ],
 )
