@@ -16,7 +16,9 @@ from aiohttp import web
 from kunserve.api.errors import error_response
 from kunserve.errors import ConfigError, OverloadedError
 
-BACKLOG = 1024
+BACKLOG = 4096  # connections of a burst that wait to be accepted; beyond, clients try again after a second
+# libuv accepts one connection in each round of the loop: while a step's tokens are sent, a burst would wait for seconds.
+ACCEPTS_A_ROUND = 8
 LOADING = OverloadedError("The server is loading its model.", retry_after_s=5)
 
 
@@ -38,7 +40,8 @@ class Listener:
 
     async def serve(self, runner: web.BaseRunner) -> None:
         """Let `runner`, which is set up, take connections until it is cleaned up."""
-        await web.SockSite(runner, self._socket.dup(), ssl_context=self._ssl_context, backlog=BACKLOG).start()
+        for _ in range(ACCEPTS_A_ROUND):
+            await web.SockSite(runner, self._socket.dup(), ssl_context=self._ssl_context, backlog=BACKLOG).start()
 
     def close(self) -> None:
         """Refuse connections from now on."""

@@ -36,6 +36,8 @@ from kunserve.summary import Summary, log_summary
 log = structlog.get_logger()
 
 HEARTBEAT_S = 0.01
+# For so long may a thread keep the GIL while others wait: the event loop asks for it again after each system call.
+GIL_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,7 @@ async def serve(config: ServerConfig) -> None:
 async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
     """Serve what is loaded until `stop`; then drain. Closes the engine."""
     engine = served.engine
+    sys.setswitchinterval(GIL_SWITCH_S)
     gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
         await engine.start()
