@@ -17,7 +17,7 @@ from kunserve.api.errors import error_response
 from kunserve.errors import ConfigError, OverloadedError
 
 BACKLOG = 4096  # connections of a burst that wait to be accepted; beyond, clients try again after a second
-# libuv accepts one connection in each round of the loop: while a step's tokens are sent, a burst would wait for seconds.
+# libuv accepts one connection in a round of the loop: while tokens are sent, a burst would wait for seconds.
 ACCEPTS_A_ROUND = 8
 LOADING = OverloadedError("The server is loading its model.", retry_after_s=5)
 

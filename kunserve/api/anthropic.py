@@ -47,6 +47,7 @@ def chat_values(values: dict[str, Any]) -> dict[str, Any]:
     chat = {name: value for name, value in values.items() if name not in _OWN}
     chat["messages"] = _messages(fields)
     chat["max_tokens"] = values.get("max_tokens")
+    chat["response_format"] = _response_format(fields.object("output_config").object("format"))
     chat["stop"] = fields.any("stop_sequences")
     chat["user"] = fields.object("metadata").any("user_id")
     kwargs = dict(fields.mapping("chat_template_kwargs"))
@@ -64,6 +65,15 @@ def chat_values(values: dict[str, Any]) -> dict[str, Any]:
             chat["tool_choice"] = other
     chat["parallel_tool_calls"] = not choice.boolean("disable_parallel_tool_use")
     return chat
+
+
+def _response_format(form: Fields) -> dict[str, Any] | None:
+    """What the answer must be: a schema or nothing."""
+    if (kind := form.string("type", None)) is None:
+        return None
+    if kind != "json_schema":
+        raise InvalidRequestError("`output_config.format` must have type json_schema.", param="output_config.format")
+    return {"type": "json_schema", "json_schema": {"schema": form.required("schema")}}
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:

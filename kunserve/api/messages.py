@@ -9,6 +9,8 @@ import orjson
 from kunserve.api.fields import Fields, wrong_type, wrong_value
 from kunserve.errors import InvalidRequestError
 
+_ROLES = {"developer": "system"}  # OpenAI's newer name, which no template knows
+
 
 def _content(content: object, param: str) -> str | None:
     """Text of a string, of null (an assistant that only called tools) or of a list of text parts."""
@@ -65,11 +67,13 @@ def read_messages(value: object) -> list[dict[str, Any]]:
         fields.required("role")
         message = {
             **item,
-            "role": fields.string("role", ""),
+            "role": _ROLES.get(role := fields.string("role", ""), role),
             "content": _content(item.get("content"), f"{param}.content"),
         }
-        if message["content"] is None and message["role"] != "assistant":
-            fields.required("content")
+        if message["content"] is None:
+            if message["role"] != "assistant":
+                fields.required("content")
+            message["content"] = ""  # as vLLM: templates add it to other text
         if item.get("tool_calls") is not None:
             message["tool_calls"] = _tool_calls(item["tool_calls"], f"{param}.tool_calls")
         messages.append(message)

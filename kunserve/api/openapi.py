@@ -142,6 +142,7 @@ MESSAGES = _fields(
     top_k=_integer(-1),
     stream=BOOLEAN,
     metadata=OBJECT,
+    output_config=_fields((), format=_fields(("type", "schema"), type={"const": "json_schema"}, schema=OBJECT)),
     **_ANTHROPIC,
 )
 COUNT_TOKENS = _fields(("messages",), **_ANTHROPIC)

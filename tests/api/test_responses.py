@@ -85,7 +85,7 @@ async def test_items_of_the_input() -> None:
         ]
         response = await client.post(URL, json={"input": items})
         assert response.status == 200, await response.text()
-    assert bytes(engine.requests[0].prompt_token_ids) == b"[s:d][u:q][a:None][t:noon]>"
+    assert bytes(engine.requests[0].prompt_token_ids) == b"[s:d][u:q][a:][t:noon]>"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 @pytest.fixture(scope="session")
 def smollm2_session_server() -> Iterator[ServerProcess]:
     arguments = ("--model", "smollm2-135m", "--devices", "cpu:2", "--device-memory", "730MiB")
-    with running_server(*arguments, "--max-model-len", "2048") as server:
+    with running_server(*arguments, "--max-model-len", "2048", "--tool-call-parser", "hermes") as server:
         yield server
 
 
