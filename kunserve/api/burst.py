@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from kunserve.api.admin import check_admin
-from kunserve.api.context import API, REQUEST_ID, Api, json_response, read_json
+from kunserve.api.body import read_body
+from kunserve.api.context import API, REQUEST_ID, Api, json_response
 from kunserve.api.fields import Fields
 from kunserve.api.generation import submitted
 from kunserve.engine.request import Request, SamplingParams
@@ -52,7 +53,8 @@ async def start_burst(request: web.Request) -> web.Response:
     """Run `{requests, rate, prompt_tokens, output_tokens}`; answers when the last request has ended."""
     check_admin(request)
     api, bursts = request.app[API], request.app[BURSTS]
-    burst = _read(Fields(await read_json(request, api.settings) if request.can_read_body else {}), api)
+    fields = await read_body(request, api, Fields) if request.can_read_body else Fields({})
+    burst = _read(fields, api)
     if bursts.is_running:
         raise ConflictError("A burst is under way.", retry_after_s=5)
     bursts.is_running = True
