@@ -1,0 +1,55 @@
+"""What the scripts that prove promises of the API count as kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import loop_holds
+import scrape_metrics
+import structured_output
+
+
+class Validator:
+    message = "no"
+
+    def iter_errors(self, value: object) -> list[Validator]:
+        return [] if value == {"a": 1} else [self]
+
+
+def test_schemas_are_nested_bounded_and_the_same_every_time() -> None:
+    schemas = structured_output.make_schemas(1)
+    assert schemas == structured_output.make_schemas(1) != structured_output.make_schemas(2)
+    assert len(schemas) == 20 and all(schema["additionalProperties"] is False for schema in schemas)
+
+    def check(schema: dict[str, Any]) -> None:
+        assert schema.get("type") != "string" or schema["maxLength"] < 20
+        assert schema.get("type") != "array" or schema["maxItems"] < 4
+        for inner in (*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])):
+            check(inner)
+
+    for schema in schemas:
+        check(schema)
+
+
+def test_an_answer_is_valid_if_it_ended_and_is_what_was_asked_for() -> None:
+    for content, reason, expected in (
+        ('{"a": 1}', "stop", True),
+        ('{"a": 2}', "stop", False),
+        ('{"a": 1}', "length", False),
+        ('{"a": 1', "stop", False),
+    ):
+        choice = {"message": {"content": content}, "finish_reason": reason}
+        assert structured_output.is_valid(choice, Validator()) is expected
+
+
+def test_a_scrape_tells_the_tokens() -> None:
+    text = b'# TYPE x counter\nvllm:generation_tokens_total{engine="0",model_name="m"} 42.0\n'
+    found = scrape_metrics.TOKENS.search(text)
+    assert found is not None and float(found[1]) == 42
+
+
+def test_holds_are_sorted_by_the_loops_own_time() -> None:
+    log = "PLACE a.py:1 f < b.py:2 g\nHELD 0.9 0.001 0.2\nHELD 0.05 0.04 0.04\nPLACE a.py:1 f < b.py:2 g\n"
+    held, places = loop_holds.worst_of(log)
+    assert held == [[0.05, 0.04, 0.04], [0.9, 0.001, 0.2]]
+    assert places == {"a.py:1 f < b.py:2 g": 2}
