@@ -109,19 +109,21 @@ class Recorder:
         ready = [(host_s, i, 0) for i, after in enumerate(self.num_done_at_launch) if after == 0]
         heapify(ready)
         left = [len(works) for works in self.works]
+        started, ended = [0.0] * len(left), [0.0] * len(left)
         while ready:
             at, i, place = heappop(ready)
             device, seconds = self.works[i][place]
+            if place == 0:
+                started[i] = at
             free[device] = end = max(at, free[device]) + seconds
-            left[i] -= 1
+            left[i], ended[i] = left[i] - 1, max(ended[i], end)
             if place + 1 < num_stages:
                 heappush(ready, (end, i, place + 1))
             elif place + 1 == num_stages:
                 for head in range(num_stages, len(self.works[i])):
                     heappush(ready, (end, i, head))
             if not left[i]:
-                ends = [free[d] for d, _ in self.works[i][num_stages - 1 :]]
-                done, active_s, now = done + 1, active_s + max(ends) - now, max(ends)
+                done, active_s, now = done + 1, active_s + ended[i] - max(now, started[i]), ended[i]
                 for j, after in enumerate(self.num_done_at_launch):
                     if after == done:
                         heappush(ready, (now + host_s, j, 0))
