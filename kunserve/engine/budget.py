@@ -32,7 +32,7 @@ class TokenBudget:
 
     def __init__(self, num_tokens: int, group: Group) -> None:
         self._num_tokens = num_tokens
-        num_decoding = sum(1 for r in group.running if r.num_output_tokens and is_schedulable(r))
+        num_decoding = sum(1 for r in group.running if _has_output(r) and is_schedulable(r))
         self._num_rows = max(1, -(-num_decoding // len(group.stages)))
 
     def fits(self, request: Request, num_tokens: int) -> int:
@@ -42,7 +42,7 @@ class TokenBudget:
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
         self._num_tokens -= num_tokens
-        self._num_rows -= _decodes(request, request.num_tokens - request.num_scheduled_tokens)
+        self._num_rows -= _decodes(request, _num_pending(request))
 
     @property
     def is_full(self) -> bool:
@@ -59,11 +59,8 @@ class TimeBudget:
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
         ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * lookahead.least_tokens)
-        decoding: list[Chunk] = []
-        prompts: list[Chunk] = []
-        for request in (*running, *ahead):
-            is_decoding = _decodes(request, request.num_tokens - request.num_computed_tokens)
-            (decoding if is_decoding else prompts).extend(_chunks(request))
+        decoding = [Chunk(r.num_expected_tokens - 1, 1, 1) for r in running if _decodes(r, _num_pending(r))]
+        prompts = [chunk for request in (*running, *ahead) for chunk in _prompt_chunks(request)]
         self._part = lookahead.part(decoding, prompts, len(group.stages))
 
     def fits(self, request: Request, num_tokens: int) -> int:
@@ -79,10 +76,10 @@ class TimeBudget:
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
         start, end = request.num_scheduled_tokens, request.num_scheduled_tokens + num_tokens
-        chunk = Chunk(start, num_tokens, int(end == request.num_tokens))
+        chunk = Chunk(start, num_tokens, int(end == request.num_expected_tokens))
         self._work = self._work.plus(chunk)
         self._num_tokens -= num_tokens
-        if _decodes(request, request.num_tokens - start):
+        if _decodes(request, _num_pending(request)):
             self._decode_s += self._lookahead.added_time(chunk)
 
     @property
@@ -98,16 +95,25 @@ def is_schedulable(request: Request) -> bool:
 
 
 def _decodes(request: Request, num_tokens: int) -> bool:
-    return num_tokens == 1 and request.num_output_tokens > 0
+    return num_tokens == 1 and _has_output(request)
 
 
-def _chunks(request: Request) -> Iterator[Chunk]:
-    """What is in flight of a request, and what could follow."""
-    computed, scheduled, end = request.num_computed_tokens, request.num_scheduled_tokens, request.num_tokens
-    if computed < scheduled:
-        yield Chunk(computed, scheduled - computed, int(scheduled == end))
-    if scheduled < end:
-        yield Chunk(scheduled, end - scheduled, 1)
+def _has_output(request: Request) -> bool:
+    """Whether it has a token to go on from, or one is being sampled."""
+    return request.num_expected_tokens > request.num_prompt_tokens
+
+
+def _num_pending(request: Request) -> int:
+    return request.num_expected_tokens - request.num_scheduled_tokens
+
+
+def _prompt_chunks(request: Request) -> Iterator[Chunk]:
+    """What is in flight of a request's input and what could follow; nothing of one that decodes."""
+    computed, scheduled, num_pending = request.num_computed_tokens, request.num_scheduled_tokens, _num_pending(request)
+    if scheduled - computed > request.num_in_flight:
+        yield Chunk(computed, scheduled - computed, int(num_pending <= 1))
+    if num_pending > 0 and not _decodes(request, num_pending):
+        yield Chunk(scheduled, num_pending, 1)
 
 
 def _admissible(group: Group, waiting: Iterable[Request], max_num_seqs: int, num_tokens: int) -> Iterator[Request]:

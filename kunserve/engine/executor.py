@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -89,7 +89,9 @@ class DeviceExecutor(Executor):
         half = (len(x) + 1) // 2
         shares = [(len(group.stages) - 1, slice(half)), (0, slice(half, None))]
         shared = await gather_all(
-            self._run(group, position, partial(run_head, self._decoders[group.stages[position].device], x, inputs, rows))
+            self._run(
+                group, position, partial(run_head, self._decoders[group.stages[position].device], x, inputs, rows)
+            )
             for position, rows in shares
         )
         tokens = [token for share in shared for token in share]
