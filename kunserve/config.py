@@ -36,6 +36,7 @@ class EngineConfig:
     max_num_queued_reqs: int = 1024
     async_scheduling: bool = True  # plan the next step while the current one runs
     pipeline_parallel_size: int | None = None
+    microbatching: str = "lookahead"  # of chains: equal predicted time; "tokens": equally many tokens
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     watermark: float = 0.0
     swap_space_bytes: int = 4 << 30  # of host memory, for the KV of requests that make way

@@ -75,6 +75,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         max_num_queued_reqs=args.max_num_queued_reqs,
         async_scheduling=args.async_scheduling,
         pipeline_parallel_size=args.pipeline_parallel_size,
+        microbatching=args.microbatching,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
         swap_space_bytes=parse_size(args.swap_space, "GiB"),
@@ -145,6 +146,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="plan the next step while the current one runs",
     )
     add("--pipeline-parallel-size", "-pp", type=int, metavar="S", help="devices of one chain (default: as few as fit)")
+    add(
+        "--microbatching",
+        choices=("lookahead", "tokens"),
+        default=defaults.microbatching,
+        help="of chains: parts of the backlog of equal predicted time, or of equally many tokens",
+    )
     add(
         "--overload-policy",
         choices=[str(policy) for policy in OverloadPolicy],

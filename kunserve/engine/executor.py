@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from kunserve.engine.group import Group, Stage
+from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs, step_inputs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.stage import run_head, run_last_layers, run_last_stage, run_stage
@@ -59,18 +59,19 @@ class DeviceExecutor(Executor):
     async def _run_alone(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         """On one device the queue keeps the order: what the microbatch before has sampled is there in time."""
         [stage] = group.stages
-        return await self._run(stage, partial(run_last_stage, self._decoders[stage.device], stage, 0, inputs, None))
+        return await self._run(group, 0, partial(run_last_stage, self._decoders[stage.device], stage, 0, inputs, None))
 
     async def _pass_chain(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
         x = await self._enter(group, inputs)
         *between, last = list(enumerate(group.stages))[1:]
         for position, stage in between:
-            x = await self._run(stage, partial(run_stage, self._decoders[stage.device], stage, position, inputs, x))
+            decoder = self._decoders[stage.device]
+            x = await self._run(group, position, partial(run_stage, decoder, stage, position, inputs, x))
         position, stage = last
         decoder = self._decoders[stage.device]
         if not self._shares_head or len(inputs.sampling) < 2:
-            return await self._run(stage, partial(run_last_stage, decoder, stage, position, inputs, x))
-        x = await self._run(stage, partial(run_last_layers, decoder, stage, position, inputs, x))
+            return await self._run(group, position, partial(run_last_stage, decoder, stage, position, inputs, x))
+        x = await self._run(group, position, partial(run_last_layers, decoder, stage, position, inputs, x))
         return await self._sample_at_both_ends(group, inputs, x)
 
     async def _enter(self, group: Group, inputs: StepInputs) -> Tensor:
@@ -80,19 +81,28 @@ class DeviceExecutor(Executor):
             if inputs.ahead_of is not None:
                 await asyncio.wait([asyncio.wrap_future(inputs.ahead_of)])
             work = partial(run_stage, self._decoders[stage.device], stage, 0, inputs, None)
-            running = asyncio.ensure_future(self._run(stage, work))  # queued before the next one enters
+            running = asyncio.ensure_future(self._run(group, 0, work))  # queued before the next one enters
         return await running
 
     async def _sample_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
         """Hidden states (R, H) after the last layer; the last stage, which is free now, takes the odd row."""
         half = (len(x) + 1) // 2
-        shares = [(group.stages[-1], slice(half)), (group.stages[0], slice(half, None))]
+        shares = [(len(group.stages) - 1, slice(half)), (0, slice(half, None))]
         shared = await gather_all(
-            self._run(stage, partial(run_head, self._decoders[stage.device], x, inputs, rows)) for stage, rows in shares
+            self._run(
+                group, position, partial(run_head, self._decoders[group.stages[position].device], x, inputs, rows)
+            )
+            for position, rows in shares
         )
         tokens = [token for share in shared for token in share]
         inputs.sampled.set_result([token.token_id for token in tokens])
         return tokens
 
-    def _run(self, stage: Stage, work: Callable[[], T]) -> Awaitable[T]:
-        return self._devices[stage.device].run(work)
+    async def _run(self, group: Group, position: int, work: Callable[[], T]) -> T:
+        """Work of one stage on its device; the group's occupancy shows it."""
+        now_s = asyncio.get_running_loop().time
+        group.occupancy.enter(position, now_s())
+        try:
+            return await self._devices[group.stages[position].device].run(work)
+        finally:
+            group.occupancy.leave(position, now_s())

@@ -29,7 +29,9 @@ from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
+from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import ModelShape, Origin, StageView
 
@@ -89,7 +91,15 @@ async def _launch_on(
     max_model_len = _max_model_len(files, config)
     tokenizer = await asyncio.to_thread(_tokenizer, files)
     engine, control = await assemble(
-        machine, files.config, config, served_name, max_model_len, weights, tokenizer, progress
+        machine,
+        files.config,
+        config,
+        served_name,
+        max_model_len,
+        weights,
+        tokenizer,
+        progress,
+        _lookahead(machine, files, config),
     )
     return Served(engine, control, files, tokenizer, engine.metrics, machine)
 
@@ -103,10 +113,12 @@ async def assemble(
     weights: Callable[[], WeightSource],
     tokenizer: Tokenizer | None,
     progress: Progress = lambda text, share: None,
+    lookahead: Lookahead | None = None,
 ) -> tuple[Engine, OverloadControl]:
     """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
 
-    `weights` is called once it is sure that they fit. ConfigError if that cannot be; the caller closes the machine.
+    `weights` is called once it is sure that they fit. `lookahead` forms the microbatches of chains; None: by tokens.
+    ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
     shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
@@ -133,6 +145,7 @@ async def assemble(
             Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling)),
             make_policy(config.overload_policy, config.watermark),
             _num_host_blocks(config, kv_shape, model),
+            lookahead,
         ),
         _groups(placement.groups, memories, config.block_size),
         memories,
@@ -153,6 +166,15 @@ async def assemble(
     elif config.overload_policy is OverloadPolicy.MIGRATE:
         engine.mover = Migration(engine, links)
     return engine, control
+
+
+def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> Lookahead | None:
+    """What forms the microbatches of chains; None: tokens are counted."""
+    if config.microbatching != "lookahead":
+        return None
+    cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
+    log.info("predicting microbatches", constants=source)
+    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens)
 
 
 def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:

@@ -5,15 +5,18 @@ The form is the paper's (KunServe, section 4.3): a chunk of c tokens after a pre
 request is a chunk of one token. Around the layers there are the embedding, the norm and head per sampled row, and
 what submitting a stage costs.
 
-One thing is added. On a roofline loading and multiplying overlap: a few rows cost no more than reading the weights.
-So the two are joined by a norm, `(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum,
-a large o is their maximum. Which o fits is found with the other constants (scripts/fit_cost_model.py).
+Two things are added, because decode needs them. A chunk reads the KV of all it attends to once, whatever its length:
+`k * (p+c)`. For a long chunk that is little beside `a`; a decoding row does nothing else (on a GPU, k is 20 times a).
+And reading weights and multiplying overlap: a few rows cost no more than reading. So the two are joined by a norm,
+`(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum, a large o is their maximum.
+Which o fits is found with the other constants (scripts/fit_cost_model.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from operator import add
 from typing import NamedTuple
 
 
@@ -28,10 +31,11 @@ class Chunk(NamedTuple):
 class Work(NamedTuple):
     """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
 
-    num_pairs: int = 0  # of a token and one it attends to
-    num_tokens: int = 0
-    num_chunks: int = 0
-    num_samples: int = 0
+    num_pairs: float = 0  # of a token and one it attends to
+    num_keys: float = 0  # tokens whose KV is read, chunk by chunk
+    num_tokens: float = 0
+    num_chunks: float = 0
+    num_samples: float = 0
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Work:
@@ -46,10 +50,19 @@ class Work(NamedTuple):
         prefix, c, num_samples = chunk
         return Work(
             self.num_pairs + prefix * c + (c * c + c) // 2,
+            self.num_keys + prefix + c,
             self.num_tokens + c,
             self.num_chunks + 1,
             self.num_samples + num_samples,
         )
+
+    def join(self, other: Work) -> Work:
+        """The work of both in one microbatch."""
+        return Work(*map(add, self, other))
+
+    def part(self, num_parts: int) -> Work:
+        """One of so many equal parts."""
+        return Work(*(amount / num_parts for amount in self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +70,24 @@ class CostModel:
     """Constants of one model on one kind of device, in seconds; none is negative."""
 
     pair_s: float  # a: one token attends to one other, in one layer
+    key_s: float  # k: a chunk reads the KV of one token, in one layer
     token_s: float  # b: one token through the matrices of a layer
     chunk_s: float  # g: one chunk in a layer, whatever its length
     load_s: float  # reading one layer's weights, once per microbatch
-    layer_s: float  # a layer that has nothing to read: launching its operations
     embed_token_s: float  # embedding of one token
     head_row_s: float  # norm and head of one sampled row
     head_load_s: float  # reading the head's weights, if a row is sampled
-    sample_s: float  # choosing one token from its logits
     stage_s: float  # a stage of a microbatch, whatever it holds
+    sample_s: float = 0.0  # choosing one token from its logits; a fit leaves it in head_row_s
     overlap: float = 1.0  # of loading and multiplying; 1: one after the other, large: the longer of both
 
     def layer_time(self, work: Work) -> float:
         """Seconds that one layer takes."""
         matrices = self._overlapped(self.load_s, self.token_s * work.num_tokens)
-        return matrices + self.pair_s * work.num_pairs + self.chunk_s * work.num_chunks + self.layer_s
+        attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
+        return matrices + attention + self.chunk_s * work.num_chunks
 
-    def head_time(self, num_samples: int) -> float:
+    def head_time(self, num_samples: float) -> float:
         """Seconds for norm, head and sampling of so many rows."""
         if num_samples == 0:
             return 0.0
@@ -92,6 +106,13 @@ class CostModel:
             ends += self.head_time(work.num_samples)
         return self.stage_s + ends + num_layers * self.layer_time(work)
 
+    def added_time(self, num_layers: int, chunk: Chunk) -> float:
+        """Seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
+        work = Work().plus(chunk)
+        attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
+        layer = attention + self.token_s * work.num_tokens + self.chunk_s
+        return num_layers * layer + (self.head_row_s + self.sample_s) * work.num_samples
+
     def to_dict(self) -> dict[str, float]:
         """The constants by name, for a file."""
         return asdict(self)
@@ -100,12 +121,13 @@ class CostModel:
     def from_dict(cls, values: Mapping[str, float]) -> CostModel:
         """Constants from a file. Raises ValueError that names what is missing, unknown or no sensible number."""
         known = {field.name for field in fields(cls)}
-        if wrong := set(values) ^ known:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if wrong := (set(values) - known) | (needed - set(values)):
             raise ValueError(f"{', '.join(sorted(wrong))}: missing or unknown among the constants of a cost model")
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} = {value!r}: must be a number, not negative")
-        if values["overlap"] < 1:
+        if values.get("overlap", 1.0) < 1:
             raise ValueError(f"overlap = {values['overlap']!r}: must be at least 1")
         return cls(**{name: float(value) for name, value in values.items()})
 
