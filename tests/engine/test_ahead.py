@@ -84,6 +84,7 @@ async def test_same_tokens_as_without(tiny64: Path, layout: str, num_blocks: int
                 max_num_batched_tokens=32,
                 is_pinned=True,
                 async_scheduling=is_ahead,
+                microbatching="tokens",  # smaller parts of prompts would fit into so few blocks
             ) as served:
                 json = served.tokenizer.to_json()
                 tokenizer = LLTokenizer(json, n_vocab=VOCAB_SIZE, eos_token=served.files.config.eos_token_ids[0])
