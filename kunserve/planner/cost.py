@@ -5,9 +5,11 @@ The form is the paper's (KunServe, section 4.3): a chunk of c tokens after a pre
 request is a chunk of one token. Around the layers there are the embedding, the norm and head per sampled row, and
 what submitting a stage costs.
 
-One thing is added. On a roofline loading and multiplying overlap: a few rows cost no more than reading the weights.
-So the two are joined by a norm, `(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum,
-a large o is their maximum. Which o fits is found with the other constants (scripts/fit_cost_model.py).
+Two things are added, because decode needs them. A chunk reads the KV of all it attends to once, whatever its length:
+`k * (p+c)`. For a long chunk that hides behind `a`; a decoding row does nothing else (on a GPU, k is 30 times a). And
+on a roofline reading weights and multiplying overlap: a few rows cost no more than reading. So the two are joined by a
+norm, `(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum, a large o is their maximum.
+Which o fits is found with the other constants (scripts/fit_cost_model.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Work(NamedTuple):
     """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
 
     num_pairs: int = 0  # of a token and one it attends to
+    num_keys: int = 0  # tokens whose KV is read, chunk by chunk
     num_tokens: int = 0
     num_chunks: int = 0
     num_samples: int = 0
@@ -46,6 +49,7 @@ class Work(NamedTuple):
         prefix, c, num_samples = chunk
         return Work(
             self.num_pairs + prefix * c + (c * c + c) // 2,
+            self.num_keys + prefix + c,
             self.num_tokens + c,
             self.num_chunks + 1,
             self.num_samples + num_samples,
@@ -57,10 +61,10 @@ class CostModel:
     """Constants of one model on one kind of device, in seconds; none is negative."""
 
     pair_s: float  # a: one token attends to one other, in one layer
+    key_s: float  # k: a chunk reads the KV of one token, in one layer
     token_s: float  # b: one token through the matrices of a layer
     chunk_s: float  # g: one chunk in a layer, whatever its length
     load_s: float  # reading one layer's weights, once per microbatch
-    layer_s: float  # a layer that has nothing to read: launching its operations
     embed_token_s: float  # embedding of one token
     head_row_s: float  # norm and head of one sampled row
     head_load_s: float  # reading the head's weights, if a row is sampled
@@ -71,7 +75,8 @@ class CostModel:
     def layer_time(self, work: Work) -> float:
         """Seconds that one layer takes."""
         matrices = self._overlapped(self.load_s, self.token_s * work.num_tokens)
-        return matrices + self.pair_s * work.num_pairs + self.chunk_s * work.num_chunks + self.layer_s
+        attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
+        return matrices + attention + self.chunk_s * work.num_chunks
 
     def head_time(self, num_samples: int) -> float:
         """Seconds for norm, head and sampling of so many rows."""
