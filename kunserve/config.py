@@ -35,6 +35,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
     pipeline_parallel_size: int | None = None
+    microbatching: str = "lookahead"  # of chains: equal predicted time; "tokens": equally many tokens
     overload_policy: OverloadPolicy = OverloadPolicy.DROP
     watermark: float = 0.0
     swap_space_bytes: int = 4 << 30  # of host memory, for the KV of requests that make way

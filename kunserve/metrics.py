@@ -56,6 +56,7 @@ class GroupStats:
 
     group_id: int
     num_stages: int
+    bubble_share: float = 0.0  # since the group was formed
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,9 @@ class _Gauges(Collector):
         yield self._gauge("kunserve:kv_pool_bytes", "Bytes of a device mapped for KV now.", pools)
         stages = [({"group": str(group.group_id)}, float(group.num_stages)) for group in stats.groups]
         yield self._gauge("kunserve:group_stages", "Devices in the chain of a group.", stages)
+        bubbles = [({"group": str(group.group_id)}, group.bubble_share) for group in stats.groups]
+        text = "Share of its busy time in which a stage of a chain waits for another, since the group was formed."
+        yield self._gauge("kunserve:bubble_share", text, bubbles)
         nothing: dict[str, str] = {}
         dropped = [(nothing, float(stats.weights_dropped_bytes))]
         yield self._gauge("kunserve:weights_dropped_bytes", "Bytes of weights that gave way to KV.", dropped)

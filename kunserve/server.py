@@ -72,6 +72,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         max_num_seqs=args.max_num_seqs,
         max_num_queued_reqs=args.max_num_queued_reqs,
         pipeline_parallel_size=args.pipeline_parallel_size,
+        microbatching=args.microbatching,
         overload_policy=OverloadPolicy(args.overload_policy),
         watermark=args.watermark,
         swap_space_bytes=parse_size(args.swap_space, "GiB"),
@@ -136,6 +137,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="running requests of one group")
     add("--max-num-queued-reqs", type=int, default=defaults.max_num_queued_reqs, help="waiting requests before 503")
     add("--pipeline-parallel-size", "-pp", type=int, metavar="S", help="devices of one chain (default: as few as fit)")
+    add(
+        "--microbatching",
+        choices=("lookahead", "tokens"),
+        default=defaults.microbatching,
+        help="of chains: parts of the backlog of equal predicted time, or of equally many tokens",
+    )
     add(
         "--overload-policy",
         choices=[str(policy) for policy in OverloadPolicy],

@@ -30,6 +30,7 @@ from kunserve.engine.request import Request, SamplingParams
 from kunserve.errors import ConfigError
 from kunserve.gpu.host import HostDevice
 from kunserve.log import set_up_logging
+from kunserve.model.costs import cost_file, cost_folder, device_kind, write_costs
 from kunserve.planner.cost import Chunk, CostModel, Work
 from kunserve.planner.cost_fit import Measurement, fit, relative_errors
 
@@ -119,8 +120,19 @@ async def measure_device(engine: Engine, device: int, trials: Sequence[Trial], u
     return [trial.measured(float(np.quantile(times, 0.25))) for trial, times in zip(trials, seconds, strict=True)]
 
 
-async def measure(args: argparse.Namespace) -> tuple[list[Measurement], list[Measurement], int]:
-    """Steps to fit to, steps held out, and how many devices ran at once."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Steps to fit to and steps held out, of one model on one kind of device."""
+
+    model: str
+    kind: str
+    num_devices: int  # that ran at once
+    steps: Sequence[Measurement]
+    held_out: Sequence[Measurement]
+
+
+async def measure(args: argparse.Namespace) -> Measured:
+    """Run the trials on all devices."""
     config = EngineConfig(
         model=args.model,
         devices=parse_devices(args.devices),
@@ -142,10 +154,12 @@ async def measure(args: argparse.Namespace) -> tuple[list[Measurement], list[Mea
     finally:
         await served.close()
     held_out = args.trials // 3
-    return (
+    return Measured(
+        served.files.name,
+        device_kind(served.machine.device_name),
+        len(devices),
         [step for result in results for step in result[held_out:]],
         [step for result in results for step in result[:held_out]],
-        len(devices),
     )
 
 
@@ -163,20 +177,24 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=60, help="microbatches drawn for each device")
     parser.add_argument("--blocks", type=int, default=1024, help="KV blocks of each device")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for the constants instead of the cache folder")
     args = parser.parse_args()
     set_up_logging("warning", False)
     try:
-        steps, held_out, num_devices = asyncio.run(measure(args))
+        measured = asyncio.run(measure(args))
     except ConfigError as error:
         sys.exit(f"fit_cost_model: {error.message}")
-    import pickle; pickle.dump((steps, held_out), open("/tmp/steps.pkl", "wb"))
-    fitted = fit(steps)
+    fitted = fit(measured.steps)
+    path = cost_file(measured.model, args.out or cost_folder())
+    write_costs(path, measured.kind, fitted, f"measured, {measured.num_devices} devices at once")
     report = {
-        "model": args.model,
-        "devices": num_devices,
+        "model": measured.model,
+        "kind": measured.kind,
+        "devices": measured.num_devices,
+        "file": str(path),
         "constants": fitted.to_dict(),
-        "held_out": errors_of(fitted, held_out),
-        "held_out_sum": errors_of(fit(steps, (1.0,)), held_out),
+        "held_out": errors_of(fitted, measured.held_out),
+        "held_out_sum": errors_of(fit(measured.steps, (1.0,)), measured.held_out),
     }
     print(json.dumps(report))
 

@@ -85,6 +85,7 @@ class CudaMachine(Machine):
     ) -> None:
         """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
         self._model, self._options, self.dtype = model, options, options.dtype
+        self.device_name = torch.cuda.get_device_name(options.ordinals[0]) if torch.cuda.is_available() else "cuda"
         self._devices: list[CudaDevice] = []
         self._pinned: PinnedSource | None = None
         self._drivers = open_drivers(options.ordinals, open_driver)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from kunserve.engine.group import Group, Stage
+from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs, step_inputs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.stage import run_head, run_last_layers, run_last_stage, run_stage
 from kunserve.gpu.device import Device
 from kunserve.gpu.queue import gather_all
 from kunserve.model.decoder import Decoder
+
+T = TypeVar("T")
 
 
 class Executor(Protocol):
@@ -47,25 +50,33 @@ class DeviceExecutor(Executor):
         *before, last = enumerate(group.stages)
         for position, stage in before:
             decoder = self._decoders[stage.device]
-            x = await self._devices[stage.device].run(partial(run_stage, decoder, stage, position, inputs, x))
+            x = await self._run(group, position, partial(run_stage, decoder, stage, position, inputs, x))
         position, stage = last
-        decoder, device = self._decoders[stage.device], self._devices[stage.device]
+        decoder = self._decoders[stage.device]
         if before and self._shares_head and len(inputs.sampling) > 1:
-            x = await device.run(partial(run_last_layers, decoder, stage, position, inputs, x))
+            x = await self._run(group, position, partial(run_last_layers, decoder, stage, position, inputs, x))
             return await self._sample_at_both_ends(group, inputs, x)
-        return await device.run(partial(run_last_stage, decoder, stage, position, inputs, x))
+        return await self._run(group, position, partial(run_last_stage, decoder, stage, position, inputs, x))
 
     async def _sample_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
         """Hidden states (R, H) after the last layer; the last stage, which is free now, takes the odd row."""
         half = (len(x) + 1) // 2
-        shares: list[tuple[Stage, slice]] = [
-            (group.stages[-1], slice(half)),
-            (group.stages[0], slice(half, None)),
-        ]
+        shares = ((len(group.stages) - 1, slice(half)), (0, slice(half, None)))
         tokens = await gather_all(
-            self._devices[stage.device].run(
-                partial(run_head, self._decoders[stage.device], x[rows], inputs.sampling[rows])
+            self._run(
+                group,
+                position,
+                partial(run_head, self._decoders[group.stages[position].device], x[rows], inputs.sampling[rows]),
             )
-            for stage, rows in shares
+            for position, rows in shares
         )
         return [token for share in tokens for token in share]
+
+    async def _run(self, group: Group, position: int, work: Callable[[], T]) -> T:
+        """Work of one stage on its device; the group's occupancy shows it."""
+        now_s = asyncio.get_running_loop().time
+        group.occupancy.enter(position, now_s())
+        try:
+            return await self._devices[group.stages[position].device].run(work)
+        finally:
+            group.occupancy.leave(position, now_s())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
 
@@ -39,6 +40,10 @@ class Group:
     is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
+    occupancy: Occupancy = field(init=False)  # of the stages, kept by the executor
+
+    def __post_init__(self) -> None:
+        self.occupancy = Occupancy(len(self.stages))
 
     @property
     def num_blocks(self) -> int:

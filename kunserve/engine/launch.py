@@ -29,7 +29,9 @@ from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
+from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import ModelShape, Origin, StageView
 
@@ -133,6 +135,7 @@ async def assemble(
             Limits(config.max_num_batched_tokens, config.max_num_seqs),
             make_policy(config.overload_policy, config.watermark),
             _num_host_blocks(config, kv_shape, model),
+            _lookahead(machine, files, config),
         ),
         _groups(placement.groups, memories, config.block_size),
         memories,
@@ -153,6 +156,15 @@ async def assemble(
     elif config.overload_policy is OverloadPolicy.MIGRATE:
         engine.mover = Migration(engine, links)
     return engine, control
+
+
+def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> Lookahead | None:
+    """What forms the microbatches of chains; None: tokens are counted."""
+    if config.microbatching != "lookahead":
+        return None
+    cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
+    log.info("predicting microbatches", constants=source)
+    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens)
 
 
 def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:

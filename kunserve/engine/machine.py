@@ -33,6 +33,7 @@ class Machine(Protocol):
     dtype: torch.dtype  # of weights and KV
     chunk_bytes: int
     shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
+    device_name: str  # as its maker calls it; all devices are alike
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """The devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
@@ -62,6 +63,7 @@ class HostMachine(Machine):
     """Virtual CPU devices, each with a thread pinned to a core of its own while there are enough."""
 
     shares_head = True
+    device_name = "cpu"
 
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._model, self._config = model, config

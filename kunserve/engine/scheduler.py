@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kunserve.engine.budget import Budget, TimeBudget, TokenBudget, is_schedulable
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, Span
 from kunserve.engine.policy import Policy
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove, SwapQueue
 from kunserve.engine.waiting import WaitingQueue
-from kunserve.planner.microbatch import decode_share
+from kunserve.planner.microbatch import Lookahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,15 @@ class Scheduler:
     """The global waiting queue, and the rule that turns it and a group's running requests into microbatches.
 
     `num_host_blocks`: room in host memory for the KV of requests that make way; 0: it is recomputed.
+    `lookahead`: chains get microbatches of equal predicted time; without it, of equally many tokens.
     """
 
-    def __init__(self, limits: Limits, policy: Policy, num_host_blocks: int = 0) -> None:
+    def __init__(
+        self, limits: Limits, policy: Policy, num_host_blocks: int = 0, lookahead: Lookahead | None = None
+    ) -> None:
         self.limits = limits
         self.policy = policy
+        self.lookahead = lookahead
         self.waiting = WaitingQueue()
         self.swapped = SwapQueue(num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
@@ -50,32 +55,23 @@ class Scheduler:
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
         spans: list[Span] = []
-        budget = self.limits.max_num_batched_tokens
         num_leaving = self.swapped.num_leaving(group)
         evictions_before = self._num_evictions
         for victim in self.policy.make_way(group, num_leaving):
             self._evict(group, victim)
-        decoding = sum(1 for r in group.running if r.num_output_tokens and _is_schedulable(r))
-        share = decode_share(decoding, len(group.stages))
+        budget = self._budget(group)
         for request in self._by_urgency(group):
-            if budget == 0 or request.group_id != group.group_id:  # preempted meanwhile
+            if request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            pending = request.num_tokens - request.num_scheduled_tokens
-            if request.num_output_tokens and pending == 1:
-                if share == 0:
-                    continue
-                share -= 1
-            num_tokens = min(pending, budget)
-            if self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
-                spans.append(self._span(request, num_tokens))
-                budget -= num_tokens
+            num_tokens = budget.fits(request, request.num_tokens - request.num_scheduled_tokens)
+            if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
+                spans.append(self._span(request, num_tokens, budget))
         if self._num_evictions == evictions_before and not num_leaving:
             while self._bring_back_head(group, groups):
                 pass
-            while budget and (admitted := self._admit_head(group, groups)) is not None:
-                num_tokens = min(admitted.num_tokens, budget)
-                spans.append(self._span(admitted, num_tokens))
-                budget -= num_tokens
+            while not budget.is_full and (admitted := self._admit_head(group, groups)) is not None:
+                if num_tokens := budget.fits(admitted, admitted.num_tokens):
+                    spans.append(self._span(admitted, num_tokens, budget))
         if not spans:
             return None
         group.num_in_flight += 1
@@ -137,11 +133,18 @@ class Scheduler:
     @staticmethod
     def _by_urgency(group: Group) -> list[Request]:
         """Requests with tokens to schedule: those one token from their next output first, in order of admission."""
-        ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and _is_schedulable(r)]
+        ready = [r for r in group.running if r.num_tokens > r.num_scheduled_tokens and is_schedulable(r)]
         return sorted(ready, key=lambda r: r.num_tokens - r.num_scheduled_tokens > 1)
 
+    def _budget(self, group: Group) -> Budget:
+        """Room of the group's next microbatch."""
+        if self.lookahead is None or len(group.stages) == 1:
+            return TokenBudget(self.limits.max_num_batched_tokens, group)
+        return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_num_seqs)
+
     @staticmethod
-    def _span(request: Request, num_tokens: int) -> Span:
+    def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
+        budget.take(request, num_tokens)
         start = request.num_scheduled_tokens
         request.num_scheduled_tokens = end = start + num_tokens
         request.num_in_flight += 1
@@ -193,8 +196,3 @@ class Scheduler:
         load = self.policy.load
         others = (g for g in groups if g is not group and not g.is_paused and g.is_admitting and load(g) < load(group))
         return not any(self.policy.may_admit(other, head) for other in others)
-
-
-def _is_schedulable(request: Request) -> bool:
-    """Whether more of it may run: one that has ended only waits for what is in flight."""
-    return not request.is_moving and request.finish_reason is None

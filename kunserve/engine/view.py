@@ -22,7 +22,9 @@ def engine_stats(engine: Engine) -> EngineStats:
         num_used_blocks=sum(g.num_used for g in engine.groups),
         block_size=engine.groups[0].block_size,
         devices=tuple(_device_stats(m) for m in engine.memories),
-        groups=tuple(GroupStats(g.group_id, len(g.stages)) for g in engine.groups),
+        groups=tuple(
+            GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(engine.now())) for g in engine.groups
+        ),
         weights_dropped_bytes=engine.launched_weight_bytes - weight_bytes(engine.memories),
     )
 
@@ -69,6 +71,11 @@ def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str
                 "blocks": {"total": group.num_blocks, "used": group.num_used},
                 "running": len(group.running),
                 "microbatches_in_flight": group.num_in_flight,
+                "bubbles": {
+                    "share": group.occupancy.bubble_share(engine.now()),
+                    "active_s": group.occupancy.active_s(engine.now()),
+                    "busy_s": group.occupancy.busy_s(engine.now()),
+                },
             }
             for group in engine.groups
         ],

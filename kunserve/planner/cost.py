@@ -30,11 +30,11 @@ class Chunk(NamedTuple):
 class Work(NamedTuple):
     """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
 
-    num_pairs: int = 0  # of a token and one it attends to
-    num_keys: int = 0  # tokens whose KV is read, chunk by chunk
-    num_tokens: int = 0
-    num_chunks: int = 0
-    num_samples: int = 0
+    num_pairs: float = 0  # of a token and one it attends to
+    num_keys: float = 0  # tokens whose KV is read, chunk by chunk
+    num_tokens: float = 0
+    num_chunks: float = 0
+    num_samples: float = 0
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Work:
@@ -54,6 +54,10 @@ class Work(NamedTuple):
             self.num_chunks + 1,
             self.num_samples + num_samples,
         )
+
+    def part(self, num_parts: int) -> Work:
+        """One of so many equal parts."""
+        return Work(*(amount / num_parts for amount in self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class CostModel:
         attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
         return matrices + attention + self.chunk_s * work.num_chunks
 
-    def head_time(self, num_samples: int) -> float:
+    def head_time(self, num_samples: float) -> float:
         """Seconds for norm, head and sampling of so many rows."""
         if num_samples == 0:
             return 0.0
@@ -96,6 +100,13 @@ class CostModel:
         if is_last:
             ends += self.head_time(work.num_samples)
         return self.stage_s + ends + num_layers * self.layer_time(work)
+
+    def added_time(self, num_layers: int, chunk: Chunk) -> float:
+        """Seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
+        work = Work().plus(chunk)
+        attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
+        layer = attention + self.token_s * work.num_tokens + self.chunk_s
+        return num_layers * layer + (self.head_row_s + self.sample_s) * work.num_samples
 
     def to_dict(self) -> dict[str, float]:
         """The constants by name, for a file."""

@@ -73,7 +73,7 @@ def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overla
 
 
 def _joined(amount: Array, knee: float, overlap: float) -> Array:
-    return np.asarray((amount**overlap + knee**overlap) ** (1.0 / overlap))
+    return np.power(np.power(amount, overlap) + knee**overlap, 1.0 / overlap)
 
 
 def _model(constants: Array, knee: float, head_knee: float, overlap: float) -> CostModel:

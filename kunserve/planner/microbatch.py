@@ -1,12 +1,84 @@
-"""How the work of a chain is shared out to the microbatches in flight, so that no stage waits for another."""
+"""Lookahead: how much of a chain's backlog goes into its next microbatch, so that no stage waits for another.
+
+KunServe, section 4.3. A chain is only as fast as its microbatches are equal in time. Equal in tokens is not enough: a
+token costs more the more there are before it, and the last of a request needs the head. So all that is known to come
+is looked at and cut into parts of equal predicted time. The paper halves the backlog recursively until a part is as
+small as is efficient. Here the size of a part is found in the same way, but only the next one is cut: the rest is
+looked at again when its turn has come, because requests have come and gone by then.
+
+Decoding requests are dealt out evenly to as many microbatches as the chain has stages, so that each gets a token per
+round and every microbatch has the same share of the head's work. Prompts fill up what is missing to a part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
-def decode_share(num_decoding: int, num_stages: int) -> int:
-    """Rows that one microbatch of a chain may carry, so that `num_stages` microbatches in flight are balanced.
+from kunserve.planner.cost import Chunk, CostModel, Work
 
-    At least 1. A chain that put all decoding requests into one microbatch would run one stage at a time.
-    """
-    assert num_decoding >= 0 and num_stages > 0
-    return max(1, -(-num_decoding // num_stages))
+EFFICIENCY = 0.8  # of the smallest efficient microbatch, against a large one
+
+
+class Part(NamedTuple):
+    """What the next microbatch of a chain may carry; seconds of all stages together."""
+
+    decode_s: float  # no more decoding requests once they add so much
+    total_s: float  # with the prompts
+    least_prompt_tokens: int  # it may carry so many in any case: prompts get on, however many requests decode
+
+
+@dataclass(frozen=True, slots=True)
+class Lookahead:
+    """Predicts microbatches of at most `max_num_tokens` on a model of `num_layers` layers, and cuts backlogs."""
+
+    cost: CostModel
+    num_layers: int
+    max_num_tokens: int
+
+    def time(self, work: Work) -> float:
+        """Seconds for a microbatch in all stages together."""
+        return self.cost.work_time(self.num_layers, work, is_first=True, is_last=True)
+
+    def added_time(self, chunk: Chunk) -> float:
+        """Seconds that one more chunk adds."""
+        return self.cost.added_time(self.num_layers, chunk)
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of the smallest efficient microbatch: reading the weights is hidden, or a small part of its time."""
+        low, high = 1, self.max_num_tokens
+        most_s = self._token_s(high) / EFFICIENCY
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._token_s(middle) <= most_s else (middle + 1, high)
+        return low
+
+    def part(self, backlog: Work, decoding: Sequence[Chunk], num_stages: int) -> Part:
+        """The next microbatch's share of `backlog`: all that is in flight or could go now, `decoding` included.
+
+        The backlog is halved as long as a part is longer than a microbatch of `max_num_tokens` without prefixes, but
+        not below the smallest efficient size; there are at least as many parts as stages.
+        """
+        least = self.least_tokens
+        num_decoding = ceil(len(decoding) / num_stages)
+        fresh = Chunk(0, max(least, self.max_num_tokens - num_decoding))
+        longest_s = self.time(Work.of(decoding).part(num_stages).plus(fresh))
+        num_parts = max(num_stages, ceil(self.time(backlog) / longest_s))
+        smallest_s = self.time(Work.of([Chunk(0, least)]))
+        total_s = max(smallest_s, min(longest_s, self.time(backlog.part(num_parts))))
+        return Part(sum(map(self.added_time, decoding)) / num_stages, total_s, least)
+
+    def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:
+        """How many of a prompt's next `num_tokens` tokens, after `prefix` others, fit beside `work` in `total_s`."""
+        low, high = 0, num_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            chunk = Chunk(prefix, middle, int(middle == num_tokens))
+            low, high = (middle, high) if self.time(work.plus(chunk)) <= total_s else (low, middle - 1)
+        return low
+
+    def _token_s(self, num_tokens: int) -> float:
+        return self.time(Work.of([Chunk(0, num_tokens)])) / num_tokens

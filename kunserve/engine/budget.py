@@ -1,0 +1,124 @@
+"""What a microbatch has room for: tokens, or in chains time. Asked by the scheduler, request by request. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+from kunserve.planner.cost import Chunk, Work
+from kunserve.planner.microbatch import Lookahead
+
+LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all its KV again
+
+
+class Budget(Protocol):
+    """Room of one microbatch."""
+
+    def fits(self, request: Request, num_tokens: int) -> int:
+        """How many of the next `num_tokens` of `request` have room; 0: it has to wait."""
+
+    def take(self, request: Request, num_tokens: int) -> None:
+        """So many of them go. The request's counters are still as before."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no prompt has room any more."""
+
+
+class TokenBudget:
+    """So many tokens. Of decoding requests in a chain, so many rows that all its microbatches get as many."""
+
+    def __init__(self, num_tokens: int, group: Group) -> None:
+        self._num_tokens = num_tokens
+        num_decoding = sum(1 for r in group.running if r.num_output_tokens and is_schedulable(r))
+        self._num_rows = max(1, -(-num_decoding // len(group.stages)))
+
+    def fits(self, request: Request, num_tokens: int) -> int:
+        """See `Budget.fits`."""
+        return 0 if _decodes(request, num_tokens) and not self._num_rows else min(num_tokens, self._num_tokens)
+
+    def take(self, request: Request, num_tokens: int) -> None:
+        """See `Budget.take`."""
+        self._num_tokens -= num_tokens
+        self._num_rows -= _decodes(request, request.num_tokens - request.num_scheduled_tokens)
+
+    @property
+    def is_full(self) -> bool:
+        """See `Budget.is_full`."""
+        return self._num_tokens == 0
+
+
+class TimeBudget:
+    """The next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
+
+    def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], max_num_seqs: int) -> None:
+        self._lookahead = lookahead
+        self._work, self._decode_s = Work(), 0.0
+        self._num_tokens = lookahead.max_num_tokens
+        running = [r for r in group.running if is_schedulable(r)]
+        chunks = [chunk for request in running for chunk in _chunks(request)]
+        decoding = [Chunk(r.num_tokens - 1, 1, 1) for r in running if _decodes(r, r.num_tokens - r.num_computed_tokens)]
+        ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * self._num_tokens)
+        backlog = Work.of([*chunks, *(chunk for request in ahead for chunk in _chunks(request))])
+        self._part = lookahead.part(backlog, decoding, len(group.stages))
+        self._least = self._part.least_prompt_tokens
+
+    def fits(self, request: Request, num_tokens: int) -> int:
+        """See `Budget.fits`."""
+        most = min(num_tokens, self._num_tokens)
+        if _decodes(request, num_tokens):
+            return most if self._decode_s < self._part.decode_s * (1 - 1e-9) else 0
+        cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._part.total_s)
+        cut = max(cut, min(most, self._least))
+        return cut if cut >= min(num_tokens, LEAST_CUT) else 0
+
+    def take(self, request: Request, num_tokens: int) -> None:
+        """See `Budget.take`."""
+        start, end = request.num_scheduled_tokens, request.num_scheduled_tokens + num_tokens
+        chunk = Chunk(start, num_tokens, int(end == request.num_tokens))
+        self._work = self._work.plus(chunk)
+        self._num_tokens -= num_tokens
+        if _decodes(request, request.num_tokens - start):
+            self._decode_s += self._lookahead.added_time(chunk)
+        else:
+            self._least = max(0, self._least - num_tokens)
+
+    @property
+    def is_full(self) -> bool:
+        """See `Budget.is_full`."""
+        if self._num_tokens == 0:
+            return True
+        if self._least or not self._work.num_chunks:
+            return False
+        return self._lookahead.cut(self._work, 0, min(LEAST_CUT, self._num_tokens), self._part.total_s) < LEAST_CUT
+
+
+def is_schedulable(request: Request) -> bool:
+    """Whether more of it may run: one that has ended only waits for what is in flight."""
+    return not request.is_moving and request.finish_reason is None
+
+
+def _decodes(request: Request, num_tokens: int) -> bool:
+    return num_tokens == 1 and request.num_output_tokens > 0
+
+
+def _chunks(request: Request) -> Iterator[Chunk]:
+    """What is in flight of a request, and what could follow."""
+    computed, scheduled, end = request.num_computed_tokens, request.num_scheduled_tokens, request.num_tokens
+    if computed < scheduled:
+        yield Chunk(computed, scheduled - computed, int(scheduled == end))
+    if scheduled < end:
+        yield Chunk(scheduled, end - scheduled, 1)
+
+
+def _admissible(group: Group, waiting: Iterable[Request], max_num_seqs: int, num_tokens: int) -> Iterator[Request]:
+    """Waiting requests that `group` has blocks for, the first ones, up to `num_tokens` in all."""
+    num_free, room = group.num_free, max_num_seqs - len(group.running)
+    for request in waiting:
+        num_free -= group.blocks_for(request.num_tokens)
+        if num_free < 0 or room == 0 or num_tokens <= 0:
+            return
+        room, num_tokens = room - 1, num_tokens - request.num_tokens
+        yield request
