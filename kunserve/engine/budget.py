@@ -58,12 +58,13 @@ class TimeBudget:
         self._work, self._decode_s = Work(), 0.0
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
-        chunks = [chunk for request in running for chunk in _chunks(request)]
-        decoding = [Chunk(r.num_tokens - 1, 1, 1) for r in running if _decodes(r, r.num_tokens - r.num_computed_tokens)]
-        ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * self._num_tokens)
-        backlog = Work.of([*chunks, *(chunk for request in ahead for chunk in _chunks(request))])
-        self._part = lookahead.part(backlog, decoding, len(group.stages))
-        self._least = self._part.least_prompt_tokens
+        ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * lookahead.least_tokens)
+        decoding: list[Chunk] = []
+        prompts: list[Chunk] = []
+        for request in (*running, *ahead):
+            is_decoding = _decodes(request, request.num_tokens - request.num_computed_tokens)
+            (decoding if is_decoding else prompts).extend(_chunks(request))
+        self._part = lookahead.part(decoding, prompts, len(group.stages))
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
@@ -71,8 +72,9 @@ class TimeBudget:
         if _decodes(request, num_tokens):
             return most if self._decode_s < self._part.decode_s * (1 - 1e-9) else 0
         cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._part.total_s)
-        cut = max(cut, min(most, self._least))
-        return cut if cut >= min(num_tokens, LEAST_CUT) else 0
+        if self._work.num_chunks and cut < min(num_tokens, LEAST_CUT):
+            return 0
+        return max(1, cut)
 
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
@@ -82,17 +84,12 @@ class TimeBudget:
         self._num_tokens -= num_tokens
         if _decodes(request, request.num_tokens - start):
             self._decode_s += self._lookahead.added_time(chunk)
-        else:
-            self._least = max(0, self._least - num_tokens)
 
     @property
     def is_full(self) -> bool:
         """See `Budget.is_full`."""
-        if self._num_tokens == 0:
-            return True
-        if self._least or not self._work.num_chunks:
-            return False
-        return self._lookahead.cut(self._work, 0, min(LEAST_CUT, self._num_tokens), self._part.total_s) < LEAST_CUT
+        least = Chunk(0, LEAST_CUT)
+        return not self._num_tokens or self._lookahead.time(self._work.plus(least)) > self._part.total_s
 
 
 def is_schedulable(request: Request) -> bool:

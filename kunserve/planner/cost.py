@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import add
 from typing import NamedTuple
 
 
@@ -54,6 +55,10 @@ class Work(NamedTuple):
             self.num_chunks + 1,
             self.num_samples + num_samples,
         )
+
+    def join(self, other: Work) -> Work:
+        """The work of both in one microbatch."""
+        return Work(*map(add, self, other))
 
     def part(self, num_parts: int) -> Work:
         """One of so many equal parts."""

@@ -56,7 +56,8 @@ def relative_errors(model: CostModel, steps: Sequence[Measurement]) -> Array:
     """|predicted - measured| / measured of each step."""
     predicted = np.array([model.work_time(s.num_layers, s.work, s.is_first, s.is_last) for s in steps])
     measured = np.array([s.seconds for s in steps])
-    return np.abs(predicted - measured) / measured
+    errors: Array = np.abs(predicted - measured) / measured
+    return errors
 
 
 def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overlap: float) -> Array:
@@ -73,7 +74,8 @@ def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overla
 
 
 def _joined(amount: Array, knee: float, overlap: float) -> Array:
-    return np.power(np.power(amount, overlap) + knee**overlap, 1.0 / overlap)
+    joined: Array = np.power(np.power(amount, overlap) + knee**overlap, 1.0 / overlap)
+    return joined
 
 
 def _model(constants: Array, knee: float, head_knee: float, overlap: float) -> CostModel:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from typing import NamedTuple
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 
-EFFICIENCY = 0.8  # of the smallest efficient microbatch, against a large one
+EFFICIENCY = 0.99  # of the smallest efficient microbatch, against a very large one
 
 
 class Part(NamedTuple):
@@ -27,10 +28,9 @@ class Part(NamedTuple):
 
     decode_s: float  # no more decoding requests once they add so much
     total_s: float  # with the prompts
-    least_prompt_tokens: int  # it may carry so many in any case: prompts get on, however many requests decode
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lookahead:
     """Predicts microbatches of at most `max_num_tokens` on a model of `num_layers` layers, and cuts backlogs."""
 
@@ -46,30 +46,28 @@ class Lookahead:
         """Seconds that one more chunk adds."""
         return self.cost.added_time(self.num_layers, chunk)
 
-    @property
+    @cached_property
     def least_tokens(self) -> int:
-        """Tokens of the smallest efficient microbatch: reading the weights is hidden, or a small part of its time."""
+        """Tokens of the smallest efficient microbatch: reading the weights hides behind multiplying."""
         low, high = 1, self.max_num_tokens
-        most_s = self._token_s(high) / EFFICIENCY
+        most_s = self._token_s(1 << 20) / EFFICIENCY
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self._token_s(middle) <= most_s else (middle + 1, high)
         return low
 
-    def part(self, backlog: Work, decoding: Sequence[Chunk], num_stages: int) -> Part:
-        """The next microbatch's share of `backlog`: all that is in flight or could go now, `decoding` included.
+    def part(self, decoding: Sequence[Chunk], prompts: Sequence[Chunk], num_stages: int) -> Part:
+        """The next microbatch's part of all that is in flight or could go now: decoding requests, pieces of prompts.
 
-        The backlog is halved as long as a part is longer than a microbatch of `max_num_tokens` without prefixes, but
-        not below the smallest efficient size; there are at least as many parts as stages.
+        Prompts are halved, so to speak, until a part is no longer than the smallest efficient size; there are at least
+        as many parts as stages, unless they would be smaller than half of that.
         """
-        least = self.least_tokens
-        num_decoding = ceil(len(decoding) / num_stages)
-        fresh = Chunk(0, max(least, self.max_num_tokens - num_decoding))
-        longest_s = self.time(Work.of(decoding).part(num_stages).plus(fresh))
-        num_parts = max(num_stages, ceil(self.time(backlog) / longest_s))
-        smallest_s = self.time(Work.of([Chunk(0, least)]))
-        total_s = max(smallest_s, min(longest_s, self.time(backlog.part(num_parts))))
-        return Part(sum(map(self.added_time, decoding)) / num_stages, total_s, least)
+        efficient = Work.of([Chunk(0, self.least_tokens)])
+        backlog = Work.of(prompts)
+        num_parts = max(num_stages, ceil(self.time(backlog) / self.time(efficient)))
+        decode, part = Work.of(decoding).part(num_stages), backlog.part(num_parts)
+        decode_s = sum(map(self.added_time, decoding)) / num_stages
+        return Part(decode_s, max(self.time(decode.join(part)), self.time(decode.join(efficient.part(2)))))
 
     def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:
         """How many of a prompt's next `num_tokens` tokens, after `prefix` others, fit beside `work` in `total_s`."""
@@ -81,4 +79,5 @@ class Lookahead:
         return low
 
     def _token_s(self, num_tokens: int) -> float:
-        return self.time(Work.of([Chunk(0, num_tokens)])) / num_tokens
+        """Of a chunk without attention, per token."""
+        return self.time(Work(num_tokens=num_tokens, num_chunks=1)) / num_tokens
