@@ -92,8 +92,8 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
         embed_token_s=2 * config.hidden_size * size / bytes_per_s,
         head_row_s=2 * head / flops_per_s,
         head_load_s=head * size / bytes_per_s,
-        sample_s=4 * config.vocab_size * 4 / bytes_per_s,  # logits in float32, read and written twice
         stage_s=rates.stage_s,
+        sample_s=16 * config.vocab_size / bytes_per_s,  # logits in float32, read and written twice
         overlap=OVERLAP,
     )
 

@@ -15,7 +15,7 @@ Which o fits is found with the other constants (scripts/fit_cost_model.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from operator import add
 from typing import NamedTuple
 
@@ -77,8 +77,8 @@ class CostModel:
     embed_token_s: float  # embedding of one token
     head_row_s: float  # norm and head of one sampled row
     head_load_s: float  # reading the head's weights, if a row is sampled
-    sample_s: float  # choosing one token from its logits
     stage_s: float  # a stage of a microbatch, whatever it holds
+    sample_s: float = 0.0  # choosing one token from its logits; a fit leaves it in head_row_s
     overlap: float = 1.0  # of loading and multiplying; 1: one after the other, large: the longer of both
 
     def layer_time(self, work: Work) -> float:
@@ -121,12 +121,13 @@ class CostModel:
     def from_dict(cls, values: Mapping[str, float]) -> CostModel:
         """Constants from a file. Raises ValueError that names what is missing, unknown or no sensible number."""
         known = {field.name for field in fields(cls)}
-        if wrong := set(values) ^ known:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if wrong := (set(values) - known) | (needed - set(values)):
             raise ValueError(f"{', '.join(sorted(wrong))}: missing or unknown among the constants of a cost model")
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} = {value!r}: must be a number, not negative")
-        if values["overlap"] < 1:
+        if values.get("overlap", 1.0) < 1:
             raise ValueError(f"overlap = {values['overlap']!r}: must be at least 1")
         return cls(**{name: float(value) for name, value in values.items()})
 

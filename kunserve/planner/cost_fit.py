@@ -68,7 +68,7 @@ def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overla
     head = np.where(samples > 0, _joined(samples, head_knee, overlap), 0.0)
     columns = (
         *(layers * pairs, layers * keys, layers * _joined(tokens, knee, overlap), layers * chunks),
-        *(is_first * tokens, head, samples, np.ones(len(steps))),
+        *(is_first * tokens, head, np.ones(len(steps))),
     )
     return np.stack(columns, axis=1)
 
@@ -79,7 +79,7 @@ def _joined(amount: Array, knee: float, overlap: float) -> Array:
 
 
 def _model(constants: Array, knee: float, head_knee: float, overlap: float) -> CostModel:
-    pair_s, key_s, token_s, chunk_s, embed_token_s, head_row_s, sample_s, stage_s = map(float, constants)
+    pair_s, key_s, token_s, chunk_s, embed_token_s, head_row_s, stage_s = map(float, constants)
     return CostModel(
         pair_s=pair_s,
         key_s=key_s,
@@ -89,7 +89,6 @@ def _model(constants: Array, knee: float, head_knee: float, overlap: float) -> C
         embed_token_s=embed_token_s,
         head_row_s=head_row_s,
         head_load_s=head_row_s * head_knee,
-        sample_s=sample_s,
         stage_s=stage_s,
         overlap=overlap,
     )

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve.planner.cost import Chunk, CostModel, Work
+
+COST = CostModel(
+    pair_s=1e-8,
+    key_s=1e-7,
+    token_s=1e-4,
+    chunk_s=1e-5,
+    load_s=1e-3,
+    embed_token_s=1e-6,
+    head_row_s=1e-3,
+    head_load_s=6e-3,
+    stage_s=2e-3,
+    sample_s=1e-4,
+)
+CHUNKS = st.lists(
+    st.builds(Chunk, st.integers(0, 4000), st.integers(1, 600), st.integers(0, 1)), min_size=1, max_size=20
+)
+
+
+def test_the_papers_formula() -> None:
+    paper = replace(COST, key_s=0.0, embed_token_s=0.0, stage_s=0.0)
+    chunks = [Chunk(100, 50), Chunk(0, 20), Chunk(7, 1)]
+    a, b, g, load = paper.pair_s, paper.token_s, paper.chunk_s, paper.load_s
+    per_chunk = sum(a * (p * c + (c * c + c) / 2) + b * c + g for p, c, _ in chunks)
+    assert paper.stage_time(3, chunks, False, False) == pytest.approx(3 * (per_chunk + load))
+
+
+def test_the_ends_count_where_they_are() -> None:
+    chunks = [Chunk(0, 10), Chunk(99, 1, 1), Chunk(50, 1, 1)]
+    middle = COST.stage_time(4, chunks, False, False)
+    assert COST.stage_time(4, chunks, True, False) == pytest.approx(middle + 12 * 1e-6)
+    assert COST.stage_time(4, chunks, False, True) == pytest.approx(middle + 6e-3 + 2 * (1e-3 + 1e-4))
+    assert COST.stage_time(4, [Chunk(0, 10)], False, True) == COST.stage_time(4, [Chunk(0, 10)], False, False)
+    assert COST.stage_time(4, [], True, True) == 0.0
+
+
+def test_a_large_overlap_is_the_longer_of_loading_and_multiplying() -> None:
+    cost = replace(COST, overlap=1000.0)
+    for num_tokens, seconds in ((1, 1e-3), (200, 200 * 1e-4)):
+        layer = cost.layer_time(Work(num_tokens=num_tokens))
+        assert layer == pytest.approx(seconds, rel=1e-3)
+
+
+@given(CHUNKS, st.sampled_from([1.0, 1.5, 2.0, 8.0]), st.booleans())
+def test_more_work_takes_longer(chunks: list[Chunk], overlap: float, is_last: bool) -> None:
+    cost = replace(COST, overlap=overlap)
+    time = cost.stage_time(5, chunks, True, is_last)
+    assert 0 < time < cost.stage_time(6, chunks, True, is_last)
+    assert time < cost.stage_time(5, [*chunks, Chunk(3, 1)], True, is_last)
+    longer = chunks[0]._replace(num_tokens=chunks[0].num_tokens + 1)
+    assert time < cost.stage_time(5, [longer, *chunks[1:]], True, is_last)
+    assert cost.stage_time(5, chunks, True, is_last) <= sum(cost.stage_time(5, [c], True, is_last) for c in chunks)
+
+
+@given(CHUNKS, st.integers(1, 8))
+def test_equal_parts_add_up(chunks: list[Chunk], num_parts: int) -> None:
+    work = Work.of(chunks)
+    total = Work()
+    for _ in range(num_parts):
+        total = total.join(work.part(num_parts))
+    assert total == pytest.approx(work)
+
+
+def test_through_a_dict_and_back() -> None:
+    assert CostModel.from_dict(COST.to_dict()) == COST
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"pair_s": -1.0}, "pair_s"),
+        ({"token_s": "fast"}, "token_s"),
+        ({"load_s": float("nan")}, "load_s"),
+        ({"overlap": 0.5}, "overlap"),
+        ({"gamma": 1.0}, "gamma"),
+    ],
+)
+def test_constants_that_cannot_be_are_named(change: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        CostModel.from_dict(COST.to_dict() | change)
+    values = COST.to_dict()
+    del values["stage_s"]
+    with pytest.raises(ValueError, match="stage_s"):
+        CostModel.from_dict(values)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from statistics import mean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cost import COST
+
+from kunserve.planner.cost import Chunk, Work
+from kunserve.planner.microbatch import Lookahead
+
+COST2 = replace(COST, overlap=2.0, stage_s=1e-4)
+LOOKAHEAD = Lookahead(COST2, 30, 2048)
+PROMPTS = st.lists(st.integers(1, 1500), min_size=1, max_size=30)
+
+
+def split(lookahead: Lookahead, prompts: list[int], num_stages: int) -> list[list[tuple[int, Chunk]]]:
+    """Cut a backlog of prompts into microbatches: (prompt, piece) of each, as the scheduler does, one by one."""
+    done, parts = [0] * len(prompts), []
+    in_flight: list[list[Chunk]] = []
+    while any(d < n for d, n in zip(done, prompts, strict=True)):
+        rest = [Chunk(d, n - d, 1) for d, n in zip(done, prompts, strict=True) if d < n]
+        total_s = lookahead.part([], [*rest, *chain.from_iterable(in_flight)], num_stages).total_s
+        part: list[tuple[int, Chunk]] = []
+        work = Work()
+        for i, num_tokens in enumerate(prompts):
+            if cut := lookahead.cut(work, done[i], num_tokens - done[i], total_s):
+                chunk = Chunk(done[i], cut, int(done[i] + cut == num_tokens))
+                part.append((i, chunk))
+                work, done[i] = work.plus(chunk), done[i] + cut
+        assert part, "no progress"
+        parts.append(part)
+        in_flight = [*in_flight, [chunk for _, chunk in part]][-(num_stages - 1) :]
+    return parts
+
+
+@settings(deadline=None, max_examples=60)
+@given(PROMPTS, st.integers(2, 4))
+def test_parts_cover_all_tokens_once_and_are_equally_long(prompts: list[int], num_stages: int) -> None:
+    parts = split(LOOKAHEAD, prompts, num_stages)
+    reached = [0] * len(prompts)
+    for part in parts:
+        for i, chunk in part:
+            assert chunk.prefix == reached[i]
+            reached[i] += chunk.num_tokens
+            assert chunk.num_samples == (reached[i] == prompts[i])
+    assert reached == prompts
+    times = [LOOKAHEAD.time(Work.of(chunk for _, chunk in part)) for part in parts]
+    sizes = [sum(chunk.num_tokens for _, chunk in part) for part in parts]
+    efficient_s = LOOKAHEAD.time(Work.of([Chunk(0, LOOKAHEAD.least_tokens)]))
+    one_token_s = LOOKAHEAD.added_time(Chunk(1500, 1, 1))
+    assert max(times) <= efficient_s * 1.2 + one_token_s
+    for time, size in zip(times[:-num_stages], sizes, strict=False):  # the last ones share what is left
+        assert size >= 8 and time > 0.7 * mean(times[:-num_stages])
+
+
+@settings(deadline=None)
+@given(st.integers(200, 4000), st.integers(2, 4))
+def test_one_prompt_is_cut_for_all_stages(num_tokens: int, num_stages: int) -> None:
+    part = LOOKAHEAD.part([], [Chunk(0, num_tokens, 1)], num_stages)
+    first = LOOKAHEAD.cut(Work(), 0, num_tokens, part.total_s)
+    least = LOOKAHEAD.least_tokens
+    assert least // 2 - 1 <= first <= min(least * 1.2, num_tokens / num_stages * 1.1)
+
+
+def test_a_piece_after_a_long_prefix_is_shorter() -> None:
+    total_s = LOOKAHEAD.part([], [Chunk(0, 3000)], 2).total_s
+    cuts = [LOOKAHEAD.cut(Work(), prefix, 1000, total_s) for prefix in (0, 1000, 8000)]
+    assert cuts[0] > cuts[1] > cuts[2] > 0
+
+
+def test_what_decodes_is_shared_and_leaves_room_for_prompts() -> None:
+    decoding = [Chunk(1000, 1, 1)] * 60
+    alone = LOOKAHEAD.part(decoding, [], 2)
+    assert alone.decode_s == pytest.approx(30 * LOOKAHEAD.added_time(decoding[0]))
+    part = LOOKAHEAD.part(decoding, [Chunk(500, 900, 1)], 2)
+    assert part.decode_s == alone.decode_s
+    assert LOOKAHEAD.cut(Work.of(decoding[:30]), 500, 900, part.total_s) >= LOOKAHEAD.least_tokens // 2
+
+
+def test_the_smallest_efficient_size_follows_the_cost_of_loading() -> None:
+    sizes = [Lookahead(replace(COST2, load_s=load), 30, 2048).least_tokens for load in (0.0, 1e-3, 1e-2, 10.0)]
+    assert sizes == sorted(sizes) and sizes[0] < 20 and sizes[-1] == 2048
