@@ -30,7 +30,8 @@ from kunserve.engine.request import Request, SamplingParams
 from kunserve.errors import ConfigError
 from kunserve.gpu.host import HostDevice
 from kunserve.log import set_up_logging
-from kunserve.model.costs import cost_file, cost_folder, device_kind, write_costs
+from kunserve.model.card import list_cards, load_card
+from kunserve.model.costs import cost_file, cost_folder, derive, device_kind, device_rates, write_costs
 from kunserve.planner.cost import Chunk, CostModel, Work
 from kunserve.planner.cost_fit import Measurement, fit, relative_errors
 
@@ -169,6 +170,15 @@ def errors_of(model: CostModel, steps: Sequence[Measurement]) -> dict[str, float
     return {"median": round(float(np.median(errors)), 4), "p90": round(float(np.quantile(errors, 0.9)), 4)}
 
 
+def write_derived(folder: Path) -> None:
+    """Constants of all cards on all GPUs whose rates we know."""
+    for kind, rates in device_rates().items():
+        for name in list_cards():
+            if kind != "cpu":
+                source = f"derived from rates: {rates.source}"
+                write_costs(cost_file(name, folder), kind, derive(load_card(name).config, rates), source)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="as for the server; its weights are not needed")
@@ -177,9 +187,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=60, help="microbatches drawn for each device")
     parser.add_argument("--blocks", type=int, default=1024, help="KV blocks of each device")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--derive", action="store_true", help="measure nothing: derive the GPUs' from their datasheets")
     parser.add_argument("--out", type=Path, help="folder for the constants instead of the cache folder")
     args = parser.parse_args()
     set_up_logging("warning", False)
+    if args.derive:
+        write_derived(args.out or cost_folder())
+        return
     try:
         measured = asyncio.run(measure(args))
     except ConfigError as error:

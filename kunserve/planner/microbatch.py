@@ -62,12 +62,12 @@ class Lookahead:
         Prompts are halved, so to speak, until a part is no longer than the smallest efficient size; there are at least
         as many parts as stages, unless they would be smaller than half of that.
         """
-        efficient = Work.of([Chunk(0, self.least_tokens)])
-        backlog = Work.of(prompts)
-        num_parts = max(num_stages, ceil(self.time(backlog) / self.time(efficient)))
-        decode, part = Work.of(decoding).part(num_stages), backlog.part(num_parts)
+        efficient = Chunk(0, self.least_tokens)
+        num_parts = max(num_stages, ceil(sum(map(self.added_time, prompts)) / self.added_time(efficient)))
+        decode, prompt = Work.of(decoding).part(num_stages), Work.of(prompts).part(num_parts)
+        least = Work.of([efficient]).part(2)
         decode_s = sum(map(self.added_time, decoding)) / num_stages
-        return Part(decode_s, max(self.time(decode.join(part)), self.time(decode.join(efficient.part(2)))))
+        return Part(decode_s, max(self.time(decode.join(prompt)), self.time(decode.join(least))))
 
     def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:
         """How many of a prompt's next `num_tokens` tokens, after `prefix` others, fit beside `work` in `total_s`."""

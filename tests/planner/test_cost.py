@@ -3,23 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from cost_models import COST
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 
-COST = CostModel(
-    pair_s=1e-8,
-    key_s=1e-7,
-    token_s=1e-4,
-    chunk_s=1e-5,
-    load_s=1e-3,
-    embed_token_s=1e-6,
-    head_row_s=1e-3,
-    head_load_s=6e-3,
-    stage_s=2e-3,
-    sample_s=1e-4,
-)
 CHUNKS = st.lists(
     st.builds(Chunk, st.integers(0, 4000), st.integers(1, 600), st.integers(0, 1)), min_size=1, max_size=20
 )
@@ -49,6 +38,7 @@ def test_a_large_overlap_is_the_longer_of_loading_and_multiplying() -> None:
         assert layer == pytest.approx(seconds, rel=1e-3)
 
 
+@settings(deadline=None, max_examples=40)
 @given(CHUNKS, st.sampled_from([1.0, 1.5, 2.0, 8.0]), st.booleans())
 def test_more_work_takes_longer(chunks: list[Chunk], overlap: float, is_last: bool) -> None:
     cost = replace(COST, overlap=overlap)
@@ -60,6 +50,7 @@ def test_more_work_takes_longer(chunks: list[Chunk], overlap: float, is_last: bo
     assert cost.stage_time(5, chunks, True, is_last) <= sum(cost.stage_time(5, [c], True, is_last) for c in chunks)
 
 
+@settings(deadline=None, max_examples=40)
 @given(CHUNKS, st.integers(1, 8))
 def test_equal_parts_add_up(chunks: list[Chunk], num_parts: int) -> None:
     work = Work.of(chunks)

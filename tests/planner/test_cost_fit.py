@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_cost import COST
+from cost_models import COST
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 from kunserve.planner.cost_fit import Measurement, fit, relative_errors

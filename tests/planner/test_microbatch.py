@@ -5,9 +5,9 @@ from itertools import chain
 from statistics import mean
 
 import pytest
+from cost_models import COST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cost import COST
 
 from kunserve.planner.cost import Chunk, Work
 from kunserve.planner.microbatch import Lookahead
