@@ -21,7 +21,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from math import exp, log
 from statistics import median
@@ -40,6 +42,7 @@ from kunserve.log import set_up_logging
 
 MODES = ("tokens", "lookahead")
 SHORTEST, LONGEST = 16, 1500
+number: ContextVar[int] = ContextVar("number")  # of the microbatch that a task takes through the chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +53,21 @@ class Job:
 
 @dataclass(slots=True)
 class Recorder:
-    """CPU seconds of every stage of every microbatch, in order, and how many had come back when each was launched."""
+    """CPU seconds of whatever a microbatch does on devices, and how many had come back when it was launched."""
 
-    stages: dict[int, list[float]] = field(default_factory=dict)
+    works: list[list[tuple[int, float]]] = field(default_factory=list)  # by microbatch, as submitted: device, seconds
     num_done_at_launch: list[int] = field(default_factory=list)
     num_done: int = 0
 
     def watch(self, engine: Engine) -> None:
         """Record whatever the engine computes from now on."""
         for index, memory in enumerate(engine.memories):
-            self._watch_device(memory.device, self.stages.setdefault(index, []))
+            self._watch_device(index, memory.device)
         execute = engine.executor.execute
 
         async def recorded(group: Group, inputs: StepInputs) -> list[SampledToken]:
+            number.set(len(self.works))
+            self.works.append([])
             self.num_done_at_launch.append(self.num_done)
             try:
                 return await execute(group, inputs)
@@ -71,15 +76,18 @@ class Recorder:
 
         engine.executor.execute = recorded  # type: ignore[method-assign]
 
-    @staticmethod
-    def _watch_device(device: Device, seconds: list[float]) -> None:
+    def _watch_device(self, index: int, device: Device) -> None:
         run = device.run
 
         async def recorded(work: Callable[[], Any]) -> Any:
+            works = self.works[number.get()]
+            works.append((index, 0.0))
+            place = len(works) - 1
+
             def timed() -> Any:
                 started = time.thread_time()
                 result = work()
-                seconds.append(time.thread_time() - started)
+                works[place] = (index, time.thread_time() - started)
                 return result
 
             return await run(timed)
@@ -90,23 +98,35 @@ class Recorder:
         """Forget everything; nothing is in flight."""
         self.num_done = 0
         self.num_done_at_launch.clear()
-        for seconds in self.stages.values():
-            seconds.clear()
+        self.works.clear()
 
-    def replay(self, host_s: float) -> tuple[float, float]:
-        """Elapsed seconds and bubble share if nobody else were there; `host_s` passes before each launch."""
-        num_stages = len(self.stages)
-        free, done = [0.0] * num_stages, [0.0]
-        active_s = 0.0
-        for num_done, *seconds in zip(self.num_done_at_launch, *self.stages.values(), strict=True):
-            launched = done[num_done] + host_s
-            end = launched
-            for stage, took in enumerate(seconds):
-                end = free[stage] = max(end, free[stage]) + took
-            active_s += end - max(launched, done[-1])
-            done.append(end)
-        busy_s = sum(map(sum, self.stages.values()))
-        return done[-1], 1 - busy_s / (num_stages * active_s)
+    def replay(self, num_stages: int, host_s: float) -> tuple[float, float]:
+        """Elapsed seconds and bubble share if nobody else were there; `host_s` passes before each launch.
+
+        Works of a microbatch follow each other, but for those after its last layers: both ends share the head then.
+        """
+        free, done, active_s, now = [0.0] * num_stages, 0, 0.0, 0.0
+        ready = [(host_s, i, 0) for i, after in enumerate(self.num_done_at_launch) if after == 0]
+        heapify(ready)
+        left = [len(works) for works in self.works]
+        while ready:
+            at, i, place = heappop(ready)
+            device, seconds = self.works[i][place]
+            free[device] = end = max(at, free[device]) + seconds
+            left[i] -= 1
+            if place + 1 < num_stages:
+                heappush(ready, (end, i, place + 1))
+            elif place + 1 == num_stages:
+                for head in range(num_stages, len(self.works[i])):
+                    heappush(ready, (end, i, head))
+            if not left[i]:
+                ends = [free[d] for d, _ in self.works[i][num_stages - 1 :]]
+                done, active_s, now = done + 1, active_s + max(ends) - now, max(ends)
+                for j, after in enumerate(self.num_done_at_launch):
+                    if after == done:
+                        heappush(ready, (now + host_s, j, 0))
+        busy_s = sum(seconds for works in self.works for _, seconds in works)
+        return now, 1 - busy_s / (num_stages * active_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +182,7 @@ async def serve(engine: Engine, recorder: Recorder, jobs: Sequence[Job], name: s
         elapsed_s,
         sum(len(job.prompt) + job.num_output_tokens for job in jobs),
         1 - busy_s / (len(group.stages) * active_s),
-        *recorder.replay(host_s),
+        *recorder.replay(len(group.stages), host_s),
         [seen[1] for seen in times],
         [max(b - a for a, b in pairwise(seen[1:])) for seen in times if len(seen) > 2],
         answers,

@@ -91,7 +91,15 @@ async def _launch_on(
     max_model_len = _max_model_len(files, config)
     tokenizer = await asyncio.to_thread(_tokenizer, files)
     engine, control = await assemble(
-        machine, files.config, config, served_name, max_model_len, weights, tokenizer, progress
+        machine,
+        files.config,
+        config,
+        served_name,
+        max_model_len,
+        weights,
+        tokenizer,
+        progress,
+        _lookahead(machine, files, config),
     )
     return Served(engine, control, files, tokenizer, engine.metrics, machine)
 
@@ -105,10 +113,12 @@ async def assemble(
     weights: Callable[[], WeightSource],
     tokenizer: Tokenizer | None,
     progress: Progress = lambda text, share: None,
+    lookahead: Lookahead | None = None,
 ) -> tuple[Engine, OverloadControl]:
     """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
 
-    `weights` is called once it is sure that they fit. ConfigError if that cannot be; the caller closes the machine.
+    `weights` is called once it is sure that they fit. `lookahead` forms the microbatches of chains; None: by tokens.
+    ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
     shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
@@ -135,7 +145,7 @@ async def assemble(
             Limits(config.max_num_batched_tokens, config.max_num_seqs),
             make_policy(config.overload_policy, config.watermark),
             _num_host_blocks(config, kv_shape, model),
-            _lookahead(machine, files, config),
+            lookahead,
         ),
         _groups(placement.groups, memories, config.block_size),
         memories,

@@ -38,7 +38,7 @@ def test_every_request_finishes_within_memory(policy: OverloadPolicy, num_stages
     rng = random.Random(seed)
     scheduler, group = make_scheduler(12, policy), make_group(num_stages=num_stages)
     requests = [make_request(f"r{i}", rng.randrange(1, 40), rng.randrange(1, 24)) for i in range(12)]
-    scheduler.waiting += requests
+    scheduler.waiting.extend(requests)
     in_flight: list[Microbatch] = []
     num_finished = num_rounds = 0
     while num_finished < len(requests):
@@ -81,7 +81,7 @@ def test_pieces_of_a_prompt_get_shorter_as_its_prefix_grows() -> None:
 def test_microbatches_share_decodes_by_time_and_prompts_fill_them_up() -> None:
     scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=2000)
     lengths = {"long": 6000, **{f"r{i}": 20 for i in range(8)}}
-    scheduler.waiting += [make_request(name, n, 99) for name, n in lengths.items()]
+    scheduler.waiting.extend([make_request(name, n, 99) for name, n in lengths.items()])
     while any(r.num_output_tokens == 0 for r in [*scheduler.waiting, *group.running]):
         batch = scheduler.schedule(group, [group], 0)
         assert batch is not None
@@ -101,7 +101,7 @@ def test_microbatches_share_decodes_by_time_and_prompts_fill_them_up() -> None:
 
 def test_prompts_get_on_however_many_decode() -> None:
     scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=4000)
-    scheduler.waiting += [make_request(f"r{i}", 100, 500) for i in range(50)]
+    scheduler.waiting.extend([make_request(f"r{i}", 100, 500) for i in range(50)])
     for _ in range(400):
         batch = scheduler.schedule(group, [group], 0)
         assert batch is not None
