@@ -25,7 +25,7 @@ from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
-from kunserve.engine.stream import OutputStream
+from kunserve.engine.stream import OutputStream, Sink
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.engine.view import check_engine, engine_state, engine_stats, weight_bytes
 from kunserve.engine.waiting import Waiting
@@ -51,7 +51,7 @@ class _Live:
     """A request's way out: its stream, and the text it is turned into."""
 
     request: Request
-    stream: OutputStream
+    stream: Sink
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
 
@@ -145,7 +145,13 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> OutputStream:
-        """Queue a request; the stream ends with exactly one final output or error.
+        """Queue a request; the stream ends with exactly one final output or error. Raises as `submit_to`."""
+        stream = OutputStream()
+        self.submit_to(request, stream)
+        return stream
+
+    def submit_to(self, request: Request, sink: Sink) -> None:
+        """Queue a request; its outputs go to `sink`, as they come.
 
         Raises OverloadedError if the queue is full or the server stops, InvalidRequestError if it can never fit.
         """
@@ -168,12 +174,11 @@ class Engine:
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, request.params, request.prompt_token_ids)
-        live = _Live(request, OutputStream(), detokenizer)
+        live = _Live(request, sink, detokenizer)
         self._live[request.request_id] = live
         self.scheduler.waiting.append(request)
         self.metrics.prompt_tokens(request.num_prompt_tokens)
         self.wake()
-        return live.stream
 
     def abort(self, request_id: str) -> None:
         """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
