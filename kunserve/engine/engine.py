@@ -246,10 +246,12 @@ class Engine:
         progress = True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
-            for group in self.groups:
-                if group.is_paused or group.num_in_flight >= len(group.stages):
+            # Whoever is busy does not compete for the queue: its head would wait for the end of a step.
+            free = [g for g in self.groups if not g.is_paused and g.num_in_flight < len(g.stages)]
+            for group in free:
+                if group.num_in_flight >= len(group.stages) or not (group.running or self.scheduler.num_waiting):
                     continue
-                batch = self.scheduler.schedule(group, self.groups, self.epoch)
+                batch = self.scheduler.schedule(group, free, self.epoch)
                 if batch is not None:
                     progress = True
                     self._launch(group, batch)

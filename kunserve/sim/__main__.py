@@ -12,11 +12,10 @@ from typing import Any
 from numpy.random import default_rng
 
 from kunserve.config import EngineConfig
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.card import load_card
-from kunserve.sim.cluster import parse_cluster
+from kunserve.sim.cluster import GIB, parse_cluster
 from kunserve.sim.machine import SimMachine
 from kunserve.sim.simulation import POLICIES, Simulation, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
@@ -40,6 +39,7 @@ class Options:
     time_scale: float = 1.0  # times between arrivals are so many times as long
     burst_height: float = 2.0
     burst_s: float = 20.0
+    memory_gib: float | None = None  # of each GPU, instead of its own
     lengths: Path | None = None  # of this file, instead of synthetic ones
     block_size: int = 64  # tuned for vLLM in the paper
     max_num_batched_tokens: int = 1024
@@ -89,6 +89,8 @@ def simulate(options: Options) -> dict[str, Any]:
     """Run it; the report. ConfigError or ValueError if the options cannot be met."""
     model = load_card(options.model).config
     cluster = parse_cluster(options.cluster)
+    if options.memory_gib is not None:
+        cluster = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=int(options.memory_gib * GIB)))
     config = EngineConfig(
         options.model,
         block_size=options.block_size,
@@ -98,8 +100,9 @@ def simulate(options: Options) -> dict[str, Any]:
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
         restore_hold_s=options.restore_hold_s,
-        restore_watermark=EngineConfig.restore_watermark if options.is_restoring else NEVER,
     )
+    if not options.is_restoring:
+        config = replace(config, restore_watermark=NEVER)
     machine = SimMachine(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
     rows = rows_of(options)
     if not rows:
@@ -110,8 +113,8 @@ def simulate(options: Options) -> dict[str, Any]:
     return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / rows[-1].at_s} | report
 
 
-def parse_arguments(arguments: list[str] | None = None) -> Options:
-    """The command line as options."""
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
+    """The command line as options, and whether the report is to be brief."""
     default = Options()
     parser = argparse.ArgumentParser("python -m kunserve.sim", description=__doc__)
     add = parser.add_argument
@@ -126,6 +129,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     add("--time-scale", type=float, default=default.time_scale, help="times between arrivals so many times as long")
     add("--burst-height", type=float, default=default.burst_height, help="rate in a burst, over that outside")
     add("--burst-length", dest="burst_s", type=float, default=default.burst_s, help="seconds of a burst")
+    add("--memory", dest="memory_gib", type=float, help="GiB of each GPU, instead of what it has")
     add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
     add("--block-size", type=int, default=default.block_size)
     add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
@@ -136,8 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
     add("--brief", action="store_true", help="without what is kept over time and the transitions")
     values = vars(parser.parse_args(arguments))
-    global_brief = values.pop("brief")
-    return replace(Options(**values)), global_brief
+    is_brief = values.pop("brief")
+    return Options(**values), is_brief
 
 
 def main() -> None:

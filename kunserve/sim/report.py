@@ -86,9 +86,8 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
     tokens = sum(a.num_output_tokens for a in answers)
     # Without the ramp at the end, in which the last requests finish one after the other.
     last_arrival = max((a.arrival_s for a in answers), default=0.0)
-    in_time = sum(s.num_tokens for s in record.samples if s.at_s <= last_arrival) and next(
-        (s.num_tokens / s.at_s for s in reversed(record.samples) if 0 < s.at_s <= last_arrival), 0.0
-    )
+    arriving = [s for s in record.samples if 0 < s.at_s <= last_arrival]
+    in_time = arriving[-1].num_tokens / arriving[-1].at_s if arriving else 0.0
     return {
         "requests": len(answers),
         "finished": len(finished),
