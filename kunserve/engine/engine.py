@@ -90,6 +90,7 @@ class Engine:
         self._drained: asyncio.Event | None = None  # while draining
         self._last_step_s = 0.0
         self._num_preemptions_seen = 0
+        self._group_of: dict[int, Group] = {}  # by id; filled as asked
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +297,7 @@ class Engine:
         if group.on_first_commit is not None:
             group.on_first_commit()
             group.on_first_commit = None
-        sampled = iter(tokens)
+        sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
             scored = [(position, next(sampled)) for position in scored_positions(span)]
             token = next(sampled) if span.samples else None
@@ -306,7 +307,9 @@ class Engine:
             if span.request.finish_reason is not None:
                 self._release(span.request)
             elif token is not None:
-                self._publish(self._live[span.request.request_id], token)
+                num_generated += 1
+                self._publish(self._live[span.request.request_id], token, now)
+        self.metrics.generation_tokens(num_generated)
 
     def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
         self.scheduler.commit(group, batch)
@@ -317,11 +320,10 @@ class Engine:
             else:
                 self._release(span.request)
 
-    def _publish(self, live: _Live, token: SampledToken) -> None:
+    def _publish(self, live: _Live, token: SampledToken, now: float) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
-        request, now = live.request, self.now()
+        request = live.request
         request.token_ids.append(token.token_id)
-        self.metrics.generation_tokens(1)
         if request.first_token_s is None:
             request.first_token_s = now
             self.metrics.first_token(request, now)
@@ -395,7 +397,9 @@ class Engine:
 
     def group(self, group_id: int) -> Group:
         """The live group of that id."""
-        return next(g for g in self.groups if g.group_id == group_id)
+        if group_id not in self._group_of:  # the grouping is new
+            self._group_of = {group.group_id: group for group in self.groups}
+        return self._group_of[group_id]
 
     @property
     def num_running(self) -> int:

@@ -82,6 +82,7 @@ class Simulation:
         engine, control = await assemble(
             self._machine, self._model, self._config, "simulated", self._max_model_len, NoWeights, None
         )
+        engine.metrics = _QuietMetrics("simulated", engine.limits.max_model_len, engine.stats)
         await engine.start()
         sampling = asyncio.create_task(self._sample(engine))
         await self._send(engine)
