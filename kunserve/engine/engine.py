@@ -91,6 +91,9 @@ class Engine:
         self._last_step_s = 0.0
         self._num_preemptions_seen = 0
         self._group_of: dict[int, Group] = {}  # by id; filled as asked
+        # With many groups nobody may look at all of them in every step: only at those that something happened to.
+        self._changed: dict[int, Group] | None = None  # since they were scheduled last, by id; None: all
+        self._free: dict[int, Group] = {}  # that have a slot for a microbatch, by id
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class Engine:
         self._live[request.request_id] = live
         self.scheduler.waiting.append(request)
         self.metrics.prompt_tokens(request.num_prompt_tokens)
-        self.wake()
+        self._wake.set()
 
     def abort(self, request_id: str) -> None:
         """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
@@ -188,7 +191,8 @@ class Engine:
             self.wake()
 
     def wake(self) -> None:
-        """Something changed: look for work."""
+        """Something changed: look for work everywhere."""
+        self._changed = None
         self._wake.set()
 
     async def quiesce(self, groups: Sequence[Group]) -> None:
@@ -242,15 +246,16 @@ class Engine:
 
     def _schedule(self) -> None:
         """Give every chain as many microbatches as it has stages."""
+        changed = self._take_changed()
         if self.control is not None:
-            self.control.observe()
+            self.control.observe(changed)
         progress = True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
             # Whoever is busy does not compete for the queue: its head would wait for the end of a step.
-            free = [g for g in self.groups if not g.is_paused and g.num_in_flight < len(g.stages)]
-            for group in free:
-                if group.num_in_flight >= len(group.stages) or not (group.running or self.scheduler.num_waiting):
+            free = [group for group in self._free.values() if not group.is_paused] if self.scheduler.num_waiting else []
+            for group in free or changed:
+                if group.is_paused or not self._has_slot(group) or not (group.running or self.scheduler.num_waiting):
                     continue
                 batch = self.scheduler.schedule(group, free, self.epoch)
                 if batch is not None:
@@ -260,6 +265,21 @@ class Engine:
             self.mover.observe()
         self._report_preemptions()
 
+    def _take_changed(self) -> list[Group]:
+        """The groups that something happened to since the last call."""
+        if self._changed is None:
+            self._free = {group.group_id: group for group in self.groups if self._has_slot(group)}
+            changed = list(self.groups)
+        else:
+            changed = list(self._changed.values())
+        self._changed = {}
+        return changed
+
+    @staticmethod
+    def _has_slot(group: Group) -> bool:
+        """Whether its chain takes one more microbatch."""
+        return group.num_in_flight < len(group.stages)
+
     def _launch(self, group: Group, batch: Microbatch) -> None:
         assert self._tasks is not None
         now = self.now()
@@ -268,6 +288,8 @@ class Engine:
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
+        if not self._has_slot(group):
+            self._free.pop(group.group_id, None)
         inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
@@ -287,8 +309,11 @@ class Engine:
             if self.mover is not None:
                 self.mover.stepped(group, self.now() - started)
         self._last_step_s = self.now()
+        self._free[group.group_id] = group
+        if self._changed is not None:
+            self._changed[group.group_id] = group
         self.progress()
-        self.wake()
+        self._wake.set()
 
     def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
         """Account for a microbatch that has passed its chain, and publish its tokens."""

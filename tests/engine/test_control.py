@@ -189,7 +189,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         await asyncio.sleep(0)  # it is about to begin
         assert control._tasks and control.reconfigure.current is None
         control._is_automatic = True
-        control.observe()
+        control.observe(checked.engine.groups)
         assert not any(group.is_paused for group in checked.engine.groups)
         assert (await asked)["old_groups"] == (2, 3)
         assert_same(await answers, expected)
