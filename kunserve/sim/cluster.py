@@ -77,10 +77,10 @@ def parse_cluster(text: str) -> Cluster:
 
 
 def gpus_per_instance(model: ModelConfig, gpu: GPU) -> int:
-    """The least power of two of GPUs that hold the weights with as much room for KV as half of them."""
+    """The least power of two of GPUs that hold the weights with a quarter more for KV."""
     weights = sum(unit.num_bytes for unit in weight_units(model, 2))
     num = 1
-    while weights * 1.5 > gpu.memory_bytes * USABLE * num:
+    while weights * 1.25 > gpu.memory_bytes * USABLE * num:
         num *= 2
     return num
 

@@ -67,7 +67,6 @@ class SimDevice(NullDevice):
         await self.compute(self._num_calls * CALL_S)
         return result
 
-
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`. There are no bytes to copy, so `work`, whose result nobody reads, is not done."""
         return None  # type: ignore[return-value]

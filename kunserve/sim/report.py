@@ -88,12 +88,14 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
     last_arrival = max((a.arrival_s for a in answers), default=0.0)
     arriving = [s for s in record.samples if 0 < s.at_s <= last_arrival]
     in_time = arriving[-1].num_tokens / arriving[-1].at_s if arriving else 0.0
+    ttfts = [t for a in answers if (t := a.ttft_s) is not None]
     return {
         "requests": len(answers),
         "finished": len(finished),
         "failures": sorted({a.failure for a in answers if a.failure}),
         "elapsed_s": round(record.elapsed_s, DIGITS),
-        "ttft_s": percentiles([t for a in answers if (t := a.ttft_s) is not None]),
+        "ttft_s": percentiles(ttfts),
+        "ttft_shares": _shares(ttfts),
         "tpot_s": percentiles([t for a in finished if (t := a.tpot_s) is not None]),
         "longest_gap_s": round(max((a.longest_gap_s for a in answers), default=0.0), DIGITS),
         "gap_s": percentiles([a.longest_gap_s for a in finished]),
@@ -102,6 +104,13 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
         "output_tokens_per_s_while_arriving": round(in_time, 3),
         "memory": _memory(record.samples, block_size),
     }
+
+
+def _shares(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(value, share of values above it), from small to large, at a hundred places: SLO misses against SLO scale."""
+    ordered = sorted(values)
+    places = sorted({i * (len(ordered) - 1) // 99 for i in range(100)}) if ordered else []
+    return [(round(ordered[i], DIGITS), round(1 - (i + 1) / len(ordered), 4)) for i in places]
 
 
 def _memory(samples: Sequence[Sample], block_size: int) -> dict[str, Any]:
