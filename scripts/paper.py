@@ -33,10 +33,11 @@ RATES = {  # requests per second of 8 GPUs, so that mean demand is about half of
     ("tight", "sharegpt"): 14.0,
     ("tight", "longbench"): 3.6,
 }
-ABLATION = {
+ABLATION: dict[str, dict[str, Any]] = {
     "recompute": {"policy": "recompute"},
-    "drop": {"policy": "drop", "is_coordinated": False},
-    "+ coordinated exchange": {"policy": "drop"},
+    "drop": {"policy": "drop", "is_coordinated": False, "is_looking_ahead": False},
+    "+ coordinated exchange": {"policy": "drop", "is_looking_ahead": False},
+    "+ lookahead": {"policy": "drop"},
 }
 PUBLISHED = {
     "ttft": "P99 TTFT 12.7 to 72.2 times better than the baselines (figure 13)",

@@ -46,6 +46,7 @@ class Options:
     max_num_seqs: int = 1024
     watermark: float = 0.0
     is_coordinated: bool = True
+    is_looking_ahead: bool = True
     is_restoring: bool = True
     restore_hold_s: float = 5.0
 
@@ -71,8 +72,8 @@ def rows_of(options: Options) -> list[TraceRow]:
 
 # Requests per second and GPU at which mean demand for memory is about the paper's (51 to 58 %).
 RATES = {
-    ("A800", "qwen2.5-14b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
-    ("H800", "qwen2.5-72b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+    ("a800", "qwen2.5-14b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+    ("h800", "qwen2.5-72b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
 }
 
 
@@ -80,9 +81,9 @@ def default_rate(options: Options) -> float:
     """The rate of a workload on a cluster; ConfigError where none is known."""
     cluster = parse_cluster(options.cluster)
     try:
-        return RATES[cluster.gpu.name, options.model][options.workload] * cluster.num_gpus
+        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus
     except KeyError:
-        raise ConfigError(f"no default rate for {options.model} on {cluster.gpu.name}: give --rate") from None
+        raise ConfigError(f"no default rate for {options.model} on {cluster.kind}: give --rate") from None
 
 
 def simulate(options: Options) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def simulate(options: Options) -> dict[str, Any]:
     model = load_card(options.model).config
     cluster = parse_cluster(options.cluster)
     if options.memory_gib is not None:
-        cluster = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=int(options.memory_gib * GIB)))
+        cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
     config = EngineConfig(
         options.model,
         block_size=options.block_size,
@@ -103,7 +104,9 @@ def simulate(options: Options) -> dict[str, Any]:
     )
     if not options.is_restoring:
         config = replace(config, restore_watermark=NEVER)
-    machine = SimMachine(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
+    if not options.is_looking_ahead:
+        config = replace(config, microbatching="tokens")
+    machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
     rows = rows_of(options)
     if not rows:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
@@ -138,6 +141,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     add("--restore-hold", dest="restore_hold_s", type=float, default=default.restore_hold_s)
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
+    add("--no-lookahead", dest="is_looking_ahead", action="store_false", help="chains count tokens, not time")
     add("--brief", action="store_true", help="without what is kept over time and the transitions")
     values = vars(parser.parse_args(arguments))
     is_brief = values.pop("brief")

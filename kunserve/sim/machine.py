@@ -17,13 +17,13 @@ from kunserve.engine.sampler import SampledToken
 from kunserve.gpu.cuda import choose_chunk_bytes
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
-from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.gpu.links import Links, Priority
 from kunserve.gpu.null import NullDevice
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.planner.cost import CostModel, Work
 from kunserve.planner.snapshot import DeviceView, ModelShape
-from kunserve.sim.cluster import USABLE, Cluster, datasheet_cost, gpus_per_instance
+from kunserve.sim.cluster import Cluster, Instances
 from kunserve.sim.links import TimedLinks
 
 T = TypeVar("T")
@@ -102,46 +102,63 @@ class SimExecutor(Executor):
 
     async def execute(self, group: Group, inputs: Work) -> list[SampledToken]:
         """See `Executor.execute`."""
-        before: int | None = None
-        for stage in group.stages:
-            if before is not None:
-                num_bytes = inputs.num_tokens * self._token_bytes
+        now_s = asyncio.get_running_loop().time
+        num_bytes = int(inputs.num_tokens) * self._token_bytes
+        for position, stage in enumerate(group.stages):
+            if position:
+                before = group.stages[position - 1].device
                 async with self._links.turn(before, stage.device, Priority.ACTIVATION, num_bytes):
                     pass
-            is_first, is_last = stage.first_layer == 0, stage.last_layer == self._num_layers
+            is_first, is_last = position == 0, stage.last_layer == self._num_layers
             num_layers = stage.last_layer - stage.first_layer
-            await self._devices[stage.device].compute(self._cost.work_time(num_layers, inputs, is_first, is_last))
-            before = stage.device
-        return [TOKEN] * inputs.num_samples
+            group.occupancy.enter(position, now_s())
+            try:
+                seconds = self._cost.work_time(num_layers, inputs, is_first, is_last)
+                await self._devices[stage.device].compute(seconds)
+            finally:
+                group.occupancy.leave(position, now_s())
+        return [TOKEN] * int(inputs.num_samples)
 
 
 class SimMachine(Machine):
-    """The GPUs of a cluster, as many as an instance needs to each device."""
+    """Simulated devices, all alike, that compute in the time that `cost` predicts."""
 
-    dtype = torch.bfloat16
+    shares_head = False
 
-    def __init__(self, model: ModelConfig, cluster: Cluster, block_size: int, *, is_coordinated: bool = True) -> None:
-        self._model, self._cluster, self.gpus_per_device = model, cluster, gpus_per_instance(model, cluster.gpu)
-        self.gpu = cluster.gpu.times(self.gpus_per_device)
-        budget = int(self.gpu.memory_bytes * USABLE)
-        block_bytes = KVShape.of(model, block_size, self.dtype).block_bytes
-        self.chunk_bytes = choose_chunk_bytes(model, self.dtype.itemsize, block_bytes, GRANULARITY, budget)
-        self._budget_chunks = budget // self.chunk_bytes
+    def __init__(
+        self,
+        model: ModelConfig,
+        cost: CostModel,
+        links: Links,
+        views: Sequence[DeviceView],
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        device_name: str,
+    ) -> None:
+        self._model, self.cost, self._links, self._views = model, cost, links, views
+        self.dtype, self.chunk_bytes, self.device_name = dtype, chunk_bytes, device_name
         self._devices: list[SimDevice] = []
-        self._links = TimedLinks(self._bandwidth, is_coordinated=is_coordinated)
 
-    @property
-    def num_devices(self) -> int:
-        """Instances of the model."""
-        return self._cluster.num_gpus // self.gpus_per_device
+    @classmethod
+    def of_gpus(
+        cls, model: ModelConfig, cluster: Cluster, block_size: int, *, is_coordinated: bool = True
+    ) -> SimMachine:
+        """The GPUs of a cluster, as many to a device as an instance needs. ConfigError if there are too few."""
+        instances, dtype = Instances.of(model, cluster), torch.bfloat16
+        block_bytes, budget = KVShape.of(model, block_size, dtype).block_bytes, instances.memory_bytes
+        chunk_bytes = choose_chunk_bytes(model, dtype.itemsize, block_bytes, GRANULARITY, budget)
+        devices = range(instances.num_devices)
+        views = [DeviceView(i, budget // chunk_bytes, instances.server(i)) for i in devices]
+        links = TimedLinks(instances.bandwidth, is_coordinated=is_coordinated)
+        return cls(model, instances.cost(model), links, views, dtype, chunk_bytes, cluster.kind)
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
-        """See `Machine.views`; a server is an island."""
-        return [DeviceView(i, self._budget_chunks, self._server(i)) for i in range(self.num_devices)]
+        """See `Machine.views`."""
+        return list(self._views)
 
     def open(self) -> Sequence[SimDevice]:
         """See `Machine.open`."""
-        self._devices = [SimDevice(i, self._budget_chunks, self.chunk_bytes) for i in range(self.num_devices)]
+        self._devices = [SimDevice(view.device, view.budget_chunks, self.chunk_bytes) for view in self._views]
         return self._devices
 
     def source(self, source: WeightSource) -> WeightSource:
@@ -151,9 +168,8 @@ class SimMachine(Machine):
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[SimExecutor, str]:
         """See `Machine.executor`."""
         model, token_bytes = self._model, self._model.hidden_size * self.dtype.itemsize
-        cost = datasheet_cost(model, self.gpu, self.dtype.itemsize)
-        executor = SimExecutor(self._devices, self._links, cost, token_bytes, model.num_layers)
-        return executor, f"predicted times of {self.gpus_per_device} {self.gpu.name} per device"
+        executor = SimExecutor(self._devices, self._links, self.cost, token_bytes, model.num_layers)
+        return executor, f"predicted times of {self.device_name}"
 
     def links(self) -> Links:
         """See `Machine.links`."""
@@ -167,14 +183,3 @@ class SimMachine(Machine):
         """See `Machine.close`."""
         while self._devices:
             self._devices.pop().close()
-
-    def _server(self, device: int) -> int:
-        return device * self.gpus_per_device // self._cluster.gpus_per_server
-
-    def _bandwidth(self, source: int, destination: int) -> float:
-        """Bytes per second: to the host by PCIe, within a server by NVLink, else by RDMA."""
-        if HOST in (source, destination):
-            return self.gpu.pcie_bytes_per_s
-        if self._server(source) == self._server(destination):
-            return self.gpu.nvlink_bytes_per_s * self.gpus_per_device
-        return self._cluster.rdma_bytes_per_s * self.gpus_per_device

@@ -11,15 +11,15 @@ from kunserve.config import EngineConfig
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import assemble
-from kunserve.engine.machine import Machine
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.stream import Sink
 from kunserve.errors import KunServeError
 from kunserve.metrics import Metrics
 from kunserve.model.config import ModelConfig
+from kunserve.planner.microbatch import Lookahead
 from kunserve.sim.clock import simulate
-from kunserve.sim.machine import NoWeights
+from kunserve.sim.machine import NoWeights, SimMachine
 from kunserve.sim.report import Answer, Record, Sample, summarize
 from kunserve.sim.traces import TraceRow
 
@@ -68,11 +68,17 @@ class Simulation:
     """One run. `rows`: what arrives when; outputs are exactly as long as a row says."""
 
     def __init__(
-        self, machine: Machine, model: ModelConfig, config: EngineConfig, rows: Sequence[TraceRow], max_model_len: int
+        self,
+        machine: SimMachine,
+        model: ModelConfig,
+        config: EngineConfig,
+        rows: Sequence[TraceRow],
+        max_model_len: int,
     ) -> None:
         self._machine, self._model, self._config = machine, model, config
         self._rows, self._max_model_len = rows, max_model_len
         self.record = Record()
+        self._stage_seconds: dict[int, tuple[float, float]] = {}  # of each chain: with work, and with work anywhere
 
     def run(self) -> dict[str, Any]:
         """Simulate to the last answer; the report."""
@@ -80,7 +86,14 @@ class Simulation:
 
     async def _run(self) -> dict[str, Any]:
         engine, control = await assemble(
-            self._machine, self._model, self._config, "simulated", self._max_model_len, NoWeights, None
+            self._machine,
+            self._model,
+            self._config,
+            "simulated",
+            self._max_model_len,
+            NoWeights,
+            None,
+            lookahead=self._lookahead(),
         )
         engine.metrics = _QuietMetrics("simulated", engine.limits.max_model_len, engine.stats)
         await engine.start()
@@ -92,6 +105,12 @@ class Simulation:
         await engine.stop()
         self._machine.close()
         return self._report(engine, control)
+
+    def _lookahead(self) -> Lookahead | None:
+        """As at launch, with the constants that the devices have."""
+        if self._config.microbatching != "lookahead":
+            return None
+        return Lookahead(self._machine.cost, self._model.num_layers, self._config.max_num_batched_tokens)
 
     async def _send(self, engine: Engine) -> None:
         """Submit every row at its time, and return when all are answered."""
@@ -135,14 +154,20 @@ class Simulation:
                     engine.metrics.num_generation_tokens,
                 )
             )
+            for group in groups:
+                if len(group.stages) > 1:
+                    active_s = group.occupancy.active_s(engine.now()) * len(group.stages)
+                    self._stage_seconds[group.group_id] = sum(group.occupancy.busy_s(engine.now())), active_s
             await asyncio.sleep(SAMPLE_EVERY_S)
 
     def _report(self, engine: Engine, control: OverloadControl) -> dict[str, Any]:
         transitions = control.state()["transitions"]
+        busy_s, active_s = (sum(seconds) for seconds in zip((0.0, 0.0), *self._stage_seconds.values(), strict=True))
         return summarize(self.record, self._config.block_size) | {
             "preemptions": engine.scheduler.num_preemptions,
             "swaps": engine.scheduler.swapped.num_swaps,
             "migrations": engine.scheduler.num_migrations,
+            "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
             "num_transitions": len(transitions),
             "transitions": transitions,
         }

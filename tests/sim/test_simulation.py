@@ -12,15 +12,16 @@ import pytest
 from kunserve.errors import ConfigError
 from kunserve.gpu.links import HOST, Priority
 from kunserve.model.card import load_card
+from kunserve.model.costs import derive, device_rates
 from kunserve.sim.__main__ import Options, parse_arguments, simulate
-from kunserve.sim.cluster import A800, datasheet_cost, gpus_per_instance, parse_cluster
 from kunserve.sim.clock import simulate as on_virtual_clock
+from kunserve.sim.cluster import Instances, parse_cluster
 from kunserve.sim.links import TimedLinks
 from kunserve.sim.machine import SimDevice
 from kunserve.sim.simulation import POLICIES
 
 # Two GPUs with room for some 40 requests each, and ten times as many arrivals from second 45 on.
-BURST = Options(cluster="2xA800", memory_gib=39.0, rate=4.5, duration_s=62.0, burst_height=10.0, burst_s=15.0)
+BURST = Options(cluster="2xA800", memory_gib=39.0, rate=6.0, duration_s=64.0, burst_height=10.0, burst_s=17.0)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +95,16 @@ def test_activations_overtake_kv_on_a_port(is_coordinated: bool, order: list[str
     assert max(at_s for _, at_s in done) == 3.0
 
 
-def test_instances_and_constants_come_from_datasheets() -> None:
+def test_a_device_is_as_many_gpus_as_the_model_needs() -> None:
     small, large = load_card("qwen2.5-14b").config, load_card("qwen2.5-72b").config
-    cluster = parse_cluster("16xH800")
-    assert gpus_per_instance(small, A800) == 1 and gpus_per_instance(large, cluster.gpu) == 4
-    cost = datasheet_cost(small, A800)
-    assert cost.load_s * small.num_layers == pytest.approx(28e9 / 2.039e12, rel=0.3)  # one pass over the weights
-    assert cost.key_s > 10 * cost.pair_s
+    assert Instances.of(small, parse_cluster("8xA800")).num_devices == 8
+    instances = Instances.of(large, parse_cluster("16xH800"))
+    assert (instances.gpus, instances.num_devices, instances.server(1), instances.server(2)) == (4, 4, 0, 1)
+    assert instances.bandwidth(0, 1) > instances.bandwidth(1, 2) > 0
+    one, four = derive(large, device_rates()["h800"]), instances.cost(large)
+    assert four.load_s == pytest.approx(one.load_s / 4) and four.token_s == pytest.approx(one.token_s / 4)
+    with pytest.raises(ConfigError, match="one instance of the model needs 4 GPUs"):
+        Instances.of(large, parse_cluster("2xH800"))
 
 
 @pytest.mark.parametrize("text", ["A800", "8xZ9", "0xA800", "-1xA800"])
