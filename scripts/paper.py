@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The paper's experiments on a virtual clock: tables beside what KunServe (EuroSys 2026) published, and pictures.
 
-Like figures 2 and 13 (percentiles per policy), 12 and 17 (memory and throughput over time), 14 (ablation), 16 (restore on
-and off). Everything follows from the seeds; times are predicted from datasheets, not measured. Two regimes:
+Like figures 2 and 13 (percentiles per policy), 12 and 17 (memory and throughput over time), 14 (ablation), 16 (restore
+on and off). Everything follows from the seeds; times are predicted from datasheets, not measured. Two regimes:
 "paper" has the testbed's memory, "tight" GPUs whose weights take 61 % of what is usable, as of DeepSeek-V3 in the
 paper's table 1. Written to --out: report.md, report.json, and pictures. The last line of stdout is one JSON object.
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ RATES = {  # requests per second of 8 GPUs, so that mean demand is about half of
     ("paper", "burstgpt"): 48.0,
     ("paper", "sharegpt"): 18.0,
     ("paper", "longbench"): 5.0,
-    ("tight", "burstgpt"): 38.0,
+    ("tight", "burstgpt"): 42.0,
     ("tight", "sharegpt"): 14.0,
     ("tight", "longbench"): 3.6,
 }
@@ -140,7 +141,7 @@ def draw(title: str, reports: dict[str, dict[str, Any]], path: Path) -> None:
         over = report["memory"]["over_time"]
         at_s, tokens = over["at_s"], over["output_tokens"]
         axes[0][column].plot(at_s, over["waiting"])
-        axes[1][column].plot(at_s[1:], [b - a for a, b in zip(tokens, tokens[1:], strict=False)])
+        axes[1][column].plot(at_s[1:], [b - a for a, b in pairwise(tokens)])
         axes[2][column].plot(at_s, [k / 1e6 for k in over["kv_tokens"]])
         axes[2][column].fill_between(at_s, [k / 1e6 for k in over["used_tokens"]], alpha=0.4)
         axes[0][column].set_title(name, fontsize=9)
