@@ -155,7 +155,7 @@ async def main() -> None:
     args = parser.parse_args()
     set_up_logging("error", as_json=False)
     results: dict[str, Any] = {}
-    overhead_s: float = args.step_overhead
+    overhead_s = args.step_overhead
     if overhead_s is None:
         jobs = CALIBRATION.jobs(args.seed + 1)
         live = await serve(CALIBRATION, jobs)
