@@ -23,8 +23,8 @@ from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapsho
 
 log = structlog.get_logger()
 
-# A chain cannot be cut anew, so it is cut for a little longer outputs and more requests than now. Not for many more: each
-# merge makes a chain longer, and one that comes when memory is full stalls everybody until the exchange is over.
+# A chain cannot be cut anew, so it is cut for a little longer outputs and more requests than now. Not for many more.
+# Each merge makes a chain longer, and one that comes when memory is full stalls everybody until the exchange is over.
 LENGTH_HEADROOM, ARRIVAL_HEADROOM = 1.25, 1.1
 RETRY_S = 1.0  # after a transition that failed
 
