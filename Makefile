@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit bench-overload clean
+.PHONY: install serve test lint unit paper bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -32,6 +32,9 @@ unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 test: lint unit
+
+paper: $(VENV)/.installed-test
+	$(BIN)/python scripts/paper.py
 
 bench-overload: $(VENV)/.installed-test
 	$(BIN)/python scripts/compare_policies.py

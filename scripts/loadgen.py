@@ -28,14 +28,13 @@ from load.workload import (
     draw_lengths,
     fixed_arrivals,
     make_jobs,
-    pick_rows,
     poisson_arrivals,
-    read_rows,
-    sample_lengths,
     stream_of,
 )
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from kunserve.sim.traces import pick_rows, read_rows, sample_lengths
 
 
 def make_workload(args: argparse.Namespace) -> list[Job]:

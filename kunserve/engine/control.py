@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group
 from kunserve.engine.reconfigure import Reconfigure, Transition
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
@@ -22,8 +23,10 @@ from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapsho
 
 log = structlog.get_logger()
 
-# A chain cannot be cut anew, so it is cut for outputs longer than expected, and for more requests than are here yet.
-LENGTH_HEADROOM, ARRIVAL_HEADROOM = 2.0, 1.5
+# Of output lengths and of the number of requests. Groups merge for little more than is known now: each merge makes a
+# chain longer, and one more can follow. But a chain cannot be cut anew, so it is cut for much more.
+MERGE_HEADROOM = (1.25, 1.1)
+CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
 
 
@@ -46,23 +49,24 @@ class OverloadControl:
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
+        self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
-    def observe(self) -> None:
+    def observe(self, changed: Sequence[Group]) -> None:
         """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
         now = self._engine.now()
         if not self._is_automatic or now < self._not_before_s:
             return
         is_idle = not self._tasks
-        if (is_idle or self.reconfigure.is_cancellable) and self._is_tight() and self._is_overloaded():
+        if (is_idle or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded():
             self._relaxation = Relaxation()
             if is_idle:
                 self._begin_drop()
             else:
                 self.reconfigure.cancel_restore()
-        elif is_idle and any(group.origin and group.origin.parts for group in self._engine.groups):
+        elif is_idle and self._is_dropped() and self._may_be_low():
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
@@ -98,7 +102,7 @@ class OverloadControl:
                 raise ConflictError("there is one group only: nothing to merge")
             smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
             group_ids = [group.group_id for group in smallest[:2]]
-        plan = plan_drop_of(snapshot, group_ids, self._need_blocks())
+        plan = plan_drop_of(snapshot, group_ids, self._need_blocks(*CUT_HEADROOM))
         committed = asyncio.get_running_loop().create_future()
         return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
 
@@ -134,15 +138,31 @@ class OverloadControl:
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
-    def _is_tight(self) -> bool:
+    def _is_tight(self, changed: Sequence[Group]) -> bool:
         """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
         groups, waiting = self._engine.groups, self._engine.scheduler.waiting
         per_request = 1 + horizon // self._shape.block_size
-        if any(group.num_free < len(group.running) * per_request for group in groups):
+        if any(group.num_free < len(group.running) * per_request for group in changed):
             return True
         head = waiting.head
         return head is not None and all(g.num_free < g.blocks_for(head.num_tokens) for g in groups)
+
+    def _is_dropped(self) -> bool:
+        """Whether any group can be split."""
+        if self._undropped is None or self._undropped[0] != self._engine.epoch:
+            is_dropped = any(group.origin and group.origin.parts for group in self._engine.groups)
+            self._undropped = self._engine.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
+        return self._undropped[1] > 0
+
+    def _may_be_low(self) -> bool:
+        """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""
+        assert self._undropped is not None
+        in_use = sum(group.num_used for group in self._engine.groups)
+        if in_use < self._thresholds.restore_watermark * self._undropped[1]:
+            return True
+        self._relaxation = Relaxation()
+        return False
 
     def _is_overloaded(self) -> bool:
         groups, head = self._engine.groups, self._engine.scheduler.waiting.head
@@ -162,12 +182,12 @@ class OverloadControl:
         waiting = map(_view, self._engine.scheduler.waiting)
         return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
 
-    def _need_blocks(self) -> int:
-        return round(ARRIVAL_HEADROOM * self._demand(LENGTH_HEADROOM))
+    def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
+        return round(of_arrivals * self._demand(of_lengths))
 
     def _begin_drop(self) -> None:
         snapshot = self._snapshot()
-        plan = plan_drop(snapshot, self._need_blocks())
+        plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if plan.merges:
             for merge in plan.merges:
                 for group_id in merge.group_ids:

@@ -25,7 +25,7 @@ from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
-from kunserve.engine.stream import OutputStream
+from kunserve.engine.stream import OutputStream, Sink
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.engine.view import check_engine, engine_state, engine_stats, weight_bytes
 from kunserve.engine.waiting import Waiting
@@ -51,7 +51,7 @@ class _Live:
     """A request's way out: its stream, and the text it is turned into."""
 
     request: Request
-    stream: OutputStream
+    stream: Sink
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
 
@@ -90,6 +90,10 @@ class Engine:
         self._drained: asyncio.Event | None = None  # while draining
         self._last_step_s = 0.0
         self._num_preemptions_seen = 0
+        self._group_of: dict[int, Group] = {}  # by id; filled as asked
+        # With many groups nobody may look at all of them in every step: only at those that something happened to.
+        self._changed: dict[int, Group] | None = None  # since they were scheduled last, by id; None: all
+        self._free: dict[int, Group] = {}  # that have a slot for a microbatch, by id
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -145,7 +149,13 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> OutputStream:
-        """Queue a request; the stream ends with exactly one final output or error.
+        """Queue a request; the stream ends with exactly one final output or error. Raises as `submit_to`."""
+        stream = OutputStream()
+        self.submit_to(request, stream)
+        return stream
+
+    def submit_to(self, request: Request, sink: Sink) -> None:
+        """Queue a request; its outputs go to `sink`, as they come.
 
         Raises OverloadedError if the queue is full or the server stops, InvalidRequestError if it can never fit.
         """
@@ -169,12 +179,11 @@ class Engine:
         detokenizer = None
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, request.params, request.prompt_token_ids)
-        live = _Live(request, OutputStream(), detokenizer)
+        live = _Live(request, sink, detokenizer)
         self._live[request.request_id] = live
         self.scheduler.waiting.append(request)
         self.metrics.prompt_tokens(request.num_prompt_tokens)
-        self.wake()
-        return live.stream
+        self._wake.set()
 
     def abort(self, request_id: str) -> None:
         """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
@@ -183,7 +192,8 @@ class Engine:
             self.wake()
 
     def wake(self) -> None:
-        """Something changed: look for work."""
+        """Something changed: look for work everywhere."""
+        self._changed = None
         self._wake.set()
 
     async def quiesce(self, groups: Sequence[Group]) -> None:
@@ -237,21 +247,38 @@ class Engine:
 
     def _schedule(self) -> None:
         """Give every chain as many microbatches as it has stages, and one to go on with while results are looked at."""
+        changed = self._take_changed()
         if self.control is not None:
-            self.control.observe()
+            self.control.observe(changed)
         progress = True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
-            for group in self.groups:
-                if group.is_paused or group.num_in_flight >= len(group.stages) + self.scheduler.limits.num_ahead:
+            # Whoever is busy does not compete for the queue: its head would wait for the end of a step.
+            free = [group for group in self._free.values() if not group.is_paused] if self.scheduler.num_waiting else []
+            for group in free or changed:
+                if group.is_paused or not self._has_slot(group) or not (group.running or self.scheduler.num_waiting):
                     continue
-                batch = self.scheduler.schedule(group, self.groups, self.epoch)
+                batch = self.scheduler.schedule(group, free, self.epoch)
                 if batch is not None:
                     progress = True
                     self._launch(group, batch)
         if self.mover is not None:
             self.mover.observe()
         self._report_preemptions()
+
+    def _take_changed(self) -> list[Group]:
+        """The groups that something happened to since the last call."""
+        if self._changed is None:
+            self._free = {group.group_id: group for group in self.groups if self._has_slot(group)}
+            changed = list(self.groups)
+        else:
+            changed = list(self._changed.values())
+        self._changed = {}
+        return changed
+
+    def _has_slot(self, group: Group) -> bool:
+        """Whether its chain takes one more microbatch."""
+        return group.num_in_flight < len(group.stages) + self.scheduler.limits.num_ahead
 
     def _launch(self, group: Group, batch: Microbatch) -> None:
         assert self._tasks is not None
@@ -261,6 +288,8 @@ class Engine:
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
+        if not self._has_slot(group):
+            self._free.pop(group.group_id, None)
         inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
@@ -280,8 +309,11 @@ class Engine:
             if self.mover is not None:
                 self.mover.stepped(group, self._seconds_since(started, group))
         self._last_step_s = self.now()
+        self._free[group.group_id] = group
+        if self._changed is not None:
+            self._changed[group.group_id] = group
         self.progress()
-        self.wake()
+        self._wake.set()
 
     def _seconds_since(self, launched: float, group: Group) -> float:
         """How long the microbatch that comes back now was computed: not while it waited for those before it."""
@@ -299,7 +331,7 @@ class Engine:
         if group.on_first_commit is not None:
             group.on_first_commit()
             group.on_first_commit = None
-        sampled = iter(tokens)
+        sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
             scored = [(position, next(sampled)) for position in scored_positions(span)]
             token = next(sampled) if span.samples else None
@@ -307,7 +339,9 @@ class Engine:
                 if given.logprobs and position == len(span.request.prompt_logprobs):  # else it was computed before
                     span.request.prompt_logprobs.append(given.logprobs)
             if token is not None and span.request.finish_reason is None:
-                self._publish(self._live[span.request.request_id], token)
+                num_generated += 1
+                self._publish(self._live[span.request.request_id], token, now)
+        self.metrics.generation_tokens(num_generated)
 
     def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
         self.scheduler.commit(group, batch)
@@ -323,11 +357,10 @@ class Engine:
             if span.request.finish_reason is not None:
                 self._release(span.request)
 
-    def _publish(self, live: _Live, token: SampledToken) -> None:
+    def _publish(self, live: _Live, token: SampledToken, now: float) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
-        request, now = live.request, self.now()
+        request = live.request
         request.token_ids.append(token.token_id)
-        self.metrics.generation_tokens(1)
         if request.first_token_s is None:
             request.first_token_s = now
             self.metrics.first_token(request, now)
@@ -403,7 +436,9 @@ class Engine:
 
     def group(self, group_id: int) -> Group:
         """The live group of that id."""
-        return next(g for g in self.groups if g.group_id == group_id)
+        if group_id not in self._group_of:  # the grouping is new
+            self._group_of = {group.group_id: group for group in self.groups}
+        return self._group_of[group_id]
 
     @property
     def num_running(self) -> int:

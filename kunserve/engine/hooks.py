@@ -12,8 +12,8 @@ from kunserve.engine.request import Request
 class Control(Protocol):
     """Who watches the engine and regroups it (engine/control.py)."""
 
-    def observe(self) -> None:
-        """Called before each round of scheduling."""
+    def observe(self, changed: Sequence[Group]) -> None:
+        """Called before each round of scheduling, with the groups that something happened to since the last call."""
 
     def finished(self, request: Request) -> None:
         """Called when a request has ended."""

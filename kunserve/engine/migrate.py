@@ -120,13 +120,14 @@ class Migration:
         scheduler, share = self._engine.scheduler, 1 / len(self._engine.groups)
         killed = Counter(scheduler.preempted_by.values())
         waiting = len(scheduler.waiting) * share
+        waiting_blocks = sum(self._engine.groups[0].blocks_for(r.num_tokens) for r in scheduler.waiting) * share
         return [
             Freeness(
                 group.group_id,
                 remaining_steps(
                     group.num_free,
                     len(group.running),
-                    sum(group.blocks_for(r.num_tokens) for r in scheduler.waiting) * share,
+                    waiting_blocks,
                     waiting,
                 ),
                 killed[group.group_id],

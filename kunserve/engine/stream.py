@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 from kunserve.engine.request import Output
 from kunserve.errors import KunServeError
 
 
-class OutputStream:
+class Sink(Protocol):
+    """Whom one request's outputs go to."""
+
+    def put(self, output: Output) -> None:
+        """Take a delta; the one with a finish reason is the last."""
+
+    def fail(self, error: KunServeError) -> None:
+        """End with an error."""
+
+
+class OutputStream(Sink):
     """Async iterator of `Output`. What a slow consumer has not taken yet is merged, so it never grows by items."""
 
     def __init__(self) -> None:

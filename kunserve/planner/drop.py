@@ -181,11 +181,12 @@ class _Smallest:
         return None
 
 
-def plan_drop(snapshot: Snapshot, need_blocks: int) -> DropPlan:
+def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> DropPlan:
     """Merge groups, two smallest first, until the server holds `need_blocks` in all. O(N log N).
 
-    `need_blocks` is the whole demand, not what is short. If all merges are not enough they are planned nevertheless,
-    and `meets_need` is false. No merges if the need is met as it is. Two groups that hold no more together than apart
+    `need_blocks` is the whole demand, not what is short. `room_blocks`: what the merged groups are cut for beyond that,
+    as far as they can hold it: a chain cannot be cut anew, but no group merges for it. If all merges are not enough
+    they are planned nevertheless, and `meets_need` is false. No merges if the need is met as it is. Two groups that hold no more together than apart
     stay apart, even if three would gain: that can happen only with a handful of chunks.
     """
     shapes = _Shapes(snapshot.model)
@@ -195,7 +196,7 @@ def plan_drop(snapshot: Snapshot, need_blocks: int) -> DropPlan:
     while capacity < need_blocks and (node := heap.merge_next(shapes, min_gain=1)):
         capacity += node.gain
         merged.append(node)
-    return _plan(snapshot, shapes, before, [node for node in merged if not node.is_part], need_blocks)
+    return _plan(snapshot, shapes, before, [node for node in merged if not node.is_part], need_blocks, room_blocks)
 
 
 def plan_drop_of(snapshot: Snapshot, group_ids: Sequence[int], need_blocks: int = 0) -> DropPlan:
@@ -237,9 +238,12 @@ def _nodes(snapshot: Snapshot, shapes: _Shapes) -> list[_Node]:
     return nodes
 
 
-def _plan(snapshot: Snapshot, shapes: _Shapes, before: int, merged: list[_Node], need_blocks: int) -> DropPlan:
-    """Cut the layers of every merged node, each for its share of the need; `before`: capacity of the server."""
-    rest = need_blocks - before + sum(node.apart for node in merged)  # what the merged ones must hold
+def _plan(
+    snapshot: Snapshot, shapes: _Shapes, before: int, merged: list[_Node], need_blocks: int, room_blocks: int = 0
+) -> DropPlan:
+    """Cut the layers of every merged node, each for its share of need and room; `before`: capacity of the server."""
+    wanted = max(need_blocks, room_blocks)
+    rest = wanted - before + sum(node.apart for node in merged)  # what the merged ones must hold
     most = sum(node.blocks for node in merged)
     merges, after, freed_chunks = [], before, 0
     for node in merged:

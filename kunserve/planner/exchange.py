@@ -8,7 +8,7 @@ by layer needs the growth of one layer, since every layer that has left makes ro
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -150,14 +150,17 @@ def _order_layers(scene: _Scene) -> list[LayerMove] | None:
         move: move.first_layer for group in scene.moves if scene.used[group] for move in scene.moves[group]
     }  # -> the next layer of it
     free, steps = dict(scene.free), list[LayerMove]()
-    filled = defaultdict[tuple[int, int], int](int)  # (device, layer) -> blocks that came
+    filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
     def growth(move: LayerMove) -> int:
-        """Chunks that the destination's range of the next layer must get."""
+        """Chunks that the destination's range of the next layer must get.
+
+        With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
+        """
         device, base = move.destination, scene.range_chunks[move.destination]
-        before = scene.used[scene.group_of[device]] + filled[device, pending[move]]
-        after = before + scene.used[scene.group_of[move.source]]
-        return max(base, scene.model.chunks_for(after)) - max(base, scene.model.chunks_for(before))
+        if (device, pending[move]) in filled:
+            return 0
+        return max(0, scene.model.chunks_for(sum(scene.used.values())) - base)
 
     while pending:
         fitting = [move for move in pending if growth(move) <= free[move.destination]]
@@ -167,7 +170,7 @@ def _order_layers(scene: _Scene) -> list[LayerMove] | None:
         layer = pending[move]
         free[move.destination] -= growth(move)
         free[move.source] += scene.range_chunks[move.source]
-        filled[move.destination, layer] += scene.used[scene.group_of[move.source]]
+        filled.add((move.destination, layer))
         steps.append(LayerMove(layer, layer + 1, move.source, move.destination))
         if layer + 1 == move.last_layer:
             del pending[move]

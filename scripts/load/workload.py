@@ -1,20 +1,15 @@
-"""Load generator, first step: which requests are sent when. Everything follows from the seed or from a trace file."""
+"""Load generator, first step: which requests are sent when. Everything follows from the seed or from a trace file.
+
+Trace files are read by kunserve/sim/traces.py.
+"""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-import numpy as np
 from numpy.random import Generator, default_rng
-
-TIME_COLUMNS = ("TIMESTAMP", "arrived_at")
-INPUT_COLUMNS = ("ContextTokens", "num_prefill_tokens")
-OUTPUT_COLUMNS = ("GeneratedTokens", "num_decode_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +48,6 @@ class Segment:
 
     duration_s: float
     rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRow:
-    """One line of a trace: seconds after its first row (0 where the file has no times), lengths in tokens."""
-
-    at_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
 
 
 def parse_segments(text: str) -> tuple[Segment, ...]:
@@ -109,51 +95,11 @@ def burst_arrivals(segments: Sequence[Segment], limit: int | None, rng: Generato
     return times[:limit]
 
 
-def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
-    """Rows in the order of their times, of a CSV in the format of Azure's LLM traces or of ShareGPT lengths.
-
-    Raises ValueError with file, line and column when something is missing or malformed.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(_parse(path, csv.DictReader(file), needs_times))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    first_s = min(row.at_s for row in rows)
-    rows = [TraceRow(r.at_s - first_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows]
-    return sorted(rows, key=lambda row: row.at_s)
-
-
-def pick_rows(
-    rows: Sequence[TraceRow], window: tuple[float, float], limit: int | None, rng: Generator
-) -> list[TraceRow]:
-    """Rows of seconds `[start, end)` of the trace, counted from `start`; of these a random `limit`, in order.
-
-    Taking rows at random thins the trace and keeps the shape of its bursts.
-    """
-    start_s, end_s = window
-    rows = [
-        TraceRow(r.at_s - start_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows if start_s <= r.at_s < end_s
-    ]
-    if not rows:
-        raise ValueError(f"the trace has no rows from second {start_s:g} to {end_s:g}")
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(rng.choice(len(rows), size=limit, replace=False))]
-
-
 def draw_lengths(prompt: Span, output: Span, count: int, rng: Generator) -> list[tuple[int, int]]:
     """Pairs of prompt and output length, uniform over the spans."""
     prompts = rng.integers(prompt.low, prompt.high, size=count, endpoint=True).tolist()
     outputs = rng.integers(output.low, output.high, size=count, endpoint=True).tolist()
     return list(zip(prompts, outputs, strict=True))
-
-
-def sample_lengths(rows: Sequence[TraceRow], count: int, rng: Generator) -> list[tuple[int, int]]:
-    """Pairs of prompt and output length of random rows, with repetition."""
-    return [(rows[i].num_prompt_tokens, rows[i].num_output_tokens) for i in rng.integers(len(rows), size=count)]
 
 
 def make_jobs(
@@ -172,46 +118,3 @@ def make_jobs(
         cancel_after = int(rng.integers(1, max(num_output, 2))) if i in leaving else None
         jobs.append(Job(at_s, num_prompt, num_output, cancel_after))
     return jobs
-
-
-def _parse(path: Path, reader: csv.DictReader[str], needs_times: bool) -> Iterator[TraceRow]:
-    names = reader.fieldnames or []
-
-    def find(columns: tuple[str, ...]) -> str | None:
-        return next((name for name in columns if name in names), None)
-
-    at, prompt, output = find(TIME_COLUMNS), find(INPUT_COLUMNS), find(OUTPUT_COLUMNS)
-    wanted_of = {TIME_COLUMNS: at or not needs_times, INPUT_COLUMNS: prompt, OUTPUT_COLUMNS: output}
-    for wanted, is_there in wanted_of.items():
-        if not is_there:
-            raise ValueError(f"{path} has no column {' or '.join(wanted)}")
-    assert prompt is not None and output is not None
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        at_s = _seconds(row[at], f"{where}, {at}") if at else 0.0
-        yield TraceRow(at_s, _count(row[prompt], f"{where}, {prompt}"), _count(row[output], f"{where}, {output}"))
-
-
-def _count(text: str | None, where: str) -> int:
-    try:
-        count = int(text or "")
-    except ValueError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"{where}: '{text or ''}' is not a number of tokens")
-    return count
-
-
-def _seconds(text: str | None, where: str) -> float:
-    """A number of seconds, or a date and time."""
-    text = (text or "").strip()
-    try:
-        value = float(text)
-    except ValueError:
-        try:
-            value = datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
-        except ValueError:
-            value = math.nan
-    if not np.isfinite(value):
-        raise ValueError(f"{where}: '{text}' is not a time")
-    return value

@@ -184,13 +184,13 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         control = checked.control
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not (control._is_tight() and control._is_overloaded()):
+        while not (control._is_tight(checked.engine.groups) and control._is_overloaded()):
             await asyncio.sleep(0)
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
         assert control._tasks and control.reconfigure.current is None
         control._is_automatic = True
-        control.observe()
+        control.observe(checked.engine.groups)
         assert not any(group.is_paused for group in checked.engine.groups)
         assert (await asked)["old_groups"] == (2, 3)
         assert_same(await answers, expected)

@@ -37,6 +37,16 @@ def test_smollm2_pair_holds_15000_tokens() -> None:
     assert plan.freed_bytes == 30 * 7 * SMOLLM2.chunk_bytes  # one copy of all layers; both keep the embedding
 
 
+def test_a_chain_is_cut_for_more_than_groups_merge_for() -> None:
+    snapshot = smollm2_snapshot(4, used_blocks=100)
+    tight, roomy = plan_drop(snapshot, 1200), plan_drop(snapshot, 1200, room_blocks=10**6)
+    check_drop(snapshot, roomy, 1200)
+    assert [merge.group_ids for merge in roomy.merges] == [merge.group_ids for merge in tight.merges]
+    (cut,), (longest,) = tight.merges, roomy.merges
+    assert longest.capacity_blocks == plan_drop_of(snapshot, longest.group_ids, 10**6).merges[0].capacity_blocks
+    assert longest.capacity_blocks > cut.capacity_blocks
+
+
 def test_nothing_to_do() -> None:
     snapshot = smollm2_snapshot(2)
     assert plan_drop(snapshot, 512) == DropPlan(1, (), 0, 0, meets_need=True)

@@ -19,11 +19,11 @@ from load.workload import (
     burst_arrivals,
     make_jobs,
     parse_segments,
-    pick_rows,
     poisson_arrivals,
-    read_rows,
     stream_of,
 )
+
+from kunserve.sim.traces import pick_rows, read_rows
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10

@@ -1,0 +1,166 @@
+"""`python -m kunserve.sim`: an overload policy on a simulated cluster; the last line of stdout is one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.random import default_rng
+
+from kunserve.config import EngineConfig
+from kunserve.errors import ConfigError
+from kunserve.log import set_up_logging
+from kunserve.model.card import load_card
+from kunserve.sim.cluster import GIB, parse_cluster
+from kunserve.sim.machine import SimMachine
+from kunserve.sim.simulation import POLICIES, Simulation, with_policy
+from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
+from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
+
+NEVER = 1e-9  # a watermark below which demand never is
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is simulated. Rates per second of the whole cluster, times in seconds."""
+
+    cluster: str = "8xA800"
+    model: str = "qwen2.5-14b"
+    workload: str = "burstgpt"  # or a trace file
+    policy: str = "drop"
+    seed: int = 0
+    duration_s: float = 128.0
+    rate: float | None = None  # None: what the workload's default is, or the trace's own
+    scale: float = 1.0  # times as many arrivals
+    time_scale: float = 1.0  # times between arrivals are so many times as long
+    burst_height: float = 2.0
+    burst_s: float = 20.0
+    memory_gib: float | None = None  # of each GPU, instead of its own
+    lengths: Path | None = None  # of this file, instead of synthetic ones
+    block_size: int = 64  # tuned for vLLM in the paper
+    max_num_batched_tokens: int = 1024
+    max_num_seqs: int = 1024
+    watermark: float = 0.0
+    is_coordinated: bool = True
+    is_looking_ahead: bool = True
+    is_restoring: bool = True
+    restore_hold_s: float = 5.0
+
+
+def rows_of(options: Options) -> list[TraceRow]:
+    """The trace that the options name, scaled. ValueError if it cannot be read."""
+    rng = default_rng([options.seed, 9])
+    if options.workload in WORKLOADS:
+        arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
+        rate = options.rate or default_rate(options)
+        lengths = read_rows(options.lengths, needs_times=False) if options.lengths else []
+        pairs = [(row.num_prompt_tokens, row.num_output_tokens) for row in lengths]
+        rows = synthesize(
+            WORKLOADS[options.workload], arrivals, rate * options.scale, options.duration_s, options.seed, pairs
+        )
+    else:
+        rows = upscale(read_rows(Path(options.workload), needs_times=True), options.scale, rng)
+        if options.rate:
+            rows = stretch(rows, len(rows) / (max(row.at_s for row in rows) or 1.0) / options.rate)
+    rows = stretch(rows, options.time_scale)
+    return [row for row in rows if row.at_s < options.duration_s * options.time_scale]
+
+
+# Requests per second and GPU at which mean demand for memory is about the paper's (51 to 58 %).
+RATES = {
+    ("a800", "qwen2.5-14b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+    ("h800", "qwen2.5-72b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+}
+
+
+def default_rate(options: Options) -> float:
+    """The rate of a workload on a cluster; ConfigError where none is known."""
+    cluster = parse_cluster(options.cluster)
+    try:
+        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus
+    except KeyError:
+        raise ConfigError(f"no default rate for {options.model} on {cluster.kind}: give --rate") from None
+
+
+def simulate(options: Options) -> dict[str, Any]:
+    """Run it; the report. ConfigError or ValueError if the options cannot be met."""
+    model = load_card(options.model).config
+    cluster = parse_cluster(options.cluster)
+    if options.memory_gib is not None:
+        cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
+    config = EngineConfig(
+        options.model,
+        block_size=options.block_size,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_num_queued_reqs=1 << 30,
+        swap_space_bytes=64 << 30,
+        watermark=options.watermark,
+        restore_hold_s=options.restore_hold_s,
+    )
+    if not options.is_restoring:
+        config = replace(config, restore_watermark=NEVER)
+    if not options.is_looking_ahead:
+        config = replace(config, microbatching="tokens")
+    machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
+    rows = rows_of(options)
+    if not rows:
+        raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
+    simulation = Simulation(machine, model, with_policy(config, options.policy), rows, model.max_position_embeddings)
+    report = simulation.run()
+    what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
+    return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / rows[-1].at_s} | report
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
+    """The command line as options, and whether the report is to be brief."""
+    default = Options()
+    parser = argparse.ArgumentParser("python -m kunserve.sim", description=__doc__)
+    add = parser.add_argument
+    add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
+    add("--model", default=default.model, help="a model card (default %(default)s)")
+    add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
+    add("--policy", choices=POLICIES, default=default.policy)
+    add("--seed", type=int, default=default.seed, help="same seed, same report")
+    add("--duration", dest="duration_s", type=float, default=default.duration_s, help="seconds in which requests come")
+    add("--rate", type=float, help="requests per second on average, of all GPUs (default: about the paper's demand)")
+    add("--scale", type=float, default=default.scale, help="times as many arrivals, bursts kept")
+    add("--time-scale", type=float, default=default.time_scale, help="times between arrivals so many times as long")
+    add("--burst-height", type=float, default=default.burst_height, help="rate in a burst, over that outside")
+    add("--burst-length", dest="burst_s", type=float, default=default.burst_s, help="seconds of a burst")
+    add("--memory", dest="memory_gib", type=float, help="GiB of each GPU, instead of what it has")
+    add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
+    add("--block-size", type=int, default=default.block_size)
+    add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
+    add("--max-num-seqs", type=int, default=default.max_num_seqs)
+    add("--watermark", type=float, default=default.watermark)
+    add("--restore-hold", dest="restore_hold_s", type=float, default=default.restore_hold_s)
+    add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
+    add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
+    add("--no-lookahead", dest="is_looking_ahead", action="store_false", help="chains count tokens, not time")
+    add("--brief", action="store_true", help="without what is kept over time and the transitions")
+    values = vars(parser.parse_args(arguments))
+    is_brief = values.pop("brief")
+    return Options(**values), is_brief
+
+
+def main() -> None:
+    """Entry point."""
+    options, is_brief = parse_arguments()
+    set_up_logging("warning", as_json=False)
+    try:
+        report = simulate(options)
+    except (ConfigError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if is_brief:
+        report.pop("transitions")
+        report["memory"].pop("over_time")
+    print(json.dumps(report), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

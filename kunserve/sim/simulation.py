@@ -1,0 +1,174 @@
+"""A simulation: the engine as launched, on simulated devices, answering the rows of a trace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kunserve.config import EngineConfig
+from kunserve.engine.control import OverloadControl
+from kunserve.engine.engine import Engine
+from kunserve.engine.launch import assemble
+from kunserve.engine.policy import OverloadPolicy
+from kunserve.engine.request import Output, Request, SamplingParams
+from kunserve.engine.stream import Sink
+from kunserve.errors import KunServeError
+from kunserve.metrics import Metrics
+from kunserve.model.config import ModelConfig
+from kunserve.planner.microbatch import Lookahead
+from kunserve.sim.clock import simulate
+from kunserve.sim.machine import NoWeights, SimMachine
+from kunserve.sim.report import Answer, Record, Sample, summarize
+from kunserve.sim.traces import TraceRow
+
+PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
+POLICIES = (*OverloadPolicy, PIPELINE)
+SAMPLE_EVERY_S = 1.0
+
+
+def with_policy(config: EngineConfig, policy: str) -> EngineConfig:
+    """The configuration for one of `POLICIES`."""
+    if policy == PIPELINE:
+        return replace(config, overload_policy=OverloadPolicy.RECOMPUTE, pipeline_parallel_size=2)
+    return replace(config, overload_policy=OverloadPolicy(policy))
+
+
+@dataclass(slots=True)
+class _Client(Sink):
+    """Whom a request's outputs go to: it notes their times and keeps no tokens."""
+
+    answer: Answer
+    loop: asyncio.AbstractEventLoop
+    on_end: Callable[[], None]
+
+    def put(self, output: Output) -> None:
+        """See `OutputStream.put`."""
+        if output.token_ids:
+            self.answer.token(self.loop.time())
+        if output.finish_reason is not None:
+            self.answer.is_finished = True
+            self.on_end()
+
+    def fail(self, error: KunServeError) -> None:
+        """See `OutputStream.fail`."""
+        self.answer.failure = error.message
+        self.on_end()
+
+
+class _QuietMetrics(Metrics):
+    """Nobody scrapes a simulation: what is counted for every token is not."""
+
+    def inter_token(self, seconds: float) -> None:
+        """Nothing."""
+
+
+class Simulation:
+    """One run. `rows`: what arrives when; outputs are exactly as long as a row says."""
+
+    def __init__(
+        self,
+        machine: SimMachine,
+        model: ModelConfig,
+        config: EngineConfig,
+        rows: Sequence[TraceRow],
+        max_model_len: int,
+    ) -> None:
+        self._machine, self._model = machine, model
+        self._config = replace(config, async_scheduling=False)  # the host takes no time that planning ahead would hide
+        self._rows, self._max_model_len = rows, max_model_len
+        self.record = Record()
+        self._stage_seconds: dict[int, tuple[float, float]] = {}  # of each chain: with work, and with work anywhere
+
+    def run(self) -> dict[str, Any]:
+        """Simulate to the last answer; the report."""
+        return simulate(self._run())
+
+    async def _run(self) -> dict[str, Any]:
+        engine, control = await assemble(
+            self._machine,
+            self._model,
+            self._config,
+            "simulated",
+            self._max_model_len,
+            NoWeights,
+            None,
+            lookahead=self._lookahead(),
+        )
+        engine.metrics = _QuietMetrics("simulated", engine.limits.max_model_len, engine.stats)
+        await engine.start()
+        sampling = asyncio.create_task(self._sample(engine))
+        await self._send(engine)
+        self.record.elapsed_s = engine.now()
+        sampling.cancel()
+        engine.check()
+        await engine.stop()
+        self._machine.close()
+        return self._report(engine, control)
+
+    def _lookahead(self) -> Lookahead | None:
+        """As at launch, with the constants that the devices have."""
+        if self._config.microbatching != "lookahead":
+            return None
+        return Lookahead(self._machine.cost, self._model.num_layers, self._config.max_num_batched_tokens)
+
+    async def _send(self, engine: Engine) -> None:
+        """Submit every row at its time, and return when all are answered."""
+        loop, start_s, num_open, last_ended = asyncio.get_running_loop(), engine.now(), 0, asyncio.Event()
+
+        def end() -> None:
+            nonlocal num_open
+            num_open -= 1
+            last_ended.set()
+
+        for i, row in enumerate(self._rows):
+            if (delay_s := start_s + row.at_s - engine.now()) > 0:
+                await asyncio.sleep(delay_s)
+            num_prompt = min(max(1, row.num_prompt_tokens), engine.limits.max_model_len - 2)
+            num_output = min(max(1, row.num_output_tokens), engine.limits.max_model_len - num_prompt - 1)
+            answer = Answer(engine.now(), num_prompt)
+            client = _Client(answer, loop, end)
+            self.record.answers.append(answer)
+            request = Request(f"{i}", [1] * num_prompt, SamplingParams(num_output, ignore_eos=True, seed=0))
+            try:
+                engine.submit_to(request, client)
+            except KunServeError as error:
+                answer.failure = error.message
+            else:
+                num_open += 1
+        while num_open:
+            last_ended.clear()
+            await last_ended.wait()
+
+    async def _sample(self, engine: Engine) -> None:
+        while True:
+            groups = engine.groups
+            self.record.samples.append(
+                Sample(
+                    engine.now(),
+                    sum(group.num_blocks for group in groups),
+                    sum(group.num_used for group in groups),
+                    engine.scheduler.num_waiting,
+                    engine.num_running,
+                    len(groups),
+                    engine.metrics.num_generation_tokens,
+                )
+            )
+            for group in groups:
+                if len(group.stages) > 1:
+                    active_s = group.occupancy.active_s(engine.now()) * len(group.stages)
+                    self._stage_seconds[group.group_id] = sum(group.occupancy.busy_s(engine.now())), active_s
+            await asyncio.sleep(SAMPLE_EVERY_S)
+
+    def _report(self, engine: Engine, control: OverloadControl) -> dict[str, Any]:
+        transitions = control.state()["transitions"]
+        busy_s, active_s = (sum(seconds) for seconds in zip((0.0, 0.0), *self._stage_seconds.values(), strict=True))
+        return summarize(self.record, self._config.block_size) | {
+            "preemptions": engine.scheduler.num_preemptions,
+            "swaps": engine.scheduler.swapped.num_swaps,
+            "migrations": engine.scheduler.num_migrations,
+            "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
+            "num_transitions": len(transitions),
+            "transitions": transitions,
+        }

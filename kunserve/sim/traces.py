@@ -1,0 +1,153 @@
+"""Trace files: arrival times and lengths, in the formats that are public.
+
+CSV, told by its columns: Azure 2023 and 2024, BurstGPT (failed requests, whose answer is empty, are left out), lengths
+of ShareGPT conversations (no times). JSON lines: Mooncake (milliseconds).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.random import Generator
+
+TIME_COLUMNS = ("TIMESTAMP", "arrived_at", "Timestamp")
+INPUT_COLUMNS = ("ContextTokens", "num_prefill_tokens", "Request tokens")
+OUTPUT_COLUMNS = ("GeneratedTokens", "num_decode_tokens", "Response tokens")
+BURSTGPT_OUTPUT = "Response tokens"
+MOONCAKE_KEYS = ("timestamp", "input_length", "output_length")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """One line of a trace: seconds after its first row (0 where the file has no times), lengths in tokens."""
+
+    at_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
+    """Rows in the order of their times, of a CSV, or of JSON lines if the file is called `.jsonl`.
+
+    Raises ValueError with file, line and column when something is missing or malformed.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            is_json = path.suffix == ".jsonl"
+            rows = list(_parse_json(path, file) if is_json else _parse(path, csv.DictReader(file), needs_times))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    first_s = min(row.at_s for row in rows)
+    rows = [TraceRow(r.at_s - first_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows]
+    return sorted(rows, key=lambda row: row.at_s)
+
+
+def pick_rows(
+    rows: Sequence[TraceRow], window: tuple[float, float], limit: int | None, rng: Generator
+) -> list[TraceRow]:
+    """Rows of seconds `[start, end)` of the trace, counted from `start`; of these a random `limit`, in order.
+
+    Taking rows at random thins the trace and keeps the shape of its bursts.
+    """
+    start_s, end_s = window
+    rows = [
+        TraceRow(r.at_s - start_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows if start_s <= r.at_s < end_s
+    ]
+    if not rows:
+        raise ValueError(f"the trace has no rows from second {start_s:g} to {end_s:g}")
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(rng.choice(len(rows), size=limit, replace=False))]
+
+
+def upscale(rows: Sequence[TraceRow], scale: float, rng: Generator) -> list[TraceRow]:
+    """`scale` times as many rows, bursts kept: each ceil(scale) times, every copy with probability scale / ceil(scale).
+
+    As KunServe's artifact does it (after TraceUpscaler). A scale below 1 thins the trace.
+    """
+    copies = math.ceil(scale)
+    kept = rng.random((len(rows), copies)) < scale / copies
+    return [row for row, n in zip(rows, kept.sum(axis=1).tolist(), strict=True) for _ in range(n)]
+
+
+def stretch(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
+    """The same rows at `factor` times their times: 2 is half the rate."""
+    return [TraceRow(row.at_s * factor, row.num_prompt_tokens, row.num_output_tokens) for row in rows]
+
+
+def sample_lengths(rows: Sequence[TraceRow], count: int, rng: Generator) -> list[tuple[int, int]]:
+    """Pairs of prompt and output length of random rows, with repetition."""
+    return [(rows[i].num_prompt_tokens, rows[i].num_output_tokens) for i in rng.integers(len(rows), size=count)]
+
+
+def _parse(path: Path, reader: csv.DictReader[str], needs_times: bool) -> Iterator[TraceRow]:
+    names = reader.fieldnames or []
+
+    def find(columns: tuple[str, ...]) -> str | None:
+        return next((name for name in columns if name in names), None)
+
+    at, prompt, output = find(TIME_COLUMNS), find(INPUT_COLUMNS), find(OUTPUT_COLUMNS)
+    wanted_of = {TIME_COLUMNS: at or not needs_times, INPUT_COLUMNS: prompt, OUTPUT_COLUMNS: output}
+    for wanted, is_there in wanted_of.items():
+        if not is_there:
+            raise ValueError(f"{path} has no column {' or '.join(wanted)}")
+    assert prompt is not None and output is not None
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        at_s = _seconds(row[at], f"{where}, {at}") if at else 0.0
+        num_output = _count(row[output], f"{where}, {output}")
+        if num_output == 0 and output == BURSTGPT_OUTPUT:
+            continue
+        yield TraceRow(at_s, _count(row[prompt], f"{where}, {prompt}"), num_output)
+
+
+def _parse_json(path: Path, file: TextIO) -> Iterator[TraceRow]:
+    for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except json.JSONDecodeError:
+            raise ValueError(f"{where}: not JSON") from None
+        if not isinstance(row, dict) or (missing := [key for key in MOONCAKE_KEYS if key not in row]):
+            raise ValueError(f"{where}: no {missing[0] if isinstance(row, dict) else MOONCAKE_KEYS[0]}")
+        at, prompt, output = (row[key] for key in MOONCAKE_KEYS)
+        yield TraceRow(
+            _seconds(str(at), f"{where}, timestamp") / 1e3,
+            _count(str(prompt), f"{where}, input_length"),
+            _count(str(output), f"{where}, output_length"),
+        )
+
+
+def _count(text: str | None, where: str) -> int:
+    try:
+        count = int(text or "")
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{where}: '{text or ''}' is not a number of tokens")
+    return count
+
+
+def _seconds(text: str | None, where: str) -> float:
+    """A number of seconds, or a date and time."""
+    text = (text or "").strip()
+    try:
+        value = float(text)
+    except ValueError:
+        try:
+            value = datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+        except ValueError:
+            value = math.nan
+    if not np.isfinite(value):
+        raise ValueError(f"{where}: '{text}' is not a time")
+    return value
