@@ -186,8 +186,8 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
 
     `need_blocks` is the whole demand, not what is short. `room_blocks`: what the merged groups are cut for beyond that,
     as far as they can hold it: a chain cannot be cut anew, but no group merges for it. If all merges are not enough
-    they are planned nevertheless, and `meets_need` is false. No merges if the need is met as it is. Two groups that hold no more together than apart
-    stay apart, even if three would gain: that can happen only with a handful of chunks.
+    they are planned nevertheless, and `meets_need` is false. No merges if the need is met as it is. Two groups that
+    hold no more together than apart stay apart, even if three would gain: that takes chunks as large as a range.
     """
     shapes = _Shapes(snapshot.model)
     nodes = _nodes(snapshot, shapes)
