@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -23,7 +21,8 @@ from typing import Any
 import aiohttp
 import uvloop
 from aiohttp import web
-from compare_policies import BURSTS, get_json, measure
+from compare_policies import BURSTS, SETTLE_S, measure
+from load.server import free_port, running_server
 
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
@@ -31,8 +30,6 @@ from kunserve.api.feed import FEED
 from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.launch import launch
-
-SETTLE_S = 8.0  # after a burst: long enough for the weights to come back
 
 
 async def view(url: str, num_viewers: int) -> None:
@@ -71,13 +68,6 @@ async def viewers(url: str, number: int) -> AsyncIterator[None]:
         if process.returncode is None:
             process.terminate()
         await process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,31 +123,17 @@ async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
 
 async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of a burst without and with viewers, in turns on one server."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
-    server = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kunserve.server", *flags, "--port", str(port), "--log-level", "warning")
-    )
     rates: dict[int, list[float]] = {0: [], args.viewers: []}
-    try:
-        while True:
-            try:
-                await get_json(f"{url}/health")
-                break
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.2)
+    async with running_server(*flags) as server:
         for turn in range(args.rounds):
             order = sorted(rates, reverse=turn % 2 == 1)  # neither always goes first
             for number in order:
-                async with viewers(url, number):
-                    result = await measure((url,), BURSTS["A"], args.seed)
+                async with viewers(server.url, number):
+                    result = await measure((server.url,), BURSTS["A"], args.seed)
                     rates[number].append(result["summary"]["output_tokens_per_s"])
                     print(f"{number} viewers: {rates[number][-1]:.1f} tokens/s", file=sys.stderr)
                     await asyncio.sleep(SETTLE_S)
-    finally:
-        server.send_signal(signal.SIGINT)
-        await server.wait()
     alone, watched = max(rates[0]), max(rates[args.viewers])
     return {"tokens_per_s": {str(k): v for k, v in rates.items()}, "best_watched_over_best_alone": watched / alone}
 

@@ -15,19 +15,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
-import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from compare_policies import _until_ready, get_json
 from load import report
 from load.client import Recording, Target, first_model, run
+from load.server import running_server
 from load.workload import Job, Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
 
 from kunserve.config import EngineConfig
@@ -76,26 +72,12 @@ CASES = {
 
 async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, float]:
     """What the live server does with it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        server = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "kunserve.server", "--model", MODEL, "--devices", f"cpu:{NUM_DEVICES}"),
-            *("--num-gpu-blocks-override", str(case.num_blocks), "--overload-policy", case.policy),
-            *("--port", str(port)),
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            await _until_ready(server, url, Path(log.name))
-            recording = Recording.of(jobs, (url,))
-            await run(recording, Target((url,), await first_model(url, {}), extra_body={"ignore_eos": True}))
-            state = await get_json(f"{url}/kunserve/state")
-        finally:
-            server.send_signal(signal.SIGINT)
-            await server.wait()
+    flags = ("--model", MODEL, "--devices", f"cpu:{NUM_DEVICES}", "--num-gpu-blocks-override", str(case.num_blocks))
+    async with running_server(*flags, "--overload-policy", case.policy) as server:
+        recording = Recording.of(jobs, (server.url,))
+        target = Target((server.url,), await first_model(server.url, {}), extra_body={"ignore_eos": True})
+        await run(recording, target)
+        state = await server.state()
     summary = report.summarize(recording)
     if summary["completed"] < len(jobs):
         raise SystemExit(f"the live server failed: {summary['failures']}")

@@ -11,24 +11,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
-import socket
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from load import report
 from load.client import Recording, Target, first_model, run
 from load.plot import check_matplotlib
+from load.server import running_server
 from load.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
 from rich.console import Console
 from rich.table import Table
 
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
-START_TIMEOUT_S = 120.0
 SETTLE_S = 8.0  # after a burst: long enough for the weights to come back
 
 
@@ -70,54 +65,21 @@ async def measure(urls: tuple[str, ...], burst: Burst, seed: int) -> dict[str, A
     return {"summary": report.summarize(recording), **report.details(recording)}
 
 
-async def get_json(url: str) -> dict[str, Any]:
-    """The JSON object at `url`."""
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        response.raise_for_status()
-        answer: dict[str, Any] = await response.json()
-        return answer
-
-
 async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> dict[str, Any]:
     """Start a server with this policy, run the bursts one after the other, and stop it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", args.out / f"server-{policy}.log"
-    with log.open("wb") as out:
-        server = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "kunserve.server", "--model", args.model, "--devices", args.devices),
-            *("--num-gpu-blocks-override", str(args.blocks), "--overload-policy", policy, "--port", str(port)),
-            stdout=out,
-            stderr=out,
-        )
-        try:
-            await _until_ready(server, url, log)
-            results = {}
-            for name, burst in bursts.items():
-                before = await get_json(f"{url}/kunserve/state")
-                result = await measure((url,), burst, args.seed)
-                await asyncio.sleep(SETTLE_S)
-                after = await get_json(f"{url}/kunserve/state")
-                result["preemptions"] = after["requests"]["preemptions"] - before["requests"]["preemptions"]
-                new = after["transitions"][len(before["transitions"]) :]
-                result["transitions"] = [t | {"at_s": t["started_s"] - before["now_s"]} for t in new]
-                results[name] = result
-            return results
-        finally:
-            server.send_signal(signal.SIGINT)
-            await server.wait()
-
-
-async def _until_ready(server: asyncio.subprocess.Process, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and server.returncode is None:
-        try:
-            await get_json(f"{url}/health")
-            return
-        except aiohttp.ClientError:
-            await asyncio.sleep(0.2)
-    raise SystemExit(f"the server did not start:\n{log.read_text()[-2000:]}")
+    flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
+    async with running_server(*flags, "--overload-policy", policy, log=args.out / f"server-{policy}.log") as server:
+        results = {}
+        for name, burst in bursts.items():
+            before = await server.state()
+            result = await measure((server.url,), burst, args.seed)
+            await asyncio.sleep(SETTLE_S)
+            after = await server.state()
+            result["preemptions"] = after["requests"]["preemptions"] - before["requests"]["preemptions"]
+            new = after["transitions"][len(before["transitions"]) :]
+            result["transitions"] = [t | {"at_s": t["started_s"] - before["now_s"]} for t in new]
+            results[name] = result
+        return results
 
 
 def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:

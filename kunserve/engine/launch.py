@@ -90,6 +90,7 @@ async def _launch_on(
 
     max_model_len = _max_model_len(files, config)
     tokenizer = await asyncio.to_thread(_tokenizer, files)
+    lookahead, constants = _lookahead(machine, files, config)
     engine, control = await assemble(
         machine,
         files.config,
@@ -99,8 +100,9 @@ async def _launch_on(
         weights,
         tokenizer,
         progress,
-        _lookahead(machine, files, config),
+        lookahead,
     )
+    log.info("forming microbatches", of_chains=config.microbatching, constants=constants)
     return Served(engine, control, files, tokenizer, engine.metrics, machine)
 
 
@@ -168,13 +170,12 @@ async def assemble(
     return engine, control
 
 
-def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> Lookahead | None:
-    """What forms the microbatches of chains; None: tokens are counted."""
+def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
+    """What forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
     if config.microbatching != "lookahead":
-        return None
+        return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
-    log.info("predicting microbatches", constants=source)
-    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens)
+    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens), source
 
 
 def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:
