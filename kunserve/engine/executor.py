@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -13,9 +14,8 @@ from torch import Tensor
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs, step_inputs
 from kunserve.engine.sampler import SampledToken
-from kunserve.engine.stage import run_head, run_last_layers, run_last_stage, run_stage
+from kunserve.engine.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage
 from kunserve.gpu.device import Device
-from kunserve.gpu.queue import gather_all
 from kunserve.model.decoder import Decoder
 
 T = TypeVar("T")
@@ -67,12 +67,11 @@ class DeviceExecutor(Executor):
         for position, stage in between:
             decoder = self._decoders[stage.device]
             x = await self._run(group, position, partial(run_stage, decoder, stage, position, inputs, x))
+        if self._shares_head and len(inputs.sampling) > 1:
+            return await self._end_at_both_ends(group, inputs, x)
         position, stage = last
         decoder = self._decoders[stage.device]
-        if not self._shares_head or len(inputs.sampling) < 2:
-            return await self._run(group, position, partial(run_last_stage, decoder, stage, position, inputs, x))
-        x = await self._run(group, position, partial(run_last_layers, decoder, stage, position, inputs, x))
-        return await self._sample_at_both_ends(group, inputs, x)
+        return await self._run(group, position, partial(run_last_stage, decoder, stage, position, inputs, x))
 
     async def _enter(self, group: Group, inputs: StepInputs) -> Tensor:
         """The first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
@@ -84,17 +83,28 @@ class DeviceExecutor(Executor):
             running = asyncio.ensure_future(self._run(group, 0, work))  # queued before the next one enters
         return await running
 
-    async def _sample_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
-        """Hidden states (R, H) after the last layer; the last stage, which is free now, takes the odd row."""
-        half = (len(x) + 1) // 2
-        shares = [(len(group.stages) - 1, slice(half)), (0, slice(half, None))]
-        shared = await gather_all(
-            self._run(
-                group, position, partial(run_head, self._decoders[group.stages[position].device], x, inputs, rows)
-            )
-            for position, rows in shares
-        )
-        tokens = [token for share in shared for token in share]
+    async def _end_at_both_ends(self, group: Group, inputs: StepInputs, x: Tensor) -> list[SampledToken]:
+        """The last stage, and tokens of half of the rows from each end of the chain."""
+        half, hidden = len(inputs.sampling) // 2, Future[Tensor]()
+        last, stage = len(group.stages) - 1, group.stages[-1]
+
+        async def others() -> list[SampledToken]:
+            await asyncio.wait([asyncio.wrap_future(hidden)])
+            if hidden.cancelled():  # the last stage failed, and says why
+                return []
+            first = self._decoders[group.stages[0].device]
+            return await self._run(group, 0, partial(run_head, first, hidden.result(), inputs, slice(half, None)))
+
+        decoder, own = self._decoders[stage.device], slice(half)
+        work = partial(run_last_stage_sharing, decoder, stage, last, inputs, x, own, hidden)
+        rest = asyncio.ensure_future(others())
+        try:
+            tokens = await self._run(group, last, work)  # queued in this very step: no microbatch overtakes another
+        except BaseException:
+            rest.cancel()
+            await asyncio.wait([rest])
+            raise
+        tokens += await rest
         inputs.sampled.set_result([token.token_id for token in tokens])
         return tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from torch import Tensor
 
@@ -33,6 +34,27 @@ def run_last_stage(
     tokens = run_head(decoder, run_last_layers(decoder, stage, position, inputs, x), inputs, slice(None))
     inputs.sampled.set_result([token.token_id for token in tokens])
     return tokens
+
+
+def run_last_stage_sharing(
+    decoder: Decoder,
+    stage: Stage,
+    position: int,
+    inputs: StepInputs,
+    x: Tensor | None,
+    own: slice,
+    hidden: Future[Tensor],
+) -> list[SampledToken]:
+    """As `run_last_stage`, but only some rows' tokens are its own: hidden states (R, H) go to whoever has the others.
+
+    In one piece, because between two the next microbatch's layers could come. Blocking.
+    """
+    try:
+        hidden.set_result(x := run_last_layers(decoder, stage, position, inputs, x))
+    except BaseException:
+        hidden.cancel()
+        raise
+    return run_head(decoder, x, inputs, own)
 
 
 def run_last_layers(decoder: Decoder, stage: Stage, position: int, inputs: StepInputs, x: Tensor | None) -> Tensor:
