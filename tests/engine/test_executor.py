@@ -20,18 +20,17 @@ GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 
 
 class Queue:
-    """A device that only remembers in which order it was asked, and takes a few turns of the loop for everything."""
+    """A device that remembers in which order it was asked. What is ready when it opens comes back all at once."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, StepInputs]] = []
-        self._turn = asyncio.Lock()
+        self.is_open = asyncio.Event()
 
     async def run(self, work: Callable[[], Any]) -> Any:
         name, inputs = work.func.__name__, next(a for a in work.args if isinstance(a, StepInputs))  # type: ignore[attr-defined]
         self.asked.append((name, inputs))
-        async with self._turn:
-            await asyncio.sleep(0)
-            return work()
+        await self.is_open.wait()
+        return work()
 
 
 class Rows:
@@ -62,7 +61,12 @@ async def test_a_chain_that_shares_its_head_keeps_tokens_and_microbatches_in_ord
     )
     batches = [inputs_of([5, 6, 7], is_sampled=True), inputs_of([8], is_sampled=False)]
     batches += [inputs_of([9, 10], is_sampled=True), inputs_of([11], is_sampled=True)]
-    answers = await asyncio.gather(*(executor.execute(group, inputs) for inputs in batches))
+    running = [asyncio.create_task(executor.execute(group, inputs)) for inputs in batches]
+    for device in devices:
+        while len(device.asked) < len(batches):
+            await asyncio.sleep(0)
+        device.is_open.set()
+    answers = await asyncio.gather(*running)
     assert [[token.token_id for token in answer] for answer in answers] == [[5, 6, 7], [], [9, 10], [11]]
     assert [inputs.sampled.result() for inputs in batches] == [[5, 6, 7], [], [9, 10], [11]]
     for device in devices:
