@@ -294,16 +294,21 @@ class Engine:
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
     async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:
-        started = self.now()
+        started, tokens, failure = self.now(), list[SampledToken](), None
         try:
-            tokens: list[SampledToken] = await execution
+            try:
+                tokens = await execution
+            except Exception as error:  # whatever went wrong on the device ends these requests, not the server
+                failure = error
+            while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
+                await self.next_commit()
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
             raise
-        except Exception as error:  # whatever went wrong on the device ends these requests, not the server
-            log.exception("step failed", group=group.group_id, requests=len(batch.spans))
-            self._commit_failure(group, batch, error)
+        if failure is not None:
+            log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=failure)
+            self._commit_failure(group, batch, failure)
         else:
             self._commit(group, batch, tokens)
             if self.mover is not None:
