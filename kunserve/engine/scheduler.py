@@ -205,13 +205,15 @@ class Scheduler:
 
         The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
         """
-        if not group.is_admitting or len(group.running) >= self.limits.max_num_seqs:
-            return False
-        if not self.policy.may_admit(group, head):
+        if not self._has_room(group, head):
             return False
         load = self.policy.load
-        others = (g for g in groups if g is not group and not g.is_paused and g.is_admitting and load(g) < load(group))
-        return not any(self.policy.may_admit(other, head) for other in others)
+        others = (g for g in groups if g is not group and not g.is_paused and load(g) < load(group))
+        return not any(self._has_room(other, head) for other in others)
+
+    def _has_room(self, group: Group, head: Request) -> bool:
+        has_seat = group.is_admitting and len(group.running) < self.limits.max_num_seqs
+        return has_seat and self.policy.may_admit(group, head)
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:
