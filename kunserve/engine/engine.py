@@ -258,7 +258,9 @@ class Engine:
             # Whoever is busy does not compete for the queue: its head would wait for the end of a step.
             free = [group for group in self._free.values() if not group.is_paused] if self.scheduler.num_waiting else []
             for group in free or list(candidates):
-                if group.is_paused or not self._has_slot(group) or not (group.running or self.scheduler.num_waiting):
+                if group.is_paused or not self._has_slot(group):
+                    continue
+                if not ((group.running and group in candidates) or self.scheduler.can_admit(group)):
                     continue
                 batch = self.scheduler.schedule(group, free, self.epoch)
                 if batch is not None:

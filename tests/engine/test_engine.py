@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_eng
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import StepInputs
+from kunserve.engine.microbatch import Microbatch, StepInputs
 from kunserve.engine.request import FinishReason, Output, Request, TokenMask
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer
@@ -385,4 +386,32 @@ async def test_a_prompt_that_comes_to_an_idle_chain_fills_it_at_once() -> None:
         first.finish()
         (await executor.next_step()).finish(7)
         assert token_ids(await read(stream)) == [7]
+        assert_idle(engine)
+
+
+async def test_only_groups_with_something_to_do_are_scheduled() -> None:
+    async with scripted_engine(num_groups=3, num_ahead=1) as (engine, executor):
+        streams = [engine.submit(make_request(name, 60, max_tokens)) for name, max_tokens in (("a", 2), ("b", 1))]
+        streams += [engine.submit(make_request(name, 60, 1)) for name in ("c", "head")]
+        steps = [await executor.next_step() for _ in range(4)]  # two of the first: it runs ahead
+        seen = list[int]()
+        schedule = engine.scheduler.schedule
+
+        def noted(group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
+            seen.append(group.group_id)
+            return schedule(group, groups, epoch)
+
+        engine.scheduler.schedule = noted  # type: ignore[method-assign]
+        of = {step.group.group_id: step for step in reversed(steps)}
+        of[0].finish(7)
+        assert (await anext(streams[0])).token_ids == (7,)
+        await asyncio.sleep(0)
+        assert set(seen) == {0} and engine.scheduler.num_waiting == 1  # the others have a slot, but no room
+        of[1].finish(8)
+        steps.append(await executor.next_step())
+        assert steps[-1].group.group_id == 1
+        for step in steps:
+            if not step.done.done():
+                step.finish(9)
+        assert [len(token_ids(await read(stream))) for stream in streams] == [1, 1, 1, 1]
         assert_idle(engine)
