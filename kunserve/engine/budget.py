@@ -55,7 +55,7 @@ class TimeBudget:
 
     def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], max_num_seqs: int) -> None:
         self._lookahead = lookahead
-        self._work, self._decode_s = Work(), 0.0
+        self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
         ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * lookahead.least_tokens)
@@ -69,9 +69,10 @@ class TimeBudget:
         if _decodes(request, num_tokens):
             return most if self._decode_s < self._part.decode_s * (1 - 1e-9) else 0
         cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._part.total_s)
-        if self._work.num_chunks and cut < min(num_tokens, LEAST_CUT):
+        least = min(num_tokens, LEAST_CUT)
+        if self._has_prompt and cut < least:
             return 0
-        return max(1, cut)
+        return max(cut, min(least, most))  # one always goes on: reading its KV alone may take longer than the part
 
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
@@ -81,6 +82,8 @@ class TimeBudget:
         self._num_tokens -= num_tokens
         if _decodes(request, _num_pending(request)):
             self._decode_s += self._lookahead.added_time(chunk)
+        else:
+            self._has_prompt = True
 
     @property
     def is_full(self) -> bool:

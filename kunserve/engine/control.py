@@ -50,6 +50,7 @@ class OverloadControl:
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
+        self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
 
     # --- what the engine calls ----------------------------------------------------------------------------------
@@ -60,7 +61,8 @@ class OverloadControl:
         if not self._is_automatic or now < self._not_before_s:
             return
         is_idle = not self._tasks
-        if (is_idle or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded():
+        may_drop = is_idle and self._merged_epoch != self._engine.epoch
+        if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded():
             self._relaxation = Relaxation()
             if is_idle:
                 self._begin_drop()
@@ -188,6 +190,8 @@ class OverloadControl:
     def _begin_drop(self) -> None:
         snapshot = self._snapshot()
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
+        if not (plan.merges or plan.meets_need):
+            self._merged_epoch = plan.epoch
         if plan.merges:
             for merge in plan.merges:
                 for group_id in merge.group_ids:

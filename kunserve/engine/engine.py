@@ -79,7 +79,7 @@ class Engine:
         self.mover: Mover | None = None
         self.overload_policy: OverloadPolicy | None = None  # as the flag names it: for views
         self.epoch = 0
-        self._is_accepting = False
+        self._is_accepting = self._has_ended = False
         self._live: dict[str, _Live] = {}
         self.launched_weight_bytes = weight_bytes(memories)
         self._random = random.Random(seed)
@@ -139,7 +139,7 @@ class Engine:
     @property
     def is_running(self) -> bool:
         """Whether the loop is alive."""
-        return self._main is not None and not self._main.done()
+        return self._main is not None and not (self._has_ended or self._main.done())
 
     @property
     def is_ready(self) -> bool:
@@ -235,33 +235,38 @@ class Engine:
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                while True:
-                    self._wake.clear()
-                    self._schedule()
-                    await self._wake.wait()
+                try:
+                    while True:
+                        self._wake.clear()
+                        self._schedule()
+                        await self._wake.wait()
+                finally:  # before what is in flight ends: it may wait for a token that nobody will accept any more
+                    self._has_ended = True
+                    for live in list(self._live.values()):
+                        self._fail(live, EngineError("the engine has stopped"))
         except* Exception:  # a bug of ours: nothing can be served any more, and everybody has to know
             log.exception("engine stopped")
-        finally:
-            for live in list(self._live.values()):
-                self._fail(live, EngineError("the engine has stopped"))
 
     def _schedule(self) -> None:
         """Give every chain as many microbatches as it has stages, and one to go on with while results are looked at."""
         changed = self._take_changed()
         if self.control is not None:
             self.control.observe(changed)
-        progress = True
+        candidates, progress = dict.fromkeys(changed), True
         while progress:  # an admission to one group may make another the least loaded
             progress = False
             # Whoever is busy does not compete for the queue: its head would wait for the end of a step.
             free = [group for group in self._free.values() if not group.is_paused] if self.scheduler.num_waiting else []
-            for group in free or changed:
-                if group.is_paused or not self._has_slot(group) or not (group.running or self.scheduler.num_waiting):
+            for group in free or list(candidates):
+                if group.is_paused or not self._has_slot(group):
+                    continue
+                if not ((group.running and group in candidates) or self.scheduler.can_admit(group)):
                     continue
                 batch = self.scheduler.schedule(group, free, self.epoch)
                 if batch is not None:
                     progress = True
                     self._launch(group, batch)
+                    candidates[group] = None  # it may have room for more
         if self.mover is not None:
             self.mover.observe()
         self._report_preemptions()
@@ -294,16 +299,21 @@ class Engine:
         self._tasks.create_task(self._forward(group, batch, self.executor.execute(group, inputs)))
 
     async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:
-        started = self.now()
+        started, tokens, failure = self.now(), list[SampledToken](), None
         try:
-            tokens: list[SampledToken] = await execution
+            try:
+                tokens = await execution
+            except Exception as error:  # whatever went wrong on the device ends these requests, not the server
+                failure = error
+            while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
+                await self.next_commit()
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
             raise
-        except Exception as error:  # whatever went wrong on the device ends these requests, not the server
-            log.exception("step failed", group=group.group_id, requests=len(batch.spans))
-            self._commit_failure(group, batch, error)
+        if failure is not None:
+            log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=failure)
+            self._commit_failure(group, batch, failure)
         else:
             self._commit(group, batch, tokens)
             if self.mover is not None:

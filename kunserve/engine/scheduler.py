@@ -80,6 +80,11 @@ class Scheduler:
         group.in_flight.append(batch)
         return batch
 
+    def can_admit(self, group: Group) -> bool:
+        """Whether `group` has room for whoever is next; perhaps another should take it."""
+        head = self.swapped.ready[0] if self.swapped.ready else self.waiting.head
+        return head is not None and self._has_room(group, head)
+
     def commit(self, group: Group, batch: Microbatch) -> None:
         """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
         group.in_flight.remove(batch)
@@ -205,13 +210,15 @@ class Scheduler:
 
         The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
         """
-        if not group.is_admitting or len(group.running) >= self.limits.max_num_seqs:
-            return False
-        if not self.policy.may_admit(group, head):
+        if not self._has_room(group, head):
             return False
         load = self.policy.load
-        others = (g for g in groups if g is not group and not g.is_paused and g.is_admitting and load(g) < load(group))
-        return not any(self.policy.may_admit(other, head) for other in others)
+        others = (g for g in groups if g is not group and not g.is_paused and load(g) < load(group))
+        return not any(self._has_room(other, head) for other in others)
+
+    def _has_room(self, group: Group, head: Request) -> bool:
+        has_seat = group.is_admitting and len(group.running) < self.limits.max_num_seqs
+        return has_seat and self.policy.may_admit(group, head)
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from e2e.engines import LAYOUTS, assert_idle, running_engine
-from engine_fakes import EOS, make_request, read, scripted_engine, token_ids
+from engine_fakes import EOS, Step, make_request, read, scripted_engine, token_ids
 from llguidance import LLMatcher, LLTokenizer
 from tiny_models import VOCAB_SIZE
 
 from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.engine import Engine
 from kunserve.engine.microbatch import fill_sampling, fill_token_ids
-from kunserve.engine.request import FinishReason, Output, Request, SamplingParams
-from kunserve.engine.sampler import SamplingRow
+from kunserve.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
+from kunserve.engine.sampler import SampledToken, SamplingRow
 from kunserve.engine.stream import OutputStream
 from kunserve.errors import DeviceError, EngineError
 
@@ -178,3 +178,28 @@ def test_placeholders_are_filled_where_it_matters() -> None:
     filled = [r.output_token_ids for r in fill_sampling(rows, [7, 8])]
     assert filled == [(3, -2), (3, 8), (3, 4), ()]  # the first needs their number only
     assert [r.output_token_ids for r in fill_sampling(rows, None)] == [(3, -2), (3, 0), (3, 4), ()]
+
+
+async def test_what_comes_back_too_early_is_committed_in_its_turn() -> None:
+    """At the end of a chain a microbatch without rows to share passes the one before, whose head both ends compute."""
+
+    def scored(step: Step) -> list[SampledToken]:
+        rows = enumerate(step.inputs.sampling)
+        return [SampledToken(1, TokenLogprobs(row.given or 1, float(-i), ())) for i, row in rows]
+
+    async with scripted_engine(num_stages=2, max_num_batched_tokens=4) as (engine, executor):
+        request = make_request("a", 5, 2, num_prompt_logprobs=0)
+        stream = engine.submit(request)
+        first, second = await executor.next_step(), await executor.next_step()
+        assert (first.num_tokens, second.num_tokens) == (4, 1)
+        second.done.set_result(scored(second))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert request.num_computed_tokens == 0 and engine.groups[0].num_in_flight == 2
+        first.done.set_result(scored(first))
+        output = await anext(stream)
+        assert [given.logprob for given in output.prompt_logprobs] == [0, -1, -2, -3] and output.token_ids == (1,)
+        assert request.num_computed_tokens == 5
+        (await executor.next_step()).finish(3)
+        assert token_ids(await until_read(stream)) == [3]
+        await assert_idle(engine)

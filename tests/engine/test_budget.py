@@ -117,6 +117,26 @@ def test_prompts_get_on_however_many_decode() -> None:
     assert new.num_output_tokens
 
 
+def test_a_prompt_gets_on_though_reading_its_kv_alone_takes_longer_than_a_part() -> None:
+    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=12000)
+    scheduler.waiting.extend([make_request(f"r{i}", 4, 500) for i in range(4)])
+    for _ in range(4):  # microbatch by microbatch: each has some that decode
+        batch = scheduler.schedule(group, [group], 0)
+        assert batch is not None
+        commit(scheduler, group, batch)
+    long = make_request("long", 40_010, 9)
+    long.group_id, long.num_scheduled_tokens, long.num_computed_tokens = 0, 40_000, 40_000
+    group.running.append(long)
+    assert group.allocate(long, long.num_tokens)
+    for num_tokens in (8, 2):
+        batch = scheduler.schedule(group, [group], 0)
+        assert batch is not None
+        tokens = num_tokens_by_request(batch)
+        assert tokens.pop("long") == num_tokens and set(tokens.values()) == {1}
+        commit(scheduler, group, batch)
+    assert long.num_output_tokens == 1
+
+
 def test_one_stage_counts_tokens() -> None:
     scheduler, group = make_scheduler(), make_group(num_blocks=200)
     scheduler.waiting.append(make_request("long", 300, 9))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from engine_fakes import EOS, make_request, read, scripted_engine, token_ids
+from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_engine, token_ids
 
 from kunserve.engine.engine import Engine
-from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.group import Group
+from kunserve.engine.microbatch import Microbatch, StepInputs
+from kunserve.engine.request import FinishReason, Output, Request, TokenMask
+from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
 
@@ -331,3 +335,83 @@ async def test_state_and_stats_say_the_same() -> None:
             assert chunks["weights"] + chunks["kv"] + chunks["free"] == chunks["budget"] == 400
             assert seen.weight_bytes == chunks["weights"] * device["chunk_bytes"]
             assert seen.kv_bytes == chunks["kv"] * device["chunk_bytes"] > 0
+
+
+async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_engine_halts() -> None:
+    """A device's thread that waits for a grammar's next mask cannot be cancelled: the loop has to tell it."""
+
+    class Grammar:
+        def __init__(self) -> None:
+            self.is_finished, self.closed = False, asyncio.Event()
+
+        def mask(self) -> TokenMask:
+            return lambda: None
+
+        next_mask = mask
+
+        def accept(self, token_id: int) -> None:
+            pass
+
+        def close(self) -> None:
+            self.closed.set()
+
+    class Waiting(ScriptedExecutor):
+        async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+            try:
+                return await super().execute(group, inputs)
+            finally:
+                await grammar.closed.wait()
+
+    grammar = Grammar()
+    async with scripted_engine() as (engine, _):
+        engine.executor = executor = Waiting()
+        request = make_request()
+        request.constraint = grammar
+        stream = engine.submit(request)
+        await executor.next_step()
+        engine.halt()
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError, match="has stopped"):
+                await read(stream)
+            await engine.wait()
+        assert not engine.is_running
+
+
+async def test_a_prompt_that_comes_to_an_idle_chain_fills_it_at_once() -> None:
+    async with scripted_engine(num_stages=2, max_num_batched_tokens=4) as (engine, executor):
+        await asyncio.sleep(0)  # the engine has looked at all groups, and waits
+        stream = engine.submit(make_request(num_prompt=8, max_tokens=1))
+        first = await executor.next_step()
+        assert executor.num_pending == 1
+        first.finish()
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(stream)) == [7]
+        assert_idle(engine)
+
+
+async def test_only_groups_with_something_to_do_are_scheduled() -> None:
+    async with scripted_engine(num_groups=3, num_ahead=1) as (engine, executor):
+        streams = [engine.submit(make_request(name, 60, max_tokens)) for name, max_tokens in (("a", 2), ("b", 1))]
+        streams += [engine.submit(make_request(name, 60, 1)) for name in ("c", "head")]
+        steps = [await executor.next_step() for _ in range(4)]  # two of the first: it runs ahead
+        seen = list[int]()
+        schedule = engine.scheduler.schedule
+
+        def noted(group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
+            seen.append(group.group_id)
+            return schedule(group, groups, epoch)
+
+        engine.scheduler.schedule = noted  # type: ignore[method-assign]
+        of = {step.group.group_id: step for step in reversed(steps)}
+        of[0].finish(7)
+        assert (await anext(streams[0])).token_ids == (7,)
+        await asyncio.sleep(0)
+        assert set(seen) == {0} and engine.scheduler.num_waiting == 1  # the others have a slot, but no room
+        of[1].finish(8)
+        steps.append(await executor.next_step())
+        assert steps[-1].group.group_id == 1
+        for step in steps:
+            if not step.done.done():
+                step.finish(9)
+        assert [len(token_ids(await read(stream))) for stream in streams] == [1, 1, 1, 1]
+        assert_idle(engine)

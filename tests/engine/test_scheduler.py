@@ -204,6 +204,22 @@ def test_requests_spread_over_idle_groups() -> None:
     assert sorted(len(group.running) for group in groups) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_nobody_waits_for_a_less_loaded_group_without_a_seat(is_full: bool) -> None:
+    limits = Limits(max_num_batched_tokens=12, max_num_seqs=2)
+    scheduler = Scheduler(limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    chain, single = make_group(0, num_stages=4), make_group(1)
+    for group, num_running in ((chain, 1 + is_full), (single, 1)):
+        for i in range(num_running):
+            request = make_request(f"{group.group_id}.{i}", 4, 4)
+            request.group_id, request.is_moving = group.group_id, True
+            group.running.append(request)
+            assert group.allocate(request, 4)
+    scheduler.waiting.append(make_request("head", 4, 4))
+    assert (scheduler.schedule(single, [chain, single], 0) is not None) == is_full
+    assert (scheduler.schedule(chain, [chain, single], 0) is None) == is_full
+
+
 def test_two_microbatches_share_the_decodes_of_a_chain() -> None:
     scheduler, group = make_scheduler(budget=64), make_group(num_stages=2, num_blocks=64)
     scheduler.waiting.extend([make_request(f"r{i}", 2, 20) for i in range(8)])
