@@ -88,8 +88,9 @@ class TimeBudget:
     @property
     def is_full(self) -> bool:
         """See `Budget.is_full`."""
-        least = Chunk(0, LEAST_CUT)
-        return not self._num_tokens or self._lookahead.time(self._work.plus(least)) > self._part.total_s
+        if not self._num_tokens or not self._work.num_chunks:
+            return not self._num_tokens
+        return self._lookahead.time(self._work.plus(Chunk(0, LEAST_CUT))) > self._part.total_s
 
 
 def is_schedulable(request: Request) -> bool:

@@ -28,6 +28,7 @@ log = structlog.get_logger()
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
+LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
 
 
 class OverloadControl:
@@ -208,7 +209,7 @@ class OverloadControl:
                 self._relaxation = Relaxation()
                 self._spawn(self.reconfigure.restore(plan))
         elif self._relaxation != before and self._relaxation.since_s is not None:
-            asyncio.get_running_loop().call_later(self._thresholds.hold_s, self._engine.wake)
+            asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._engine.wake)
 
     def _spawn(self, transition: Coroutine[Any, Any, Transition]) -> asyncio.Task[Transition]:
         task = asyncio.create_task(transition, name="transition")
@@ -227,7 +228,7 @@ class OverloadControl:
         else:
             log.error("transition failed", error=repr(error))
             self._not_before_s = self._engine.now() + RETRY_S
-            asyncio.get_running_loop().call_later(RETRY_S, self._engine.wake)
+            asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._engine.wake)
         self._engine.wake()
 
     def _snapshot(self) -> Snapshot:

@@ -493,8 +493,9 @@ class Engine:
         self._num_preemptions_seen += new
         for _ in range(new):
             self.metrics.preemption()
-        if new:
-            self.progress()  # blocks are free, perhaps without any microbatch on its way
+        if new:  # blocks are free, perhaps without any microbatch on its way
+            self.progress()
+            self.wake()
 
     @staticmethod
     def now() -> float:

@@ -142,6 +142,7 @@ class Exchange:
                 await self._engine.next_commit()
         if not group.is_admitting:
             group.is_admitting = all(m.has_blocks for m in self._moving.values() if m.group is group)
+            self._engine.wake()
         return True
 
     def _allocate(self, moving: Moving, *, is_beyond_limit: bool = False) -> bool:
