@@ -280,7 +280,7 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
     max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else max(asked, 1)  # the last prompt token computes one
     params = _read_params(fields, max_tokens, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=True)
-    fields.unsupported("suffix")
+    fields.unsupported("suffix", "prompt_embeds")
     if echo and num_logprobs is not None:
         params = replace(params, num_prompt_logprobs=max(num_logprobs, params.num_prompt_logprobs or 0))
         generation = replace(generation, params=params)
@@ -317,7 +317,9 @@ def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> Chat
     num_logprobs = (top_logprobs or 0) if wants_logprobs else None
     params = _read_params(fields, asked or model.max_model_len, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=False)
-    fields.unsupported("chat_template", "echo", "audio", "functions")
+    fields.unsupported("chat_template", "echo", "audio", "functions", "documents", "web_search_options")
+    if fields.any("modalities") not in (None, ["text"]):
+        raise InvalidRequestError("`modalities` must be text; nothing else is supported.", param="modalities")
     continues = fields.boolean("continue_final_message")
     if continues and fields.boolean("add_generation_prompt"):
         text = "`continue_final_message` and `add_generation_prompt` exclude each other."

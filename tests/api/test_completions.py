@@ -225,6 +225,7 @@ async def test_request_ids() -> None:
         ({"min_tokens": 17}, 400, "min_tokens"),
         ({"model": "other"}, 404, "model"),
         ({"suffix": "x"}, 400, "suffix"),
+        ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
         ({"echo": False, "max_tokens": 0}, 400, "max_tokens"),
         ({"stream": True, "prompt_logprobs": 0}, 400, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -238,6 +239,22 @@ async def test_bad_requests_never_reach_the_engine(body: dict[str, Any], status:
     assert (response.status, error["param"]) == (status, param)
     assert param in error["message"]
     assert engine.requests == []
+
+
+async def test_extras_that_reach_the_engine() -> None:
+    engine = FakeEngine()
+    await post(engine, add_special_tokens=False, include_stop_str_in_output=True, stop=["x"], min_tokens=2)
+    [request] = engine.requests
+    assert request.prompt_token_ids == [ord("h"), ord("i")]
+    assert request.params.include_stop_str_in_output and request.params.stop == ("x",)
+    assert request.params.min_tokens == 2
+
+
+async def test_usage_only_when_asked_for() -> None:
+    """Clients look into `choices[0]` of every chunk; statistics of their own do not bring the last one."""
+    for options in (None, {}, {"include_usage": False}, {"continuous_usage_stats": True}):
+        events = await stream(FakeEngine(), stream_options=options)
+        assert all(event["choices"] and "usage" not in event for event in events)
 
 
 async def test_default_max_tokens_is_cut_to_what_fits() -> None:
