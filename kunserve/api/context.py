@@ -88,6 +88,11 @@ def long_list(values: list[Any] | tuple[Any, ...]) -> orjson.Fragment:
     return orjson.Fragment(b"[" + b",".join(orjson.dumps(piece)[1:-1] for piece in pieces(values)) + b"]")
 
 
+def long_text(text: str) -> orjson.Fragment:
+    """A text of megabytes, written in pieces."""
+    return orjson.Fragment(b'"' + b"".join(orjson.dumps(piece)[1:-1] for piece in pieces(text)) + b'"')
+
+
 def json_response(value: object) -> web.Response:
     """An answer in JSON; `value` may be JSON already, as bytes."""
     body = value if isinstance(value, bytes) else to_json(value)

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.backend import ModelInfo
 from kunserve.api.body import read_body
-from kunserve.api.context import API, json_response, long_list, to_json
+from kunserve.api.context import API, json_response, long_list, long_text, to_json
 from kunserve.api.fields import Fields, is_int_list, wrong_type
 from kunserve.api.openapi import openapi_document
 from kunserve.api.prompts import tokenize, tokenize_chat
@@ -124,6 +124,6 @@ async def detokenize(request: web.Request) -> web.Response:
     tokens = await read_body(request, api, read)
 
     def write() -> bytes:
-        return to_json({"prompt": api.tokenizer.decode(tokens, skip_special_tokens=False)})
+        return to_json({"prompt": long_text(api.tokenizer.decode(tokens, skip_special_tokens=False))})
 
     return json_response(await api.offload(len(tokens), write))

@@ -43,7 +43,7 @@ async def test_tokenize_and_back() -> None:
 async def test_long_lists_of_tokens_are_whole() -> None:
     """They are written in pieces."""
     num = 2 * PIECE + 1
-    text = ("hello " * num)[:num]
+    text = ('he"\\\n ' * num)[:num]
     async with serving(FakeEngine()) as client:
         body = {"prompt": text, "add_special_tokens": False, "return_token_strs": True}
         answer = await (await client.post("/tokenize", json=body)).json()
