@@ -28,6 +28,9 @@ def test_defaults() -> None:
     assert http.uds is None and http.ssl_context() is None
     assert http.allowed_origins == ("*",)
     assert (http.logs_access, http.stats_interval_s) == (True, 10.0)
+    config = parse("m")
+    assert (config.shutdown_timeout_s, config.log_level, config.log_json) == (30.0, "info", False)
+    assert (config.engine.max_num_queued_reqs, http.max_num_queued_tokens) == (1024, 4 << 20)  # bounded
 
 
 def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
