@@ -38,6 +38,8 @@ _IGNORED_SWITCHES = (
     "--disable-log-requests",
     "--enable-server-load-tracking",
     "--use-tqdm-on-load",
+    "--disable-fastapi-docs",
+    "--disable-cascade-attn",
 )
 _IGNORED_VALUES = (
     "--cpu-offload-gb",
@@ -45,7 +47,6 @@ _IGNORED_VALUES = (
     "--data-parallel-size",
     "--distributed-executor-backend",
     "--download-dir",
-    "--generation-config",
     "--tokenizer-mode",
     "--max-seq-len-to-capture",
     "--cudagraph-capture-sizes",
@@ -60,7 +61,17 @@ _IGNORED_VALUES = (
     "--max-parallel-loading-workers",
     "--attention-backend",
     "--prefix-caching-hash-algo",
+    "--root-path",
+    "--max-log-len",
+    "--response-role",
+    "--chat-template-content-format",
+    "--structured-outputs-config",
+    "--guided-decoding-backend",
+    "--safetensors-load-strategy",
+    "--config-format",
 )
+# The one value that changes nothing; others would, so they are refused.
+_IGNORED_CHOICES = {"--kv-cache-dtype": "auto", "--revision": "main", "--runner": "generate", "--task": "generate"}
 _REPEATED = ("--api-key", "--admin-key")
 _SHORT = {"--tensor-parallel-size": "-tp", "--data-parallel-size": "-dp", "--optimization-level": "-O"}
 
@@ -80,6 +91,8 @@ class HttpConfig:
     logs_access: bool
     stats_interval_s: float | None  # None: no summary line
     chat_template: Path | None
+    generation_config: str  # auto: the model's own; vllm: none; else a folder that has one
+    sampling: Mapping[str, Any]  # goes before it
     tool_call_parser: str | None
     reasoning_parser: str | None
     ignored: tuple[str, ...]  # flags that change nothing
@@ -130,6 +143,10 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     add("--disable-log-stats", action="store_true", help="no summary line every ten seconds")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
     parsers = tuple(TOOL_PARSERS)
+    text = "defaults of requests: auto: the model's generation_config.json; vllm: none of it; or a folder that has one"
+    add("--generation-config", default="auto", metavar="auto|vllm|FOLDER", help=text)
+    text = 'such defaults by hand, for instance {"temperature": 0.5}'
+    add("--override-generation-config", type=_object, default={}, metavar="JSON", help=text)
     add("--tool-call-parser", choices=parsers, help="how the model writes tool calls (default: as its template does)")
     add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
     known = parser._option_string_actions
@@ -142,6 +159,8 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
             names = [flag, *(_SHORT[flag],)] if flag in _SHORT else [flag]
             nargs = "+" if flag == "--cudagraph-capture-sizes" else None
             add(*names, nargs=nargs, action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
+    for flag, value in _IGNORED_CHOICES.items():
+        add(flag, choices=(value,), action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
 
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
@@ -164,6 +183,8 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         logs_access=not args.disable_access_log,
         stats_interval_s=None if args.disable_log_stats else _stats_interval(environment),
         chat_template=args.chat_template,
+        generation_config=args.generation_config,
+        sampling=args.override_generation_config,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
         ignored=tuple(dict.fromkeys(args.ignored_flags or ())),
@@ -216,6 +237,17 @@ def _origins(text: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise argparse.ArgumentTypeError(f"not a JSON list of origins: {text}")
     return tuple(values)
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return value
 
 
 def _stats_interval(environment: Mapping[str, str]) -> float:

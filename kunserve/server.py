@@ -19,6 +19,7 @@ from aiohttp import web
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.chat_template import ChatTemplate
+from kunserve.api.defaults import sampling_defaults
 from kunserve.api.reasoning import END as REASONING_END
 from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import parser_of_template
@@ -111,6 +112,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         description="Serve a model on all devices of this machine, with an OpenAI-compatible API.",
         epilog=f"Example: {prog} --model smollm2-135m --devices cpu:2 --device-memory 730MiB",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # --tokenizer would be taken for --tokenizer-mode
     )
     add = parser.add_argument
     add("model_tag", nargs="?", metavar="MODEL", help="same as --model")
@@ -261,7 +263,11 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the chat template {path}: {error}") from None
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
-    info = ModelInfo(config.served_names, served.engine.limits.max_model_len, served.files.name, int(time.time()))
+    sampling = sampling_defaults(config.http.generation_config, served.files.folder, config.http.sampling)
+    if sampling:
+        log.info("defaults of requests", **sampling)
+    max_model_len = served.engine.limits.max_model_len
+    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling)
     settings = ApiSettings(
         api_keys=config.http.api_keys,
         admin_keys=config.http.admin_keys,

@@ -28,6 +28,9 @@ def test_defaults() -> None:
     assert http.uds is None and http.ssl_context() is None
     assert http.allowed_origins == ("*",)
     assert (http.logs_access, http.stats_interval_s) == (True, 10.0)
+    config = parse("m")
+    assert (config.shutdown_timeout_s, config.log_level, config.log_json) == (30.0, "info", False)
+    assert (config.engine.max_num_queued_reqs, http.max_num_queued_tokens) == (1024, 4 << 20)  # bounded
 
 
 def test_keys_come_from_flags_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +68,43 @@ def test_flags_of_vllm_that_change_nothing() -> None:
         "--cudagraph-capture-sizes",
     )
     assert (config.engine.model, config.engine.seed, config.port) == ("m", 3, 99)
+
+
+# Every flag of vLLM's that people have in their command lines (facts: CLI conventions), with a value that is common.
+KNOWN = """--model m|--host 0.0.0.0|--port 8000|--api-key k|--served-model-name a b|--max-model-len 100
+--gpu-memory-utilization 0.9|--num-gpu-blocks-override 10|--block-size 16|--tensor-parallel-size 1|-tp 1
+--pipeline-parallel-size 1|-pp 1|--data-parallel-size 1|-dp 1|--max-num-seqs 4|--max-num-batched-tokens 512
+--enable-prefix-caching|--no-enable-prefix-caching|--scheduling-policy fcfs|--watermark 0.0|--max-num-queued-reqs 5
+--max-num-queued-tokens 5|--dtype auto|--kv-cache-dtype auto|--load-format auto|--seed 0|--trust-remote-code
+--revision main|--download-dir /tmp|--generation-config auto|--override-generation-config {}|--enforce-eager
+--cudagraph-capture-sizes 1 2|--chat-template x|--tool-call-parser hermes|--enable-auto-tool-choice
+--reasoning-parser qwen3|--shutdown-timeout 3|--root-path /x|--ssl-keyfile a|--ssl-certfile b|--allowed-origins ["*"]
+--uvicorn-log-level info|--enable-log-requests|--disable-log-stats|--enable-request-id-headers|--stream-interval 1
+--uds /tmp/x|--swap-space 4|--async-scheduling|--no-async-scheduling|--disable-log-requests|--max-log-len 5"""
+
+
+@pytest.mark.parametrize("flag", KNOWN.replace("\n", "|").split("|"))
+def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
+    assert parse_args(["m", *flag.split()]).engine.model == "m"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--kv-cache-dtype fp8", "--quantization awq", "--tokenizer other", "--revision abc", "--speculative-config {}"],
+)
+def test_flags_that_would_change_something_are_not_ignored(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["m", *flag.split()])
+    assert flag.split()[0] in capsys.readouterr().err
+
+
+def test_sampling_defaults() -> None:
+    http = parse("m").http
+    assert (http.generation_config, http.sampling) == ("auto", {})
+    http = parse('m --generation-config vllm --override-generation-config {"top_k":5}').http
+    assert (http.generation_config, http.sampling) == ("vllm", {"top_k": 5})
+    with pytest.raises(SystemExit):
+        parse("m --override-generation-config 5")
 
 
 @pytest.mark.parametrize(

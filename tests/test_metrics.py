@@ -6,15 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from kunserve.engine.request import FinishReason, Request, SamplingParams
-from kunserve.metrics import (
-    COUNTERS_AGE_S,
-    ITL_BUCKETS_S,
-    REQUEST_BUCKETS_S,
-    TTFT_BUCKETS_S,
-    DeviceStats,
-    EngineStats,
-    Metrics,
-)
+from kunserve.metrics import COUNTERS_AGE_S, DeviceStats, EngineStats, Metrics
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 IDLE = EngineStats(num_running=0, num_waiting=0, num_blocks=0, num_used_blocks=0, block_size=16)
@@ -94,13 +86,41 @@ def test_devices_stand_under_our_own_prefix() -> None:
     assert found == {"weights": 100, "kv": 20, "free": 3}
 
 
+# As vLLM 0.32 writes them (v1/metrics/buckets.py): dashboards and alerts name them.
+TTFT = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+ITL = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
+REQUEST = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
+TOKENS = "1 2 5 10 20 50 100"
+
+
 def test_buckets() -> None:
     metrics = metrics_of()
-    assert buckets(metrics, "vllm:time_to_first_token_seconds") == list(TTFT_BUCKETS_S)
-    assert buckets(metrics, "vllm:inter_token_latency_seconds") == list(ITL_BUCKETS_S)
-    assert buckets(metrics, "vllm:e2e_request_latency_seconds") == list(REQUEST_BUCKETS_S)
-    assert buckets(metrics, "vllm:request_prompt_tokens") == [1, 2, 5, 10, 20, 50, 100]
-    assert (len(TTFT_BUCKETS_S), len(ITL_BUCKETS_S), len(REQUEST_BUCKETS_S)) == (22, 19, 21)
+    expected = {
+        "time_to_first_token_seconds": TTFT,
+        "inter_token_latency_seconds": ITL,
+        "request_time_per_output_token_seconds": ITL,
+        **dict.fromkeys(("request_prompt_tokens", "request_generation_tokens", "request_params_max_tokens"), TOKENS),
+        "request_params_n": "1 2 5 10 20",
+        "iteration_tokens_total": "1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384",
+        "request_num_preemptions": "0 1 2 5 10 20",
+    }
+    for name in HISTOGRAMS:
+        bounds = expected.get(name, REQUEST)
+        assert buckets(metrics, f"vllm:{name}") == [float(bound) for bound in bounds.split()], name
+
+
+def test_kinds_and_labels() -> None:
+    """A counter that says it is a gauge breaks rate()."""
+    metrics = metrics_of()
+    metrics.rejection("queue_full")
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+    for names, kind in ((GAUGES, "gauge"), (COUNTERS, "counter"), (HISTOGRAMS, "histogram")):
+        assert [name for name in names if families[f"vllm:{name}"].type != kind] == []
+    more = {"request_success": {"finished_reason"}, "admission_rejections": {"reason"}}
+    more |= {"cache_config_info": {"block_size", "num_gpu_blocks"}}
+    for name in (*GAUGES, *COUNTERS, *HISTOGRAMS, *more):
+        for sample in families[f"vllm:{name}"].samples:
+            assert sample.labels.keys() - {"le"} == LABELS.keys() | more.get(name, set()), sample
 
 
 def test_a_finished_request() -> None:

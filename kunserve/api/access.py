@@ -17,7 +17,7 @@ log = structlog.get_logger()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Probes and scrapers bring no key, and come too often to be worth a line.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})
 PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show asks for the key
 ADMIN_PATHS = frozenset(
     {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}

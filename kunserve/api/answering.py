@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from aiohttp import web
 
 from kunserve.api.answers import Choice
-from kunserve.api.context import Api, json_response
+from kunserve.api.context import Api, json_response, to_json
 from kunserve.api.errors import internal_error
 from kunserve.api.generation import submitted
 from kunserve.api.protocol import GenerationCall
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from kunserve.engine.constraint import GrammarConstraint
 
 log = structlog.get_logger()
+
+LOGPROB_CHARS = 4  # a log-probability costs as much to write as so many characters to tokenize: 2 us
 
 Outputs = AsyncIterator[tuple[int, Output]]
 
@@ -80,7 +83,22 @@ async def answer(request: web.Request, api: Api, form: Form, choices: Sequence[C
         async for index, output in outputs:
             choices[index].advance(output)
             choices[index].outputs.append(output)
-    return json_response(form.answer_json(choices))
+    work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
+    return json_response(await api.offload(work, lambda: to_json(form.answer_json(choices))))
+
+
+def _work(choice: Choice) -> int:
+    """What it takes to write what was generated, in characters to tokenize (`Api.offload`)."""
+    num_logprobs = choice.request.params.num_logprobs
+    parsing = choice.text_length if choice.parser is not None else 0
+    return parsing + (0 if num_logprobs is None else choice.num_tokens * (1 + num_logprobs) * LOGPROB_CHARS)
+
+
+def _work_of_prompt(choice: Choice) -> int:
+    """As `_work`: what the answer may say about the prompt."""
+    num_logprobs = choice.request.params.num_prompt_logprobs
+    num_tokens = choice.request.num_prompt_tokens
+    return 0 if num_logprobs is None else num_tokens * (1 + num_logprobs) * LOGPROB_CHARS
 
 
 async def _stream(
@@ -90,7 +108,7 @@ async def _stream(
     try:
         await events.open()
         try:
-            await _send_chunks(events, form, choices, outputs)
+            await _send_chunks(api, events, form, choices, outputs)
         except ConnectionError:
             raise
         except KunServeError as error:
@@ -104,13 +122,15 @@ async def _stream(
     return events.response
 
 
-async def _send_chunks(events: EventStream, form: Form, choices: Sequence[Choice], outputs: Outputs) -> None:
+async def _send_chunks(api: Api, events: EventStream, form: Form, choices: Sequence[Choice], outputs: Outputs) -> None:
     """One event per delta; what opens a choice goes out with its first."""
     opened = [False] * len(choices)
     async for index, output in outputs:
         choice = choices[index]
-        data = b"" if opened[index] else form.opening(choice, output)
-        opened[index] = True
+        data = b""
+        if not opened[index]:
+            opened[index] = True
+            data = await api.offload(_work_of_prompt(choice), partial(form.opening, choice, output))
         data += form.chunk(choice, output)
         choice.advance(output)
         if data:

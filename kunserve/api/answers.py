@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import orjson
 
 from kunserve.api.backend import TextTokenizer
+from kunserve.api.context import fragment
 from kunserve.api.errors import error_event
 from kunserve.api.protocol import GenerationCall
 from kunserve.api.reasoning import MessageParser
@@ -145,15 +146,14 @@ class AnswerFormat(ABC):
         """An error after the answer has begun."""
         return error_event(error) + DONE
 
-    def prompt_logprobs_json(self, choice: Choice) -> list[dict[str, Any] | None]:
+    def prompt_logprobs_json(self, choice: Choice) -> list[orjson.Fragment | None]:
         """vLLM's `prompt_logprobs`: per token its own and the most likely ones; nothing comes before the first."""
-        shown: list[dict[str, Any] | None] = [None]
+        shown: list[orjson.Fragment | None] = [None]
         for entry in choice.prompt_logprobs:
             top = [(i, p, rank) for rank, (i, p) in enumerate(entry.top[: self.call.prompt_logprobs], 1)]
             ranked = [(entry.token_id, entry.logprob, entry.rank), *top]
-            shown.append(
-                {str(i): {"logprob": p, "rank": rank, "decoded_token": self.token_text(i)} for i, p, rank in ranked}
-            )
+            names = {str(i): {"logprob": p, "rank": rank, "decoded_token": self.token_text(i)} for i, p, rank in ranked}
+            shown.append(fragment(names))
         return shown
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kunserve.engine.request import Output, Request
@@ -111,6 +111,7 @@ class ModelInfo:
     max_model_len: int  # tokens, prompt and output together
     root: str
     created: int  # seconds since 1970
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
 
     @property
     def name(self) -> str:

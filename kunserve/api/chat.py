@@ -12,7 +12,7 @@ from kunserve.api.access import owner_of
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice
 from kunserve.api.body import read_body
-from kunserve.api.context import API, choose_request_id
+from kunserve.api.context import API, choose_request_id, fragment, long_list
 from kunserve.api.conversation import prepare
 from kunserve.api.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.protocol import read_chat
@@ -34,7 +34,9 @@ class ChatFormat(AnswerFormat):
     def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
         """One object per token, with as many of the most likely ones as asked for."""
         content = [
-            {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*t) for t in entry.top]}
+            fragment(
+                {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*t) for t in entry.top]}
+            )
             for entry in entries
         ]
         return {"content": content}
@@ -44,7 +46,7 @@ class ChatFormat(AnswerFormat):
         delta = {"role": "assistant", "content": ""}
         first = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
         if self.call.return_token_ids:
-            return self.event([first], prompt_token_ids=choice.request.prompt_token_ids)
+            return self.event([first], prompt_token_ids=long_list(choice.request.prompt_token_ids))
         return self.event([first])
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
@@ -78,7 +80,7 @@ class ChatFormat(AnswerFormat):
         """The answer in one piece; all choices have the same prompt."""
         whole = super().answer_json(choices)
         if self.call.return_token_ids:
-            whole["prompt_token_ids"] = choices[0].request.prompt_token_ids
+            whole["prompt_token_ids"] = long_list(choices[0].request.prompt_token_ids)
         if self.call.prompt_logprobs is not None:
             whole["prompt_logprobs"] = self.prompt_logprobs_json(choices[0])
         return whole

@@ -14,10 +14,10 @@ from kunserve.api.admission import estimated_tokens
 from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice, usage_json
 from kunserve.api.body import read_body
-from kunserve.api.context import API, choose_request_id
+from kunserve.api.context import API, Api, choose_request_id, fragment, long_list
 from kunserve.api.conversation import compile_structure
-from kunserve.api.prompts import fit, spell, tokenize
-from kunserve.api.protocol import read_completion
+from kunserve.api.prompts import CALL_CHARS, fit, spell, tokenize
+from kunserve.api.protocol import CompletionCall, Prompt, read_completion
 from kunserve.engine.request import FinishReason, Output, SamplingParams, TokenLogprobs
 
 
@@ -43,7 +43,8 @@ class CompletionFormat(AnswerFormat):
         for entry in entries:
             offsets.append(text_offset)
             text_offset += len(self.tokenizer.token_text(entry.token_id))
-        top = [{self._token_name(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)} for entry in entries]
+        name = self._token_name
+        top = [fragment({name(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)}) for entry in entries]
         logprobs = [entry.logprob for entry in entries]
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
@@ -63,7 +64,7 @@ class CompletionFormat(AnswerFormat):
         if choice.echo is not None and self.call.params.num_logprobs is not None:
             first["logprobs"] = self._prompt_logprobs(choice, output.prompt_logprobs)
         if self.call.return_token_ids:
-            first |= {"prompt_token_ids": choice.request.prompt_token_ids, "token_ids": []}
+            first |= {"prompt_token_ids": long_list(choice.request.prompt_token_ids), "token_ids": []}
         return self.event([first])
 
     def choice_json(self, choice: Choice) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class CompletionFormat(AnswerFormat):
             logprobs = {name: prompt[name] + values for name, values in logprobs.items()}
         ids: dict[str, Any] = {}
         if self.call.return_token_ids:
-            ids = {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
+            ids = {"token_ids": choice.token_ids, "prompt_token_ids": long_list(choice.request.prompt_token_ids)}
         if self.call.prompt_logprobs is not None:
             ids["prompt_logprobs"] = self.prompt_logprobs_json(choice)
         return {"text": (choice.echo or "") + choice.text, "logprobs": logprobs, **ids}
@@ -117,6 +118,21 @@ def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLog
     return [replace(entry, top=entry.top[:num_top]) for entry in entries]
 
 
+async def _echoes(
+    api: Api, call: CompletionCall, tokenized: Sequence[list[int]], fitted: Sequence[tuple[list[int], SamplingParams]]
+) -> list[str | None]:
+    """What each answer begins with: the prompt's text, or that of the tokens that are left of it."""
+    if not call.echo:
+        return [None] * len(call.prompts)
+
+    def echo(prompt: Prompt, whole: list[int], ids: list[int]) -> str:
+        return prompt if isinstance(prompt, str) and len(ids) == len(whole) else api.tokenizer.decode(ids)
+
+    given = [(prompt, whole, ids) for prompt, whole, (ids, _) in zip(call.prompts, tokenized, fitted, strict=True)]
+    num_tokens = sum(len(ids) + CALL_CHARS for _, _, ids in given)
+    return await api.offload(num_tokens, lambda: [echo(*each) for each in given])
+
+
 async def completions(request: web.Request) -> web.StreamResponse:
     """The route."""
     api = request.app[API]
@@ -125,19 +141,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
     call = await read_body(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
     generation = call.generation
     owner = owner_of(request, generation.user)
-    prompts: list[tuple[list[int], SamplingParams, str | None]] = []
     num_tokens = sum(map(estimated_tokens, call.prompts))
     with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens):
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
         bad_words = await spell(api, generation.bad_words)
         constraint = await compile_structure(api, generation.structure, reasons=False)
-    for prompt, whole in zip(call.prompts, tokenized, strict=True):
-        ids, params = fit(whole, generation, bad_words, api, "prompt")
-        echo = None
-        if call.echo:
-            is_whole_text = isinstance(prompt, str) and len(ids) == len(whole)
-            echo = str(prompt) if is_whole_text else api.tokenizer.decode(ids)
-        prompts.append((ids, params, echo))
+    fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
+    echoes = await _echoes(api, call, tokenized, fitted)
+    prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]
     answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
     make_form = EchoFormat if call.is_echo_only else CompletionFormat
     form = make_form(answer_id, int(time.time()), generation, api.tokenizer)

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
 
 from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.fields import pieces
 from kunserve.api.structured import Grammars
 from kunserve.api.turns import Turns
 from kunserve.metrics import Metrics
@@ -72,7 +73,27 @@ async def echo_request_id(request: web.Request, response: web.StreamResponse) ->
     response.headers[_REQUEST_ID_HEADER] = request.get(REQUEST_ID, "")
 
 
+def to_json(value: object) -> bytes:
+    """JSON of an answer."""
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+
+
+def fragment(value: object) -> orjson.Fragment:
+    """A part of an answer that is written already: orjson keeps the GIL, so no single call may write all of it."""
+    return orjson.Fragment(orjson.dumps(value))
+
+
+def long_list(values: list[Any] | tuple[Any, ...]) -> orjson.Fragment:
+    """A list that may have a million values, written in pieces."""
+    return orjson.Fragment(b"[" + b",".join(orjson.dumps(piece)[1:-1] for piece in pieces(values)) + b"]")
+
+
+def long_text(text: str) -> orjson.Fragment:
+    """A text of megabytes, written in pieces."""
+    return orjson.Fragment(b'"' + b"".join(orjson.dumps(piece)[1:-1] for piece in pieces(text)) + b'"')
+
+
 def json_response(value: object) -> web.Response:
-    """An answer in JSON."""
-    body = orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+    """An answer in JSON; `value` may be JSON already, as bytes."""
+    body = value if isinstance(value, bytes) else to_json(value)
     return web.Response(body=body, content_type="application/json")

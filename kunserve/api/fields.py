@@ -5,7 +5,7 @@ A null counts as absent. A wrong type is UnprocessableError (422), a wrong value
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
@@ -38,7 +38,7 @@ def wrong_value(param: str, expected: str, value: object) -> NoReturn:
     raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
 
 
-def pieces(values: list[T]) -> Iterator[list[T]]:
+def pieces(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """Slices that C code works through in a millisecond; between them other threads get their turn."""
     return (values[i : i + PIECE] for i in range(0, len(values), PIECE))
 

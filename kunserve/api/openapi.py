@@ -103,6 +103,7 @@ CHAT = _fields(
     continue_final_message=BOOLEAN,
     chat_template_kwargs=OBJECT,
     reasoning_effort=STRING,
+    modalities={"const": ["text"]},
     **GENERATION,
 )
 RESPONSE = _fields(

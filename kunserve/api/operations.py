@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.backend import ModelInfo
 from kunserve.api.body import read_body
-from kunserve.api.context import API, json_response
+from kunserve.api.context import API, json_response, long_list, long_text, to_json
 from kunserve.api.fields import Fields, is_int_list, wrong_type
 from kunserve.api.openapi import openapi_document
 from kunserve.api.prompts import tokenize, tokenize_chat
@@ -99,11 +99,13 @@ async def tokenize_text(request: web.Request) -> web.Response:
         tokens = (await tokenize_chat(api, asked)).ids
     else:
         [tokens] = await tokenize(api, [asked], add_special_tokens)
-    strings = None
-    if wants_strings:
-        strings = await api.offload(len(tokens), lambda: list(map(api.tokenizer.token_text, tokens)))
-    answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": tokens}
-    return json_response({**answer, "token_strs": strings})
+
+    def write() -> bytes:
+        strings = long_list(list(map(api.tokenizer.token_text, tokens))) if wants_strings else None
+        answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": long_list(tokens)}
+        return to_json({**answer, "token_strs": strings})
+
+    return json_response(await api.offload(len(tokens), write))
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -120,5 +122,8 @@ async def detokenize(request: web.Request) -> web.Response:
         return tokens
 
     tokens = await read_body(request, api, read)
-    text = await api.offload(len(tokens), lambda: api.tokenizer.decode(tokens, skip_special_tokens=False))
-    return json_response({"prompt": text})
+
+    def write() -> bytes:
+        return to_json({"prompt": long_text(api.tokenizer.decode(tokens, skip_special_tokens=False))})
+
+    return json_response(await api.offload(len(tokens), write))

@@ -184,7 +184,14 @@ def _read_seed(fields: Fields) -> int | None:
     return None if seed is None else seed & INT64_MAX
 
 
-def _read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+def _with_defaults(values: dict[str, Any], model: ModelInfo) -> Fields:
+    if not model.sampling:
+        return Fields(values)
+    return Fields({**model.sampling, **{name: value for name, value in values.items() if value is not None}})
+
+
+def read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+    """How tokens are chosen, and when to stop."""
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=fields.integer("min_tokens", 0, 0),
@@ -273,14 +280,14 @@ def _read_truncation(fields: Fields, room: int) -> int | None:
 
 def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSettings, vocab_size: int) -> CompletionCall:
     """Check the body of POST /v1/completions."""
-    fields = Fields(values)
+    fields = _with_defaults(values, model)
     echo = fields.boolean("echo")
     asked = _read_max_tokens(fields, 0 if echo else 1)
     num_logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
     max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else max(asked, 1)  # the last prompt token computes one
-    params = _read_params(fields, max_tokens, num_logprobs, vocab_size)
+    params = read_params(fields, max_tokens, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=True)
-    fields.unsupported("suffix")
+    fields.unsupported("suffix", "prompt_embeds")
     if echo and num_logprobs is not None:
         params = replace(params, num_prompt_logprobs=max(num_logprobs, params.num_prompt_logprobs or 0))
         generation = replace(generation, params=params)
@@ -308,16 +315,18 @@ def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
 
 def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> ChatCall:
     """Check the body of POST /v1/chat/completions."""
-    fields = Fields(values)
+    fields = _with_defaults(values, model)
     asked = _read_max_tokens(fields)
     top_logprobs = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     wants_logprobs = fields.boolean("logprobs")
     if top_logprobs and not wants_logprobs:
         raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     num_logprobs = (top_logprobs or 0) if wants_logprobs else None
-    params = _read_params(fields, asked or model.max_model_len, num_logprobs, vocab_size)
+    params = read_params(fields, asked or model.max_model_len, num_logprobs, vocab_size)
     generation = _read_generation(fields, model, params, asked is not None, add_special_tokens=False)
-    fields.unsupported("chat_template", "echo", "audio", "functions")
+    fields.unsupported("chat_template", "echo", "audio", "functions", "documents", "web_search_options")
+    if fields.any("modalities") not in (None, ["text"]):
+        raise InvalidRequestError("`modalities` must be text; nothing else is supported.", param="modalities")
     continues = fields.boolean("continue_final_message")
     if continues and fields.boolean("add_generation_prompt"):
         text = "`continue_final_message` and `add_generation_prompt` exclude each other."

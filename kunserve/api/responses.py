@@ -14,8 +14,9 @@ from kunserve.api.answers import Choice
 from kunserve.api.body import read_body
 from kunserve.api.context import API, choose_request_id
 from kunserve.api.conversation import prepare
+from kunserve.api.deltas import Text
 from kunserve.api.fields import Fields, wrong_type
-from kunserve.api.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
+from kunserve.api.parts import Part, PartStream, deltas_of_output, named_event
 from kunserve.api.protocol import ChatCall, GenerationCall, read_chat
 from kunserve.engine.request import FinishReason, Output
 from kunserve.errors import InvalidRequestError, KunServeError
@@ -190,7 +191,7 @@ class ResponseFormat:
         self._id = response_id
         self._parts = ResponseParts(response_id)
         self._last = Output()
-        self._num_tokens = 0
+        self._num_reasoning_tokens = 0
         echoed = {name: values.get(name) for name in _ECHOED}
         self._constant = {
             "id": response_id,
@@ -222,7 +223,7 @@ class ResponseFormat:
                 "input_tokens": num_prompt,
                 "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens": choice.num_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
                 "total_tokens": num_prompt + choice.num_tokens,
             }
         return {
@@ -243,7 +244,10 @@ class ResponseFormat:
     def chunk(self, choice: Choice, output: Output) -> bytes:
         """See `Form`."""
         self._last = output
-        return self._parts.push(deltas_of_output(choice, output))
+        events = self._parts.push(deltas_of_output(choice, output))
+        if self._parts.parts and self._parts.parts[-1].kind == "reasoning":
+            self._num_reasoning_tokens += len(output.token_ids)
+        return events
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `Form`."""
@@ -259,7 +263,11 @@ class ResponseFormat:
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """See `Form`."""
         [choice] = choices
-        self._parts.push(deltas_of(choice, choice.text, is_last=True))
+        if choice.parser is None:
+            self._parts.push([Text(choice.text)])
+        else:  # one after the other, to count the tokens of the reasoning
+            for output in choice.outputs:
+                self.chunk(choice, output)
         return self._response(_status(choice.outputs[-1]), choice)
 
 

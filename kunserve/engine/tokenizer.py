@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would ta
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 SHORT_CHARS = 1000
+LONG_TOKENS = 4096  # 1 ms
 SPACE_MARK = "▁"  # SentencePiece's space
 
 
@@ -107,8 +108,13 @@ class Tokenizer:
             raise InvalidRequestError("the text is not valid Unicode (a lone surrogate)") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing. Keeps the GIL."""
-        return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        if len(ids) <= LONG_TOKENS:
+            return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids if skip_special_tokens else frozenset()  # the library would keep the GIL: in pieces
+        parts = (ids[start : start + LONG_TOKENS] for start in range(0, len(ids), LONG_TOKENS))
+        data = b"".join(b"".join([self.token_bytes(i) for i in part if i not in skipped]) for part in parts)
+        return (data.removeprefix(b" ") if self.form.strips_space else data).decode(errors="replace")
 
     def to_json(self) -> str:
         """The whole tokenizer, as in `tokenizer.json`."""

@@ -177,3 +177,39 @@ async def test_unknown_routes_and_methods() -> None:
         assert (await error_of(response))["code"] == 405
         assert response.headers["Allow"] == "POST"
         assert response.headers["X-Request-ID"]
+
+
+async def test_every_answer_has_the_id_of_its_request() -> None:
+    """Whatever comes of it: in one piece, a stream, an error; from whatever route."""
+    engine = FakeEngine()
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    key = {"Authorization": "Bearer k"}
+    async with serving(engine, ApiSettings(api_keys=("k",))) as client:
+        for method, path, body, headers, status in (
+            ("POST", URL, {"prompt": "x"}, key, 200),
+            ("POST", URL, {"prompt": "x", "stream": True}, key, 200),
+            ("POST", "/v1/chat/completions", {**chat, "stream": True}, key, 200),
+            ("POST", "/v1/responses", {"input": "x", "stream": True}, key, 200),
+            ("POST", "/v1/messages", {**chat, "max_tokens": 1, "stream": True}, key, 200),
+            ("POST", URL, {"prompt": 5}, key, 422),
+            ("POST", URL, {"prompt": "x"}, {}, 401),
+            ("GET", "/v1/models", None, key, 200),
+            ("GET", "/health", None, {}, 200),
+            ("HEAD", "/metrics", None, {}, 200),
+        ):
+            response = await client.request(method, path, json=body, headers={**headers, "X-Request-Id": "mine"})
+            assert (response.status, response.headers["X-Request-ID"]) == (status, "mine"), (method, path)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        ({"prompt": "x", "n": 0}, 400, "BadRequestError"),
+        ({"prompt": "x", "model": "other"}, 404, "NotFoundError"),
+        ({"prompt": "x", "n": "one"}, 422, "UnprocessableEntityError"),
+    ],
+)
+async def test_errors_are_typed_as_clients_know_them(body: dict[str, object], status: int, kind: str) -> None:
+    async with serving(FakeEngine()) as client:
+        error = await error_of(await client.post(URL, json=body))
+    assert (error["code"], error["type"]) == (status, kind)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from api_fakes import BOS, MODEL, CharTokenizer, FakeEngine, error_of, events_of, say, serving
+from api_fakes import BOS, MODEL, CharTokenizer, FakeEngine, Script, error_of, events_of, say, serving
 
 from kunserve.engine.request import FinishReason, Output, TokenLogprobs
 from kunserve.errors import EngineError, OverloadedError
@@ -225,6 +227,7 @@ async def test_request_ids() -> None:
         ({"min_tokens": 17}, 400, "min_tokens"),
         ({"model": "other"}, 404, "model"),
         ({"suffix": "x"}, 400, "suffix"),
+        ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
         ({"echo": False, "max_tokens": 0}, 400, "max_tokens"),
         ({"stream": True, "prompt_logprobs": 0}, 400, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -238,6 +241,22 @@ async def test_bad_requests_never_reach_the_engine(body: dict[str, Any], status:
     assert (response.status, error["param"]) == (status, param)
     assert param in error["message"]
     assert engine.requests == []
+
+
+async def test_extras_that_reach_the_engine() -> None:
+    engine = FakeEngine()
+    await post(engine, add_special_tokens=False, include_stop_str_in_output=True, stop=["x"], min_tokens=2)
+    [request] = engine.requests
+    assert request.prompt_token_ids == [ord("h"), ord("i")]
+    assert request.params.include_stop_str_in_output and request.params.stop == ("x",)
+    assert request.params.min_tokens == 2
+
+
+async def test_usage_only_when_asked_for() -> None:
+    """Clients look into `choices[0]` of every chunk; statistics of their own do not bring the last one."""
+    for options in (None, {}, {"include_usage": False}, {"continuous_usage_stats": True}):
+        events = await stream(FakeEngine(), stream_options=options)
+        assert all(event["choices"] and "usage" not in event for event in events)
 
 
 async def test_default_max_tokens_is_cut_to_what_fits() -> None:
@@ -294,8 +313,6 @@ class LateTokenizer(CharTokenizer):
         self.threads: list[str] = []
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        import threading
-
         self.threads.append(threading.current_thread().name)
         return super().encode(text[:4], add_special_tokens)
 
@@ -308,6 +325,71 @@ async def test_large_text_is_tokenized_off_the_event_loop() -> None:
             assert response.status == 200
     assert tokenizer.threads[0] == "MainThread"
     assert tokenizer.threads[1].startswith("tokenizer")
+
+
+class WatchedTokenizer(CharTokenizer):
+    """Remembers which threads it named tokens on and made text on."""
+
+    def __init__(self) -> None:
+        self.named: list[str] = []
+        self.decoded: list[str] = []
+
+    def token_text(self, token_id: int) -> str:
+        self.named.append(threading.current_thread().name.split("_")[0])
+        return super().token_text(token_id)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.decoded.append(threading.current_thread().name.split("_")[0])
+        return super().decode(ids, skip_special_tokens)
+
+
+def saying(outputs: list[Output]) -> Script:
+    return lambda _: outputs
+
+
+def scored(num: int, num_prompt: int) -> Output:
+    entry = TokenLogprobs(97, -0.5, tuple((i, -1.0) for i in range(20)), 1)
+    return Output("a" * num, (97,) * num, (entry,) * num, FinishReason.LENGTH, None, (entry,) * (num_prompt - 1))
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (URL, {"logprobs": 20}),
+        (URL, {"prompt_logprobs": 20}),
+        (URL, {"echo": True, "logprobs": 20}),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 20}),
+    ],
+)
+async def test_many_logprobs_are_written_off_the_event_loop(url: str, body: dict[str, Any]) -> None:
+    for num, num_prompt, thread in ((30, 30, "tokenizer"), (1, 2, "MainThread")):
+        tokenizer = WatchedTokenizer()
+        outputs = [scored(num, num_prompt)]
+        async with serving(FakeEngine(saying(outputs)), tokenizer=tokenizer) as client:
+            given = {"prompt": [97] * num_prompt} if url == URL else {"messages": [{"role": "user", "content": "x"}]}
+            response = await client.post(url, json={**given, **body, "max_tokens": num})
+            assert response.status == 200, await response.text()
+        assert set(tokenizer.named) == {thread}
+
+
+async def test_an_echo_with_many_logprobs_is_written_off_the_event_loop() -> None:
+    tokenizer = WatchedTokenizer()
+    async with serving(FakeEngine(lambda _: [scored(1, 30)]), tokenizer=tokenizer) as client:
+        body = {"prompt": [97] * 30, "echo": True, "logprobs": 20, "stream": True}
+        events = await events_of(await client.post(URL, json=body))
+    assert [len(event["choices"][0]["logprobs"]["tokens"]) for event in events] == [30, 1]
+    is_chunk = [thread == "MainThread" for thread in tokenizer.named]
+    assert is_chunk == sorted(is_chunk) and 0 < sum(is_chunk) < 50  # the opening, then one token
+
+
+async def test_long_echoes_are_made_off_the_event_loop() -> None:
+    for num, thread in ((10, "MainThread"), (40, "tokenizer")):
+        tokenizer = WatchedTokenizer()
+        async with serving(FakeEngine(), tokenizer=tokenizer) as client:
+            body = {"prompt": [[97] * 50] * num, "echo": True, "max_tokens": 1}
+            answer = await (await client.post(URL, json=body)).json()
+        assert answer["choices"][0]["text"] == "a" * 50 + "ok"
+        assert tokenizer.decoded == [thread] * num
 
 
 async def test_text_that_cannot_fit_is_not_tokenized() -> None:

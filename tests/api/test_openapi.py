@@ -51,6 +51,26 @@ async def test_what_is_required_is_enough_and_needed(path: str) -> None:
         assert response.status == 200, await response.text()
 
 
+# What OpenAI's clients send, and the extras of vLLM's that its clients rely on.
+SAMPLING = (
+    *("model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed", "stop"),
+    *("stream", "stream_options", "temperature", "top_p", "user", "response_format", "top_k", "min_p"),
+    *("repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens", "structured_outputs"),
+    *("include_stop_str_in_output", "priority", "request_id", "prompt_logprobs", "allowed_token_ids", "bad_words"),
+    *("truncate_prompt_tokens", "return_token_ids", "add_special_tokens"),
+)
+OF_COMPLETIONS = ("prompt", "echo", "best_of")
+OF_CHAT = (
+    *("messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls"),
+    *("reasoning_effort", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+)
+
+
+def test_every_parameter_that_clients_rely_on_is_documented() -> None:
+    assert {*SAMPLING, *OF_COMPLETIONS} <= COMPLETION["properties"].keys()
+    assert {*SAMPLING, *OF_CHAT} <= CHAT["properties"].keys()
+
+
 def test_every_field_that_is_read_is_documented() -> None:
     source = Path(protocol.__file__).read_text()
     reads = r'fields\.(?:string|boolean|integer|number|object|any|mapping|required)\("(\w+)"'

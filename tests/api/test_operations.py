@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from api_fakes import BOS, FakeEngine, error_of, serving
 
+from kunserve.api.fields import PIECE
+
 
 async def test_models() -> None:
     async with serving(FakeEngine()) as client:
@@ -36,6 +38,20 @@ async def test_tokenize_and_back() -> None:
         assert bytes(answer["tokens"]) == b"[u:hi]>"
         answer = await (await client.post("/detokenize", json={"tokens": [104, 105]})).json()
         assert answer == {"prompt": "hi"}
+
+
+async def test_long_lists_of_tokens_are_whole() -> None:
+    """They are written in pieces."""
+    num = 2 * PIECE + 1
+    text = ('he"\\\n ' * num)[:num]
+    async with serving(FakeEngine()) as client:
+        body = {"prompt": text, "add_special_tokens": False, "return_token_strs": True}
+        answer = await (await client.post("/tokenize", json=body)).json()
+        assert (answer["count"], answer["tokens"], answer["token_strs"]) == (num, list(map(ord, text)), list(text))
+        answer = await (await client.post("/detokenize", json={"tokens": answer["tokens"]})).json()
+        assert answer == {"prompt": text}
+        answer = await (await client.post("/detokenize", json={"tokens": []})).json()
+        assert answer == {"prompt": ""}
 
 
 @pytest.mark.parametrize(

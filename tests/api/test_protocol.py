@@ -162,3 +162,50 @@ def test_errors_name_the_field(field: str, value: Any, status: int) -> None:
     assert (info.value.param or "").split(".")[0] == field
     assert field in info.value.message
     assert len(info.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chat_template", "{{ messages }}"),  # as vLLM without --trust-request-chat-template: it is a program
+        ("echo", True),
+        ("audio", {"voice": "x"}),
+        ("functions", [{"name": "f"}]),
+        ("documents", [{"text": "x"}]),
+        ("web_search_options", {"search_context_size": "low"}),
+        ("modalities", ["text", "audio"]),
+        ("use_beam_search", True),
+        ("logits_processors", ["x"]),
+        ("logprobs", 5),
+        ("top_logprobs", 5),
+        ("parallel_tool_calls", "no"),
+        ("reasoning_effort", 3),
+        ("add_special_tokens", 1),
+        ("include_stop_str_in_output", "yes"),
+    ],
+)
+def test_chat_errors_name_the_field(field: str, value: Any) -> None:
+    with pytest.raises(KunServeError) as info:
+        chat(**{field: value})
+    assert info.value.status in (400, 422)
+    assert info.value.param == field
+    assert field in info.value.message
+
+
+def test_what_changes_nothing_here_is_ignored() -> None:
+    """Hints and isolation of caches that there are not."""
+    hints = {"cache_salt": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}, "service_tier": "auto", "store": False}
+    assert completion(**hints) == completion()
+    assert chat(**hints, verbosity="low", prediction={"type": "content"}, modalities=["text"]) == chat()
+
+
+def test_extras_of_chat() -> None:
+    call = chat(reasoning_effort="low", chat_template_kwargs={"a": 1}, add_special_tokens=True, priority=-3)
+    assert call.template_kwargs == {"reasoning_effort": "low", "a": 1}
+    assert call.generation.add_special_tokens and call.generation.priority == -3
+    assert chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}).template_kwargs == {
+        "reasoning_effort": "high"
+    }
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat(tools=tools).tools.is_parallel
+    assert not chat(tools=tools, parallel_tool_calls=False).tools.is_parallel

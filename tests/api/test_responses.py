@@ -61,6 +61,10 @@ async def test_items_of_every_kind() -> None:
         answer = await (await client.post(URL, json={"input": "hi", "tools": [TIME]})).json()
         events = await events_of(await client.post(URL, json={"input": "hi", "tools": [TIME], "stream": True}))
     assert [item["type"] for item in answer["output"]] == ["reasoning", "message", "function_call"]
+    for usage in (answer["usage"], events[-1]["response"]["usage"]):
+        assert usage["output_tokens"] == len(CALL)
+        thought = usage["output_tokens_details"]["reasoning_tokens"]
+        assert len("hm") <= thought <= len("<think>hm</think>")
     call = answer["output"][2]
     assert (call["name"], call["arguments"]) == ("time", '{"zone": "UTC"}')
     last = events[-1]

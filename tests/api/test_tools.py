@@ -62,6 +62,15 @@ async def test_text_where_calls_were_possible() -> None:
     assert (choice["message"], choice["finish_reason"]) == ({"role": "assistant", "content": "no <b>calls</b>"}, "stop")
 
 
+async def test_one_call_if_not_parallel() -> None:
+    both = '<tool_call>{"name": "time", "arguments": {}}</tool_call>' * 2
+    async with serving(talking(both), HERMES) as client:
+        for is_parallel, num in ((True, 2), (False, 1), (None, 2)):
+            body = {"messages": HI, "tools": [TIME], "parallel_tool_calls": is_parallel}
+            answer = await (await client.post(URL, json=body)).json()
+            assert len(answer["choices"][0]["message"]["tool_calls"]) == num
+
+
 async def test_tool_choice_none_leaves_the_text_alone() -> None:
     async with serving(talking(CALL), HERMES) as client:
         body = {"messages": HI, "tools": [WEATHER], "tool_choice": "none"}

@@ -1,4 +1,5 @@
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,27 @@ def test_sentence_piece_bytes(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "hello é"
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " hello é"
     assert tokenizer.form.strips_space
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_many_tokens_make_the_same_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool
+) -> None:
+    """In pieces, as the library does at once: half characters, special and unknown tokens included."""
+    byte_level = Tokenizer(folder)
+    sentence_piece_core().save(str(tmp_path / "tokenizer.json"))
+    sentence_piece = Tokenizer(tmp_path)
+    rng = random.Random(5)
+    texts = [
+        (byte_level, [rng.randrange(VOCAB_SIZE + 9) for _ in range(200)]),
+        (byte_level, byte_level.encode("the dog said: 你好 🙂\n" * 9)),
+        (sentence_piece, sentence_piece.encode("hello wörld 🙂 " * 9)),
+        (sentence_piece, [0, *sentence_piece.encode("he")]),
+    ]
+    expected = [tokenizer.decode(ids, skip) for tokenizer, ids in texts]
+    for size in (1, 2, 7):
+        monkeypatch.setattr("kunserve.engine.tokenizer.LONG_TOKENS", size)
+        assert [tokenizer.decode(ids, skip) for tokenizer, ids in texts] == expected
 
 
 def test_the_byte_alphabet_is_gpt2s() -> None:
