@@ -25,6 +25,7 @@ class EngineConfig:
     devices: DeviceSpec = DeviceSpec("cpu", (0, 1))
     device_memory_bytes: int | None = None  # whole budget of one device: weights + KV
     num_blocks_override: int | None = None  # then the budget is the weights plus so many blocks
+    kv_bytes: int | None = None  # or the weights plus so much KV
     block_size: int = 16
     chunk_bytes: int = 2 << 20  # of physical memory on CPU devices; smaller only in tests
     dtype: str = "auto"
@@ -57,6 +58,7 @@ class EngineConfig:
             ("--max-num-queued-reqs", self.max_num_queued_reqs, 1),
             ("--max-model-len", self.max_model_len, 2),
             ("--num-gpu-blocks-override", self.num_blocks_override, 1),
+            ("--kv-cache-memory-bytes", self.kv_bytes, 1),
             ("--pipeline-parallel-size", self.pipeline_parallel_size, 1),
         ):
             if value is not None and value < least:
@@ -72,8 +74,11 @@ class EngineConfig:
             raise ConfigError(f"--restore-hold {self.restore_hold_s}: must not be negative")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
-        if self.device_memory_bytes is not None and self.num_blocks_override is not None:
-            raise ConfigError("give --device-memory or --num-gpu-blocks-override, not both")
+        budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
+        if sum(budget is not None for budget in budgets) > 1:
+            raise ConfigError(
+                "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
+            )
 
 
 _SIZES = {

@@ -66,6 +66,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         devices=parse_devices(args.devices),
         device_memory_bytes=None if args.device_memory is None else parse_size(args.device_memory),
         num_blocks_override=args.num_gpu_blocks_override,
+        kv_bytes=None if args.kv_cache_memory_bytes is None else parse_size(args.kv_cache_memory_bytes),
         block_size=args.block_size,
         dtype=args.dtype,
         load_format=args.load_format,
@@ -127,6 +128,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--device-memory", metavar="SIZE", help="budget of one device, weights and KV: 730MiB, 18GiB")
     add("--num-gpu-blocks-override", type=int, metavar="N", help="budget is the weights plus N blocks of KV")
+    add("--kv-cache-memory-bytes", metavar="SIZE", help="budget is the weights plus so much KV")
     add("--block-size", type=int, default=defaults.block_size, help="tokens of one KV block")
     add(
         "--max-model-len", type=int, help="longest prompt plus answer, in tokens (default: what the card says and fits)"

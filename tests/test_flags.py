@@ -72,7 +72,8 @@ def test_flags_of_vllm_that_change_nothing() -> None:
 
 # Every flag of vLLM's that people have in their command lines (facts: CLI conventions), with a value that is common.
 KNOWN = """--model m|--host 0.0.0.0|--port 8000|--api-key k|--served-model-name a b|--max-model-len 100
---gpu-memory-utilization 0.9|--num-gpu-blocks-override 10|--block-size 16|--tensor-parallel-size 1|-tp 1
+--gpu-memory-utilization 0.9|--num-gpu-blocks-override 10|--kv-cache-memory-bytes 99|--block-size 16
+--tensor-parallel-size 1|-tp 1
 --pipeline-parallel-size 1|-pp 1|--data-parallel-size 1|-dp 1|--max-num-seqs 4|--max-num-batched-tokens 512
 --enable-prefix-caching|--no-enable-prefix-caching|--scheduling-policy fcfs|--watermark 0.0|--max-num-queued-reqs 5
 --max-num-queued-tokens 5|--dtype auto|--kv-cache-dtype auto|--load-format auto|--seed 0|--trust-remote-code

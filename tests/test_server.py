@@ -37,6 +37,8 @@ def test_every_flag_arrives() -> None:
     assert (engine.max_num_queued_reqs, engine.pipeline_parallel_size) == (9, 3)
     assert (engine.overload_policy, engine.watermark) == (OverloadPolicy.QUEUE, 0.25)
     assert parse_args(["m", "--num-gpu-blocks-override", "256"]).engine.num_blocks_override == 256
+    assert parse_args(["m", "--kv-cache-memory-bytes", "1048576"]).engine.kv_bytes == 1 << 20
+    assert parse_args(["m", "--kv-cache-memory-bytes", "2GiB"]).engine.kv_bytes == 2 << 30
 
 
 def test_the_model_may_stand_alone() -> None:
@@ -51,6 +53,8 @@ def test_the_model_may_stand_alone() -> None:
         ("m --device-memory lots", "not a size: 'lots'"),
         ("m --max-model-len 1", "--max-model-len 1"),
         ("m --device-memory 1GiB --num-gpu-blocks-override 4", "not both"),
+        ("m --device-memory 1GiB --kv-cache-memory-bytes 4", "not both"),
+        ("m --kv-cache-memory-bytes 0", "--kv-cache-memory-bytes 0"),
         ("m --port 70000", "--port 70000: must be between 1 and 65535"),
         ("m --shutdown-timeout -1", "--shutdown-timeout -1.0: must be at least 0"),
     ],

@@ -53,6 +53,7 @@ class CudaOptions:
     enforce_eager: bool = False
     pin_weights: bool = True
     num_blocks: int | None = None  # the budget is then the weights plus so many blocks
+    kv_bytes: int | None = None  # or plus so much KV
 
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig) -> CudaOptions:
@@ -68,6 +69,7 @@ class CudaOptions:
             enforce_eager=config.enforce_eager,
             pin_weights=config.pin_weights,
             num_blocks=config.num_blocks_override,
+            kv_bytes=config.kv_bytes,
         )
 
 
@@ -111,12 +113,15 @@ class CudaMachine(Machine):
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
-        if self._options.num_blocks is not None:
-            asked = budget_chunks(shape, None, self._options.num_blocks, 0)
+        num_blocks, kv_bytes = self._options.num_blocks, self._options.kv_bytes
+        if num_blocks is not None or kv_bytes is not None:
+            asked = budget_chunks(shape, None, num_blocks, kv_bytes or 0)
             if asked > self.num_chunks:
+                by_blocks = f"--num-gpu-blocks-override {num_blocks}"
+                flag = f"--kv-cache-memory-bytes {kv_bytes}" if num_blocks is None else by_blocks
                 raise ConfigError(
-                    f"--num-gpu-blocks-override {self._options.num_blocks} needs {asked * self.chunk_bytes >> 20} MiB "
-                    f"on each device; {self.budget_bytes >> 20} MiB are there"
+                    f"{flag} needs {asked * self.chunk_bytes >> 20} MiB on each device; "
+                    f"{self.budget_bytes >> 20} MiB are there"
                 )
             self.num_chunks = asked
         return [DeviceView(i, self.num_chunks, island) for i, island in enumerate(islands(self._drivers))]

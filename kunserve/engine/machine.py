@@ -77,7 +77,8 @@ class HostMachine(Machine):
         weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
         available = available_bytes()
         default = max(0, min(DEFAULT_KV_BYTES, available * 4 // 5 // len(indices) - weights))
-        budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, default)
+        kv_bytes = default if config.kv_bytes is None else config.kv_bytes
+        budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, kv_bytes)
         if (needed := budget * self.chunk_bytes * len(indices)) > available:
             raise ConfigError(
                 f"{len(indices)} device(s) of {budget * self.chunk_bytes >> 20} MiB need {needed >> 20} MiB: "

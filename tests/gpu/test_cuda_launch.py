@@ -126,6 +126,13 @@ async def test_a_number_of_blocks_is_met_or_refused(tiny: Path, drivers: list[Fa
         assert all(64 <= group.num_blocks < 64 + 2 * MIB // block_bytes for group in served.engine.groups)
 
 
+async def test_so_much_kv_leaves_nothing_open(tiny: Path, drivers: list[FakeCuda]) -> None:
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes 8796093022208 needs \d+ MiB on each device"):
+        async with serving(tiny, kv_bytes=8 << 40):
+            pass
+    assert drivers
+
+
 async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[FakeCuda]) -> None:
     with pytest.raises(ConfigError, match=r"--num-gpu-blocks-override 1000000 needs \d+ MiB on each device; \d+ MiB"):
         async with serving(tiny, num_blocks_override=1_000_000):
