@@ -83,7 +83,7 @@ async def test_a_failed_copy_costs_a_recomputation_and_nothing_else(tiny64: Path
         gates[1].open()
         assert await read_all(engine, make_crowd()) == expected
         assert gates[0].num_copies > 0 and gates[1].num_copies > 0
-        assert 0 < engine.scheduler.num_preemptions < engine.scheduler.swapped.num_swaps
+        assert engine.scheduler.num_preemptions == gates[0].num_copies  # of those that leave, and of those that return
 
 
 async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(tiny64: Path) -> None:
@@ -116,9 +116,10 @@ async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(tin
 
 
 async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> None:
+    """Two requests for the room of one and a half: the second leaves once, and nobody else is ever copied."""
     async with swapping(tiny64, devices="cpu:1") as served:
         engine, swapped = served.engine, served.engine.scheduler.swapped
-        requests = [make_request(f"r{i}", 30, 70) for i in range(3)]
+        requests = [make_request(f"r{i}", 30, 70) for i in range(2)]
         readers = [asyncio.create_task(read(engine, request)) for request in requests]
         await until(engine, lambda: len(swapped.ready) > 0)
         gate, returning = CopyGate(engine.memories[0].device), swapped.ready[0]
