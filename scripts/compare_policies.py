@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Compare overload policies: one server per policy with the same memory, the same bursts; a table, JSON and a picture.
 
+`plenty` is the server with memory for all of a burst at once: what is left there is the devices' own time.
+
 Burst A fills memory by growth (48 requests at 16/s, 64 in / 256 out), burst B by prompts (48 at 4/s, 256 in / 128
 out). A peer that runs already is measured the same way: --peer vllm=http://127.0.0.1:8101,http://127.0.0.1:8102.
 The last line of stdout is one JSON object; everything for people goes to stderr.
@@ -24,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
+PLENTY = "plenty"
+BLOCK_SIZE = 16
 SETTLE_S = 8.0  # after a burst: long enough for the weights to come back
 
 
@@ -43,7 +47,8 @@ BURSTS = {"A": Burst(48, 16.0, 64, 256), "B": Burst(48, 4.0, 256, 128)}
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", default=",".join(POLICIES), help="which of ours, with commas; empty: none")
+    rows = ",".join((*POLICIES, PLENTY))
+    parser.add_argument("--policies", default=rows, help="which of ours, with commas; empty: none")
     parser.add_argument("--bursts", default="A,B", help="which bursts, with commas")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL,URL", help="a running peer")
     parser.add_argument("--model", default="smollm2-135m")
@@ -65,10 +70,20 @@ async def measure(urls: tuple[str, ...], burst: Burst, seed: int) -> dict[str, A
     return {"summary": report.summarize(recording), **report.details(recording)}
 
 
+def flags_of(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> tuple[str, ...]:
+    """How to start the server; with plenty of memory each device could hold any burst alone."""
+    blocks = args.blocks
+    if policy == PLENTY:
+        tokens = max(b.num_requests * (b.num_prompt_tokens + b.num_output_tokens + BLOCK_SIZE) for b in bursts.values())
+        policy, blocks = "queue", -(-tokens // BLOCK_SIZE)
+    memory = ("--num-gpu-blocks-override", str(blocks), "--block-size", str(BLOCK_SIZE))
+    return ("--model", args.model, "--devices", args.devices, *memory, "--overload-policy", policy)
+
+
 async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> dict[str, Any]:
     """Start a server with this policy, run the bursts one after the other, and stop it."""
-    flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
-    async with running_server(*flags, "--overload-policy", policy, log=args.out / f"server-{policy}.log") as server:
+    flags = flags_of(policy, bursts, args)
+    async with running_server(*flags, log=args.out / f"server-{policy}.log") as server:
         results = {}
         for name, burst in bursts.items():
             before = await server.state()

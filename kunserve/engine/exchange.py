@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from kunserve.engine.budget import is_schedulable
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.remap import Remap
@@ -137,13 +138,23 @@ class Exchange:
         while not moving.has_blocks and moving.request.finish_reason is None and not self._allocate(moving):
             self._end_finished(group)
             if not await self._make_room(group):
-                if all(request.is_moving for request in group.running):
+                if self._is_stuck(group):
                     return False
                 await self._engine.next_commit()
         if not group.is_admitting:
             group.is_admitting = all(m.has_blocks for m in self._moving.values() if m.group is group)
             self._engine.wake()
         return True
+
+    def _is_stuck(self, group: Group) -> bool:
+        """Whether nothing runs and nothing can: all are on their way, or have arrived and lack blocks.
+
+        A policy that preempts nobody would leave it so for ever.
+        """
+        here = [request for request in group.running if request.request_id not in self._moving]
+        return not group.in_flight and all(
+            is_schedulable(r) and group.missing_blocks(r, r.num_scheduled_tokens + 1) > group.num_free for r in here
+        )
 
     def _allocate(self, moving: Moving, *, is_beyond_limit: bool = False) -> bool:
         """Give a request blocks on every device of its new group; False, and nothing taken, if one lacks them."""

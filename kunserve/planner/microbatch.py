@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 
-EFFICIENCY = 0.99  # of the smallest efficient microbatch, against a very large one
+EFFICIENCY = 0.995  # of the smallest efficient microbatch, against a very large one
 
 
 class Part(NamedTuple):

@@ -1,10 +1,11 @@
-"""Greedy output of the embedded model is transformers' across a drop and a restore, in float32 and natural language."""
+"""The embedded model across a drop and a restore: its greedy output is transformers', and the pair holds the burst."""
 
 from __future__ import annotations
 
 import asyncio
 
-from e2e.engines import assert_idle, generate_all, greedy, running_engine
+from e2e.engines import assert_idle, generate_all, greedy, new_request, running_engine
+from kunserve.engine.request import Request
 
 
 async def test_a_drop_and_a_restore_change_no_token(
@@ -32,3 +33,26 @@ async def test_a_drop_and_a_restore_change_no_token(
         assert outcomes == [("drop", "done", True), ("restore", "done", True)] * 2
         assert len(engine.groups) == 2 and engine.scheduler.num_preemptions == 0
         await assert_idle(engine)
+
+
+async def test_a_pair_holds_what_it_was_merged_for() -> None:
+    """4,096 tokens of KV on each device, and requests that ask for 15,000 when they merge."""
+    requests = [new_request([100 + i] * 300, greedy(4)) for i in range(50)]
+    async with running_engine("smollm2-135m", "cpu:2", num_blocks_override=256, is_pinned=True) as served:
+        engine = served.engine
+        assert [group.num_blocks * group.block_size for group in engine.groups] == [4096, 4096]
+        for request in requests:
+            engine.submit(request)
+        await engine.next_commit()
+        await engine.drop()
+        for request in requests:
+            engine.abort(request.request_id)
+        await asyncio.wait(set(served.control._tasks))
+        await assert_idle(engine)
+        (group,) = engine.groups
+        whole = Request("whole", [1] * 15_000, greedy(1), group_id=group.group_id)
+        group.running.append(whole)
+        assert group.allocate(whole, 15_000)
+        engine.check()
+        group.release(whole)
+        engine.check()

@@ -102,15 +102,25 @@ def assert_empty(engine: Engine) -> None:
 
 
 class CopyGate:
-    """Holds a device's copies back until it is opened, and can let them fail."""
+    """Holds a device's copies back until it is opened, and can let them fail; `lets_out`: but those to the host."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, lets_out: bool = False) -> None:
         self._run_copy: Callable[[Work], Awaitable[Any]] = device.run_copy
         self._opened = asyncio.Event()
         self.reached = asyncio.Event()
         self.error: Exception | None = None
         self.num_copies = 0
-        device.run_copy = self._run  # type: ignore[method-assign]
+        if not lets_out:
+            device.run_copy = self._run  # type: ignore[method-assign]
+            return
+        copy = device.copy
+
+        async def hold_unless_out(copies: Any, source: Any = None, *, is_to_host: bool = False) -> None:
+            if not is_to_host:
+                await self._run(lambda: None)
+            await copy(copies, source, is_to_host=is_to_host)
+
+        device.copy = hold_unless_out  # type: ignore[method-assign]
 
     async def _run(self, work: Work) -> Any:
         self.num_copies += 1

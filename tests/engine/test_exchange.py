@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transition_harness import Answer, Checked, again, checked_engine
 
+from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.remap import Layouts
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.errors import DeviceError
@@ -49,16 +50,18 @@ def long_requests(number: int, num_prompt_tokens: int, num_tokens: int, name: st
     ]
 
 
-def two_devices(folder: Path, num_blocks: int, max_model_len: int = 128) -> AbstractAsyncContextManager[Checked]:
+def two_devices(
+    folder: Path, num_blocks: int, max_model_len: int = 128, **settings: Any
+) -> AbstractAsyncContextManager[Checked]:
     """An engine that computes all prompts in a few steps: the first is far from its end when the last begins."""
-    settings = {"max_model_len": max_model_len, "max_num_batched_tokens": 512}
+    settings |= {"max_model_len": max_model_len, "max_num_batched_tokens": 512}
     return checked_engine(folder, "cpu:2", num_blocks, **settings)
 
 
 async def expected(folder: Path, requests: Sequence[Request]) -> list[Answer]:
     """What one device answers that has room for all."""
     num_blocks = sum(request.num_prompt_tokens + request.params.max_tokens + 4 for request in requests) // 4
-    async with checked_engine(folder, "cpu:1", max(128, num_blocks), max_model_len=400) as checked:
+    async with checked_engine(folder, "cpu:1", max(130, num_blocks), max_model_len=512) as checked:
         return await checked.answer_all(again(requests))
 
 
@@ -316,4 +319,22 @@ async def test_an_order_that_does_not_fit_after_all(
         assert_same(await answers, its)
         await checked.undo_drops()
         assert checked.num_outcomes("drop", "done", "by_request") == 1
+        assert checked.engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("policy", [OverloadPolicy.SWAP, OverloadPolicy.QUEUE])
+async def test_who_arrived_and_lacks_a_block_that_others_hold(
+    policy: OverloadPolicy, tiny64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These policies preempt nobody: then one of those on their way gives way."""
+    requests = (
+        long_requests(1, 150, 200, "grows") + long_requests(1, 140, 8, "waits") + long_requests(1, 498, 12, "long")
+    )
+    its, requests = await expected(tiny64, requests), again(requests)
+    monkeypatch.setattr("kunserve.engine.reconfigure.plan_exchange", one_by_one)
+    async with two_devices(tiny64, 128, max_model_len=512, overload_policy=policy) as checked:
+        answers = await loaded(checked, requests, 1)
+        await checked.control.drop()
+        assert_same(await answers, its)
+        await checked.undo_drops()
         assert checked.engine.scheduler.num_preemptions > 0

@@ -116,18 +116,18 @@ async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(tin
 
 
 async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> None:
-    """Two requests for the room of one and a half: the second leaves once, and nobody else is ever copied."""
     async with swapping(tiny64, devices="cpu:1") as served:
-        engine, swapped = served.engine, served.engine.scheduler.swapped
-        requests = [make_request(f"r{i}", 30, 70) for i in range(2)]
+        engine = served.engine
+        gate = CopyGate(engine.memories[0].device, lets_out=True)
+        requests = [make_request(f"r{i}", 30, 70) for i in range(3)]
         readers = [asyncio.create_task(read(engine, request)) for request in requests]
-        await until(engine, lambda: len(swapped.ready) > 0)
-        gate, returning = CopyGate(engine.memories[0].device), swapped.ready[0]
         await gate.reached.wait()
+        returning = next(move.request for move in engine.scheduler.swapped._moving.values() if not move.is_out)
         assert returning.is_moving and returning.block_tables
         engine.abort(returning.request_id)
         engine.check()
         gate.open()
+        await until(engine, lambda: not returning.is_moving)
         await asyncio.gather(*readers)
         assert [r.request_id for r in requests if r.finish_reason is FinishReason.ABORT] == [returning.request_id]
 

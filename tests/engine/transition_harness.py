@@ -97,7 +97,7 @@ class Checked:
     def check(self) -> None:
         """Invariants 1 to 3, and that every request is in one place."""
         self.engine.check()
-        waiting = list(self.engine.scheduler.waiting)
+        waiting = [*self.engine.scheduler.waiting, *self.engine.scheduler.swapped.ready]
         running = [request for group in self.engine.groups for request in group.running]
         assert len({id(request) for request in waiting + running}) == len(waiting + running)
         assert all(request.group_id is None and not request.block_tables for request in waiting)

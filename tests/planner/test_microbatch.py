@@ -63,7 +63,7 @@ def test_one_prompt_is_cut_for_all_stages(num_tokens: int, num_stages: int) -> N
     part = LOOKAHEAD.part([], [Chunk(0, num_tokens, 1)], num_stages)
     first = LOOKAHEAD.cut(Work(), 0, num_tokens, part.total_s)
     least = LOOKAHEAD.least_tokens
-    assert least // 2 - 1 <= first <= min(least * 1.2, num_tokens / num_stages * 1.1)
+    assert least // 2 - 1 <= first <= min(least * 1.2, max(num_tokens / num_stages, least / 2) * 1.1)
 
 
 def test_a_piece_after_a_long_prefix_is_shorter() -> None:
@@ -83,4 +83,4 @@ def test_what_decodes_is_shared_and_leaves_room_for_prompts() -> None:
 
 def test_the_smallest_efficient_size_follows_the_cost_of_loading() -> None:
     sizes = [Lookahead(replace(COST2, load_s=load), 30, 2048).least_tokens for load in (0.0, 1e-3, 1e-2, 10.0)]
-    assert sizes == sorted(sizes) and sizes[0] < 20 and sizes[-1] == 2048
+    assert sizes == sorted(sizes) and sizes[0] < 40 and sizes[-1] == 2048
