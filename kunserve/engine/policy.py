@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
+from weakref import WeakKeyDictionary
 
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
@@ -115,11 +116,11 @@ class Retract(Policy):
     is_requeued_last = True
 
     def __init__(self) -> None:
-        self._ratios: dict[int, float] = {}  # by group id; absent: never decoded, or idle since
+        self._ratios: WeakKeyDictionary[Group, float] = WeakKeyDictionary()  # absent: never decoded, or idle since
 
     def ratio(self, group: Group) -> float:
         """Share of the tokens still asked for that is reserved for decoding requests."""
-        return self._ratios.get(group.group_id, INIT_NEW_TOKEN_RATIO)
+        return self._ratios.get(group, INIT_NEW_TOKEN_RATIO)
 
     def may_admit(self, group: Group, request: Request) -> bool:
         """Input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
@@ -134,17 +135,17 @@ class Retract(Policy):
         Called once per step.
         """
         if not group.running:
-            self._ratios.pop(group.group_id, None)
+            self._ratios.pop(group, None)
             return []
         ready = [r for r in group.running if is_settled(r) and is_decoding(r)]
         ready.sort(key=lambda r: (-r.priority, r.num_output_tokens, -r.num_prompt_tokens))
         victims = _until_fits(group, ready, num_leaving)
         if victims:
             stay = [r for r in group.running if r.num_output_tokens and r not in victims]
-            self._ratios[group.group_id] = ratio_after_retraction(stay)
+            self._ratios[group] = ratio_after_retraction(stay)
         elif any(map(is_decoding, group.running)):  # a chain's step is as many microbatches as it has stages
             decayed = self.ratio(group) - NEW_TOKEN_RATIO_DECAY / len(group.stages)
-            self._ratios[group.group_id] = max(MIN_NEW_TOKEN_RATIO, decayed)
+            self._ratios[group] = max(MIN_NEW_TOKEN_RATIO, decayed)
         return victims
 
     def _reserved(self, group: Group) -> float:
