@@ -118,6 +118,7 @@ def create_app(
             grammars.close()
 
     app.cleanup_ctx.append(stop_threads)
+    app.on_startup.append(app[FEED].open)
     app.on_shutdown.append(app[FEED].close)
     app.on_response_prepare.append(echo_request_id)
     app.on_response_prepare.append(allow_origin)

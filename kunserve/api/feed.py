@@ -1,7 +1,8 @@
 """GET /kunserve/events: the server as its viewers see it. A snapshot, then what changed, at most ten times a second.
 
-Each frame is made once for all viewers, and none while nobody watches. Nobody waits for a viewer: one that does not
-read is cut off when `BEHIND_BYTES` of its updates are waiting in the process.
+Each frame is made once for all viewers, and one a second while nobody watches: who comes after a burst can still see
+it. Nobody waits for a viewer: one that does not read is cut off when `BEHIND_BYTES` of its updates are waiting in the
+process.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ TICK_S = 0.1
 QUIET_S = 1.0  # between updates that say nothing but the time
 RATE_S = 2.0  # window of tokens per second and of the longest gap
 TTFT_S = 10.0  # window of the times to first token
+PAST_TICK_S = 1.0  # between frames that are remembered
+NUM_PAST = 120
+CHARTED = ("at_s", "block_size", "groups", "requests", "rates")  # what is remembered of a frame
 BEHIND_BYTES = 32 << 10
 MAX_VIEWERS = 200
 
@@ -39,7 +43,7 @@ class Rates:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._ticks: deque[tuple[float, int, float]] = deque()  # when, tokens since start, longest gap since the last
-        metrics.recent.take_gap()  # of the time when nobody watched
+        metrics.recent.take_gap()  # of the time before
 
     def at(self, now_s: float) -> Frame:
         """The rates at `now_s` on the engine's clock; times that do not exist are left out."""
@@ -70,23 +74,41 @@ class Feed:
         self._rates = Rates(metrics)
         self._viewers: set[_Viewer] = set()
         self._sent: Frame = {}  # what every viewer knows
+        self._past: deque[Frame] = deque(maxlen=NUM_PAST)
         self._ticker: asyncio.Task[None] | None = None
+        self._rememberer: asyncio.Task[None] | None = None
         self.num_ticks, self.cpu_s = 0, 0.0  # since start, of this thread (scripts/bench_feed.py)
 
     def _look(self) -> Frame:
         state = self._state(NUM_TRANSITIONS)
         return frame_of(state, **self._known, rates=self._rates.at(state["now_s"]))
 
+    async def open(self, _: object = None) -> None:
+        """The server starts: remember from now on."""
+        self._rememberer = asyncio.create_task(self._remember_on(), name="feed's past")
+
+    async def _remember_on(self) -> None:
+        while True:
+            await asyncio.sleep(PAST_TICK_S)
+            self.remember()
+
+    def remember(self) -> None:
+        """Keep what charts show of this moment."""
+        if not self._viewers:
+            self._sent = self._look()
+        self._past.append({name: self._sent[name] for name in CHARTED})
+
     async def watch(self, request: web.Request) -> web.StreamResponse:
-        """Send events until the viewer leaves or the server stops."""
+        """Send events until the viewer leaves or the server stops; the past first, if it is asked for."""
         if len(self._viewers) >= MAX_VIEWERS:
             raise OverloadedError(f"{MAX_VIEWERS} viewers are watching already.", retry_after_s=5)
         stream, viewer = EventStream(request, timeout_s=5.0), _Viewer(request, asyncio.Event())
         if not self._viewers:
-            self._rates = Rates(self._metrics)
             self._sent = self._look()
         try:
             await stream.open()
+            if "past" in request.query:
+                await request.writer.write(_event("past", list(self._past)))
             self._viewers.add(viewer)
             if self._ticker is None:
                 self._ticker = asyncio.create_task(self._run(), name="feed")
@@ -103,8 +125,9 @@ class Feed:
         """The server stops: end all streams."""
         for viewer in self._viewers:
             viewer.over.set()
-        if self._ticker is not None:
-            self._ticker.cancel()
+        for task in (self._ticker, self._rememberer):
+            if task is not None:
+                task.cancel()
 
     async def _run(self) -> None:
         """The only clock of the feed: it ticks while there are viewers."""
@@ -150,9 +173,12 @@ FEED = web.AppKey("feed", Feed)
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """GET /kunserve/events: server-sent events `snapshot` (a frame) and `delta` (a merge patch of the one before)."""
+    """GET /kunserve/events: server-sent events `snapshot` (a frame) and `delta` (a merge patch of the one before).
+
+    With `?past`, first `past`: of the last two minutes a frame each second, or as much of it as charts show.
+    """
     return await request.app[FEED].watch(request)
 
 
-def _event(name: str, value: Mapping[str, Any]) -> bytes:
+def _event(name: str, value: Mapping[str, Any] | Sequence[Frame]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (name.encode(), orjson.dumps(value))

@@ -28,6 +28,10 @@ function draw() {
 }
 
 function take(name, data) {
+  if (name === "past") {
+    for (const before of JSON.parse(data)) history.push(before);
+    return;
+  }
   if (name === "snapshot") frame = JSON.parse(data);
   else apply(frame, JSON.parse(data));
   history.push(frame);
@@ -43,7 +47,7 @@ function tell(state, text) {
 
 /** Follow the feed once, to its end. */
 async function watch() {
-  const response = await fetch("/kunserve/events", { headers: bearer(keys.get("api")), cache: "no-store" });
+  const response = await fetch("/kunserve/events?past", { headers: bearer(keys.get("api")), cache: "no-store" });
   if (response.status === 401) return askForKey();
   if (!response.ok) throw new Error(await reasonOf(response));
   tell("live", "● live");

@@ -38,6 +38,7 @@ class Scene(FakeEngine):
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The feed ticks when a test says so."""
     monkeypatch.setattr(feed_module, "TICK_S", 3600.0)
+    monkeypatch.setattr(feed_module, "PAST_TICK_S", 3600.0)
 
 
 @asynccontextmanager
@@ -72,7 +73,36 @@ async def test_deltas_make_of_a_snapshot_what_a_later_viewer_gets() -> None:
         assert frame["groups"].keys() == {"0", "1"} and frame["transitions"] == {}
 
 
-async def test_nothing_is_looked_at_while_nobody_watches() -> None:
+async def test_who_comes_later_sees_the_last_minutes() -> None:
+    engine = Scene(*(state(at_s, waiting=round(10 * at_s)) for at_s in (1.0, 2.0, 3.0, 4.0, 4.1, 5.0)))
+    async with watched(engine) as (client, feed):
+        for _ in range(3):
+            feed.remember()
+        viewer = await client.get(URL, params={"past": ""})
+        name, past = await next_event(viewer)
+        assert (name, [frame["at_s"] for frame in past]) == ("past", [1.0, 2.0, 3.0])
+        name, frame = await next_event(viewer)
+        assert (name, frame["at_s"]) == ("snapshot", 4.0)
+        assert all(frame.keys() > row.keys() for row in past) and past[1]["requests"]["waiting"] == 20
+        await feed.tick()
+        feed.remember()  # what the viewers know: nobody looks once more for it
+        assert engine.num_looks == 5
+        later = await client.get(URL, params={"past": ""})
+        _, past = await next_event(later)
+        assert [frame["at_s"] for frame in past] == [1.0, 2.0, 3.0, 4.1]
+
+
+async def test_the_past_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "PAST_TICK_S", 0.0)
+    engine = Scene(*(state(float(i)) for i in range(2 * feed_module.NUM_PAST)))
+    async with watched(engine) as (client, _):
+        while len(engine.states) > 1:
+            await asyncio.sleep(0)
+        _, past = await next_event(await client.get(URL, params={"past": ""}))
+        assert len(past) == feed_module.NUM_PAST and past[0]["at_s"] >= feed_module.NUM_PAST
+
+
+async def test_no_frame_is_made_while_nobody_watches() -> None:
     engine = Scene()
     async with watched(engine) as (client, feed):
         assert engine.num_looks == 0

@@ -146,6 +146,21 @@ def test_a_burst_makes_memory_of_weights_and_gives_it_back(visit: Visit) -> None
     take_screenshots(page, "restored")
 
 
+def test_a_page_opened_after_a_burst_still_shows_it(visit: Visit) -> None:
+    page = visit.page
+    page.reload()
+    expect(page.locator("#connection")).to_have_text("● live")
+    chart = page.locator("#charts .chart", has_text="Tokens per second")
+    over = chart.locator(".u-over").bounding_box()
+    assert over is not None
+    shown = set()
+    for step in range(50):
+        page.mouse.move(over["x"] + over["width"] * (step + 0.5) / 50, over["y"] + over["height"] / 2)
+        shown.add(chart.locator(".key b").inner_text())
+    assert len(shown - {"0", "–"}) > 1  # speeds of a time before the page was there
+    page.locator("#admin-key").fill(ADMIN_KEY)
+
+
 def test_a_burst_can_be_cancelled(visit: Visit) -> None:
     page = visit.page
     page.locator("#burst-requests").fill("500")
