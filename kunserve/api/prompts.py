@@ -46,7 +46,7 @@ async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
         check_text(text, call.generation, api.model.max_model_len, "messages")
         return ChatPrompt(api.tokenizer.encode(text, call.generation.add_special_tokens), text[-ENDING_CHARS:])
 
-    num_chars = sum(len(message["content"] or "") + CALL_CHARS for message in call.messages)
+    num_chars = call.num_chars + CALL_CHARS * len(call.messages)
     if call.tools.definitions:
         return await api.on_thread(encode)  # of any size
     return await api.offload(num_chars, encode)
@@ -85,6 +85,8 @@ def fit(
     if call.params.min_tokens > max_tokens:
         text = f"`min_tokens` must be at most the {max_tokens} tokens that may be generated."
         raise InvalidRequestError(text, param="min_tokens")
+    if (max_tokens, bad_words) == (call.params.max_tokens, call.params.bad_words):
+        return ids, call.params  # nearly always, and a request may have a thousand prompts
     return ids, replace(call.params, max_tokens=max_tokens, bad_words=bad_words)
 
 

@@ -66,6 +66,7 @@ class ChatCall:
 
     generation: GenerationCall
     messages: list[dict[str, Any]]
+    num_chars: int  # of all of them
     tools: Tools
     add_generation_prompt: bool
     continue_final_message: bool
@@ -335,9 +336,14 @@ def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> Chat
     if generation.structure is not None and tools.structure is not None:
         text = f"`{generation.structure.param}` and `tool_choice` exclude each other."
         raise InvalidRequestError(text, param="tool_choice")
+    given = fields.required("messages")
+    if isinstance(given, list) and len(given) > model.max_model_len:  # each takes a token at least
+        raise too_long(f"there are {len(given)} messages", "messages", model.max_model_len)
+    messages = read_messages(given)
     return ChatCall(
         generation=generation,
-        messages=read_messages(fields.required("messages")),
+        messages=messages,
+        num_chars=sum(len(message["content"]) for message in messages),
         tools=tools,
         add_generation_prompt=not continues and fields.boolean("add_generation_prompt", True),
         continue_final_message=continues,
