@@ -105,6 +105,7 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
         "responses": many(40, "/v1/responses", {"input": text[:200], "max_output_tokens": 16, "stream": True}),
         "messages": many(40, "/v1/messages", {"messages": one, "max_tokens": 16, "stream": True}),
         "tokenize 8 MiB": many(1, "/tokenize", {"prompt": text[: 8 << 20][:-200]}),
+        "tokenize 1 MiB": many(1, "/tokenize", {"prompt": text[: 1 << 20]}),
         "tokenize strings": many(1, "/tokenize", {"prompt": text[:400_000], "return_token_strs": True}),
         "detokenize 7 MiB": many(1, "/detokenize", {"tokens": ids}),
         "many errors": many(64, "/v1/completions", {"prompt": "x", "temperature": -1}),

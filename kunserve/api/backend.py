@@ -123,7 +123,7 @@ class ModelInfo:
 class ApiSettings:
     """Bounds of what one client can ask of the server.
 
-    8 MiB are a million token ids or two million tokens of text.
+    8 MiB are a million token ids; one text may have less (prompts.MAX_TEXT_CHARS).
     """
 
     max_body_bytes: int = 8 << 20

@@ -381,7 +381,7 @@ class Engine:
         if request.constraint is not None:
             try:
                 request.constraint.accept(token.token_id)
-            except EngineError as error:
+            except KunServeError as error:
                 self._fail(live, error)
                 return
             is_complete = request.constraint.is_finished

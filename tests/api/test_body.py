@@ -47,6 +47,12 @@ def test_too_many_lists() -> None:
         body._large(orjson.dumps({"prompt": [[1]] * (body.MAX_LISTS + 2)}))
 
 
+@pytest.mark.parametrize("value", ["", True, None])
+def test_too_many_strings_and_the_like(value: object) -> None:
+    with pytest.raises(InvalidRequestError, match="strings, truth values and nulls"):
+        body._large(orjson.dumps({"prompt": "x", "junk": [value] * (body.MAX_SCALARS + 2)}))
+
+
 async def test_a_large_body_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
     large = body._large
