@@ -112,6 +112,7 @@ class ModelInfo:
     root: str
     created: int  # seconds since 1970
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # likewise, for the chat template
 
     @property
     def name(self) -> str:
