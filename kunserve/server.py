@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -222,6 +223,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 async def serve(config: ServerConfig) -> None:
     """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
+    _check_files(config.http)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -279,14 +281,23 @@ def _request_stop(stop: asyncio.Event) -> None:
     stop.set()
 
 
+def _check_files(http: HttpConfig) -> None:
+    """Read what people wrote by hand before minutes of loading, not after. ConfigError if it cannot be used."""
+    if http.chat_template is not None:
+        ChatTemplate(_read_template(http.chat_template))
+    sampling_defaults("vllm" if http.generation_config == "auto" else http.generation_config, None, http.sampling)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+
+
 def _app(config: ServerConfig, served: Served) -> web.Application:
-    tokenizer = served.tokenizer
-    source = tokenizer.chat_template
-    if (path := config.http.chat_template) is not None:
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+    tokenizer, path = served.tokenizer, config.http.chat_template
+    source = tokenizer.chat_template if path is None else _read_template(path)
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
     sampling = sampling_defaults(config.http.generation_config, served.files.folder, config.http.sampling)
     if sampling:

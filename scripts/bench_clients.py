@@ -105,11 +105,11 @@ def read_aiperf(result: Mapping[str, Any]) -> Outcome:
     """Of aiperf's `profile_export_aiperf.json`; requests that failed stand in its summary of errors."""
     failed = sum(int(error["count"]) for error in result["error_summary"])
     completed = int(result["request_count"]["avg"]) if "request_count" in result else 0
-    outcome = Outcome(completed, failed, problem="it was cancelled" if result["was_cancelled"] else None)
+    problem = "it was cancelled" if result["was_cancelled"] else None
     if not completed:
-        return outcome
+        return Outcome(0, failed, problem=problem)
     ttft_ms, tok_s = result["time_to_first_token"]["p50"], result["output_token_throughput"]["avg"]
-    return Outcome(completed, failed, ttft_ms, tok_s, outcome.problem)
+    return Outcome(completed, failed, ttft_ms, tok_s, problem)
 
 
 def read_guidellm(result: Mapping[str, Any]) -> Outcome:
