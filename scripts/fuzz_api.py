@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100, help="generated requests per route")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--routes", metavar="REGEX", help="only those whose path has this in it")
     parser.add_argument("--seconds", type=int, help="make no more requests after so long")
     args = parser.parse_args()
     url = args.url.rstrip("/")
@@ -44,6 +45,8 @@ def main() -> None:
             *("--request-timeout", str(TIMEOUT_S), "--workers", str(args.workers), "--continue-on-failure"),
             *("--suppress-health-check", "all", "--report", "ndjson", "--report-ndjson-path", str(report)),
         ]
+        if args.routes is not None:
+            command += ["--include-path-regex", args.routes]
         if args.seconds is not None:
             command += ["--max-time", str(args.seconds)]
         code = subprocess.run(command, check=False).returncode
