@@ -1,6 +1,6 @@
 """Flags around the engine, in the names vLLM's users know: who may come in, how to listen, what to log.
 
-Also reads them from a file (`--config`), and takes flags of vLLM's that change nothing here with a warning.
+Also reads them from a file (`--config`), and as vLLM's parser reads them (`--max_model_len 32k`).
 """
 
 from __future__ import annotations
@@ -8,72 +8,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kunserve.api.protocol import TEMPLATE_FIELDS
 from kunserve.api.reasoning import REASONING_PARSERS
 from kunserve.api.tool_parsers import TOOL_PARSERS
 from kunserve.errors import ConfigError
+from kunserve.vllm_flags import add_vllm_flags
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
 ADMIN_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY"
+LOG_LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTERVAL")
 
-# Flags of vLLM's that tune what is done differently here: harmless, so nobody has to change a command line.
-_IGNORED_SWITCHES = (
-    "--trust-remote-code",
-    "--enable-chunked-prefill",
-    "--enable-prefix-caching",
-    "--enable-request-id-headers",
-    "--enable-auto-tool-choice",
-    "--enable-prompt-tokens-details",
-    "--disable-frontend-multiprocessing",
-    "--disable-custom-all-reduce",
-    "--enable-log-requests",
-    "--disable-log-requests",
-    "--enable-server-load-tracking",
-    "--use-tqdm-on-load",
-    "--disable-fastapi-docs",
-    "--disable-cascade-attn",
-)
-_IGNORED_VALUES = (
-    "--cpu-offload-gb",
-    "--tensor-parallel-size",
-    "--data-parallel-size",
-    "--distributed-executor-backend",
-    "--download-dir",
-    "--tokenizer-mode",
-    "--max-seq-len-to-capture",
-    "--cudagraph-capture-sizes",
-    "--compilation-config",
-    "--optimization-level",
-    "--api-server-count",
-    "--uvicorn-log-level",
-    "--stream-interval",
-    "--max-logprobs",
-    "--allowed-methods",
-    "--allowed-headers",
-    "--max-parallel-loading-workers",
-    "--attention-backend",
-    "--prefix-caching-hash-algo",
-    "--root-path",
-    "--max-log-len",
-    "--response-role",
-    "--chat-template-content-format",
-    "--structured-outputs-config",
-    "--guided-decoding-backend",
-    "--safetensors-load-strategy",
-    "--config-format",
-)
-# The one value that changes nothing; others would, so they are refused.
-_IGNORED_CHOICES = {"--kv-cache-dtype": "auto", "--revision": "main", "--runner": "generate", "--task": "generate"}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "K": 1 << 10,
+    "M": 1 << 20,
+    "G": 1 << 30,
+    "T": 1 << 40,
+}
 _REPEATED = ("--api-key", "--admin-key")
-_SHORT = {"--tensor-parallel-size": "-tp", "--data-parallel-size": "-dp", "--optimization-level": "-O"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +63,8 @@ class HttpConfig:
     sampling: Mapping[str, Any]  # goes before it
     tool_call_parser: str | None
     reasoning_parser: str | None
-    ignored: tuple[str, ...]  # flags that change nothing
+    chat_template_kwargs: Mapping[str, Any]  # of requests that bring none
+    ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
@@ -109,20 +78,6 @@ class HttpConfig:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"cannot use the certificate {self.ssl_certfile}: {error}") from None
         return context
-
-
-class _Ignore(argparse.Action):
-    """Remember that a flag was given, not its value."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """See argparse."""
-        namespace.ignored_flags = [*(namespace.ignored_flags or []), option_string]
 
 
 def add_http_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +96,8 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     for name in ("--disable-access-log", "--disable-uvicorn-access-log"):
         add(name, dest="disable_access_log", action="store_true", help="no line for each request")
     add("--disable-log-stats", action="store_true", help="no summary line every ten seconds")
+    text = 'arguments of the template where a request brings none, for instance {"enable_thinking": false}'
+    add("--default-chat-template-kwargs", type=_object, default={}, metavar="JSON", help=text)
     add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
     parsers = tuple(TOOL_PARSERS)
     text = "defaults of requests: auto: the model's generation_config.json; vllm: none of it; or a folder that has one"
@@ -149,18 +106,7 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     add("--override-generation-config", type=_object, default={}, metavar="JSON", help=text)
     add("--tool-call-parser", choices=parsers, help="how the model writes tool calls (default: as its template does)")
     add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
-    known = parser._option_string_actions
-    for flag in _IGNORED_SWITCHES:
-        if flag not in known:
-            names = [flag, "--no-" + flag.removeprefix("--")]
-            add(*names, nargs=0, action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
-    for flag in _IGNORED_VALUES:
-        if flag not in known:
-            names = [flag, *(_SHORT[flag],)] if flag in _SHORT else [flag]
-            nargs = "+" if flag == "--cudagraph-capture-sizes" else None
-            add(*names, nargs=nargs, action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
-    for flag, value in _IGNORED_CHOICES.items():
-        add(flag, choices=(value,), action=_Ignore, dest="ignored_flags", help=argparse.SUPPRESS)
+    add_vllm_flags(parser)
 
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
@@ -169,6 +115,8 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
     admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
     if "" in (*keys, *admin_keys):
         raise ConfigError("--api-key and --admin-key must not be empty")
+    if set_by_us := args.default_chat_template_kwargs.keys() & TEMPLATE_FIELDS:
+        raise ConfigError(f"--default-chat-template-kwargs must not set {min(set_by_us)}: requests do")
     if args.max_num_queued_tokens < 1:
         raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
     return HttpConfig(
@@ -187,8 +135,42 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         sampling=args.override_generation_config,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
-        ignored=tuple(dict.fromkeys(args.ignored_flags or ())),
+        chat_template_kwargs=args.default_chat_template_kwargs,
+        ignored=args.ignored_flags or {},
     )
+
+
+def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """As `parser.parse_args`, but an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
+    args, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments])
+    for argument in unknown:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("-"):
+            parser.error(f"unexpected argument: {flag}")
+        close = get_close_matches(flag, parser._option_string_actions, n=1)
+        parser.error(f"no such flag: {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+    return args
+
+
+def _dashed(argument: str) -> str:
+    """`--max_model_len=5` as `--max-model-len=5`; `--compilation-config.mode` is a part of `--compilation-config`."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    return flag.replace("_", "-").partition(".")[0] + equals + value
+
+
+def number(text: str) -> int:
+    """An integer, or "32k" (32,000), "32K" (32,768), "1.5m", "1M" as vLLM reads them."""
+    match = re.fullmatch(r"(\d+|\d+\.\d+(?=[kmgt]))([kKmMgGtT]?)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"not a number: {text}")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def number_or_auto(text: str) -> int | None:
+    """As `number`; "auto" and "-1" are None."""
+    return None if text.strip() in ("auto", "-1") else number(text)
 
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:
@@ -248,6 +230,12 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
     return value
+
+
+def default_log_level(environment: Mapping[str, str] = os.environ) -> str:
+    """What vLLM's variable says, if it is one of ours."""
+    level = environment.get(LOG_LEVEL_VARIABLE, "").lower()
+    return level if level in LOG_LEVELS else "info"
 
 
 def _stats_interval(environment: Mapping[str, str]) -> float:

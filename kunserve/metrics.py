@@ -37,6 +37,7 @@ TRANSITION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 STEP_BUCKETS_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20)
+REJECTIONS = ("queue_full", "queue_tokens_full", "key_share")  # what `Metrics.rejection` is told
 COUNTERS_AGE_S = 0.15
 
 
@@ -179,6 +180,8 @@ class Metrics:
         text = "Requests turned away, by reason."
         family = Counter("vllm:admission_rejections", text, [*self._labels, "reason"], registry=self._registry)
         self._rejections = family
+        for reason in REJECTIONS:
+            family.labels(**self._labels, reason=reason)  # from the start
         self._drops = self._counter("kunserve:drops", "Transitions that dropped weights.")
         self._restores = self._counter("kunserve:restores", "Transitions that brought weights back.")
         self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -27,7 +28,17 @@ from kunserve.config import EngineConfig, parse_devices, parse_size
 from kunserve.engine.launch import Served, launch
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
-from kunserve.flags import HttpConfig, add_http_flags, http_config, with_config_file
+from kunserve.flags import (
+    LOG_LEVELS,
+    HttpConfig,
+    add_http_flags,
+    default_log_level,
+    http_config,
+    number,
+    number_or_auto,
+    parse_known,
+    with_config_file,
+)
 from kunserve.listen import Listener
 from kunserve.log import set_up_logging
 from kunserve.metrics import Metrics
@@ -37,6 +48,7 @@ from kunserve.summary import Summary, log_summary
 log = structlog.get_logger()
 
 HEARTBEAT_S = 0.01
+_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
 # For so long may a thread keep the GIL while others wait: the event loop asks for it again after each system call.
 GIL_SWITCH_S = 0.0005
 
@@ -57,10 +69,13 @@ class ServerConfig:
 
 def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> ServerConfig:
     """Flags to a config. Exits with usage on unknown flags; ConfigError for values that cannot be."""
-    args = _parser(prog).parse_args(with_config_file(arguments))
+    parser = _parser(prog)
+    args = parse_known(parser, with_config_file(arguments))
     model = args.model_tag or args.model
     if not model:
         raise ConfigError("no model: give --model NAME, for instance --model smollm2-135m")
+    if args.tokenizer not in (None, model):
+        parser.error(f"--tokenizer {args.tokenizer} is not supported: a model is served with its own")
     engine = EngineConfig(
         model=model,
         devices=parse_devices(args.devices),
@@ -68,8 +83,8 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         num_blocks_override=args.num_gpu_blocks_override,
         kv_bytes=None if args.kv_cache_memory_bytes is None else parse_size(args.kv_cache_memory_bytes),
         block_size=args.block_size,
-        dtype=args.dtype,
-        load_format=args.load_format,
+        dtype=_DTYPES.get(args.dtype, args.dtype),
+        load_format="auto" if args.load_format == "safetensors" else args.load_format,
         seed=args.seed,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -101,7 +116,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         port=args.port,
         http=http_config(args),
         shutdown_timeout_s=args.shutdown_timeout,
-        log_level=args.log_level,
+        log_level=args.log_level or default_log_level(),
         log_json=args.log_format == "json",
     )
 
@@ -114,6 +129,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         epilog=f"Example: {prog} --model smollm2-135m --devices cpu:2 --device-memory 730MiB",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # --tokenizer would be taken for --tokenizer-mode
+        usage="%(prog)s MODEL [flags]",
     )
     add = parser.add_argument
     add("model_tag", nargs="?", metavar="MODEL", help="same as --model")
@@ -131,16 +147,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--kv-cache-memory-bytes", metavar="SIZE", help="budget is the weights plus so much KV")
     add("--block-size", type=int, default=defaults.block_size, help="tokens of one KV block")
     add(
-        "--max-model-len", type=int, help="longest prompt plus answer, in tokens (default: what the card says and fits)"
+        "--max-model-len",
+        type=number_or_auto,
+        help="longest prompt plus answer, in tokens (default: what the card says and fits)",
     )
     add(
         "--dtype",
         default=defaults.dtype,
         help="dtype of weights and KV: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
     )
-    add("--load-format", default=defaults.load_format, choices=("auto", "dummy"), help="dummy: random weights")
+    add(
+        "--load-format",
+        default=defaults.load_format,
+        choices=("auto", "safetensors", "dummy"),
+        help="dummy: random weights",
+    )
+    add("--tokenizer", help=argparse.SUPPRESS)  # the model's own
     add("--seed", type=int, default=defaults.seed, help="of dummy weights and of requests that bring none")
-    add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="token budget of a step")
+    add("--max-num-batched-tokens", type=number, default=defaults.max_num_batched_tokens, help="token budget of a step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="running requests of one group")
     add("--max-num-queued-reqs", type=int, default=defaults.max_num_queued_reqs, help="waiting requests before 503")
     add(
@@ -186,23 +210,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="share of a GPU's memory to use, where --device-memory is not given",
     )
     add("--pin-weights", choices=("on", "off"), default="on", help="keep the host copy of the weights pinned (CUDA)")
-    add("--enforce-eager", action="store_true", help="capture no CUDA graphs")
+    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="capture no CUDA graphs")
     add("--pin", action="store_true", help="regroup only when an operator asks")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
     )
     add_http_flags(parser)
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="least level to log")
+    add("--log-level", choices=LOG_LEVELS, help="least level to log (default: VLLM_LOGGING_LEVEL, or info)")
     add("--log-format", default="console", choices=("console", "json"), help="how to log")
     return parser
 
 
 async def serve(config: ServerConfig) -> None:
     """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
+    _check_files(config.http)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _request_stop, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, _request_stop, stop)
     listener = Listener(config.host, config.port, config.http.uds, config.http.ssl_context())
     try:
         async with listener.answering_probes():
@@ -256,20 +281,30 @@ def _request_stop(stop: asyncio.Event) -> None:
     stop.set()
 
 
+def _check_files(http: HttpConfig) -> None:
+    """Read what people wrote by hand before minutes of loading, not after. ConfigError if it cannot be used."""
+    if http.chat_template is not None:
+        ChatTemplate(_read_template(http.chat_template))
+    sampling_defaults("vllm" if http.generation_config == "auto" else http.generation_config, None, http.sampling)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+
+
 def _app(config: ServerConfig, served: Served) -> web.Application:
-    tokenizer = served.tokenizer
-    source = tokenizer.chat_template
-    if (path := config.http.chat_template) is not None:
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+    tokenizer, path = served.tokenizer, config.http.chat_template
+    source = tokenizer.chat_template if path is None else _read_template(path)
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
     sampling = sampling_defaults(config.http.generation_config, served.files.folder, config.http.sampling)
     if sampling:
         log.info("defaults of requests", **sampling)
     max_model_len = served.engine.limits.max_model_len
-    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling)
+    kwargs = config.http.chat_template_kwargs
+    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs)
     settings = ApiSettings(
         api_keys=config.http.api_keys,
         admin_keys=config.http.admin_keys,
@@ -300,13 +335,22 @@ async def _watch_loop(metrics: Metrics) -> None:
         metrics.loop_lag(max(0.0, loop.time() - due))
 
 
+def _without_effect(engine: EngineConfig) -> dict[str, str]:
+    """Flags of GPUs that were given for CPU devices, and why they do nothing."""
+    if engine.devices.kind != "cpu":
+        return {}
+    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager", "pin_weights")
+    given = [name for name in names if getattr(engine, name) != getattr(default, name)]
+    return {f"--{name.replace('_', '-')}": "the devices are CPUs (GPUs: --devices cuda)" for name in given}
+
+
 def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> None:
     """Serve until a signal; errors that a user can mend end the process with one line."""
     try:
         config = parse_args(arguments, prog)
         set_up_logging(config.log_level, config.log_json)
-        if config.http.ignored:
-            log.warning("flags of vLLM that change nothing here are ignored", flags=" ".join(config.http.ignored))
+        for flag, why in {**config.http.ignored, **_without_effect(config.engine)}.items():
+            log.warning("a flag that changes nothing here", flag=flag, because=why)
         uvloop.run(serve(config))
     except ConfigError as error:
         sys.exit(f"kunserve: {error.message}")

@@ -72,6 +72,15 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
         encoded = orjson.dumps(body)
         return lambda: asyncio.gather(*(post(path, encoded) for _ in range(num)))
 
+    async def leave(num: int, path: str, body: dict[str, Any]) -> list[str]:
+        """All clients go away in the same moment."""
+        asked = [asyncio.ensure_future(post(path, orjson.dumps(body))) for _ in range(num)]
+        await asyncio.sleep(2)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return ["left"] * num
+
     def completion(**body: Any) -> Callable[[], Any]:
         return many(1, "/v1/completions", {"max_tokens": 4, **body})
 
@@ -89,6 +98,9 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
         "256 at once": many(256, "/v1/completions", {"prompt": text[:100], "max_tokens": 4}),
         "256 streams": many(256, "/v1/completions", {"prompt": "x", "max_tokens": 12, "stream": True}),
         "256 chats": many(256, chat, {"messages": one, "max_tokens": 6, "stream": True}),
+        "256 logprobs": many(256, "/v1/completions", {"prompt": "x", "max_tokens": 6, "stream": True, "logprobs": 5}),
+        "256 schemas": many(256, chat, {"messages": one, "max_tokens": 6, "response_format": {"type": "json_object"}}),
+        "256 leave": lambda: leave(256, chat, {"messages": one, "max_tokens": 200, "stream": True}),
         "n 128": completion(prompt=text[:200], n=128, max_tokens=4),
         "all biases": completion(prompt="x", logit_bias={str(i): 1 for i in range(vocab_size)}),
         "allowed ids": completion(prompt="x", allowed_token_ids=list(range(vocab_size))),
@@ -105,6 +117,7 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
         "responses": many(40, "/v1/responses", {"input": text[:200], "max_output_tokens": 16, "stream": True}),
         "messages": many(40, "/v1/messages", {"messages": one, "max_tokens": 16, "stream": True}),
         "tokenize 8 MiB": many(1, "/tokenize", {"prompt": text[: 8 << 20][:-200]}),
+        "tokenize 1 MiB": many(1, "/tokenize", {"prompt": text[: 1 << 20]}),
         "tokenize strings": many(1, "/tokenize", {"prompt": text[:400_000], "return_token_strs": True}),
         "detokenize 7 MiB": many(1, "/detokenize", {"tokens": ids}),
         "many errors": many(64, "/v1/completions", {"prompt": "x", "temperature": -1}),

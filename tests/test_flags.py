@@ -9,7 +9,9 @@ import pytest
 from kunserve.errors import ConfigError
 from kunserve.server import ServerConfig, parse_args
 
-VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY", "KUNSERVE_ADMIN_KEY", "VLLM_LOG_STATS_INTERVAL")
+VARIABLES = (
+    *("KUNSERVE_API_KEY", "VLLM_API_KEY", "KUNSERVE_ADMIN_KEY", "VLLM_LOG_STATS_INTERVAL", "VLLM_LOGGING_LEVEL"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def parse(text: str) -> ServerConfig:
 
 def test_defaults() -> None:
     http = parse("m").http
-    assert http.api_keys == http.admin_keys == http.ignored == ()
+    assert http.api_keys == http.admin_keys == () and http.ignored == {}
     assert http.uds is None and http.ssl_context() is None
     assert http.allowed_origins == ("*",)
     assert (http.logs_access, http.stats_interval_s) == (True, 10.0)
@@ -63,10 +65,11 @@ def test_summary_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flags_of_vllm_that_change_nothing() -> None:
     text = "m --trust-remote-code --cpu-offload-gb 0 --no-enable-prefix-caching -tp 2 --seed 3 --trust-remote-code"
     config = parse(text + " --cudagraph-capture-sizes 1 2 4 --port 99")
-    assert config.http.ignored == (
+    assert list(config.http.ignored) == [
         *("--trust-remote-code", "--cpu-offload-gb", "--no-enable-prefix-caching", "-tp"),
         "--cudagraph-capture-sizes",
-    )
+    ]
+    assert config.http.ignored["--no-enable-prefix-caching"] == "there is no prefix cache"
     assert (config.engine.model, config.engine.seed, config.port) == ("m", 3, 99)
 
 
@@ -81,6 +84,9 @@ KNOWN = """--model m|--host 0.0.0.0|--port 8000|--api-key k|--served-model-name 
 --cudagraph-capture-sizes 1 2|--chat-template x|--tool-call-parser hermes|--enable-auto-tool-choice
 --reasoning-parser qwen3|--shutdown-timeout 3|--root-path /x|--ssl-keyfile a|--ssl-certfile b|--allowed-origins ["*"]
 --uvicorn-log-level info|--enable-log-requests|--disable-log-stats|--enable-request-id-headers|--stream-interval 1
+--default-chat-template-kwargs {"enable_thinking":false}|--tokenizer m|--load-format safetensors|--dtype half
+--max_model_len 4096|--max-model-len=32k|--max-model-len auto|--max-num-batched-tokens 8K|--no-enforce-eager|-O3
+--compilation-config.mode 3|--response-role assistant|--tokenizer-mode auto|--model-impl auto
 --uds /tmp/x|--swap-space 4|--async-scheduling|--no-async-scheduling|--disable-log-requests|--max-log-len 5"""
 
 
@@ -90,13 +96,59 @@ def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag",
-    ["--kv-cache-dtype fp8", "--quantization awq", "--tokenizer other", "--revision abc", "--speculative-config {}"],
+    ("flag", "reason"),
+    [
+        ("--kv-cache-dtype fp8", "invalid choice: 'fp8' (choose from 'auto')"),
+        ("--quantization awq", "--quantization is not supported: weights are served as they are"),
+        ("--quantization=awq", "--quantization is not supported"),
+        ("-q awq", "-q is not supported"),
+        ("--tokenizer other", "--tokenizer other is not supported"),
+        ("--revision abc", "--revision: invalid choice"),
+        ("--speculative-config {}", "there is no speculative decoding"),
+        ("--speculative-config.method ngram", "there is no speculative decoding"),
+        ("--enable-lora --max-loras 4", "there are no LoRA adapters"),
+        ("--cpu-offload-gb 10", "--cpu-offload-gb: invalid choice"),
+        ('--allowed-methods ["GET"]', "--allowed-methods: invalid choice"),
+        ("--max-model-lenn 5", "no such flag: --max-model-lenn; did you mean --max-model-len?"),
+        ("--zzz=1", "no such flag: --zzz\n"),
+        ("another", "unexpected argument: another"),
+        ("--max-model-len 1.5K", "not a number: 1.5K"),
+    ],
 )
-def test_flags_that_would_change_something_are_not_ignored(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+def test_flags_that_would_change_something_are_not_ignored(
+    flag: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
         parse_args(["m", *flag.split()])
-    assert flag.split()[0] in capsys.readouterr().err
+    usage, error = capsys.readouterr().err.split("\n", 1)
+    assert (caught.value.code, usage) == (2, "usage: python -m kunserve.server MODEL [flags]")
+    assert reason in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5m", 1_500_000), ("auto", None)]
+)
+def test_numbers_as_vllm_reads_them(text: str, value: int | None) -> None:
+    assert parse(f"m --max_model_len {text}").engine.max_model_len == value
+
+
+def test_other_names_of_vllms_for_the_same() -> None:
+    engine = parse("m --dtype half --load-format safetensors --no-enforce-eager").engine
+    assert (engine.dtype, engine.load_format, engine.enforce_eager) == ("float16", "auto", False)
+
+
+def test_arguments_of_the_template() -> None:
+    http = parse('m --default-chat-template-kwargs {"enable_thinking":false}').http
+    assert http.chat_template_kwargs == {"enable_thinking": False}
+    with pytest.raises(ConfigError, match="must not set tools"):
+        parse('m --default-chat-template-kwargs {"tools":[]}')
+
+
+def test_the_log_level_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, level in (("DEBUG", "debug"), ("CRITICAL", "info")):
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", text)
+        assert parse("m").log_level == level
+    assert parse("m --log-level error").log_level == "error"
 
 
 def test_sampling_defaults() -> None:
@@ -125,7 +177,7 @@ def test_config_file(tmp_path: Path) -> None:
     config = parse(f"--config {path} --port 82")
     assert (config.engine.model, config.port, config.host) == ("other", 82, "0.0.0.0")
     assert (config.served_names, config.engine.max_model_len) == (("a", "b"), 99)
-    assert config.engine.is_pinned and config.http.ignored == () and config.http.stats_interval_s is None
+    assert config.engine.is_pinned and config.http.ignored == {} and config.http.stats_interval_s is None
     assert (config.http.api_keys, config.http.allowed_origins) == (("x", "y"), ("http://a",))
     assert parse(f"m --config={path}").engine.model == "m"
 

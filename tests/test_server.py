@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from kunserve import server
 from kunserve.config import DeviceSpec
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
@@ -81,3 +85,33 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "--device-memory" in shown and "--pipeline-parallel-size" in shown and "Example:" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--chat-template", "none.jinja"), "cannot read the chat template none.jinja"),
+        (("--chat-template", "bad.jinja"), "the chat template does not compile"),
+        (("--generation-config", "nowhere"), "nowhere/generation_config.json"),
+        (("--override-generation-config", '{"temperature": -3}'), "--override-generation-config: `temperature`"),
+    ],
+)
+async def test_files_are_read_before_the_model(
+    flags: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def launch(*_: Any) -> None:
+        raise AssertionError("loading has begun")
+
+    monkeypatch.setattr(server, "launch", launch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=message):
+        await server.serve(parse_args(["m", *flags]))
+
+
+def test_flags_of_gpus_do_nothing_on_cpus() -> None:
+    def ignored(flags: str) -> list[str]:
+        return list(server._without_effect(parse_args(["m", *flags.split()]).engine))
+
+    assert ignored("--enforce-eager --gpu-memory-utilization 0.5") == ["--gpu-memory-utilization", "--enforce-eager"]
+    assert ignored("--devices cuda:0 --enforce-eager") == ignored("") == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from kunserve.api.backend import ApiSettings
@@ -33,6 +34,24 @@ class Queued(Protocol):
 
     def __call__(self, owner: str | None = None) -> Waiting:
         """See `Backend.waiting`."""
+
+
+@dataclass(slots=True)
+class Place:
+    """What is held for sequences that are not in the engine's queue yet."""
+
+    admission: Admission
+    owner: str
+    num_reqs: int
+    num_tokens: int  # of their prompts, as estimated
+
+    def leave(self, num_reqs: int = 1) -> None:
+        """So many are in the engine's queue, which counts them from now on, or will never be."""
+        if num_reqs:
+            num_tokens = self.num_tokens * num_reqs // self.num_reqs
+            self.num_reqs -= num_reqs
+            self.num_tokens -= num_tokens
+            self.admission.leave(self.owner, num_reqs, num_tokens)
 
 
 class Admission:
@@ -62,16 +81,21 @@ class Admission:
                 self._refuse("key_share", text)
 
     @contextmanager
-    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[None]:
-        """Hold the place of sequences in the queue while their prompts are made; leave it before they are submitted."""
+    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[Place]:
+        """Hold the place of a request's sequences, all or none, until each is in the engine's queue."""
         self.check(owner, num_reqs, num_tokens)
         self._add(owner, num_reqs, num_tokens)
+        place = Place(self, owner, num_reqs, num_tokens)
         try:
-            yield
+            yield place
         finally:
-            self._add(owner, -num_reqs, -num_tokens)
-            if self._accepted[owner].num_reqs == 0:
-                del self._accepted[owner]
+            place.leave(place.num_reqs)
+
+    def leave(self, owner: str, num_reqs: int, num_tokens: int) -> None:
+        """These count no longer."""
+        self._add(owner, -num_reqs, -num_tokens)
+        if self._accepted[owner].num_reqs == 0:
+            del self._accepted[owner]
 
     def _waiting(self, owner: str | None) -> Waiting:
         queued = self._queued(owner)

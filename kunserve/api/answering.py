@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 from aiohttp import web
 
+from kunserve.api.admission import Place
 from kunserve.api.answers import Choice
 from kunserve.api.context import Api, json_response, to_json
 from kunserve.api.errors import internal_error
-from kunserve.api.generation import submitted
+from kunserve.api.generation import SLICE, submitted
+from kunserve.api.prompts import CALL_CHARS
 from kunserve.api.protocol import GenerationCall
 from kunserve.api.reasoning import MessageParser
 from kunserve.api.sse import EventStream
@@ -30,7 +32,7 @@ LOGPROB_CHARS = 4  # a log-probability costs as much to write as so many charact
 Outputs = AsyncIterator[tuple[int, Output]]
 
 
-def make_choices(
+async def make_choices(
     api: Api,
     answer_id: str,
     call: GenerationCall,
@@ -42,15 +44,17 @@ def make_choices(
     """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
     choices: list[Choice] = []
     priority = call.priority if api.settings.uses_priority else 0
-    for ids, params, echo in prompts:
-        api.metrics.choices_asked(call.n)
-        for i in range(call.n):
-            seed = None if params.seed is None else (params.seed + i) & (2**63 - 1)
+    async for some in api.turns.slices(range(len(prompts) * call.n), SLICE):
+        for index in some:
+            (ids, params, echo), i = prompts[index // call.n], index % call.n
+            if i == 0:
+                api.metrics.choices_asked(call.n)
+            elif params.seed is not None:
+                params = replace(params, seed=(params.seed + i) & (2**63 - 1))
             request_id = f"{answer_id}-{next(api.serials)}"
             own = None if constraint is None else constraint.copy()
-            seeded = replace(params, seed=seed)
-            request = Request(request_id, ids, seeded, priority=priority, owner=owner, constraint=own)
-            choices.append(Choice(len(choices), request, echo, new_parser() if new_parser else None))
+            request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own)
+            choices.append(Choice(index, request, echo, new_parser() if new_parser else None))
     return choices
 
 
@@ -75,9 +79,11 @@ class Form(Protocol):
         """The answer in one piece."""
 
 
-async def answer(request: web.Request, api: Api, form: Form, choices: Sequence[Choice]) -> web.StreamResponse:
+async def answer(
+    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], place: Place
+) -> web.StreamResponse:
     """Generate and send. Leaving early in any way (a client that goes cancels this) ends the generation."""
-    async with submitted(api.backend, [choice.request for choice in choices]) as outputs:
+    async with submitted(api, place, [choice.request for choice in choices]) as outputs:
         if form.call.is_stream:
             return await _stream(request, api, form, choices, outputs)
         async for index, output in outputs:
@@ -91,7 +97,9 @@ def _work(choice: Choice) -> int:
     """What it takes to write what was generated, in characters to tokenize (`Api.offload`)."""
     num_logprobs = choice.request.params.num_logprobs
     parsing = choice.text_length if choice.parser is not None else 0
-    return parsing + (0 if num_logprobs is None else choice.num_tokens * (1 + num_logprobs) * LOGPROB_CHARS)
+    return (
+        CALL_CHARS + parsing + (0 if num_logprobs is None else choice.num_tokens * (1 + num_logprobs) * LOGPROB_CHARS)
+    )
 
 
 def _work_of_prompt(choice: Choice) -> int:

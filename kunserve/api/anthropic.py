@@ -9,11 +9,10 @@ import orjson
 from aiohttp import web
 
 from kunserve.api.access import owner_of
-from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
 from kunserve.api.body import read_body
 from kunserve.api.context import API, choose_request_id, json_response
-from kunserve.api.conversation import prepare
+from kunserve.api.conversation import converse
 from kunserve.api.fields import Fields, wrong_type
 from kunserve.api.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
 from kunserve.api.prompts import tokenize_chat
@@ -269,12 +268,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
         return read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
 
     call = await read_body(request, api, read)
-    owner = owner_of(request, call.generation.user)
-    talk = await prepare(api, call, owner)
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
-    prompts = [(talk.ids, talk.params, None)]
-    choices = make_choices(api, answer_id, call.generation, owner, prompts, talk.constraint, talk.new_parser)
-    return await answer(request, api, MessageFormat(answer_id, call.generation), choices)
+    return await converse(request, api, call, MessageFormat(answer_id, call.generation), answer_id)
 
 
 async def count_tokens(request: web.Request) -> web.Response:

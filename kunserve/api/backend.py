@@ -112,6 +112,7 @@ class ModelInfo:
     root: str
     created: int  # seconds since 1970
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # likewise, for the chat template
 
     @property
     def name(self) -> str:
@@ -123,7 +124,7 @@ class ModelInfo:
 class ApiSettings:
     """Bounds of what one client can ask of the server.
 
-    8 MiB are a million token ids or two million tokens of text.
+    8 MiB are a million token ids; one text may have less (prompts.MAX_TEXT_CHARS).
     """
 
     max_body_bytes: int = 8 << 20

@@ -19,13 +19,15 @@ from aiohttp import web
 
 from kunserve.api.backend import ApiSettings
 from kunserve.api.context import Api
+from kunserve.api.fields import pieces
 from kunserve.errors import InvalidRequestError, PayloadTooLargeError, UnprocessableError
 
 T = TypeVar("T")
 
 SMALL_BYTES = 1 << 17  # up to 10 ms with orjson, for nested lists; 2 ms for token ids
-# Lists within lists, for which no decoder comes back to Python; no request has so many prompts.
-MAX_LISTS = 1 << 15
+# Bounds of what takes Python long to make or to forget in one piece: lists and objects within lists (no request has so
+# many prompts or messages), and strings, true, false and null, for which no decoder comes back to Python.
+MAX_LISTS, MAX_SCALARS = 1 << 15, 1 << 18
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -73,9 +75,16 @@ def _small(body: bytes) -> object:
 
 def _large(body: bytes) -> object:
     """The same values as `_small`, in pieces."""
-    if sum(map(body.count, (b"[[", b",[", b", ["))) > MAX_LISTS:
-        raise InvalidRequestError(f"The body has more than {MAX_LISTS} lists within lists.")
-    if _SURROGATE.search(body):  # halves of a character need checking, as orjson does
+    num_lists = num_scalars = 0
+    for piece in pieces(body):  # what a cut goes through does not count
+        num_lists += sum([piece.count(mark) for mark in (b"[[", b",[", b", [", b"[{", b",{", b", {")])
+        num_scalars += sum([piece.count(mark) for mark in (b'",', b"e,", b"l,")])
+    if num_lists > MAX_LISTS:
+        raise InvalidRequestError(f"The body has more than {MAX_LISTS} lists or objects within lists.")
+    if num_scalars > MAX_SCALARS:
+        raise InvalidRequestError(f"The body has more than {MAX_SCALARS} strings, truth values and nulls.")
+    may_have_halves = any(mark in body for mark in (b"\\ud", b"\\uD"))  # of characters: to be checked as orjson does
+    if may_have_halves and _SURROGATE.search(body):
         return _small(body)
     try:
         return _DECODER.decode(body.decode())

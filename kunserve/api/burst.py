@@ -103,10 +103,10 @@ async def _run(api: Api, burst: Burst, burst_id: str) -> None:
 
 async def _send(api: Api, burst: Burst, request: Request) -> None:
     try:
-        api.admission.check(OWNER, 1, burst.num_prompt_tokens)
-        async with submitted(api.backend, [request]) as outputs:
-            async for _ in outputs:
-                pass
+        with api.admission.accepted(OWNER, 1, burst.num_prompt_tokens) as place:
+            async with submitted(api, place, [request]) as outputs:
+                async for _ in outputs:
+                    pass
         burst.num_completed += 1
     except OverloadedError:
         burst.num_refused += 1

@@ -9,11 +9,10 @@ from typing import Any
 from aiohttp import web
 
 from kunserve.api.access import owner_of
-from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice
 from kunserve.api.body import read_body
 from kunserve.api.context import API, choose_request_id, fragment, long_list
-from kunserve.api.conversation import prepare
+from kunserve.api.conversation import converse
 from kunserve.api.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.protocol import read_chat
 from kunserve.engine.request import Output, TokenLogprobs
@@ -129,12 +128,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
     call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
     generation = call.generation
-    owner = owner_of(request, call.generation.user)
-    talk = await prepare(api, call, owner)
     answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
     form = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
     form.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
-    prompts = [(talk.ids, talk.params, "")]
-    return await answer(
-        request, api, form, make_choices(api, answer_id, generation, owner, prompts, talk.constraint, talk.new_parser)
-    )
+    return await converse(request, api, call, form, answer_id)

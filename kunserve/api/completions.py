@@ -141,15 +141,16 @@ async def completions(request: web.Request) -> web.StreamResponse:
     call = await read_body(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
     generation = call.generation
     owner = owner_of(request, generation.user)
-    num_tokens = sum(map(estimated_tokens, call.prompts))
-    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens):
+    num_tokens = sum(map(estimated_tokens, call.prompts)) * generation.n
+    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as place:
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
         bad_words = await spell(api, generation.bad_words)
         constraint = await compile_structure(api, generation.structure, reasons=False)
-    fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
-    echoes = await _echoes(api, call, tokenized, fitted)
-    prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]
-    answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
-    make_form = EchoFormat if call.is_echo_only else CompletionFormat
-    form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
-    return await answer(request, api, form, make_choices(api, answer_id, generation, owner, prompts, constraint))
+        fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
+        echoes = await _echoes(api, call, tokenized, fitted)
+        prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]
+        answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
+        choices = await make_choices(api, answer_id, generation, owner, prompts, constraint)
+        make_form = EchoFormat if call.is_echo_only else CompletionFormat
+        form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
+        return await answer(request, api, form, choices, place)

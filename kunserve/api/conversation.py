@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kunserve.api.admission import estimated_tokens
+from aiohttp import web
+
+from kunserve.api.access import owner_of
+from kunserve.api.admission import CHARS_PER_TOKEN
+from kunserve.api.answering import Form, answer, make_choices
 from kunserve.api.context import Api
 from kunserve.api.prompts import ChatPrompt, fit, spell, tokenize_chat
 from kunserve.api.protocol import ChatCall
@@ -31,16 +35,25 @@ class Conversation:
     new_parser: Callable[[], MessageParser] | None
 
 
-async def prepare(api: Api, call: ChatCall, owner: str) -> Conversation:
+async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, answer_id: str) -> web.StreamResponse:
+    """Answer a conversation, in the words of one endpoint."""
+    generation, owner = call.generation, owner_of(request, call.generation.user)
+    num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
+    with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as place:
+        talk = await prepare(api, call)
+        prompts = [(talk.ids, talk.params, None)]
+        choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, talk.new_parser)
+        return await answer(request, api, form, choices, place)
+
+
+async def prepare(api: Api, call: ChatCall) -> Conversation:
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
     call.tools.new_parser(api.settings.tool_call_parser)  # refuse before any work
-    num_tokens = sum(estimated_tokens(message["content"] or "") for message in call.messages)
-    with api.admission.accepted(owner, call.generation.n, num_tokens):
-        prompt = await tokenize_chat(api, call)
-        think = _splitter(api, prompt)
-        structure = call.generation.structure or call.tools.structure
-        constraint = await compile_structure(api, structure, reasons=think is not None)
-        bad_words = await spell(api, call.generation.bad_words)
+    prompt = await tokenize_chat(api, call)
+    think = _splitter(api, prompt)
+    structure = call.generation.structure or call.tools.structure
+    constraint = await compile_structure(api, structure, reasons=think is not None)
+    bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
     if call.tools.mode == "auto" and api.settings.tool_call_parser in _SHOWS_SPECIAL_TOKENS:
         params = replace(params, skip_special_tokens=False)

@@ -23,6 +23,7 @@ MAX_USER_CHARS = 256
 # tokenizing it: a 100 ms answer instead of seconds of a thread.
 MAX_TOKEN_CHARS = 256
 DEFAULT_COMPLETION_TOKENS = 16
+TEMPLATE_FIELDS = ("messages", "tools", "add_generation_prompt")  # of a request, not of its template's arguments
 
 Prompt = str | list[int]
 
@@ -66,6 +67,7 @@ class ChatCall:
 
     generation: GenerationCall
     messages: list[dict[str, Any]]
+    num_chars: int  # of all of them
     tools: Tools
     add_generation_prompt: bool
     continue_final_message: bool
@@ -302,15 +304,15 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
     return CompletionCall(generation, prompts, echo, is_echo_only=asked == 0)
 
 
-def _read_template_kwargs(fields: Fields) -> dict[str, Any]:
+def _read_template_kwargs(fields: Fields, model: ModelInfo) -> dict[str, Any]:
     kwargs = fields.mapping("chat_template_kwargs")
-    for name in ("messages", "tools", "add_generation_prompt"):
+    for name in TEMPLATE_FIELDS:
         if name in kwargs:
             text = f"`chat_template_kwargs` must not set `{name}`: it is a field of its own."
             raise InvalidRequestError(text, param="chat_template_kwargs")
     if (effort := fields.string("reasoning_effort", None)) is not None:
         kwargs = {"reasoning_effort": effort, **kwargs}
-    return kwargs
+    return {**model.template_kwargs, **kwargs}
 
 
 def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> ChatCall:
@@ -335,11 +337,16 @@ def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> Chat
     if generation.structure is not None and tools.structure is not None:
         text = f"`{generation.structure.param}` and `tool_choice` exclude each other."
         raise InvalidRequestError(text, param="tool_choice")
+    given = fields.required("messages")
+    if isinstance(given, list) and len(given) > model.max_model_len:  # each takes a token at least
+        raise too_long(f"there are {len(given)} messages", "messages", model.max_model_len)
+    messages = read_messages(given)
     return ChatCall(
         generation=generation,
-        messages=read_messages(fields.required("messages")),
+        messages=messages,
+        num_chars=sum(len(message["content"]) for message in messages),
         tools=tools,
         add_generation_prompt=not continues and fields.boolean("add_generation_prompt", True),
         continue_final_message=continues,
-        template_kwargs=_read_template_kwargs(fields),
+        template_kwargs=_read_template_kwargs(fields, model),
     )

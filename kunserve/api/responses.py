@@ -9,11 +9,10 @@ from typing import Any
 from aiohttp import web
 
 from kunserve.api.access import owner_of
-from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import Choice
 from kunserve.api.body import read_body
 from kunserve.api.context import API, choose_request_id
-from kunserve.api.conversation import prepare
+from kunserve.api.conversation import converse
 from kunserve.api.deltas import Text
 from kunserve.api.fields import Fields, wrong_type
 from kunserve.api.parts import Part, PartStream, deltas_of_output, named_event
@@ -284,10 +283,6 @@ async def responses(request: web.Request) -> web.StreamResponse:
         return values, read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
 
     values, call = await read_body(request, api, read)
-    owner = owner_of(request, call.generation.user)
-    talk = await prepare(api, call, owner)
     answer_id = f"resp_{choose_request_id(request, call.generation.request_id)}"
     form = ResponseFormat(answer_id, int(time.time()), call.generation, values)
-    prompts = [(talk.ids, talk.params, None)]
-    choices = make_choices(api, answer_id, call.generation, owner, prompts, talk.constraint, talk.new_parser)
-    return await answer(request, api, form, choices)
+    return await converse(request, api, call, form, answer_id)

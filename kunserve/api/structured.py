@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import orjson
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kunserve.engine.constraint import GrammarConstraint
 
 MAX_CHARS = 1 << 16  # of a schema or grammar: compiling is not linear
+# Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
+LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
 # Models that may put any blanks anywhere put them for ever.
 _WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
 
@@ -149,7 +151,8 @@ class Grammars:
                     self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos
                 )
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(structure), log_level=0)
+            limits = llguidance.LLParserLimits(**LIMITS)
+            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(structure), log_level=0, limits=limits)
             error = matcher.get_error()
         except ValueError as caught:
             error = str(caught)
@@ -172,6 +175,6 @@ def _grammar(structure: Structure) -> str:
             return str(LLMatcher.grammar_from_regex(structure.value))
         case "choice":
             choices = [orjson.dumps(choice).decode() for choice in orjson.loads(structure.value)]
-            return str(LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}"))
+            return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(choices)}"))  # one lexeme
         case "grammar":
             return str(grammar_from("grammar", structure.value))

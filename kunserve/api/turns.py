@@ -1,39 +1,53 @@
-"""The way in: requests that come in one moment take turns, so that together they do not hold the event loop up.
+"""Fair use of the event loop: whoever comes in one moment takes turns, so that together they do not hold it up.
 
-Each costs a millisecond or two of parsing and tokenizing. A loop runs everything that is ready before it looks at
-anything else, so forty at once would keep forty streams waiting; this lets one of them go in each round of the loop.
+A loop runs everything that is ready before it looks at anything else. Forty requests at once, each with a millisecond
+or two of parsing, would keep forty streams waiting; so would the sequences of one request that has a thousand.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Turns:
-    """At most one turn per round of the event loop, in order of arrival."""
+    """So many turns per round of the event loop, in the order in which they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_round: int = 1) -> None:
+        self._per_round = per_round
+        self._num_left = per_round  # in this round
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._is_taken = False  # in this round
 
     async def take(self) -> None:
-        """Return when it is the caller's turn: at once if nobody else's is in this round."""
+        """Return when it is the caller's turn: at once if this round has one left."""
         loop = asyncio.get_running_loop()
-        if not self._is_taken:
-            self._is_taken = True
-            loop.call_soon(self._next)
+        if self._num_left > 0:
+            if self._num_left == self._per_round:
+                loop.call_soon(self._next)
+            self._num_left -= 1
             return
         turn: asyncio.Future[None] = loop.create_future()
         self._waiting.append(turn)
         await turn
 
+    async def slices(self, items: Sequence[T], size: int) -> AsyncIterator[Sequence[T]]:
+        """`items` in pieces of `size`, each in a turn of its own; the caller has one already."""
+        for start in range(0, len(items), size):
+            if start:
+                await self.take()
+            yield items[start : start + size]
+
     def _next(self) -> None:
         """A new round."""
-        while self._waiting:
+        self._num_left = self._per_round
+        while self._waiting and self._num_left > 0:
             turn = self._waiting.popleft()
             if not turn.done():  # else its client has left
                 turn.set_result(None)
-                asyncio.get_running_loop().call_soon(self._next)
-                return
-        self._is_taken = False
+                self._num_left -= 1
+        if self._num_left < self._per_round:
+            asyncio.get_running_loop().call_soon(self._next)

@@ -14,7 +14,9 @@ from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from kunserve.engine.request import TokenMask
-from kunserve.errors import EngineError
+from kunserve.errors import EngineError, InvalidRequestError
+
+LIMIT_WORDS = ("max is", "fuel", "limit")  # in llguidance's messages about its LLParserLimits
 
 
 class GrammarConstraint:
@@ -68,7 +70,10 @@ class GrammarConstraint:
             self._mask.result()  # done, unless the token came from elsewhere: the matcher is one thread's at a time
         self._mask = None
         if not self._matcher.consume_token(token_id) or self._matcher.is_error():
-            raise EngineError(f"the grammar does not allow token {token_id}: {self._matcher.get_error()}")
+            reason = self._matcher.get_error().partition("\n")[0]
+            if any(word in reason for word in LIMIT_WORDS):
+                raise InvalidRequestError(f"The structure that was asked for is too complex: {reason}")
+            raise EngineError(f"the grammar does not allow token {token_id}: {reason}")
 
     @property
     def is_finished(self) -> bool:

@@ -89,7 +89,6 @@ class Engine:
         self._main: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None  # while draining
         self._last_step_s = 0.0
-        self._num_preemptions_seen = 0
         self._group_of: dict[int, Group] = {}  # by id; filled as asked
         # With many groups nobody may look at all of them in every step: only at those that something happened to.
         self._changed: dict[int, Group] | None = None  # since they were scheduled last, by id; None: all
@@ -381,7 +380,7 @@ class Engine:
         if request.constraint is not None:
             try:
                 request.constraint.accept(token.token_id)
-            except EngineError as error:
+            except KunServeError as error:
                 self._fail(live, error)
                 return
             is_complete = request.constraint.is_finished
@@ -489,11 +488,11 @@ class Engine:
         check_engine(self)
 
     def _report_preemptions(self) -> None:
-        new = self.scheduler.num_preemptions - self._num_preemptions_seen
-        self._num_preemptions_seen += new
-        for _ in range(new):
+        preempted = self.scheduler.take_preempted()
+        for request, num_tokens in preempted:
             self.metrics.preemption()
-        if new:  # blocks are free, perhaps without any microbatch on its way
+            log.info("preempted", request=request.request_id, times=request.num_preemptions, lost_tokens=num_tokens)
+        if preempted:  # blocks are free, perhaps without any microbatch on its way
             self.progress()
             self.wake()
 

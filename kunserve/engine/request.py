@@ -82,7 +82,10 @@ class Constraint(Protocol):
         """As `mask`, for the token after the one that `accept` has not been given yet: it waits for both."""
 
     def accept(self, token_id: int) -> None:
-        """Take the token that was chosen. Raises EngineError if it cannot follow."""
+        """Take the token that was chosen.
+
+        Raises EngineError if it cannot follow, InvalidRequestError if that is too much work to find out.
+        """
 
     def close(self) -> None:
         """Nothing will be accepted any more: whoever waits may go on, with any token."""

@@ -46,6 +46,7 @@ class Scheduler:
         self.swapped = SwapQueue(num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
         self.num_preemptions = 0
+        self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
 
     @property
@@ -98,6 +99,7 @@ class Scheduler:
     def preempt(self, group: Group, request: Request) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
         group.release(request)
+        self._preempted.append((request, request.num_computed_tokens))
         request.num_computed_tokens = request.num_scheduled_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -106,6 +108,11 @@ class Scheduler:
             self.waiting.append(request)
         else:
             self.waiting.appendleft(request)
+
+    def take_preempted(self) -> list[tuple[Request, int]]:
+        """Who was preempted since the last call, and how many of its tokens have to be computed again."""
+        taken, self._preempted = self._preempted, []
+        return taken
 
     def remove(self, request: Request) -> None:
         """Forget a request that is bound to no group. Nothing happens if it does not wait."""

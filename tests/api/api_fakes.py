@@ -129,6 +129,20 @@ class PlainServer(TestServer):
         return web.AppRunner(self.app, access_log=None)
 
 
+def make_app(
+    engine: FakeEngine,
+    settings: ApiSettings | None = None,
+    model: ModelInfo = MODEL,
+    tokenizer: TextTokenizer | None = None,
+    template: Template | None = BRACKETS,
+    grammars: Grammars | None = None,
+) -> web.Application:
+    """The application on `engine`."""
+    metrics = Metrics(model.name, model.max_model_len, engine.stats)
+    tokenizer = tokenizer or CharTokenizer()
+    return create_app(engine, tokenizer, template, model, metrics, settings or ApiSettings(), grammars)
+
+
 @asynccontextmanager
 async def serving(
     engine: FakeEngine,
@@ -139,16 +153,7 @@ async def serving(
     grammars: Grammars | None = None,
 ) -> AsyncIterator[Client]:
     """A client of the application on `engine`."""
-    metrics = Metrics(model.name, model.max_model_len, engine.stats)
-    app = create_app(
-        engine,
-        tokenizer or CharTokenizer(),
-        template,
-        model,
-        metrics,
-        settings or ApiSettings(),
-        grammars,
-    )
+    app = make_app(engine, settings, model, tokenizer, template, grammars)
     async with TestClient(PlainServer(app)) as client:
         yield client
 

@@ -42,9 +42,17 @@ def test_what_is_no_json(text: bytes) -> None:
             read(text)
 
 
-def test_too_many_lists() -> None:
-    with pytest.raises(InvalidRequestError, match="lists within lists"):
-        body._large(orjson.dumps({"prompt": [[1]] * (body.MAX_LISTS + 2)}))
+@pytest.mark.parametrize("value", [[1], {}])
+def test_too_many_lists_and_objects(value: object) -> None:
+    body._large(orjson.dumps({"prompt": [value] * body.MAX_LISTS}))
+    with pytest.raises(InvalidRequestError, match="lists or objects within lists"):
+        body._large(orjson.dumps({"prompt": [value] * (body.MAX_LISTS * 9 // 8)}))
+
+
+@pytest.mark.parametrize("value", ["", True, None])
+def test_too_many_strings_and_the_like(value: object) -> None:
+    with pytest.raises(InvalidRequestError, match="strings, truth values and nulls"):
+        body._large(orjson.dumps({"prompt": "x", "junk": [value] * (body.MAX_SCALARS * 9 // 8)}))
 
 
 async def test_a_large_body_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ async def test_return_token_ids() -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "alien", "content": ""}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 80}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": ""}] * 65}, 400, "messages"),
         ({"top_logprobs": 2}, 400, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"tool_choice": "required"}, 400, "tool_choice"),

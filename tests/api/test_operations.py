@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from api_fakes import BOS, FakeEngine, error_of, serving
 
+from kunserve.api import prompts
 from kunserve.api.fields import PIECE
 
 
@@ -24,6 +25,16 @@ async def test_models() -> None:
         assert answer == {"object": "list", "data": [card, {**card, "id": "org/tiny"}]}
         assert await (await client.get("/v1/models/org/tiny")).json() == {**card, "id": "org/tiny"}
         assert (await error_of(await client.get("/v1/models/other")))["code"] == 404
+
+
+async def test_texts_that_are_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "MAX_TEXT_CHARS", 600)
+    chat = {"messages": [{"role": "user", "content": "x" * 601}], "truncate_prompt_tokens": 4}
+    async with serving(FakeEngine()) as client:
+        assert (await client.post("/tokenize", json={"prompt": "x" * 600})).status == 200
+        for body, param in (({"prompt": "x" * 601}, "prompt"), (chat, "messages")):
+            error = await error_of(await client.post("/tokenize", json=body))
+            assert error["param"] == param and "at most 600" in error["message"]
 
 
 async def test_tokenize_and_back() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,6 +207,9 @@ def test_extras_of_chat() -> None:
     assert chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}).template_kwargs == {
         "reasoning_effort": "high"
     }
+    model = replace(MODEL, template_kwargs={"enable_thinking": False, "a": 0})
+    body = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": 1}}
+    assert read_chat(body, model, 128).template_kwargs == {"enable_thinking": False, "a": 1}
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert chat(tools=tools).tools.is_parallel
     assert not chat(tools=tools, parallel_tool_calls=False).tools.is_parallel

@@ -31,6 +31,11 @@ def accepts(request: Request, text: str) -> bool:
     return True
 
 
+OPTIONAL = {
+    "type": "object",
+    "properties": {f"p{i}": {"type": "integer"} for i in range(500)},
+    "additionalProperties": False,
+}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -48,6 +53,9 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"structured_outputs": {"json_object": True}}, "{}", "1"),
         ({"structured_outputs": {"regex": "a+b"}}, "aab", "b"),
         ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'n"o', "maybe"),
+        ({"structured_outputs": {"choice": [f"choice {i}" for i in range(4000)]}}, "choice 3999", "choice 4000"),
+        ({"structured_outputs": {"choice": ["a", "ab"]}}, "ab", "b"),
+        ({"structured_outputs": {"json": OPTIONAL}}, '{"p3": 1, "p499": 2}', '{"p500": 1}'),
         ({"structured_outputs": {"grammar": 'start: "x" | "y" "z"'}}, "yz", "z"),
         ({"structured_outputs": {"grammar": 'root ::= "x" | "y"'}}, "y", "xy"),
         ({"guided_json": SCHEMA}, '{"a": 2}', "1"),

@@ -1,14 +1,18 @@
-"""One turn in a round of the event loop."""
+"""Turns in the rounds of the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+
+import pytest
 
 from kunserve.api.turns import Turns
 
 
-async def test_one_turn_a_round_in_order() -> None:
-    turns, now, taken = Turns(), 0, list[tuple[str, int]]()
+@pytest.mark.parametrize("per_round", [1, 2])
+async def test_so_many_turns_a_round_in_order(per_round: int) -> None:
+    turns, now, taken = Turns(per_round), 0, list[tuple[str, int]]()
 
     async def take(name: str) -> None:
         await turns.take()
@@ -22,7 +26,7 @@ async def test_one_turn_a_round_in_order() -> None:
         await asyncio.sleep(0)
     assert [name for name, _ in taken] == ["a", "b", "d", "e"]
     rounds = [at for _, at in taken]
-    assert rounds == sorted(set(rounds))
+    assert rounds == sorted(rounds) and max(Counter(rounds).values()) == per_round
 
 
 async def test_a_turn_is_there_at_once_if_nobody_else_wants_it() -> None:
@@ -35,3 +39,15 @@ async def test_a_turn_is_there_at_once_if_nobody_else_wants_it() -> None:
             await asyncio.sleep(0)
             continue
         raise AssertionError("it waited")
+
+
+async def test_slices_take_turns_but_for_the_first() -> None:
+    turns, seen = Turns(), list[tuple[str, list[int]]]()
+
+    async def work(name: str) -> None:
+        await turns.take()
+        async for some in turns.slices(range(5), 2):
+            seen.append((name, list(some)))
+
+    await asyncio.gather(work("a"), work("b"))
+    assert seen == [*(("a", [0, 1]), ("a", [2, 3]), ("b", [0, 1])), *(("a", [4]), ("b", [2, 3]), ("b", [4]))]

@@ -172,3 +172,26 @@ def test_messages_parsed(claude: anthropic.Anthropic) -> None:
     messages: Any = [{"role": "user", "content": "Alice and Bob meet on Friday."}]
     parsed = claude.messages.parse(model=MODEL, max_tokens=200, messages=messages, output_format=CalendarEvent)
     assert isinstance(parsed.parsed_output, CalendarEvent)
+
+
+def test_streamed_and_parsed(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """`examples/parsing_stream.py`, `responses/streaming.py`, `parsing_tools_stream.py` and `tools_stream.py`."""
+    messages: Any = [{"role": "user", "content": "Alice and Bob are going to a science fair on Friday."}]
+    with client.chat.completions.stream(model=MODEL, messages=messages, response_format=CalendarEvent) as chat:
+        contents = [event for event in chat if event.type == "content.done"]
+    assert isinstance(contents[0].parsed, CalendarEvent)
+    with client.responses.stream(model=MODEL, input=messages, text_format=CalendarEvent) as response:
+        text = "".join(event.delta for event in response if event.type == "response.output_text.delta")
+    parsed = response.get_final_response().output_parsed
+    assert isinstance(parsed, CalendarEvent) and parsed == CalendarEvent.model_validate_json(text)
+    tool = pydantic_function_tool(GetWeather)
+    with client.chat.completions.stream(model=MODEL, messages=messages, tools=[tool], tool_choice="required") as chat:
+        calls = [event for event in chat if event.type == "tool_calls.function.arguments.done"]
+    assert calls and all(isinstance(call.parsed_arguments, GetWeather) for call in calls)
+    use: Any = {"name": "get_weather", "description": "x", "input_schema": WEATHER["parameters"]}
+    with claude.messages.stream(
+        model=MODEL, max_tokens=200, messages=messages, tools=[use], tool_choice={"type": "tool", "name": use["name"]}
+    ) as stream:
+        pieces = [event.partial_json for event in stream if event.type == "input_json"]
+    [block] = stream.get_final_message().content
+    assert block.type == "tool_use" and json.loads("".join(pieces)) == block.input

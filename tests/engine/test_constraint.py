@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.tokenizer import Tokenizer
-from kunserve.errors import EngineError
+from kunserve.errors import EngineError, InvalidRequestError
 
 EOS = 299
 
@@ -62,6 +62,17 @@ def test_the_mask_after_the_next_token_waits_for_it(tokenizer: LLTokenizer) -> N
         constraint.close()
         assert last.result(5) is None
         constraint.close()  # again: nothing happens
+
+
+def test_too_complex_for_its_limits(tokenizer: LLTokenizer) -> None:
+    grammar = LLMatcher.grammar_from_lark('start: "aa" | "ab" | "ac" | "ad"')
+    with ThreadPoolExecutor(1) as threads:
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=3))
+        constraint = GrammarConstraint(matcher, 300, threads)
+        allowed(constraint)
+        with pytest.raises(InvalidRequestError, match="too complex") as caught:
+            constraint.accept(ord("a"))
+        assert len(caught.value.message) < 300 and "\n" not in caught.value.message
 
 
 def test_begins_after_the_reasoning(tokenizer: LLTokenizer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_engine, token_ids
+from structlog.testing import capture_logs
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
@@ -197,24 +198,27 @@ async def test_a_chain_has_two_microbatches_in_flight() -> None:
 
 
 async def test_preemption_recomputes_and_repeats_nothing() -> None:
-    async with scripted_engine(chunks_per_layer=1) as (engine, executor):  # 8 blocks of 4
-        streams = [engine.submit(make_request(name, 12, 9)) for name in ("a", "b")]
-        outputs = [asyncio.create_task(read(stream)) for stream in streams]
-        recomputed, token = [], 20
-        while not all(task.done() for task in outputs):
-            step = await executor.next_step()
-            engine.check()
-            recomputed += [row.output_token_ids for row in step.inputs.sampling if step.num_tokens > 2]
-            num_rows = len(step.inputs.sampling)
-            step.finish(*range(token, token + num_rows))
-            token += num_rows
-            for _ in range(4):
-                await asyncio.sleep(0)  # until the commit is done
-        a, b = (token_ids(task.result()) for task in outputs)
-        assert len(a) == len(b) == 9 and sorted(a + b) == list(range(20, 38))  # each sampled once, given out once
-        assert engine.scheduler.num_preemptions == 1
-        assert [len(output) for output in recomputed] == [0, 0, 5]
-        assert_idle(engine)
+    with capture_logs() as logged:
+        async with scripted_engine(chunks_per_layer=1) as (engine, executor):  # 8 blocks of 4
+            streams = [engine.submit(make_request(name, 12, 9)) for name in ("a", "b")]
+            outputs = [asyncio.create_task(read(stream)) for stream in streams]
+            recomputed, token = [], 20
+            while not all(task.done() for task in outputs):
+                step = await executor.next_step()
+                engine.check()
+                recomputed += [row.output_token_ids for row in step.inputs.sampling if step.num_tokens > 2]
+                num_rows = len(step.inputs.sampling)
+                step.finish(*range(token, token + num_rows))
+                token += num_rows
+                for _ in range(4):
+                    await asyncio.sleep(0)  # until the commit is done
+            a, b = (token_ids(task.result()) for task in outputs)
+            assert len(a) == len(b) == 9 and sorted(a + b) == list(range(20, 38))  # each sampled once, given out once
+            assert engine.scheduler.num_preemptions == 1
+            assert [len(output) for output in recomputed] == [0, 0, 5]
+            assert_idle(engine)
+    [who] = [entry for entry in logged if entry["event"] == "preempted"]
+    assert who["request"] in ("a", "b") and who["times"] == 1 and who["lost_tokens"] >= 12
 
 
 async def test_a_full_queue_refuses() -> None:
@@ -229,7 +233,7 @@ async def test_a_full_queue_refuses() -> None:
         for _ in streams:
             (await executor.next_step()).finish(7)
         assert [token_ids(await read(stream)) for stream in (running, *streams)] == [[7]] * 3
-        assert b"admission_rejections_total{" in engine.metrics.render()
+        assert b'reason="queue_full"} 1.0' in engine.metrics.render()
         assert_idle(engine)
 
 
