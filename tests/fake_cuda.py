@@ -50,7 +50,8 @@ class FakeCuda:
     """`Driver` of a GPU that is not there. `calls` counts calls by name; `fail_at[name]` makes the n-th one fail."""
 
     def __init__(self, ordinal: int = 0, total_bytes: int = 1 << 30, reachable: Sequence[int] = ()) -> None:
-        self.ordinal, self.torch_device, self.granularity = ordinal, torch.device("cpu"), GRANULARITY
+        self.ordinal, self.gpu_name = ordinal, f"GPU {ordinal} that is not there"
+        self.torch_device, self.granularity = torch.device("cpu"), GRANULARITY
         self.calls: Counter[str] = Counter()
         self.log: list[tuple[Any, ...]] = []
         self.fail_at: dict[str, int] = {}
@@ -218,6 +219,7 @@ class FakeCuda:
         del self.pinned_ranges[address]
 
     def pinned(self, num_bytes: int) -> Tensor:
+        self._count("pinned", num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:

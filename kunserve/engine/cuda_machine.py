@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
 from kunserve.engine.request import SamplingParams
-from kunserve.engine.sampler import SamplingRow
+from kunserve.engine.sampler import SamplingRow, sample
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import (
     CudaDevice,
@@ -87,14 +88,14 @@ class CudaMachine(Machine):
     ) -> None:
         """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
         self._model, self._options, self.dtype = model, options, options.dtype
-        self.device_name = torch.cuda.get_device_name(options.ordinals[0]) if torch.cuda.is_available() else "cuda"
         self._devices: list[CudaDevice] = []
         self._pinned: PinnedSource | None = None
         self._drivers = open_drivers(options.ordinals, open_driver)
+        self.device_name = self._drivers[0].gpu_name
         try:
             ordinals = [driver.ordinal for driver in self._drivers]
             first = {driver.ordinal: driver for driver in reversed(self._drivers)}
-            reserved = (measure or measure_activations)(self._drivers[0], model, options)
+            reserved = _measured(measure or measure_activations, self._drivers[0], model, options)
             self.budget_bytes = budget_bytes(
                 ordinals,
                 {ordinal: driver.memory() for ordinal, driver in first.items()},
@@ -104,12 +105,24 @@ class CudaMachine(Machine):
             )
             self._block_bytes = KVShape.of(model, options.block_size, options.dtype).block_bytes
             self.chunk_bytes = choose_chunk_bytes(
-                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self.budget_bytes
+                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self._wanted_bytes()
             )
             self.num_chunks = self.budget_bytes // self.chunk_bytes
         except BaseException:
             self.close()
             raise
+
+    def _wanted_bytes(self) -> int:
+        """What of the budget is asked for: all of it, or the weights and so much KV, in the smallest chunks."""
+        model, options, step = self._model, self._options, self._drivers[0].granularity
+        kv_bytes = options.kv_bytes
+        if options.num_blocks is not None:
+            kv_bytes = model.num_layers * options.num_blocks * self._block_bytes
+        if kv_bytes is None:
+            return self.budget_bytes
+        ranges = [unit.num_bytes for unit in weight_units(model, options.dtype.itemsize)]
+        ranges += [-(-kv_bytes // model.num_layers)] * model.num_layers
+        return min(self.budget_bytes, sum(-(-num_bytes // step) * step for num_bytes in ranges))
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -176,11 +189,26 @@ def _decoder(
     )
 
 
+def _measured(
+    measure: Callable[[Driver, ModelConfig, CudaOptions], int], driver: Driver, model: ModelConfig, options: CudaOptions
+) -> int:
+    """What `measure` says; ConfigError, in a line, if a first step cannot be: no memory, or kernels do not compile."""
+    try:
+        return measure(driver, model, options)
+    except RuntimeError as error:  # torch's for all that goes wrong on a GPU, and FlashInfer's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"cuda:{driver.ordinal}: a step of {options.max_num_batched_tokens} tokens (--max-num-batched-tokens) "
+            f"failed: {reason}"
+        ) from error
+
+
 def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
     """Bytes that torch takes for one logical device: workspaces, and a step at the full token budget.
 
-    The step runs on a model of one layer, as activations do not depend on how many there are. What it took is given
-    back to the GPU, so that the memory that is free then is as it was.
+    The step runs on a model of one layer, as activations do not depend on how many there are. Its tokens are chosen in
+    both ways, on the streams on which that happens: each keeps memory of its own. What it took is given back to the
+    GPU, so that the memory that is free then is as it was.
     """
     one_layer, device = replace(model, num_layers=1), driver.torch_device
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
@@ -200,15 +228,23 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
         decoder, _ = _decoder(one_layer, options, memory, num_tokens, limits)
         ids, batch, rows = full_step(num_tokens, num_seqs, options.block_size)
-        logits = decoder.forward(0, 1, ids, batch, rows)
-        launch_sample(logits, [SamplingRow(SamplingParams(1), 0, (), (), ())] * num_seqs)
+        logits = torch.zeros_like(decoder.forward(0, 1, ids, batch, rows))  # weights are whatever was there
+        launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
+        torch.cuda.synchronize(device)
+        with small.driver.on(small.sampling.stream):
+            sample(logits, _rows(num_seqs, SamplingParams(1, top_p=0.5)))
         torch.cuda.synchronize(device)
         taken = torch.cuda.memory_reserved(device) - before
         del decoder, logits, memory
     finally:
         small.close()
+    gc.collect()
     torch.cuda.empty_cache()
     return taken + (0 if options.enforce_eager else GRAPH_BYTES)
+
+
+def _rows(count: int, params: SamplingParams) -> list[SamplingRow]:
+    return [SamplingRow(params, 0, (), (), ())] * count
 
 
 def full_step(num_tokens: int, num_seqs: int, block_size: int) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:

@@ -19,7 +19,7 @@ from test_device_contract import (  # noqa: F401  collected here too, with this 
     test_work_runs_in_order_and_errors_come_back,
 )
 
-from kunserve.errors import ConfigError, DeviceError
+from kunserve.errors import ConfigError, DeviceError, DeviceLostError
 from kunserve.gpu import cuda, cuda_driver
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
 from kunserve.gpu.cuda import (
@@ -327,6 +327,47 @@ async def test_a_cancelled_caller_of_work_that_fails_leaves_no_unseen_error(
     del step
     gc.collect()
     assert unseen == []
+
+
+async def test_an_error_comes_out_where_it_belongs_when_nothing_runs_on(device: CudaDevice, driver: FakeCuda) -> None:
+    stream = compute_stream(device)
+
+    def work(fails: bool) -> str:
+        driver.submit(stream)
+        if fails:
+            raise ZeroDivisionError
+        return "done"
+
+    steps = [asyncio.ensure_future(device.run(lambda i=i: work(i == 1))) for i in range(3)]  # type: ignore[misc]
+    await until(lambda: driver.calls["synchronize"] == 1)  # the second waits for what it has launched itself
+    driver.complete(stream)
+    assert await steps[0] == "done" and not steps[1].done()
+    driver.complete(stream)
+    with pytest.raises(ZeroDivisionError):
+        await steps[1]
+    await until(lambda: driver._submitted[stream] == 3)
+    driver.complete(stream)
+    assert await steps[2] == "done"
+
+
+async def test_a_fault_on_one_gpu_is_no_fault_on_another() -> None:
+    drivers = [FakeCuda(0), FakeCuda(1)]
+    devices = open_cuda_devices(drivers, 1, CHUNK)
+
+    def work(i: int) -> int:
+        drivers[i].submit(compute_stream(devices[i]))
+        return i
+
+    steps = [asyncio.ensure_future(devices[i].run(lambda i=i: work(i))) for i in range(2)]  # type: ignore[misc]
+    await until(lambda: all(d._submitted[compute_stream(devices[i])] for i, d in enumerate(drivers)))
+    drivers[0].fail("CUDA_ERROR_LAUNCH_FAILED")
+    with pytest.raises(DeviceLostError, match=r"cuda:0: .*CUDA_ERROR_LAUNCH_FAILED"):
+        await steps[0]
+    assert not steps[1].done()
+    drivers[1].complete(compute_stream(devices[1]))
+    assert await steps[1] == 1
+    for device in devices:
+        device.close()
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
