@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
 from kunserve.engine.request import SamplingParams
 from kunserve.engine.sampler import SamplingRow, sample
-from kunserve.errors import ConfigError
+from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda import (
     CudaDevice,
     budget_bytes,
@@ -24,20 +25,21 @@ from kunserve.gpu.cuda import (
     open_drivers,
 )
 from kunserve.gpu.cuda_driver import Driver
-from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import StepLimits
 from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
+from kunserve.model.cuda_graphs import BUCKETS, RUN_LAYERS
 from kunserve.model.cuda_ops import cuda_dtype
 from kunserve.model.cuda_sampling import launch_sample
 from kunserve.model.layout import weight_units
 from kunserve.model.ops import AttentionBatch
 from kunserve.planner.snapshot import DeviceView, ModelShape
 
-GRAPH_BYTES = 192 << 20  # of one logical device: memory that captured graphs keep for themselves
+GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs that are captured while serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,10 @@ class CudaMachine(Machine):
 
     def close(self) -> None:
         """See `Machine.close`."""
+        gc.collect()  # tensors that streams have used go before the streams do
         if self._pinned is not None:
-            self._pinned.close()
+            with suppress(DeviceError):  # after a fault every call fails
+                self._pinned.close()
             self._pinned = None
         while self._devices:
             self._devices.pop().close()
@@ -204,40 +208,41 @@ def _measured(
 
 
 def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
-    """Bytes that torch takes for one logical device: workspaces, and a step at the full token budget.
+    """Bytes that torch takes for one logical device: workspaces, and steps that are as large as they get.
 
-    The step runs on a model of one layer, as activations do not depend on how many there are. Its tokens are chosen in
-    both ways, on the streams on which that happens: each keeps memory of its own. What it took is given back to the
-    GPU, so that the memory that is free then is as it was.
+    They are a step at the full token budget, whose tokens are chosen in both ways, each on a stream of its own, which
+    keeps memory of its own; and a step that is captured. The model has as few layers as a graph, as activations do not
+    depend on how many there are. What it took is given back to the GPU, so that what is free then is as it was.
     """
-    one_layer, device = replace(model, num_layers=1), driver.torch_device
+    small, device = replace(model, num_layers=min(model.num_layers, RUN_LAYERS)), driver.torch_device
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
     shape = KVShape.of(model, options.block_size, options.dtype)
     num_blocks = -(-num_tokens // options.block_size) + num_seqs
-    units = weight_units(one_layer, options.dtype.itemsize)
+    units = weight_units(small, options.dtype.itemsize)
     chunk = driver.granularity
     kv_chunks = -(-num_blocks * shape.block_bytes // chunk)
-    num_chunks = kv_chunks + sum(-(-unit.num_bytes // chunk) for unit in units)
-    (small,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
+    num_chunks = kv_chunks * small.num_layers + sum(-(-unit.num_bytes // chunk) for unit in units)
+    (opened,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
     try:
         before = torch.cuda.memory_reserved(device)
-        memory = DeviceMemory(small, units, 1, shape, options.dtype)
-        for unit in units:
-            memory.weights.map(unit.name)
-        memory.kv.resize(0, kv_chunks)
+        memory = DeviceMemory(opened, units, small.num_layers, shape, options.dtype)
+        memory.rearrange(Layout(tuple(unit.name for unit in units), (kv_chunks,) * small.num_layers))
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
-        decoder, _ = _decoder(one_layer, options, memory, num_tokens, limits)
-        ids, batch, rows = full_step(num_tokens, num_seqs, options.block_size)
-        logits = torch.zeros_like(decoder.forward(0, 1, ids, batch, rows))  # weights are whatever was there
-        launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
+        decoder, _ = _decoder(small, options, memory, num_tokens, limits)
+        with opened.driver.on(opened.copy_in.stream):
+            logits = decoder.forward(0, small.num_layers, *full_step(num_tokens, num_seqs, options.block_size))
+            logits = torch.zeros_like(logits)  # weights are whatever was there
+            launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
+            captured = min(num_seqs, BUCKETS[-1])
+            decoder.forward(0, small.num_layers, *full_step(captured, captured, options.block_size))
         torch.cuda.synchronize(device)
-        with small.driver.on(small.sampling.stream):
+        with opened.driver.on(opened.sampling.stream):
             sample(logits, _rows(num_seqs, SamplingParams(1, top_p=0.5)))
         torch.cuda.synchronize(device)
         taken = torch.cuda.memory_reserved(device) - before
         del decoder, logits, memory
     finally:
-        small.close()
+        opened.close()
     gc.collect()
     torch.cuda.empty_cache()
     return taken + (0 if options.enforce_eager else GRAPH_BYTES)

@@ -18,7 +18,7 @@ from kunserve.model.ops import AttentionBatch, Ops
 class CudaDecoder(Decoder):
     """`Decoder` that takes its batch from the host: plans it, copies it and launches; nothing waits for results.
 
-    Call it from the device's launcher only. Without `graphs` every step runs eagerly.
+    Call `forward` and `feed` from the device's launcher only. Without `graphs` every step runs eagerly.
     """
 
     def __init__(

@@ -123,13 +123,24 @@ async def test_four_devices_on_one_gpu(tiny: Path, drivers: list[FakeCuda]) -> N
 
 
 @pytest.mark.parametrize("utilization", [0.92, 0.7])
-async def test_the_memory_is_what_a_full_step_leaves(tiny: Path, drivers: list[FakeCuda], utilization: float) -> None:
+async def test_the_memory_is_what_a_full_step_leaves(
+    tiny: Path, drivers: list[FakeCuda], utilization: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int]] = []
+    forward = CudaDecoder.forward
+
+    def seen(self: CudaDecoder, first: int, last: int, x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        steps.append((len(x), len(rest[1])))
+        return forward(self, first, last, x, *rest, **more)
+
+    monkeypatch.setattr(CudaDecoder, "forward", seen)
     async with serving(tiny, gpu_memory_utilization=utilization) as served:
         total = 1 << 30
         expected = int(total * utilization) // 2 - ACTIVATIONS - GRAPH_BYTES
         for memory in served.engine.memories:
             budget = memory.device.num_chunks * memory.device.chunk_bytes
             assert expected - memory.device.chunk_bytes < budget <= expected
+        assert steps == [(48, 8), (8, 8)]  # the full token budget, all sampled; and the largest that is captured
         measured = drivers[2]  # opened for the step at full token budget, and closed
         assert len(drivers) == 3 and measured.is_clean() and measured.calls["create"] > 0
     assert drivers[0].is_clean()

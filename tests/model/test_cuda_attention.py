@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from cuda_parts import CPU, cuda_decoder_on_cpu
 from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on, step
 
 from kunserve.gpu.host import HostDevice
+from kunserve.model import cuda_decoder
 from kunserve.model.card import load_card
 from kunserve.model.cuda_attention import (
     MIN_FLOAT_WORKSPACE_BYTES,
@@ -23,6 +25,7 @@ from kunserve.model.cuda_attention import (
     StepBuffers,
     float_workspace_bytes,
 )
+from kunserve.model.cuda_ops import TorchKernels
 from kunserve.model.decoder import Decoder
 from kunserve.model.torch_ops import TorchOps
 
@@ -78,6 +81,23 @@ def test_a_bucket_is_captured_when_it_first_comes_and_never_again(pair: Pair) ->
         seen.append(sorted({bucket for _, bucket in graphs._graphs}))
     assert seen == [[4], [1, 4], [1, 4], [1, 4], [1, 2, 4], [1, 2, 4]]
     assert graphs.num_captures == 3 * (LAYERS // graphs.run_layers)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_graphs_are_made_unless_flags_say_no(
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
+) -> None:
+    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (TorchKernels(), "Triton kernels"))
+    with closing(HostDevice(0, 30, 64 << 10)) as device:
+        memory = memory_on(device)
+        decoder, note = cuda_decoder.cuda_decoder(
+            CONFIG, memory.weights, memory.kv, 64, LIMITS,
+            block_size=BLOCK, dtype=torch.bfloat16, device=CPU, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        assert note == f"Triton kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
+        assert (decoder.graphs is None) == enforce_eager
+        assert decoder.graphs is None or decoder.graphs.buckets == (1, 2, 4, 6)
+        del decoder, memory
 
 
 def test_arrays_are_not_overwritten_before_they_have_left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,14 +175,32 @@ def test_a_part_that_hangs_is_stopped_and_one_without_time_does_not_begin(monkey
     assert "no time left" in run_parts("ok", budget_s=-1.0)["0 ok"]["skipped"]
 
 
+WHERE = {"date": "2026-01-02"} | dict.fromkeys(("memory_gib", "compute_capability", "torch", "cuda"), "?")
+
+
 def test_what_is_kept_has_device_and_date(tmp_path: Path) -> None:
-    where = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-02"} | dict.fromkeys(
-        ("memory_gib", "compute_capability", "torch", "cuda"), "?"
-    )
+    where = WHERE | {"device": "NVIDIA H100 80GB HBM3"}
     gpu_check.write(tmp_path, {"environment": where, "quick": False, "parts": PARTS, "targets": report.targets(PARTS)})
     names = ["nvidia-h100-80gb-hbm3-2026-01-02.json", "nvidia-h100-80gb-hbm3-2026-01-02.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert json.loads((tmp_path / names[0]).read_text())["environment"] == where
+
+
+def test_the_whole_script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    serve = "from gpucheck.worker import serve; serve({'contract': lambda: {'ok': True}, 'remap': lambda: 1 // 0})"
+    where = WHERE | {"device": "X"}
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu_check.__file__).parent))
+    monkeypatch.setattr(gpu_check, "environment", lambda ordinal: where)
+    monkeypatch.setattr(gpu_check, "worker_command", lambda ordinal, is_quick: [sys.executable, "-c", serve])
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--parts", "remap,contract", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_status:
+        gpu_check.main()
+    assert exit_status.value.code == 1  # a part has failed
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "x-2026-01-02.json").read_text())
+    assert result["environment"] == where and result["parts"]["contract"]["ok"]
+    assert "ZeroDivisionError" in result["parts"]["remap"]["failed"]
+    assert (tmp_path / "x-2026-01-02.md").read_text().count("| device contract | passes | True | yes |")
 
 
 def test_every_target_is_of_a_part_that_exists(bench: Bench) -> None:
