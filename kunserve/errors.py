@@ -82,3 +82,7 @@ class EngineError(KunServeError):
 
 class DeviceError(EngineError):
     """A memory or copy operation failed on a device; names the device and the driver's error."""
+
+
+class DeviceLostError(DeviceError):
+    """A kernel has faulted: its GPU does nothing more for this process, which ends."""

@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in under eight minutes: `python scripts/gpu_check.py` on a machine with one.
 
-Runs part by part (`--parts` names some); a part that fails is reported and the rest goes on. Writes
-dev/gpu/<device>-<date>.json and .md, and prints one JSON line at the end. See dev/gpu/README.md.
+Runs part by part (`--parts` names some); a part that fails is reported and the rest goes on. After each it writes
+dev/gpu/<device>-<date>.json and .md; the last line it prints is the whole result. See dev/gpu/README.md.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ import datetime
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +21,12 @@ from typing import Any
 import torch
 from gpucheck import forward, memory, report, serving
 from gpucheck.bench import GIB, Bench
+from gpucheck.worker import Part, run_parts, serve
 
 from kunserve.config import DeviceSpec
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import open_drivers
-
-Part = Callable[[], dict[str, Any]]
 
 BIG_GIB = 76  # a GPU that holds four replicas of the 8B model
 
@@ -48,9 +43,13 @@ def parts_of(bench: Bench) -> dict[str, Part]:
         "decode": partial(forward.decode, bench),
         "prefill": partial(forward.prefill, bench),
         "regroup": partial(regroup, bench),
+        "host": partial(host, bench),
         "steady": partial(steady, bench),
-        "burst": partial(bursts, bench),
+        "burst_drop": partial(burst, bench, OverloadPolicy.DROP),
+        "burst_recompute": partial(burst, bench, OverloadPolicy.RECOMPUTE),
         "sanitizer": partial(sanitizer, bench),
+        "burst_queue": partial(burst, bench, OverloadPolicy.QUEUE),
+        "burst_pipeline": partial(burst, bench, OverloadPolicy.RECOMPUTE, num_stages=4),
         "transformers": partial(forward.transformers, bench),
     }
 
@@ -75,6 +74,13 @@ def _large(bench: Bench) -> tuple[str, int]:
     return "smollm2-135m", GIB // 2
 
 
+def host(bench: Bench) -> dict[str, Any]:
+    """What a decode step of the engine takes beyond the GPU's own time."""
+    model, memory_bytes = _large(bench)
+    config = serving.engine_config(_devices(bench, 1), model, memory_bytes=2 * memory_bytes, is_pinned=True)
+    return asyncio.run(serving.host(bench, config, num_requests=64, prompt_len=128)) | {"model": model}
+
+
 def steady(bench: Bench) -> dict[str, Any]:
     """Throughput of a chain of two over that of two groups."""
     model, memory_bytes = _large(bench)
@@ -82,23 +88,14 @@ def steady(bench: Bench) -> dict[str, Any]:
     return asyncio.run(serving.steady(config, num_requests=16, prompt_len=128)) | {"model": model}
 
 
-def bursts(bench: Bench) -> dict[str, Any]:
-    """The same burst under each policy, and on a static pipeline, on four logical devices."""
+def burst(bench: Bench, policy: OverloadPolicy, num_stages: int | None = None) -> dict[str, Any]:
+    """The same burst for every policy, and for a static pipeline, on four logical devices."""
     model, memory_bytes = _large(bench)
-    results: dict[str, Any] = {"model": model}
-    for name, policy, num_stages in (
-        ("drop", OverloadPolicy.DROP, None),
-        ("recompute", OverloadPolicy.RECOMPUTE, None),
-        ("queue", OverloadPolicy.QUEUE, None),
-        ("pipeline", OverloadPolicy.RECOMPUTE, 4),
-    ):
-        config = serving.engine_config(
-            _devices(bench, 4), model, memory_bytes=memory_bytes, policy=policy, num_stages=num_stages
-        )
-        results[name] = asyncio.run(
-            serving.burst(config, num_requests=120, rate=30.0, prompt_len=768, num_tokens=192, limit_s=40.0)
-        )
-    return results
+    config = serving.engine_config(
+        _devices(bench, 4), model, memory_bytes=memory_bytes, policy=policy, num_stages=num_stages
+    )
+    work = serving.burst(config, num_requests=120, rate=30.0, prompt_len=768, num_tokens=192, limit_s=30.0)
+    return asyncio.run(work) | {"model": model}
 
 
 def sanitizer(bench: Bench) -> dict[str, Any]:
@@ -106,63 +103,20 @@ def sanitizer(bench: Bench) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "compute-sanitizer is not installed"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--quick", "--no-write"]
-    done = subprocess.run(
-        [*command, "--ordinal", str(bench.ordinal), "--parts", "contract,graphs"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
-    return {"clean": done.returncode == 0, "summary": summary[-1].strip() if summary else done.stdout[-300:]}
-
-
-def _out_of_time(*_: object) -> None:
-    raise TimeoutError("stopped: its time was over")
-
-
-def run_parts(
-    parts: dict[str, Part], budget_s: float, say: Callable[[str], None], limit_s: float = 470.0
-) -> dict[str, Any]:
-    """Run parts one after the other; what fails or finds no time is recorded as that.
-
-    None begins after `budget_s`, and what still runs after `limit_s` is stopped.
-    """
-    before = signal.signal(signal.SIGALRM, _out_of_time)
-    try:
-        return _run_parts(parts, budget_s, limit_s, say)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _run_parts(
-    parts: dict[str, Part], budget_s: float, limit_s: float, say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    started = time.perf_counter()
-    results: dict[str, dict[str, Any]] = {}
-    for name, part in parts.items():
-        begun = time.perf_counter()
-        if begun - started > budget_s:
-            results[name] = {"skipped": f"no time left: {budget_s:.0f} s are over"}
-            continue
-        say(f"{name} ...")
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, started + limit_s - begun))
-        try:
-            results[name] = part()
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"failed": f"{type(error).__name__}: {error}"}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        results[name]["seconds"] = round(time.perf_counter() - begun, 2)
-        say(f"{name}: {json.dumps(results[name], default=str)}")
-    return results
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *worker_command(bench.ordinal, is_quick=True)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, input="contract\ngraphs\n")
+    lines = done.stdout.splitlines()
+    answers = [json.loads(line) for line in lines if line.startswith("{")]
+    summary = [line.strip("= ") for line in lines if "ERROR SUMMARY" in line]
+    if len(answers) < 2 or any("failed" in answer for answer in answers):
+        raise RuntimeError(f"under memcheck: {answers or lines[-3:]}")
+    return {"clean": done.returncode == 0, "summary": summary}
 
 
 def environment(ordinal: int) -> dict[str, Any]:
-    """What the figures are of."""
+    """What the figures are of. ConfigError if there is no such GPU, or something that is needed is missing."""
+    for driver in open_drivers((ordinal,)):
+        driver.close()
     properties = torch.cuda.get_device_properties(ordinal)
     return {
         "device": properties.name,
@@ -174,42 +128,63 @@ def environment(ordinal: int) -> dict[str, Any]:
     }
 
 
+def worker_command(ordinal: int, *, is_quick: bool) -> list[str]:
+    """What runs parts (gpucheck/worker.py)."""
+    return [sys.executable, __file__, "--worker", "--ordinal", str(ordinal), *(["--quick"] if is_quick else [])]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", help="which parts, with commas (default: all)")
     parser.add_argument("--ordinal", type=int, default=0, help="which GPU")
     parser.add_argument("--quick", action="store_true", help="small models: does it run at all")
-    parser.add_argument("--budget", type=float, default=420.0, metavar="S", help="begin no part after so many seconds")
+    parser.add_argument("--budget", type=float, default=425.0, metavar="S", help="begin no part after so many seconds")
+    parser.add_argument(
+        "--part-limit", type=float, default=120.0, metavar="S", help="stop a part after so many seconds"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "dev" / "gpu")
     parser.add_argument("--no-write", action="store_true", help="write no files")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """Keep the result as <device>-<date>.json and .md."""
+    where = result["environment"]
+    stem = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-") + f"-{where['date']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(report.markdown(result))
 
 
 def main() -> None:
     args = parse_arguments()
+    parts = parts_of(Bench(args.ordinal, args.quick))
+    if args.worker:
+        serve(parts)
+        return
+    names = args.parts.split(",") if args.parts else list(parts)
+    if unknown := [name for name in names if name not in parts]:
+        raise SystemExit(f"no part {unknown[0]!r}; there are {', '.join(parts)}")
     try:
-        for driver in open_drivers((args.ordinal,)):
-            driver.close()
+        where = environment(args.ordinal)
     except ConfigError as error:
         sys.exit(f"gpu_check: {error.message}")
-    bench = Bench(args.ordinal, args.quick)
-    parts = parts_of(bench)
-    if args.parts:
-        unknown = [name for name in args.parts.split(",") if name not in parts]
-        if unknown:
-            raise SystemExit(f"no part {unknown[0]!r}; there are {', '.join(parts)}")
-        parts = {name: parts[name] for name in args.parts.split(",")}
-    result: dict[str, Any] = {"environment": environment(args.ordinal), "quick": args.quick}
-    result["parts"] = run_parts(parts, args.budget, lambda line: print(line, file=sys.stderr, flush=True))
-    result["targets"] = report.targets(result["parts"])
-    if not args.no_write:
-        where = result["environment"]
-        stem = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-") + f"-{where['date']}"
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{stem}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-        (args.out / f"{stem}.md").write_text(report.markdown(result))
-    print(json.dumps(result, default=str))
+    result: dict[str, Any] = {"environment": where, "quick": args.quick, "parts": {}}
+    for name, figures in run_parts(
+        names,
+        worker_command(args.ordinal, is_quick=args.quick),
+        budget_s=args.budget,
+        limit_s=args.budget + 50.0,
+        part_limit_s=args.part_limit,
+    ):
+        print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+        result["parts"][name] = figures
+        result["targets"] = report.targets(result["parts"])
+        if not args.no_write:
+            write(args.out, result)
+    print(json.dumps(result))
     has_failed = any("failed" in part for part in result["parts"].values())
     sys.exit(1 if has_failed or any(not t["met"] for t in result["targets"] if t["met"] is not None) else 0)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from fake_gpus import gpus  # noqa: F401  a fixture
 from hypothesis import settings
 from tiny_models import make_tiny_model
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 # The same examples in every run, and no failures because a machine is slow.
 settings.register_profile("kunserve", deadline=None, derandomize=True, database=None)

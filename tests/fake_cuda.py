@@ -50,7 +50,8 @@ class FakeCuda:
     """`Driver` of a GPU that is not there. `calls` counts calls by name; `fail_at[name]` makes the n-th one fail."""
 
     def __init__(self, ordinal: int = 0, total_bytes: int = 1 << 30, reachable: Sequence[int] = ()) -> None:
-        self.ordinal, self.torch_device, self.granularity = ordinal, torch.device("cpu"), GRANULARITY
+        self.ordinal, self.gpu_name = ordinal, f"GPU {ordinal} that is not there"
+        self.torch_device, self.granularity = torch.device("cpu"), GRANULARITY
         self.calls: Counter[str] = Counter()
         self.log: list[tuple[Any, ...]] = []
         self.fail_at: dict[str, int] = {}
@@ -68,7 +69,7 @@ class FakeCuda:
         self._waits: dict[int, list[tuple[int, Mark]]] = {}  # stream -> (position that waits, for what)
         self._change = threading.Condition()
         self.pinned_ranges: dict[int, int] = {}
-        self.error: str | None = None  # a kernel failed: every wait says so
+        self.error: str | None = None  # a kernel faulted
 
     # --- for tests ---------------------------------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ class FakeCuda:
             self._change.notify_all()
 
     def fail(self, error: str) -> None:
-        """A kernel faults: all waiting ends with the error."""
+        """A kernel faults: all waiting ends with the error, and every call from now on."""
         with self._change:
             self.error = error
             self._change.notify_all()
@@ -99,8 +100,12 @@ class FakeCuda:
         return self._accessible.get(address, ())
 
     def is_clean(self) -> bool:
-        """Whether everything was given back."""
-        return not (self._handles or self._reserved or self._mapped or self._submitted or self.is_open)
+        """Whether everything was given back; after a fault that is not possible, and only left."""
+        if self.error:
+            return not self.is_open
+        return not (
+            self.pinned_ranges or self._handles or self._reserved or self._mapped or self._submitted or self.is_open
+        )
 
     # --- Driver ------------------------------------------------------------------------------------------------
 
@@ -159,6 +164,7 @@ class FakeCuda:
         inside = self._inside(address, num_bytes)
         self._check(sum(self._mapped[a][0] for a in inside) == num_bytes, "set_access: not all of it is mapped")
         self._check(self.ordinal in ordinals, "set_access: without the GPU that holds it")
+        self._check(self._reachable >= set(ordinals), "set_access: for a GPU that does not reach it")
         self._accessible.update((a, tuple(ordinals)) for a in inside)
         assert _libc.mprotect(address, num_bytes, _RW) == 0
 
@@ -180,6 +186,7 @@ class FakeCuda:
         return stream
 
     def destroy_stream(self, stream: int) -> None:
+        self._count("destroy_stream", stream)
         del self._submitted[stream]
 
     def on(self, stream: int) -> AbstractContextManager[Any]:
@@ -214,10 +221,12 @@ class FakeCuda:
         self.pinned_ranges[address] = num_bytes
 
     def unpin(self, address: int) -> None:
+        self._count("unpin", address)
         self._check(address in self.pinned_ranges, "unpin: not pinned")
         del self.pinned_ranges[address]
 
     def pinned(self, num_bytes: int) -> Tensor:
+        self._count("pinned", num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -228,6 +237,8 @@ class FakeCuda:
     # --- rules -------------------------------------------------------------------------------------------------
 
     def _count(self, name: str, *arguments: Any) -> None:
+        if self.error:
+            raise DeviceError(f"cuda:{self.ordinal}: {name} failed: {self.error}")
         self.calls[name] += 1
         self.log.append((name, *arguments))
         if self.fail_at.get(name) == self.calls[name]:

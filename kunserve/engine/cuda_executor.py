@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +17,13 @@ from torch import Tensor
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import StepInputs, fill_sampling
-from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output
+from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output, sample
 from kunserve.engine.stage import has_scored_rows, run_stage, sample_in_slices
 from kunserve.errors import EngineError
 from kunserve.gpu.cuda import CudaDevice
 from kunserve.gpu.cuda_stream import Launched
 from kunserve.model.cuda_decoder import CudaDecoder
-from kunserve.model.cuda_sampling import PendingTokens, launch_sample, sampled
+from kunserve.model.cuda_sampling import PendingTokens, is_plain, launch_sample, sampled
 
 _Fed = Launched[PendingTokens] | None
 
@@ -31,7 +32,7 @@ class CudaExecutor(Executor):
     """`Executor` on CUDA devices."""
 
     def __init__(self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder]) -> None:
-        self._devices, self.decoders = devices, decoders
+        self.devices, self.decoders = devices, decoders
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
     async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
@@ -46,6 +47,7 @@ class CudaExecutor(Executor):
             raise
 
     async def _pass(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+        last = self.devices[group.stages[-1].device]
         launched: Launched[Any] | None = None
         try:
             async with self._turns[group.stages[0].device]:
@@ -53,35 +55,38 @@ class CudaExecutor(Executor):
                 launched = await self._launch(group, 0, inputs, fed)
             for position in range(1, len(group.stages)):
                 launched = await self._launch(group, position, inputs, fed, launched)
+            if not is_plain(inputs.sampling):
+                decoder = self.decoders[group.stages[-1].device]
+                work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
+                launched = await last.sampling.launch(work, [launched.ready])
             inputs.sampled.set_result(launched)
         except BaseException:
             inputs.sampled.cancel()
             if launched:  # what earlier stages still do with the requests' blocks
                 with contextlib.suppress(Exception):
-                    await self._devices[group.stages[0].device].finish(launched)
+                    await last.finish(launched)
             raise
-        pending: PendingTokens = await self._devices[group.stages[-1].device].finish(launched)
+        pending: PendingTokens = await last.finish(launched)
         return pending.tokens()
 
     async def _launch(
         self, group: Group, position: int, inputs: StepInputs, fed: _Fed, before: Launched[Tensor] | None = None
     ) -> Launched[Any]:
-        """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with."""
+        """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with.
+
+        The last returns tokens, or where the host has to look at them, logits; where prompts are scored, hidden states.
+        """
         stage = group.stages[position]
-        device, decoder = self._devices[stage.device], self.decoders[stage.device]
+        decoder, is_last = self.decoders[stage.device], position + 1 == len(group.stages)
 
         def work() -> Any:
             x = before.value if before else _feed(decoder, inputs, fed)
-            is_last = position + 1 == len(group.stages)
-            is_scored = is_last and has_scored_rows(inputs.sampling)
-            y = run_stage(decoder, stage, position, inputs, x, with_head=not is_scored)
-            if not is_last:
-                return y
-            rows = _rows(device, inputs, fed)
-            return sampled(sample_in_slices(decoder, y, rows), y.device) if is_scored else launch_sample(y, rows)
+            with_head = not (is_last and has_scored_rows(inputs.sampling))
+            y = run_stage(decoder, stage, position, inputs, x, with_head=with_head)
+            return launch_sample(y, inputs.sampling) if is_last and is_plain(inputs.sampling) else y
 
         needed = before or fed
-        return await device.launch(work, [needed.ready] if needed else ())
+        return await self.devices[stage.device].launch(work, [needed.ready] if needed else ())
 
 
 async def _fed(inputs: StepInputs) -> _Fed:
@@ -99,6 +104,14 @@ def _feed(decoder: CudaDecoder, inputs: StepInputs, fed: _Fed) -> Tensor:
         return inputs.token_ids.clamp(min=0)
     decoder.feed(fed.value.on_device)
     return inputs.token_ids
+
+
+def _sample_on_host(
+    device: CudaDevice, decoder: CudaDecoder, y: Tensor, inputs: StepInputs, fed: _Fed
+) -> PendingTokens:
+    """Tokens of a batch of which a row asks for more than `launch_sample` does; y: logits, or hidden states."""
+    rows = _rows(device, inputs, fed)
+    return sampled(sample_in_slices(decoder, y, rows) if has_scored_rows(rows) else sample(y, rows), y.device)
 
 
 def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +14,8 @@ from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
 from kunserve.engine.request import SamplingParams
-from kunserve.engine.sampler import SamplingRow
-from kunserve.errors import ConfigError
+from kunserve.engine.sampler import SamplingRow, sample
+from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda import (
     CudaDevice,
     budget_bytes,
@@ -23,20 +25,21 @@ from kunserve.gpu.cuda import (
     open_drivers,
 )
 from kunserve.gpu.cuda_driver import Driver
-from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import StepLimits
 from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
+from kunserve.model.cuda_graphs import BUCKETS, RUN_LAYERS
 from kunserve.model.cuda_ops import cuda_dtype
 from kunserve.model.cuda_sampling import launch_sample
 from kunserve.model.layout import weight_units
 from kunserve.model.ops import AttentionBatch
 from kunserve.planner.snapshot import DeviceView, ModelShape
 
-GRAPH_BYTES = 192 << 20  # of one logical device: memory that captured graphs keep for themselves
+GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs that are captured while serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,14 @@ class CudaMachine(Machine):
     ) -> None:
         """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
         self._model, self._options, self.dtype = model, options, options.dtype
-        self.device_name = torch.cuda.get_device_name(options.ordinals[0]) if torch.cuda.is_available() else "cuda"
         self._devices: list[CudaDevice] = []
         self._pinned: PinnedSource | None = None
         self._drivers = open_drivers(options.ordinals, open_driver)
+        self.device_name = self._drivers[0].gpu_name
         try:
             ordinals = [driver.ordinal for driver in self._drivers]
             first = {driver.ordinal: driver for driver in reversed(self._drivers)}
-            reserved = (measure or measure_activations)(self._drivers[0], model, options)
+            reserved = _measured(measure or measure_activations, self._drivers[0], model, options)
             self.budget_bytes = budget_bytes(
                 ordinals,
                 {ordinal: driver.memory() for ordinal, driver in first.items()},
@@ -104,12 +107,24 @@ class CudaMachine(Machine):
             )
             self._block_bytes = KVShape.of(model, options.block_size, options.dtype).block_bytes
             self.chunk_bytes = choose_chunk_bytes(
-                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self.budget_bytes
+                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self._wanted_bytes()
             )
             self.num_chunks = self.budget_bytes // self.chunk_bytes
         except BaseException:
             self.close()
             raise
+
+    def _wanted_bytes(self) -> int:
+        """What of the budget is asked for: all of it, or the weights and so much KV, in the smallest chunks."""
+        model, options, step = self._model, self._options, self._drivers[0].granularity
+        kv_bytes = options.kv_bytes
+        if options.num_blocks is not None:
+            kv_bytes = model.num_layers * options.num_blocks * self._block_bytes
+        if kv_bytes is None:
+            return self.budget_bytes
+        ranges = [unit.num_bytes for unit in weight_units(model, options.dtype.itemsize)]
+        ranges += [-(-kv_bytes // model.num_layers)] * model.num_layers
+        return min(self.budget_bytes, sum(-(-num_bytes // step) * step for num_bytes in ranges))
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -151,8 +166,10 @@ class CudaMachine(Machine):
 
     def close(self) -> None:
         """See `Machine.close`."""
+        gc.collect()  # tensors that streams have used go before the streams do
         if self._pinned is not None:
-            self._pinned.close()
+            with suppress(DeviceError):  # after a fault every call fails
+                self._pinned.close()
             self._pinned = None
         while self._devices:
             self._devices.pop().close()
@@ -176,39 +193,63 @@ def _decoder(
     )
 
 
-def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
-    """Bytes that torch takes for one logical device: workspaces, and a step at the full token budget.
+def _measured(
+    measure: Callable[[Driver, ModelConfig, CudaOptions], int], driver: Driver, model: ModelConfig, options: CudaOptions
+) -> int:
+    """What `measure` says; ConfigError, in a line, if a first step cannot be: no memory, or kernels do not compile."""
+    try:
+        return measure(driver, model, options)
+    except RuntimeError as error:  # torch's for all that goes wrong on a GPU, and FlashInfer's
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"cuda:{driver.ordinal}: a step of {options.max_num_batched_tokens} tokens (--max-num-batched-tokens) "
+            f"failed: {reason}"
+        ) from error
 
-    The step runs on a model of one layer, as activations do not depend on how many there are. What it took is given
-    back to the GPU, so that the memory that is free then is as it was.
+
+def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
+    """Bytes that torch takes for one logical device: workspaces, and steps that are as large as they get.
+
+    They are a step at the full token budget, whose tokens are chosen in both ways, each on a stream of its own, which
+    keeps memory of its own; and a step that is captured. The model has as few layers as a graph, as activations do not
+    depend on how many there are. What it took is given back to the GPU, so that what is free then is as it was.
     """
-    one_layer, device = replace(model, num_layers=1), driver.torch_device
+    small, device = replace(model, num_layers=min(model.num_layers, RUN_LAYERS)), driver.torch_device
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
     shape = KVShape.of(model, options.block_size, options.dtype)
     num_blocks = -(-num_tokens // options.block_size) + num_seqs
-    units = weight_units(one_layer, options.dtype.itemsize)
+    units = weight_units(small, options.dtype.itemsize)
     chunk = driver.granularity
     kv_chunks = -(-num_blocks * shape.block_bytes // chunk)
-    num_chunks = kv_chunks + sum(-(-unit.num_bytes // chunk) for unit in units)
-    (small,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
+    num_chunks = kv_chunks * small.num_layers + sum(-(-unit.num_bytes // chunk) for unit in units)
+    (opened,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
     try:
         before = torch.cuda.memory_reserved(device)
-        memory = DeviceMemory(small, units, 1, shape, options.dtype)
-        for unit in units:
-            memory.weights.map(unit.name)
-        memory.kv.resize(0, kv_chunks)
+        memory = DeviceMemory(opened, units, small.num_layers, shape, options.dtype)
+        memory.rearrange(Layout(tuple(unit.name for unit in units), (kv_chunks,) * small.num_layers))
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
-        decoder, _ = _decoder(one_layer, options, memory, num_tokens, limits)
-        ids, batch, rows = full_step(num_tokens, num_seqs, options.block_size)
-        logits = decoder.forward(0, 1, ids, batch, rows)
-        launch_sample(logits, [SamplingRow(SamplingParams(1), 0, (), (), ())] * num_seqs)
+        decoder, _ = _decoder(small, options, memory, num_tokens, limits)
+        with opened.driver.on(opened.copy_in.stream):
+            logits = decoder.forward(0, small.num_layers, *full_step(num_tokens, num_seqs, options.block_size))
+            logits = torch.zeros_like(logits)  # weights are whatever was there
+            launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
+            captured = min(num_seqs, BUCKETS[-1])
+            decoder.forward(0, small.num_layers, *full_step(captured, captured, options.block_size))
+        torch.cuda.synchronize(device)
+        with opened.driver.on(opened.sampling.stream):
+            sample(logits, _rows(num_seqs, SamplingParams(1, top_p=0.5)))
         torch.cuda.synchronize(device)
         taken = torch.cuda.memory_reserved(device) - before
         del decoder, logits, memory
     finally:
-        small.close()
+        opened.close()
+    gc.collect()
     torch.cuda.empty_cache()
     return taken + (0 if options.enforce_eager else GRAPH_BYTES)
+
+
+def _rows(count: int, params: SamplingParams) -> list[SamplingRow]:
+    return [SamplingRow(params, 0, (), (), ())] * count
 
 
 def full_step(num_tokens: int, num_seqs: int, block_size: int) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:

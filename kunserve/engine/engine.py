@@ -29,7 +29,7 @@ from kunserve.engine.stream import OutputStream, Sink
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.engine.view import check_engine, engine_state, engine_stats, weight_bytes
 from kunserve.engine.waiting import Waiting
-from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
+from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import EngineStats, Metrics
 from kunserve.model.config import ModelConfig
@@ -313,6 +313,8 @@ class Engine:
         if failure is not None:
             log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=failure)
             self._commit_failure(group, batch, failure)
+            if isinstance(failure, DeviceLostError):
+                self.halt()
         else:
             self._commit(group, batch, tokens)
             if self.mover is not None:

@@ -35,7 +35,10 @@ MAX_DEVICES = 64
 
 
 class CudaDevice:
-    """One logical device: `num_chunks` chunks of a GPU's memory, and streams of its own."""
+    """One logical device: `num_chunks` chunks of a GPU's memory, and streams of its own.
+
+    `sampling`: for the host's looks at logits, which wait for the GPU and must hold up no launch.
+    """
 
     def __init__(
         self,
@@ -59,11 +62,12 @@ class CudaDevice:
         self._is_open = True
         try:
             self._create_chunks()
-            self._queues += [StreamQueue(driver, f"{name}-{kind}") for kind in ("compute", "in", "out", "peer")]
+            kinds = ("compute", "sample", "in", "out", "peer")
+            self._queues += [StreamQueue(driver, f"{name}-{kind}") for kind in kinds]
         except BaseException:
             self.close()
             raise
-        self._compute, self.copy_in, self.copy_out, self.peer = self._queues
+        self._compute, self.sampling, self.copy_in, self.copy_out, self.peer = self._queues
 
     def _create_chunks(self) -> None:
         for made in range(self.num_chunks):
@@ -153,7 +157,7 @@ class CudaDevice:
         return await self._compute.launch(work, after)
 
     async def finish(self, launched: Launched[T]) -> T:
-        """Wait for what `launch` returned here."""
+        """Wait for what was launched on the compute queue, or behind it."""
         return await self._compute.finish(launched)
 
     def close(self) -> None:

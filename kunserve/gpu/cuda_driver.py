@@ -25,6 +25,7 @@ class Driver(Protocol):
     """One GPU as its driver shows it. Addresses, handles and streams are integers; sizes are in bytes."""
 
     ordinal: int
+    gpu_name: str  # as its maker calls it
     torch_device: torch.device
     granularity: int  # sizes and addresses of mappings are multiples of it
 
@@ -135,6 +136,7 @@ class CudaDriver:
         supported = d.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         if not self._ok(d.cuDeviceGetAttribute(supported, self._device), "cuDeviceGetAttribute"):
             raise ConfigError(f"cuda:{ordinal} has no virtual memory management (it needs Pascal or later, on Linux)")
+        self.gpu_name = torch.cuda.get_device_name(ordinal)
         self._context: Any = self._ok(d.cuDevicePrimaryCtxRetain(self._device), "cuDevicePrimaryCtxRetain")
         self._prop = d.CUmemAllocationProp()
         self._prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED

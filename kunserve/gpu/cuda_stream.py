@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+from kunserve.errors import DeviceError, DeviceLostError
 from kunserve.gpu.cuda_driver import Driver, Event, Stream
 from kunserve.gpu.queue import WorkQueue
 
@@ -40,20 +41,30 @@ class StreamQueue:
         self._launching = threading.RLock()  # whoever holds it is the only one to launch
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
-        """Launch `work` behind everything launched before, and behind `after`, events of any stream."""
+        """Launch `work` behind everything launched before, and behind `after`, events of any stream.
+
+        What `work` raises comes out when whatever it had launched is done: nothing runs on behind the error.
+        """
 
         def launch_now() -> Launched[T]:
             with self._launching, self._driver.on(self.stream):
                 for event in after:
                     self._driver.wait(self.stream, event)
-                value = work()
+                try:
+                    value = work()
+                except BaseException:
+                    self._driver.synchronize(self.stream)
+                    raise
                 return Launched(value, self._driver.record(self.stream))
 
         return await self._launcher.run(launch_now)
 
     async def finish(self, launched: Launched[T]) -> T:
-        """Wait for what was launched here. DeviceError if a kernel failed."""
-        await self._waiter.run(partial(self._driver.synchronize_event, launched.ready))
+        """Wait for what was launched here. DeviceLostError if a kernel has faulted."""
+        try:
+            await self._waiter.run(partial(self._driver.synchronize_event, launched.ready))
+        except DeviceError as error:
+            raise DeviceLostError(error.message) from error
         return launched.value
 
     async def run(self, work: Callable[[], T], after: Sequence[Event] = ()) -> T:

@@ -25,7 +25,7 @@ from kunserve.model.torch_ops import TorchOps
 Ints = npt.NDArray[np.int32]
 Attend = Callable[[Tensor, Tensor], Tensor]  # q (T, num_heads, head_dim), kv of a layer -> (T, num_heads, head_dim)
 
-FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
+MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 INT_WORKSPACE_BYTES = 8 << 20
 
 
@@ -154,19 +154,37 @@ class Planner:
         )
 
 
+def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
+    """What FlashInfer's fa2 plans need for partial results of split contexts; it refuses to plan if that is not there.
+
+    From PrefillPlan in its scheduler.cuh (0.6.18): per tile of queries, float32 output and sum of every row and head.
+    A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
+    into as many as run at once, two on each multiprocessor.
+    """
+    group, per_row = config.num_heads // config.num_kv_heads, config.num_heads * (config.head_dim + 1) * 4
+    at_once = 2 * num_sms // config.num_kv_heads
+    rows_per_tile = 16 if group <= 16 else 64 if group <= 64 or config.head_dim >= 256 else 128
+    captured = max(at_once, -(-max_bucket * group // rows_per_tile) + max_bucket - 1) * rows_per_tile
+    return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
+
+
 class FlashInferAttention:
     """FlashInfer's paged kernels: one wrapper for mixed batches, and one per bucket of captured decode steps.
 
     Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim.
     """
 
-    def __init__(self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers) -> None:
+    def __init__(
+        self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+    ) -> None:
         self._flashinfer = importlib.import_module("flashinfer")
         self._decode = importlib.import_module("flashinfer.decode")
         self._shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
         self._dtype, self._buffers = dtype, buffers
         device = buffers.torch_device
-        self._floats = torch.empty(FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        float_bytes = float_workspace_bytes(config, max_bucket, num_sms)
+        self._floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
         self._ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._mixed = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._floats, "HND", backend="fa2")
         self._mixed.reset_workspace_buffer(self._floats, self._ints)
@@ -252,12 +270,15 @@ class ReferenceAttention:
 
 
 def load_attention(
-    config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers
+    config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
 ) -> tuple[PagedAttention, str]:
-    """FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if it is missing."""
+    """FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if it is missing.
+
+    max_bucket: the largest number of sequences in a step that is captured.
+    """
     if dtype not in (torch.float16, torch.bfloat16):
         return ReferenceAttention(block_size, buffers), f"torch reference: FlashInfer has no kernels for {dtype}"
     try:
-        return FlashInferAttention(config, block_size, dtype, buffers), "FlashInfer"
+        return FlashInferAttention(config, block_size, dtype, buffers, max_bucket), "FlashInfer"
     except ImportError as error:
         raise ConfigError(f"--devices cuda needs flashinfer-python: pip install 'kunserve[cuda]' ({error})") from None

@@ -9,7 +9,7 @@ from kunserve.gpu.kv_memory import KVMemory
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import PlannedBatch, Planner, StepBuffers, StepLimits, load_attention
-from kunserve.model.cuda_graphs import CudaCapture, DecodeGraphs, Run, bucket_for, cut_into_runs
+from kunserve.model.cuda_graphs import CudaCapture, DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
 from kunserve.model.cuda_ops import CudaOps, load_kernels
 from kunserve.model.decoder import Decoder
 from kunserve.model.ops import AttentionBatch, Ops
@@ -18,7 +18,7 @@ from kunserve.model.ops import AttentionBatch, Ops
 class CudaDecoder(Decoder):
     """`Decoder` that takes its batch from the host: plans it, copies it and launches; nothing waits for results.
 
-    Call it from the device's launcher only. Without `graphs` every step runs eagerly.
+    Call `forward` and `feed` from the device's launcher only. Without `graphs` every step runs eagerly.
     """
 
     def __init__(
@@ -127,8 +127,9 @@ def cuda_decoder(
 ) -> tuple[CudaDecoder, str]:
     """Put a device's decoder together; and what it is made of, for the log. ConfigError if something is missing."""
     buffers = StepBuffers(limits, device)
-    kernels, kernels_note = load_kernels()
-    attention, attention_note = load_attention(config, block_size, dtype, buffers)
+    kernels, kernels_note = load_kernels(device)
+    max_bucket = batch_buckets(limits.max_num_seqs)[-1]
+    attention, attention_note = load_attention(config, block_size, dtype, buffers, max_bucket)
     is_capturable = dtype is not torch.float32 and kernels_note.startswith("Triton")
     graphs = None
     if is_capturable and not enforce_eager:

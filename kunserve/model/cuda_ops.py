@@ -139,8 +139,10 @@ def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
     return dtype
 
 
-def load_kernels() -> tuple[Kernels, str]:
-    """Triton's kernels where triton is installed, else the reference; and which, for the log."""
+def load_kernels(device: torch.device) -> tuple[Kernels, str]:
+    """Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
+    if device.type != "cuda":
+        return TorchKernels(), f"torch reference on {device.type}"
     try:
         module = importlib.import_module("kunserve.model.cuda_kernels")
     except ImportError:

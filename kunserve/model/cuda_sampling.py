@@ -2,7 +2,7 @@
 
 Greedy rows and rows with temperature and min_p alone are chosen by the same functions as everywhere
 (kunserve.engine.sampler) from arrays in pinned memory. A batch in which one row asks for more (top_k, top_p, whatever
-adjusts or masks logits, logprobs) is sampled there as a whole, which blocks the launcher, not the event loop.
+adjusts or masks logits, logprobs) is sampled there as a whole, which waits for the GPU: on a queue of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from kunserve.engine.sampler import (
     _is_adjusted,
     draw,
     integer_weights,
-    sample,
     uniform,
 )
 from kunserve.errors import EngineError
@@ -44,11 +43,14 @@ class PendingTokens:
         return [SampledToken(token_id) for token_id in ids]
 
 
+def is_plain(rows: Sequence[SamplingRow]) -> bool:
+    """Whether `launch_sample` can choose the tokens of all rows; else it takes `sample`, which waits for the device."""
+    return all(map(_is_plain, rows))
+
+
 def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
-    """Choose one token per row of logits (R, V), as `sample` does, on the current stream."""
+    """Choose one token per row of logits (R, V), as `sample` does, on the current stream. All rows are plain."""
     device = logits.device
-    if not all(map(_is_plain, rows)):
-        return sampled(sample(logits, rows), device)
     ids = logits.argmax(-1)
     is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
     if any(row.params.temperature > 0 for row in rows):

@@ -74,11 +74,10 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One GPU, or in tests what stands for it. `budget_s`: after so many seconds no further part begins."""
+    """One GPU, or in tests what stands for it."""
 
     ordinal: int = 0
     is_quick: bool = False
-    budget_s: float = 420.0
     open_driver: Callable[[int], Driver] | None = None
 
     @property

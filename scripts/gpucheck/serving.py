@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gpucheck.bench import Bench, Placed
+from gpucheck.forward import gpu_step_seconds
 from kunserve.config import DeviceSpec, EngineConfig
+from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import launch
 from kunserve.engine.policy import OverloadPolicy
@@ -52,7 +55,7 @@ async def open_engine(config: EngineConfig) -> AsyncIterator[Engine]:
         yield served.engine
     finally:
         await served.engine.stop()
-        await served.engine.close()
+        await served.close()
 
 
 async def ask(engine: Engine, name: str, prompt: list[int], num_tokens: int, temperature: float = 0.0) -> Answer:
@@ -68,9 +71,9 @@ async def ask(engine: Engine, name: str, prompt: list[int], num_tokens: int, tem
     return answer
 
 
-def prompt_of(seed: int, length: int) -> list[int]:
+def prompt_of(engine: Engine, seed: int, length: int) -> list[int]:
     """Random token ids."""
-    return [random.Random(f"{seed}/{i}").randrange(3, 30000) for i in range(length)]
+    return [random.Random(f"{seed}/{i}").randrange(3, engine.model.vocab_size) for i in range(length)]
 
 
 async def _settled(engine: Engine) -> dict[str, Any]:
@@ -85,7 +88,10 @@ async def regroup(config: EngineConfig, *, num_requests: int, num_tokens: int) -
 
     async def run(engine: Engine) -> list[Answer]:
         return await asyncio.gather(
-            *(ask(engine, str(i), prompt_of(i, 40 + 7 * i), num_tokens, 0.8 * (i % 2)) for i in range(num_requests))
+            *(
+                ask(engine, str(i), prompt_of(engine, i, 40 + 7 * i), num_tokens, 0.8 * (i % 2))
+                for i in range(num_requests)
+            )
         )
 
     async with open_engine(config) as engine:
@@ -110,45 +116,89 @@ async def regroup(config: EngineConfig, *, num_requests: int, num_tokens: int) -
     }
 
 
-async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) -> dict[str, Any]:
-    """Tokens per second of running requests before, and after, two groups have become a chain."""
+@asynccontextmanager
+async def decoding(engine: Engine, num_requests: int, prompt_len: int) -> AsyncIterator[list[Answer]]:
+    """Requests that all generate, for as long as it lasts."""
+    answers: list[Answer] = []
 
-    async def rate(engine: Engine, answers: list[Answer]) -> float:
-        before, started = sum(len(a.at_s) for a in answers), time.perf_counter()
-        await asyncio.sleep(STEADY_S)
-        return (sum(len(a.at_s) for a in answers) - before) / (time.perf_counter() - started)
+    async def follow(i: int) -> None:
+        answer = Answer(time.perf_counter())
+        answers.append(answer)
+        params = SamplingParams(engine.limits.max_model_len - prompt_len - 1, temperature=0.0, ignore_eos=True)
+        async for output in engine.submit(Request(str(i), prompt_of(engine, i, prompt_len), params)):
+            answer.at_s += [time.perf_counter()] * len(output.token_ids)
 
-    async with open_engine(config) as engine:
-        answers: list[Answer] = []
-
-        async def follow(i: int) -> None:
-            answer = Answer(time.perf_counter())
-            answers.append(answer)
-            params = SamplingParams(max_tokens=engine.limits.max_model_len - prompt_len - 1, ignore_eos=True)
-            async for output in engine.submit(Request(str(i), prompt_of(i, prompt_len), params)):
-                answer.at_s += [time.perf_counter()] * len(output.token_ids)
-
-        tasks = [asyncio.ensure_future(follow(i)) for i in range(num_requests)]
-        while any(not a.at_s for a in answers) or len(answers) < num_requests:
+    tasks = [asyncio.ensure_future(follow(i)) for i in range(num_requests)]
+    try:
+        while not (len(answers) == num_requests and all(a.at_s for a in answers)):
             await engine.next_commit()
-        scheduler, planned = engine.scheduler, engine.scheduler.limits
-        scheduler.limits = replace(planned, num_ahead=0)
-        without_ahead = await rate(engine, answers)
-        scheduler.limits = planned
-        undropped = await rate(engine, answers)
-        await engine.drop()
-        drop = await _settled(engine)
-        dropped = await rate(engine, answers)
+            if any(task.done() for task in tasks):
+                raise RuntimeError("a request has ended before all have begun")
+        yield answers
+    finally:
         for i in range(num_requests):
             engine.abort(str(i))
-        await asyncio.gather(*tasks)
+        await asyncio.wait(tasks)
+    for task in tasks:
+        task.result()
+
+
+async def _rate(answers: Sequence[Answer]) -> tuple[float, float]:
+    """Tokens per second for a while, and how many each request had by the middle of it."""
+    before, started = sum(len(a.at_s) for a in answers), time.perf_counter()
+    await asyncio.sleep(STEADY_S)
+    now, took = sum(len(a.at_s) for a in answers), time.perf_counter() - started
+    return (now - before) / took, (now + before) / 2 / len(answers)
+
+
+async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) -> dict[str, Any]:
+    """Tokens per second of running requests before, and after, two groups have become a chain."""
+    async with open_engine(config) as engine, decoding(engine, num_requests, prompt_len) as answers:
+        undropped, _ = await _rate(answers)
+        await engine.drop()
+        drop = await _settled(engine)
+        dropped, _ = await _rate(answers)
     return {
         "tokens_per_s": undropped,
-        "tokens_per_s_planned_late": without_ahead,  # each step only when the one before is known: what is not hidden
         "tokens_per_s_dropped": dropped,
         "share": dropped / undropped,
         "drop_to_first_step_s": drop["seconds"].get("first_token"),
         "drop": drop,
+    }
+
+
+async def host(bench: Bench, config: EngineConfig, *, num_requests: int, prompt_len: int) -> dict[str, Any]:
+    """A decode step in the engine, over what the GPU alone needs for a step of as many sequences of that length.
+
+    Once with each step planned while the one before runs, as it is when serving, and once only after it: then all of
+    the host's time shows (schedule, arrays, plan, launch, publish).
+    """
+    async with open_engine(config) as engine:
+        scheduler, limits = engine.scheduler, engine.scheduler.limits
+        async with decoding(engine, num_requests, prompt_len) as answers:
+            scheduler.limits = replace(limits, num_ahead=0)
+            late, late_tokens = await _rate(answers)
+            scheduler.limits = limits
+            ahead, ahead_tokens = await _rate(answers)
+        while not engine.is_idle_since_last_step:
+            await engine.next_commit()
+        assert isinstance(engine.executor, CudaExecutor)
+        [memory], [decoder], [device] = engine.memories, engine.executor.decoders, engine.executor.devices
+        placed = Placed(device, memory, decoder, memory.kv.num_blocks(0))
+        late_gpu_s, gpu_s = [
+            await asyncio.to_thread(gpu_step_seconds, bench, placed, engine.model, num_requests, prompt_len + int(n))
+            for n in (late_tokens, ahead_tokens)
+        ]
+    step_s, host_s = num_requests / ahead, max(0.0, num_requests / late - late_gpu_s)
+    exposed_s = max(0.0, step_s - gpu_s)
+    return {
+        "batch": num_requests,
+        "context": prompt_len + int(ahead_tokens),
+        "step_ms": step_s * 1e3,
+        "gpu_ms": gpu_s * 1e3,
+        "host_ms": host_s * 1e3,
+        "hidden_share": max(0.0, 1 - exposed_s / host_s) if host_s else 1.0,
+        "exposed_share": exposed_s / step_s,
     }
 
 
@@ -159,18 +209,18 @@ async def burst(
     draw = random.Random(7)
     async with open_engine(config) as engine:
         capacity = sum(group.num_blocks for group in engine.groups) * config.block_size
-        await ask(engine, "warm-up", prompt_of(0, prompt_len), 8)
+        await ask(engine, "warm-up", prompt_of(engine, 0, prompt_len), 8)
         started = time.perf_counter()
         tasks = []
         for i in range(num_requests):
             await asyncio.sleep(draw.expovariate(rate))
-            tasks.append(asyncio.ensure_future(ask(engine, str(i), prompt_of(i, prompt_len), num_tokens)))
+            tasks.append(asyncio.ensure_future(ask(engine, str(i), prompt_of(engine, i, prompt_len), num_tokens)))
         _, late = await asyncio.wait(tasks, timeout=limit_s)
         for task in late:
             task.cancel()
         took = time.perf_counter() - started
         answers = [task.result() for task in tasks if task not in late]
-        ttft = sorted(a.ttft_s for a in answers) + [limit_s] * len(late)
+        ttft = sorted(min(a.ttft_s, limit_s) for a in answers) + [limit_s] * len(late)  # no token by then: the limit
         return {
             "kv_tokens": capacity,
             "demand_tokens": num_requests * (prompt_len + num_tokens),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from test_device_contract import (  # noqa: F401  collected here too, with this 
     test_work_runs_in_order_and_errors_come_back,
 )
 
-from kunserve.errors import ConfigError, DeviceError
+from kunserve.errors import ConfigError, DeviceError, DeviceLostError
 from kunserve.gpu import cuda, cuda_driver
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
 from kunserve.gpu.cuda import (
@@ -123,7 +125,8 @@ def test_close_gives_everything_back_whatever_is_mapped(driver: FakeCuda) -> Non
     assert driver.is_clean()
 
 
-def test_other_gpus_get_access(driver: FakeCuda) -> None:
+def test_other_gpus_get_access() -> None:
+    driver = FakeCuda(reachable=[2])
     device = CudaDevice(driver, "cuda:0", 2, CHUNK, peers=[0, 2])
     address = device.reserve(CHUNK)
     device.map(address, [1])
@@ -189,6 +192,8 @@ def test_the_fake_keeps_the_rules(driver: FakeCuda) -> None:
     broken(driver, lambda: driver.map(address, size, b), "something is mapped")
     broken(driver, lambda: driver.map(address + size, size, a), "elsewhere")
     broken(driver, lambda: driver.set_access(address, 2 * size, [0]), "not all")
+    broken(driver, lambda: driver.set_access(address, size, [0, 1]), "does not reach")
+    broken(driver, lambda: driver.set_access(address, size, []), "without the GPU")
     driver.map(address + size, size, b)
     driver.set_access(address, 2 * size, [0])
     broken(driver, lambda: driver.release(a), "mapped")
@@ -329,6 +334,47 @@ async def test_a_cancelled_caller_of_work_that_fails_leaves_no_unseen_error(
     assert unseen == []
 
 
+async def test_an_error_comes_out_where_it_belongs_when_nothing_runs_on(device: CudaDevice, driver: FakeCuda) -> None:
+    stream = compute_stream(device)
+
+    def work(fails: bool) -> str:
+        driver.submit(stream)
+        if fails:
+            raise ZeroDivisionError
+        return "done"
+
+    steps = [asyncio.ensure_future(device.run(lambda i=i: work(i == 1))) for i in range(3)]  # type: ignore[misc]
+    await until(lambda: driver.calls["synchronize"] == 1)  # the second waits for what it has launched itself
+    driver.complete(stream)
+    assert await steps[0] == "done" and not steps[1].done()
+    driver.complete(stream)
+    with pytest.raises(ZeroDivisionError):
+        await steps[1]
+    await until(lambda: driver._submitted[stream] == 3)
+    driver.complete(stream)
+    assert await steps[2] == "done"
+
+
+async def test_a_fault_on_one_gpu_is_no_fault_on_another() -> None:
+    drivers = [FakeCuda(0), FakeCuda(1)]
+    devices = open_cuda_devices(drivers, 1, CHUNK)
+
+    def work(i: int) -> int:
+        drivers[i].submit(compute_stream(devices[i]))
+        return i
+
+    steps = [asyncio.ensure_future(devices[i].run(lambda i=i: work(i))) for i in range(2)]  # type: ignore[misc]
+    await until(lambda: all(d._submitted[compute_stream(devices[i])] for i, d in enumerate(drivers)))
+    drivers[0].fail("CUDA_ERROR_LAUNCH_FAILED")
+    with pytest.raises(DeviceLostError, match=r"cuda:0: .*CUDA_ERROR_LAUNCH_FAILED"):
+        await steps[0]
+    assert not steps[1].done()
+    drivers[1].complete(compute_stream(devices[1]))
+    assert await steps[1] == 1
+    for device in devices:
+        device.close()
+
+
 # --- copies ---------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +462,25 @@ def test_pinned_weights_are_read_once_in_the_weights_dtype(driver: FakeCuda) -> 
     pinned.close()
     pinned.close()
     assert not driver.pinned_ranges
+
+
+def test_whoever_asks_while_a_tensor_is_read_waits_for_that_read(driver: FakeCuda) -> None:
+    class SlowSource(CountingSource):
+        def copy_into(self, name: str, out: torch.Tensor) -> None:
+            all_ask.wait(10)
+            super().copy_into(name, out)
+
+    source, name, all_ask = SlowSource(), "model.layers.0.mlp.up_proj.weight", threading.Event()
+    pinned = PinnedSource(source, weight_units(TINY, 4), torch.float32, driver)
+    outs = [torch.zeros(32, 16) for _ in range(4)]
+    threads = [threading.Thread(target=pinned.copy_into, args=(name, out)) for out in outs]
+    for thread in threads:
+        thread.start()
+    all_ask.set()
+    for thread in threads:
+        thread.join()
+    assert source.reads == 1 and outs[0].count_nonzero() and all(torch.equal(out, outs[0]) for out in outs)
+    pinned.close()
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do(driver: FakeCuda) -> None:
@@ -569,6 +634,24 @@ def test_driver_errors_carry_their_names() -> None:
     failing = bindings(cuDeviceGet=lambda ordinal: (Status("CUDA_ERROR_INVALID_DEVICE"), None))
     with pytest.raises(DeviceError, match="cuda:1: cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE"):
         cuda_driver.CudaDriver(1, failing)
+
+
+def test_everything_imports_where_nothing_of_cuda_is_installed() -> None:
+    script = """
+import importlib, pkgutil, sys
+for name in ("triton", "flashinfer", "cuda", "cuda.bindings"):
+    sys.modules[name] = None
+import kunserve
+for module in pkgutil.walk_packages(kunserve.__path__, "kunserve."):
+    if not module.name.endswith((".cuda_kernels", "__main__")):
+        importlib.import_module(module.name)
+try:
+    import kunserve.model.cuda_kernels
+except ImportError:
+    print("only the kernels need triton")
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.stdout == "only the kernels need triton\n", done.stderr
 
 
 def has_gpu() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,7 +20,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.placement import model_shape
 from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.reconfigure import Reconfigure
-from kunserve.engine.request import Request, SamplingParams
+from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
@@ -117,6 +118,47 @@ async def test_prompts_are_scored() -> None:
         outputs = [output async for output in engine.submit(Request("r", prompt, params))]
         assert [scored.token_id for scored in outputs[0].prompt_logprobs] == prompt[1:]
         assert len([token for output in outputs for token in output.token_ids]) == 3
+
+
+class HeldGrammar:
+    """A grammar that allows everything, but only when it is told to."""
+
+    is_finished = False
+
+    def __init__(self) -> None:
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+
+    def mask(self) -> TokenMask:
+        def wait() -> None:
+            self.is_asked.set()
+            assert self.may_answer.wait(10)
+
+        return wait
+
+    next_mask = mask
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_row_that_the_host_looks_at_holds_up_no_launch() -> None:
+    async with serving([FakeCuda(), FakeCuda()]) as engine:
+        expected = await generate(engine, 1)
+        grammar = HeldGrammar()
+        params = SamplingParams(60, temperature=0.0, seed=1, ignore_eos=True)
+        request = Request("held", [(7 + k) % 300 for k in range(12)], params, constraint=grammar)
+        stream = engine.submit(request)
+        while not grammar.is_asked.is_set():
+            await asyncio.sleep(0)
+        assert isinstance(engine.executor, CudaExecutor)
+        for device in engine.executor.devices:  # one of them is where the request waits
+            assert await device.run(lambda: 7) == 7
+        assert request.num_output_tokens == 0
+        grammar.may_answer.set()
+        assert tuple([token async for output in stream for token in output.token_ids]) == expected
 
 
 async def test_a_step_that_fails_ends_its_requests_and_not_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

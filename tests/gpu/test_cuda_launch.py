@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 from e2e.engines import assert_idle, generate, greedy
 from fake_cuda import FakeCuda
+from fake_gpus import ACTIVATIONS, MIB, Gpus
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from kunserve import server
@@ -19,11 +20,8 @@ from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.cuda_machine import GRAPH_BYTES
 from kunserve.engine.launch import Served, launch
-from kunserve.errors import ConfigError
-from kunserve.gpu import cuda
-
-MIB = 1 << 20
-ACTIVATIONS = 5 * MIB
+from kunserve.errors import ConfigError, EngineError
+from kunserve.model.cuda_decoder import CudaDecoder
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +30,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def drivers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeCuda]]:
-    """One GPU of 1 GiB; every driver that was opened. All must be closed, and nothing of theirs left, in the end."""
-    opened: list[FakeCuda] = []
-    taken = iter([0, ACTIVATIONS])
-
-    def open_driver(ordinal: int, _: Any) -> FakeCuda:
-        opened.append(FakeCuda(ordinal))
-        return opened[-1]
-
-    monkeypatch.setattr(cuda, "load_bindings", lambda: None)
-    monkeypatch.setattr(cuda, "count_gpus", lambda _: 1)
-    monkeypatch.setattr(cuda, "CudaDriver", open_driver)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: next(taken))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    yield opened
-    assert all(driver.is_clean() and not driver.pinned_ranges for driver in opened)
+def drivers(gpus: Gpus) -> list[FakeCuda]:
+    return gpus.opened
 
 
 @asynccontextmanager
 async def serving(folder: Path, seen: list[tuple[str, float]] | None = None, **settings: Any) -> AsyncIterator[Served]:
+    defaults: dict[str, Any] = {"devices": parse_devices("cuda:0*2"), "dtype": "float32"}
     config = EngineConfig(
         str(folder),
-        dtype="float32",
         block_size=8,
         max_model_len=200,
         max_num_batched_tokens=48,
         max_num_seqs=8,
         is_pinned=True,
-        **{"devices": parse_devices("cuda:0*2")} | settings,
+        **defaults | settings,
     )
     served = await launch(config, "tiny", lambda text, share: seen.append((text, share)) if seen is not None else None)
     try:
@@ -76,6 +59,23 @@ async def until_settled(served: Served) -> None:
     """Wait until no transition is under way."""
     while tasks := served.control._tasks:
         await asyncio.wait(set(tasks))
+
+
+async def assert_same_tokens_through_drop_and_restore(served: Served) -> None:
+    """Two groups become a chain and come apart again under requests that run; no token changes."""
+    engine, num_groups = served.engine, len(served.engine.groups)
+    expected = [await generate(engine, prompt(i), greedy(40)) for i in range(4)]
+    streams = [asyncio.create_task(generate(engine, prompt(i), greedy(40))) for i in range(4)]
+    while sum(len(group.running) for group in engine.groups) < 4:
+        await engine.next_commit()
+    await engine.drop()
+    assert sorted(len(group.stages) for group in engine.groups) == [1] * (num_groups - 2) + [2]
+    await until_settled(served)
+    await engine.restore()
+    assert [len(group.stages) for group in engine.groups] == [1] * num_groups
+    assert await asyncio.gather(*streams) == expected
+    await until_settled(served)
+    await assert_idle(engine)
 
 
 def prompt(i: int) -> list[int]:
@@ -94,27 +94,53 @@ async def test_from_the_flags_to_tokens_through_drop_and_restore(
         assert sum(len(driver.pinned_ranges) for driver in drivers) == int(pin_weights)
         shares = [share for text, share in seen if text == "loading weights"]
         assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) >= 4
-        expected = [await generate(engine, prompt(i), greedy(40)) for i in range(4)]
-        streams = [asyncio.create_task(generate(engine, prompt(i), greedy(40))) for i in range(4)]
-        while sum(len(group.running) for group in engine.groups) < 4:
-            await engine.next_commit()
-        await engine.drop()
-        assert [len(group.stages) for group in engine.groups] == [2]
-        await until_settled(served)
-        await engine.restore()
-        assert [len(group.stages) for group in engine.groups] == [1, 1]
-        assert await asyncio.gather(*streams) == expected
-        await until_settled(served)
-        await assert_idle(engine)
+        await assert_same_tokens_through_drop_and_restore(served)
 
 
-async def test_the_memory_is_what_a_full_step_leaves(tiny: Path, drivers: list[FakeCuda]) -> None:
-    async with serving(tiny) as served:
+@pytest.mark.parametrize("devices", ["cuda", "cuda:0,1"])
+@pytest.mark.parametrize("are_peers", [True, False])
+async def test_two_gpus_directly_or_through_host_memory(tiny: Path, gpus: Gpus, devices: str, are_peers: bool) -> None:
+    gpus.count, gpus.are_peers = 2, are_peers
+    async with serving(tiny, device_memory_bytes=24 * MIB, devices=parse_devices(devices)) as served:
+        assert [m.device.name for m in served.engine.memories] == ["cuda:0", "cuda:1"]
+        assert served.machine.device_name == "GPU 0 that is not there"
+        assert [view.island for view in served.control._devices] == [0, 0 if are_peers else 1]
+        await assert_same_tokens_through_drop_and_restore(served)
+        _, first, second = [gpus.opened[i] for i in (2, 0, 1)]  # the one in between measured activations
+        for driver in (first, second):
+            granted = {entry[-1] for entry in driver.log if entry[0] == "set_access"}
+            both = (driver.ordinal, 1 - driver.ordinal)
+            assert granted == {both if are_peers else (driver.ordinal,)}
+            assert bool(driver.calls["pinned"]) != are_peers  # KV that moved was staged there, and only then
+
+
+async def test_four_devices_on_one_gpu(tiny: Path, drivers: list[FakeCuda]) -> None:
+    async with serving(tiny, device_memory_bytes=24 * MIB, devices=parse_devices("cuda:0*4")) as served:
+        assert [m.device.name for m in served.engine.memories] == [f"cuda:0.{i}" for i in range(4)]
+        budgets = {m.device.num_chunks * m.device.chunk_bytes for m in served.engine.memories}
+        assert budgets == {24 * MIB}
+        await assert_same_tokens_through_drop_and_restore(served)
+
+
+@pytest.mark.parametrize("utilization", [0.92, 0.7])
+async def test_the_memory_is_what_a_full_step_leaves(
+    tiny: Path, drivers: list[FakeCuda], utilization: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int]] = []
+    forward = CudaDecoder.forward
+
+    def seen(self: CudaDecoder, first: int, last: int, x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        steps.append((len(x), len(rest[1])))
+        return forward(self, first, last, x, *rest, **more)
+
+    monkeypatch.setattr(CudaDecoder, "forward", seen)
+    async with serving(tiny, gpu_memory_utilization=utilization) as served:
         total = 1 << 30
-        expected = int(total * 0.92) // 2 - ACTIVATIONS - GRAPH_BYTES
+        expected = int(total * utilization) // 2 - ACTIVATIONS - GRAPH_BYTES
         for memory in served.engine.memories:
             budget = memory.device.num_chunks * memory.device.chunk_bytes
             assert expected - memory.device.chunk_bytes < budget <= expected
+        assert steps == [(48, 8), (8, 8)]  # the full token budget, all sampled; and the largest that is captured
         measured = drivers[2]  # opened for the step at full token budget, and closed
         assert len(drivers) == 3 and measured.is_clean() and measured.calls["create"] > 0
     assert drivers[0].is_clean()
@@ -124,6 +150,14 @@ async def test_a_number_of_blocks_is_met_or_refused(tiny: Path, drivers: list[Fa
     async with serving(tiny, num_blocks_override=64, enforce_eager=True) as served:
         block_bytes = served.engine.memories[0].kv.shape.block_bytes
         assert all(64 <= group.num_blocks < 64 + 2 * MIB // block_bytes for group in served.engine.groups)
+
+
+async def test_so_much_kv_is_given(tiny: Path, drivers: list[FakeCuda]) -> None:
+    async with serving(tiny, kv_bytes=8 * MIB) as served:
+        for memory in served.engine.memories:
+            kv = memory.counts.kv * memory.device.chunk_bytes
+            assert 0 <= 8 * MIB - kv < len(memory.kv.layers) * memory.device.chunk_bytes
+        assert len(await generate(served.engine, prompt(1), greedy(5))) == 5
 
 
 async def test_so_much_kv_leaves_nothing_open(tiny: Path, drivers: list[FakeCuda]) -> None:
@@ -157,6 +191,35 @@ async def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         await launch(config, "tiny", lambda text, share: None)
     assert "\n" not in error.value.message
+
+
+async def test_flashinfer_that_is_missing_is_said_in_one_line(tiny: Path, drivers: list[FakeCuda]) -> None:
+    with pytest.raises(ConfigError, match=r"^--devices cuda needs flashinfer-python: pip install[^\n]*$"):
+        async with serving(tiny, dtype="bfloat16"):
+            pass
+
+
+async def test_a_first_step_that_fails_is_said_in_one_line(
+    tiny: Path, drivers: list[FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore of that")
+
+    monkeypatch.setattr(CudaDecoder, "forward", forward)
+    with pytest.raises(ConfigError, match=r"^cuda:0: a step of 48 tokens .* failed: CUDA out of mem.*B$"):
+        async with serving(tiny):
+            pass
+
+
+async def test_a_kernel_that_faults_ends_the_engine(tiny: Path, drivers: list[FakeCuda]) -> None:
+    async with serving(tiny, device_memory_bytes=24 * MIB) as served:
+        engine = served.engine
+        for driver in drivers:
+            driver.fail("CUDA_ERROR_ILLEGAL_ADDRESS")
+        with pytest.raises(EngineError, match="cuda:0: cuEventSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            await generate(engine, prompt(1), greedy(5))
+        await engine.wait()
+        assert engine.health() == "the engine has stopped"
 
 
 def test_the_server_ends_with_the_line(tiny: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kunserve.engine.request import SamplingParams
-from kunserve.engine.sampler import SamplingRow, sample
+from kunserve.engine.sampler import SampledToken, SamplingRow, sample
 from kunserve.errors import EngineError
 from kunserve.model import cuda_sampling
-from kunserve.model.cuda_sampling import launch_sample
+from kunserve.model.cuda_sampling import is_plain, launch_sample, sampled
 
 
 def row(seed: int, num_output: int = 2, **params: Any) -> SamplingRow:
@@ -58,16 +58,16 @@ def test_plain_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_rows_that_ask_for_more(params: dict[str, Any]) -> None:
-    rows, values = [*PLAIN, row(6, **params)], logits(len(PLAIN) + 1, 3)
-    pending = launch_sample(values, rows)
-    assert pending.known is not None
-    assert pending.tokens() == sample(values, rows)
-    assert pending.on_device.tolist() == [token.token_id for token in pending.tokens()]
+    assert is_plain(PLAIN) and not is_plain([*PLAIN, row(6, **params)])
 
 
 def test_rows_that_score_a_prompt_token() -> None:
-    rows = [PLAIN[0], replace(row(6), given=17)]
-    assert [token.token_id for token in launch_sample(logits(2, 1), rows).tokens()][1] == 17
+    assert not is_plain([PLAIN[0], replace(row(6), given=17)])
+
+
+def test_tokens_that_the_host_knows() -> None:
+    pending = sampled([SampledToken(7), SampledToken(3)], torch.device("cpu"))
+    assert pending.tokens() == [SampledToken(7), SampledToken(3)] and pending.on_device.tolist() == [7, 3]
 
 
 def test_rows_without_a_finite_logit_are_named_when_tokens_are_asked_for() -> None:

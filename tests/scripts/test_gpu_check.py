@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,15 @@ import pytest
 import torch
 from cuda_parts import FakeGraph
 from fake_cuda import FakeCuda
-from gpucheck import forward, memory, report, serving
+from fake_gpus import Gpus
+from gpucheck import forward, memory, report, serving, worker
 from gpucheck.bench import Bench, llama_1b
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import make_tiny_model
 
-from kunserve.config import DeviceSpec
+from kunserve.config import DeviceSpec, EngineConfig
+from kunserve.engine.policy import OverloadPolicy
 from kunserve.gpu.cuda_driver import Driver
 from kunserve.model import cuda_decoder
 from kunserve.model.config import ModelConfig
@@ -37,7 +38,7 @@ TINY = ModelConfig("llama", 100, 32, 48, 8, 2, 1, 16, 2048)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A GPU without a GPU: reference attention for half types too, and graphs that run again."""
 
-    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers) -> Any:
+    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
         return ReferenceAttention(block_size, buffers), "reference"
 
     make = cuda_decoder.cuda_decoder
@@ -105,28 +106,114 @@ async def test_serving_parts_on_cpu_devices() -> None:
     assert [t["kind"] for t in result["transitions"]] == ["drop", "restore"]
 
 
-def test_a_part_that_fails_does_not_end_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    parts: dict[str, gpu_check.Part] = {"bad": lambda: {"x": 1 // 0}, "good": lambda: {"ok": True}}
-    results = gpu_check.run_parts(parts, 100.0, lambda line: None)
-    assert "ZeroDivisionError" in results["bad"]["failed"] and results["good"]["ok"]
-    assert "ZeroDivisionError" in capsys.readouterr().err
-    assert "no time left" in gpu_check.run_parts(parts, -1.0, lambda line: None)["good"]["skipped"]
+async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(
+    bench: Bench, gpus: Gpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serving, "STEADY_S", 0.05)
+    model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4, max_position_embeddings=4096))
+
+    def config(num_devices: int) -> EngineConfig:
+        devices = DeviceSpec("cuda", (0,) * num_devices)
+        found = serving.engine_config(
+            devices, model, memory_bytes=24 << 20, dtype="float32", is_pinned=True, num_batched_tokens=64
+        )
+        return replace(found, max_model_len=None)
+
+    figures = await serving.host(bench, config(1), num_requests=3, prompt_len=20)
+    assert figures["batch"] == 3 and figures["context"] > 20
+    assert figures["gpu_ms"] > 0 and figures["step_ms"] > 0 and 0 <= figures["exposed_share"] < 1
+    assert 0 <= figures["hidden_share"] <= 1
+    figures = await serving.steady(config(2), num_requests=2, prompt_len=20)
+    assert figures["share"] == figures["tokens_per_s_dropped"] / figures["tokens_per_s"] > 0
+    assert figures["drop"]["outcome"] == "done"
 
 
-def sleep() -> dict[str, Any]:
-    time.sleep(600)
-    return {}
+@pytest.mark.parametrize(("policy", "num_stages"), [(OverloadPolicy.DROP, None), (OverloadPolicy.RECOMPUTE, 4)])
+async def test_a_burst_on_four_cpu_devices(tmp_path: Path, policy: OverloadPolicy, num_stages: int | None) -> None:
+    model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4))
+    config = serving.engine_config(
+        DeviceSpec("cpu", (0, 1, 2, 3)), model, num_blocks=24, policy=policy, num_stages=num_stages
+    )
+    config = replace(config, max_model_len=200, chunk_bytes=64 << 10)
+    figures = await serving.burst(config, num_requests=8, rate=1e3, prompt_len=40, num_tokens=8, limit_s=20.0)
+    assert figures["demand_tokens"] == 8 * 48 and figures["kv_tokens"] > 0
+    assert not figures["errors"] and not figures["unfinished"]
+    assert 0 < figures["ttft_p50_s"] <= figures["ttft_p99_s"] and figures["tokens_per_s"] > 0
 
 
-def test_a_part_that_takes_too_long_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
-    parts: dict[str, gpu_check.Part] = {
-        "slow": sleep,
-        "serving": lambda: asyncio.run(asyncio.sleep(600, {})),
-        "good": lambda: {"ok": True},
-    }
-    results = gpu_check.run_parts(parts, 100.0, lambda line: None, limit_s=0.05)
-    assert all("its time was over" in results[name]["failed"] for name in ("slow", "serving"))
-    assert results["good"]["ok"] and capsys.readouterr().err.count("Traceback") >= 2
+WORKER = """
+import os, time
+from gpucheck.worker import serve
+def ok():
+    print("not an answer")
+    return {"pid": os.getpid()}
+serve({"ok": ok, "bad": lambda: 1 // 0, "gone": lambda: os._exit(7), "slow": lambda: time.sleep(600)})
+"""
+
+
+def run_parts(*names: str, budget_s: float = 60.0, part_limit_s: float = 30.0) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-c", WORKER]
+    found = worker.run_parts(names, command, budget_s=budget_s, limit_s=60.0, part_limit_s=part_limit_s)
+    return {f"{i} {name}": result for i, (name, result) in enumerate(found)}
+
+
+def test_parts_that_fail_or_take_their_process_with_them_do_not_end_the_rest(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu_check.__file__).parent))
+    results = run_parts("ok", "ok", "bad", "ok", "gone", "ok")
+    pids = [result["pid"] for result in results.values() if "pid" in result]
+    assert len(pids) == 4 and pids[0] == pids[1] and len(set(pids)) == 3  # anew after each that failed
+    assert results["2 bad"]["failed"].startswith("ZeroDivisionError") and results["2 bad"]["seconds"] >= 0
+    assert results["4 gone"] == {"failed": "its process ended with status 7"}
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_part_that_hangs_is_stopped_and_one_without_time_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu_check.__file__).parent))
+    assert run_parts("slow", part_limit_s=0.1) == {"0 slow": {"failed": "stopped after 0 s"}}
+    assert "no time left" in run_parts("ok", budget_s=-1.0)["0 ok"]["skipped"]
+
+
+WHERE = {"date": "2026-01-02"} | dict.fromkeys(("memory_gib", "compute_capability", "torch", "cuda"), "?")
+
+
+def test_what_is_kept_has_device_and_date(tmp_path: Path) -> None:
+    where = WHERE | {"device": "NVIDIA H100 80GB HBM3"}
+    gpu_check.write(tmp_path, {"environment": where, "quick": False, "parts": PARTS, "targets": report.targets(PARTS)})
+    names = ["nvidia-h100-80gb-hbm3-2026-01-02.json", "nvidia-h100-80gb-hbm3-2026-01-02.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads((tmp_path / names[0]).read_text())["environment"] == where
+
+
+def test_the_whole_script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    serve = "from gpucheck.worker import serve; serve({'contract': lambda: {'ok': True}, 'remap': lambda: 1 // 0})"
+    where = WHERE | {"device": "X"}
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu_check.__file__).parent))
+    monkeypatch.setattr(gpu_check, "environment", lambda ordinal: where)
+    monkeypatch.setattr(gpu_check, "worker_command", lambda ordinal, is_quick: [sys.executable, "-c", serve])
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", "--parts", "remap,contract", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_status:
+        gpu_check.main()
+    assert exit_status.value.code == 1  # a part has failed
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "x-2026-01-02.json").read_text())
+    assert result["environment"] == where and result["parts"]["contract"]["ok"]
+    assert "ZeroDivisionError" in result["parts"]["remap"]["failed"]
+    assert (tmp_path / "x-2026-01-02.md").read_text().count("| device contract | passes | True | yes |")
+
+
+def test_every_target_is_of_a_part_that_exists(bench: Bench) -> None:
+    parts = gpu_check.parts_of(bench)
+
+    class Asked(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            asked.add(name)
+            raise KeyError(name)
+
+    asked: set[str] = set()
+    report.targets(Asked())
+    assert asked and asked <= set(parts)
 
 
 PARTS: dict[str, Any] = {
@@ -140,7 +227,9 @@ PARTS: dict[str, Any] = {
     },
     "remap": {"drop_ms": 12.5},
     "decode": {"64": {"over_floor": 1.2, "exposed_host_share": 0.04}},
-    "burst": {"recompute": {"ttft_p99_s": 12.0}, "drop": {"ttft_p99_s": 0.5}},
+    "host": {"exposed_share": 0.06},
+    "burst_recompute": {"ttft_p99_s": 12.0},
+    "burst_drop": {"ttft_p99_s": 0.5},
     "sanitizer": {"skipped": "not installed"},
     "steady": {"failed": "no"},
 }
@@ -151,6 +240,7 @@ def test_targets() -> None:
     met = {name: row["met"] for name, row in rows.items()}
     assert met["device contract"] and met["decode step over its floor, batch 64"]
     assert met["logits against float32, relative error"] is False
+    assert met["host time not hidden, share of a step"] is False
     assert met["compute-sanitizer"] is None and met["throughput dropped over undropped"] is None
     assert rows["TTFT p99 of recompute over drop"]["value"] == 24.0
     assert rows["graphs captured by drop and restore"] == {
