@@ -103,7 +103,14 @@ def parse_size(text: str, plain_unit: str = "") -> int:
 
 
 def parse_devices(text: str) -> DeviceSpec:
-    """Devices of "cpu:2" (two virtual CPU devices); ConfigError otherwise."""
+    """Devices of "cpu:2" (two virtual CPU devices), "cuda:0,1", ...; ConfigError otherwise.
+
+    "auto": all GPUs, if there is one that torch can use, else two virtual CPU devices.
+    """
+    if text.strip() == "auto":
+        import torch
+
+        text = "cuda" if torch.cuda.is_available() else "cpu:2"
     if text.strip().startswith("cuda"):
         from kunserve.gpu.cuda import parse_cuda_devices  # imports torch
 

@@ -139,8 +139,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--port", type=int, default=8000, help="port to listen on")
     add(
         "--devices",
-        default="cpu:2",
-        help="cpu:N: virtual CPU devices; cuda, cuda:0,1: GPUs; cuda:0*4: several logical devices on one",
+        default="auto",
+        help="cuda, cuda:0,1: GPUs; cuda:0*4: several logical devices on one; cpu:N: virtual CPU devices; "
+        "auto: all GPUs, or cpu:2 where there are none",
     )
     add("--device-memory", metavar="SIZE", help="budget of one device, weights and KV: 730MiB, 18GiB")
     add("--num-gpu-blocks-override", type=int, metavar="N", help="budget is the weights plus N blocks of KV")

@@ -4,7 +4,9 @@
     python scripts/bench_transitions.py --rounds 3 --cycles 10
 
 `throughput`: a load that fits without a drop, on two groups and on the chain they make when an operator asks, by turns;
-and the latency of a single request before the first drop and after the last restore. `drift`: a burst that makes the
+and the latency of a single request before the first drop and after the last restore. `alone`: the same load without a
+server and a client, which take turns on the virtual devices' own cores: whom they keep waiting, a chain waits for.
+`drift`: a burst that makes the
 server drop, quiet until it has restored, and again: throughput, memory of the process and free chunks of each cycle.
 Needs a machine with nothing else to do. The last line of stdout is one JSON object; the rest goes to stderr.
 """
@@ -14,13 +16,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import sys
+import time
 from statistics import median
 from typing import Any
 
 import psutil
 from compare_policies import Burst, measure
 from load.server import Server, post_json, running_server
+
+from kunserve.config import EngineConfig, parse_devices
+from kunserve.engine.launch import launch
+from kunserve.engine.request import Request, SamplingParams
 
 ADMIN_KEY = "bench"
 ONE = Burst(1, 1000.0, 64, 64)
@@ -72,6 +80,42 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """As `throughput`, of an engine in this process."""
+    config = EngineConfig(args.model, parse_devices(args.devices), num_blocks_override=args.blocks, is_pinned=True)
+    served = await launch(config, "bench", lambda text, share: None)
+    engine, rates = served.engine, dict[str, list[float]](undropped=[], dropped=[])
+
+    async def run(seed: int) -> float:
+        rng, started_s = random.Random(seed), time.perf_counter()
+        params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
+        prompts = [rng.choices(range(1000, 40_000), k=LOAD.num_prompt_tokens) for _ in range(LOAD.num_requests)]
+        streams = [engine.submit(Request(f"{seed}-{i}", prompt, params)) for i, prompt in enumerate(prompts)]
+        for stream in streams:
+            async for _ in stream:
+                pass
+        return LOAD.num_requests * LOAD.num_output_tokens / (time.perf_counter() - started_s)
+
+    async def settled() -> None:
+        while served.control.reconfigure.current is not None:
+            await asyncio.sleep(0.05)
+
+    await engine.start()
+    await run(args.rounds)
+    for seed in range(args.rounds):
+        rates["undropped"].append(await run(seed))
+        await engine.drop()
+        await settled()
+        rates["dropped"].append(await run(seed))
+        await engine.restore()
+        await settled()
+        print({name: round(values[-1], 1) for name, values in rates.items()}, file=sys.stderr)
+    await engine.stop()
+    await served.close()
+    ratios = [d / u for d, u in zip(rates["dropped"], rates["undropped"], strict=True)]
+    return {"tokens_per_s": rates, "median_ratio": median(ratios)}
+
+
 async def drift(args: argparse.Namespace) -> dict[str, Any]:
     """Burst and quiet, over and over."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
@@ -107,6 +151,7 @@ async def main() -> None:
     args = parser.parse_args()
     report: dict[str, Any] = {}
     if args.rounds:
+        report["alone"] = await engine_throughput(args)
         report["throughput"] = await throughput(args)
     if args.cycles:
         report["drift"] = await drift(args)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from kunserve.config import DeviceSpec, EngineConfig, parse_devices, parse_size
 from kunserve.errors import ConfigError
@@ -43,6 +44,12 @@ def test_devices() -> None:
     assert parse_devices("cpu:2") == DeviceSpec("cpu", (0, 1))
     assert parse_devices(" cpu ") == parse_devices("cpu:1") == DeviceSpec("cpu", (0,))
     assert len(parse_devices("cpu:64").indices) == 64
+
+
+@pytest.mark.parametrize(("has_gpu", "meant"), [(False, "cpu:2"), (True, "cuda")])
+def test_devices_that_nobody_chose(has_gpu: bool, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert parse_devices("auto") == parse_devices(meant)
 
 
 @pytest.mark.parametrize("text", ["", "cpu:0", "cpu:-1", "cpu:65", "cpu:x", "gpu:1", "cpu:1,2", "cpu:9999999999999"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kunserve import server
-from kunserve.config import DeviceSpec
+from kunserve.config import parse_devices
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.server import parse_args
@@ -19,7 +19,7 @@ def test_defaults() -> None:
     assert (config.host, config.port) == ("127.0.0.1", 8000)
     assert config.served_names == ("smollm2-135m",)
     assert config.engine.model == "smollm2-135m"
-    assert config.engine.devices == DeviceSpec("cpu", (0, 1))
+    assert config.engine.devices == parse_devices("auto")
     assert config.engine.block_size == 16
     assert config.engine.device_memory_bytes is config.engine.num_blocks_override is None
 

@@ -49,7 +49,7 @@ async def watched(engine: Scene, settings: ApiSettings | None = None) -> AsyncIt
         yield client, application[FEED]
 
 
-async def next_event(response: ClientResponse) -> tuple[str, Frame]:
+async def next_event(response: ClientResponse) -> tuple[str, Any]:
     assert response.status == 200
     lines = [(await response.content.readline()).decode() for _ in range(3)]
     assert lines[0].startswith("event: ") and lines[1].startswith("data: ") and lines[2] == "\n"
