@@ -45,6 +45,7 @@ class Options:
     max_num_batched_tokens: int = 1024
     max_num_seqs: int = 1024
     watermark: float = 0.0
+    is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
     step_overhead_s: float = 0.0  # of the host, for each stage of a microbatch
     is_coordinated: bool = True
     is_looking_ahead: bool = True
@@ -102,7 +103,7 @@ def simulate(options: Options) -> dict[str, Any]:
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
         restore_hold_s=options.restore_hold_s,
-        async_scheduling=False,  # between the devices of a GPU cluster the host takes no time that this would hide
+        async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
     )
     if not options.is_restoring:
         config = replace(config, restore_watermark=NEVER)
@@ -149,6 +150,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
         help="seconds that the host adds to each stage of a step (the paper's decode iteration of 60 ms: about 0.015)",
     )
     add("--restore-hold", dest="restore_hold_s", type=float, default=default.restore_hold_s)
+    add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
     add("--no-lookahead", dest="is_looking_ahead", action="store_false", help="chains count tokens, not time")
