@@ -2,9 +2,10 @@
 
     python scripts/fit_cost_model.py --model smollm2-135m --devices cpu:2
 
-Random microbatches (decode, prompts in chunks, both) run on random numbers of layers, on all devices at once, because
-they share memory as they do in serving, through the executor that serves. A third of them is held out and says how good
-the prediction is. The constants go to a file where the server finds them: the cache folder, or `--out`.
+Random microbatches (decode, prompts in chunks, both) run on random numbers of layers, through the executor that serves.
+All devices run the same one at once: they share the memory's bandwidth, and in serving all decode or all are busy with
+prompts at the same time. A third of the microbatches is held out and says how good the prediction is. The constants go
+to a file where the server finds them: the cache folder, or `--out`.
 """
 
 from __future__ import annotations
@@ -110,15 +111,17 @@ async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
     return seconds
 
 
-async def measure_device(engine: Engine, device: int, trials: Sequence[Trial], until: float) -> list[Measurement]:
-    """Run all trials by turns, over and over, until the time is up; each one's lower quartile. At least once."""
+async def measure_all(
+    engine: Engine, devices: Sequence[int], trials: Sequence[Trial], until: float
+) -> list[Measurement]:
+    """Run all trials by turns, over and over, until the time is up; the median of each. At least once."""
     seconds: list[list[float]] = [[] for _ in trials]
     while time.monotonic() < until or not seconds[-1]:
         for trial, times in zip(trials, seconds, strict=True):
-            times.append(await run_trial(engine, device, trial))
+            times += await asyncio.gather(*(run_trial(engine, device, trial) for device in devices))
             if time.monotonic() > until and seconds[-1]:
                 break
-    return [trial.measured(float(np.quantile(times, 0.25))) for trial, times in zip(trials, seconds, strict=True)]
+    return [trial.measured(float(np.median(times))) for trial, times in zip(trials, seconds, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,10 @@ async def measure(args: argparse.Namespace) -> Measured:
         engine = served.engine
         until = time.monotonic() + args.seconds
         devices = [stage.device for group in engine.groups for stage in group.stages]
-        rngs = [random.Random(args.seed + device) for device in devices]
+        rng = random.Random(args.seed)
         layers, tokens = engine.model.num_layers, args.blocks * config.block_size // 2
-        trials = [[draw_trial(rng, layers, tokens) for _ in range(args.trials)] for rng in rngs]
-        runs = (measure_device(engine, device, t, until) for device, t in zip(devices, trials, strict=True))
-        results = await asyncio.gather(*runs)
+        trials = [draw_trial(rng, layers, tokens) for _ in range(args.trials)]
+        steps = await measure_all(engine, devices, trials, until)
     finally:
         await served.close()
     held_out = args.trials // 3
@@ -159,8 +161,8 @@ async def measure(args: argparse.Namespace) -> Measured:
         served.files.name,
         device_kind(served.machine.device_name),
         len(devices),
-        [step for result in results for step in result[held_out:]],
-        [step for result in results for step in result[:held_out]],
+        steps[held_out:],
+        steps[:held_out],
     )
 
 
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="as for the server; its weights are not needed")
     parser.add_argument("--devices", default="cpu:2", help="as for the server")
     parser.add_argument("--seconds", type=float, default=50.0, help="how long to measure")
-    parser.add_argument("--trials", type=int, default=60, help="microbatches drawn for each device")
+    parser.add_argument("--trials", type=int, default=120, help="microbatches drawn")
     parser.add_argument("--blocks", type=int, default=1024, help="KV blocks of each device")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--derive", action="store_true", help="measure nothing: derive the GPUs' from their datasheets")

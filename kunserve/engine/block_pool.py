@@ -38,11 +38,16 @@ class BlockPool:
     def alloc(self, num_blocks: int, *, is_beyond_limit: bool = False) -> list[int] | None:
         """Take blocks, each with one reference; None, and nothing taken, when there are not enough.
 
-        `is_beyond_limit`: ids up to `num_blocks` will do, for KV that is on its way to a range not mapped so far.
+        `is_beyond_limit`: the last ids, for KV that is on its way to a range not mapped so far.
         """
         if num_blocks > (len(self._free) if is_beyond_limit else self._num_free_below_limit):
             return None
-        taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
+        if is_beyond_limit:
+            self._free.sort()  # and it stays a heap
+            first = len(self._free) - num_blocks
+            taken, self._free = self._free[first:], self._free[:first]
+        else:
+            taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         self._num_free_below_limit -= sum(1 for block in taken if block < self._limit)
         self._ref_counts.update(dict.fromkeys(taken, 1))
         return taken

@@ -8,7 +8,7 @@ from typing import Protocol
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 from kunserve.planner.cost import Chunk, Work
-from kunserve.planner.microbatch import Lookahead
+from kunserve.planner.microbatch import MANY, Lookahead
 
 LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all its KV again
 
@@ -32,17 +32,21 @@ class TokenBudget:
 
     def __init__(self, num_tokens: int, group: Group) -> None:
         self._num_tokens = num_tokens
-        num_decoding = sum(1 for r in group.running if _has_output(r) and is_schedulable(r))
-        self._num_rows = max(1, -(-num_decoding // len(group.stages)))
+        self._num_rows: int | None = None  # alone, a device has all rows in each microbatch
+        if len(group.stages) > 1:
+            num_decoding = sum(1 for r in group.running if _has_output(r) and is_schedulable(r))
+            self._num_rows = max(1, -(-num_decoding // len(group.stages)))
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
-        return 0 if _decodes(request, num_tokens) and not self._num_rows else min(num_tokens, self._num_tokens)
+        most = min(num_tokens, self._num_tokens)
+        return 0 if self._num_rows == 0 and _decodes(request, num_tokens) else most
 
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
         self._num_tokens -= num_tokens
-        self._num_rows -= _decodes(request, _num_pending(request))
+        if self._num_rows is not None:
+            self._num_rows -= _decodes(request, _num_pending(request))
 
     @property
     def is_full(self) -> bool:
@@ -58,7 +62,8 @@ class TimeBudget:
         self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
-        ahead = _admissible(group, waiting, max_num_seqs, 2 * len(group.stages) * lookahead.least_tokens)
+        num_seen = 2 * MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
+        ahead = _admissible(group, waiting, max_num_seqs, num_seen)
         decoding = [Chunk(r.num_expected_tokens - 1, 1, 1) for r in running if _decodes(r, _num_pending(r))]
         prompts = [chunk for request in (*running, *ahead) for chunk in _prompt_chunks(request)]
         self._part = lookahead.part(decoding, prompts, len(group.stages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -63,7 +64,7 @@ class OverloadControl:
             return
         is_idle = not self._tasks
         may_drop = is_idle and self._merged_epoch != self._engine.epoch
-        if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded():
+        if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded(changed):
             self._relaxation = Relaxation()
             if is_idle:
                 self._begin_drop()
@@ -167,12 +168,16 @@ class OverloadControl:
         self._relaxation = Relaxation()
         return False
 
-    def _is_overloaded(self) -> bool:
-        groups, head = self._engine.groups, self._engine.scheduler.waiting.head
+    def _is_overloaded(self, changed: Sequence[Group]) -> bool:
+        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        blocks_for = groups[0].blocks_for
+        head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
+        has_to_wait = head_blocks is not None and all(group.num_free < head_blocks for group in groups)
         return is_overloaded(
-            groups[0].blocks_for(head.num_tokens) if head is not None else None,
-            [GroupLoad(group.num_free, list(map(_view, group.running))) for group in groups],
-            self._demand(1.0),
+            head_blocks if has_to_wait else None,
+            blocks_for(waiting.num_tokens),
+            [GroupLoad(g.num_free, list(map(_view, g.running))) for g in (groups if has_to_wait else changed)],
+            partial(self._demand, 1.0),
             sum(group.num_blocks for group in groups),
             self._thresholds,
             self._shape.block_size,

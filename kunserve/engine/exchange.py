@@ -7,7 +7,9 @@ A request whose copy fails is recomputed: nothing is lost but time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -20,13 +22,12 @@ from kunserve.engine.request import Request
 from kunserve.errors import EngineError
 from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links, Priority
+from kunserve.gpu.queue import gather_all
 from kunserve.planner.exchange import LayerMove, layer_moves
 from kunserve.planner.plan import ExchangePlan, KvMove
 from kunserve.planner.snapshot import StageView
 
 log = structlog.get_logger()
-
-SLICE_BYTES = 4 << 20  # of one turn on a link: a millisecond or two between CPU devices
 
 
 @dataclass(slots=True, eq=False)
@@ -87,30 +88,44 @@ class Exchange:
         return [moving.tables[device] for moving in self._moving.values() if device in moving.tables]
 
     async def by_request(self, moving: Sequence[Moving]) -> None:
-        """One request after the other, in the order of `reserve`; each runs on when its own layers have arrived."""
+        """Requests in the order of `reserve`; each runs on when its own layers have arrived.
+
+        They get their blocks in that order too. Those that take the same links follow each other, so that the first is
+        not held up by the last; those that take others, as from the other side of a merge, go at the same time.
+        """
+        lanes = defaultdict[frozenset[tuple[int, int]], asyncio.Lock](asyncio.Lock)
         try:
-            for m in moving:
-                if self._is_moving(m):
-                    await self._bring(m)
+            async with asyncio.TaskGroup() as tasks:
+                under_way: list[asyncio.Task[None]] = []
+                for m in moving:
+                    if self._is_moving(m) and not (m.has_blocks or self._allocate(m)) and under_way:
+                        await asyncio.wait(under_way)  # those leave ranges that can be given to the layers that stay
+                    if self._is_moving(m) and await self._has_blocks(m):
+                        links = frozenset((move.source, move.destination) for move in m.moves)
+                        lane = lanes[links] if self._links.is_coordinated else asyncio.Lock()
+                        under_way.append(tasks.create_task(self._bring(m, lane)))
         finally:
             self._end_all(moving)
 
     async def by_layer(self, group: Group, moving: Sequence[Moving], plan: ExchangePlan) -> None:
         """All requests, one layer after the other: needs the room of one layer only. They run on together.
 
-        That is once the freed chunks are theirs to grow into.
+        That is once the freed chunks are theirs to grow into. Ranges grow in the order of the plan, each as soon as
+        there are chunks for it; layers that take other links are then copied at the same time.
         """
         by_id = {m.request.request_id: m for m in moving}
         try:
             if any(not m.has_blocks for m in moving):
                 raise EngineError("no blocks for KV that was planned to fit")
-            for move in plan.moves:
-                await self._grow(move)
-                step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
-                for request_id in move.request_ids:
-                    if request_id in by_id:  # not if it left since the plan was made
-                        await self._copy(by_id[request_id], step)
-                await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
+            lanes = defaultdict[tuple[int, int], asyncio.Lock](asyncio.Lock)
+            async with asyncio.TaskGroup() as tasks:
+                under_way = set[asyncio.Task[None]]()
+                for move in plan.moves:
+                    while under_way and not self._has_chunks(move):
+                        _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                    await self._grow(move)
+                    lane = lanes[move.source, move.destination]
+                    under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane)))
             await self._remap.settle(group.stages)
         except Exception as error:
             log.warning("exchange by layer failed, recomputing", requests=len(moving), error=repr(error))
@@ -120,17 +135,41 @@ class Exchange:
         finally:
             self._end_all(moving)
 
-    async def _bring(self, moving: Moving) -> None:
-        """Take one request all the way; if that cannot be, it is recomputed."""
-        is_lost = True
+    async def _bring_layer(self, moving: Mapping[str, Moving], move: KvMove, lane: asyncio.Lock) -> None:
+        """Copy a layer of all requests when its turn has come, and unmap what it leaves."""
+        step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
+        there = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made
+        async with lane:
+            if self._links.is_coordinated:
+                for m in there:
+                    await self._copy(m, step)
+            else:
+                await gather_all(self._copy(m, step) for m in there)
+            await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
+
+    async def _has_blocks(self, moving: Moving) -> bool:
+        """Whether a request has its blocks now; one that cannot get any is recomputed."""
         try:
             if await self._wait_for_blocks(moving):
+                return True
+        except Exception as error:
+            log.warning("no blocks, recomputing", request=moving.request.request_id, error=repr(error))
+        if self._is_moving(moving):
+            self._end(moving, is_lost=True)
+        return False
+
+    async def _bring(self, moving: Moving, lane: asyncio.Lock) -> None:
+        """Copy one request's layers when its turn has come; if that fails, it is recomputed."""
+        is_lost = True
+        try:
+            async with lane:
                 for move in moving.moves:
                     await self._copy(moving, move)
-                is_lost = False
+            is_lost = False
         except Exception as error:
             log.warning("exchange failed, recomputing", request=moving.request.request_id, error=repr(error))
-        self._end(moving, is_lost=is_lost)
+        if self._is_moving(moving):
+            self._end(moving, is_lost=is_lost)
 
     async def _wait_for_blocks(self, moving: Moving) -> bool:
         """Return when a request has its blocks, or has ended; False if nobody is left who could make room for it."""
@@ -177,7 +216,7 @@ class Exchange:
         source, target = self._engine.memories[move.source], self._engine.memories[move.destination]
         used = moving.group.blocks_for(moving.request.num_computed_tokens)
         layer_bytes = used * target.kv.shape.block_bytes
-        num_layers = max(1, SLICE_BYTES // max(1, layer_bytes))
+        num_layers = max(1, self._links.slice_bytes // max(1, layer_bytes))
         for first in range(move.first_layer, move.last_layer, num_layers):
             layers = range(first, min(first + num_layers, move.last_layer))
             if not used or moving.request.finish_reason is not None:
@@ -244,8 +283,16 @@ class Exchange:
 
     async def _grow(self, move: KvMove) -> None:
         """Map a layer's range at the destination up to the last block that anybody has there."""
+        kv, missing = self._engine.memories[move.destination].kv, self._missing_chunks(move)
+        for layer in range(move.first_layer, move.last_layer):
+            await self._remap.resize_kv(move.destination, {layer: kv.num_chunks(layer) + missing})
+
+    def _has_chunks(self, move: KvMove) -> bool:
+        """Whether `_grow` would find what it needs."""
+        return self._missing_chunks(move) <= self._engine.memories[move.destination].counts.free
+
+    def _missing_chunks(self, move: KvMove) -> int:
+        """Chunks by which each layer's range at the destination has to grow; all of them have as many."""
         kv = self._engine.memories[move.destination].kv
         last = max((block for table in self.held(move.destination) for block in table), default=-1)
-        for layer in range(move.first_layer, move.last_layer):
-            chunks = max(kv.num_chunks(layer), kv.chunks_for(last + 1))
-            await self._remap.resize_kv(move.destination, {layer: chunks})
+        return max(0, kv.chunks_for(last + 1) - kv.num_chunks(move.first_layer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from kunserve.engine.sampler import SamplingRow, reads_output
 from kunserve.model.ops import AttentionBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens `[start, end)` of one request. `samples`: they reach its last, so the last stage samples the next.
 
     `is_ahead`: nobody knows the last one yet; the oldest microbatch in flight samples it.

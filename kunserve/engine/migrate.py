@@ -30,7 +30,6 @@ log = structlog.get_logger()
 PAIR_EVERY_S = 0.05
 MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy
 LAST_STAGE_BLOCKS = 16  # fewer than these left: stop and copy
-SLICE_BYTES = 4 << 20  # of one turn on a link
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +189,7 @@ class Migration:
         memories = self._engine.memories
         read, write = m.request.block_tables[0][m.num_copied : end], m.table[m.num_copied : end]
         layer_bytes = len(read) * memories[target.device].kv.shape.block_bytes
-        num_layers = max(1, SLICE_BYTES // max(1, layer_bytes))
+        num_layers = max(1, self._links.slice_bytes // max(1, layer_bytes))
         for first in range(target.first_layer, target.last_layer if read else 0, num_layers):
             if not (m.is_wanted or m.request.is_moving):
                 return

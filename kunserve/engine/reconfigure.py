@@ -105,8 +105,7 @@ class Reconfigure:
             transition.exchange_mode = ", ".join(sorted(modes)) or None
             layouts: Layouts = {}
             for merge, groups, exchange in steps:
-                is_spare_kept = exchange.mode is ExchangeMode.BY_LAYER
-                layouts |= self._remap.of_merge(merge, groups, is_spare_kept=is_spare_kept)
+                layouts |= self._remap.of_merge(merge, groups, exchange.rooms)
             with self._step(transition, "remap"):  # 3
                 await self._remap.apply(layouts)
             transition.weight_bytes = plan.freed_bytes
@@ -134,19 +133,17 @@ class Reconfigure:
         self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan
     ) -> tuple[Group, list[Moving], ExchangePlan]:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
-        new, is_by_layer = self._new_group(merge.stages, merge.origin), exchange.mode is ExchangeMode.BY_LAYER
+        new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
         for stage in new.stages:
             mapped = self._engine.memories[stage.device].kv.num_blocks(stage.first_layer)
-            if is_by_layer:  # ids of blocks that are mapped layer by layer
-                chunks = self._remap.of_stage(stage.view).kv_chunks[stage.first_layer]
-                stage.pool.grow(self._shape.blocks_in(chunks))
+            stage.pool.grow(mapped)
+            if by_layer:  # and ids of blocks that are mapped layer by layer
+                stage.pool.grow(by_layer[stage.device].num_blocks)
                 stage.pool.set_limit(mapped)
-            else:
-                stage.pool.grow(mapped)
         moving = [self.exchange.begin(request, group, new) for request, group in _by_admission(groups)]
         order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
         moving.sort(key=lambda m: order.get(m.request.request_id, -1))
-        self.exchange.reserve(moving, is_beyond_limit=is_by_layer)
+        self.exchange.reserve(moving, is_beyond_limit=bool(by_layer))
         return new, moving, exchange
 
     async def _exchange_after_merge(self, group: Group, moving: list[Moving], exchange: ExchangePlan) -> None:

@@ -15,7 +15,7 @@ from kunserve.gpu.queue import gather_all
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
-from kunserve.planner.plan import Merge, Part
+from kunserve.planner.plan import Merge, Part, Room
 from kunserve.planner.snapshot import ModelShape, StageView
 
 Layouts = dict[int, Layout]  # by device
@@ -55,12 +55,13 @@ class Remap:
         """All devices of the groups that a split makes."""
         return {stage.device: self.of_stage(stage) for part in parts for stage in part.stages}
 
-    def of_merge(self, merge: Merge, groups: Sequence[Group], *, is_spare_kept: bool) -> Layouts:
+    def of_merge(self, merge: Merge, groups: Sequence[Group], rooms: Sequence[Room]) -> Layouts:
         """All devices of a merge right after the drop, before any KV has left.
 
-        Layers that go keep the KV of running requests until it is copied. is_spare_kept: leave the freed chunks free,
-        for KV that comes layer by layer; otherwise the layers that stay get them.
+        Layers that go keep the KV of running requests until it is copied. The layers that stay get the freed chunks,
+        or only `rooms` if KV comes layer by layer, and the rest stays free for that.
         """
+        room_of = {room.device: room.chunks for room in rooms}
         old = {stage.device: (group, stage) for group in groups for stage in group.stages}
         layouts = {}
         for stage in merge.stages:
@@ -72,7 +73,7 @@ class Remap:
                 leaving = []
             spare = memory.pool.num_chunks - len(leaving) * chunks
             spare -= self.shape.weight_chunks(stage.first_layer, stage.last_layer)
-            grown = chunks if is_spare_kept else spare // len(stay)
+            grown = chunks + room_of[stage.device] if rooms else spare // len(stay)
             layouts[stage.device] = self._layout(stage, dict.fromkeys(leaving, chunks) | dict.fromkeys(stay, grown))
         return layouts
 
@@ -132,12 +133,16 @@ class Remap:
         return sum(await gather_all(load(device) for device in before))
 
     async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
-        """Give some layers of a device another number of KV chunks."""
+        """Give some layers of a device another number of KV chunks. What others ask for at the same time stands."""
         memory = self._memories[device]
-        before = memory.layout
-        after = Layout(before.units, tuple(chunks.get(i, n) for i, n in enumerate(before.kv_chunks)))
-        if after != before:
-            await memory.device.run(partial(memory.rearrange, after))
+
+        def resize() -> None:  # of the layout that is there then: it may change until its turn has come
+            before = memory.layout
+            after = Layout(before.units, tuple(chunks.get(i, n) for i, n in enumerate(before.kv_chunks)))
+            if after != before:
+                memory.rearrange(after)
+
+        await memory.device.run(resize)
 
     async def settle(self, stages: Iterable[Stage]) -> None:
         """Unmap KV of layers that are not served here any more, and give the chunks to those that are."""

@@ -156,8 +156,10 @@ class Scheduler:
         ready = [
             r for r in group.running if is_schedulable(r) and (r.num_scheduled_tokens < r.num_tokens or r in ahead)
         ]
-        missing = sum(group.missing_blocks(r, r.num_scheduled_tokens + 1) for r in ready)
-        is_short = missing > group.num_free
+        # One block at most is missing to each, so that nobody need count them while more are free.
+        is_short = len(ready) > group.num_free and group.num_free < sum(
+            group.missing_blocks(r, r.num_scheduled_tokens + 1) for r in ready
+        )
         if is_short:
             ready = [r for r in ready if r not in ahead]
         return sorted(ready, key=lambda r: r.num_expected_tokens - r.num_scheduled_tokens > 1), is_short

@@ -31,8 +31,12 @@ class _Link:
 class Links:
     """All links of a machine, named by source and destination device.
 
-    Long transfers take a turn per slice, so that an activation waits for one slice at most.
+    Long transfers take a turn per slice, so that an activation waits for one slice at most, and follow each other.
+    Links that are not coordinated, for comparison, get all that has to go at once, each request's KV in one piece.
     """
+
+    slice_bytes = 4 << 20  # of one turn: a millisecond or two between CPU devices
+    is_coordinated = True
 
     def __init__(self) -> None:
         self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)

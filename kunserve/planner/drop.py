@@ -18,6 +18,8 @@ from kunserve.planner.layer_split import Chain, cuts_within, stages_of
 from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.snapshot import ModelShape, Origin, Snapshot
 
+FULL = 0.85  # share of a group's blocks in use
+
 # First and last layer that a device of a chain holds now, and its budget (negative: the richest of equals is first).
 Place = tuple[int, int, int]
 Seat = tuple[int, int, int, int, int]  # a place; how many blocks its group uses (negative), and the device itself
@@ -103,6 +105,7 @@ class _Node:
     seats: tuple[Seat, ...]
     origin: Origin
     gain: int = 0  # blocks it holds more than its two parts
+    is_full: bool = False  # hardly any of its blocks is free
     is_waiting: bool = True  # for a partner
     is_part: bool = False  # of another node
 
@@ -131,30 +134,30 @@ def _merged(shapes: _Shapes, a: _Node, b: _Node, min_gain: float) -> _Node | Non
     )
 
 
-Entry = tuple[int, int, int, _Node]
+Entry = tuple[int, bool, int, int, _Node]
 
 
 class _Smallest:
-    """Nodes that may merge: fewest devices first, then least KV to exchange; those of each island at hand."""
+    """Nodes that may merge: fewest devices first, then the full, then least KV to exchange; of each island at hand."""
 
     def __init__(self, nodes: Iterable[_Node]) -> None:
         self._all = [self._entry(node) for node in nodes]
         self._of_island: defaultdict[int | None, list[Entry]] = defaultdict(list)
         for entry in self._all:
-            self._of_island[entry[3].island].append(entry)
+            self._of_island[entry[-1].island].append(entry)
         heapify(self._all)
         for heap in self._of_island.values():
             heapify(heap)
 
     @staticmethod
     def _entry(node: _Node) -> Entry:
-        return node.num_devices, node.used, node.group_ids[0], node
+        return node.num_devices, not node.is_full, node.used, node.group_ids[0], node
 
     @staticmethod
     def _first(heap: list[Entry]) -> _Node | None:
-        while heap and not heap[0][3].is_waiting:
+        while heap and not heap[0][-1].is_waiting:
             heappop(heap)
-        return heap[0][3] if heap else None
+        return heap[0][-1] if heap else None
 
     def _partners(self, node: _Node, other: _Node) -> tuple[_Node, ...]:
         if node.island is None or node.island == other.island:
@@ -188,13 +191,18 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
     as far as they can hold it: a chain cannot be cut anew, but no group merges for it. If all merges are not enough
     they are planned nevertheless, and `meets_need` is false. No merges if the need is met as it is. Two groups that
     hold no more together than apart stay apart, even if three would gain: that takes chunks as large as a range.
+
+    Where anything has to merge, all groups do that are full (`FULL`) or soon will be. Room elsewhere is nothing to
+    their requests, and whoever has the only room gets all new requests, which are more than it can compute.
     """
     shapes = _Shapes(snapshot.model)
     nodes = _nodes(snapshot, shapes)
     before = capacity = sum(node.blocks for node in nodes)
     heap, merged = _Smallest(nodes), []
-    while capacity < need_blocks and (node := heap.merge_next(shapes, min_gain=1)):
+    num_full = sum(node.is_full for node in nodes) if capacity < need_blocks else 0
+    while (capacity < need_blocks or num_full) and (node := heap.merge_next(shapes, min_gain=1)):
         capacity += node.gain
+        num_full = max(0, num_full - 2)
         merged.append(node)
     return _plan(snapshot, shapes, before, [node for node in merged if not node.is_part], need_blocks, room_blocks)
 
@@ -234,7 +242,8 @@ def _nodes(snapshot: Snapshot, shapes: _Shapes) -> list[_Node]:
         shape = shapes.of(tuple(places))
         origin = group.origin or Origin(group.stages)
         blocks, used, ids = shape.standing, group.used_blocks, (group.group_id,)
-        nodes.append(_Node(shape, len(places), blocks, blocks, used, near, ids, tuple(seats), origin))
+        is_full = used > FULL * blocks
+        nodes.append(_Node(shape, len(places), blocks, blocks, used, near, ids, tuple(seats), origin, 0, is_full))
     return nodes
 
 

@@ -3,7 +3,8 @@
 Right after a drop each device has: the weights it keeps, the KV of all layers it had, and the chunks of the dropped
 weights, free. Incoming KV needs room in the kept layers' ranges; outgoing KV gives room back only when the last
 request has left a layer's range. By request is kinder (each resumes on its own) but needs room for one whole side;
-by layer needs the growth of one layer, since every layer that has left makes room for the next to come.
+by layer needs the growth of one layer, since every layer that has left makes room for the next to come. What is free
+beyond that is for new requests at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge
+from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge, Room
 from kunserve.planner.snapshot import ModelShape, Snapshot, StageView
 
 
@@ -66,10 +67,14 @@ def plan_exchange(snapshot: Snapshot, merge: Merge, requests: Sequence[LiveReque
         if (order := _order_requests(scene, wanted)) is not None:
             moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
             return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves))
-    if (steps := _order_layers(scene)) is not None:
+    steps, rooms = _order_layers(scene, most := _most_rooms(scene)), most
+    if steps is None:
+        steps, rooms = _order_layers(scene, none := dict.fromkeys(most, 0)), none
+    if steps is not None:
         ids = {group: tuple(r.request_id for r in kindest if r.group_id == group) for group in scene.used}
         moves = [KvMove(ids[scene.group_of[step.source]], *step) for step in steps]
-        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves))
+        given = tuple(Room(device, chunks, scene.num_blocks(device, chunks)) for device, chunks in rooms.items())
+        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), given)
     return ExchangePlan(ExchangeMode.INFEASIBLE, ())
 
 
@@ -108,6 +113,26 @@ class _Scene:
                 scene.free[device] = budgets[device] - weights - (kept + leaving) * chunks
         return scene
 
+    def num_blocks(self, device: int, room_chunks: int) -> int:
+        """Block ids that a device needs when all KV has come, if its layers that stay have so many chunks more.
+
+        What comes is beyond those, so that new requests can have them; without any it goes wherever nobody is.
+        """
+        mapped, used = self.model.blocks_in(self.range_chunks[device] + room_chunks), self.used[self.group_of[device]]
+        coming = sum(self.used.values()) - used
+        return mapped + coming if room_chunks else max(mapped, used + coming)
+
+
+def _most_rooms(scene: _Scene) -> dict[int, int]:
+    """Chunks that each layer that stays can have more, at once, beside the growth of one layer, and in the end."""
+    rooms = {}
+    for device, group in scene.group_of.items():
+        growth = scene.model.chunks_for(sum(scene.used.values()) - scene.used[group]) + 1
+        spare, kept = scene.free[device], scene.kept[device]
+        in_the_end = (spare + scene.leaving[device] * scene.range_chunks[device]) // kept - growth
+        rooms[device] = max(0, min((spare - growth) // kept, in_the_end))
+    return rooms
+
 
 def _order_requests(scene: _Scene, wanted: Sequence[LiveRequest]) -> list[LiveRequest] | None:
     """Order in which the requests fit, as near to `wanted` as can be; None if some never fit.
@@ -141,15 +166,16 @@ def _order_requests(scene: _Scene, wanted: Sequence[LiveRequest]) -> list[LiveRe
     return order
 
 
-def _order_layers(scene: _Scene) -> list[LayerMove] | None:
-    """Order in which single layers of all requests fit; None if at some point no layer does.
+def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | None:
+    """Order in which single layers of all requests fit beside `rooms`; None if at some point no layer does.
 
     Of the layers that fit, one leaves the device with the least room, which needs it most.
     """
     pending = {
         move: move.first_layer for group in scene.moves if scene.used[group] for move in scene.moves[group]
     }  # -> the next layer of it
-    free, steps = dict(scene.free), list[LayerMove]()
+    free = {device: chunks - rooms[device] * scene.kept[device] for device, chunks in scene.free.items()}
+    steps = list[LayerMove]()
     filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
     def growth(move: LayerMove) -> int:
@@ -157,10 +183,10 @@ def _order_layers(scene: _Scene) -> list[LayerMove] | None:
 
         With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
         """
-        device, base = move.destination, scene.range_chunks[move.destination]
+        device, room = move.destination, rooms[move.destination]
         if (device, pending[move]) in filled:
             return 0
-        return max(0, scene.model.chunks_for(sum(scene.used.values())) - base)
+        return max(0, scene.model.chunks_for(scene.num_blocks(device, room)) - scene.range_chunks[device] - room)
 
     while pending:
         fitting = [move for move in pending if growth(move) <= free[move.destination]]

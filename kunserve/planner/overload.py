@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ class Thresholds:
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
     hold_s: float = 5.0
-    horizon_steps: int = 16  # a wait so short that a drop is not worth it
+    horizon_steps: int = 16  # in which running requests must not outgrow their group
+    patience_steps: int = 4  # a wait so short that a drop is not worth it
 
 
 class GroupLoad(NamedTuple):
@@ -28,26 +29,41 @@ class GroupLoad(NamedTuple):
 
 def is_overloaded(
     head_blocks: int | None,
+    waiting_blocks: int,
     groups: Sequence[GroupLoad],
-    demand_blocks: int,
+    demand_blocks: Callable[[], int],
     mapped_blocks: int,
     thresholds: Thresholds,
     block_size: int,
 ) -> bool:
     """Whether memory is, or is about to be, too small for what is asked of it.
 
-    The head of the queue (None: nothing waits) fits nowhere and will not within a few steps, or the running requests
-    of a group outgrow its blocks within these steps; and the whole demand exceeds the watermark.
-    demand_blocks: `Demand.blocks`; mapped_blocks: capacity of all groups as they stand.
+    The whole demand exceeds the watermark, and: the running requests of a group may outgrow its blocks within the
+    horizon, before any of them ends; or the head of the queue (None: nothing waits) fits nowhere, and what comes free
+    within a few steps is not enough for it or for all that wait.
+    waiting_blocks: for the tokens of all that wait; demand_blocks: tells `Demand.blocks`, and is asked only if the rest
+    holds; mapped_blocks: capacity of all groups as they stand. `groups` may leave out those that have not changed since
+    they were looked at, unless the head has to wait.
     """
-    if demand_blocks <= thresholds.drop_watermark * mapped_blocks:
-        return False
-    soon = [g.free_blocks + surely_freed(g.running, thresholds.horizon_steps, block_size) for g in groups]
-    if any(blocks < 0 for blocks in soon):
-        return True
-    if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
-        return False
-    return all(blocks < head_blocks for blocks in soon)
+
+    def is_short() -> bool:
+        if any(g.free_blocks < growth(g.running, thresholds.horizon_steps, block_size) for g in groups):
+            return True
+        if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
+            return False
+        soon = [g.free_blocks + surely_freed(g.running, thresholds.patience_steps, block_size) for g in groups]
+        return max(soon) < head_blocks or sum(max(0, blocks) for blocks in soon) < waiting_blocks
+
+    return is_short() and demand_blocks() > thresholds.drop_watermark * mapped_blocks
+
+
+def growth(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:
+    """Blocks that so many steps add to running requests if none ends before the others have grown."""
+    added = 0
+    for request in running:
+        tokens = request.num_tokens + min(horizon_steps, request.most_remaining)
+        added += max(0, -(-tokens // block_size) - request.num_blocks)
+    return added
 
 
 def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kunserve.planner.snapshot import Origin, StageView
 
@@ -82,9 +83,18 @@ class KvMove:
     destination: int
 
 
+class Room(NamedTuple):
+    """What a device has of blocks while KV goes by layer: those below its limit are mapped, in all layers that stay."""
+
+    device: int
+    chunks: int  # that each layer that stays gets at once, so that new requests can run meanwhile
+    num_blocks: int  # with those beyond the limit, for the KV that comes
+
+
 @dataclass(frozen=True, slots=True)
 class ExchangePlan:
     """Moves in an order in which each fits, if ranges that nobody uses any more are unmapped after every move."""
 
     mode: ExchangeMode
     moves: tuple[KvMove, ...]
+    rooms: tuple[Room, ...] = ()  # by layer: of every device

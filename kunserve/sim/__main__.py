@@ -45,6 +45,8 @@ class Options:
     max_num_batched_tokens: int = 1024
     max_num_seqs: int = 1024
     watermark: float = 0.0
+    is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
+    step_overhead_s: float = 0.0  # of the host, for each stage of a microbatch
     is_coordinated: bool = True
     is_looking_ahead: bool = True
     is_restoring: bool = True
@@ -101,12 +103,14 @@ def simulate(options: Options) -> dict[str, Any]:
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
         restore_hold_s=options.restore_hold_s,
+        async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
     )
     if not options.is_restoring:
         config = replace(config, restore_watermark=NEVER)
     if not options.is_looking_ahead:
         config = replace(config, microbatching="tokens")
     machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
+    machine.cost = replace(machine.cost, stage_s=machine.cost.stage_s + options.step_overhead_s)
     rows = rows_of(options)
     if not rows:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
@@ -138,7 +142,15 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
     add("--max-num-seqs", type=int, default=default.max_num_seqs)
     add("--watermark", type=float, default=default.watermark)
+    add(
+        "--step-overhead",
+        dest="step_overhead_s",
+        type=float,
+        default=default.step_overhead_s,
+        help="seconds that the host adds to each stage of a step (the paper's decode iteration of 60 ms: about 0.015)",
+    )
     add("--restore-hold", dest="restore_hold_s", type=float, default=default.restore_hold_s)
+    add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
     add("--no-lookahead", dest="is_looking_ahead", action="store_false", help="chains count tokens, not time")
@@ -156,6 +168,7 @@ def main() -> None:
         report = simulate(options)
     except (ConfigError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    report.pop("answers")
     if is_brief:
         report.pop("transitions")
         report["memory"].pop("over_time")

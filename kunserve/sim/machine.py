@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,12 +55,16 @@ class SimDevice(NullDevice):
         self._num_calls += 1
         super().unmap(address, num_chunks)
 
-    async def compute(self, seconds: float) -> None:
-        """Return when work of so long has been done, after everything that was asked for before."""
-        loop = asyncio.get_running_loop()
-        self._free_at_s = max(self._free_at_s, loop.time()) + seconds
+    def queue(self, seconds: float) -> float:
+        """Work of so long goes after everything that was asked for before; how long until it is done."""
+        now_s = asyncio.get_running_loop().time()
+        self._free_at_s = max(self._free_at_s, now_s) + seconds
         self.busy_s += seconds
-        await asyncio.sleep(self._free_at_s - loop.time())
+        return self._free_at_s - now_s
+
+    async def compute(self, seconds: float) -> None:
+        """Return when work of so long has been done."""
+        await asyncio.sleep(self.queue(seconds))
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`. Work that maps takes time for every call; nothing else that comes here is long."""
@@ -79,6 +86,27 @@ class NoWeights:
         """Nothing to copy."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Seconds of scheduling, streaming and whatever else runs on the devices' own cores, as on a machine of few cores.
+
+    The stages of a microbatch pay for it in equal shares.
+    """
+
+    step_s: float = 0.0  # for a microbatch
+    token_s: float = 0.0  # for each token that it samples
+    request_s: float = 0.0  # for each request, when it begins
+
+
+class Step(NamedTuple):
+    """What the executor needs of a microbatch."""
+
+    work: Work
+    num_begun: int  # requests that it is the first for
+    sampled: Future[Any]
+    ahead_of: Future[Any] | None  # `sampled` of the one whose tokens it goes on from, if it is still in flight
+
+
 class SimExecutor(Executor):
     """Waits as long as every stage would compute, one microbatch after the other on each device."""
 
@@ -91,14 +119,17 @@ class SimExecutor(Executor):
         num_layers: int,
         *,
         shares_head: bool,
+        host: HostTime,
     ) -> None:
         self._devices, self._links, self._cost = devices, links, cost
         self._token_bytes, self._num_layers = token_bytes, num_layers  # of an activation between stages
-        self._shares_head = shares_head  # as DeviceExecutor
+        self._shares_head, self._host = shares_head, host
+        self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # as DeviceExecutor
 
-    def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Work:
+    def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Step:
         """See `Executor.inputs`: as far as time depends on it."""
-        pairs = keys = tokens = samples = 0
+        pairs = keys = tokens = samples = num_begun = 0
+        is_ahead = False
         for span in batch.spans:  # Work.of, unrolled: this runs for every token
             start, end = span.start, span.end
             num_tokens = end - start
@@ -106,36 +137,59 @@ class SimExecutor(Executor):
             keys += end
             tokens += num_tokens
             samples += span.samples
-        return Work(pairs // 2, keys, tokens, len(batch.spans), samples)
+            is_ahead |= span.is_ahead
+            num_begun += start == 0 and span.request.num_preemptions == 0
+        work = Work(pairs // 2, keys, tokens, len(batch.spans), samples)
+        return Step(work, num_begun, batch.sampled, group.in_flight[0].sampled if is_ahead else None)
 
-    async def execute(self, group: Group, inputs: Work) -> list[SampledToken]:
+    async def execute(self, group: Group, inputs: Step) -> list[SampledToken]:
         """See `Executor.execute`."""
-        now_s = asyncio.get_running_loop().time
-        num_bytes = int(inputs.num_tokens) * self._token_bytes
-        is_shared = self._shares_head and len(group.stages) > 1 and inputs.num_samples > 1
+        now_s, work = asyncio.get_running_loop().time, inputs.work
+        num_bytes = int(work.num_tokens) * self._token_bytes
+        host = self._host
+        host_s = host.step_s + host.token_s * work.num_samples + host.request_s * inputs.num_begun
+        host_s /= len(group.stages)
+        is_shared = self._shares_head and len(group.stages) > 1 and work.num_samples > 1
         for position, stage in enumerate(group.stages):
             if position:
                 before = group.stages[position - 1].device
                 async with self._links.turn(before, stage.device, Priority.ACTIVATION, num_bytes):
                     pass
-            is_first, has_head = position == 0, stage.last_layer == self._num_layers and not is_shared
-            num_layers = stage.last_layer - stage.first_layer
+            is_first, is_last = position == 0, stage.last_layer == self._num_layers
+            num_layers, device = stage.last_layer - stage.first_layer, self._devices[stage.device]
+            seconds = host_s + self._cost.work_time(num_layers, work, is_first, is_last and not is_shared)
             group.occupancy.enter(position, now_s())
             try:
-                seconds = self._cost.work_time(num_layers, inputs, is_first, has_head)
-                await self._devices[stage.device].compute(seconds)
+                if is_first and not is_last:
+                    await self._enter(group, device, inputs, seconds)
+                elif is_last and is_shared:
+                    await self._end_at_both_ends(group, seconds, int(work.num_samples))
+                else:
+                    await device.compute(seconds)
             finally:
                 group.occupancy.leave(position, now_s())
-        if is_shared:
-            await self._sample_at_both_ends(group, int(inputs.num_samples))
-        return [TOKEN] * int(inputs.num_samples)
+        inputs.sampled.set_result(None)
+        return [TOKEN] * int(work.num_samples)
 
-    async def _sample_at_both_ends(self, group: Group, num_samples: int) -> None:
+    async def _enter(self, group: Group, device: SimDevice, inputs: Step, seconds: float) -> None:
+        """The first stage of a chain, once tokens that are still being sampled elsewhere are there."""
+        async with self._entrances.setdefault(group, asyncio.Lock()):
+            if inputs.ahead_of is not None:
+                await asyncio.wrap_future(inputs.ahead_of)
+            left_s = device.queue(seconds)
+        await asyncio.sleep(left_s)
+
+    async def _end_at_both_ends(self, group: Group, seconds: float, num_samples: int) -> None:
+        """The last stage's layers and its half of the rows in one piece; the first device's half from then on."""
         half = num_samples // 2
-        await asyncio.gather(
-            self._devices[group.stages[-1].device].compute(self._cost.head_time(num_samples - half)),
-            self._devices[group.stages[0].device].compute(self._cost.head_time(half)),
-        )
+        head_s = self._cost.head_time(half)
+        left_s = self._devices[group.stages[-1].device].queue(seconds + head_s)
+
+        async def others() -> None:
+            await asyncio.sleep(left_s - head_s)
+            await self._devices[group.stages[0].device].compute(self._cost.head_time(num_samples - half))
+
+        await asyncio.gather(asyncio.sleep(left_s), others())
 
 
 class SimMachine(Machine):
@@ -152,7 +206,9 @@ class SimMachine(Machine):
         device_name: str,
         *,
         shares_head: bool = False,
+        host: HostTime | None = None,
     ) -> None:
+        self._host = host or HostTime()
         self._model, self.cost, self._links, self._views = model, cost, links, views
         self.shares_head = shares_head
         self.dtype, self.chunk_bytes, self.device_name = dtype, chunk_bytes, device_name
@@ -189,7 +245,13 @@ class SimMachine(Machine):
         model, token_bytes = self._model, self._model.hidden_size * self.dtype.itemsize
         shares_head = self.shares_head and model.tie_embeddings
         executor = SimExecutor(
-            self._devices, self._links, self.cost, token_bytes, model.num_layers, shares_head=shares_head
+            self._devices,
+            self._links,
+            self.cost,
+            token_bytes,
+            model.num_layers,
+            shares_head=shares_head,
+            host=self._host,
         )
         return executor, f"predicted times of {self.device_name}"
 

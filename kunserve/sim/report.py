@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,20 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
         "output_tokens_per_s": round(tokens / record.elapsed_s, 3) if record.elapsed_s else 0.0,
         "output_tokens_per_s_while_arriving": round(in_time, 3),
         "memory": _memory(record.samples, block_size),
+    }
+
+
+def by_answer(record: Record) -> dict[str, list[float | None]]:
+    """What every request saw, in the order of arrival; None where there is none."""
+    answers = sorted(record.answers, key=lambda answer: answer.arrival_s)
+
+    def rounded(values: Iterable[float | None]) -> list[float | None]:
+        return [None if value is None else round(value, DIGITS) for value in values]
+
+    return {
+        "arrival_s": rounded(a.arrival_s for a in answers),
+        "ttft_s": rounded(a.ttft_s for a in answers),
+        "tpot_s": rounded(a.tpot_s for a in answers),
     }
 
 

@@ -20,7 +20,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.planner.microbatch import Lookahead
 from kunserve.sim.clock import simulate
 from kunserve.sim.machine import NoWeights, SimMachine
-from kunserve.sim.report import Answer, Record, Sample, summarize
+from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize
 from kunserve.sim.traces import TraceRow
 
 PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
@@ -76,7 +76,7 @@ class Simulation:
         max_model_len: int,
     ) -> None:
         self._machine, self._model = machine, model
-        self._config = replace(config, async_scheduling=False)  # the host takes no time that planning ahead would hide
+        self._config = config
         self._rows, self._max_model_len = rows, max_model_len
         self.record = Record()
         self._stage_seconds: dict[int, tuple[float, float]] = {}  # of each chain: with work, and with work anywhere
@@ -171,4 +171,5 @@ class Simulation:
             "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
             "num_transitions": len(transitions),
             "transitions": transitions,
+            "answers": by_answer(self.record),
         }

@@ -73,3 +73,15 @@ def test_check_sees_a_block_that_nobody_admits_to() -> None:
     pool.check([blocks])
     with pytest.raises(AssertionError):
         pool.check([blocks[:1]])
+
+
+def test_beyond_the_limit_go_the_last_ids() -> None:
+    pool = BlockPool(6)
+    assert pool.alloc(2) == [0, 1]
+    pool.grow(10)
+    pool.set_limit(6)
+    assert sorted(pool.alloc(3, is_beyond_limit=True) or []) == [7, 8, 9]
+    assert pool.num_free == 4 and pool.alloc(4) == [2, 3, 4, 5]
+    assert pool.alloc(1) is None and pool.alloc(2, is_beyond_limit=True) is None
+    assert pool.alloc(1, is_beyond_limit=True) == [6]
+    pool.check()

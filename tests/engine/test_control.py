@@ -187,7 +187,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         control = checked.control
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not (control._is_tight(checked.engine.groups) and control._is_overloaded()):
+        while not (control._is_tight(checked.engine.groups) and control._is_overloaded(checked.engine.groups)):
             await asyncio.sleep(0)
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin

@@ -110,7 +110,7 @@ async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:
         await checked.control.drop()
         before = [r.num_output_tokens for r in old]
         first = await checked.answer_all(new)
-        assert gate.num_waiting == 1 and checked.reconfigure.current is not None  # the exchange goes on
+        assert gate.num_waiting == 2 and checked.reconfigure.current is not None  # the exchange goes on, both ways
         assert [r.num_output_tokens for r in old] == before and all(r.is_moving for r in old)
         gate.is_open.set()
         assert_same(await answers + first, its)
@@ -338,3 +338,13 @@ async def test_who_arrived_and_lacks_a_block_that_others_hold(
         assert_same(await answers, its)
         await checked.undo_drops()
         assert checked.engine.scheduler.num_preemptions > 0
+
+
+async def test_ranges_that_are_resized_at_the_same_time_are_both_resized(tiny64: Path) -> None:
+    async with two_devices(tiny64, 64) as checked:
+        remap, kv = checked.reconfigure._remap, checked.engine.memories[0].kv
+        before = [kv.num_chunks(layer) for layer in range(6)]
+        await asyncio.gather(*(remap.resize_kv(0, {layer: 0}) for layer in (1, 3)))
+        assert [kv.num_chunks(layer) for layer in range(6)] == [0 if i in (1, 3) else n for i, n in enumerate(before)]
+        await asyncio.gather(*(remap.resize_kv(0, {layer: before[layer]}) for layer in (1, 3)))
+        assert [kv.num_chunks(layer) for layer in range(6)] == before

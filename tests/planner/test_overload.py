@@ -3,15 +3,18 @@ from __future__ import annotations
 import pytest
 
 from kunserve.planner.demand import RequestView
-from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded, surely_freed
+from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, growth, is_overloaded, surely_freed
 
-THRESHOLDS = Thresholds(drop_watermark=0.95, restore_watermark=0.5, hold_s=5.0, horizon_steps=16)
+THRESHOLDS = Thresholds(drop_watermark=0.95, restore_watermark=0.5, hold_s=5.0, horizon_steps=16, patience_steps=4)
 LONG = RequestView(num_tokens=160, num_output_tokens=20, max_tokens=500, num_blocks=10)
-ENDING = RequestView(num_tokens=160, num_output_tokens=490, max_tokens=500, num_blocks=10)
+ENDING = RequestView(num_tokens=156, num_output_tokens=496, max_tokens=500, num_blocks=10)
 
 
-def overloaded(head: int | None, groups: list[GroupLoad], demand: int = 600, mapped: int = 512) -> bool:
-    return is_overloaded(head, groups, demand, mapped, THRESHOLDS, block_size=16)
+def overloaded(
+    head: int | None, groups: list[GroupLoad], demand: int = 600, mapped: int = 512, waiting: int | None = None
+) -> bool:
+    waiting = waiting or head or 0
+    return is_overloaded(head, waiting, groups, lambda: demand, mapped, THRESHOLDS, block_size=16)
 
 
 def test_head_that_fits_nowhere_under_high_demand() -> None:
@@ -40,8 +43,22 @@ def test_what_is_freed_must_be_enough_in_one_group() -> None:
 
 
 def test_growth_of_the_others_is_not_free() -> None:
-    assert surely_freed([ENDING, LONG, LONG], 16, 16) == 10 - 2
-    assert overloaded(10, [GroupLoad(1, [ENDING, LONG, LONG])])
+    assert surely_freed([ENDING, LONG, LONG], 4, 16) == 10 - 2
+    assert overloaded(11, [GroupLoad(2, [ENDING, LONG, LONG])])
+    assert not overloaded(10, [GroupLoad(2, [ENDING, LONG, LONG])])
+
+
+def test_what_comes_free_soon_must_be_enough_for_all_that_wait() -> None:
+    groups = [GroupLoad(2, [ENDING, LONG, LONG])] * 2  # ten blocks soon, each
+    assert not overloaded(10, groups, waiting=20)
+    assert overloaded(10, groups, waiting=21)
+
+
+def test_growth_is_counted_before_anybody_ends() -> None:
+    assert growth([LONG, LONG], 16, 16) == 2
+    assert growth([ENDING], 16, 16) == 0  # four tokens more fit into its last block
+    assert overloaded(None, [GroupLoad(9, []), GroupLoad(1, [ENDING, LONG, LONG])])
+    assert not overloaded(None, [GroupLoad(9, []), GroupLoad(2, [ENDING, LONG, LONG])])
 
 
 def test_relaxed_only_after_the_hold_time() -> None:
@@ -69,6 +86,8 @@ def test_what_a_drop_adds_does_not_undo_it() -> None:
 
 def test_running_requests_that_outgrow_their_group_overload_it_though_nothing_waits() -> None:
     growing = [RequestView(num_tokens=64, num_output_tokens=0, max_tokens=500, num_blocks=4)] * 10
-    assert is_overloaded(None, [GroupLoad(9, growing)], 300, 100, THRESHOLDS, block_size=16)  # 10 blocks in 16 steps
-    assert not is_overloaded(None, [GroupLoad(10, growing)], 300, 100, THRESHOLDS, block_size=16)
-    assert not is_overloaded(None, [GroupLoad(9, growing)], 90, 100, THRESHOLDS, block_size=16)
+    assert is_overloaded(
+        None, 0, [GroupLoad(9, growing)], lambda: 300, 100, THRESHOLDS, block_size=16
+    )  # 10 blocks in 16 steps
+    assert not is_overloaded(None, 0, [GroupLoad(10, growing)], lambda: 300, 100, THRESHOLDS, block_size=16)
+    assert not is_overloaded(None, 0, [GroupLoad(9, growing)], lambda: 90, 100, THRESHOLDS, block_size=16)

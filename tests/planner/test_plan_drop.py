@@ -85,6 +85,8 @@ def test_as_many_merges_as_brute_force_needs(seed: int) -> None:
     """Whatever has fewer merges holds less than needed, whatever has as many holds enough: then the count is exact."""
     rng = random.Random(seed)
     snapshot = random_snapshot(rng, rng.randint(2, 5), is_even=True)
+    groups = tuple(replace(group, used_blocks=group.used_blocks // 2) for group in snapshot.groups)  # none is full
+    snapshot = replace(snapshot, groups=groups)
     held: dict[int, list[int]] = {}  # merges -> blocks that each partition holds
     for parts in partitions([view.device for view in snapshot.devices]):
         blocks = [most_blocks(snapshot, part) for part in parts]
@@ -209,3 +211,17 @@ def test_equal_snapshots_have_equal_plans() -> None:
     shuffled = replace(snapshot, groups=tuple(reversed(snapshot.groups)))
     need = snapshot.capacity_blocks() + 5
     assert plan_drop(snapshot, need) == plan_drop(shuffled, need)
+
+
+def test_all_full_groups_merge_if_any_has_to() -> None:
+    """Room elsewhere is nothing to them: the rest is left alone, unless an odd one needs a partner."""
+    base = smollm2_snapshot(8)
+    full = (250, 40, 250, 30, 250, 20, 250, 10)
+    snapshot = replace(base, groups=tuple(replace(g, used_blocks=n) for g, n in zip(base.groups, full, strict=True)))
+    need = snapshot.capacity_blocks() + 1
+    plan = plan_drop(snapshot, need)
+    check_drop(snapshot, plan, need)
+    assert [merge.group_ids for merge in plan.merges] == [(0, 2), (4, 6)]
+    assert plan_drop(snapshot, need - 1).merges == ()
+    odd = replace(snapshot, groups=(replace(snapshot.groups[0], used_blocks=5), *snapshot.groups[1:]))
+    assert [merge.group_ids for merge in plan_drop(odd, need).merges] == [(2, 4), (0, 6)]

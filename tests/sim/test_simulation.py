@@ -95,6 +95,11 @@ def test_activations_overtake_kv_on_a_port(is_coordinated: bool, order: list[str
     assert max(at_s for _, at_s in done) == 3.0
 
 
+def test_only_coordinated_links_cut_kv_into_slices() -> None:
+    links, other = (TimedLinks(lambda *_: 1.0, is_coordinated=is_coordinated) for is_coordinated in (True, False))
+    assert links.slice_bytes == TimedLinks.slice_bytes < 1 << 30 < other.slice_bytes
+
+
 def test_a_device_is_as_many_gpus_as_the_model_needs() -> None:
     small, large = load_card("qwen2.5-14b").config, load_card("qwen2.5-72b").config
     assert Instances.of(small, parse_cluster("8xA800")).num_devices == 8
