@@ -64,6 +64,7 @@ class Rates:
 class _Viewer:
     request: web.Request
     over: asyncio.Event  # set when it is to leave
+    past_bytes: int = 0  # that it was sent at first: they are no update, and do not count as behind
 
 
 class Feed:
@@ -102,13 +103,14 @@ class Feed:
         """Send events until the viewer leaves or the server stops; the past first, if it is asked for."""
         if len(self._viewers) >= MAX_VIEWERS:
             raise OverloadedError(f"{MAX_VIEWERS} viewers are watching already.", retry_after_s=5)
-        stream, viewer = EventStream(request, timeout_s=5.0), _Viewer(request, asyncio.Event())
+        past = _event("past", list(self._past)) if "past" in request.query else b""
+        stream, viewer = EventStream(request, timeout_s=5.0), _Viewer(request, asyncio.Event(), len(past))
         if not self._viewers:
             self._sent = self._look()
         try:
             await stream.open()
-            if "past" in request.query:
-                await request.writer.write(_event("past", list(self._past)))
+            if past:
+                await request.writer.write(past)
             self._viewers.add(viewer)
             if self._ticker is None:
                 self._ticker = asyncio.create_task(self._run(), name="feed")
@@ -157,7 +159,7 @@ class Feed:
         """Write to everybody. Does not wait: whose buffer is not nearly empty is cut off, not written to."""
         for viewer in list(self._viewers):
             transport = viewer.request.transport
-            if transport is not None and transport.get_write_buffer_size() <= BEHIND_BYTES:
+            if transport is not None and transport.get_write_buffer_size() <= BEHIND_BYTES + viewer.past_bytes:
                 try:
                     await viewer.request.writer.write(event)
                     continue

@@ -216,7 +216,7 @@ class Exchange:
         source, target = self._engine.memories[move.source], self._engine.memories[move.destination]
         used = moving.group.blocks_for(moving.request.num_computed_tokens)
         layer_bytes = used * target.kv.shape.block_bytes
-        num_layers = max(1, self._links.slice_bytes // max(1, layer_bytes))
+        num_layers = self._links.layers_in_turn(layer_bytes)
         for first in range(move.first_layer, move.last_layer, num_layers):
             layers = range(first, min(first + num_layers, move.last_layer))
             if not used or moving.request.finish_reason is not None:

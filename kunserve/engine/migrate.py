@@ -189,7 +189,7 @@ class Migration:
         memories = self._engine.memories
         read, write = m.request.block_tables[0][m.num_copied : end], m.table[m.num_copied : end]
         layer_bytes = len(read) * memories[target.device].kv.shape.block_bytes
-        num_layers = max(1, self._links.slice_bytes // max(1, layer_bytes))
+        num_layers = self._links.layers_in_turn(layer_bytes)
         for first in range(target.first_layer, target.last_layer if read else 0, num_layers):
             if not (m.is_wanted or m.request.is_moving):
                 return

@@ -156,7 +156,7 @@ class Swap:
 
     async def _grant(self, group: Group, budget: CopyBudget, layer_bytes: int, num_layers: int) -> int:
         """How many layers to copy in the next slice; returns when that is at least one."""
-        num_layers = min(num_layers, max(1, self._links.slice_bytes // layer_bytes))
+        num_layers = min(num_layers, self._links.layers_in_turn(layer_bytes))
         while group.num_in_flight:
             if granted := budget.take(layer_bytes, num_layers):
                 return granted

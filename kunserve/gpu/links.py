@@ -38,6 +38,10 @@ class Links:
     slice_bytes = 4 << 20  # of one turn: a millisecond or two between CPU devices
     is_coordinated = True
 
+    def layers_in_turn(self, layer_bytes: int) -> int:
+        """How many layers of so many bytes go in one turn: one at least."""
+        return max(1, self.slice_bytes // max(1, layer_bytes))
+
     def __init__(self) -> None:
         self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
 

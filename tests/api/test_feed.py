@@ -173,6 +173,37 @@ async def test_a_viewer_that_does_not_read_is_cut_off_and_nobody_waits_for_it() 
             writer.transport.abort()
 
 
+class Slow:
+    """A viewer's request of which so many bytes wait to be sent."""
+
+    def __init__(self, num_waiting: int) -> None:
+        self.num_waiting, self.written, self.is_aborted = num_waiting, b"", False
+        self.transport = self.writer = self
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_waiting
+
+    async def write(self, data: bytes) -> None:
+        self.written += data
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+async def test_the_past_does_not_count_as_behind() -> None:
+    scenes = [state(float(i), used=i) for i in range(1, 4)]
+    async with watched(Scene(*scenes)) as (_, feed):
+        feed.remember()
+        patient, behind = Slow(BEHIND_BYTES + 5000), Slow(BEHIND_BYTES + 5000)
+        for slow, past_bytes in ((patient, 5000), (behind, 4999)):
+            viewer: Any = feed_module._Viewer(slow, asyncio.Event(), past_bytes)  # type: ignore[arg-type]
+            feed._viewers.add(viewer)
+        await feed.tick()
+        assert (patient.is_aborted, behind.is_aborted) == (False, True)
+        assert patient.written.startswith(b"event: delta") and not behind.written
+        feed._viewers.clear()
+
+
 async def next_event_of_any_size(response: ClientResponse) -> None:
     end = b""
     while not end.endswith(b"\n\n"):
