@@ -166,7 +166,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--tokenizer", help=argparse.SUPPRESS)  # the model's own
     add("--seed", type=int, default=defaults.seed, help="of dummy weights and of requests that bring none")
     add("--max-num-batched-tokens", type=number, default=defaults.max_num_batched_tokens, help="token budget of a step")
-    add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="running requests of one group")
+    add(
+        "--max-num-seqs",
+        type=int,
+        default=defaults.max_num_seqs,
+        help="running requests of one GPU; chains of several have as many times more",
+    )
     add("--max-num-queued-reqs", type=int, default=defaults.max_num_queued_reqs, help="waiting requests before 503")
     add(
         "--async-scheduling",

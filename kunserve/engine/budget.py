@@ -57,13 +57,13 @@ class TokenBudget:
 class TimeBudget:
     """The next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
 
-    def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], max_num_seqs: int) -> None:
+    def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], num_seats: int) -> None:
         self._lookahead = lookahead
         self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
         num_seen = 2 * MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
-        ahead = _admissible(group, waiting, max_num_seqs, num_seen)
+        ahead = _admissible(group, waiting, num_seats, num_seen)
         decoding = [Chunk(r.num_expected_tokens - 1, 1, 1) for r in running if _decodes(r, _num_pending(r))]
         prompts = [chunk for request in (*running, *ahead) for chunk in _prompt_chunks(request)]
         self._part = lookahead.part(decoding, prompts, len(group.stages))
@@ -125,9 +125,9 @@ def _prompt_chunks(request: Request) -> Iterator[Chunk]:
         yield Chunk(scheduled, num_pending, 1)
 
 
-def _admissible(group: Group, waiting: Iterable[Request], max_num_seqs: int, num_tokens: int) -> Iterator[Request]:
+def _admissible(group: Group, waiting: Iterable[Request], num_seats: int, num_tokens: int) -> Iterator[Request]:
     """Waiting requests that `group` has blocks for, the first ones, up to `num_tokens` in all."""
-    num_free, room = group.num_free, max_num_seqs - len(group.running)
+    num_free, room = group.num_free, num_seats - len(group.running)
     for request in waiting:
         num_free -= group.blocks_for(request.num_tokens)
         if num_free < 0 or room == 0 or num_tokens <= 0:

@@ -109,7 +109,7 @@ class Migration:
         by_id = {group.group_id: group for group in groups}
         for source_id, destination_id in pair_groups(self._freeness(groups)):
             source, destination = by_id[source_id], by_id[destination_id]
-            has_seat = len(destination.running) < self._engine.scheduler.limits.max_num_seqs
+            has_seat = len(destination.running) < self._engine.scheduler.limits.num_seats(destination)
             if source_id not in self._migrating and has_seat and (request := shortest_running(source)) is not None:
                 self.begin(request, source, destination)
         self.observe()

@@ -281,7 +281,8 @@ class Reconfigure:
             new = [self._new_group(part.stages, part.origin) for part in split.into]
             held = [HeldRequest(r.request_id, len(r.block_tables[0])) for r in group.running]
             stages = [stage.view for stage in group.stages]
-            homes = assign_requests(held, stages, [part.stages for part in split.into])
+            num_seats = [self._engine.scheduler.limits.num_seats(half) for half in new]
+            homes = assign_requests(held, stages, [part.stages for part in split.into], num_seats)
             home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
             moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
             made += new

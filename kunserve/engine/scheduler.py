@@ -22,11 +22,15 @@ from kunserve.planner.microbatch import Lookahead
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one step and one group."""
+    """Bounds of one microbatch, and with them of a group."""
 
     max_num_batched_tokens: int
-    max_num_seqs: int  # running requests of a group
+    max_num_seqs: int
     num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
+
+    def num_seats(self, group: Group) -> int:
+        """How many requests may run in `group`: a microbatch full for each stage, so that no merge costs a seat."""
+        return self.max_num_seqs * len(group.stages)
 
 
 class Scheduler:
@@ -64,6 +68,8 @@ class Scheduler:
         budget = self._budget(group)
         ready, is_short = self._ready(group)
         for request in ready:
+            if len(spans) == self.limits.max_num_seqs:
+                break
             if request.group_id != group.group_id:  # preempted meanwhile
                 continue
             num_tokens = budget.fits(request, request.num_expected_tokens - request.num_scheduled_tokens)
@@ -72,7 +78,9 @@ class Scheduler:
         if self._num_evictions == evictions_before and not num_leaving and not is_short:
             while self._bring_back_head(group, groups):
                 pass
-            while not budget.is_full and (admitted := self._admit_head(group, groups)) is not None:
+            while len(spans) < self.limits.max_num_seqs and not budget.is_full:
+                if (admitted := self._admit_head(group, groups)) is None:
+                    break
                 if num_tokens := budget.fits(admitted, admitted.num_tokens):
                     spans.append(self._span(admitted, num_tokens, budget))
         if not spans:
@@ -168,7 +176,7 @@ class Scheduler:
         """Room of the group's next microbatch."""
         if self.lookahead is None or len(group.stages) == 1:
             return TokenBudget(self.limits.max_num_batched_tokens, group)
-        return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_num_seqs)
+        return TimeBudget(self.lookahead, group, self.waiting, self.limits.num_seats(group))
 
     @staticmethod
     def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
@@ -226,7 +234,7 @@ class Scheduler:
         return not any(self._has_room(other, head) for other in others)
 
     def _has_room(self, group: Group, head: Request) -> bool:
-        has_seat = group.is_admitting and len(group.running) < self.limits.max_num_seqs
+        has_seat = group.is_admitting and len(group.running) < self.limits.num_seats(group)
         return has_seat and self.policy.may_admit(group, head)
 
 

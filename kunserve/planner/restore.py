@@ -85,20 +85,26 @@ def _widened(
 
 
 def assign_requests(
-    requests: Sequence[HeldRequest], stages: Sequence[StageView], halves: Sequence[Sequence[StageView]]
+    requests: Sequence[HeldRequest],
+    stages: Sequence[StageView],
+    halves: Sequence[Sequence[StageView]],
+    num_seats: Sequence[int],
 ) -> tuple[tuple[str, ...], ...]:
-    """Which live requests of a chain of `stages` go to each half: ids, balanced by blocks, then fewest bytes moved."""
+    """Which live requests of a chain of `stages` go to each half: ids, balanced by blocks, then fewest bytes moved.
+
+    `num_seats`: how many each half may run; more only if there are more in all.
+    """
     moved = [sum(move.num_layers for move in layer_moves(stages, half)) for half in halves]
     given: list[list[str]] = [[] for _ in halves]
     blocks = [0] * len(halves)
     for request in sorted(requests, key=lambda request: (-request.num_blocks, request.request_id)):
-        i = min(range(len(halves)), key=lambda i: (blocks[i], moved[i], i))
+        i = min(range(len(halves)), key=lambda i: (len(given[i]) >= num_seats[i], blocks[i], moved[i], i))
         given[i].append(request.request_id)
         blocks[i] += request.num_blocks
-    # Whatever is heaviest goes where least has to move.
+    # Whatever is heaviest goes where least has to move, if there are seats.
     heaviest_first = sorted(range(len(halves)), key=lambda i: -blocks[i])
     least_moved_first = sorted(range(len(halves)), key=lambda i: moved[i])
-    assigned: list[tuple[str, ...]] = [()] * len(halves)
-    for share, half in zip(heaviest_first, least_moved_first, strict=True):
-        assigned[half] = tuple(given[share])
-    return tuple(assigned)
+    share_of = dict(zip(least_moved_first, heaviest_first, strict=True))
+    if all(len(given[share]) <= num_seats[half] for half, share in share_of.items()):
+        given = [given[share_of[half]] for half in range(len(halves))]
+    return tuple(map(tuple, given))

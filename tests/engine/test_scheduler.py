@@ -204,20 +204,34 @@ def test_requests_spread_over_idle_groups() -> None:
     assert sorted(len(group.running) for group in groups) == [2, 2, 2]
 
 
-@pytest.mark.parametrize("is_full", [False, True])
-def test_nobody_waits_for_a_less_loaded_group_without_a_seat(is_full: bool) -> None:
-    limits = Limits(max_num_batched_tokens=12, max_num_seqs=2)
-    scheduler = Scheduler(limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+def test_a_chain_has_as_many_seats_as_its_devices_had_and_no_microbatch_has_more_than_one_of_them() -> None:
+    scheduler = Scheduler(Limits(max_num_batched_tokens=64, max_num_seqs=2), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    group = make_group(num_stages=2, num_blocks=64)
+    scheduler.waiting.extend([make_request(f"r{i}", 4, 8) for i in range(5)])
+    first, second = (scheduler.schedule(group, [group], 0) for _ in range(2))
+    assert spans(first) == [("r0", 0, 4, False), ("r1", 0, 4, False)]
+    assert spans(second) == [("r2", 0, 4, False), ("r3", 0, 4, False)]
+    assert scheduler.schedule(group, [group], 0) is None  # r4 has no seat
+    for batch in (first, second):
+        assert batch is not None
+        commit(scheduler, group, batch)
+    assert spans(scheduler.schedule(group, [group], 0)) == [("r0", 4, 5, False), ("r1", 4, 5, False)]
+
+
+@pytest.mark.parametrize("is_admitting", [False, True])
+def test_nobody_waits_for_a_less_loaded_group_that_admits_nobody(is_admitting: bool) -> None:
+    scheduler = make_scheduler()
     chain, single = make_group(0, num_stages=4), make_group(1)
-    for group, num_running in ((chain, 1 + is_full), (single, 1)):
+    chain.is_admitting = is_admitting
+    for group, num_running in ((chain, 1), (single, 1)):
         for i in range(num_running):
             request = make_request(f"{group.group_id}.{i}", 4, 4)
             request.group_id, request.is_moving = group.group_id, True
             group.running.append(request)
             assert group.allocate(request, 4)
     scheduler.waiting.append(make_request("head", 4, 4))
-    assert (scheduler.schedule(single, [chain, single], 0) is not None) == is_full
-    assert (scheduler.schedule(chain, [chain, single], 0) is None) == is_full
+    assert (scheduler.schedule(single, [chain, single], 0) is None) == is_admitting
+    assert (scheduler.schedule(chain, [chain, single], 0) is not None) == is_admitting
 
 
 def test_two_microbatches_share_the_decodes_of_a_chain() -> None:

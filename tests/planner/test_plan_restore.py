@@ -153,7 +153,7 @@ def test_requests_are_shared_out_evenly_and_little_moves(seed: int) -> None:
     stages = (StageView(0, 0, 17), StageView(1, 17, 30))
     halves = [(StageView(0, 0, 30),), (StageView(1, 0, 30),)]
     requests = [HeldRequest(f"r{i}", rng.randint(1, 9)) for i in range(rng.randint(0, 8))]
-    given = assign_requests(requests, stages, halves)
+    given = assign_requests(requests, stages, halves, [len(requests)] * 2)
     assert sorted(i for ids in given for i in ids) == sorted(request.request_id for request in requests)
     blocks = {request.request_id: request.num_blocks for request in requests}
     loads = [sum(blocks[i] for i in ids) for ids in given]
@@ -164,3 +164,14 @@ def test_requests_are_shared_out_evenly_and_little_moves(seed: int) -> None:
     )
     assert loads[0] - loads[1] <= best + max(blocks.values(), default=0) // 2
     assert sum(move.num_layers for move in layer_moves(stages, halves[0])) == 13
+
+
+@pytest.mark.parametrize(
+    ("num_seats", "counts"), [([6, 6], (5, 1)), ([4, 4], (2, 4)), ([3, 3], (3, 3)), ([1, 5], (1, 5))]
+)
+def test_no_half_gets_more_requests_than_it_has_seats(num_seats: list[int], counts: tuple[int, int]) -> None:
+    stages = (StageView(0, 0, 17), StageView(1, 17, 30))
+    halves = [(StageView(0, 0, 30),), (StageView(1, 0, 30),)]
+    requests = [HeldRequest(f"r{i}", num_blocks) for i, num_blocks in enumerate([9, 2, 2, 2, 2, 2])]
+    given = assign_requests(requests, stages, halves, num_seats)
+    assert tuple(map(len, given)) == counts
