@@ -8,7 +8,7 @@ A request whose copy fails is recomputed: nothing is lost but time.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,21 +111,24 @@ class Exchange:
         """All requests, one layer after the other: needs the room of one layer only. They run on together.
 
         That is once the freed chunks are theirs to grow into. Ranges grow in the order of the plan, each as soon as
-        there are chunks for it; layers that take other links are then copied at the same time.
+        there are chunks for it, so that the next layers' ranges grow, which takes a step boundary, while one is copied;
+        layers that take other links are copied at the same time.
         """
         by_id = {m.request.request_id: m for m in moving}
         try:
             if any(not m.has_blocks for m in moving):
                 raise EngineError("no blocks for KV that was planned to fit")
             lanes = defaultdict[tuple[int, int], asyncio.Lock](asyncio.Lock)
+            promised = Counter[int]()  # device -> chunks that ranges will grow by
             async with asyncio.TaskGroup() as tasks:
                 under_way = set[asyncio.Task[None]]()
                 for move in plan.moves:
-                    while under_way and not self._has_chunks(move):
+                    while under_way and not self._has_chunks(move, promised):
                         _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                    await self._grow(move)
+                    growth = Counter({move.destination: self._missing_chunks(move)})
+                    promised += growth
                     lane = lanes[move.source, move.destination]
-                    under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane)))
+                    under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane, promised, growth)))
             await self._remap.settle(group.stages)
         except Exception as error:
             log.warning("exchange by layer failed, recomputing", requests=len(moving), error=repr(error))
@@ -135,8 +138,17 @@ class Exchange:
         finally:
             self._end_all(moving)
 
-    async def _bring_layer(self, moving: Mapping[str, Moving], move: KvMove, lane: asyncio.Lock) -> None:
-        """Copy a layer of all requests when its turn has come, and unmap what it leaves."""
+    async def _bring_layer(
+        self,
+        moving: Mapping[str, Moving],
+        move: KvMove,
+        lane: asyncio.Lock,
+        promised: Counter[int],
+        growth: Counter[int],
+    ) -> None:
+        """Grow a layer's range by what was promised, copy all requests when its turn has come, unmap what it leaves."""
+        await self._grow(move)
+        promised -= growth
         step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
         there = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made
         async with lane:
@@ -145,7 +157,7 @@ class Exchange:
                     await self._copy(m, step)
             else:
                 await gather_all(self._copy(m, step) for m in there)
-            await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
+        await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
 
     async def _has_blocks(self, moving: Moving) -> bool:
         """Whether a request has its blocks now; one that cannot get any is recomputed."""
@@ -287,9 +299,10 @@ class Exchange:
         for layer in range(move.first_layer, move.last_layer):
             await self._remap.resize_kv(move.destination, {layer: kv.num_chunks(layer) + missing})
 
-    def _has_chunks(self, move: KvMove) -> bool:
-        """Whether `_grow` would find what it needs."""
-        return self._missing_chunks(move) <= self._engine.memories[move.destination].counts.free
+    def _has_chunks(self, move: KvMove, promised: Counter[int]) -> bool:
+        """Whether `_grow` will find what it needs, beside what is promised to others."""
+        device = move.destination
+        return self._missing_chunks(move) + promised[device] <= self._engine.memories[device].counts.free
 
     def _missing_chunks(self, move: KvMove) -> int:
         """Chunks by which each layer's range at the destination has to grow; all of them have as many."""

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge, Room
 from kunserve.planner.snapshot import ModelShape, Snapshot, StageView
 
+NUM_GROWING = 6  # layers whose ranges can grow at once, if that leaves half of the freed chunks to new requests
+
 
 class LiveRequest(NamedTuple):
     """A request with KV to exchange: the group it ran in, the blocks it holds, and how little it can wait."""
@@ -124,13 +126,17 @@ class _Scene:
 
 
 def _most_rooms(scene: _Scene) -> dict[int, int]:
-    """Chunks that each layer that stays can have more, at once, beside the growth of one layer, and in the end."""
+    """Chunks that each layer that stays can have more, at once, beside the growth of a few layers, and in the end.
+
+    The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
+    """
     rooms = {}
     for device, group in scene.group_of.items():
         growth = scene.model.chunks_for(sum(scene.used.values()) - scene.used[group]) + 1
         spare, kept = scene.free[device], scene.kept[device]
+        num_growing = max(1, min(NUM_GROWING, spare // (2 * growth)))
         in_the_end = (spare + scene.leaving[device] * scene.range_chunks[device]) // kept - growth
-        rooms[device] = max(0, min((spare - growth) // kept, in_the_end))
+        rooms[device] = max(0, min((spare - num_growing * growth) // kept, in_the_end))
     return rooms
 
 
