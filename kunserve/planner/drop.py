@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from math import inf
 
 from kunserve.errors import ConflictError, InvalidRequestError
 from kunserve.planner.layer_split import Chain, cuts_within, stages_of
@@ -19,6 +18,7 @@ from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.snapshot import ModelShape, Origin, Snapshot
 
 FULL = 0.85  # share of a group's blocks in use
+LEAST_GAIN = 0.08  # of a merge, as a share of the blocks that its groups hold apart
 
 # First and last layer that a device of a chain holds now, and its budget (negative: the richest of equals is first).
 Place = tuple[int, int, int]
@@ -110,15 +110,15 @@ class _Node:
     is_part: bool = False  # of another node
 
 
-def _merged(shapes: _Shapes, a: _Node, b: _Node, min_gain: float) -> _Node | None:
-    """Both as one; None if that holds nothing, or not `min_gain` blocks more than they hold apart."""
+def _merged(shapes: _Shapes, a: _Node, b: _Node, least_gain: float) -> _Node | None:
+    """Both as one; None if that holds nothing, or has not this share more blocks than they hold apart."""
     num_devices = a.num_devices + b.num_devices
     if num_devices > shapes.model.num_layers:
         return None
     shape = shapes.merge(a.shape, b.shape)
     blocks = shapes.most_blocks(shape)
     gain = blocks - a.blocks - b.blocks
-    if not blocks or gain < min_gain:
+    if not blocks or gain <= least_gain * (a.blocks + b.blocks):
         return None
     return _Node(
         shape,
@@ -165,16 +165,16 @@ class _Smallest:
         near = self._first(self._of_island[node.island])
         return (near, other) if near and near.num_devices == other.num_devices else (other,)
 
-    def merge_next(self, shapes: _Shapes, min_gain: float) -> _Node | None:
+    def merge_next(self, shapes: _Shapes, least_gain: float) -> _Node | None:
         """Merge the smallest node and the smallest other, on its island if one is as small; None if no two can.
 
-        A node that gains less than `min_gain` blocks with both is left as it is.
+        A node that gains no more than this share of their blocks with either is left as it is.
         """
         while node := self._first(self._all):
             node.is_waiting = False
             other = self._first(self._all)
             for partner in self._partners(node, other) if other else ():
-                if merged := _merged(shapes, node, partner, min_gain):
+                if merged := _merged(shapes, node, partner, least_gain):
                     partner.is_waiting = False
                     node.is_part = partner.is_part = True
                     entry = self._entry(merged)
@@ -190,7 +190,8 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
     `need_blocks` is the whole demand, not what is short. `room_blocks`: what the merged groups are cut for beyond that,
     as far as they can hold it: a chain cannot be cut anew, but no group merges for it. If all merges are not enough
     they are planned nevertheless, and `meets_need` is false. No merges if the need is met as it is. Two groups that
-    hold no more together than apart stay apart, even if three would gain: that takes chunks as large as a range.
+    hold hardly more together than apart (`LEAST_GAIN`) stay apart: their requests would stand still, while their KV
+    moves, for longer than what waits would wait.
 
     Where anything has to merge, all groups do that are full (`FULL`) or soon will be. Room elsewhere is nothing to
     their requests, and whoever has the only room gets all new requests, which are more than it can compute.
@@ -200,7 +201,7 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
     before = capacity = sum(node.blocks for node in nodes)
     heap, merged = _Smallest(nodes), []
     num_full = sum(node.is_full for node in nodes) if capacity < need_blocks else 0
-    while (capacity < need_blocks or num_full) and (node := heap.merge_next(shapes, min_gain=1)):
+    while (capacity < need_blocks or num_full) and (node := heap.merge_next(shapes, LEAST_GAIN)):
         capacity += node.gain
         num_full = max(0, num_full - 2)
         merged.append(node)
@@ -221,7 +222,7 @@ def plan_drop_of(snapshot: Snapshot, group_ids: Sequence[int], need_blocks: int 
         raise InvalidRequestError(f"no such group: {unknown[0]}", param="groups")
     before = sum(node.blocks for node in nodes.values())
     heap = _Smallest(nodes[group_id] for group_id in group_ids)
-    merged = [node for _ in group_ids[1:] if (node := heap.merge_next(shapes, min_gain=-inf))]
+    merged = [node for _ in group_ids[1:] if (node := heap.merge_next(shapes, least_gain=-1.0))]
     if len(merged) < len(group_ids) - 1 or merged[-1].blocks < merged[-1].apart:
         raise ConflictError("these groups cannot be one: too few layers for all devices, or less KV than apart")
     return _plan(snapshot, shapes, before, merged[-1:], need_blocks)

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 from planner_oracle import (
     SMOLLM2,
+    SMOLLM2_BUDGET,
     all_splits,
     apply_drop,
     check_drop,
@@ -64,6 +65,17 @@ def test_too_large_a_need_still_drops_all_it_can() -> None:
     assert [len(merge.stages) for merge in plan.merges] == [4]
 
 
+@pytest.mark.parametrize(("times", "merged"), [(1, [4]), (3, [2, 2]), (6, [])])
+def test_groups_stay_apart_that_hold_hardly_more_together(times: int, merged: list[int]) -> None:
+    """The more of a device is KV anyway, the less a merge adds, and the more has to move for it."""
+    devices = tuple(DeviceView(i, times * SMOLLM2_BUDGET) for i in range(4))
+    snapshot = replace(smollm2_snapshot(4), devices=devices)
+    plan = plan_drop(snapshot, 10**6)
+    assert [len(merge.stages) for merge in plan.merges] == merged
+    assert not plan.meets_need
+    assert [len(merge.stages) for merge in plan_drop_of(snapshot, [0, 1]).merges] == [2]  # if an operator asks
+
+
 def test_pairs_merge_again_and_keep_what_they_have() -> None:
     singles = smollm2_snapshot(4, used_blocks=100)
     first = plan_drop(singles, 1700)
@@ -81,8 +93,9 @@ def test_pairs_merge_again_and_keep_what_they_have() -> None:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_as_many_merges_as_brute_force_needs(seed: int) -> None:
+def test_as_many_merges_as_brute_force_needs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever has fewer merges holds less than needed, whatever has as many holds enough: then the count is exact."""
+    monkeypatch.setattr("kunserve.planner.drop.LEAST_GAIN", 0.0)
     rng = random.Random(seed)
     snapshot = random_snapshot(rng, rng.randint(2, 5), is_even=True)
     groups = tuple(replace(group, used_blocks=group.used_blocks // 2) for group in snapshot.groups)  # none is full
