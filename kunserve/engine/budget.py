@@ -62,7 +62,7 @@ class TimeBudget:
         self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
         running = [r for r in group.running if is_schedulable(r)]
-        num_seen = 2 * MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
+        num_seen = MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
         ahead = _admissible(group, waiting, num_seats, num_seen)
         decoding = [Chunk(r.num_expected_tokens - 1, 1, 1) for r in running if _decodes(r, _num_pending(r))]
         prompts = [chunk for request in (*running, *ahead) for chunk in _prompt_chunks(request)]

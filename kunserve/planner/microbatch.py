@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 
-MANY = 8  # parts for each stage: twice as many are a long backlog
+MANY = 4  # parts for each stage: more are a long backlog
 EFFICIENCY = 0.995  # of the smallest efficient microbatch, against a very large one
 
 
@@ -60,15 +60,15 @@ class Lookahead:
     def part(self, decoding: Sequence[Chunk], prompts: Sequence[Chunk], num_stages: int) -> Part:
         """The next microbatch's part of all that is in flight or could go now: decoding requests, pieces of prompts.
 
-        Prompts are halved, so to speak, until a part is no longer than the smallest efficient size; there are at least
-        as many parts as stages, unless they would be smaller than half of that. Of a long backlog the last halvings are
-        left out, as far as a microbatch can carry it: else what waits would wait for decoding, part after part.
+        Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
+        many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `MANY` parts for
+        each stage the parts are longer, as far as a microbatch can carry it: else what waits would wait for decoding,
+        part after part.
         """
-        efficient = Chunk(0, self.least_tokens)
-        num_parts = max(num_stages, ceil(sum(map(self.added_time, prompts)) / self.added_time(efficient)))
-        num_tokens = 2 * self.least_tokens
-        while num_tokens <= self.max_num_tokens and num_parts >= 2 * MANY * num_stages:
-            num_parts, num_tokens = ceil(num_parts / 2), 2 * num_tokens
+        efficient, most = Chunk(0, self.least_tokens), Chunk(0, self.max_num_tokens)
+        prompts_s = sum(map(self.added_time, prompts))
+        part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / (MANY * num_stages)))
+        num_parts = max(num_stages, ceil(prompts_s / part_s))
         decode, prompt = Work.of(decoding).part(num_stages), Work.of(prompts).part(num_parts)
         least = Work.of([efficient]).part(2)
         decode_s = sum(map(self.added_time, decoding)) / num_stages
