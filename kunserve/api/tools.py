@@ -37,7 +37,9 @@ class Tools:
             parameters = dict(self._parameters(name))
             definitions |= parameters.pop("$defs", {})  # references start at the root
             properties = {"name": {"const": name}, "parameters": parameters}
-            items.append({"type": "object", "properties": properties, "required": list(properties)})
+            # Nothing beside the two: models like to add descriptions, which nobody would see and which may not end.
+            closed = {"required": list(properties), "additionalProperties": False}
+            items.append({"type": "object", "properties": properties, **closed})
         schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": items}}
         if definitions:
             schema["$defs"] = definitions

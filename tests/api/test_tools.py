@@ -12,6 +12,7 @@ from kunserve.api.structured import Grammars
 from kunserve.api.tools import Tools
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.errors import EngineError
 
 URL = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -140,6 +141,16 @@ async def test_required_calls() -> None:
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["time", "weather"]
+
+
+def test_a_required_call_has_nothing_that_nobody_would_see() -> None:
+    structure = Tools([TIME], "required").structure
+    assert structure is not None
+    constraint = grammars().compile(structure, reasons=False)
+    for byte in b'[{"name": "time", "parameters": {}':
+        constraint.accept(byte)
+    with pytest.raises(EngineError, match="does not allow token 44"):
+        constraint.accept(ord(","))
 
 
 async def test_a_named_call() -> None:
