@@ -100,7 +100,9 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
     add("--default-chat-template-kwargs", type=_object, default={}, metavar="JSON", help=text)
     add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
     parsers = tuple(TOOL_PARSERS)
-    text = "defaults of requests: auto: the model's generation_config.json; vllm: none of it; or a folder that has one"
+    text = (
+        "defaults of requests: auto: generation_config.json or card of the model; vllm: none; or a folder that has one"
+    )
     add("--generation-config", default="auto", metavar="auto|vllm|FOLDER", help=text)
     text = 'such defaults by hand, for instance {"temperature": 0.5}'
     add("--override-generation-config", type=_object, default={}, metavar="JSON", help=text)

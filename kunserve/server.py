@@ -305,7 +305,9 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     tokenizer, path = served.tokenizer, config.http.chat_template
     source = tokenizer.chat_template if path is None else _read_template(path)
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
-    sampling = sampling_defaults(config.http.generation_config, served.files.folder, config.http.sampling)
+    files, http = served.files, config.http
+    recommended = None if files.card is None else files.card.defaults.sampling
+    sampling = sampling_defaults(http.generation_config, files.folder, http.sampling, recommended)
     if sampling:
         log.info("defaults of requests", **sampling)
     max_model_len = served.engine.limits.max_model_len

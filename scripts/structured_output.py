@@ -5,7 +5,8 @@
     python scripts/structured_output.py http://127.0.0.1:8200
 
 Every round of answers is generated once more without schema, with as many tokens for each: the ratio of tokens per
-second says what the masks cost. Rounds alternate, so that both see the same machine. Ends with one JSON line.
+second says what the masks cost. Rounds alternate, so that both see the same machine. Tokens are drawn at temperature
+1, whatever the server's defaults are, so that texts vary. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ async def measure(url: str, num_answers: int, concurrency: int, seed: int) -> di
         described = {"name": "thing", "schema": schemas[i % NUM_SCHEMAS]}
         form = {"type": "json_schema", "json_schema": described}
         message = {"role": "user", "content": text}
-        bodies.append({"messages": [message], "max_tokens": 1024, "seed": seed + i, "response_format": form})
+        drawn = {"temperature": 1, "top_p": 1, "seed": seed + i, "max_tokens": 1024}
+        bodies.append({"messages": [message], **drawn, "response_format": form})
     constrained, free, ratios = [], [], []
     num_valid = num_tokens = 0
     timeout = aiohttp.ClientTimeout(total=1200)

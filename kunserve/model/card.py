@@ -32,10 +32,22 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class CardSampling:
+    """What the authors recommend in words where their files do not say it; named and meant as in requests."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CardDefaults:
     """What the server takes where no flag says otherwise."""
 
     max_model_len: int | None = None  # tokens of prompt and answer together
+    sampling: CardSampling = CardSampling()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from api_fakes import MODEL, FakeEngine, serving
 from kunserve.api.backend import ModelInfo
 from kunserve.api.defaults import sampling_defaults
 from kunserve.errors import ConfigError
+from kunserve.model.card import CardSampling, list_cards, load_card
 
 RECOMMENDED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 
@@ -29,6 +30,23 @@ def test_where_they_come_from(folder: Path, tmp_path: Path) -> None:
     assert sampling_defaults(str(folder), None, {}) == RECOMMENDED
     assert sampling_defaults("auto", None, {}) == {}
     assert sampling_defaults("auto", tmp_path / "none", {}) == {}
+
+
+def test_a_card_speaks_where_the_folder_does_not(folder: Path, tmp_path: Path) -> None:
+    card = CardSampling(temperature=0.2, min_p=0.1)
+    assert sampling_defaults("auto", folder, {}, card) == {**RECOMMENDED, "min_p": 0.1}
+    assert sampling_defaults("auto", tmp_path / "none", {}, card) == {"temperature": 0.2, "min_p": 0.1}
+    assert sampling_defaults("auto", None, {"min_p": None}, card) == {"temperature": 0.2}
+    assert sampling_defaults("vllm", folder, {}, card) == {}
+    assert sampling_defaults(str(folder), None, {}, card) == RECOMMENDED
+    with pytest.raises(ConfigError, match="the model card: `top_p` must be"):
+        sampling_defaults("auto", folder, {}, CardSampling(top_p=7.0))
+
+
+@pytest.mark.parametrize("name", list_cards())
+def test_what_the_cards_say_can_be(name: str) -> None:
+    values = sampling_defaults("auto", None, {}, load_card(name).defaults.sampling)
+    assert (values == {"temperature": 0.2, "top_p": 0.9}) == (name == "smollm2-135m")
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,8 @@ def test_streamed_and_parsed(client: openai.OpenAI, claude: anthropic.Anthropic)
     parsed = response.get_final_response().output_parsed
     assert isinstance(parsed, CalendarEvent) and parsed == CalendarEvent.model_validate_json(text)
     tool = pydantic_function_tool(GetWeather)
-    with client.chat.completions.stream(model=MODEL, messages=messages, tools=[tool], tool_choice="required") as chat:
+    forced: Any = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}  # else it calls for ever
+    with client.chat.completions.stream(model=MODEL, messages=messages, **forced) as chat:
         calls = [event for event in chat if event.type == "tool_calls.function.arguments.done"]
     assert calls and all(isinstance(call.parsed_arguments, GetWeather) for call in calls)
     use: Any = {"name": "get_weather", "description": "x", "input_schema": WEATHER["parameters"]}

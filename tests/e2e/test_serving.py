@@ -54,6 +54,13 @@ async def test_content_in_parts_is_the_same_question(client: openai.AsyncOpenAI)
     assert answer.choices[0].message.content == "The capital of France is Paris."
 
 
+async def test_who_does_not_say_gets_what_the_models_authors_recommend(client: openai.AsyncOpenAI) -> None:
+    answer = await client.responses.create(model="smollm2-135m", input=QUESTION[0]["content"], max_output_tokens=16)
+    assert (answer.temperature, answer.top_p) == (0.2, 0.9)
+    answer = await client.responses.create(model="smollm2-135m", input="Hi", max_output_tokens=1, temperature=1.5)
+    assert (answer.temperature, answer.top_p) == (1.5, 0.9)
+
+
 async def test_errors_reach_the_client_as_its_own_classes(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
         await client.chat.completions.create(model="gpt-4", messages=QUESTION)  # type: ignore[arg-type]
