@@ -21,7 +21,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 serve: $(VENV)/.installed
-	$(BIN)/python -m kunserve.server --model $(MODEL) $(SERVE_FLAGS)
+	$(BIN)/python -m kunserve.server --model $(MODEL) $(SERVE_FLAGS) $(if $(ADMIN_KEY),--admin-key $(ADMIN_KEY))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@ import { bearer, eventsOf, keys, reasonOf } from "./feed.js";
 
 /** The chat box. `model()` names the model that is asked. */
 export function startChat(model) {
-  const [form, prompt, list, send, stop] = ["chat-form", "prompt", "messages", "send", "stop"].map(byId);
+  const ids = ["chat-form", "prompt", "messages", "send", "stop", "fresh"];
+  const [form, prompt, list, send, stop, fresh] = ids.map(byId);
   const messages = [];
   let asking = null;
 
@@ -16,7 +17,9 @@ export function startChat(model) {
     return content;
   }
 
+  /** Streams into `content`; true if the answer was cut off. */
   async function answer(content) {
+    let isCut = false;
     const body = JSON.stringify({ model: model(), messages, stream: true });
     const headers = { "Content-Type": "application/json", ...bearer(keys.get("api")) };
     const response = await fetch("/v1/chat/completions", { method: "POST", headers, body, signal: asking.signal });
@@ -25,9 +28,12 @@ export function startChat(model) {
       if (data === "[DONE]") break;
       const event = JSON.parse(data);
       if (event.error) throw new Error(event.error.message);
-      content.textContent += event.choices[0]?.delta?.content ?? "";
+      const choice = event.choices[0];
+      content.textContent += choice?.delta?.content ?? "";
+      isCut ||= choice?.finish_reason === "length";
       list.scrollTop = list.scrollHeight;
     }
+    return isCut;
   }
 
   form.addEventListener("submit", async (event) => {
@@ -39,12 +45,13 @@ export function startChat(model) {
     add("user", text);
     const content = add("assistant", "");
     asking = new AbortController();
-    send.hidden = true;
+    send.hidden = fresh.hidden = true;
     stop.hidden = false;
     content.parentElement.classList.add("writing");
     try {
-      await answer(content);
+      const isCut = await answer(content);
       messages.push({ role: "assistant", content: content.textContent });
+      if (isCut) content.parentElement.appendChild(el("p", "quiet", "cut off: the model's context is full"));
     } catch (error) {
       messages.pop();
       const reason = error.name === "AbortError" ? "stopped" : error.message;
@@ -52,8 +59,14 @@ export function startChat(model) {
     }
     content.parentElement.classList.remove("writing");
     asking = null;
-    send.hidden = false;
+    send.hidden = fresh.hidden = false;
     stop.hidden = true;
+  });
+  fresh.addEventListener("click", () => {
+    messages.length = 0;
+    list.replaceChildren();
+    fresh.hidden = true;
+    prompt.focus();
   });
   stop.addEventListener("click", () => asking?.abort());
   prompt.addEventListener("keydown", (event) => {

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from e2e.server_process import ServerProcess
@@ -103,6 +104,29 @@ def test_a_chat_answer_streams_and_nothing_hostile_is_html(visit: Visit) -> None
     page.unroute("**/v1/chat/completions")
     assert page.locator("main img, main script, header img, .message b b").count() == 0
     assert page.title() == "KunServe"
+
+
+def test_a_full_conversation_says_so_and_a_new_one_knows_nothing_of_it(visit: Visit) -> None:
+    page = visit.page
+    asked: list[Any] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.post_data_json["messages"])
+        chunk = 'data: {"choices":[{"delta":{"content":"and on"},"finish_reason":"length"}]}\n\n'
+        route.fulfill(content_type="text/event-stream", body=chunk + "data: [DONE]\n\n")
+
+    page.route("**/v1/chat/completions", answer)
+    for text in ("first", "second"):
+        page.locator("#prompt").fill(text)
+        page.locator("#send").click()
+        expect(page.locator(".message .quiet").last).to_contain_text("cut off")
+        page.locator("#fresh").click()
+        expect(page.locator(".message")).to_have_count(0)
+        expect(page.locator("#prompt")).to_be_focused()
+        expect(page.locator("#fresh")).to_be_hidden()
+    page.unroute("**/v1/chat/completions")
+    assert [messages[-1]["content"] for messages in asked] == ["first", "second"]
+    assert len(asked[1]) == 1
 
 
 def test_everything_is_reached_by_keyboard(visit: Visit) -> None:
