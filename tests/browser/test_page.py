@@ -111,7 +111,8 @@ def test_a_full_conversation_says_so_and_a_new_one_knows_nothing_of_it(visit: Vi
     asked: list[Any] = []
 
     def answer(route: Route) -> None:
-        asked.append(route.request.post_data_json["messages"])
+        body: Any = route.request.post_data_json
+        asked.append(body["messages"])
         chunk = 'data: {"choices":[{"delta":{"content":"and on"},"finish_reason":"length"}]}\n\n'
         route.fulfill(content_type="text/event-stream", body=chunk + "data: [DONE]\n\n")
 

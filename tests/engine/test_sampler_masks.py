@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kunserve.engine import sampler
 from kunserve.engine.request import SamplingParams, TokenMask
 from kunserve.engine.sampler import SamplingRow, sample
 
@@ -42,6 +43,22 @@ def test_masks_of_another_length_than_the_vocabulary() -> None:
     wide[0, 39] = 5.0
     assert sample(wide, [row(mask=mask_of(3, 4))])[0].token_id == 3
     assert chosen(row(mask=mask_of(5, 31))) == 5
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.97])
+def test_a_masked_row_alone_is_chosen_as_among_many(density: float) -> None:
+    """Alone, only tokens with a weight are looked at."""
+    generator, size = np.random.default_rng(1), 3000
+    logits = torch.from_numpy(generator.normal(0, 3, (60, size))).float()
+
+    def masked(seed: int) -> SamplingRow:
+        bits = np.packbits(generator.random(size) < density, bitorder="little")
+        words = np.pad(bits, (0, -len(bits) % 4)).view(np.uint32)
+        params = replace(GREEDY, temperature=[1e-300, 0.2, 1.0, 5.0][seed % 4], top_p=[1.0, 0.9][seed // 4 % 2])
+        return replace(row(params, mask=lambda: words), seed=seed)
+
+    rows = [masked(seed) for seed in range(60)]
+    assert [token.token_id for token in sample(logits, rows)] == sampler._choose(logits, rows, range(60))
 
 
 def test_allowed_tokens() -> None:
