@@ -115,23 +115,14 @@ class Migration:
         self.observe()
 
     def _freeness(self, groups: Sequence[Group]) -> list[Freeness]:
-        """What waits is nobody's yet: each group counts an equal share of it."""
+        """What waits is nobody's yet: each group counts an equal share of it, as if it were one request."""
         scheduler, share = self._engine.scheduler, 1 / len(self._engine.groups)
         killed = Counter(scheduler.preempted_by.values())
-        waiting = len(scheduler.waiting) * share
-        waiting_blocks = sum(self._engine.groups[0].blocks_for(r.num_tokens) for r in scheduler.waiting) * share
+        num_waiting = len(scheduler.waiting) * share
+        blocks = self._engine.groups[0].blocks_for(scheduler.waiting.num_tokens) * share
         return [
-            Freeness(
-                group.group_id,
-                remaining_steps(
-                    group.num_free,
-                    len(group.running),
-                    waiting_blocks,
-                    waiting,
-                ),
-                killed[group.group_id],
-            )
-            for group in groups
+            Freeness(g.group_id, remaining_steps(g.num_free, len(g.running), blocks, num_waiting), killed[g.group_id])
+            for g in groups
         ]
 
     # --- one migration ------------------------------------------------------------------------------------------
