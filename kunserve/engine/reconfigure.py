@@ -120,13 +120,18 @@ class Reconfigure:
         return transition
 
     def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
-        """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may."""
+        """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
+
+        By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
+        """
         groups = [self._engine.group(group_id) for group_id in merge.group_ids]
-        live = [LiveRequest(r.request_id, g.group_id, len(r.block_tables[0])) for g in groups for r in g.running]
-        exchange = plan_exchange(snapshot, merge, live)
-        if exchange.mode is ExchangeMode.INFEASIBLE:
+        exchange = plan_exchange(snapshot, merge, _live(groups))
+        if exchange.mode is not ExchangeMode.BY_REQUEST:
             for request, group in reversed(_by_admission(groups)):
-                self._engine.scheduler.preempt(group, request)
+                if exchange.mode is ExchangeMode.INFEASIBLE or request.num_output_tokens == 0:
+                    self._engine.scheduler.preempt(group, request)
+        if exchange.mode is ExchangeMode.BY_LAYER:
+            exchange = plan_exchange(snapshot, merge, _live(groups))
         return merge, groups, exchange
 
     def _merge(
@@ -368,6 +373,15 @@ class Reconfigure:
         group = Group(self._next_group_id, chain, self._shape.block_size, origin=origin)
         self._next_group_id += 1
         return group
+
+
+def _live(groups: Sequence[Group]) -> list[LiveRequest]:
+    """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent."""
+    return [
+        LiveRequest(r.request_id, group.group_id, len(r.block_tables[0]), float(r.num_output_tokens == 0))
+        for group in groups
+        for r in group.running
+    ]
 
 
 def _by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:
