@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from kunserve.planner.cost import Chunk, CostModel, Work
 
-MANY = 4  # parts for each stage: more are a long backlog
+MANY = 8  # parts for each stage: more are a long backlog
 EFFICIENCY = 0.995  # of the smallest efficient microbatch, against a very large one
 
 
