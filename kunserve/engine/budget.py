@@ -39,8 +39,9 @@ class TokenBudget:
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
-        most = min(num_tokens, self._num_tokens)
-        return 0 if self._num_rows == 0 and _decodes(request, num_tokens) else most
+        if self._num_rows == 0 and _decodes(request, num_tokens):
+            return 0
+        return num_tokens if num_tokens <= self._num_tokens else self._num_tokens
 
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""

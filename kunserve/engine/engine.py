@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -21,7 +21,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, scored_positions
 from kunserve.engine.policy import OverloadPolicy
-from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
@@ -344,14 +344,15 @@ class Engine:
             group.on_first_commit = None
         sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
-            scored = [(position, next(sampled)) for position in scored_positions(span)]
-            token = next(sampled) if span.samples else None
-            for position, given in scored:
-                if given.logprobs and position == len(span.request.prompt_logprobs):  # else it was computed before
-                    span.request.prompt_logprobs.append(given.logprobs)
-            if token is not None and span.request.finish_reason is None:
+            request, _, _, samples, _ = span
+            for position in scored_positions(span):
+                given = next(sampled)
+                if given.logprobs and position == len(request.prompt_logprobs):  # else it was computed before
+                    request.prompt_logprobs.append(given.logprobs)
+            token = next(sampled) if samples else None
+            if token is not None and request.finish_reason is None:
                 num_generated += 1
-                self._publish(self._live[span.request.request_id], token, now)
+                self._publish(self._live[request.request_id], token, now)
         self.metrics.generation_tokens(num_generated)
 
     def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
@@ -371,9 +372,10 @@ class Engine:
     def _publish(self, live: _Live, token: SampledToken, now: float) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
         request = live.request
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         request.token_ids.append(token.token_id)
         if request.first_token_s is None:
-            request.first_token_s = now
+            request.first_token_s, prompt_logprobs = now, tuple(request.prompt_logprobs)
             self.metrics.first_token(request, now)
         else:
             self.metrics.inter_token(now - live.last_token_s)
@@ -386,7 +388,7 @@ class Engine:
                 self._fail(live, error)
                 return
             is_complete = request.constraint.is_finished
-        finish = finish_of(request, self.model.eos_token_ids, self.limits.max_model_len)
+        finish = finish_of(request, self.model.eos_token_ids)
         reason: FinishReason | None = None
         stop: int | str | None = None
         if finish is not None:
@@ -401,7 +403,6 @@ class Engine:
                 text += live.detokenizer.flush()
         if reason is None and is_complete:
             reason = FinishReason.STOP
-        prompt_logprobs = tuple(request.prompt_logprobs) if request.num_output_tokens == 1 else ()
         logprobs = (token.logprobs,) if token.logprobs else ()
         output = Output(text, (token.token_id,), logprobs, None, stop, prompt_logprobs)
         if reason is None:
@@ -413,7 +414,7 @@ class Engine:
 
     def _finish(self, live: _Live, reason: FinishReason, output: Output | None = None) -> None:
         """Exactly one final output, and the blocks are free as soon as no device works on them."""
-        live.stream.put(replace(output or Output(), finish_reason=reason))
+        live.stream.put((output or Output())._replace(finish_reason=reason))
         self._end(live, reason)
 
     def _fail(self, live: _Live, error: KunServeError) -> None:
