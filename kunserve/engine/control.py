@@ -29,6 +29,7 @@ log = structlog.get_logger()
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
+LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
 LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
 
 
@@ -51,6 +52,9 @@ class OverloadControl:
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
+        self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
+        self._next_look_s = 0.0
+        self._next_look: asyncio.TimerHandle | None = None
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
@@ -70,7 +74,7 @@ class OverloadControl:
                 self._begin_drop()
             else:
                 self.reconfigure.cancel_restore()
-        elif is_idle and self._is_dropped() and self._may_be_low():
+        elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
@@ -158,6 +162,19 @@ class OverloadControl:
             is_dropped = any(group.origin and group.origin.parts for group in self._engine.groups)
             self._undropped = self._engine.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
+
+    def _may_look(self, now: float) -> bool:
+        """Whether it is time to see if the burst is over; if not, the engine wakes when it is."""
+        if now >= self._next_look_s:
+            self._next_look_s = now + self._look_every_s
+            return True
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(self._look_every_s + LATE_S, self._look_again)
+        return False
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self._engine.wake()
 
     def _may_be_low(self) -> bool:
         """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""

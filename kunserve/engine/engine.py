@@ -84,7 +84,8 @@ class Engine:
         self.launched_weight_bytes = weight_bytes(memories)
         self._random = random.Random(seed)
         self._wake = asyncio.Event()
-        self._progress = asyncio.Event()  # set, and replaced, whenever a microbatch came back
+        self._progress: dict[int | None, asyncio.Event] = {}  # that somebody waits for: by group id, None: of any
+        self._num_in_flight = 0  # microbatches
         self._tasks: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None  # while draining
@@ -190,9 +191,12 @@ class Engine:
             self._finish(live, FinishReason.ABORT)
             self.wake()
 
-    def wake(self) -> None:
-        """Something changed: look for work everywhere."""
-        self._changed = None
+    def wake(self, group: Group | None = None) -> None:
+        """Something changed: look for work in a group, or everywhere."""
+        if group is None:
+            self._changed = None
+        elif self._changed is not None:
+            self._changed[group.group_id] = group
         self._wake.set()
 
     async def quiesce(self, groups: Sequence[Group]) -> None:
@@ -202,17 +206,21 @@ class Engine:
         """
         for group in groups:
             group.is_paused = True
-        while any(group.num_in_flight for group in groups) or (self.mover is not None and self.mover.is_busy(groups)):
+        for group in groups:
+            while group.num_in_flight:
+                await self.next_commit(group)
+        while self.mover is not None and self.mover.is_busy(groups):
             await self.next_commit()
 
-    async def next_commit(self) -> None:
-        """Return when a microbatch came back, a request ended, or `progress` was called."""
-        await self._progress.wait()
+    async def next_commit(self, group: Group | None = None) -> None:
+        """Return when a microbatch came back, a request ended, or `progress` was called: for that group, or for any."""
+        await self._progress.setdefault(group.group_id if group else None, asyncio.Event()).wait()
 
-    def progress(self) -> None:
-        """Let everybody who waits for `next_commit` look again."""
-        self._progress.set()
-        self._progress = asyncio.Event()
+    def progress(self, group_id: int | None = None) -> None:
+        """Let everybody who waits for `next_commit` look again: of one group, or of all."""
+        for waited_for in [*self._progress] if group_id is None else (group_id, None):
+            if (event := self._progress.pop(waited_for, None)) is not None:
+                event.set()
 
     # --- operators ----------------------------------------------------------------------------------------------
 
@@ -289,6 +297,7 @@ class Engine:
         now = self.now()
         if self.is_idle_since_last_step:
             self._last_step_s = now
+        self._num_in_flight += 1
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
@@ -305,11 +314,13 @@ class Engine:
             except Exception as error:  # whatever went wrong on the device ends these requests, not the server
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
-                await self.next_commit()
+                await self.next_commit(group)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
             raise
+        finally:
+            self._num_in_flight -= 1
         if failure is not None:
             log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=failure)
             self._commit_failure(group, batch, failure)
@@ -321,10 +332,8 @@ class Engine:
                 self.mover.stepped(group, self._seconds_since(started, group))
         self._last_step_s = self.now()
         self._free[group.group_id] = group
-        if self._changed is not None:
-            self._changed[group.group_id] = group
-        self.progress()
-        self._wake.set()
+        self.progress(group.group_id)
+        self.wake(group)
 
     def _seconds_since(self, launched: float, group: Group) -> float:
         """How long the microbatch that comes back now was computed: not while it waited for those before it."""
@@ -422,7 +431,7 @@ class Engine:
         self._end(live, FinishReason.ERROR)
 
     def _end(self, live: _Live, reason: FinishReason) -> None:
-        request = live.request
+        request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
         del self._live[request.request_id]
         if request.constraint is not None:
@@ -433,7 +442,7 @@ class Engine:
         self._release(request)
         if self.mover is not None:
             self.mover.finished(request)
-        self.progress()
+        self.progress(group_id)
         if self._drained is not None and not self._live:
             self._drained.set()
 
@@ -460,7 +469,7 @@ class Engine:
     @property
     def is_idle_since_last_step(self) -> bool:
         """Whether nothing is in flight."""
-        return all(g.num_in_flight == 0 for g in self.groups)
+        return self._num_in_flight == 0
 
     def health(self) -> str | None:
         """None if the engine does its work; else what is wrong."""
