@@ -56,7 +56,7 @@ class Moving:
     @property
     def devices(self) -> set[int]:
         """All that it leaves or comes to."""
-        return {stage.device for stage in (*self.left, *self.group.stages)}
+        return {stage.device for stage in self.left} | {stage.device for stage in self.group.stages}
 
     @property
     def num_blocks(self) -> int:
