@@ -72,6 +72,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if not handle.cancelled():
                 handle._run()
 
+    def _write_to_self(self) -> None:
+        """`call_soon_threadsafe` asks for it; nobody else could wake the loop."""
+
     def _jump(self) -> None:
         """It is the time of the next timer."""
         timers = self._timers
