@@ -105,7 +105,7 @@ class EchoFormat(CompletionFormat):
 
 
 def _without_tokens(output: Output) -> Output:
-    return replace(output, text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
+    return output._replace(text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
 
 
 def _forget(choices: Sequence[Choice]) -> None:

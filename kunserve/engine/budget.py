@@ -39,8 +39,9 @@ class TokenBudget:
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
-        most = min(num_tokens, self._num_tokens)
-        return 0 if self._num_rows == 0 and _decodes(request, num_tokens) else most
+        if self._num_rows == 0 and _decodes(request, num_tokens):
+            return 0
+        return num_tokens if num_tokens <= self._num_tokens else self._num_tokens
 
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
@@ -61,11 +62,14 @@ class TimeBudget:
         self._lookahead = lookahead
         self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
-        running = [r for r in group.running if is_schedulable(r)]
         num_seen = MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
         ahead = _admissible(group, waiting, num_seats, num_seen)
-        decoding = [Chunk(r.num_expected_tokens - 1, 1, 1) for r in running if _decodes(r, _num_pending(r))]
-        prompts = [chunk for request in (*running, *ahead) for chunk in _prompt_chunks(request)]
+        decoding, prompts = list[Chunk](), list[Chunk]()
+        for r in filter(is_schedulable, group.running):
+            if _decodes(r, _num_pending(r)):
+                decoding.append(Chunk(r.num_expected_tokens - 1, 1, 1))
+            prompts += _prompt_chunks(r)
+        prompts += [chunk for request in ahead for chunk in _prompt_chunks(request)]
         self._part = lookahead.part(decoding, prompts, len(group.stages))
 
     def fits(self, request: Request, num_tokens: int) -> int:

@@ -29,6 +29,8 @@ log = structlog.get_logger()
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
+LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
+CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
 LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
 
 
@@ -51,6 +53,10 @@ class OverloadControl:
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
+        self._calm_until_s = 0.0
+        self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
+        self._next_look_s = 0.0
+        self._next_look: asyncio.TimerHandle | None = None
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
@@ -70,7 +76,7 @@ class OverloadControl:
                 self._begin_drop()
             else:
                 self.reconfigure.cancel_restore()
-        elif is_idle and self._is_dropped() and self._may_be_low():
+        elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
@@ -159,6 +165,23 @@ class OverloadControl:
             self._undropped = self._engine.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
+    def _may_look(self, now: float) -> bool:
+        """Whether it is time to see if the burst is over; if not, the engine wakes when it is."""
+        if now >= self._next_look_s:
+            self._next_look_s = now + self._look_every_s
+            return True
+        self._look_in(self._look_every_s)
+        return False
+
+    def _look_in(self, seconds: float) -> None:
+        """Wake the engine then, unless it is about to be: nothing else may happen until then."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(seconds + LATE_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self._engine.wake()
+
     def _may_be_low(self) -> bool:
         """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""
         assert self._undropped is not None
@@ -169,19 +192,29 @@ class OverloadControl:
         return False
 
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
-        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        groups, waiting, now = self._engine.groups, self._engine.scheduler.waiting, self._engine.now()
+        if now < self._calm_until_s:
+            self._look_in(CALM_S)
+            return False
         blocks_for = groups[0].blocks_for
         head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
         has_to_wait = head_blocks is not None and all(group.num_free < head_blocks for group in groups)
+        if has_to_wait:
+            self._calm_until_s = now + CALM_S
         return is_overloaded(
             head_blocks if has_to_wait else None,
             blocks_for(waiting.num_tokens),
             [GroupLoad(g.num_free, list(map(_view, g.running))) for g in (groups if has_to_wait else changed)],
-            partial(self._demand, 1.0),
+            partial(self._demand_looked_at, now),
             sum(group.num_blocks for group in groups),
             self._thresholds,
             self._shape.block_size,
         )
+
+    def _demand_looked_at(self, now: float) -> int:
+        """Demand; it is not asked for again so soon."""
+        self._calm_until_s = now + CALM_S
+        return self._demand(1.0)
 
     def _demand(self, headroom: float) -> int:
         """Blocks that all requests need, if outputs are `headroom` times as long as expected."""
@@ -245,5 +278,6 @@ class OverloadControl:
 
 
 def _view(request: Request) -> RequestView:
-    held = len(request.block_tables[0]) if request.block_tables else 0
-    return RequestView(request.num_tokens, request.num_output_tokens, request.params.max_tokens, held)
+    num_tokens, tables = len(request.token_ids), request.block_tables
+    num_output_tokens = num_tokens - len(request.prompt_token_ids)
+    return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(tables[0]) if tables else 0)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -21,7 +21,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, scored_positions
 from kunserve.engine.policy import OverloadPolicy
-from kunserve.engine.request import FinishReason, Output, Request
+from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
@@ -84,7 +84,8 @@ class Engine:
         self.launched_weight_bytes = weight_bytes(memories)
         self._random = random.Random(seed)
         self._wake = asyncio.Event()
-        self._progress = asyncio.Event()  # set, and replaced, whenever a microbatch came back
+        self._progress: dict[int | None, asyncio.Event] = {}  # that somebody waits for: by group id, None: of any
+        self._num_in_flight = 0  # microbatches
         self._tasks: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None  # while draining
@@ -190,9 +191,12 @@ class Engine:
             self._finish(live, FinishReason.ABORT)
             self.wake()
 
-    def wake(self) -> None:
-        """Something changed: look for work everywhere."""
-        self._changed = None
+    def wake(self, group: Group | None = None) -> None:
+        """Something changed: look for work in a group, or everywhere."""
+        if group is None:
+            self._changed = None
+        elif self._changed is not None:
+            self._changed[group.group_id] = group
         self._wake.set()
 
     async def quiesce(self, groups: Sequence[Group]) -> None:
@@ -202,17 +206,21 @@ class Engine:
         """
         for group in groups:
             group.is_paused = True
-        while any(group.num_in_flight for group in groups) or (self.mover is not None and self.mover.is_busy(groups)):
+        for group in groups:
+            while group.num_in_flight:
+                await self.next_commit(group)
+        while self.mover is not None and self.mover.is_busy(groups):
             await self.next_commit()
 
-    async def next_commit(self) -> None:
-        """Return when a microbatch came back, a request ended, or `progress` was called."""
-        await self._progress.wait()
+    async def next_commit(self, group: Group | None = None) -> None:
+        """Return when a microbatch came back, a request ended, or `progress` was called: for that group, or for any."""
+        await self._progress.setdefault(group.group_id if group else None, asyncio.Event()).wait()
 
-    def progress(self) -> None:
-        """Let everybody who waits for `next_commit` look again."""
-        self._progress.set()
-        self._progress = asyncio.Event()
+    def progress(self, group_id: int | None = None) -> None:
+        """Let everybody who waits for `next_commit` look again: of one group, or of all."""
+        for waited_for in [*self._progress] if group_id is None else (group_id, None):
+            if (event := self._progress.pop(waited_for, None)) is not None:
+                event.set()
 
     # --- operators ----------------------------------------------------------------------------------------------
 
@@ -289,6 +297,7 @@ class Engine:
         now = self.now()
         if self.is_idle_since_last_step:
             self._last_step_s = now
+        self._num_in_flight += 1
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
@@ -305,11 +314,13 @@ class Engine:
             except Exception as error:  # whatever went wrong on the device ends these requests, not the server
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
-                await self.next_commit()
+                await self.next_commit(group)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
             raise
+        finally:
+            self._num_in_flight -= 1
         if failure is not None:
             log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=failure)
             self._commit_failure(group, batch, failure)
@@ -321,10 +332,8 @@ class Engine:
                 self.mover.stepped(group, self._seconds_since(started, group))
         self._last_step_s = self.now()
         self._free[group.group_id] = group
-        if self._changed is not None:
-            self._changed[group.group_id] = group
-        self.progress()
-        self._wake.set()
+        self.progress(group.group_id)
+        self.wake(group)
 
     def _seconds_since(self, launched: float, group: Group) -> float:
         """How long the microbatch that comes back now was computed: not while it waited for those before it."""
@@ -344,14 +353,15 @@ class Engine:
             group.on_first_commit = None
         sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
-            scored = [(position, next(sampled)) for position in scored_positions(span)]
-            token = next(sampled) if span.samples else None
-            for position, given in scored:
-                if given.logprobs and position == len(span.request.prompt_logprobs):  # else it was computed before
-                    span.request.prompt_logprobs.append(given.logprobs)
-            if token is not None and span.request.finish_reason is None:
+            request, _, _, samples, _ = span
+            for position in scored_positions(span):
+                given = next(sampled)
+                if given.logprobs and position == len(request.prompt_logprobs):  # else it was computed before
+                    request.prompt_logprobs.append(given.logprobs)
+            token = next(sampled) if samples else None
+            if token is not None and request.finish_reason is None:
                 num_generated += 1
-                self._publish(self._live[span.request.request_id], token, now)
+                self._publish(self._live[request.request_id], token, now)
         self.metrics.generation_tokens(num_generated)
 
     def _commit_failure(self, group: Group, batch: Microbatch, error: Exception) -> None:
@@ -371,9 +381,10 @@ class Engine:
     def _publish(self, live: _Live, token: SampledToken, now: float) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
         request = live.request
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         request.token_ids.append(token.token_id)
         if request.first_token_s is None:
-            request.first_token_s = now
+            request.first_token_s, prompt_logprobs = now, tuple(request.prompt_logprobs)
             self.metrics.first_token(request, now)
         else:
             self.metrics.inter_token(now - live.last_token_s)
@@ -386,7 +397,7 @@ class Engine:
                 self._fail(live, error)
                 return
             is_complete = request.constraint.is_finished
-        finish = finish_of(request, self.model.eos_token_ids, self.limits.max_model_len)
+        finish = finish_of(request, self.model.eos_token_ids)
         reason: FinishReason | None = None
         stop: int | str | None = None
         if finish is not None:
@@ -401,7 +412,6 @@ class Engine:
                 text += live.detokenizer.flush()
         if reason is None and is_complete:
             reason = FinishReason.STOP
-        prompt_logprobs = tuple(request.prompt_logprobs) if request.num_output_tokens == 1 else ()
         logprobs = (token.logprobs,) if token.logprobs else ()
         output = Output(text, (token.token_id,), logprobs, None, stop, prompt_logprobs)
         if reason is None:
@@ -413,7 +423,7 @@ class Engine:
 
     def _finish(self, live: _Live, reason: FinishReason, output: Output | None = None) -> None:
         """Exactly one final output, and the blocks are free as soon as no device works on them."""
-        live.stream.put(replace(output or Output(), finish_reason=reason))
+        live.stream.put((output or Output())._replace(finish_reason=reason))
         self._end(live, reason)
 
     def _fail(self, live: _Live, error: KunServeError) -> None:
@@ -421,7 +431,7 @@ class Engine:
         self._end(live, FinishReason.ERROR)
 
     def _end(self, live: _Live, reason: FinishReason) -> None:
-        request = live.request
+        request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
         del self._live[request.request_id]
         if request.constraint is not None:
@@ -432,7 +442,7 @@ class Engine:
         self._release(request)
         if self.mover is not None:
             self.mover.finished(request)
-        self.progress()
+        self.progress(group_id)
         if self._drained is not None and not self._live:
             self._drained.set()
 
@@ -459,7 +469,7 @@ class Engine:
     @property
     def is_idle_since_last_step(self) -> bool:
         """Whether nothing is in flight."""
-        return all(g.num_in_flight == 0 for g in self.groups)
+        return self._num_in_flight == 0
 
     def health(self) -> str | None:
         """None if the engine does its work; else what is wrong."""

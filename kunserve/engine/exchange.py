@@ -54,6 +54,11 @@ class Moving:
         return layer_moves(self.left, [stage.view for stage in self.group.stages])
 
     @property
+    def devices(self) -> set[int]:
+        """All that it leaves or comes to."""
+        return {stage.device for stage in self.left} | {stage.device for stage in self.group.stages}
+
+    @property
     def num_blocks(self) -> int:
         """Blocks it holds on each device."""
         return len(next(iter(self.tables.values())))
@@ -65,11 +70,14 @@ class Exchange:
     def __init__(self, engine: Engine, remap: Remap, links: Links) -> None:
         self._engine, self._remap, self._links = engine, remap, links
         self._moving: dict[str, Moving] = {}  # by request id
+        self._moving_at = defaultdict[int, dict[str, Moving]](dict)  # device -> of those, who leaves it or comes to it
         self.num_bytes = 0  # copied since the server started
 
     def begin(self, request: Request, old: Group, new: Group) -> Moving:
         """Bind a request to its new group; until its KV has followed, it is not scheduled."""
         moving = self._moving[request.request_id] = Moving.begin(request, old, new)
+        for device in moving.devices:
+            self._moving_at[device][request.request_id] = moving
         return moving
 
     def reserve(self, moving: Sequence[Moving], *, is_beyond_limit: bool = False) -> None:
@@ -85,7 +93,7 @@ class Exchange:
 
     def held(self, device: int) -> list[list[int]]:
         """Block tables that moving requests hold on a device."""
-        return [moving.tables[device] for moving in self._moving.values() if device in moving.tables]
+        return [moving.tables[device] for moving in self._moving_at[device].values() if device in moving.tables]
 
     async def by_request(self, moving: Sequence[Moving]) -> None:
         """Requests in the order of `reserve`; each runs on when its own layers have arrived.
@@ -191,10 +199,10 @@ class Exchange:
             if not await self._make_room(group):
                 if self._is_stuck(group):
                     return False
-                await self._engine.next_commit()
+                await self._engine.next_commit(group)
         if not group.is_admitting:
-            group.is_admitting = all(m.has_blocks for m in self._moving.values() if m.group is group)
-            self._engine.wake()
+            group.is_admitting = all(m.has_blocks for m in self._moving_to(group))
+            self._engine.wake(group)
         return True
 
     def _is_stuck(self, group: Group) -> bool:
@@ -243,10 +251,13 @@ class Exchange:
     def _is_moving(self, moving: Moving) -> bool:
         return self._moving.get(moving.request.request_id) is moving
 
+    def _moving_to(self, group: Group) -> list[Moving]:
+        return [m for m in self._moving_at[group.stages[0].device].values() if m.group is group]
+
     def _end_finished(self, group: Group) -> None:
         """Free what requests hold whose clients left while they waited."""
-        for m in list(self._moving.values()):
-            if m.group is group and m.request.finish_reason is not None:
+        for m in self._moving_to(group):
+            if m.request.finish_reason is not None:
                 self._end(m)
 
     def _end_all(self, moving: Sequence[Moving]) -> None:
@@ -260,23 +271,26 @@ class Exchange:
         """The request has arrived, is lost on the way, or has ended: free what it holds elsewhere, and let it go on."""
         request, group = moving.request, moving.group
         del self._moving[request.request_id]
+        for device in moving.devices:
+            del self._moving_at[device][request.request_id]
         devices = {stage.device for stage in group.stages}
-        for device, table in moving.tables.items():
-            if device not in devices:
-                self._engine.pools[device].free(table)
+        left = [device for device in moving.tables if device not in devices]
+        for device in left:
+            self._engine.pools[device].free(moving.tables[device])
         request.block_tables = [moving.tables.get(stage.device, []) for stage in group.stages]
         request.is_moving = False
         if request.finish_reason is not None:
             group.release(request)
         elif is_lost:
             self._engine.scheduler.preempt(group, request)
-        self._engine.wake()
+        self._engine.wake(None if left else group)  # after a split, another group has the blocks
 
     async def _make_room(self, group: Group) -> bool:
         """Give the KV of layers that everybody has left to those that stay; False if there is none."""
         needed = {
             (move.source, layer)
-            for m in self._moving.values()
+            for stage in group.stages
+            for m in self._moving_at[stage.device].values()
             for move in m.moves
             for layer in range(move.first_layer, move.last_layer)
         }

@@ -81,11 +81,12 @@ class Group:
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Let `request` hold blocks for its first `num_tokens` on every stage; False, and no change, if it cannot."""
-        if not request.block_tables:
+        tables = request.block_tables
+        if tables and num_tokens <= len(tables[0]) * self.block_size:
+            return True
+        if not tables:
             request.block_tables = [[] for _ in self.stages]
         missing = self.missing_blocks(request, num_tokens)
-        if missing == 0:
-            return True
         if missing > self.num_free:
             return False
         for stage, table in zip(self.stages, request.block_tables, strict=True):

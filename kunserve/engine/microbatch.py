@@ -94,11 +94,11 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
     ]
 
 
-def scored_positions(span: Span) -> range:
+def scored_positions(span: Span) -> Sequence[int]:
     """Positions of a span whose logits say how likely the prompt's next token was; empty unless asked for."""
     request = span.request
     if request.params.num_prompt_logprobs is None:
-        return range(0)
+        return ()
     return range(span.start, min(span.end, request.num_prompt_tokens - 1))
 
 

@@ -162,7 +162,7 @@ class Migration:
     async def _stop_and_copy(self, m: Migrating) -> bool:
         m.request.is_moving = True
         while m.request.num_in_flight:
-            await self._engine.next_commit()
+            await self._engine.next_commit(m.source)
         if m.request.finish_reason is not None or not self._allocate(m, len(m.request.block_tables[0])):
             return False
         await self._copy(m, m.source.blocks_for(m.request.num_computed_tokens))
@@ -204,8 +204,9 @@ class Migration:
             _stage(m.destination).pool.free(m.table)
             if is_stopped and m.request.finish_reason is not None and m.request.num_in_flight == 0:
                 m.source.release(m.request)
-        self._engine.progress()
-        self._engine.wake()
+        for group in (m.source, m.destination):
+            self._engine.progress(group.group_id)
+            self._engine.wake(group)
 
 
 def _stage(group: Group) -> Stage:

@@ -351,7 +351,8 @@ class Reconfigure:
         """The new grouping is live."""
         engine = self._engine
         engine.epoch += 1
-        engine.groups[:] = [group for group in engine.groups if group not in old] + list(new)
+        gone = set(old)
+        engine.groups[:] = [group for group in engine.groups if group not in gone] + list(new)
         transition.epoch, transition.new_groups = engine.epoch, tuple(group.group_id for group in new)
         transition.seconds["committed"] = engine.now() - transition.started_s
         for group in new:

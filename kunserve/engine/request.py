@@ -6,7 +6,7 @@ import enum
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +60,7 @@ class TokenLogprobs:
     rank: int | None = None  # of a prompt's token: 1 if it is the most likely one
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What came since the last one. Deltas: text that is final, the tokens, their logprobs if asked for."""
 
     text: str = ""

@@ -67,12 +67,12 @@ class Scheduler:
             self._evict(group, victim)
         budget = self._budget(group)
         ready, is_short = self._ready(group)
-        for request in ready:
+        for request, num_pending in ready:
             if len(spans) == self.limits.max_num_seqs:
                 break
             if request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            num_tokens = budget.fits(request, request.num_expected_tokens - request.num_scheduled_tokens)
+            num_tokens = budget.fits(request, num_pending)
             if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(request, num_tokens, budget))
         if self._num_evictions == evictions_before and not num_leaving and not is_short:
@@ -97,12 +97,13 @@ class Scheduler:
     def commit(self, group: Group, batch: Microbatch) -> None:
         """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
         group.in_flight.remove(batch)
-        for span in batch.spans:
-            span.request.num_in_flight -= 1
-            span.request.num_sampling -= span.samples
-            span.request.num_computed_tokens = span.end
-            if span.samples:
-                self.waiting.generated(span.request.owner, 1)
+        is_contended = len(self.waiting) > 0  # else nobody keeps accounts
+        for request, _, end, samples, _ in batch.spans:
+            request.num_in_flight -= 1
+            request.num_sampling -= samples
+            request.num_computed_tokens = end
+            if samples and is_contended:
+                self.waiting.generated(request.owner, 1)
 
     def preempt(self, group: Group, request: Request) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
@@ -154,23 +155,27 @@ class Scheduler:
         if not self.swapped.begin_out(group, request):
             self.preempt(group, request)
 
-    def _ready(self, group: Group) -> tuple[list[Request], bool]:
-        """Requests with tokens to schedule: those one token from their next output first, in order of admission.
+    def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
+        """Requests with tokens to schedule, and how many: those with one token first, in order of admission.
 
         Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
         must not be in flight, and nobody new comes in.
         """
         ahead = _can_run_ahead(group.in_flight[0]) if self.limits.num_ahead and group.in_flight else set()
-        ready = [
-            r for r in group.running if is_schedulable(r) and (r.num_scheduled_tokens < r.num_tokens or r in ahead)
-        ]
+        one: list[tuple[Request, int]] = []
+        more: list[tuple[Request, int]] = []
+        for r in group.running:
+            if (r.num_scheduled_tokens < len(r.token_ids) or r in ahead) and is_schedulable(r):
+                num_pending = len(r.token_ids) + r.num_sampling - r.num_scheduled_tokens
+                (more if num_pending > 1 else one).append((r, num_pending))
+        ready = one + more
         # One block at most is missing to each, so that nobody need count them while more are free.
         is_short = len(ready) > group.num_free and group.num_free < sum(
-            group.missing_blocks(r, r.num_scheduled_tokens + 1) for r in ready
+            group.missing_blocks(r, r.num_scheduled_tokens + 1) for r, _ in ready
         )
         if is_short:
-            ready = [r for r in ready if r not in ahead]
-        return sorted(ready, key=lambda r: r.num_expected_tokens - r.num_scheduled_tokens > 1), is_short
+            ready = [(r, num_pending) for r, num_pending in ready if r not in ahead]
+        return ready, is_short
 
     def _budget(self, group: Group) -> Budget:
         """Room of the group's next microbatch."""
@@ -181,9 +186,9 @@ class Scheduler:
     @staticmethod
     def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
         budget.take(request, num_tokens)
-        start = request.num_scheduled_tokens
+        start, num_known = request.num_scheduled_tokens, request.num_tokens
         request.num_scheduled_tokens = end = start + num_tokens
-        samples, is_ahead = end == request.num_expected_tokens, end > request.num_tokens
+        samples, is_ahead = end == num_known + request.num_sampling, end > num_known
         request.num_in_flight += 1
         request.num_sampling += samples
         return Span(request, start, end, samples, is_ahead)

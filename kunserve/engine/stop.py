@@ -5,16 +5,13 @@ from __future__ import annotations
 from kunserve.engine.request import FinishReason, Request
 
 
-def finish_of(
-    request: Request, eos_token_ids: tuple[int, ...], max_model_len: int
-) -> tuple[FinishReason, int | None] | None:
+def finish_of(request: Request, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason, int | None] | None:
     """Finish and stop reason after the newest token, or None if the request goes on."""
     params, token = request.params, request.token_ids[-1]
-    if request.num_output_tokens >= params.min_tokens:
-        if token in params.stop_token_ids:
-            return FinishReason.STOP, token
-        if not params.ignore_eos and token in eos_token_ids:
-            return FinishReason.STOP, None
-    if request.num_output_tokens >= params.max_tokens or request.num_tokens >= max_model_len:
+    is_stop_token = token in params.stop_token_ids
+    ends = is_stop_token or (token in eos_token_ids and not params.ignore_eos)
+    if ends and request.num_output_tokens >= params.min_tokens:
+        return FinishReason.STOP, token if is_stop_token else None
+    if len(request.token_ids) >= request.max_num_tokens:
         return FinishReason.LENGTH, None
     return None

@@ -160,15 +160,15 @@ class Swap:
         while group.num_in_flight:
             if granted := budget.take(layer_bytes, num_layers):
                 return granted
-            await self._engine.next_commit()
+            await self._engine.next_commit(group)
         return num_layers
 
     def _end(self, move: SwapMove, *, is_lost: bool = False) -> None:
         if is_lost or not move.is_out or move.request.finish_reason is not None:
             self._buffers.pop(move.request.request_id, None)
         self._engine.scheduler.end_swap(move, is_lost=is_lost)
-        self._engine.progress()
-        self._engine.wake()
+        self._engine.progress(move.group.group_id)
+        self._engine.wake(move.group)
 
 
 def _copies(

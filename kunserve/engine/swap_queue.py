@@ -6,7 +6,7 @@ not scheduled. Once its KV is on the host it belongs to no group: any that has r
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 
 from kunserve.engine.group import Group
@@ -31,6 +31,7 @@ class SwapQueue:
         self.ready: deque[Request] = deque()  # on the host
         self.num_swaps = 0  # requests that began to leave
         self._held: dict[str, int] = {}  # request id -> blocks of host space
+        self._leaving = defaultdict[int, dict[str, int]](dict)  # group id -> request id -> blocks that come free
         self._moving: dict[str, SwapMove] = {}  # by request id
         self._begun: list[SwapMove] = []
 
@@ -41,8 +42,7 @@ class SwapQueue:
 
     def num_leaving(self, group: Group) -> int:
         """Blocks of a group that come free when their copies to the host are done."""
-        moves = (m for m in self._moving.values() if m.is_out and m.group is group)
-        return sum(len(move.request.block_tables[0]) for move in moves)
+        return sum(self._leaving[group.group_id].values())
 
     def begin_out(self, group: Group, request: Request) -> bool:
         """Send a settled request to the host; False, and no change, if it has no KV or the space is full."""
@@ -50,6 +50,7 @@ class SwapQueue:
         if not 0 < num_blocks <= self.num_free:
             return False
         self._held[request.request_id] = num_blocks
+        self._leaving[group.group_id][request.request_id] = len(request.block_tables[0])
         self.num_swaps += 1
         self._begin(SwapMove(request, group, num_blocks, is_out=True))
         return True
@@ -71,6 +72,8 @@ class SwapQueue:
     def end(self, move: SwapMove, *, is_kept: bool) -> None:
         """The copy is over. `is_kept`: the host has the KV now, and the request has left its group."""
         del self._moving[move.request.request_id]
+        if move.is_out:
+            del self._leaving[move.group.group_id][move.request.request_id]
         move.request.is_moving = False
         if not is_kept:
             del self._held[move.request.request_id]

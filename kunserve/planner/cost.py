@@ -40,10 +40,14 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Work:
         """The work of all these chunks in one microbatch."""
-        work = cls()
-        for chunk in chunks:
-            work = work.plus(chunk)
-        return work
+        pairs = keys = tokens = num_chunks = samples = 0
+        for prefix, c, num_samples in chunks:
+            pairs += prefix * c + (c * c + c) // 2
+            keys += prefix + c
+            tokens += c
+            num_chunks += 1
+            samples += num_samples
+        return cls(pairs, keys, tokens, num_chunks, samples)
 
     def plus(self, chunk: Chunk) -> Work:
         """The work with one more chunk."""
@@ -108,10 +112,10 @@ class CostModel:
 
     def added_time(self, num_layers: int, chunk: Chunk) -> float:
         """Seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
-        work = Work().plus(chunk)
-        attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
-        layer = attention + self.token_s * work.num_tokens + self.chunk_s
-        return num_layers * layer + (self.head_row_s + self.sample_s) * work.num_samples
+        prefix, c, num_samples = chunk
+        attention = self.pair_s * (prefix * c + (c * c + c) // 2) + self.key_s * (prefix + c)
+        layer = attention + self.token_s * c + self.chunk_s
+        return num_layers * layer + (self.head_row_s + self.sample_s) * num_samples
 
     def to_dict(self) -> dict[str, float]:
         """The constants by name, for a file."""

@@ -130,15 +130,14 @@ class SimExecutor(Executor):
         """See `Executor.inputs`: as far as time depends on it."""
         pairs = keys = tokens = samples = num_begun = 0
         is_ahead = False
-        for span in batch.spans:  # Work.of, unrolled: this runs for every token
-            start, end = span.start, span.end
+        for request, start, end, has_sample, runs_ahead in batch.spans:  # Work.of, unrolled: runs for every token
             num_tokens = end - start
             pairs += (start + end + 1) * num_tokens
             keys += end
             tokens += num_tokens
-            samples += span.samples
-            is_ahead |= span.is_ahead
-            num_begun += start == 0 and span.request.num_preemptions == 0
+            samples += has_sample
+            is_ahead |= runs_ahead
+            num_begun += start == 0 and request.num_preemptions == 0
         work = Work(pairs // 2, keys, tokens, len(batch.spans), samples)
         return Step(work, num_begun, batch.sampled, group.in_flight[0].sampled if is_ahead else None)
 

@@ -312,6 +312,17 @@ async def test_an_engine_that_breaks_ends_every_request_and_says_so(monkeypatch:
             engine.submit(make_request("late"))
 
 
+async def test_a_first_step_after_idle_hours_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scripted_engine() as (engine, executor):
+        now = engine.now
+        monkeypatch.setattr(engine, "now", lambda: now() + 7200.0)
+        stream = engine.submit(make_request(max_tokens=1))
+        step = await executor.next_step()
+        assert engine.health() is None
+        step.finish(7)
+        await read(stream)
+
+
 async def test_health_reports_a_stall_only_while_there_is_work() -> None:
     async with scripted_engine(stall_s=-1.0) as (engine, executor):  # any silence is too long
         assert engine.health() is None

@@ -87,12 +87,12 @@ class Checked:
         self.steps[len(group.stages)] += 1
         self._commit(group, batch)
 
-    def _check_and_progress(self) -> None:
+    def _check_and_progress(self, group_id: int | None = None) -> None:
         try:
             self.check()
         except AssertionError as error:
             self._failure = self._failure or error
-        self._progress()
+        self._progress(group_id)
 
     def check(self) -> None:
         """Invariants 1 to 3, and that every request is in one place."""

@@ -41,6 +41,26 @@ def test_there_are_no_threads() -> None:
     assert simulate(main()) is threading.current_thread()
 
 
+def test_what_threads_would_call_is_called() -> None:
+    async def main() -> None:
+        called = asyncio.Event()
+        asyncio.get_running_loop().call_soon_threadsafe(called.set)
+        await called.wait()
+
+    simulate(main())
+
+
+def test_timers_of_one_time_are_due_in_the_order_in_which_they_were_set() -> None:
+    async def main() -> list[int]:
+        loop, order = asyncio.get_running_loop(), list[int]()
+        for number in range(9):
+            loop.call_at(1.0, order.append, number)
+        await asyncio.sleep(2.0)
+        return order
+
+    assert simulate(main()) == list(range(9))
+
+
 def test_waiting_for_what_never_comes_is_an_error() -> None:
     async def main() -> None:
         await asyncio.sleep(2)
