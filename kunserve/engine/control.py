@@ -239,9 +239,8 @@ class OverloadControl:
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self._snapshot(), self._demand(1.0)
-        num_waiting = len(self._engine.scheduler.waiting)
         before, undropped = self._relaxation, snapshot.undropped_blocks()
-        self._relaxation = before.observed(now, num_waiting, demand, undropped, self._thresholds)
+        self._relaxation = before.observed(now, demand, undropped, self._thresholds)
         if self._relaxation.is_over(now, self._thresholds):
             if plan := plan_restore(snapshot, demand):
                 self._relaxation = Relaxation()

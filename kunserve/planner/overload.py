@@ -86,12 +86,12 @@ class Relaxation:
 
     since_s: float | None = None
 
-    def observed(
-        self, now: float, num_waiting: int, demand_blocks: int, undropped_blocks: int, thresholds: Thresholds
-    ) -> Relaxation:
-        """Return the state after an observation: the first low one starts the time, any other one ends it."""
-        is_low = num_waiting == 0 and demand_blocks < thresholds.restore_watermark * undropped_blocks
-        if not is_low:
+    def observed(self, now: float, demand_blocks: int, undropped_blocks: int, thresholds: Thresholds) -> Relaxation:
+        """Return the state after an observation: the first low one starts the time, any other one ends it.
+
+        What waits counts with the demand, and not for itself: requests keep coming in quiet times, too.
+        """
+        if demand_blocks >= thresholds.restore_watermark * undropped_blocks:
             return Relaxation()
         return self if self.since_s is not None else replace(self, since_s=now)
 

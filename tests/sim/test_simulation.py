@@ -50,6 +50,15 @@ def test_a_drop_happens_is_undone_and_beats_recompute(reports: dict[str, dict[st
     assert reports["pipeline"]["memory"]["over_time"]["groups"][0] == 1
 
 
+def test_weights_return_while_requests_keep_coming() -> None:
+    report = simulate(replace(BURST, rate=4.5, duration_s=140.0))
+    assert [t["kind"] for t in report["transitions"]] == ["drop", "restore"]
+    drop, restore = report["transitions"]
+    ended_s = 62.0  # the burst
+    num_since = sum(ended_s < at_s < restore["started_s"] for at_s in report["answers"]["arrival_s"])
+    assert drop["started_s"] < ended_s < restore["started_s"] < 130.0 and num_since > 30
+
+
 def test_without_restore_the_chain_stays(reports: dict[str, dict[str, Any]]) -> None:
     report = simulate(replace(BURST, is_restoring=False))
     assert [t["kind"] for t in report["transitions"]] == ["drop"]
