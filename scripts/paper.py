@@ -57,7 +57,11 @@ WORKLOADS = {
     "burstgpt-40gb": bursty(SMALL, "burstgpt", 24.0, 46.0, 60.0, 160.0),
 }
 QUICK = ("sharegpt", "longbench", "sharegpt-40gb", "burstgpt-40gb")
-TWO_BURSTS = replace(WORKLOADS["longbench"], duration_s=640.0, rate=3.8, burst_height=2.1)
+# With what the host takes for each stage, as we read the published 60 ms of a decoding step: without it a chain is as
+# fast as its devices apart, and who does not restore loses nothing.
+TWO_BURSTS = replace(
+    SMALL, workload="longbench", rate=1.2, burst_height=3.0, burst_s=50.0, duration_s=640.0, step_overhead_s=0.015
+)
 ENDLESS = Options(
     cluster="16xH800",
     model="qwen2.5-72b",
@@ -137,7 +141,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs) as processes:
         done = dict(zip(different, processes.map(run, different), strict=True))
     results = {e.title: {name: done[options] for name, options in e.runs.items()} for e in planned}
-    lines = ["# The paper's experiments, simulated", "", (__doc__ or "").split("\n\n", 1)[1]]
+    lines = ["# The paper's experiments, simulated", "", (__doc__ or "").split("\n\n", 1)[1], figures.DIFFERENT, ""]
     for experiment in planned:
         lines += figures.section(experiment.title, results[experiment.title], args.out)
     (args.out / "report.md").write_text("\n".join(lines) + "\n")

@@ -38,8 +38,9 @@ CHOICES = (
 
 
 def requests(threads: ThreadPoolExecutor, tokenizer: LLTokenizer) -> list[Request]:
-    """Every kind of sampling twice, and two grammars."""
-    made = [
+    """Two that begin together and fill 20 blocks, every kind of sampling twice, and two grammars."""
+    made = [Request(f"long {i}", [3, 4, 5 + i], replace(DRAWN, max_tokens=70, seed=i)) for i in range(2)]
+    made += [
         Request(f"r{i}", [(11 * i + k) % VOCAB_SIZE for k in range(3 + 5 * i)], replace(p, seed=i))
         for i, p in enumerate(CHOICES * 2)
     ]
