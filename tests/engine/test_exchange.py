@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ async def test_kv_larger_than_the_freed_weights_goes_layer_by_layer(tiny64: Path
         await checked.settled()
         assert state["exchange_mode"] == "by_layer" and checked.num_outcomes("drop", "done", "by_layer") == 1
         assert engine.scheduler.num_preemptions == 0
+        await checked.undo_drops()
+
+
+async def test_a_prompt_under_way_does_not_wait_for_all_layers(tiny64: Path) -> None:
+    old, late = long_requests(7, 112, 14), long_requests(1, 112, 4, "late")
+    its = await expected(tiny64, old + late)
+    async with two_devices(tiny64, 128) as checked:
+        engine = checked.engine
+        answers = await loaded(checked, old)
+        engine.scheduler.limits = replace(engine.scheduler.limits, max_num_batched_tokens=16)
+        last = await asked(checked, late)
+        while not late[0].num_computed_tokens:
+            await checked.commits(1)
+        gate = Gate(checked)
+        await checked.control.drop()
+        assert late[0].num_preemptions == 1 and late[0].num_output_tokens == 0
+        await last  # with the first token of which nobody else has got a new one
+        assert gate.num_waiting and all(r.is_moving for r in old)
+        gate.is_open.set()
+        assert_same(await answers + await last, its)
+        await checked.settled()
+        assert engine.scheduler.num_preemptions == 1 and checked.num_outcomes("drop", "done", "by_layer") == 1
         await checked.undo_drops()
 
 
