@@ -27,7 +27,11 @@ DIFFERENT = """What differs from the paper:
   What a drop frees there is a place to wait in after the first token instead of before it: with 46 % more KV, for some
   15 s. With 40 GB memory bounds throughput as well, and a burst can be answered in full that otherwise only queues up.
 - A burst here is as long as what is freed lasts. A longer one ends in a queue under every policy.
-- Nothing but the links, the devices and (restore) a constant for the host takes time."""
+- Nothing but the links, the devices and (restore) a constant for the host takes time.
+- A chain loses 3 to 6 % of its devices' time in bubbles, and prompts that do not have to wait are computed within the
+  burst, at the cost of output tokens: where memory does not bound throughput, drop has less of it than swap.
+- Without bubbles and host a chain is as fast as its devices apart. So a restore makes tokens faster again, as published,
+  but first tokens only wait longer in the next burst: memory that stayed dropped would already be there."""
 
 
 def section(title: str, reports: Reports, out: Path) -> list[str]:
@@ -90,10 +94,14 @@ def systems(reports: Reports) -> list[str]:
         )
     lines.append(
         compared(
-            "tokens per second of drop against the best baseline's (figure 12)",
+            "tokens per second of drop against the best baseline's, while requests came (figure 12)",
             change(drop["output_tokens_per_s_while_arriving"], fastest),
             "not lower",
         )
+    )
+    in_all = max(r["output_tokens_per_s"] for r in baselines.values())
+    lines.append(
+        compared("tokens per second up to the last answer", change(drop["output_tokens_per_s"], in_all), "not lower")
     )
     if "pipeline" in reports:
         most = max(r["output_tokens_per_s_while_arriving"] for n, r in reports.items() if n != "pipeline")
