@@ -30,8 +30,8 @@ DIFFERENT = """What differs from the paper:
 - Nothing but the links, the devices and (restore) a constant for the host takes time.
 - A chain loses 3 to 6 % of its devices' time in bubbles, and prompts that do not have to wait are computed within the
   burst, at the cost of output tokens: where memory does not bound throughput, drop has less of it than swap.
-- Without bubbles and host a chain is as fast as its devices apart. So a restore makes tokens faster again, as published,
-  but first tokens only wait longer in the next burst: memory that stayed dropped would already be there."""
+- Without bubbles and host a chain is as fast as its devices apart. A restore makes tokens faster again, as published,
+  but first tokens wait longer in the next burst: memory that stayed dropped would already be there."""
 
 
 def section(title: str, reports: Reports, out: Path) -> list[str]:
