@@ -4,7 +4,7 @@
     python scripts/bench_simulation.py [--gpus 8,64,1024] [--seconds 20]
 
 Each cluster gets as many requests per GPU (BurstGPT's shape, five per second and GPU), in a process of its own. With
-1,024 GPUs and 20 s of arrivals they are 100,000: about five minutes. Ends in one JSON line.
+1,024 GPUs and 20 s of arrivals they are 100,000: about seven minutes. Ends in one JSON line.
 """
 
 from __future__ import annotations

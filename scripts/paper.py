@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The paper's experiments on a virtual clock: about 10 minutes on two cores, 3 with --quick, an hour with --full.
+"""The paper's experiments on a virtual clock: about 5 minutes on two cores, 2 with --quick, an hour with --full.
 
 Tables and pictures like those of KunServe (EuroSys 2026), figures 2, 12, 13, 14, 16 and 17, each beside what is
 published there. Nothing is measured: times follow from datasheets; arrivals and lengths are synthetic, with published
