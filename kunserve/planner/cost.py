@@ -27,6 +27,16 @@ class Chunk(NamedTuple):
     num_tokens: int
     num_samples: int = 0
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of one of its tokens and one that it attends to."""
+        return self.prefix * self.num_tokens + (self.num_tokens * self.num_tokens + self.num_tokens) // 2
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens whose KV it reads."""
+        return self.prefix + self.num_tokens
+
 
 class Work(NamedTuple):
     """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
@@ -41,23 +51,22 @@ class Work(NamedTuple):
     def of(cls, chunks: Iterable[Chunk]) -> Work:
         """The work of all these chunks in one microbatch."""
         pairs = keys = tokens = num_chunks = samples = 0
-        for prefix, c, num_samples in chunks:
-            pairs += prefix * c + (c * c + c) // 2
-            keys += prefix + c
-            tokens += c
+        for chunk in chunks:
+            pairs += chunk.num_pairs
+            keys += chunk.num_keys
+            tokens += chunk.num_tokens
             num_chunks += 1
-            samples += num_samples
+            samples += chunk.num_samples
         return cls(pairs, keys, tokens, num_chunks, samples)
 
     def plus(self, chunk: Chunk) -> Work:
         """The work with one more chunk."""
-        prefix, c, num_samples = chunk
         return Work(
-            self.num_pairs + prefix * c + (c * c + c) // 2,
-            self.num_keys + prefix + c,
-            self.num_tokens + c,
+            self.num_pairs + chunk.num_pairs,
+            self.num_keys + chunk.num_keys,
+            self.num_tokens + chunk.num_tokens,
             self.num_chunks + 1,
-            self.num_samples + num_samples,
+            self.num_samples + chunk.num_samples,
         )
 
     def join(self, other: Work) -> Work:
@@ -112,10 +121,9 @@ class CostModel:
 
     def added_time(self, num_layers: int, chunk: Chunk) -> float:
         """Seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
-        prefix, c, num_samples = chunk
-        attention = self.pair_s * (prefix * c + (c * c + c) // 2) + self.key_s * (prefix + c)
-        layer = attention + self.token_s * c + self.chunk_s
-        return num_layers * layer + (self.head_row_s + self.sample_s) * num_samples
+        attention = self.pair_s * chunk.num_pairs + self.key_s * chunk.num_keys
+        layer = attention + self.token_s * chunk.num_tokens + self.chunk_s
+        return num_layers * layer + (self.head_row_s + self.sample_s) * chunk.num_samples
 
     def to_dict(self) -> dict[str, float]:
         """The constants by name, for a file."""
