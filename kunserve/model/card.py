@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.embedded import EmbeddedModel, Progress, prepare_embedded
 from kunserve.model.hf_config import check_config, load_hf_config
 
-CARDS = Path(kunserve.__file__).parent.parent / "models"
+CARDS = Path(kunserve.__file__).parent / "models"  # in a checkout a link to the top-level `models/`
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = {
     "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
@@ -73,16 +73,22 @@ class ModelFiles:
     card: ModelCard | None = None
 
 
-def list_cards(cards: Path = CARDS) -> list[str]:
-    """Names of all model cards, sorted."""
-    return sorted(path.stem for path in cards.glob("*.toml"))
+def card_folders() -> tuple[Path, Path]:
+    """Return the folders that cards are looked for in: the user's own, then those that come with KunServe."""
+    return config_root() / "models", CARDS
 
 
-def load_card(name: str, cards: Path = CARDS) -> ModelCard:
-    """Read `models/<name>.toml`. Raises ConfigError for an unknown name or a card that is not right."""
-    path = cards / f"{name}.toml"
-    if name not in list_cards(cards):
-        raise ConfigError(f"no model card {name!r}{_suggest(name, list_cards(cards))}")
+def list_cards(folders: Sequence[Path] | None = None) -> list[str]:
+    """Return the names of all model cards in these folders (default: `card_folders`), sorted."""
+    return sorted(_card_paths(folders))
+
+
+def load_card(name: str, folders: Sequence[Path] | None = None) -> ModelCard:
+    """Read the card of that name. Raises ConfigError for an unknown name or a card that is not right."""
+    paths = _card_paths(folders)
+    path = paths.get(name)
+    if path is None:
+        raise ConfigError(f"no model card {name!r}{_suggest(name, sorted(paths))}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -103,7 +109,7 @@ def resolve_model(
     load_format: str = "auto",
     cache_dir: Path | None = None,
     progress: Progress = lambda _: None,
-    cards: Path = CARDS,
+    folders: Sequence[Path] | None = None,
 ) -> ModelFiles:
     """Find or fetch a model: the name of a card, a Hugging Face folder, or a Hub id, in this order.
 
@@ -111,8 +117,8 @@ def resolve_model(
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"no load format {load_format!r}{_suggest(load_format, LOAD_FORMATS)}")
-    if name_or_path in list_cards(cards):
-        return _resolve_card(load_card(name_or_path, cards), load_format, cache_dir or cache_root(), progress)
+    if name_or_path in list_cards(folders):
+        return _resolve_card(load_card(name_or_path, folders), load_format, cache_dir or cache_root(), progress)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         folder = path.resolve()
@@ -124,11 +130,24 @@ def resolve_model(
         raise ConfigError(f"--model {name_or_path} is a file; it must be a folder with config.json")
     if os.sep in name_or_path:
         raise ConfigError(f"--model {name_or_path}: there is no such folder")
-    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(cards))}")
+    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(folders))}")
+
+
+def _card_paths(folders: Sequence[Path] | None) -> dict[str, Path]:
+    """Return the file of each card by name; where two folders have one, the first folder's."""
+    searched = card_folders() if folders is None else folders
+    return {path.stem: path for folder in reversed(searched) for path in folder.glob("*.toml")}
+
+
+def config_root() -> Path:
+    """Return the folder for what users write: KUNSERVE_CONFIG, or $XDG_CONFIG_HOME/kunserve, or ~/.config/kunserve."""
+    if own := os.environ.get("KUNSERVE_CONFIG"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser() / "kunserve"
 
 
 def cache_root() -> Path:
-    """Folder for what we make ourselves: KUNSERVE_CACHE, or ~/.cache/kunserve."""
+    """Return the folder for what we make ourselves: KUNSERVE_CACHE, or ~/.cache/kunserve."""
     return Path(os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve").expanduser()
 
 
@@ -138,11 +157,8 @@ def hub_folder(hub_id: str, progress: Progress = lambda _: None) -> Path:
     Raises ConfigError that says how to get the weights.
     """
     advice = f"get them with `hf download {hub_id}` where the Hub can be reached, or give --model a local folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        needs = f"the weights of {hub_id} need huggingface_hub (pip install 'kunserve[hub]')"
-        raise ConfigError(f"{needs}; {advice}") from None
+    from huggingface_hub import snapshot_download
+
     with suppress(Exception):  # its errors have no common base; not here simply means: fetch it
         folder = Path(snapshot_download(hub_id, **HUB_FILES, local_files_only=True))
         if has_all_files(folder):  # not so after an interrupted download

@@ -65,15 +65,30 @@ def _write_card(folder: Path, old: str, new: str) -> None:
 def test_a_wrong_card_is_named_with_its_field(old: str, new: str, message: str, tmp_path: Path) -> None:
     _write_card(tmp_path, old, new)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_card("llama-8b", tmp_path)
+        load_card("llama-8b", [tmp_path])
     assert "llama-8b.toml" in caught.value.message
 
 
 def test_numbers_of_a_card_become_floats(tmp_path: Path) -> None:
     _write_card(tmp_path, "rope_theta = 500000.0", "rope_theta = 500000")
-    theta = load_card("llama-8b", tmp_path).config.rope_theta
+    theta = load_card("llama-8b", [tmp_path]).config.rope_theta
     assert isinstance(theta, float)
     assert theta == 500000.0
+
+
+def test_cards_of_the_user_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kunserve" / "models"
+    folder.mkdir(parents=True)
+    _write_card(folder, 'licence = "', 'licence = "mine: ')
+    (folder / "mine.toml").write_text((CARDS / "llama-8b.toml").read_text().replace('name = "llama-8b"', 'name = "mine"'))
+    monkeypatch.delenv("KUNSERVE_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert list_cards() == sorted([*NUM_PARAMETERS, "mine"])
+    assert load_card("llama-8b").licence.startswith("mine: ") and not load_card("llama-70b").licence.startswith("mine: ")
+    files = resolve_model("mine", load_format="dummy")
+    assert (files.name, files.config) == ("mine", load_card("llama-8b").config)
+    monkeypatch.setenv("KUNSERVE_CONFIG", str(tmp_path / "elsewhere"))
+    assert list_cards() == sorted(NUM_PARAMETERS)
 
 
 def test_dummy_weights_need_no_files() -> None:
@@ -164,12 +179,6 @@ def test_without_weights_one_line_says_how_to_get_them(online: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         resolve_model("llama-8b")
     assert hub.calls == [True, False, True]
-
-
-def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"kunserve\[hub\]"):
-        resolve_model("qwen3-8b")
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
