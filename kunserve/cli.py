@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+
+from kunserve.version import installed_version
 
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `kunserve`."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command == "serve":
-        from kunserve import server  # imports torch: seconds that nobody else should wait
+        from kunserve import server
 
         server.run(rest, prog="kunserve serve")
     elif command == "top":
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         replay.main(rest)
     elif command in ("--version", "-v", "version"):
-        print(version("kunserve"))
+        print(installed_version())
     elif command in ("--help", "-h", "help"):
         print(USAGE, end="")
     else:

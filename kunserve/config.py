@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 
+MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """Value of `--devices`: a kind and the devices' indices ("cpu:2" is cpu 0 and 1)."""
+    """Value of `--devices`: a kind ("cpu", "cuda", "auto") and the devices' indices ("cpu:2" is cpu 0 and 1)."""
 
     kind: str
     indices: tuple[int, ...]
+
+    def resolved(self) -> DeviceSpec:
+        """Return what "auto" stands for here: all GPUs, if there is one that torch can use, else two CPU devices."""
+        if self.kind != "auto":
+            return self
+        import torch  # takes seconds: flags are judged before
+
+        return DeviceSpec("cuda", ()) if torch.cuda.is_available() else DeviceSpec("cpu", (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +112,38 @@ def parse_size(text: str, plain_unit: str = "") -> int:
     return int(float(match[1]) * unit)
 
 
+def format_size(num_bytes: int) -> str:
+    """Return bytes as people read them: whole MiB, from 10 GiB on GiB with one digit ("730 MiB", "131.4 GiB")."""
+    return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes / (1 << 30):.1f} GiB"
+
+
 def parse_devices(text: str) -> DeviceSpec:
-    """Devices of "cpu:2" (two virtual CPU devices), "cuda:0,1", ...; ConfigError otherwise.
-
-    "auto": all GPUs, if there is one that torch can use, else two virtual CPU devices.
-    """
-    if text.strip() == "auto":
-        import torch
-
-        text = "cuda" if torch.cuda.is_available() else "cpu:2"
-    if text.strip().startswith("cuda"):
-        from kunserve.gpu.cuda import parse_cuda_devices  # imports torch
-
+    """Return the devices of "cpu:2" (two virtual CPU devices), "cuda:0,1", "auto" ...; ConfigError otherwise."""
+    text = text.strip()
+    if text == "auto":
+        return DeviceSpec("auto", ())
+    if text.startswith("cuda"):
         return DeviceSpec("cuda", parse_cuda_devices(text))
-    match = re.fullmatch(r"cpu(?::(\d+))?", text.strip())
-    if not match or not 0 < int(match[1] or 1) <= 64:
+    match = re.fullmatch(r"cpu(?::(\d+))?", text)
+    if not match or not 0 < int(match[1] or 1) <= MAX_DEVICES:
         raise ConfigError(f"not devices: {text!r} (write for instance cpu:2, cuda or cuda:0*4)")
     return DeviceSpec("cpu", tuple(range(int(match[1] or 1))))
+
+
+def parse_cuda_devices(text: str) -> tuple[int, ...]:
+    """Return the GPU of each logical device: "cuda:0,1" -> (0, 1), "cuda:0*4" -> (0, 0, 0, 0), "cuda" -> (): all GPUs.
+
+    ConfigError for anything else.
+    """
+    match = re.fullmatch(r"cuda(?::(\d+(?:\*\d+)?(?:,\d+(?:\*\d+)?)*))?", text.strip())
+    if match is None:
+        raise ConfigError(f"not devices: {text!r} (write for instance cuda, cuda:0,1 or cuda:0*4)")
+    ordinals: list[int] = []
+    for item in match[1].split(",") if match[1] else []:
+        ordinal, _, times = item.partition("*")
+        if not 0 < int(times or 1) <= MAX_DEVICES:
+            raise ConfigError(f"not devices: {text!r}: between 1 and {MAX_DEVICES} logical devices on a GPU")
+        if int(ordinal) in ordinals:
+            raise ConfigError(f"not devices: {text!r} names cuda:{ordinal} twice (write cuda:{ordinal}*2 for two)")
+        ordinals += [int(ordinal)] * int(times or 1)
+    return tuple(ordinals)

@@ -16,13 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kunserve.api.protocol import TEMPLATE_FIELDS
 from kunserve.api.reasoning import REASONING_PARSERS
 from kunserve.api.tool_parsers import TOOL_PARSERS
 from kunserve.errors import ConfigError
-from kunserve.vllm_flags import add_vllm_flags
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
 ADMIN_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY"
@@ -80,35 +77,61 @@ class HttpConfig:
         return context
 
 
-def add_http_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `HttpConfig`, and those of vLLM's that nobody else has defined."""
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file of flags; the command line goes before it")
-    add("--api-key", action="append", metavar="KEY", help="clients must bring one of these")
-    add("--admin-key", action="append", metavar="KEY", help="allows /kunserve/drop and /kunserve/restore")
-    add("--max-num-queued-tokens", type=int, default=4 << 20, help="tokens of waiting prompts before 503")
-    policies, text = ("fcfs", "priority"), "priority: lower `priority` of a request goes first; fcfs: it says nothing"
-    add("--scheduling-policy", choices=policies, default="fcfs", help=text)
-    add("--uds", type=Path, metavar="PATH", help="listen on a Unix socket instead of host and port")
-    add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
-    add("--ssl-certfile", type=Path, metavar="FILE", help="serve https with this certificate")
-    add("--allowed-origins", type=_origins, default=("*",), metavar="JSON", help="of browsers, as a JSON list")
-    for name in ("--disable-access-log", "--disable-uvicorn-access-log"):
-        add(name, dest="disable_access_log", action="store_true", help="no line for each request")
-    add("--disable-log-stats", action="store_true", help="no summary line every ten seconds")
-    text = 'arguments of the template where a request brings none, for instance {"enable_thinking": false}'
-    add("--default-chat-template-kwargs", type=_object, default={}, metavar="JSON", help=text)
-    add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
-    parsers = tuple(TOOL_PARSERS)
-    text = (
-        "defaults of requests: auto: generation_config.json or card of the model; vllm: none; or a folder that has one"
+def add_request_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for what a request gets that does not say."""
+    add = group.add_argument
+    add(
+        "--generation-config",
+        default="auto",
+        metavar="auto|vllm|FOLDER",
+        help="sampling settings of requests that bring none: auto: generation_config.json or card of the model; "
+        "vllm: none; or a folder that has the file",
     )
-    add("--generation-config", default="auto", metavar="auto|vllm|FOLDER", help=text)
-    text = 'such defaults by hand, for instance {"temperature": 0.5}'
-    add("--override-generation-config", type=_object, default={}, metavar="JSON", help=text)
-    add("--tool-call-parser", choices=parsers, help="how the model writes tool calls (default: as its template does)")
+    add(
+        "--override-generation-config",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='such settings by hand (default: none), for instance {"temperature": 0.5}',
+    )
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
+    add(
+        "--default-chat-template-kwargs",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help='arguments of the template (default: none), for instance {"enable_thinking": false}',
+    )
+    add(
+        "--tool-call-parser",
+        choices=tuple(TOOL_PARSERS),
+        help="how the model writes tool calls (default: as its template does)",
+    )
     add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
-    add_vllm_flags(parser)
+
+
+def add_access_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for keys and browsers' origins."""
+    add = group.add_argument
+    add("--api-key", action="append", metavar="KEY", help="key that clients must bring; may be given several times")
+    add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop and /kunserve/restore")
+    add(
+        "--allowed-origins",
+        type=_origins,
+        default=("*",),
+        metavar="JSON",
+        help='origins of browsers that may send requests, as a JSON list (default: ["*"])',
+    )
+
+
+def add_listen_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the server's socket."""
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port to listen on")
+    add("--uds", type=Path, metavar="PATH", help="Unix socket to listen on, instead of host and port")
+    add("--ssl-certfile", type=Path, metavar="FILE", help="certificate to serve https with")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
 
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
@@ -182,6 +205,8 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     path = finder.parse_known_args(arguments)[0].config
     if path is None:
         return list(arguments)
+    import yaml  # not needed by most command lines, and not quick
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from kunserve.api.page import page_files
+from kunserve.version import add_version_flag
 
 _IMPORT = re.compile(r'^import [^;]*? from "\./([\w.]+)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
@@ -95,6 +96,7 @@ def _hashes(texts: Sequence[str]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `kunserve replay`. Exits with one line if it cannot."""
     parser = argparse.ArgumentParser(prog="kunserve replay", description="Make a page of a recorded run.")
+    add_version_flag(parser)
     parser.add_argument("recording", type=Path, help="file that loadgen.py --record wrote")
     parser.add_argument("--html", type=Path, metavar="FILE", help="file to write (default: the recording's name .html)")
     args = parser.parse_args(arguments)

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from kunserve.flags import API_KEY_VARIABLES
 from kunserve.frame import Frame, apply
+from kunserve.version import add_version_flag
 
 DRAW_S = 0.25  # between two pictures
 RETRY_S = 1.0
@@ -225,6 +226,7 @@ async def watch(url: str, key: str | None, console: Console, *, is_once: bool) -
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `kunserve top`. Ctrl-C ends it."""
     parser = argparse.ArgumentParser(prog="kunserve top", description="Watch a server in the terminal.")
+    add_version_flag(parser)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="(default %(default)s)")
     known = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), None)
     parser.add_argument("--api-key", default=known, metavar="KEY", help="if the server asks for one")

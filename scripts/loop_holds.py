@@ -29,6 +29,7 @@ HOLD_S = 0.02
 CHILD = """
 import asyncio, sys, threading, time, traceback
 import kunserve.server as server
+import kunserve.serving as serving
 log = open(sys.argv.pop(1), "a")
 main, last = threading.get_ident(), [time.monotonic()]
 def look():
@@ -53,7 +54,7 @@ async def watch(metrics):
         if late_s > {hold_s}:
             own, whole = time.thread_time() - own, time.process_time() - whole
             print("HELD", round(late_s, 4), round(own, 4), round(whole, 4), file=log, flush=True)
-server._watch_loop = watch
+serving._watch_loop = watch
 server.main()
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kunserve.config import DeviceSpec, EngineConfig, parse_devices, parse_size
+from kunserve.config import DeviceSpec, EngineConfig, format_size, parse_cuda_devices, parse_devices, parse_size
 from kunserve.errors import ConfigError
 
 
@@ -40,6 +40,13 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 MiB"), (730 << 20, "730 MiB"), (10239 << 20, "10239 MiB"), (141 << 30, "141.0 GiB")]
+)
+def test_sizes_as_people_read_them(num_bytes: int, text: str) -> None:
+    assert format_size(num_bytes) == text
+
+
 def test_devices() -> None:
     assert parse_devices("cpu:2") == DeviceSpec("cpu", (0, 1))
     assert parse_devices(" cpu ") == parse_devices("cpu:1") == DeviceSpec("cpu", (0,))
@@ -49,7 +56,8 @@ def test_devices() -> None:
 @pytest.mark.parametrize(("has_gpu", "meant"), [(False, "cpu:2"), (True, "cuda")])
 def test_devices_that_nobody_chose(has_gpu: bool, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert parse_devices("auto") == parse_devices(meant)
+    assert parse_devices("auto").resolved() == parse_devices(meant)
+    assert parse_devices("cpu:3").resolved() == parse_devices("cpu:3")
 
 
 @pytest.mark.parametrize("text", ["", "cpu:0", "cpu:-1", "cpu:65", "cpu:x", "gpu:1", "cpu:1,2", "cpu:9999999999999"])
@@ -84,3 +92,23 @@ def test_one_budget_only() -> None:
     EngineConfig("m").check()
     with pytest.raises(ConfigError, match="not both"):
         EngineConfig("m", device_memory_bytes=1, num_blocks_override=1).check()
+
+
+@pytest.mark.parametrize(
+    ("text", "ordinals"),
+    [
+        ("cuda", ()),
+        ("cuda:3", (3,)),
+        ("cuda:0,1", (0, 1)),
+        (" cuda:0*4 ", (0, 0, 0, 0)),
+        ("cuda:1*2,0", (1, 1, 0)),
+    ],
+)
+def test_the_gpus_of_logical_devices(text: str, ordinals: tuple[int, ...]) -> None:
+    assert parse_cuda_devices(text) == ordinals
+
+
+@pytest.mark.parametrize("text", ["cuda:", "cuda:0,", "cuda:a", "cuda:0*0", "cuda:0*65", "cuda:0,0", "gpu:0", "cuda0"])
+def test_what_is_no_device(text: str) -> None:
+    with pytest.raises(ConfigError, match="not devices"):
+        parse_cuda_devices(text)

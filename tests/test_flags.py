@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kunserve.arguments import ServerConfig, parse_args
 from kunserve.errors import ConfigError
-from kunserve.server import ServerConfig, parse_args
 
 VARIABLES = (
     *("KUNSERVE_API_KEY", "VLLM_API_KEY", "KUNSERVE_ADMIN_KEY", "VLLM_LOG_STATS_INTERVAL", "VLLM_LOGGING_LEVEL"),

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from kunserve import server
+from kunserve import serving
+from kunserve.arguments import parse_args
 from kunserve.config import parse_devices
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
-from kunserve.server import parse_args
 
 
 def test_defaults() -> None:
@@ -102,16 +102,16 @@ async def test_files_are_read_before_the_model(
     def launch(*_: Any) -> None:
         raise AssertionError("loading has begun")
 
-    monkeypatch.setattr(server, "launch", launch)
+    monkeypatch.setattr(serving, "launch", launch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jinja").write_text("{% if %}")
     with pytest.raises(ConfigError, match=message):
-        await server.serve(parse_args(["m", *flags]))
+        await serving.serve(parse_args(["m", *flags]))
 
 
 def test_flags_of_gpus_do_nothing_on_cpus() -> None:
     def ignored(flags: str) -> list[str]:
-        return list(server._without_effect(parse_args(["m", *flags.split()]).engine))
+        return list(serving._without_effect(parse_args(["m", *flags.split()]).engine))
 
     assert ignored("--enforce-eager --gpu-memory-utilization 0.5") == ["--gpu-memory-utilization", "--enforce-eager"]
     assert ignored("--devices cuda:0 --enforce-eager") == ignored("") == []

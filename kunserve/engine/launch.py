@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -61,6 +61,7 @@ class Served:
 async def launch(config: EngineConfig, served_name: str, progress: Progress) -> Served:
     """Build an engine. ConfigError, with nothing left open, if it cannot be."""
     started = time.perf_counter()
+    config = replace(config, devices=config.devices.resolved())
     files = await asyncio.to_thread(
         resolve_model, config.model, load_format=config.load_format, progress=lambda text: progress(text, 0.0)
     )

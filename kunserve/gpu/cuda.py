@@ -8,7 +8,6 @@ boundary is nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -31,7 +30,6 @@ T = TypeVar("T")
 MIB = 1 << 20
 MAX_CHUNK_BYTES = 64 * MIB
 MAX_WASTE = 0.01  # of a device's memory: what a larger chunk may cost over the best size
-MAX_DEVICES = 64
 
 
 class CudaDevice:
@@ -206,25 +204,6 @@ def _quietly(call: Callable[..., Any], *arguments: Any) -> None:
 
 
 # --- which devices, and how large -----------------------------------------------------------------------------------
-
-
-def parse_cuda_devices(text: str) -> tuple[int, ...]:
-    """GPU of each logical device: "cuda:0,1" -> (0, 1), "cuda:0*4" -> (0, 0, 0, 0), "cuda" -> (): all GPUs.
-
-    ConfigError for anything else.
-    """
-    match = re.fullmatch(r"cuda(?::(\d+(?:\*\d+)?(?:,\d+(?:\*\d+)?)*))?", text.strip())
-    if match is None:
-        raise ConfigError(f"not devices: {text!r} (write for instance cuda, cuda:0,1 or cuda:0*4)")
-    ordinals: list[int] = []
-    for part in match[1].split(",") if match[1] else []:
-        ordinal, _, times = part.partition("*")
-        if not 0 < int(times or 1) <= MAX_DEVICES:
-            raise ConfigError(f"not devices: {text!r}: between 1 and {MAX_DEVICES} logical devices on a GPU")
-        if int(ordinal) in ordinals:
-            raise ConfigError(f"not devices: {text!r} names cuda:{ordinal} twice (write cuda:{ordinal}*2 for two)")
-        ordinals += [int(ordinal)] * int(times or 1)
-    return tuple(ordinals)
 
 
 def device_names(ordinals: Sequence[int]) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import kunserve
 from kunserve.errors import ConfigError
-from kunserve.model.checkpoint import has_all_files
 from kunserve.model.config import ModelConfig
 from kunserve.model.embedded import EmbeddedModel, Progress, prepare_embedded
+from kunserve.model.folder import GGUF_ADVICE, check_weight_files, has_all_files, is_gguf
 from kunserve.model.hf_config import check_config, load_hf_config
 
 CARDS = Path(kunserve.__file__).parent / "models"  # in a checkout a link to the top-level `models/`
@@ -103,6 +103,13 @@ def load_card(name: str, folders: Sequence[Path] | None = None) -> ModelCard:
     return card
 
 
+def check_model(name_or_path: str, load_format: str = "auto", folders: Sequence[Path] | None = None) -> None:
+    """Raise the ConfigError of `resolve_model`, as far as it is known without fetching, and without importing torch."""
+    found = _locate(name_or_path, load_format, folders)
+    if isinstance(found, Path):
+        _read_folder(found, load_format)
+
+
 def resolve_model(
     name_or_path: str,
     *,
@@ -115,22 +122,40 @@ def resolve_model(
 
     With `load_format="dummy"` a card needs no files at all. Raises ConfigError, one line that says what to do.
     """
+    found = _locate(name_or_path, load_format, folders)
+    if isinstance(found, ModelCard):
+        return _resolve_card(found, load_format, cache_dir or cache_root(), progress)
+    if isinstance(found, Path):
+        return ModelFiles(found.name, found, _read_folder(found, load_format))
+    folder = hub_folder(found, progress)
+    return ModelFiles(found, folder, _read_folder(folder, load_format))
+
+
+def _locate(name_or_path: str, load_format: str, folders: Sequence[Path] | None) -> ModelCard | Path | str:
+    """Return what a name stands for: a card, a folder, or a Hub id. ConfigError if nothing can."""
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"no load format {load_format!r}{_suggest(load_format, LOAD_FORMATS)}")
-    if name_or_path in list_cards(folders):
-        return _resolve_card(load_card(name_or_path, folders), load_format, cache_dir or cache_root(), progress)
+    names = list_cards(folders)
+    if name_or_path in names:
+        return load_card(name_or_path, folders)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        folder = path.resolve()
-        return ModelFiles(folder.name, folder, load_hf_config(folder))
-    if HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
-        folder = hub_folder(name_or_path, progress)
-        return ModelFiles(name_or_path, folder, load_hf_config(folder))
+        return path.resolve()
     if path.exists():
-        raise ConfigError(f"--model {name_or_path} is a file; it must be a folder with config.json")
+        advice = GGUF_ADVICE if is_gguf(path.name) else "it must be a folder with config.json"
+        raise ConfigError(f"--model {name_or_path} is a file; {advice}")
+    if HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
+        return name_or_path
     if os.sep in name_or_path:
         raise ConfigError(f"--model {name_or_path}: there is no such folder")
-    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(folders))}")
+    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, names)}")
+
+
+def _read_folder(folder: Path, load_format: str) -> ModelConfig:
+    """Return the model that a Hugging Face folder holds. ConfigError if it is none that can be served."""
+    if load_format != "dummy" or not (folder / "config.json").exists():
+        check_weight_files(folder)
+    return load_hf_config(folder)
 
 
 def _card_paths(folders: Sequence[Path] | None) -> dict[str, Path]:
@@ -187,7 +212,7 @@ def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: 
             raise ConfigError(f"{card.name}: {error.message}, or try it with --load-format dummy") from None
     else:
         raise ConfigError(f"the card {card.name} names no weights; use --load-format dummy")
-    return ModelFiles(card.name, folder, load_hf_config(folder), card)
+    return ModelFiles(card.name, folder, _read_folder(folder, load_format), card)
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

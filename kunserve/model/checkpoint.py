@@ -15,12 +15,11 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
-from kunserve.model.hf_config import read_json, to_hf_config
+from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
+from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 
 class WeightSource(Protocol):
@@ -121,32 +120,21 @@ def save_checkpoint(folder: Path, config: ModelConfig, tensors: Mapping[str, Ten
     (folder / "config.json").write_text(json.dumps(to_hf_config(config), indent=2), encoding="utf-8")
 
 
-def has_all_files(folder: Path) -> bool:
-    """Whether the weights' files are there; their content is checked when they are opened."""
-    try:
-        return all(path.exists() for path in _tensor_files(folder).values())
-    except ConfigError:
-        return False
-
-
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file of `folder` holds each tensor."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if single.exists():
-        return dict.fromkeys(_open(single).keys(), single)
-    if not index.exists():
-        raise ConfigError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ConfigError(f"{index} has no weight_map")
-    return {name: folder / str(file) for name, file in weight_map.items()}
+    """Return the file of `folder` that holds each tensor."""
+    single = folder / SINGLE_FILE
+    return dict.fromkeys(_open(single).keys(), single) if single.exists() else indexed_files(folder)
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")  # unmapped with the last view of it
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
+    except SafetensorError as error:
+        raise ConfigError(
+            f"cannot read {path}: the file is damaged or its download is not complete; fetch it again ({error})"
+        ) from None
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:

