@@ -17,7 +17,7 @@ from aiohttp import web
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.chat_template import ChatTemplate
-from kunserve.api.defaults import sampling_defaults
+from kunserve.api.defaults import sampling_defaults, settings_not_obeyed
 from kunserve.api.reasoning import END as REASONING_END
 from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import parser_of_template
@@ -123,6 +123,8 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     sampling = sampling_defaults(http.generation_config, files.folder, http.sampling, recommended)
     if sampling:
         log.info("defaults of requests", **sampling)
+    if ignored := settings_not_obeyed(http.generation_config, files.folder):
+        log.warning("settings of generation_config.json that are not obeyed", **ignored)
     max_model_len = served.engine.limits.max_model_len
     kwargs = config.http.chat_template_kwargs
     info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs)

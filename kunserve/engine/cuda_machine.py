@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kunserve.config import EngineConfig
+from kunserve.config import EngineConfig, format_size
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
@@ -135,8 +135,8 @@ class CudaMachine(Machine):
                 by_blocks = f"--num-gpu-blocks-override {num_blocks}"
                 flag = f"--kv-cache-memory-bytes {kv_bytes}" if num_blocks is None else by_blocks
                 raise ConfigError(
-                    f"{flag} needs {asked * self.chunk_bytes >> 20} MiB on each device; "
-                    f"{self.budget_bytes >> 20} MiB are there"
+                    f"{flag} needs {format_size(asked * self.chunk_bytes)} on each device; "
+                    f"{format_size(self.budget_bytes)} are there"
                 )
             self.num_chunks = asked
         return [DeviceView(i, self.num_chunks, island) for i, island in enumerate(islands(self._drivers))]

@@ -11,6 +11,7 @@ import structlog
 
 from kunserve.config import EngineConfig
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.context_length import reason_for_max_model_len, wanted_max_model_len
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.group import Group, Stage
@@ -22,7 +23,6 @@ from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.engine.swap import Swap
 from kunserve.engine.tokenizer import Tokenizer
-from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.metrics import Metrics
@@ -38,8 +38,6 @@ from kunserve.planner.snapshot import ModelShape, Origin, StageView
 log = structlog.get_logger()
 
 Progress = Callable[[str, float], None]  # what is being done, share of it done
-
-DEFAULT_MAX_MODEL_LEN = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +69,17 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     except BaseException:
         await asyncio.to_thread(machine.close)
         raise
-    groups = served.engine.groups
+    groups, max_model_len = served.engine.groups, served.engine.limits.max_model_len
     log.info(
         "loaded",
         model=files.name,
         seconds=round(time.perf_counter() - started, 1),
         groups=[[f"{s.device}: {s.first_layer}-{s.last_layer}" for s in group.stages] for group in groups],
         kv_tokens=sum(group.num_blocks for group in groups) * config.block_size,
-        max_model_len=served.engine.limits.max_model_len,
+        max_model_len=max_model_len,
     )
+    if reason := reason_for_max_model_len(files, config, max_model_len):
+        log.warning("requests may be shorter than the model allows", max_model_len=max_model_len, because=reason)
     return served
 
 
@@ -89,7 +89,7 @@ async def _launch_on(
     def weights() -> WeightSource:
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 
-    max_model_len = _max_model_len(files, config)
+    max_model_len = wanted_max_model_len(files, config)
     tokenizer = await asyncio.to_thread(_tokenizer, files)
     lookahead, constants = _lookahead(machine, files, config)
     engine, control = await assemble(
@@ -177,15 +177,6 @@ def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tup
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
     return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens), source
-
-
-def _max_model_len(files: ModelFiles, config: EngineConfig) -> int:
-    """What is asked for, else what the card says; ConfigError beyond the model's positions."""
-    limit = files.config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(f"--max-model-len {config.max_model_len} is more than the model's {limit} positions")
-    default = (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
-    return config.max_model_len or min(default, limit)
 
 
 def _tokenizer(files: ModelFiles) -> Tokenizer:

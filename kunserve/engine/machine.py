@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from kunserve.config import EngineConfig
+from kunserve.config import EngineConfig, format_size
 from kunserve.engine.executor import DeviceExecutor, Executor
 from kunserve.engine.placement import budget_chunks
 from kunserve.errors import ConfigError
@@ -81,8 +81,8 @@ class HostMachine(Machine):
         budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, kv_bytes)
         if (needed := budget * self.chunk_bytes * len(indices)) > available:
             raise ConfigError(
-                f"{len(indices)} device(s) of {budget * self.chunk_bytes >> 20} MiB need {needed >> 20} MiB: "
-                f"{available >> 20} MiB of host memory are available. Lower --device-memory or use fewer devices"
+                f"{len(indices)} device(s) of {format_size(budget * self.chunk_bytes)} need {format_size(needed)}: "
+                f"{format_size(available)} of host memory are available. Lower --device-memory or use fewer devices"
             )
         self._views = [DeviceView(index, budget) for index in indices]
         return self._views

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from kunserve.config import format_size
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
 from kunserve.planner.layer_split import split_layers
 from kunserve.planner.snapshot import DeviceView, ModelShape, StageView, capacity_blocks
-
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +105,11 @@ def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceVie
 
 
 def _too_small(shape: ModelShape, devices: Sequence[DeviceView], max_model_len: int) -> str:
-    budget = min(view.budget_chunks for view in devices) * shape.chunk_bytes // MIB
-    weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes // MIB
-    kv = shape.num_layers * shape.chunks_for(-(-max_model_len // shape.block_size)) * shape.chunk_bytes // MIB
+    budget = min(view.budget_chunks for view in devices) * shape.chunk_bytes
+    weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
+    kv = shape.num_layers * shape.chunks_for(-(-max_model_len // shape.block_size)) * shape.chunk_bytes
     return (
-        f"too little memory: the weights take {weights} MiB and one request of --max-model-len {max_model_len} "
-        f"{kv} MiB of KV; {len(devices)} device(s) have {budget} MiB each. "
-        "Raise --device-memory, lower --max-model-len or use more devices"
+        f"too little memory: the weights take {format_size(weights)} and one request of "
+        f"--max-model-len {max_model_len} {format_size(kv)} of KV; {len(devices)} device(s) have "
+        f"{format_size(budget)} each. Raise --device-memory, lower --max-model-len or use more devices"
     )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kunserve.config import format_size
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.cuda_copy import copy_between
@@ -74,9 +75,9 @@ class CudaDevice:
             except DeviceError as error:
                 free, total = self.driver.memory()
                 raise ConfigError(
-                    f"{self.name}: too little memory: {self.num_chunks * self.chunk_bytes // MIB} MiB wanted, "
-                    f"{made * self.chunk_bytes // MIB} MiB created, {free // MIB} of {total // MIB} MiB are free now "
-                    f"({error.message})"
+                    f"{self.name}: too little memory: {format_size(self.num_chunks * self.chunk_bytes)} wanted, "
+                    f"{format_size(made * self.chunk_bytes)} created, "
+                    f"{format_size(free)} of {format_size(total)} are free now ({error.message})"
                 ) from None
 
     def reserve(self, num_bytes: int) -> int:
@@ -259,8 +260,9 @@ def budget_bytes(
         if wanted <= 0 or count * (wanted + reserved_bytes) > free:
             asked = f"--gpu-memory-utilization {utilization}" if memory_bytes is None else "--device-memory"
             raise ConfigError(
-                f"cuda:{ordinal}: too little memory: {asked} asks for {count} x {max(wanted, 0) // MIB} MiB and "
-                f"{count} x {reserved_bytes // MIB} MiB for activations; {free // MIB} of {total // MIB} MiB are free"
+                f"cuda:{ordinal}: too little memory: {asked} asks for {count} x {format_size(max(wanted, 0))} and "
+                f"{count} x {format_size(reserved_bytes)} for activations; "
+                f"{format_size(free)} of {format_size(total)} are free"
             )
         budgets.append(wanted)
     return min(budgets)

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kunserve.config import format_size
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
@@ -51,7 +52,7 @@ def _mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = 
     result = _libc.mmap(address, num_bytes, prot, flags, fd, offset)
     if result == _MAP_FAILED or result is None:
         errno = ctypes.get_errno()
-        raise DeviceError(f"mmap of {num_bytes >> 20} MiB failed: {os.strerror(errno)}")
+        raise DeviceError(f"mmap of {format_size(num_bytes)} failed: {os.strerror(errno)}")
     return int(result)
 
 
@@ -73,8 +74,8 @@ class HostDevice:
         needed, available = num_chunks * chunk_bytes, available_bytes()
         if needed > available:
             raise ConfigError(
-                f"{self.name}: --device-memory of {needed >> 20} MiB does not fit: "
-                f"{available >> 20} MiB of host memory are available"
+                f"{self.name}: --device-memory of {format_size(needed)} does not fit: "
+                f"{format_size(available)} of host memory are available"
             )
         self._fd = os.memfd_create(f"kunserve-{self.name}")
         os.ftruncate(self._fd, needed)

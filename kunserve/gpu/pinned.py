@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kunserve.config import format_size
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda_driver import Driver
 from kunserve.model.checkpoint import WeightSource
@@ -35,7 +36,7 @@ class PinnedSource:
             driver.pin(self._memory.data_ptr(), end)
         except DeviceError as error:
             raise ConfigError(
-                f"cannot pin {end >> 20} MiB of host memory for the weights ({error.message}); "
+                f"cannot pin {format_size(end)} of host memory for the weights ({error.message}); "
                 "start with --pin-weights off"
             ) from None
         self._is_pinned = True

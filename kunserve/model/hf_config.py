@@ -84,6 +84,13 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def cutting_window(folder: Path) -> tuple[int, int] | None:
+    """Return the tokens of a model's sliding window and its positions, if the window is what bounds its requests."""
+    values = read_json(folder / "config.json")
+    window, positions = _sliding_window(values, _family(values)), _int(values, "max_position_embeddings")
+    return (window, positions) if window is not None and window < positions else None
+
+
 def check_config(config: ModelConfig) -> None:
     """Check that sizes fit each other; raises ConfigError."""
     if config.num_heads % config.num_kv_heads:
@@ -139,8 +146,8 @@ def _family(values: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
     """Raise ConfigError for the first field that changes the result and that we do not compute."""
-    if values.get("quantization_config"):
-        raise ConfigError("field quantization_config: quantized weights are not supported")
+    if quantization := values.get("quantization_config"):
+        raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
     if (act := values.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"field hidden_act: {act!r} is not supported, only 'silu'")
     # transformers reads attention_bias for Llama and Qwen3 only; elsewhere a leftover has no effect.
@@ -158,6 +165,27 @@ def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
             raise ConfigError(f"field {style}: partial_rotary_factor is not supported")
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("field partial_rotary_factor is not supported")
+
+
+# What names of quantized models commonly end in, by their method.
+QUANTIZED_NAMES = {
+    "awq": "-AWQ",
+    "gptq": "-GPTQ-Int4",
+    "fp8": "-FP8",
+    "fbgemm_fp8": "-FP8",
+    "compressed-tensors": "-FP8 or -w4a16",
+    "bitsandbytes": "-bnb-4bit",
+}
+
+
+def _quantized(quantization: object) -> str:
+    """Return why quantized weights are refused, by their method, and what to serve instead."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(method, str):
+        return "quantized weights are not supported; serve the unquantized model"
+    ending = QUANTIZED_NAMES.get(method.lower())
+    example = f" (often the same name without {ending})" if ending else ""
+    return f"weights quantized with {method} are not supported; serve the unquantized model{example}"
 
 
 def _sliding_window(values: Mapping[str, Any], family: str) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 from api_fakes import MODEL, FakeEngine, serving
 
 from kunserve.api.backend import ModelInfo
-from kunserve.api.defaults import sampling_defaults
+from kunserve.api.defaults import sampling_defaults, settings_not_obeyed
 from kunserve.errors import ConfigError
 from kunserve.model.card import CardSampling, list_cards, load_card
 
@@ -30,6 +30,32 @@ def test_where_they_come_from(folder: Path, tmp_path: Path) -> None:
     assert sampling_defaults(str(folder), None, {}) == RECOMMENDED
     assert sampling_defaults("auto", None, {}) == {}
     assert sampling_defaults("auto", tmp_path / "none", {}) == {}
+
+
+def test_what_is_not_obeyed_is_named(folder: Path, tmp_path: Path) -> None:
+    assert settings_not_obeyed("auto", folder) == {}
+    off = {
+        "num_beams": 1,
+        "repetition_penalty": 1.1,
+        "stop_strings": None,
+        "_from_model_config": True,
+    }
+    other = {
+        "max_new_tokens": 7,
+        "max_length": 99,
+        "do_sample": False,
+        "min_new_tokens": 2,
+        "stop_strings": ["###"],
+        "typical_p": 0.5,
+        "num_beams": 4,
+    }
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(off))
+    assert settings_not_obeyed("auto", tmp_path) == {}
+    path.write_text(json.dumps(off | other))
+    assert settings_not_obeyed("auto", tmp_path) == settings_not_obeyed(str(tmp_path), None) == other
+    assert settings_not_obeyed("vllm", tmp_path) == settings_not_obeyed("auto", None) == {}
+    assert settings_not_obeyed("auto", tmp_path / "none") == {}
 
 
 def test_a_card_speaks_where_the_folder_does_not(folder: Path, tmp_path: Path) -> None:

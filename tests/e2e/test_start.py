@@ -51,7 +51,7 @@ async def test_a_model_too_large_for_a_device_starts_as_chains(tiny_models: Tiny
             {"device_memory_bytes": 600 * MIB, "max_model_len": 8192},
             "one request of --max-model-len 8192 360 MiB of KV; 1 device.s. have 600 MiB each",
         ),
-        ({"max_model_len": 9000}, "--max-model-len 9000 is more than the model's 8192 positions"),
+        ({"max_model_len": 9000}, "--max-model-len 9000 is more than 8192: the model has 8192 positions"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16 is not served on CPU devices"),
         ({"pipeline_parallel_size": 2}, "chains of 2 devices cannot be made from 1 devices"),
     ],

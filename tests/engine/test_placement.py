@@ -108,7 +108,7 @@ def test_chains_longer_than_devices_or_layers_are_refused() -> None:
 @pytest.mark.parametrize("is_len_required", [True, False])
 def test_too_little_memory_names_the_figures(is_len_required: bool) -> None:
     shape = shape_of("llama-70b")
-    weights_mib = shape.weight_chunks(0, 80) * 2
+    weights_gib = shape.weight_chunks(0, 80) * 2 / 1024
     with pytest.raises(ConfigError) as caught:
         place(
             shape,
@@ -119,9 +119,9 @@ def test_too_little_memory_names_the_figures(is_len_required: bool) -> None:
         )
     message = caught.value.message
     assert "\n" not in message
-    assert f"the weights take {weights_mib} MiB" in message and 131 * 1024 < weights_mib < 140 * 1024
+    assert f"the weights take {weights_gib:.1f} GiB" in message and 131 < weights_gib < 140
     assert "--max-model-len 4096 1280 MiB of KV" in message
-    assert "2 device(s) have 61440 MiB each" in message
+    assert "2 device(s) have 60.0 GiB each" in message
 
 
 def test_weights_that_fit_without_a_request_are_too_little() -> None:

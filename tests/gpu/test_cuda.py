@@ -139,7 +139,7 @@ def test_too_little_memory_names_the_figures_and_keeps_nothing() -> None:
     with pytest.raises(ConfigError) as error:
         CudaDevice(driver, "cuda:0.1", 8, CHUNK)
     assert error.value.message == (
-        "cuda:0.1: too little memory: 48 MiB wanted, 30 MiB created, 0 of 30 MiB are free now "
+        "cuda:0.1: too little memory: 48 MiB wanted, 30 MiB created, 0 MiB of 30 MiB are free now "
         "(cuda:0: cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY)"
     )
     assert driver.is_clean()
@@ -527,10 +527,10 @@ def test_budgets() -> None:
     assert budget([0, 1]) == 62 * gib  # all alike: the least
     assert budget([0, 0], reserved=gib) == 30 * gib
     assert budget([0, 0, 0, 0], 16 * gib, gib) == 16 * gib
-    with pytest.raises(ConfigError, match=r"cuda:0: too little memory: --device-memory asks for 4 x 17408 MiB and 4 x"):
+    with pytest.raises(ConfigError, match=r"cuda:0: too little memory: --device-memory asks for 4 x 17\.0 GiB and 4 x"):
         budget([0, 0, 0, 0], 17 * gib, gib)
     memory[0] = (2 * gib, 80 * gib)
-    with pytest.raises(ConfigError, match=r"--gpu-memory-utilization 0.9 asks for 1 x 0 MiB .* 2048 of 81920 MiB"):
+    with pytest.raises(ConfigError, match=r"--gpu-memory-utilization 0.9 asks for 1 x 0 MiB .* 2048 MiB of 80\.0 GiB"):
         budget([0])
 
 

@@ -176,7 +176,7 @@ async def test_a_step_that_fails_ends_its_requests_and_not_the_server(monkeypatc
 def test_too_little_memory_closes_the_drivers() -> None:
     drivers = [FakeCuda(total_bytes=30 * GRANULARITY), FakeCuda(total_bytes=30 * GRANULARITY)]
     unopened = iter(drivers)
-    with pytest.raises(ConfigError, match=r"--device-memory asks for 2 x 40 MiB .* 60 of 60 MiB are free"):
+    with pytest.raises(ConfigError, match=r"--device-memory asks for 2 x 40 MiB .* 60 MiB of 60 MiB are free"):
         CudaMachine(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
     assert not any(driver.is_open for driver in drivers)
 

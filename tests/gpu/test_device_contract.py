@@ -95,7 +95,7 @@ def test_close_twice() -> None:
 
 
 def test_more_memory_than_the_host_has_is_refused_with_figures() -> None:
-    with pytest.raises(ConfigError, match=r"cpu:3: --device-memory of \d+ MiB does not fit: \d+ MiB"):
+    with pytest.raises(ConfigError, match=r"cpu:3: --device-memory of 2097152\.0 GiB does not fit: [\d.]+ [MG]iB"):
         HostDevice(3, 1 << 30)
 
 

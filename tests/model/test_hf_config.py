@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, make_tiny_model
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import Llama3RopeScaling
-from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
+from kunserve.model.hf_config import cutting_window, load_hf_config, parse_hf_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -97,6 +97,39 @@ def test_end_tokens_of_generation_config_win(tmp_path: Path) -> None:
 )
 def test_a_sliding_window_bounds_the_length(values: dict[str, Any], max_positions: int) -> None:
     assert parse_hf_config(values).max_position_embeddings == max_positions
+
+
+@pytest.mark.parametrize(
+    ("values", "cut"),
+    [
+        (MISTRAL, None),
+        (MISTRAL | {"sliding_window": 100}, (100, 512)),
+        (MISTRAL | {"sliding_window": 512}, None),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, None),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, (100, 512)),
+    ],
+)
+def test_a_window_that_bounds_the_length_is_told(
+    values: dict[str, Any], cut: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert cutting_window(tmp_path) == cut
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quantized with awq are not supported; serve .* without -AWQ"),
+        ({"quant_method": "gptq"}, "quantized with gptq .* without -GPTQ-Int4"),
+        ({"quant_method": "fp8"}, "quantized with fp8 .* without -FP8"),
+        ({"quant_method": "mxfp4"}, "quantized with mxfp4 are not supported; serve the unquantized model$"),
+        ({"bits": 4}, "quantized weights are not supported; serve the unquantized model$"),
+        ("int8", "quantized weights are not supported"),
+    ],
+)
+def test_quantized_weights_are_refused_by_their_method(quantization: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"quantization_config: .*{message}"):
+        parse_hf_config(LLAMA | {"quantization_config": quantization})
 
 
 def test_mistral_slides_when_it_says_nothing() -> None:
