@@ -11,29 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .workload import Span, parse_segments
+from kunserve.loadgen.workload import Span, parse_segments
 
 T = TypeVar("T")
 EXAMPLES = """\
 examples:
   twenty requests at once, 100 to 300 tokens in, 64 out:
-    loadgen.py --num-requests 20 --input-len 100:300 --output-len 64
+    %(prog)s --num-requests 20 --input-len 100:300 --output-len 64
   steady load with a burst of 16 requests per second from second 30 to 40, and a picture of it:
-    loadgen.py --arrival burst --burst 30:4,10:16,30:4 --json run.json --plot run.png
+    %(prog)s --arrival burst --burst 30:4,10:16,30:4 --json run.json --plot run.png
   two servers asked in turn, measured as one:
-    loadgen.py --url http://127.0.0.1:9001,http://127.0.0.1:9002 --arrival poisson --rate 5 --num-requests 300
+    %(prog)s --url http://127.0.0.1:9001,http://127.0.0.1:9002 --arrival poisson --rate 5 --num-requests 300
   three minutes of Azure's code trace, thinned to 200 requests, twice as slow:
-    loadgen.py --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
+    %(prog)s --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
                --max-input 1024 --max-output 64
   lengths of real conversations; a third of the clients hang up:
-    loadgen.py --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
+    %(prog)s --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
 """
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Parser whose values have their final types; defaults included."""
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of the command called `prog`; its values have their final types, defaults included."""
     parser = argparse.ArgumentParser(
-        prog="loadgen.py",
+        prog=prog,
         description=description,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

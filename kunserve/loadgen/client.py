@@ -12,8 +12,8 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from .metrics import MetricSeries, poll
-from .workload import Job, Span, stream_of
+from kunserve.loadgen.metrics import MetricSeries, poll
+from kunserve.loadgen.workload import Job, Span, stream_of
 
 PROMPT_PURPOSE = 9  # stream of random numbers that prompts are drawn from
 COMMON_WORDS = (

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Load generator for any OpenAI-compatible server: measures latency, throughput and stalls of streams.
 
 Requests, output tokens per second, time to first token (TTFT) and per output token, the longest gap inside any
@@ -14,14 +13,18 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 
 import uvloop
-from load import report
-from load.arguments import build_parser
-from load.client import Recording, Stream, Target, first_model, run
-from load.plot import check_matplotlib, plot
-from load.record import recording as recording_feed
-from load.workload import (
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from kunserve.loadgen import report
+from kunserve.loadgen.arguments import build_parser
+from kunserve.loadgen.client import Recording, Stream, Target, first_model, run
+from kunserve.loadgen.plot import check_matplotlib, plot
+from kunserve.loadgen.record import recording as recording_feed
+from kunserve.loadgen.workload import (
     Job,
     Segment,
     burst_arrivals,
@@ -31,9 +34,6 @@ from load.workload import (
     poisson_arrivals,
     stream_of,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
 from kunserve.sim.traces import pick_rows, read_rows, sample_lengths
 
 
@@ -139,10 +139,10 @@ def _state(streams: list[Stream]) -> str:
     return f"{sum(len(stream.token_s) for stream in streams)} chunks; {shown}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "kunserve loadgen") -> int:
     """Exit status: 0, or 1 when no request completed, 2 for wrong arguments, 130 when interrupted."""
-    parser = build_parser((__doc__ or "").strip())
-    args = parser.parse_args(argv)
+    parser = build_parser(prog, (__doc__ or "").strip())
+    args = parser.parse_args(arguments)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # one socket per stream
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("nothing to send: the segments ended before the first arrival")
         recording, is_interrupted = uvloop.run(measure(args, jobs))
     except ValueError as error:
-        parser.exit(2, f"loadgen.py: {error}\n")
+        parser.exit(2, f"{prog}: {error}\n")
     summary = report.summarize(recording)
     details = report.details(recording)
     print(*report.lines(summary), sep="\n", file=sys.stderr)
@@ -169,7 +169,3 @@ def main(argv: list[str] | None = None) -> int:
         plot(details["requests"], details["metrics"], args.plot)
     print(json.dumps(summary), flush=True)
     return 130 if is_interrupted else 0 if summary["completed"] or summary["cancelled"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

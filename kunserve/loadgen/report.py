@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .client import Recording, Stream
+from kunserve.loadgen.client import Recording, Stream
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 

@@ -14,11 +14,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from load import metrics, report
-from load.client import Recording, Target, first_model, run
-from load.workload import Job
+from kunserve.loadgen import metrics, report
+from kunserve.loadgen.client import Recording, Target, first_model, run
+from kunserve.loadgen.workload import Job
 
 
 class ScriptedServer:
@@ -283,7 +281,8 @@ async def test_metrics_are_polled_while_streams_run(server: ScriptedServer, monk
 
 
 async def start(server: ScriptedServer, *argv: str) -> Process:
-    command = (sys.executable, str(Path(__file__).parents[2] / "scripts" / "loadgen.py"), "--url", server.url, *argv)
+    program = "from kunserve.cli import main; main()"
+    command = (sys.executable, "-c", program, "loadgen", "--url", server.url, *argv)
     return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
 
 

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import sys
 from array import array
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from load import report
-from load.client import Recording, Status, Stream
-from load.metrics import MetricSeries, parse_metrics
-from load.plot import plot
-from load.workload import Job
+from kunserve.loadgen import report
+from kunserve.loadgen.client import Recording, Status, Stream
+from kunserve.loadgen.metrics import MetricSeries, parse_metrics
+from kunserve.loadgen.plot import plot
+from kunserve.loadgen.workload import Job
 
 
 def test_metrics_get_common_names() -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import loadgen
-from load.arguments import build_parser
-from load.client import Target, request_body
-from load.workload import (
+from kunserve.loadgen import command
+from kunserve.loadgen.arguments import build_parser
+from kunserve.loadgen.client import Target, request_body
+from kunserve.loadgen.workload import (
     Job,
     Segment,
     Span,
@@ -22,7 +20,6 @@ from load.workload import (
     poisson_arrivals,
     stream_of,
 )
-
 from kunserve.sim.traces import pick_rows, read_rows
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -145,7 +142,7 @@ def test_jobs_are_clipped_and_a_share_of_them_leaves() -> None:
 
 
 def workload(*argv: str) -> list[Job]:
-    return loadgen.make_workload(build_parser("").parse_args(argv))
+    return command.make_workload(build_parser("", "").parse_args(argv))
 
 
 def test_workload_from_flags(tmp_path: Path) -> None:
@@ -192,9 +189,9 @@ def test_an_arrival_without_its_flag(kind: str) -> None:
 )
 def test_wrong_arguments_end_in_one_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        loadgen.main(argv)
+        command.main(argv)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("loadgen.py: ")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("kunserve loadgen: ")
 
 
 def test_a_missing_matplotlib_is_said_before_the_run(
@@ -202,7 +199,7 @@ def test_a_missing_matplotlib_is_said_before_the_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
-        loadgen.main(["--plot", "x.png"])
+        command.main(["--plot", "x.png"])
     assert "pip install 'kunserve[plot]'" in capsys.readouterr().err
 
 

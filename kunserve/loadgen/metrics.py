@@ -34,6 +34,7 @@ class MetricSeries:
     values: dict[str, list[float | None]] = field(default_factory=dict)
 
     def append(self, at_s: float, sample: dict[str, float]) -> None:
+        """Add a server's sample to its series: a name that either of them lacks gets None there."""
         for name in sample.keys() - self.values.keys():
             self.values[name] = [None] * len(self.at_s)
         self.at_s.append(at_s)
