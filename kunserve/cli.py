@@ -9,7 +9,7 @@ from importlib.metadata import version
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
-       kunserve loadgen [flags]        put load on a server and measure its answers
+       kunserve loadgen [URL] [flags]  put load on a server and measure its answers
        kunserve --version
 """
 

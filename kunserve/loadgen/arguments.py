@@ -7,7 +7,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, help="show the version of KunServe and exit")
     _add_target(parser.add_argument_group("server"))
     _add_workload(parser.add_argument_group("workload"))
     output = parser.add_argument_group("output")
@@ -53,9 +55,12 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def _add_target(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
+    either = group.add_mutually_exclusive_group()  # not one `dest`: a URL that is not there would undo --url
+    urls = _checked(_urls, "an http URL")
+    either.add_argument("server", nargs="?", type=urls, metavar="URL", help="the same as --url")
+    either.add_argument(
         "--url",
-        type=_checked(_urls, "an http URL"),
+        type=urls,
         default=("http://127.0.0.1:8000",),
         help="base URL, or several with commas: asked in turn (default http://127.0.0.1:8000)",
     )
@@ -94,6 +99,17 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add("--max-output", type=_count, help="clip outputs to so many tokens")
     add("--cancel-fraction", type=_fraction, default=0.0, help="share of streams closed at a random token (default 0)")
     add("--seed", type=int, default=0, help="same seed, same load (default 0)")
+
+
+class _Version(argparse.Action):
+    """Show the version. Looked up only when asked for: a checkout that is not installed has none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version("kunserve"))
+        parser.exit()
 
 
 def _checked(parse: Callable[[str], T], what: str) -> Callable[[str], T]:

@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "kunserve loadgen")
     """Exit status: 0, or 1 when no request completed, 2 for wrong arguments, 130 when interrupted."""
     parser = build_parser(prog, (__doc__ or "").strip())
     args = parser.parse_args(arguments)
+    args.url = args.server or args.url
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # one socket per stream
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "kunserve loadgen")
     details = report.details(recording)
     print(*report.lines(summary), sep="\n", file=sys.stderr)
     if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "api_key"}
+        settings = {key: value for key, value in vars(args).items() if key not in ("api_key", "server")}
         document = {"summary": summary, "args": settings, **details}
         args.json.write_text(json.dumps(document, default=str) + "\n")
     if args.plot:

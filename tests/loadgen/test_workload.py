@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,40 +166,6 @@ def test_workload_from_flags(tmp_path: Path) -> None:
 def test_an_arrival_without_its_flag(kind: str) -> None:
     with pytest.raises(ValueError, match=f"--arrival {kind} needs --"):
         workload("--arrival", kind)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--rate", "0"],
-        ["--rate", "nan"],
-        ["--num-requests", "0"],
-        ["--cancel-fraction", "1.1"],
-        ["--input-len", "9:3"],
-        ["--burst", "nonsense"],
-        ["--url", "localhost:8000"],
-        ["--extra-body", "[1]"],
-        ["--extra-body", "{"],
-        ["--trace-window", "9:3"],
-        ["--plot", "/no/such/folder/x.png"],
-        ["--trace", "/no/such/file.csv"],
-        ["--burst", "0.000001:0.000001"],
-    ],
-)
-def test_wrong_arguments_end_in_one_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command.main(argv)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("kunserve loadgen: ")
-
-
-def test_a_missing_matplotlib_is_said_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        command.main(["--plot", "x.png"])
-    assert "pip install 'kunserve[plot]'" in capsys.readouterr().err
 
 
 def test_prompts_are_exact_and_follow_from_seed_and_index() -> None:

@@ -1,0 +1,11 @@
+#!/usr/bin/env python3
+"""Run `kunserve loadgen` from a checkout: the load generator for any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+
+from kunserve.loadgen.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(prog="loadgen.py"))
