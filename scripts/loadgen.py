@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run `kunserve loadgen` from a checkout: the load generator for any OpenAI-compatible server."""
+"""Run `kunserve loadgen` from a checkout: it puts load on any OpenAI-compatible server and measures it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load generator, its command line: flags -> checked values."""
+"""Read the load generator's command line: flags -> checked values."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
 
 
 class _Version(argparse.Action):
-    """Show the version. Looked up only when asked for: a checkout that is not installed has none."""
+    """Show the version of KunServe. It is looked up only then: a checkout that is not installed has none."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **settings)
@@ -113,7 +113,7 @@ class _Version(argparse.Action):
 
 
 def _checked(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
-    """Turn a ValueError into the message argparse shows."""
+    """Return `parse` with its ValueError turned into the message that argparse shows."""
 
     def checked(text: str) -> T:
         try:

@@ -1,4 +1,4 @@
-"""Load generator for any OpenAI-compatible server: measures latency, throughput and stalls of streams.
+"""Put load on any OpenAI-compatible server and measure latency, throughput and stalls of streams.
 
 Requests, output tokens per second, time to first token (TTFT) and per output token, the longest gap inside any
 stream, failures. The last line of stdout is one JSON object; everything for people goes to stderr.
@@ -38,7 +38,7 @@ from kunserve.sim.traces import pick_rows, read_rows, sample_lengths
 
 
 def make_workload(args: argparse.Namespace) -> list[Job]:
-    """Jobs the arguments ask for. Raises ValueError when they do not fit together or a file is malformed."""
+    """Return the jobs that the arguments ask for; raise ValueError if these contradict or a file is malformed."""
     seed = abs(args.seed)
     asked = "trace" if args.trace else "burst" if args.burst else "poisson" if args.rate else "all"
     arrival = args.arrival or asked
@@ -79,7 +79,7 @@ def _arrivals(
 
 
 async def measure(args: argparse.Namespace, jobs: list[Job]) -> tuple[Recording, bool]:
-    """Run the load; also whether a signal stopped it early."""
+    """Send the jobs; return what was seen, and whether a signal stopped the run early."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     target = Target(
         urls=args.url,
@@ -113,7 +113,7 @@ async def measure(args: argparse.Namespace, jobs: list[Job]) -> tuple[Recording,
 
 
 async def show_progress(streams: list[Stream], is_quiet: bool) -> None:
-    """A bar on a terminal, else a line every five seconds; until cancelled."""
+    """Show a bar on a terminal, else a line every five seconds, until cancelled."""
     console = Console(stderr=True)
     if is_quiet:
         return
@@ -140,7 +140,10 @@ def _state(streams: list[Stream]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "kunserve loadgen") -> int:
-    """Exit status: 0, or 1 when no request completed, 2 for wrong arguments, 130 when interrupted."""
+    """Run the command; return its status: 0, 1 if no request completed, 130 if interrupted.
+
+    Wrong arguments end in one line, which begins with `prog`, and SystemExit with status 2.
+    """
     parser = build_parser(prog, (__doc__ or "").strip())
     args = parser.parse_args(arguments)
     args.url = args.server or args.url
