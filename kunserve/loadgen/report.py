@@ -10,17 +10,7 @@ from typing import Any
 import numpy as np
 
 from kunserve.loadgen.client import Recording, Stream
-
-PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """Return mean, p50, p90, p99, p99.9 (linear between ranks) and max; None where there are no values."""
-    if not values:
-        return dict.fromkeys(("mean", *(f"p{p:g}" for p in PERCENTILES), "max"))
-    found = np.percentile(np.asarray(values), PERCENTILES).tolist()
-    named = {f"p{p:g}": value for p, value in zip(PERCENTILES, found, strict=True)}
-    return {"mean": float(np.mean(values)), **named, "max": max(values)}
+from kunserve.percentiles import percentiles
 
 
 def longest_gap(token_s: Sequence[float], ended_s: float | None = None) -> float:

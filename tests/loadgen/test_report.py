@@ -61,20 +61,6 @@ def test_longest_gap(token_s: list[float], ended_s: float | None, gap: float) ->
     assert report.longest_gap(array("d", token_s), ended_s) == gap
 
 
-def test_percentiles() -> None:
-    values = report.percentiles([float(i) for i in range(1001)])
-    assert values == {
-        "mean": 500.0,
-        "p50": 500.0,
-        "p90": 900.0,
-        "p99": 990.0,
-        "p99.9": pytest.approx(999.0),
-        "max": 1000.0,
-    }
-    assert set(report.percentiles([2.0]).values()) == {2.0}
-    assert set(report.percentiles([]).values()) == {None}
-
-
 def make_stream(
     status: Status, sent_s: float | None, token_s: list[float], ended_s: float | None, num_output: int
 ) -> Stream:

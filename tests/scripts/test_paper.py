@@ -13,7 +13,7 @@ SECONDS = range(60)
 
 def report(ttft_s: float, *, transitions: tuple[tuple[str, float], ...] = (), waits_from: int = 60) -> dict[str, Any]:
     """A request per second; memory is full from `waits_from` on."""
-    quantiles = dict.fromkeys(("p50", "p90", "p99", "p999"), ttft_s)
+    quantiles = dict.fromkeys(("p50", "p90", "p99", "p99.9"), ttft_s)
     return {
         "ttft_s": quantiles,
         "tpot_s": dict.fromkeys(quantiles, 0.1),
