@@ -10,6 +10,7 @@ from kunserve.version import installed_version
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
+       kunserve loadgen [URL] [flags]  put load on a server and measure its answers
        kunserve --version
 """
 
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kunserve import replay
 
         replay.main(rest)
+    elif command == "loadgen":
+        from kunserve.loadgen import command as loadgen
+
+        sys.exit(loadgen.main(rest))
     elif command in ("--version", "-v", "version"):
         print(installed_version())
     elif command in ("--help", "-h", "help"):

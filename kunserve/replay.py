@@ -27,7 +27,7 @@ Event = tuple[str, dict[str, Any]]  # "snapshot" or "delta", and its data
 
 
 def read_recording(lines: Sequence[bytes]) -> list[Event]:
-    """Events of a file that `loadgen.py --record` wrote. ValueError, naming the line, if it is something else."""
+    """Events of a file that `kunserve loadgen --record` wrote. ValueError, naming the line, if it is something else."""
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     """Entry point of `kunserve replay`. Exits with one line if it cannot."""
     parser = argparse.ArgumentParser(prog="kunserve replay", description="Make a page of a recorded run.")
     add_version_flag(parser)
-    parser.add_argument("recording", type=Path, help="file that loadgen.py --record wrote")
+    parser.add_argument("recording", type=Path, help="file that kunserve loadgen --record wrote")
     parser.add_argument("--html", type=Path, metavar="FILE", help="file to write (default: the recording's name .html)")
     args = parser.parse_args(arguments)
     out = args.html or args.recording.with_suffix(".html")

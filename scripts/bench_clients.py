@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from load.server import get_json, running_server
+from own_server import get_json, running_server
 from rich.console import Console
 from rich.table import Table
 

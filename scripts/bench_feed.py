@@ -22,7 +22,7 @@ import aiohttp
 import uvloop
 from aiohttp import web
 from compare_policies import BURSTS, SETTLE_S, measure
-from load.server import free_port, running_server
+from own_server import free_port, running_server
 
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo

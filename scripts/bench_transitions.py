@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 from compare_policies import Burst, measure
-from load.server import Server, post_json, running_server
+from own_server import Server, post_json, running_server
 
 from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.launch import launch

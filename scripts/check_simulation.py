@@ -30,14 +30,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 import torch
-from load import report
-from load.client import Recording, Target, first_model, run
-from load.server import Server, running_server
-from load.workload import Job, Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
+from own_server import Server, running_server
 
 from kunserve.config import EngineConfig
 from kunserve.engine.placement import budget_chunks, model_shape
 from kunserve.gpu.kv_memory import KVShape
+from kunserve.loadgen import report
+from kunserve.loadgen.client import Recording, Target, first_model, run
+from kunserve.loadgen.workload import Job, Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
 from kunserve.log import set_up_logging
 from kunserve.model.card import load_card
 from kunserve.model.costs import cost_model

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from load import report
-from load.client import Recording, Target, first_model, run
-from load.plot import check_matplotlib
-from load.server import running_server
-from load.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
+from own_server import running_server
 from rich.console import Console
 from rich.table import Table
+
+from kunserve.loadgen import report
+from kunserve.loadgen.client import Recording, Target, first_model, run
+from kunserve.loadgen.plot import check_matplotlib
+from kunserve.loadgen.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
 
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
 PLENTY = "plenty"

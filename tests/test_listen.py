@@ -11,16 +11,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from own_server import free_port
 
 from kunserve.errors import ConfigError
 from kunserve.listen import Listener
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def hello(_: web.BaseRequest) -> web.StreamResponse:

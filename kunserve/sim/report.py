@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from kunserve.percentiles import percentiles
 
-PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 DIGITS = 6  # of seconds, in reports
 
 
@@ -69,16 +68,6 @@ class Record:
     elapsed_s: float = 0.0
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, p50, p90, p99, p99.9 and max; None where there are no values."""
-    names = ["mean", *(f"p{p:g}".replace(".", "") for p in PERCENTILES), "max"]
-    if not values:
-        return dict.fromkeys(names)
-    array = np.asarray(values)
-    found = [float(array.mean()), *np.percentile(array, PERCENTILES).tolist(), float(array.max())]
-    return {name: round(value, DIGITS) for name, value in zip(names, found, strict=True)}
-
-
 def summarize(record: Record, block_size: int) -> dict[str, Any]:
     """The figures of a run that do not depend on who ran it. Times in seconds, rates per second."""
     answers = record.answers
@@ -94,11 +83,11 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
         "finished": len(finished),
         "failures": sorted({a.failure for a in answers if a.failure}),
         "elapsed_s": round(record.elapsed_s, DIGITS),
-        "ttft_s": percentiles(ttfts),
+        "ttft_s": _rounded(ttfts),
         "ttft_shares": _shares(ttfts),
-        "tpot_s": percentiles([t for a in finished if (t := a.tpot_s) is not None]),
+        "tpot_s": _rounded([t for a in finished if (t := a.tpot_s) is not None]),
         "longest_gap_s": round(max((a.longest_gap_s for a in answers), default=0.0), DIGITS),
-        "gap_s": percentiles([a.longest_gap_s for a in finished]),
+        "gap_s": _rounded([a.longest_gap_s for a in finished]),
         "output_tokens": tokens,
         "output_tokens_per_s": round(tokens / record.elapsed_s, 3) if record.elapsed_s else 0.0,
         "output_tokens_per_s_while_arriving": round(in_time, 3),
@@ -118,6 +107,12 @@ def by_answer(record: Record) -> dict[str, list[float | None]]:
         "ttft_s": rounded(a.ttft_s for a in answers),
         "tpot_s": rounded(a.tpot_s for a in answers),
     }
+
+
+def _rounded(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Return the percentiles, to `DIGITS`, by names without dots: those that reports have always had."""
+    found = {name.replace(".", ""): value for name, value in percentiles(seconds).items()}
+    return {name: None if value is None else round(value, DIGITS) for name, value in found.items()}
 
 
 def _shares(values: Sequence[float]) -> list[tuple[float, float]]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-START_S = 120.0
-STOP_S = 30.0
-POLL_S = 0.02
+import own_server
+from own_server import POLL_S as POLL_S  # how often tests look as well
+from own_server import START_S, STOP_S
 
 # The same main(), with other bounds on what a client may do: tests need not wait for the real ones.
 _WITH_SETTINGS = """
@@ -25,68 +20,13 @@ kunserve.server.main()
 """
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class ServerProcess(own_server.ServerProcess):
+    """One server, and what tests do to it; `api_settings` are put in the place of its own."""
 
-
-class ServerProcess:
-    """One `python -m kunserve.server`; `log` is everything it wrote to stdout and stderr."""
-
-    def __init__(
-        self,
-        *arguments: str,
-        port: int | None = None,
-        api_settings: Mapping[str, float] | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self.port = port or free_port()
-        main = ["-c", _WITH_SETTINGS.format(settings=dict(api_settings))] if api_settings else ["-m", "kunserve.server"]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        self._process = subprocess.Popen(
-            [sys.executable, *main, *arguments, "--port", str(self.port)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-        )
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    @property
-    def url(self) -> str:
-        """Where it listens, without a slash at the end."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        """What it has written so far."""
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
-
-    def wait_ready(self) -> None:
-        """Return once /health answers 200. RuntimeError, with the log, if the process ends or takes too long."""
-        deadline = time.monotonic() + START_S
-        while not self._is_healthy():
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self.log}")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the server is not ready after {START_S:.0f} s:\n{self.log}")
-            time.sleep(POLL_S)
-
-    def _is_healthy(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                return connection.recv(64).startswith(b"HTTP/1.1 200 ")
-        except OSError:
-            return False
+    def __init__(self, *flags: str, api_settings: Mapping[str, float] | None = None, **settings: Any) -> None:
+        if api_settings:
+            settings["program"] = ("-c", _WITH_SETTINGS.format(settings=dict(api_settings)))
+        super().__init__(*flags, **settings)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Like `kill`."""
@@ -98,17 +38,6 @@ class ServerProcess:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"the server still runs after {timeout_s:.0f} s:\n{self.log}") from None
-
-    def close(self) -> None:
-        """End it, kindly first."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._log.close()
 
     @contextmanager
     def log_shown(self) -> Iterator[None]:

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import loadgen
-from load.arguments import build_parser
-from load.client import Target, request_body
-from load.workload import (
+from kunserve.loadgen import command
+from kunserve.loadgen.arguments import build_parser
+from kunserve.loadgen.client import Target, request_body
+from kunserve.loadgen.workload import (
     Job,
     Segment,
     Span,
@@ -22,7 +19,6 @@ from load.workload import (
     poisson_arrivals,
     stream_of,
 )
-
 from kunserve.sim.traces import pick_rows, read_rows
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -145,7 +141,7 @@ def test_jobs_are_clipped_and_a_share_of_them_leaves() -> None:
 
 
 def workload(*argv: str) -> list[Job]:
-    return loadgen.make_workload(build_parser("").parse_args(argv))
+    return command.make_workload(build_parser("", "").parse_args(argv))
 
 
 def test_workload_from_flags(tmp_path: Path) -> None:
@@ -170,40 +166,6 @@ def test_workload_from_flags(tmp_path: Path) -> None:
 def test_an_arrival_without_its_flag(kind: str) -> None:
     with pytest.raises(ValueError, match=f"--arrival {kind} needs --"):
         workload("--arrival", kind)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--rate", "0"],
-        ["--rate", "nan"],
-        ["--num-requests", "0"],
-        ["--cancel-fraction", "1.1"],
-        ["--input-len", "9:3"],
-        ["--burst", "nonsense"],
-        ["--url", "localhost:8000"],
-        ["--extra-body", "[1]"],
-        ["--extra-body", "{"],
-        ["--trace-window", "9:3"],
-        ["--plot", "/no/such/folder/x.png"],
-        ["--trace", "/no/such/file.csv"],
-        ["--burst", "0.000001:0.000001"],
-    ],
-)
-def test_wrong_arguments_end_in_one_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        loadgen.main(argv)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("loadgen.py: ")
-
-
-def test_a_missing_matplotlib_is_said_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        loadgen.main(["--plot", "x.png"])
-    assert "pip install 'kunserve[plot]'" in capsys.readouterr().err
 
 
 def test_prompts_are_exact_and_follow_from_seed_and_index() -> None:

@@ -1,4 +1,4 @@
-"""Load generator, beside the client: what KunServe's feed says while the load runs, as lines for `kunserve replay`."""
+"""Record what KunServe's feed says while the load runs, as lines for `kunserve replay`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import aiohttp
 
 @asynccontextmanager
 async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncIterator[None]:
-    """Write the feed of `url` to `path` until the block is left. ValueError at once if there is no feed."""
+    """Write the feed of `url` to `path` until the block is left; raise ValueError at once if there is no feed."""
     timeout = aiohttp.ClientTimeout(total=None, connect=10)
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -35,7 +35,7 @@ async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncItera
 
 
 async def _write(response: aiohttp.ClientResponse, path: Path) -> None:
-    """One JSON object per event: seconds since the first, its name, its data as it came."""
+    """Write one JSON object per event: seconds since the response began, its name, its data as it came."""
     started_s = perf_counter()
     name = ""
     with path.open("w", encoding="utf-8", buffering=1) as file:  # an interrupted run keeps what it saw

@@ -1,4 +1,4 @@
-"""Load generator, beside the client: what the servers' /metrics say while the load runs, under common names."""
+"""Sample what the servers' /metrics say while the load runs, under common names."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ COMMON_NAMES = {
 
 @dataclass(slots=True)
 class MetricSeries:
-    """One server's samples over time. A name that was missing at some poll has None there."""
+    """Hold one server's samples over time. A name that was missing at some poll has None there."""
 
     url: str
     at_s: list[float] = field(default_factory=list)  # after the start of the run
     values: dict[str, list[float | None]] = field(default_factory=dict)
 
     def append(self, at_s: float, sample: dict[str, float]) -> None:
+        """Add the sample taken at `at_s` to the series; a name that one of them lacks gets None in its place."""
         for name in sample.keys() - self.values.keys():
             self.values[name] = [None] * len(self.at_s)
         self.at_s.append(at_s)
@@ -42,10 +43,10 @@ class MetricSeries:
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Samples of a Prometheus page that say something about load, by common name or, our own, with labels.
+    """Return the samples of a Prometheus page that tell of load: by common name or, our own, with labels.
 
     Several samples of one common name (one per engine) are added up; shares (kv_usage) are averaged.
-    Raises ValueError when a value is not a number.
+    A value that is not a number raises ValueError.
     """
     found: dict[str, list[float]] = {}
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Load generator, third step: a recording becomes numbers. Pure functions."""
+"""Make numbers of a recording, the load generator's third step. All functions are pure."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .client import Recording, Stream
-
-PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, p50, p90, p99, p99.9 (linear between ranks) and max; None where there are no values."""
-    if not values:
-        return dict.fromkeys(("mean", *(f"p{p:g}" for p in PERCENTILES), "max"))
-    found = np.percentile(np.asarray(values), PERCENTILES).tolist()
-    named = {f"p{p:g}": value for p, value in zip(PERCENTILES, found, strict=True)}
-    return {"mean": float(np.mean(values)), **named, "max": max(values)}
+from kunserve.loadgen.client import Recording, Stream
+from kunserve.percentiles import percentiles
 
 
 def longest_gap(token_s: Sequence[float], ended_s: float | None = None) -> float:
-    """Longest time between two chunks of a stream, its end included; 0 for a stream without a chunk.
+    """Return the longest time between two chunks of a stream, its end included; 0 for one without a chunk.
 
     The end counts because a client cannot tell a stalled stream from one that forgot to close.
     """
@@ -33,19 +23,19 @@ def longest_gap(token_s: Sequence[float], ended_s: float | None = None) -> float
 
 
 def time_to_first_token(stream: Stream) -> float | None:
-    """Seconds from sending the request to its first chunk."""
+    """Return the seconds from sending the request to its first chunk; None if none came."""
     return stream.token_s[0] - stream.sent_s if stream.token_s and stream.sent_s is not None else None
 
 
 def time_per_output_token(stream: Stream) -> float | None:
-    """Seconds per token after the first, averaged over a completed stream."""
+    """Return the mean seconds per token after the first; None unless the stream completed with two or more."""
     if stream.status != "completed" or stream.num_output_tokens < 2 or len(stream.token_s) < 2:
         return None
     return (stream.token_s[-1] - stream.token_s[0]) / (stream.num_output_tokens - 1)
 
 
 def summarize(recording: Recording) -> dict[str, Any]:
-    """All numbers of a run: times in seconds, rates per second of the whole run."""
+    """Return all numbers of a run: times in seconds, rates per second of the whole run."""
     streams, elapsed_s = recording.streams, recording.elapsed_s
     by_status = Counter(stream.status for stream in streams)
     num_output_tokens = sum(stream.num_output_tokens for stream in streams)
@@ -75,7 +65,7 @@ def summarize(recording: Recording) -> dict[str, Any]:
 
 
 def details(recording: Recording) -> dict[str, Any]:
-    """What --json holds beside the summary: every request, output tokens per second, and the metrics."""
+    """Return what --json holds beside the summary: every request, chunks per second, and the metrics."""
     chunks = [at_s for stream in recording.streams for at_s in stream.token_s]
     num_seconds = int(recording.elapsed_s) + 1
     per_second, _ = np.histogram(chunks, bins=num_seconds, range=(0, num_seconds))
@@ -87,7 +77,7 @@ def details(recording: Recording) -> dict[str, Any]:
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
-    """The summary for people."""
+    """Return the lines that tell people the summary."""
     counts = ", ".join(f"{summary[key]} {key}" for key in ("completed", "failed", "cancelled", "unfinished"))
     gap = summary["longest_gap_s"]
     return [

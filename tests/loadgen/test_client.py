@@ -1,126 +1,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
 import socket
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from scripted_server import ScriptedServer, answer_all, hang, scripted_server, send_event, token
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from load import metrics, report
-from load.client import Recording, Target, first_model, run
-from load.workload import Job
-
-
-class ScriptedServer:
-    """Speaks just enough of the API; `max_tokens` of a request picks the script, so that tests read top to bottom."""
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.num_disconnects = 0
-        self.num_scrapes = 0
-        self.num_open = 0
-        self.max_open = 0
-        self.changed = asyncio.Condition()
-        self.scripts: dict[int, Callable[[web.Request, web.StreamResponse], Any]] = {}
-        self.server = TestServer(self._app())
-
-    @property
-    def url(self) -> str:
-        return str(self.server.make_url("")).rstrip("/")
-
-    def _app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/v1/completions", self.complete)
-        app.router.add_post("/v1/chat/completions", self.complete)
-        return app
-
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "tiny"}]})
-
-    async def metrics(self, request: web.Request) -> web.Response:
-        await self._note(num_scrapes=1)
-        return web.Response(text=f'vllm:num_requests_running{{engine="0"}} {self.num_open}\n')
-
-    async def wait_for(self, condition: Callable[[], bool]) -> None:
-        async with self.changed:
-            await self.changed.wait_for(condition)
-
-    async def _note(self, **deltas: int) -> None:
-        async with self.changed:
-            for name, delta in deltas.items():
-                setattr(self, name, getattr(self, name) + delta)
-            self.max_open = max(self.max_open, self.num_open)
-            self.changed.notify_all()
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        await self._note(num_open=1)
-        try:
-            if body["max_tokens"] == 503:
-                return web.json_response({"error": {"message": "the queue is full"}}, status=503)
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
-            script = self.scripts.get(body["max_tokens"], answer_all)
-            await script(request, response)
-            return response
-        except (asyncio.CancelledError, ConnectionError):
-            await self._note(num_disconnects=1)
-            raise
-        finally:
-            await self._note(num_open=-1)
-
-
-async def send_event(response: web.StreamResponse, event: Any) -> None:
-    data = event if isinstance(event, str) else json.dumps(event)
-    await response.write(f"data: {data}\n\n".encode())
-
-
-def token(text: str = "x", finish_reason: str | None = None) -> dict[str, Any]:
-    return {"choices": [{"text": text, "finish_reason": finish_reason}]}
-
-
-async def answer_all(request: web.Request, response: web.StreamResponse) -> None:
-    """A proper answer of `max_tokens` tokens, some without text, in the route's format."""
-    body = await request.json()
-    count = body["max_tokens"]
-    if "messages" in body:
-        await send_event(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        for _ in range(count):
-            await send_event(response, {"choices": [{"delta": {"content": "x"}}]})
-        await send_event(response, {"choices": [{"delta": {}, "finish_reason": "length"}]})
-    else:
-        for i in range(count):
-            await send_event(response, token("" if i % 3 == 1 else "x", "length" if i == count - 1 else None))
-    usage = {"prompt_tokens": len(body.get("prompt", "")), "completion_tokens": count}
-    await send_event(response, {"choices": [], "usage": usage})
-    await send_event(response, "[DONE]")
-
-
-async def hang(request: web.Request, response: web.StreamResponse) -> None:
-    """One token, and then nothing until the client leaves."""
-    await send_event(response, token())
-    await asyncio.Event().wait()
+from kunserve.loadgen import metrics, report
+from kunserve.loadgen.client import Recording, Target, first_model, run
+from kunserve.loadgen.workload import Job
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
-    scripted = ScriptedServer()
-    await scripted.server.start_server()
-    yield scripted
-    await scripted.server.close()
+    async with scripted_server() as server:
+        yield server
 
 
 async def record(server: ScriptedServer, jobs: list[Job], **settings: Any) -> Recording:
@@ -242,15 +139,13 @@ async def test_cancelled_streams_close_their_connection(server: ScriptedServer) 
 
 
 async def test_urls_are_asked_in_turn(server: ScriptedServer) -> None:
-    other = ScriptedServer()
-    await other.server.start_server()
-    urls = (server.url, other.url)
-    recording = Recording.of(jobs_of(1, 2, 3, 4, 5), urls)
-    await run(recording, Target(urls, "tiny"))
+    async with scripted_server() as other:
+        urls = (server.url, other.url)
+        recording = Recording.of(jobs_of(1, 2, 3, 4, 5), urls)
+        await run(recording, Target(urls, "tiny"))
     assert sorted(body["max_tokens"] for body in server.bodies) == [1, 3, 5]
     assert sorted(body["max_tokens"] for body in other.bodies) == [2, 4]
     assert [series.url for series in recording.series] == list(urls)
-    await other.server.close()
 
 
 async def test_concurrency_is_bounded(server: ScriptedServer) -> None:
@@ -280,44 +175,3 @@ async def test_metrics_are_polled_while_streams_run(server: ScriptedServer, monk
     server.scripts[2] = hold
     recording = await record(server, jobs_of(2))
     assert 1.0 in recording.series[0].values["running"]
-
-
-async def start(server: ScriptedServer, *argv: str) -> Process:
-    command = (sys.executable, str(Path(__file__).parents[2] / "scripts" / "loadgen.py"), "--url", server.url, *argv)
-    return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
-
-
-async def test_the_last_line_of_stdout_is_one_json_object(server: ScriptedServer, tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    process = await start(
-        server, "--num-requests", "6", "--output-len", "3:5", "--json", str(path), "--api-key", "secret"
-    )
-    stdout, stderr = await process.communicate()
-    assert process.returncode == 0, stderr
-    summary = json.loads(stdout.decode().strip().splitlines()[-1])
-    assert summary["completed"] == 6 and summary["output_tokens"] == sum(b["max_tokens"] for b in server.bodies)
-    assert {body["model"] for body in server.bodies} == {"tiny"}
-    assert b"6 completed" in stderr
-    document = json.loads(path.read_text())
-    assert document["summary"] == summary and len(document["requests"]) == 6
-    assert "secret" not in path.read_text()
-
-
-async def test_an_interrupt_prints_the_report_of_what_finished(server: ScriptedServer, tmp_path: Path) -> None:
-    server.scripts[9] = hang
-    trace = tmp_path / "trace.csv"
-    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,3\n0,5,9\n1000000,5,3\n")
-    process = await start(server, "--trace", str(trace), "--concurrency", "1")
-    await server.wait_for(lambda: len(server.bodies) == 2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = await process.communicate()
-    assert process.returncode == 130, stderr
-    summary = json.loads(stdout.decode().strip().splitlines()[-1])
-    assert (summary["completed"], summary["unfinished"], summary["failed"]) == (1, 2, 0)
-
-
-async def test_a_run_in_which_nothing_completes_ends_with_status_1(server: ScriptedServer) -> None:
-    process = await start(server, "--num-requests", "2", "--output-len", "503", "--model", "m")
-    stdout, _ = await process.communicate()
-    assert process.returncode == 1
-    assert json.loads(stdout)["failures"] == {"HTTP 503: the queue is full": 2}

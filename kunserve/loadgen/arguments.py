@@ -1,4 +1,4 @@
-"""Load generator, its command line: flags -> checked values."""
+"""Read the load generator's command line: flags -> checked values."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .workload import Span, parse_segments
+from kunserve.loadgen.workload import Span, parse_segments
+from kunserve.version import add_version_flag
 
 T = TypeVar("T")
 EXAMPLES = """\
 examples:
   twenty requests at once, 100 to 300 tokens in, 64 out:
-    loadgen.py --num-requests 20 --input-len 100:300 --output-len 64
+    %(prog)s --num-requests 20 --input-len 100:300 --output-len 64
   steady load with a burst of 16 requests per second from second 30 to 40, and a picture of it:
-    loadgen.py --arrival burst --burst 30:4,10:16,30:4 --json run.json --plot run.png
+    %(prog)s --arrival burst --burst 30:4,10:16,30:4 --json run.json --plot run.png
   two servers asked in turn, measured as one:
-    loadgen.py --url http://127.0.0.1:9001,http://127.0.0.1:9002 --arrival poisson --rate 5 --num-requests 300
+    %(prog)s --url http://127.0.0.1:9001,http://127.0.0.1:9002 --arrival poisson --rate 5 --num-requests 300
   three minutes of Azure's code trace, thinned to 200 requests, twice as slow:
-    loadgen.py --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
+    %(prog)s --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
                --max-input 1024 --max-output 64
   lengths of real conversations; a third of the clients hang up:
-    loadgen.py --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
+    %(prog)s --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
 """
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Parser whose values have their final types; defaults included."""
+def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of the command called `prog`; its values have their final types, defaults included."""
     parser = argparse.ArgumentParser(
-        prog="loadgen.py",
+        prog=prog,
         description=description,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version_flag(parser)
     _add_target(parser.add_argument_group("server"))
     _add_workload(parser.add_argument_group("workload"))
     output = parser.add_argument_group("output")
@@ -53,9 +55,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_target(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
+    either = group.add_mutually_exclusive_group()  # not one `dest`: a URL that is not there would undo --url
+    urls = _checked(_urls, "an http URL")
+    either.add_argument("server", nargs="?", type=urls, metavar="URL", help="the same as --url")
+    either.add_argument(
         "--url",
-        type=_checked(_urls, "an http URL"),
+        type=urls,
         default=("http://127.0.0.1:8000",),
         help="base URL, or several with commas: asked in turn (default http://127.0.0.1:8000)",
     )
@@ -97,7 +102,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
 
 
 def _checked(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
-    """Turn a ValueError into the message argparse shows."""
+    """Return `parse` with its ValueError turned into the message that argparse shows."""
 
     def checked(text: str) -> T:
         try:

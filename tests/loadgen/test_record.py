@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 import orjson
@@ -11,11 +10,8 @@ from aiohttp.test_utils import TestServer
 from states import state
 
 from kunserve.frame import frame_of
+from kunserve.loadgen.record import recording
 from kunserve.replay import read_recording
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from load.record import recording
 
 
 async def test_what_the_feed_says_is_what_replay_reads(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Load generator, first step: which requests are sent when. Everything follows from the seed or from a trace file.
+"""Decide which requests are sent when, the load generator's first step: by the seed, or by a trace file.
 
 Trace files are read by kunserve/sim/traces.py.
 """
@@ -14,7 +14,7 @@ from numpy.random import Generator, default_rng
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to send `at_s` seconds after the start; lengths in tokens."""
+    """Describe one request, sent `at_s` seconds after the start; its lengths are in tokens."""
 
     at_s: float
     num_prompt_tokens: int
@@ -24,14 +24,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Integers from `low` to `high`, both included."""
+    """Bound integers: from `low` to `high`, both included."""
 
     low: int
     high: int
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """`64` or `64:256`."""
+        """Read a span: `64` or `64:256`."""
         low, _, high = text.partition(":")
         try:
             span = cls(int(low), int(high or low))
@@ -44,14 +44,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of time with a steady rate of requests per second."""
+    """Describe a stretch of time with a steady rate of requests per second."""
 
     duration_s: float
     rate: float
 
 
 def parse_segments(text: str) -> tuple[Segment, ...]:
-    """`30:4,10:16,30:4`: seconds:rate, one after the other."""
+    """Read segments, `seconds:rate` one after the other: `30:4,10:16,30:4`."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         segments = tuple(Segment(float(duration), float(rate)) for duration, rate in pairs)
@@ -65,23 +65,23 @@ def parse_segments(text: str) -> tuple[Segment, ...]:
 
 
 def stream_of(seed: int, *purpose: int) -> Generator:
-    """Random numbers for one purpose, so that changing lengths does not move arrivals."""
+    """Return random numbers for one purpose, so that changing lengths does not move arrivals."""
     return default_rng([seed, *purpose])
 
 
 def fixed_arrivals(rate: float, num_requests: int) -> list[float]:
-    """One every 1 / rate seconds, from 0."""
+    """Return the times of arrivals at equal distance, `rate` per second, the first at 0."""
     return [i / rate for i in range(num_requests)]
 
 
 def poisson_arrivals(rate: float, num_requests: int, rng: Generator) -> list[float]:
-    """Independent arrivals, `rate` per second on average."""
+    """Return the times of independent arrivals, `rate` per second on average."""
     times: list[float] = (rng.exponential(size=num_requests).cumsum() / rate).tolist()
     return times
 
 
 def burst_arrivals(segments: Sequence[Segment], limit: int | None, rng: Generator) -> list[float]:
-    """Poisson arrivals whose rate changes from segment to segment; ends with the last one, or after `limit`."""
+    """Return the times of Poisson arrivals whose rate changes with the segments; of these the first `limit`."""
     times: list[float] = []
     start_s = 0.0
     for segment in segments:
@@ -96,7 +96,7 @@ def burst_arrivals(segments: Sequence[Segment], limit: int | None, rng: Generato
 
 
 def draw_lengths(prompt: Span, output: Span, count: int, rng: Generator) -> list[tuple[int, int]]:
-    """Pairs of prompt and output length, uniform over the spans."""
+    """Draw pairs of prompt and output length, uniform over the spans."""
     prompts = rng.integers(prompt.low, prompt.high, size=count, endpoint=True).tolist()
     outputs = rng.integers(output.low, output.high, size=count, endpoint=True).tolist()
     return list(zip(prompts, outputs, strict=True))
@@ -109,7 +109,7 @@ def make_jobs(
     cancel_fraction: float,
     rng: Generator,
 ) -> list[Job]:
-    """Jobs with lengths clipped to 1..max; that share of them, rounded, leaves after a random token."""
+    """Return the jobs, their lengths clipped to 1..max; the share that cancels, rounded, leaves at a random token."""
     leaving = set(rng.permutation(len(times))[: round(cancel_fraction * len(times))].tolist())
     jobs = []
     for i, (at_s, (num_prompt, num_output)) in enumerate(zip(times, lengths, strict=True)):

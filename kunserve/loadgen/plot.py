@@ -1,4 +1,4 @@
-"""Load generator, last step: the timeline of a run as a picture. Needs matplotlib (the extra `plot`)."""
+"""Draw the timeline of a run, the load generator's last step; matplotlib comes with the extra `plot`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_matplotlib() -> None:
-    """Raise ValueError if plotting will not work: better before the run than after it."""
+    """Raise ValueError if matplotlib is missing; to be called before the run, which would be in vain."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -15,7 +15,7 @@ def check_matplotlib() -> None:
 
 
 def plot(requests: list[dict[str, Any]], metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw TTFT of each request, running and waiting requests, and KV use over time: `report.details` -> file."""
+    """Draw TTFT of each request, running and waiting requests, and KV use over time: `report.details` -> `path`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Load generator, second step: send the jobs, time every chunk of every stream, and poll /metrics meanwhile."""
+"""Send the jobs, time every chunk of every stream, and poll /metrics meanwhile: the load generator's second step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from .metrics import MetricSeries, poll
-from .workload import Job, Span, stream_of
+from kunserve.loadgen.metrics import MetricSeries, poll
+from kunserve.loadgen.workload import Job, Span, stream_of
 
 PROMPT_PURPOSE = 9  # stream of random numbers that prompts are drawn from
 COMMON_WORDS = (
@@ -28,7 +28,7 @@ Status = Literal["pending", "running", "completed", "cancelled", "failed", "inte
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom to ask and how. `urls` are asked in turn."""
+    """Say whom to ask and how. The `urls` are asked in turn."""
 
     urls: tuple[str, ...]
     model: str
@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(slots=True)
 class Stream:
-    """What became of one job. Times in seconds after the start of the run."""
+    """Hold what became of one job; its times are seconds after the start of the run."""
 
     job: Job
     url: str
@@ -58,7 +58,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Recording:
-    """A run in progress: filled as it goes, so that an interrupted run still has what it saw."""
+    """Hold what is seen of a run. It is filled as the run goes on, so that an interrupted one keeps what it saw."""
 
     streams: list[Stream]
     series: list[MetricSeries]
@@ -66,13 +66,13 @@ class Recording:
 
     @classmethod
     def of(cls, jobs: Sequence[Job], urls: Sequence[str]) -> Recording:
-        """Jobs dealt to the URLs in turn."""
+        """Return the recording of a run that has not begun: the jobs, dealt to the URLs in turn."""
         streams = [Stream(job, urls[i % len(urls)]) for i, job in enumerate(jobs)]
         return cls(streams, [MetricSeries(url) for url in urls])
 
 
 async def run(recording: Recording, target: Target) -> None:
-    """Send every job of the recording at its time and wait for all answers. Cancel to stop early."""
+    """Send every job of the recording at its time and wait for all answers; to be cancelled to stop early."""
     start_s = perf_counter()  # uvloop's own time stands still within an iteration and counts whole milliseconds
 
     def clock() -> float:
@@ -98,7 +98,7 @@ async def run(recording: Recording, target: Target) -> None:
 
 
 async def first_model(url: str, headers: dict[str, str]) -> str:
-    """Name of the first model the server lists. Raises ValueError when there is none."""
+    """Return the name of the first model that the server lists; raise ValueError when there is none."""
     timeout = aiohttp.ClientTimeout(total=10)
     try:
         async with (
@@ -116,7 +116,7 @@ async def first_model(url: str, headers: dict[str, str]) -> str:
 
 
 def request_body(target: Target, job: Job, index: int) -> bytes:
-    """JSON of one request; its prompt follows from the seed and the index."""
+    """Return the JSON of one request; its prompt follows from the seed and the index."""
     rng = stream_of(target.seed, PROMPT_PURPOSE, index)
     body: dict[str, Any] = {
         "model": target.model,
@@ -201,14 +201,14 @@ async def _read(response: aiohttp.ClientResponse, stream: Stream, clock: Callabl
 
 
 def _has_token(choice: dict[str, Any]) -> bool:
-    """Whether a chunk brought a token; a token may have no text of its own, a chat's first chunk has no token."""
+    """Tell whether a chunk brought a token: one may have no text of its own, a chat's first chunk brings none."""
     if (delta := choice.get("delta")) is not None:
         return any(delta.get(key) for key in ("content", "reasoning_content", "reasoning", "tool_calls"))
     return bool(choice.get("text")) or not choice.get("finish_reason")
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Payloads of the `data:` lines of a server-sent event stream."""
+    """Yield the payloads of the `data:` lines of a server-sent event stream."""
     rest = b""
     async for received in content.iter_any():
         *lines, rest = (rest + received).split(b"\n")
@@ -218,7 +218,7 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 async def _reason(response: aiohttp.ClientResponse) -> str:
-    """`HTTP 503: message` from an error answer, whatever its shape."""
+    """Return `HTTP 503: message` for an error answer, whatever its shape."""
     text = (await response.text(errors="replace"))[:2000]
     try:
         answer = orjson.loads(text)

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import sys
 from array import array
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from load import report
-from load.client import Recording, Status, Stream
-from load.metrics import MetricSeries, parse_metrics
-from load.plot import plot
-from load.workload import Job
+from kunserve.loadgen import report
+from kunserve.loadgen.client import Recording, Status, Stream
+from kunserve.loadgen.metrics import MetricSeries, parse_metrics
+from kunserve.loadgen.plot import plot
+from kunserve.loadgen.workload import Job
 
 
 def test_metrics_get_common_names() -> None:
@@ -62,20 +59,6 @@ def test_series_have_a_value_for_every_poll() -> None:
 )
 def test_longest_gap(token_s: list[float], ended_s: float | None, gap: float) -> None:
     assert report.longest_gap(array("d", token_s), ended_s) == gap
-
-
-def test_percentiles() -> None:
-    values = report.percentiles([float(i) for i in range(1001)])
-    assert values == {
-        "mean": 500.0,
-        "p50": 500.0,
-        "p90": 900.0,
-        "p99": 990.0,
-        "p99.9": pytest.approx(999.0),
-        "max": 1000.0,
-    }
-    assert set(report.percentiles([2.0]).values()) == {2.0}
-    assert set(report.percentiles([]).values()) == {None}
 
 
 def make_stream(

@@ -1,1 +1,0 @@
-"""Load generator: workload (what, when) -> client (send and time) -> report, plot. ../loadgen.py is the door."""
