@@ -9,6 +9,7 @@ from importlib.metadata import version
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
+       kunserve doctor [--json]        say what this machine lacks
        kunserve --version
 """
 
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kunserve import replay
 
         replay.main(rest)
+    elif command == "doctor":
+        from kunserve.doctor import command as doctor
+
+        doctor.main(rest)
     elif command in ("--version", "-v", "version"):
         print(version("kunserve"))
     elif command in ("--help", "-h", "help"):

@@ -27,8 +27,8 @@ def test_other_commands(arguments: list[str], message: str) -> None:
         main(arguments)
 
 
-def test_watching_and_replaying_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("top", "replay"):
+def test_watching_replaying_and_the_doctor_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("top", "replay", "doctor"):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
