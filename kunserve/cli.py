@@ -11,6 +11,7 @@ USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve 
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
        kunserve loadgen [URL] [flags]  put load on a server and measure its answers
+       kunserve doctor [--json]        say what this machine lacks
        kunserve --version
 """
 
@@ -34,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kunserve.loadgen import command as loadgen
 
         sys.exit(loadgen.main(rest))
+    elif command == "doctor":
+        from kunserve.doctor import command as doctor
+
+        doctor.main(rest)
     elif command in ("--version", "-v", "version"):
         print(installed_version())
     elif command in ("--help", "-h", "help"):

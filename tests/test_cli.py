@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kunserve.cli import main
+from kunserve.version import installed_version
 
 
 def test_serve_takes_the_flags_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,9 +28,10 @@ def test_other_commands(arguments: list[str], message: str) -> None:
         main(arguments)
 
 
-def test_watching_replaying_and_measuring_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("top", "replay", "loadgen"):
-        with pytest.raises(SystemExit) as caught:
-            main([command, "--help"])
-        assert caught.value.code == 0
-        assert f"usage: kunserve {command}" in capsys.readouterr().out
+def test_each_command_shows_its_flags_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("serve", "top", "replay", "loadgen", "doctor"):
+        for flag, shown in (("--help", f"usage: kunserve {command}"), ("--version", installed_version())):
+            with pytest.raises(SystemExit) as caught:
+                main([command, flag])
+            assert caught.value.code == 0
+            assert shown in capsys.readouterr().out

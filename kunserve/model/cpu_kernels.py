@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -46,19 +47,21 @@ def _cpu_flags() -> str:
     return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip().lower() in wanted}))
 
 
-def _compiler() -> list[str]:
-    """The compiler's command: $CC, else cc, gcc or clang."""
-    if command := shlex.split(os.environ.get("CC", "")):
+def find_compiler(
+    environment: Mapping[str, str] = os.environ, which: Callable[[str], str | None] = shutil.which
+) -> list[str]:
+    """Return the compiler's command: $CC, else cc, gcc or clang. KernelsUnavailableError if there is none."""
+    if command := shlex.split(environment.get("CC", "")):
         return command
     for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
+        if which(name):
             return [name]
     raise KernelsUnavailableError("no C compiler (cc, gcc or clang) on PATH")
 
 
 def _build(library: Path, flags: tuple[str, ...]) -> None:
     """Compile into `library`, which appears whole or not at all."""
-    command = _compiler()
+    command = find_compiler()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
         built = Path(folder, library.name)
         try:
@@ -74,15 +77,20 @@ def _build(library: Path, flags: tuple[str, ...]) -> None:
         built.replace(library)
 
 
+def library_path(flags: tuple[str, ...] = FLAGS, environment: Mapping[str, str] = os.environ) -> Path:
+    """Return where the compiled kernels are, or will be, in the cache."""
+    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, environment.get("CC", ""), _cpu_flags()])
+    root = environment.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve"
+    return Path(root, "kernels", f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so")
+
+
 def load_kernels(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The bound kernels, compiled unless cached ($KUNSERVE_CACHE/kernels or ~/.cache/kunserve/kernels).
 
     extra_flags: passed to the compiler after our own. Calls drop the GIL. Raises KernelsUnavailableError.
     """
     flags = (*FLAGS, *extra_flags)
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, os.environ.get("CC", ""), _cpu_flags()])
-    root = os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve"
-    library = Path(root, "kernels", f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so")
+    library = library_path(flags)
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)

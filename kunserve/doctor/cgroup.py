@@ -1,0 +1,60 @@
+"""What the control groups of this process, and those around them, leave of cores and memory. Versions 1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from kunserve.doctor.probe import Probe
+
+ROOT = PurePosixPath("/sys/fs/cgroup")
+UNLIMITED = 1 << 60  # bytes; version 1 writes "no limit" as a number
+
+
+def core_quota(probe: Probe) -> float | None:
+    """Return how many cores' time this process may use; None if nothing limits it."""
+    quotas: list[float] = []
+    for folder in _folders(probe, "cpu"):
+        words = _words(probe, folder / "cpu.max")
+        words = words or _words(probe, folder / "cpu.cfs_quota_us") + _words(probe, folder / "cpu.cfs_period_us")
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def memory_left(probe: Probe) -> int | None:
+    """Return the bytes that this process may still take; None if nothing limits it. File caches are given back."""
+    left: list[int] = []
+    for folder in _folders(probe, "memory"):
+        for limit_name, usage_name, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, usage = _words(probe, folder / limit_name), _words(probe, folder / usage_name)
+            if limit and usage and limit[0] != "max" and int(limit[0]) < UNLIMITED:
+                words = _words(probe, folder / "memory.stat")
+                reclaimable = int(dict(zip(words[::2], words[1::2], strict=False)).get(cache, 0))
+                left.append(max(0, int(limit[0]) - int(usage[0]) + reclaimable))
+    return min(left, default=None)
+
+
+def _folders(probe: Probe, controller: str) -> Iterator[PurePosixPath]:
+    """Yield the folders of this process's group and of all groups that contain it, as far as they can be seen."""
+    try:
+        lines = probe.read_text("/proc/self/cgroup").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        base, group = ROOT / (names and controller), PurePosixPath(path)
+        for place in (group, *group.parents):  # a container may see its own group as the root
+            yield base / place.relative_to("/")
+
+
+def _words(probe: Probe, path: PurePosixPath) -> tuple[str, ...]:
+    try:
+        return tuple(probe.read_text(str(path)).split())
+    except OSError:
+        return ()
