@@ -25,6 +25,7 @@ from kunserve.flags import (
     parse_known,
     with_config_file,
 )
+from kunserve.model.card import list_cards
 from kunserve.version import add_version_flag
 from kunserve.vllm_flags import add_vllm_flags
 
@@ -145,9 +146,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 def _add_model_flags(group: Group) -> None:
     add = group.add_argument
     add("model_tag", nargs="?", metavar="MODEL", help="same as --model")
-    add(
-        "--model", help="a model card (kunserve serve lists them if the name is wrong), a Hugging Face folder, a Hub id"
-    )
+    add("--model", help=f"a model card ({', '.join(list_cards())}), a Hugging Face folder, or a Hub id")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use; the first is shown")
     add(
         "--max-model-len",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,8 +18,18 @@ USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `kunserve`."""
+    """Run the command that the arguments name (default: those of the process)."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    try:
+        _run(command, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `kunserve doctor | head`: nobody reads on, and Python would fail again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(command: str, rest: list[str]) -> None:
+    """Import the command that is named, and no other: they need different packages."""
     if command == "serve":
         from kunserve import server
 

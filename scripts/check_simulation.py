@@ -44,7 +44,8 @@ from kunserve.model.costs import cost_model
 from kunserve.planner.snapshot import DeviceView
 from kunserve.sim.links import TimedLinks
 from kunserve.sim.machine import HostTime, SimMachine
-from kunserve.sim.simulation import Simulation, with_policy
+from kunserve.sim.policies import with_policy
+from kunserve.sim.simulation import Simulation
 from kunserve.sim.traces import TraceRow
 
 MODEL, NUM_DEVICES = "smollm2-135m", 2

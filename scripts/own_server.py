@@ -29,15 +29,18 @@ class ServerProcess:
         self,
         *flags: str,
         port: int | None = None,
-        program: Sequence[str] = ("-m", "kunserve.server"),
+        command: Sequence[str] = (sys.executable, "-m", "kunserve.server"),
         environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
         log: Path | None = None,
     ) -> None:
+        """Start `command` with these flags, in `folder` or this process's, with `environment` over this process's."""
         self.port = port or free_port()
         # Closed with the process.
         self._log = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, *program, *flags, "--port", str(self.port)],
+            [*command, *flags, "--port", str(self.port)],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -24,7 +24,7 @@ import paper_figures as figures
 
 from kunserve.log import set_up_logging
 from kunserve.sim.__main__ import Options, simulate
-from kunserve.sim.simulation import POLICIES
+from kunserve.sim.policies import POLICIES
 
 Report = dict[str, Any]
 BASELINES = ("recompute", "swap", "migrate")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from kunserve.cli import main
@@ -35,3 +38,14 @@ def test_each_command_shows_its_flags_and_the_version(capsys: pytest.CaptureFixt
                 main([command, flag])
             assert caught.value.code == 0
             assert shown in capsys.readouterr().out
+
+
+def test_a_reader_who_leaves_early_sees_no_traceback() -> None:
+    shown = subprocess.run(
+        f"{sys.executable} -m kunserve doctor --json | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (shown.stdout, shown.stderr) == ("{\n", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from kunserve.arguments import parse_args
 from kunserve.config import parse_devices
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
+from kunserve.model.card import list_cards
 
 
 def test_defaults() -> None:
@@ -115,3 +118,42 @@ def test_flags_of_gpus_do_nothing_on_cpus() -> None:
 
     assert ignored("--enforce-eager --gpu-memory-utilization 0.5") == ["--gpu-memory-utilization", "--enforce-eager"]
     assert ignored("--devices cuda:0 --enforce-eager") == ignored("") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "refusal"),
+    [
+        ("kunserve.server", "smollm2-135m --no-such-flag", "no such flag: --no-such-flag"),
+        ("kunserve.server", "smollm2-135m --port many", "--port: invalid int value: 'many'"),
+        ("kunserve.server", "smollm2-135m --block-size 0", "--block-size 0: must be at least 1"),
+        ("kunserve.server", "smolm2", "did you mean 'smollm2-135m'?"),
+        ("kunserve.server", "FOLDER", "holds GGUF files (x.gguf): GGUF is not served."),
+        ("kunserve.server", "FOLDER/x.gguf", "is a file; GGUF is not served."),
+        ("kunserve.sim", "--policy none", "--policy: invalid choice: 'none'"),
+        ("kunserve.sim", "--model none", "no model card 'none'"),
+    ],
+)
+def test_what_is_wrong_is_told_without_importing_torch(
+    module: str, arguments: str, refusal: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.gguf").touch()
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None  # an import would fail\n"
+        f"sys.argv[1:] = {arguments.replace('FOLDER', str(tmp_path)).split()!r}\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode and refusal in lines[-1] and not any("Traceback" in line for line in lines), done.stderr
+
+
+def test_help_has_groups_and_no_empty_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "(default: None)" not in shown and "(default: False)" not in shown
+    assert "(default: 16)" in shown and "(default: on)" in shown
+    assert all(card in "".join(shown.split()) for card in list_cards())
+    for group in ("model", "devices and memory", "batching and queue", "overload", "listening", "log and shutdown"):
+        assert f"\n{group}:\n" in shown

@@ -16,8 +16,7 @@ from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.card import load_card
 from kunserve.sim.cluster import GIB, parse_cluster
-from kunserve.sim.machine import SimMachine
-from kunserve.sim.simulation import POLICIES, Simulation, with_policy
+from kunserve.sim.policies import POLICIES, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
 from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
 from kunserve.version import add_version_flag
@@ -92,6 +91,9 @@ def default_rate(options: Options) -> float:
 def simulate(options: Options) -> dict[str, Any]:
     """Run it; the report. ConfigError or ValueError if the options cannot be met."""
     model = load_card(options.model).config
+    from kunserve.sim.machine import SimMachine  # with torch: options are judged without
+    from kunserve.sim.simulation import Simulation
+
     cluster = parse_cluster(options.cluster)
     if options.memory_gib is not None:
         cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kunserve.config import EngineConfig
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import assemble
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.stream import Sink
 from kunserve.errors import KunServeError
@@ -23,16 +22,7 @@ from kunserve.sim.machine import NoWeights, SimMachine
 from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize
 from kunserve.sim.traces import TraceRow
 
-PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
-POLICIES = (*OverloadPolicy, PIPELINE)
 SAMPLE_EVERY_S = 1.0
-
-
-def with_policy(config: EngineConfig, policy: str) -> EngineConfig:
-    """The configuration for one of `POLICIES`."""
-    if policy == PIPELINE:
-        return replace(config, overload_policy=OverloadPolicy.RECOMPUTE, pipeline_parallel_size=2)
-    return replace(config, overload_policy=OverloadPolicy(policy))
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ class ServerProcess(own_server.ServerProcess):
 
     def __init__(self, *flags: str, api_settings: Mapping[str, float] | None = None, **settings: Any) -> None:
         if api_settings:
-            settings["program"] = ("-c", _WITH_SETTINGS.format(settings=dict(api_settings)))
+            settings["command"] = (sys.executable, "-c", _WITH_SETTINGS.format(settings=dict(api_settings)))
         super().__init__(*flags, **settings)
 
     def send_signal(self, number: signal.Signals) -> None:

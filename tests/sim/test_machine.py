@@ -16,7 +16,8 @@ from kunserve.planner.snapshot import DeviceView
 from kunserve.sim.clock import simulate
 from kunserve.sim.links import TimedLinks
 from kunserve.sim.machine import HostTime, SimDevice, SimMachine
-from kunserve.sim.simulation import Simulation, with_policy
+from kunserve.sim.policies import with_policy
+from kunserve.sim.simulation import Simulation
 from kunserve.sim.traces import TraceRow
 
 ROWS = [TraceRow(0.0, 40, 11), TraceRow(0.0, 40, 11)]

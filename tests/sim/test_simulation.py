@@ -18,7 +18,7 @@ from kunserve.sim.clock import simulate as on_virtual_clock
 from kunserve.sim.cluster import Instances, parse_cluster
 from kunserve.sim.links import TimedLinks
 from kunserve.sim.machine import SimDevice
-from kunserve.sim.simulation import POLICIES
+from kunserve.sim.policies import POLICIES
 
 # Two GPUs with room for some 40 requests each, and ten times as many arrivals from second 45 on.
 BURST = Options(cluster="2xA800", memory_gib=39.0, rate=6.0, duration_s=64.0, burst_height=10.0, burst_s=17.0)
