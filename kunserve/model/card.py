@@ -8,24 +8,19 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import kunserve
 from kunserve.errors import ConfigError
-from kunserve.model.checkpoint import has_all_files
 from kunserve.model.config import ModelConfig
-from kunserve.model.embedded import EmbeddedModel, Progress, prepare_embedded
+from kunserve.model.embedded import EmbeddedModel, prepare_embedded
 from kunserve.model.hf_config import check_config, load_hf_config
+from kunserve.progress import Progress
 
 CARDS = Path(kunserve.__file__).parent.parent / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = {
-    "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
-    "ignore_patterns": ["original/*", "consolidated*"],  # the same weights once more, in the maker's own format
-}
 LOAD_FORMATS = ("auto", "dummy")
 
 T = TypeVar("T")
@@ -102,7 +97,7 @@ def resolve_model(
     *,
     load_format: str = "auto",
     cache_dir: Path | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda text, share: None,
     cards: Path = CARDS,
 ) -> ModelFiles:
     """Find or fetch a model: the name of a card, a Hugging Face folder, or a Hub id, in this order.
@@ -118,7 +113,7 @@ def resolve_model(
         folder = path.resolve()
         return ModelFiles(folder.name, folder, load_hf_config(folder))
     if HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
-        folder = hub_folder(name_or_path, progress)
+        folder = _hub_folder(name_or_path, progress)
         return ModelFiles(name_or_path, folder, load_hf_config(folder))
     if path.exists():
         raise ConfigError(f"--model {name_or_path} is a file; it must be a folder with config.json")
@@ -132,30 +127,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve").expanduser()
 
 
-def hub_folder(hub_id: str, progress: Progress = lambda _: None) -> Path:
-    """Return the snapshot of a Hub model, downloading it when this machine lacks it and HF_HUB_OFFLINE is not set.
+def _hub_folder(hub_id: str, progress: Progress) -> Path:
+    from kunserve.model.hub import hub_folder  # imports the Hub's library: time that only models of the Hub need
 
-    Raises ConfigError that says how to get the weights.
-    """
-    advice = f"get them with `hf download {hub_id}` where the Hub can be reached, or give --model a local folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        needs = f"the weights of {hub_id} need huggingface_hub (pip install 'kunserve[hub]')"
-        raise ConfigError(f"{needs}; {advice}") from None
-    with suppress(Exception):  # its errors have no common base; not here simply means: fetch it
-        folder = Path(snapshot_download(hub_id, **HUB_FILES, local_files_only=True))
-        if has_all_files(folder):  # not so after an interrupted download
-            return folder
-    missing = f"the weights of {hub_id} are not on this machine"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise ConfigError(f"{missing} and HF_HUB_OFFLINE is set; {advice}")
-    progress(f"downloading {hub_id} from the Hugging Face Hub")
-    try:
-        return Path(snapshot_download(hub_id, **HUB_FILES))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{missing} and could not be downloaded ({reason}); {advice}") from None
+    return hub_folder(hub_id, progress)
 
 
 def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: Progress) -> ModelFiles:
@@ -163,10 +138,10 @@ def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: 
         return ModelFiles(card.name, None, card.config, card)
     if card.embedded is not None:
         folder = cache_dir / "models" / f"{card.name}-{card.embedded.sha256[:8]}"
-        prepare_embedded(card.embedded, folder, progress=progress)
+        prepare_embedded(card.embedded, folder, progress=lambda text: progress(text, 0.0))
     elif card.hub_id is not None:
         try:
-            folder = hub_folder(card.hub_id, progress)
+            folder = _hub_folder(card.hub_id, progress)
         except ConfigError as error:
             raise ConfigError(f"{card.name}: {error.message}, or try it with --load-format dummy") from None
     else:
