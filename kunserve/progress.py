@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 
+import rich.progress
 from rich.console import Console
-from rich.progress import Progress
+
+Progress = Callable[[str, float], None]  # what is being done, share of it done
+
+LINE_EVERY_S = 30.0
 
 
 class LoadingProgress:
-    """Shows what is being done and how far it is. Plain lines come once per text and at each quarter."""
+    """Shows what is being done and how far it is; any thread may say it.
 
-    def __init__(self) -> None:
-        self._bar = Progress(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+    Plain lines come once per text, at each quarter and, between those, every half minute: a log that is silent for the
+    minutes of a download looks like a server that hangs.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        is_bar = sys.stderr.isatty()
+        self._bar = rich.progress.Progress(console=Console(stderr=True), transient=True) if is_bar else None
         self._task = None if self._bar is None else self._bar.add_task("starting", total=1.0)
-        self._last = ("", -1)
+        self._clock = clock
+        self._last, self._last_s = ("", -1), 0.0
 
     def update(self, text: str, share: float) -> None:
         """Show `text` at `share` (0 to 1) of its work."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, completed=share)
-        elif (text, int(share * 4)) != self._last:
-            self._last = (text, int(share * 4))
+            return
+        now_s = self._clock()
+        if (text, int(share * 4)) != self._last or now_s - self._last_s >= LINE_EVERY_S:
+            self._last, self._last_s = (text, int(share * 4)), now_s
             print(f"{text}: {share:.0%}" if share else text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> LoadingProgress:

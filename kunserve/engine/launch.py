@@ -34,10 +34,9 @@ from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import ModelShape, Origin, StageView
+from kunserve.progress import Progress
 
 log = structlog.get_logger()
-
-Progress = Callable[[str, float], None]  # what is being done, share of it done
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     """Build an engine. ConfigError, with nothing left open, if it cannot be."""
     started = time.perf_counter()
     config = replace(config, devices=config.devices.resolved())
-    files = await asyncio.to_thread(
-        resolve_model, config.model, load_format=config.load_format, progress=lambda text: progress(text, 0.0)
-    )
+    files = await asyncio.to_thread(resolve_model, config.model, load_format=config.load_format, progress=progress)
     machine = await asyncio.to_thread(make_machine, files.config, config)
     try:
         served = await _launch_on(machine, files, config, served_name, progress)

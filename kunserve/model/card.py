@@ -8,7 +8,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -16,16 +15,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import kunserve
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
-from kunserve.model.embedded import EmbeddedModel, Progress, prepare_embedded
-from kunserve.model.folder import GGUF_ADVICE, check_weight_files, has_all_files, is_gguf
+from kunserve.model.embedded import EmbeddedModel, prepare_embedded
+from kunserve.model.folder import GGUF_ADVICE, check_weight_files, is_gguf
 from kunserve.model.hf_config import check_config, load_hf_config
+from kunserve.progress import Progress
 
 CARDS = Path(kunserve.__file__).parent / "models"  # in a checkout a link to the top-level `models/`
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = {
-    "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
-    "ignore_patterns": ["original/*", "consolidated*"],  # the same weights once more, in the maker's own format
-}
 LOAD_FORMATS = ("auto", "dummy")
 
 T = TypeVar("T")
@@ -115,7 +111,7 @@ def resolve_model(
     *,
     load_format: str = "auto",
     cache_dir: Path | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda text, share: None,
     folders: Sequence[Path] | None = None,
 ) -> ModelFiles:
     """Find or fetch a model: the name of a card, a Hugging Face folder, or a Hub id, in this order.
@@ -127,7 +123,7 @@ def resolve_model(
         return _resolve_card(found, load_format, cache_dir or cache_root(), progress)
     if isinstance(found, Path):
         return ModelFiles(found.name, found, _read_folder(found, load_format))
-    folder = hub_folder(found, progress)
+    folder = _hub_folder(found, progress)
     return ModelFiles(found, folder, _read_folder(folder, load_format))
 
 
@@ -176,27 +172,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve").expanduser()
 
 
-def hub_folder(hub_id: str, progress: Progress = lambda _: None) -> Path:
-    """Return the snapshot of a Hub model, downloading it when this machine lacks it and HF_HUB_OFFLINE is not set.
+def _hub_folder(hub_id: str, progress: Progress) -> Path:
+    from kunserve.model.hub import hub_folder  # imports the Hub's library: time that only models of the Hub need
 
-    Raises ConfigError that says how to get the weights.
-    """
-    advice = f"get them with `hf download {hub_id}` where the Hub can be reached, or give --model a local folder"
-    from huggingface_hub import snapshot_download
-
-    with suppress(Exception):  # its errors have no common base; not here simply means: fetch it
-        folder = Path(snapshot_download(hub_id, **HUB_FILES, local_files_only=True))
-        if has_all_files(folder):  # not so after an interrupted download
-            return folder
-    missing = f"the weights of {hub_id} are not on this machine"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise ConfigError(f"{missing} and HF_HUB_OFFLINE is set; {advice}")
-    progress(f"downloading {hub_id} from the Hugging Face Hub")
-    try:
-        return Path(snapshot_download(hub_id, **HUB_FILES))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{missing} and could not be downloaded ({reason}); {advice}") from None
+    return hub_folder(hub_id, progress)
 
 
 def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: Progress) -> ModelFiles:
@@ -204,10 +183,10 @@ def _resolve_card(card: ModelCard, load_format: str, cache_dir: Path, progress: 
         return ModelFiles(card.name, None, card.config, card)
     if card.embedded is not None:
         folder = cache_dir / "models" / f"{card.name}-{card.embedded.sha256[:8]}"
-        prepare_embedded(card.embedded, folder, progress=progress)
+        prepare_embedded(card.embedded, folder, progress=lambda text: progress(text, 0.0))
     elif card.hub_id is not None:
         try:
-            folder = hub_folder(card.hub_id, progress)
+            folder = _hub_folder(card.hub_id, progress)
         except ConfigError as error:
             raise ConfigError(f"{card.name}: {error.message}, or try it with --load-format dummy") from None
     else:

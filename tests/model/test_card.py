@@ -1,7 +1,5 @@
-import json
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_models import make_tiny_model
@@ -10,6 +8,7 @@ from kunserve.errors import ConfigError
 from kunserve.model.card import CARDS, cache_root, list_cards, load_card, resolve_model
 from kunserve.model.checkpoint import expected_shapes
 from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
+from kunserve.progress import Progress
 
 NUM_PARAMETERS = {
     "smollm2-135m": 134_515_008,
@@ -129,60 +128,33 @@ def test_unknown_names_end_in_one_line(name: str, message: str) -> None:
         resolve_model("llama-8b", load_format="dumy")
 
 
-class FakeHub:
-    """Stands in for `snapshot_download`: `local` is what this machine has, `remote` what can be fetched."""
+def test_a_card_and_a_hub_id_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_model("llama", tmp_path)
+    asked, lines = [], []
 
-    def __init__(self, local: Path | None = None, remote: Path | None = None) -> None:
-        self.local, self.remote = local, remote
-        self.calls: list[bool] = []
+    def hub_folder(hub_id: str, progress: Progress) -> Path:
+        asked.append(hub_id)
+        progress("downloading", 0.5)
+        return tmp_path
 
-    def __call__(self, hub_id: str, *, local_files_only: bool = False, **_: Any) -> str:
-        self.calls.append(local_files_only)
-        folder = self.local if local_files_only else self.remote
-        if folder is None:
-            raise RuntimeError(f"no {hub_id} here\nand a second line")
-        return str(folder)
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return monkeypatch
-
-
-def test_a_snapshot_on_this_machine_is_taken(tmp_path: Path, online: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(local=make_tiny_model("llama", tmp_path))
-    online.setattr("huggingface_hub.snapshot_download", hub)
-    files = resolve_model("somebody/tiny-model")
+    monkeypatch.setattr("kunserve.model.hub.hub_folder", hub_folder)
+    files = resolve_model("somebody/tiny-model", progress=lambda text, share: lines.append((text, share)))
     assert (files.name, files.folder) == ("somebody/tiny-model", tmp_path)
     files = resolve_model("llama-8b")
     assert (files.name, files.folder, files.config.num_layers) == ("llama-8b", tmp_path, 3)
-    assert hub.calls == [True, True]
+    assert asked == ["somebody/tiny-model", "meta-llama/Llama-3.1-8B-Instruct"]
+    assert lines == [("downloading", 0.5)]
 
 
-def test_a_partial_snapshot_is_completed(tmp_path: Path, online: pytest.MonkeyPatch) -> None:
-    partial, whole = make_tiny_model("llama", tmp_path / "a"), make_tiny_model("llama", tmp_path / "b")
-    (partial / "model.safetensors").unlink()
-    (partial / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "missing.safetensors"}}))
-    hub = FakeHub(local=partial, remote=whole)
-    online.setattr("huggingface_hub.snapshot_download", hub)
-    lines: list[str] = []
-    assert resolve_model("somebody/tiny-model", progress=lines.append).folder == whole
-    assert hub.calls == [True, False]
-    assert lines == ["downloading somebody/tiny-model from the Hugging Face Hub"]
+def test_a_card_whose_weights_cannot_be_had_can_be_tried_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub_folder(hub_id: str, progress: Progress) -> Path:
+        raise ConfigError(f"{hub_id} is gated")
 
-
-def test_without_weights_one_line_says_how_to_get_them(online: pytest.MonkeyPatch) -> None:
-    hub = FakeHub()
-    online.setattr("huggingface_hub.snapshot_download", hub)
-    with pytest.raises(ConfigError, match=r"llama-8b: .*not on this machine.*hf download meta-llama/.*dummy") as caught:
+    monkeypatch.setattr("kunserve.model.hub.hub_folder", hub_folder)
+    with pytest.raises(ConfigError, match=r"^llama-8b: meta-llama/.* is gated, or try it with --load-format dummy$"):
         resolve_model("llama-8b")
-    assert "\n" not in caught.value.message
-    assert hub.calls == [True, False]
-    online.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
-        resolve_model("llama-8b")
-    assert hub.calls == [True, False, True]
+    with pytest.raises(ConfigError, match=r"^somebody/tiny is gated$"):
+        resolve_model("somebody/tiny")
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
