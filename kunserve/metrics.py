@@ -170,7 +170,7 @@ class Metrics:
 
     def _make_counters(self) -> None:
         self._preemptions = self._counter("vllm:num_preemptions", "Requests whose KV was given up to others.")
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed, each once.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         for name in ("prefix_cache_queries", "prefix_cache_hits"):  # read by routers; stay at zero
             for prefix in ("vllm:", "vllm:gpu_"):
@@ -229,7 +229,7 @@ class Metrics:
         self._step_tokens.observe(num_tokens)
 
     def prompt_tokens(self, num_tokens: int) -> None:
-        """Add prompt tokens computed."""
+        """Add prompt tokens that were computed for the first time; after a preemption they do not count again."""
         self._prompt_tokens.inc(num_tokens)
         self.num_prompt_tokens += num_tokens
 

@@ -19,7 +19,7 @@ from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.microbatch import Microbatch, scored_positions
+from kunserve.engine.microbatch import Microbatch, count_prompt_tokens, scored_positions
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
@@ -182,7 +182,6 @@ class Engine:
         live = _Live(request, sink, detokenizer)
         self._live[request.request_id] = live
         self.scheduler.waiting.append(request)
-        self.metrics.prompt_tokens(request.num_prompt_tokens)
         self._wake.set()
 
     def abort(self, request_id: str) -> None:
@@ -348,6 +347,7 @@ class Engine:
         self.scheduler.commit(group, batch)
         self._release_ended(batch)
         self.metrics.step(batch.num_tokens)
+        self.metrics.prompt_tokens(count_prompt_tokens(batch))
         if group.on_first_commit is not None:
             group.on_first_commit()
             group.on_first_commit = None

@@ -118,6 +118,51 @@ async def test_abort_while_waiting_running_and_in_flight() -> None:
         assert_idle(engine)
 
 
+async def finish_all(executor: ScriptedExecutor) -> None:
+    while True:
+        (await executor.next_step()).finish(7)
+
+
+async def test_prompt_tokens_count_when_they_are_computed_and_once() -> None:
+    async with scripted_engine(chunks_per_layer=1, max_num_batched_tokens=16) as (engine, executor):  # 8 blocks of 4
+        metrics = engine.metrics
+        streams = [engine.submit(make_request(name, 14, 8)) for name in ("first", "second")]
+        assert metrics.num_prompt_tokens == 0  # they have only come
+        seen = list[int]()
+        while len(seen) < 3:
+            step = await executor.next_step()
+            engine.check()
+            step.finish(7)
+            await engine.next_commit()
+            seen.append(metrics.num_prompt_tokens)
+        assert seen == [16, 28, 28]  # the second prompt in two pieces
+        finishing = asyncio.create_task(finish_all(executor))
+        assert [len(token_ids(await read(stream))) for stream in streams] == [8, 8]
+        finishing.cancel()
+        assert engine.scheduler.num_preemptions > 0  # they grew until one had to make way
+        assert metrics.num_prompt_tokens == 28  # what was computed again did not count again
+
+
+async def test_of_a_prompt_that_was_never_finished_only_what_was_computed_counts() -> None:
+    async with scripted_engine(chunks_per_layer=4, max_num_batched_tokens=8) as (engine, executor):
+        aborted = engine.submit(make_request("aborted", 20, 3))
+        (await executor.next_step()).finish()
+        engine.submit(make_request("waiting", 20, 3))
+        step = await executor.next_step()
+        engine.abort("aborted")
+        engine.abort("waiting")
+        step.finish()
+        await read(aborted)
+        await engine.next_commit()
+        assert engine.metrics.num_prompt_tokens == 16
+        failed = engine.submit(make_request("failed", 20, 3))
+        (await executor.next_step()).finish()
+        (await executor.next_step()).fail(DeviceError("broken"))
+        with pytest.raises(EngineError, match="broken"):
+            await read(failed)
+        assert engine.metrics.num_prompt_tokens == 16 + 8
+
+
 async def test_an_id_may_be_used_again_while_its_last_user_is_still_in_flight() -> None:
     async with scripted_engine() as (engine, executor):
         for ending in ("finish", "fail"):
