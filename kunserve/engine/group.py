@@ -45,7 +45,7 @@ class Group:
     is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
-    occupancy: Occupancy = field(init=False)  # of the stages, kept by the executor
+    occupancy: Occupancy = field(init=False)  # of the stages, kept by `Executor.execute`
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(len(self.stages))

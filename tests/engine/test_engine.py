@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs
+from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import FinishReason, Output, Request, TokenMask
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer
@@ -416,9 +417,9 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
             self.closed.set()
 
     class Waiting(ScriptedExecutor):
-        async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+        async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
             try:
-                return await super().execute(group, inputs)
+                return await super().pass_through(group, inputs, passage)
             finally:
                 await grammar.closed.wait()
 
@@ -435,6 +436,19 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
                 await read(stream)
             await engine.wait()
         assert not engine.is_running
+
+
+async def test_an_executor_that_does_not_say_where_a_microbatch_is_fails_its_first_step() -> None:
+    class Forgetful(ScriptedExecutor):
+        async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+            return await super().pass_through(group, inputs, Passage(Occupancy(2), lambda: 0.0))
+
+    async with scripted_engine(num_stages=2) as (engine, _):
+        engine.executor = executor = Forgetful()
+        stream = engine.submit(make_request())
+        (await executor.next_step()).finish(7)
+        with pytest.raises(EngineError, match="nobody has said when the microbatch was at stages"):
+            await read(stream)
 
 
 async def test_a_prompt_that_comes_to_an_idle_chain_fills_it_at_once() -> None:
