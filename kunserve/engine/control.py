@@ -13,6 +13,7 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.reconfigure import Reconfigure, Transition
+from kunserve.engine.refusal import is_refusal
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
@@ -263,7 +264,8 @@ class OverloadControl:
             if transition.outcome == "done":
                 self._engine.metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
         else:
-            log.error("transition failed", error=repr(error))
+            is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
+            log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
             self._not_before_s = self._engine.now() + RETRY_S
             asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._engine.wake)
         self._engine.wake()

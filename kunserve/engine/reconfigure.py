@@ -48,6 +48,7 @@ class Transition:
     outcome: str = "running"  # then "done", "cancelled", "rolled back", "failed after its commit", "lost"
     exchange_mode: str | None = None
     exchange_bytes: int = 0
+    num_lost: int = 0  # requests whose KV should have followed its layers but did not arrive: they are recomputed
     weight_bytes: int = 0  # dropped, or loaded
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
@@ -111,12 +112,8 @@ class Reconfigure:
             transition.weight_bytes = plan.freed_bytes
             merged = [self._merge(*step) for step in steps]
             self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
-            with self._step(transition, "exchange"):  # 5, 6
-                before = self.exchange.num_bytes
-                try:
-                    await gather_all(self._exchange_after_merge(*step) for step in merged)
-                finally:
-                    transition.exchange_bytes = self.exchange.num_bytes - before
+            with self._step(transition, "exchange"), self._exchanged(transition):  # 5, 6
+                await gather_all(self._exchange_after_merge(*step) for step in merged)
         return transition
 
     def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
@@ -188,10 +185,8 @@ class Reconfigure:
                 raise
             new, moving = self._split(old, plan.splits)
             self._commit(transition, old, new, on_commit)
-            with self._step(transition, "exchange"):
-                bytes_before = self.exchange.num_bytes
+            with self._step(transition, "exchange"), self._exchanged(transition):
                 await self.exchange.by_request(moving)
-                transition.exchange_bytes = self.exchange.num_bytes - bytes_before
         return transition
 
     def cancel_restore(self) -> None:
@@ -340,6 +335,16 @@ class Reconfigure:
             yield
         finally:
             transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
+
+    @contextmanager
+    def _exchanged(self, transition: Transition) -> Iterator[None]:
+        """Note what the block exchanges, and what it loses, however it ends."""
+        num_bytes, num_lost = self.exchange.num_bytes, self.exchange.num_lost
+        try:
+            yield
+        finally:
+            transition.exchange_bytes = self.exchange.num_bytes - num_bytes
+            transition.num_lost = self.exchange.num_lost - num_lost
 
     def _commit(
         self,
