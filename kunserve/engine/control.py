@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -233,10 +234,8 @@ class OverloadControl:
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
         if plan.merges:
-            for merge in plan.merges:
-                for group_id in merge.group_ids:
-                    self._engine.group(group_id).is_paused = True  # from this very step on
-            self._spawn(self.reconfigure.drop(snapshot, plan))
+            groups = [self._engine.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
+            self._spawn(self.reconfigure.drop(snapshot, plan), groups)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self._snapshot(), self._demand(1.0)
@@ -249,8 +248,16 @@ class OverloadControl:
         elif self._relaxation != before and self._relaxation.since_s is not None:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._engine.wake)
 
-    def _spawn(self, transition: Coroutine[Any, Any, Transition]) -> asyncio.Task[Transition]:
+    def _spawn(
+        self, transition: Coroutine[Any, Any, Transition], paused: Sequence[Group] = ()
+    ) -> asyncio.Task[Transition]:
+        """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
         task = asyncio.create_task(transition, name="transition")
+        if paused:
+            pause = ExitStack()
+            pause.enter_context(self._engine.paused(paused))
+            # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
+            task.add_done_callback(lambda _: pause.close())
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task

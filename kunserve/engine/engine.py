@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,13 +198,24 @@ class Engine:
             self._changed[group.group_id] = group
         self._wake.set()
 
+    @contextlib.contextmanager
+    def paused(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Schedule nothing for these groups inside; a group goes on when the last who paused it has left."""
+        for group in groups:
+            group.num_pauses += 1
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.num_pauses -= 1
+            self.wake()
+
     async def quiesce(self, groups: Sequence[Group]) -> None:
-        """Schedule nothing for these groups any more, and return when none of their microbatches is in flight.
+        """Return when none of the microbatches of these groups, which are paused, is in flight.
 
         Nor is any copy that a policy asked for: their blocks may then be moved.
         """
-        for group in groups:
-            group.is_paused = True
+        assert all(group.is_paused for group in groups)
         for group in groups:
             while group.num_in_flight:
                 await self.next_commit(group)

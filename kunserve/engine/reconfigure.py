@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -97,7 +97,7 @@ class Reconfigure:
         Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
         """
         group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
-        with self._transition("drop", plan.epoch, group_ids) as (transition, old):
+        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self._engine.paused(old):
             with self._step(transition, "boundary"):  # 2
                 await self._engine.quiesce(old)
                 await self._settle(old)
@@ -169,12 +169,13 @@ class Reconfigure:
         If a new burst cancels it before the split, the old grouping is back and the outcome says so.
         """
         group_ids = [split.group_id for split in plan.splits]
-        with self._transition("restore", plan.epoch, group_ids) as (transition, old):
+        with self._transition("restore", plan.epoch, group_ids) as (transition, old), ExitStack() as pause:
             await self._settle(old)
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
                 with self._step(transition, "split"):
+                    pause.enter_context(self._engine.paused(old))
                     await self._engine.quiesce(old)
                 self._give_way()
             except BaseException as error:
@@ -211,22 +212,24 @@ class Reconfigure:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
         parts = [part for split in plan.splits for part in split.into]
         targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
-        with self._step(transition, "shrink"):
-            for group in old:
-                for stage in group.stages:
-                    stage.pool.set_limit(targets[stage.device])
-            await self._engine.quiesce(old)
-            while not await self._empty_tails(old, targets):
-                self._resume(old)  # not enough room in front yet: somebody has to finish first
-                await self._engine.next_commit()
-                self._give_way()
+        with ExitStack() as pause:
+            with self._step(transition, "shrink"):
+                for group in old:
+                    for stage in group.stages:
+                        stage.pool.set_limit(targets[stage.device])
+                pause.enter_context(self._engine.paused(old))
                 await self._engine.quiesce(old)
-        with self._step(transition, "remap"):
-            for group in old:
-                for stage in group.stages:
-                    stage.pool.shrink(targets[stage.device])
-            await self._remap.apply(self._remap.of_parts(parts))
-        self._resume(old)
+                while not await self._empty_tails(old, targets):
+                    pause.close()  # not enough room in front yet: somebody has to finish first
+                    await self._engine.next_commit()
+                    self._give_way()
+                    pause.enter_context(self._engine.paused(old))
+                    await self._engine.quiesce(old)
+            with self._step(transition, "remap"):
+                for group in old:
+                    for stage in group.stages:
+                        stage.pool.shrink(targets[stage.device])
+                await self._remap.apply(self._remap.of_parts(parts))
         with self._step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
@@ -268,11 +271,12 @@ class Reconfigure:
 
     async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
         """Undo a restore before its split: drop what came, and give the chunks to KV again."""
-        await self._engine.quiesce(groups)
-        await self._remap.apply(before)
-        for group in groups:
-            for stage in group.stages:
-                stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+        with self._engine.paused(groups):
+            await self._engine.quiesce(groups)
+            await self._remap.apply(before)
+            for group in groups:
+                for stage in group.stages:
+                    stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
@@ -324,7 +328,7 @@ class Reconfigure:
         finally:
             self.current = None
             transition.seconds["total"] = self._engine.now() - transition.started_s
-            self._resume(groups)
+            self._engine.wake()
             log.info("transition", **transition.state())
 
     @contextmanager
@@ -368,11 +372,6 @@ class Reconfigure:
 
     def _first_token(self, transition: Transition) -> None:
         transition.seconds.setdefault("first_token", self._engine.now() - transition.started_s)
-
-    def _resume(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            group.is_paused = False
-        self._engine.wake()
 
     def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
         chain = tuple(Stage(s.device, s.first_layer, s.last_layer, self._engine.pools[s.device]) for s in stages)

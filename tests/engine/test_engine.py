@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -436,6 +437,20 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
                 await read(stream)
             await engine.wait()
         assert not engine.is_running
+
+
+async def test_a_group_goes_on_when_the_last_who_paused_it_has_left() -> None:
+    async with scripted_engine() as (engine, executor):
+        with suppress(ValueError), engine.paused(engine.groups):
+            stream = engine.submit(make_request(max_tokens=1))
+            with engine.paused(engine.groups):
+                await engine.quiesce(engine.groups)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert executor.num_pending == 0
+            raise ValueError
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(stream)) == [7]
 
 
 async def test_an_executor_that_does_not_say_where_a_microbatch_is_fails_its_first_step() -> None:

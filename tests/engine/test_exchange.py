@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,14 +83,15 @@ async def loaded(
     num_first = len(requests) - (len(requests) // 2 if num_last is None else num_last)
     first, last = checked.engine.groups
     answers = []
-    for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
-        group.is_admitting, other.is_admitting = True, False
-        answers.append(await asked(checked, some))
-        while not all(request.num_output_tokens for request in some):
-            await checked.commits(1)
-        group.is_paused = True  # it waits for the other
+    with ExitStack() as pauses:
+        for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
+            group.is_admitting, other.is_admitting = True, False
+            answers.append(await asked(checked, some))
+            while not all(request.num_output_tokens for request in some):
+                await checked.commits(1)
+            pauses.enter_context(checked.engine.paused([group]))  # it waits for the other
     for group in (first, last):
-        group.is_admitting, group.is_paused = True, False
+        group.is_admitting = True
     checked.engine.wake()
     assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
     return asyncio.ensure_future(_joined(*answers))
