@@ -170,7 +170,7 @@ class Metrics:
 
     def _make_counters(self) -> None:
         self._preemptions = self._counter("vllm:num_preemptions", "Requests whose KV was given up to others.")
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed, each once.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         for name in ("prefix_cache_queries", "prefix_cache_hits"):  # read by routers; stay at zero
             for prefix in ("vllm:", "vllm:gpu_"):
@@ -185,6 +185,8 @@ class Metrics:
         self._drops = self._counter("kunserve:drops", "Transitions that dropped weights.")
         self._restores = self._counter("kunserve:restores", "Transitions that brought weights back.")
         self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
+        text = "Requests whose KV did not follow its layers, and is computed again."
+        self._exchange_lost_requests = self._counter("kunserve:exchange_lost_requests", text)
 
     def _make_histograms(self, tokens: Sequence[float]) -> None:
         def seconds(name: str, text: str, buckets: Sequence[float] = REQUEST_BUCKETS_S) -> Histogram:
@@ -229,7 +231,7 @@ class Metrics:
         self._step_tokens.observe(num_tokens)
 
     def prompt_tokens(self, num_tokens: int) -> None:
-        """Add prompt tokens computed."""
+        """Add prompt tokens that were computed for the first time; after a preemption they do not count again."""
         self._prompt_tokens.inc(num_tokens)
         self.num_prompt_tokens += num_tokens
 
@@ -259,6 +261,10 @@ class Metrics:
         self._exchange_bytes.inc(exchange_bytes)
         for step, value in seconds.items():
             self._steps.labels(**self._labels, step=step).observe(value)
+
+    def exchange_lost_request(self) -> None:
+        """Count one request whose KV should have followed its layers, but did not arrive."""
+        self._exchange_lost_requests.inc()
 
     def choices_asked(self, n: int) -> None:
         """Count the `n` of one prompt (fed by HTTP: the engine sees n requests)."""

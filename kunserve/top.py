@@ -161,6 +161,8 @@ def _transition(transition: Mapping[str, Any]) -> Text:
     groups = "+".join(map(str, transition["old_groups"])) + "→" + "+".join(map(str, transition["new_groups"]))
     parts = [f"{name} {_seconds(value)}" for name, value in steps.items() if name not in MOMENTS]
     size = f"{transition['weight_bytes'] >> 20} MiB"
+    if transition.get("num_lost"):
+        size += f", {transition['num_lost']} lost"
     line.append(f"{transition['outcome']}  {groups}  {size}  {', '.join(parts)}")
     return line
 

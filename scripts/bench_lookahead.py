@@ -74,7 +74,7 @@ class Recorder:
             finally:
                 self.num_done += 1
 
-        engine.executor.execute = recorded  # type: ignore[method-assign]
+        engine.executor.execute = recorded  # type: ignore[misc, method-assign]
 
     def _watch_device(self, index: int, device: Device) -> None:
         run = device.run

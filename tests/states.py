@@ -54,6 +54,7 @@ def drop_transition(started_s: float = 2.0) -> State:
         "outcome": "done",
         "exchange_mode": None,
         "exchange_bytes": 1 << 20,
+        "num_lost": 0,
         "weight_bytes": 14 << 21,
         "seconds": {"boundary": 0.01234567, "remap": 0.002, "committed": 0.0143, "exchange": 0.1, "total": 0.1143},
     }

@@ -47,6 +47,12 @@ def test_eighty_columns_hold_everything() -> None:
     assert marks.index("▼") == speeds.index("█") - 1  # in the second before
 
 
+def test_a_transition_that_lost_kv_says_of_how_many() -> None:
+    lost = after_a_drop(transitions={"1": {**drop_transition(1.0), "num_lost": 3}})
+    assert any("28 MiB, 3 lost  boundary" in line for line in shown(lost))
+    assert not any("lost" in line for line in shown(after_a_drop()))
+
+
 def test_a_bar_is_the_devices_memory_in_four_signs() -> None:
     bar = next(line for line in shown(after_a_drop()) if line.startswith("cpu:0"))
     signs = "".join(c for c in bar if c in "█▓░·")

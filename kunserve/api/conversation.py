@@ -22,8 +22,6 @@ from kunserve.errors import InvalidRequestError
 if TYPE_CHECKING:
     from kunserve.engine.constraint import GrammarConstraint
 
-_SHOWS_SPECIAL_TOKENS = ("mistral", "llama3_json", "llama3")  # their marks of calls are special tokens
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -55,7 +53,7 @@ async def prepare(api: Api, call: ChatCall) -> Conversation:
     constraint = await compile_structure(api, structure, reasons=think is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
-    if call.tools.mode == "auto" and api.settings.tool_call_parser in _SHOWS_SPECIAL_TOKENS:
+    if call.tools.shows_special_tokens(api.settings.tool_call_parser):
         params = replace(params, skip_special_tokens=False)
 
     def new_parser() -> MessageParser:

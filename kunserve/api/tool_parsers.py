@@ -45,6 +45,7 @@ class TaggedCalls:
     """Hermes and Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number, text around them."""
 
     start, end = "<tool_call>", "</tool_call>"
+    has_special_marks = False  # whether a tokenizer has them as special tokens, which the text must show then
 
     def __init__(self) -> None:
         self._buffer = ""
@@ -130,6 +131,7 @@ class JsonCalls(TaggedCalls):
     """Llama 3: an answer that begins with `{` (or `<|python_tag|>`) is calls, `;` between them; all else is text."""
 
     start, end = "<|python_tag|>", ""
+    has_special_marks = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +152,7 @@ class MistralCalls(TaggedCalls):
     """Mistral: `[TOOL_CALLS]` and a JSON list of calls, or `name{...}` and `name[ARGS]{...}` in newer models."""
 
     start, end = "[TOOL_CALLS]", ""
+    has_special_marks = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,6 +61,10 @@ class Tools:
             raise InvalidRequestError(text, param="tools")
         return TOOL_PARSERS[parser]()
 
+    def shows_special_tokens(self, parser: str | None) -> bool:
+        """Return whether the text must show special tokens, because the model's own format marks calls by them."""
+        return self.mode == "auto" and parser is not None and TOOL_PARSERS[parser].has_special_marks
+
     def _parameters(self, name: str) -> dict[str, Any]:
         function = next(tool["function"] for tool in self.definitions if tool["function"]["name"] == name)
         parameters: dict[str, Any] = function.get("parameters") or {"type": "object"}

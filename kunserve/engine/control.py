@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import structlog
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.reconfigure import Reconfigure, Transition
+from kunserve.engine.refusal import is_refusal
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
@@ -232,10 +234,8 @@ class OverloadControl:
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
         if plan.merges:
-            for merge in plan.merges:
-                for group_id in merge.group_ids:
-                    self._engine.group(group_id).is_paused = True  # from this very step on
-            self._spawn(self.reconfigure.drop(snapshot, plan))
+            groups = [self._engine.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
+            self._spawn(self.reconfigure.drop(snapshot, plan), groups)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self._snapshot(), self._demand(1.0)
@@ -248,8 +248,16 @@ class OverloadControl:
         elif self._relaxation != before and self._relaxation.since_s is not None:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._engine.wake)
 
-    def _spawn(self, transition: Coroutine[Any, Any, Transition]) -> asyncio.Task[Transition]:
+    def _spawn(
+        self, transition: Coroutine[Any, Any, Transition], paused: Sequence[Group] = ()
+    ) -> asyncio.Task[Transition]:
+        """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
         task = asyncio.create_task(transition, name="transition")
+        if paused:
+            pause = ExitStack()
+            pause.enter_context(self._engine.paused(paused))
+            # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
+            task.add_done_callback(lambda _: pause.close())
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
@@ -263,7 +271,8 @@ class OverloadControl:
             if transition.outcome == "done":
                 self._engine.metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
         else:
-            log.error("transition failed", error=repr(error))
+            is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
+            log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
             self._not_before_s = self._engine.now() + RETRY_S
             asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._engine.wake)
         self._engine.wake()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import StepInputs, fill_sampling
+from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output, sample
 from kunserve.engine.stage import has_scored_rows, run_stage, sample_in_slices
 from kunserve.errors import EngineError
@@ -35,9 +37,9 @@ class CudaExecutor(Executor):
         self.devices, self.decoders = devices, decoders
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
-    async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
-        """See `Executor.execute`. A cancelled caller waits: requests' blocks must not change under the work."""
-        running = asyncio.ensure_future(self._pass(group, inputs))
+    async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        """See `Executor.pass_through`. A cancelled caller waits: requests' blocks must not change under the work."""
+        running = asyncio.ensure_future(self._pass(group, inputs, passage))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -46,27 +48,41 @@ class CudaExecutor(Executor):
                 running.exception()  # seen: the caller is gone
             raise
 
-    async def _pass(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+    async def _pass(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         last = self.devices[group.stages[-1].device]
-        launched: Launched[Any] | None = None
+        seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
+
+        def see(position: int, launched: Launched[Any]) -> None:
+            nonlocal seen
+            device = self.devices[group.stages[position].device]
+            seen = asyncio.ensure_future(_finish(device, launched, passage.at(position), seen))
+
         try:
             async with self._turns[group.stages[0].device]:
                 fed = await _fed(inputs)
                 launched = await self._launch(group, 0, inputs, fed)
+            if fed is not None and len(group.stages) > 1:
+                # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
+                # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
+                seen = asyncio.ensure_future(last.sampling.finish(fed))
+            see(0, launched)
             for position in range(1, len(group.stages)):
                 launched = await self._launch(group, position, inputs, fed, launched)
+                see(position, launched)
             if not is_plain(inputs.sampling):
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
                 launched = await last.sampling.launch(work, [launched.ready])
+                see(len(group.stages) - 1, launched)
             inputs.sampled.set_result(launched)
         except BaseException:
             inputs.sampled.cancel()
-            if launched:  # what earlier stages still do with the requests' blocks
-                with contextlib.suppress(Exception):
-                    await last.finish(launched)
+            if seen is not None:  # what earlier stages still do with the requests' blocks
+                await asyncio.wait([seen])
+                seen.exception()  # nobody else asks for it
             raise
-        pending: PendingTokens = await last.finish(launched)
+        assert seen is not None
+        pending: PendingTokens = await seen
         return pending.tokens()
 
     async def _launch(
@@ -87,6 +103,24 @@ class CudaExecutor(Executor):
 
         needed = before or fed
         return await self.devices[stage.device].launch(work, [needed.ready] if needed else ())
+
+
+async def _finish(
+    device: CudaDevice,
+    launched: Launched[Any],
+    at_stage: AbstractContextManager[None],
+    before: asyncio.Future[Any] | None,
+) -> Any:
+    """Wait for what was launched: work of its stage from when `before` is done. Raises what failed first."""
+    error = None
+    if before is not None:
+        await asyncio.wait([before])
+        error = before.exception()
+    with at_stage:
+        value = await device.finish(launched)  # even if one before has failed: it uses the requests' blocks
+    if error is not None:
+        raise error
+    return value
 
 
 async def _fed(inputs: StepInputs) -> _Fed:

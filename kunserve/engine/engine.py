@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.microbatch import Microbatch, scored_positions
+from kunserve.engine.microbatch import Microbatch, count_prompt_tokens, scored_positions
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
@@ -182,7 +182,6 @@ class Engine:
         live = _Live(request, sink, detokenizer)
         self._live[request.request_id] = live
         self.scheduler.waiting.append(request)
-        self.metrics.prompt_tokens(request.num_prompt_tokens)
         self._wake.set()
 
     def abort(self, request_id: str) -> None:
@@ -199,13 +198,24 @@ class Engine:
             self._changed[group.group_id] = group
         self._wake.set()
 
+    @contextlib.contextmanager
+    def paused(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Schedule nothing for these groups inside; a group goes on when the last who paused it has left."""
+        for group in groups:
+            group.num_pauses += 1
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.num_pauses -= 1
+            self.wake()
+
     async def quiesce(self, groups: Sequence[Group]) -> None:
-        """Schedule nothing for these groups any more, and return when none of their microbatches is in flight.
+        """Return when none of the microbatches of these groups, which are paused, is in flight.
 
         Nor is any copy that a policy asked for: their blocks may then be moved.
         """
-        for group in groups:
-            group.is_paused = True
+        assert all(group.is_paused for group in groups)
         for group in groups:
             while group.num_in_flight:
                 await self.next_commit(group)
@@ -348,6 +358,7 @@ class Engine:
         self.scheduler.commit(group, batch)
         self._release_ended(batch)
         self.metrics.step(batch.num_tokens)
+        self.metrics.prompt_tokens(count_prompt_tokens(batch))
         if group.on_first_commit is not None:
             group.on_first_commit()
             group.on_first_commit = None

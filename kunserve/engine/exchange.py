@@ -2,7 +2,8 @@
 
 A request that moves is not scheduled. It holds its blocks where it was and where it goes; when its last layer has
 arrived it leaves the old ones and runs on. Each slice of a copy takes a turn on its link, behind activations.
-A request whose copy fails is recomputed: nothing is lost but time.
+A request whose copy fails is recomputed: nothing is lost but time. Each counts as lost, in its transition and in
+metrics, so that an exchange that moved everybody can be told from one that moved nobody.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from kunserve.engine.budget import is_schedulable
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
+from kunserve.engine.refusal import log_failure
 from kunserve.engine.remap import Remap
 from kunserve.engine.request import Request
 from kunserve.errors import EngineError
@@ -26,8 +26,6 @@ from kunserve.gpu.queue import gather_all
 from kunserve.planner.exchange import LayerMove, layer_moves
 from kunserve.planner.plan import ExchangePlan, KvMove
 from kunserve.planner.snapshot import StageView
-
-log = structlog.get_logger()
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +70,7 @@ class Exchange:
         self._moving: dict[str, Moving] = {}  # by request id
         self._moving_at = defaultdict[int, dict[str, Moving]](dict)  # device -> of those, who leaves it or comes to it
         self.num_bytes = 0  # copied since the server started
+        self.num_lost = 0  # requests whose KV did not arrive, since the server started
 
     def begin(self, request: Request, old: Group, new: Group) -> Moving:
         """Bind a request to its new group; until its KV has followed, it is not scheduled."""
@@ -139,7 +138,7 @@ class Exchange:
                     under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane, promised, growth)))
             await self._remap.settle(group.stages)
         except Exception as error:
-            log.warning("exchange by layer failed, recomputing", requests=len(moving), error=repr(error))
+            log_failure("exchange by layer failed, recomputing", error, requests=len(moving))
         else:
             for m in moving:
                 self._end(m)
@@ -173,7 +172,7 @@ class Exchange:
             if await self._wait_for_blocks(moving):
                 return True
         except Exception as error:
-            log.warning("no blocks, recomputing", request=moving.request.request_id, error=repr(error))
+            log_failure("no blocks, recomputing", error, request=moving.request.request_id)
         if self._is_moving(moving):
             self._end(moving, is_lost=True)
         return False
@@ -187,7 +186,7 @@ class Exchange:
                     await self._copy(moving, move)
             is_lost = False
         except Exception as error:
-            log.warning("exchange failed, recomputing", request=moving.request.request_id, error=repr(error))
+            log_failure("exchange failed, recomputing", error, request=moving.request.request_id)
         if self._is_moving(moving):
             self._end(moving, is_lost=is_lost)
 
@@ -282,6 +281,8 @@ class Exchange:
         if request.finish_reason is not None:
             group.release(request)
         elif is_lost:
+            self.num_lost += 1
+            self._engine.metrics.exchange_lost_request()
             self._engine.scheduler.preempt(group, request)
         self._engine.wake(None if left else group)  # after a split, another group has the blocks
 

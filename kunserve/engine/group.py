@@ -42,13 +42,18 @@ class Group:
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
     origin: Origin | None = None  # how it was launched or merged
-    is_paused: bool = False  # a transition waits for a step boundary: nothing new is scheduled
+    num_pauses: int = 0  # that hold it now: see `Engine.paused`, which alone counts them
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
-    occupancy: Occupancy = field(init=False)  # of the stages, kept by the executor
+    occupancy: Occupancy = field(init=False)  # of the stages, kept by `Executor.execute`
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(len(self.stages))
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether somebody waits for a step boundary, so that nothing new is scheduled."""
+        return self.num_pauses > 0
 
     @property
     def num_in_flight(self) -> int:

@@ -102,6 +102,17 @@ def scored_positions(span: Span) -> Sequence[int]:
     return range(span.start, min(span.end, request.num_prompt_tokens - 1))
 
 
+def count_prompt_tokens(batch: Microbatch) -> int:
+    """Return how many prompt tokens a microbatch has computed that never were before, and count them as computed."""
+    num_new = 0
+    for request, start, end, _, _ in batch.spans:
+        counted, end = request.num_counted_tokens, min(end, len(request.prompt_token_ids))
+        if counted < end:
+            num_new += end - max(start, counted)
+            request.num_counted_tokens = end
+    return num_new
+
+
 def _places(batch: Microbatch) -> dict[Request, int]:
     """Which of the tokens that a microbatch samples is each request's."""
     places, num_sampled = {}, 0

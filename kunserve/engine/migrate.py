@@ -16,16 +16,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import structlog
-
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.policy import Freeness, pair_groups, remaining_steps, shortest_running
+from kunserve.engine.refusal import log_failure
 from kunserve.engine.request import Request
 from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links, Priority
-
-log = structlog.get_logger()
 
 PAIR_EVERY_S = 0.05
 MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy
@@ -141,7 +138,7 @@ class Migration:
         try:
             has_arrived = await self._copy_in_stages(m)
         except Exception as error:
-            log.warning("migration failed, the request stays", request=m.request.request_id, error=repr(error))
+            log_failure("migration failed, the request stays", error, request=m.request.request_id)
         finally:
             self._end(m, has_arrived=has_arrived)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 
 class Occupancy:
@@ -16,6 +17,11 @@ class Occupancy:
         self._busy_s = [0.0] * num_stages
         self._active_s = 0.0  # any stage has had work
         self._seen_s = 0.0  # up to here everything is accounted for
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Microbatches that are work of each stage now, running or next."""
+        return tuple(self._counts)
 
     def enter(self, position: int, now_s: float) -> None:
         """A microbatch comes to the stage at `position` of the chain."""
@@ -50,3 +56,39 @@ class Occupancy:
         for position, count in enumerate(self._counts):
             if count:
                 self._busy_s[position] += elapsed_s
+
+
+class Passage:
+    """One microbatch's way through a chain: whoever takes it along says at which stage it is."""
+
+    __slots__ = ("_now_s", "_occupancy", "_unvisited")
+
+    def __init__(self, occupancy: Occupancy, now_s: Callable[[], float]) -> None:
+        self._occupancy, self._now_s = occupancy, now_s
+        self._unvisited = set(range(len(occupancy.counts)))
+
+    def at(self, position: int) -> _Stay:
+        """Return a context in which the microbatch is work of the stage at `position`, running there or next."""
+        self._unvisited.discard(position)
+        return _Stay(self._occupancy, position, self._now_s)
+
+    def check(self) -> None:
+        """Assert that it has been at every stage, now that it is through."""
+        assert not self._unvisited, f"nobody has said when the microbatch was at stages {sorted(self._unvisited)}"
+
+
+class _Stay:
+    """A class, not a generator: a simulation enters one for every stage of every step."""
+
+    __slots__ = ("_now_s", "_occupancy", "_position")
+
+    def __init__(self, occupancy: Occupancy, position: int, now_s: Callable[[], float]) -> None:
+        self._occupancy, self._position, self._now_s = occupancy, position, now_s
+
+    def __enter__(self) -> None:
+        self._occupancy.enter(self._position, self._now_s())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._occupancy.leave(self._position, self._now_s())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -48,6 +48,7 @@ class Transition:
     outcome: str = "running"  # then "done", "cancelled", "rolled back", "failed after its commit", "lost"
     exchange_mode: str | None = None
     exchange_bytes: int = 0
+    num_lost: int = 0  # requests whose KV should have followed its layers but did not arrive: they are recomputed
     weight_bytes: int = 0  # dropped, or loaded
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
@@ -96,7 +97,7 @@ class Reconfigure:
         Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
         """
         group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
-        with self._transition("drop", plan.epoch, group_ids) as (transition, old):
+        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self._engine.paused(old):
             with self._step(transition, "boundary"):  # 2
                 await self._engine.quiesce(old)
                 await self._settle(old)
@@ -111,12 +112,8 @@ class Reconfigure:
             transition.weight_bytes = plan.freed_bytes
             merged = [self._merge(*step) for step in steps]
             self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
-            with self._step(transition, "exchange"):  # 5, 6
-                before = self.exchange.num_bytes
-                try:
-                    await gather_all(self._exchange_after_merge(*step) for step in merged)
-                finally:
-                    transition.exchange_bytes = self.exchange.num_bytes - before
+            with self._step(transition, "exchange"), self._exchanged(transition):  # 5, 6
+                await gather_all(self._exchange_after_merge(*step) for step in merged)
         return transition
 
     def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
@@ -172,12 +169,13 @@ class Reconfigure:
         If a new burst cancels it before the split, the old grouping is back and the outcome says so.
         """
         group_ids = [split.group_id for split in plan.splits]
-        with self._transition("restore", plan.epoch, group_ids) as (transition, old):
+        with self._transition("restore", plan.epoch, group_ids) as (transition, old), ExitStack() as pause:
             await self._settle(old)
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
                 with self._step(transition, "split"):
+                    pause.enter_context(self._engine.paused(old))
                     await self._engine.quiesce(old)
                 self._give_way()
             except BaseException as error:
@@ -188,10 +186,8 @@ class Reconfigure:
                 raise
             new, moving = self._split(old, plan.splits)
             self._commit(transition, old, new, on_commit)
-            with self._step(transition, "exchange"):
-                bytes_before = self.exchange.num_bytes
+            with self._step(transition, "exchange"), self._exchanged(transition):
                 await self.exchange.by_request(moving)
-                transition.exchange_bytes = self.exchange.num_bytes - bytes_before
         return transition
 
     def cancel_restore(self) -> None:
@@ -216,22 +212,24 @@ class Reconfigure:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
         parts = [part for split in plan.splits for part in split.into]
         targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
-        with self._step(transition, "shrink"):
-            for group in old:
-                for stage in group.stages:
-                    stage.pool.set_limit(targets[stage.device])
-            await self._engine.quiesce(old)
-            while not await self._empty_tails(old, targets):
-                self._resume(old)  # not enough room in front yet: somebody has to finish first
-                await self._engine.next_commit()
-                self._give_way()
+        with ExitStack() as pause:
+            with self._step(transition, "shrink"):
+                for group in old:
+                    for stage in group.stages:
+                        stage.pool.set_limit(targets[stage.device])
+                pause.enter_context(self._engine.paused(old))
                 await self._engine.quiesce(old)
-        with self._step(transition, "remap"):
-            for group in old:
-                for stage in group.stages:
-                    stage.pool.shrink(targets[stage.device])
-            await self._remap.apply(self._remap.of_parts(parts))
-        self._resume(old)
+                while not await self._empty_tails(old, targets):
+                    pause.close()  # not enough room in front yet: somebody has to finish first
+                    await self._engine.next_commit()
+                    self._give_way()
+                    pause.enter_context(self._engine.paused(old))
+                    await self._engine.quiesce(old)
+            with self._step(transition, "remap"):
+                for group in old:
+                    for stage in group.stages:
+                        stage.pool.shrink(targets[stage.device])
+                await self._remap.apply(self._remap.of_parts(parts))
         with self._step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
@@ -273,11 +271,12 @@ class Reconfigure:
 
     async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
         """Undo a restore before its split: drop what came, and give the chunks to KV again."""
-        await self._engine.quiesce(groups)
-        await self._remap.apply(before)
-        for group in groups:
-            for stage in group.stages:
-                stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+        with self._engine.paused(groups):
+            await self._engine.quiesce(groups)
+            await self._remap.apply(before)
+            for group in groups:
+                for stage in group.stages:
+                    stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
@@ -329,7 +328,7 @@ class Reconfigure:
         finally:
             self.current = None
             transition.seconds["total"] = self._engine.now() - transition.started_s
-            self._resume(groups)
+            self._engine.wake()
             log.info("transition", **transition.state())
 
     @contextmanager
@@ -340,6 +339,16 @@ class Reconfigure:
             yield
         finally:
             transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
+
+    @contextmanager
+    def _exchanged(self, transition: Transition) -> Iterator[None]:
+        """Note what the block exchanges, and what it loses, however it ends."""
+        num_bytes, num_lost = self.exchange.num_bytes, self.exchange.num_lost
+        try:
+            yield
+        finally:
+            transition.exchange_bytes = self.exchange.num_bytes - num_bytes
+            transition.num_lost = self.exchange.num_lost - num_lost
 
     def _commit(
         self,
@@ -363,11 +372,6 @@ class Reconfigure:
 
     def _first_token(self, transition: Transition) -> None:
         transition.seconds.setdefault("first_token", self._engine.now() - transition.started_s)
-
-    def _resume(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            group.is_paused = False
-        self._engine.wake()
 
     def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
         chain = tuple(Stage(s.device, s.first_layer, s.last_layer, self._engine.pools[s.device]) for s in stages)

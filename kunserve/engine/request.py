@@ -115,6 +115,7 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt, then everything generated
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_counted_tokens: int = 0  # of the prompt, that metrics have counted as computed: a preemption leaves it
     num_sampling: int = 0  # microbatches in flight that will bring a token
     max_num_tokens: int = sys.maxsize  # it ends when it has so many; set by the engine
     group_id: int | None = None  # while admitted

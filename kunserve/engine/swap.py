@@ -13,18 +13,16 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import structlog
 from torch import Tensor
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
+from kunserve.engine.refusal import log_failure
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove
 from kunserve.gpu.copies import BlockCopy, host_blocks
 from kunserve.gpu.links import HOST, Links, Priority
 from kunserve.gpu.queue import gather_all
-
-log = structlog.get_logger()
 
 SMOOTHING = 0.2  # weight of the newest measurement
 
@@ -123,7 +121,7 @@ class Swap:
             try:
                 await self._copy(move)
             except Exception as error:
-                log.warning("swap failed, recomputing", request=move.request.request_id, error=repr(error))
+                log_failure("swap failed, recomputing", error, request=move.request.request_id)
                 is_lost = True
             moves.popleft()
             if not moves:

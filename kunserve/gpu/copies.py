@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kunserve.errors import DeviceError
+
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
@@ -45,5 +47,11 @@ def layer_copies(
 
 
 def host_blocks(num_blocks: int, kv: Tensor) -> Tensor:
-    """Room in host memory for blocks of `kv` (N, ...): (num_blocks, ...), pinned if a GPU will copy them."""
-    return torch.empty(num_blocks, *kv.shape[1:], dtype=kv.dtype, pin_memory=kv.is_cuda)
+    """Room in host memory for blocks of `kv` (N, ...): (num_blocks, ...), pinned if a GPU will copy them.
+
+    DeviceError if the system has none: torch says RuntimeError, as for so much else.
+    """
+    try:
+        return torch.empty(num_blocks, *kv.shape[1:], dtype=kv.dtype, pin_memory=kv.is_cuda)
+    except RuntimeError as error:
+        raise DeviceError(f"no host memory for {num_blocks} blocks of KV: {error}") from error

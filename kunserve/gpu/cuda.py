@@ -143,13 +143,16 @@ class CudaDevice:
         self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
     ) -> None:
         """See `Device.copy`."""
-        if is_to_host:
-            await self.copy_out.run(partial(copy_blocks, copies))
-        elif source is None:
-            await self.copy_in.run(partial(copy_blocks, copies))
-        else:
-            assert isinstance(source, CudaDevice)
-            await copy_between(source, self, copies)
+        try:
+            if is_to_host:
+                await self.copy_out.run(partial(copy_blocks, copies))
+            elif source is None:
+                await self.copy_in.run(partial(copy_blocks, copies))
+            else:
+                assert isinstance(source, CudaDevice)
+                await copy_between(source, self, copies)
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # torch's words for what CUDA refuses
+            raise DeviceError(f"{self.name}: a copy failed: {str(error).partition(chr(10))[0]}") from error
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""

@@ -127,6 +127,8 @@ class PlannedBatch(AttentionBatch):
 class PagedAttention(Protocol):
     """Attention over blocks."""
 
+    is_capturable: bool  # whether a CUDA graph can hold it
+
     def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
         """Plan one step. With a `bucket`, what is returned can be captured, and replayed after later plans for it."""
 
@@ -173,6 +175,8 @@ class FlashInferAttention:
 
     Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim.
     """
+
+    is_capturable = True
 
     def __init__(
         self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
@@ -243,6 +247,8 @@ class FlashInferAttention:
 
 class ReferenceAttention:
     """TorchOps' attention behind the same interface: any dtype, reads lengths on the host, cannot be captured."""
+
+    is_capturable = False
 
     def __init__(self, block_size: int, buffers: StepBuffers) -> None:
         self._block_size, self._buffers, self._ops = block_size, buffers, TorchOps()

@@ -130,7 +130,7 @@ def cuda_decoder(
     kernels, kernels_note = load_kernels(device)
     max_bucket = batch_buckets(limits.max_num_seqs)[-1]
     attention, attention_note = load_attention(config, block_size, dtype, buffers, max_bucket)
-    is_capturable = dtype is not torch.float32 and kernels_note.startswith("Triton")
+    is_capturable = kernels.is_capturable and attention.is_capturable
     graphs = None
     if is_capturable and not enforce_eager:
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, device, CudaCapture())

@@ -79,6 +79,8 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
 class TritonKernels:
     """Launches on torch's current stream."""
 
+    is_capturable = True
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
         T, H = x.shape

@@ -24,6 +24,8 @@ CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat
 class Kernels(Protocol):
     """The small operations."""
 
+    is_capturable: bool  # whether a CUDA graph can hold them: nothing in them waits for the host
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
 
@@ -46,6 +48,8 @@ class Kernels(Protocol):
 
 class TorchKernels:
     """The reference, any dtype and device."""
+
+    is_capturable = False
 
     def __init__(self) -> None:
         self._ops = TorchOps()

@@ -45,7 +45,8 @@ function item(transition, startS, frame) {
   head.append(el("time", "quiet", at < 0 ? `${clock(-at)} before` : `at ${clock(at)}`));
   const words = kind === "drop" ? "of weights became KV" : "of weights came back";
   const moved = transition.exchange_bytes ? `, ${bytes(transition.exchange_bytes)} of KV followed its layers` : "";
-  element.appendChild(el("p", "quiet", `${bytes(transition.weight_bytes)} ${words}${moved}`));
+  const lost = transition.num_lost ? `, ${transition.num_lost} requests lost theirs and are computed again` : "";
+  element.appendChild(el("p", "quiet", `${bytes(transition.weight_bytes)} ${words}${moved}${lost}`));
   element.appendChild(steptrack(steps));
   return element;
 }

@@ -16,6 +16,7 @@ from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.machine import Machine
 from kunserve.engine.microbatch import Microbatch
+from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken
 from kunserve.gpu.cuda import choose_chunk_bytes
 from kunserve.gpu.device_memory import DeviceMemory
@@ -141,9 +142,9 @@ class SimExecutor(Executor):
         work = Work(pairs // 2, keys, tokens, len(batch.spans), samples)
         return Step(work, num_begun, batch.sampled, group.in_flight[0].sampled if is_ahead else None)
 
-    async def execute(self, group: Group, inputs: Step) -> list[SampledToken]:
-        """See `Executor.execute`."""
-        now_s, work = asyncio.get_running_loop().time, inputs.work
+    async def pass_through(self, group: Group, inputs: Step, passage: Passage) -> list[SampledToken]:
+        """See `Executor.pass_through`."""
+        work = inputs.work
         num_bytes = int(work.num_tokens) * self._token_bytes
         host = self._host
         host_s = host.step_s + host.token_s * work.num_samples + host.request_s * inputs.num_begun
@@ -157,16 +158,13 @@ class SimExecutor(Executor):
             is_first, is_last = position == 0, stage.last_layer == self._num_layers
             num_layers, device = stage.last_layer - stage.first_layer, self._devices[stage.device]
             seconds = host_s + self._cost.work_time(num_layers, work, is_first, is_last and not is_shared)
-            group.occupancy.enter(position, now_s())
-            try:
+            with passage.at(position):
                 if is_first and not is_last:
                     await self._enter(group, device, inputs, seconds)
                 elif is_last and is_shared:
                     await self._end_at_both_ends(group, seconds, int(work.num_samples))
                 else:
                     await device.compute(seconds)
-            finally:
-                group.occupancy.leave(position, now_s())
         inputs.sampled.set_result(None)
         return [TOKEN] * int(work.num_samples)
 

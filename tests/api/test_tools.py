@@ -9,6 +9,7 @@ from openai import AsyncOpenAI
 
 from kunserve.api.backend import ApiSettings
 from kunserve.api.structured import Grammars
+from kunserve.api.tool_parsers import TOOL_PARSERS, TaggedCalls
 from kunserve.api.tools import Tools
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.tokenizer import Tokenizer
@@ -86,6 +87,20 @@ async def test_special_tokens_are_shown_where_they_mark_calls() -> None:
             await client.post(URL, json={"messages": HI, "tools": [TIME]})
             await client.post(URL, json={"messages": HI})
         assert [request.params.skip_special_tokens for request in engine.requests] == [not shown, True]
+
+
+@pytest.mark.parametrize("has_special_marks", [True, False])
+async def test_a_parser_that_is_added_says_itself_whether_its_marks_are_special_tokens(
+    has_special_marks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = {"start": "<call>", "end": "</call>", "has_special_marks": has_special_marks}
+    monkeypatch.setitem(TOOL_PARSERS, "added", type("Added", (TaggedCalls,), marks))
+    engine = talking('<call>{"name": "time", "arguments": {}}</call>')
+    async with serving(engine, ApiSettings(tool_call_parser="added")) as client:
+        answer = await (await client.post(URL, json={"messages": HI, "tools": [TIME]})).json()
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "time"
+    [request] = engine.requests
+    assert request.params.skip_special_tokens is not has_special_marks
 
 
 @pytest.mark.parametrize(

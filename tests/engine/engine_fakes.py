@@ -15,6 +15,7 @@ from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
+from kunserve.engine.occupancy import Passage
 from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.sampler import SampledToken
@@ -74,10 +75,13 @@ class ScriptedExecutor(Executor):
     def __init__(self) -> None:
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
 
-    async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+    async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         step = Step(group, inputs)
         self._steps.put_nowait(step)
-        return await step.done
+        for position in range(len(group.stages)):
+            with passage.at(position):
+                await step.done
+        return step.done.result()
 
     async def next_step(self) -> Step:
         """The next microbatch that was launched."""

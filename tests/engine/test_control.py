@@ -13,7 +13,7 @@ from transition_harness import Answer, Checked, again, checked_engine
 
 from kunserve.engine import control as control_module
 from kunserve.engine.request import FinishReason, Request, SamplingParams
-from kunserve.errors import DeviceError
+from kunserve.errors import ConflictError, DeviceError
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.plan import DropPlan
 from kunserve.planner.snapshot import Snapshot
@@ -198,6 +198,46 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         assert (await asked)["old_groups"] == (2, 3)
         assert_same(await answers, expected)
         await until_launched(checked, 4)
+
+
+@pytest.mark.parametrize("way", ["refused", "failed", "bug", "cancelled", "stopped", "done"])
+async def test_no_way_out_of_a_drop_leaves_a_group_paused(
+    way: str, tiny64: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with automatic(tiny64) as checked:
+        control, engine = checked.control, checked.engine
+        control._is_automatic = False
+        answers = asyncio.create_task(checked.answer_all(again(BURST)))
+        while not (control._is_tight(engine.groups) and control._is_overloaded(engine.groups)):
+            await asyncio.sleep(0)
+        groups = list(engine.groups)
+        control._begin_drop()
+        assert all(group.is_paused for group in groups)  # from this very step on
+        [task] = control._tasks
+        if way == "refused":  # the plan is of another epoch by now
+            monkeypatch.setattr(engine, "epoch", 7)
+        elif way == "failed":
+            _refuse_once(engine.memories[0].device, [])
+        elif way == "bug":
+            monkeypatch.setattr(checked.reconfigure, "_plan_exchange", lambda *_: 1 // 0)
+        elif way == "cancelled":  # before its first step
+            task.cancel()
+        elif way == "stopped":
+            await engine.stop()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert not any(group.is_paused for group in (*groups, *engine.groups))
+        kinds = {"refused": ConflictError, "failed": DeviceError, "bug": ZeroDivisionError}
+        if way in kinds:
+            assert isinstance(task.exception(), kinds[way])
+        else:
+            assert task.cancelled() is (way != "done")
+        if way == "stopped":
+            assert all(answer.error is not None for answer in await answers)
+            return
+        monkeypatch.undo()
+        assert_same(await answers, expected)
+        await checked.settled()
 
 
 async def test_more_than_the_largest_chain_holds_is_preempted_and_ends(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs
+from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import FinishReason, Output, Request, TokenMask
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer
@@ -116,6 +118,51 @@ async def test_abort_while_waiting_running_and_in_flight() -> None:
         (await executor.next_step()).finish(7)
         assert token_ids(await read(third)) == [7]
         assert_idle(engine)
+
+
+async def finish_all(executor: ScriptedExecutor) -> None:
+    while True:
+        (await executor.next_step()).finish(7)
+
+
+async def test_prompt_tokens_count_when_they_are_computed_and_once() -> None:
+    async with scripted_engine(chunks_per_layer=1, max_num_batched_tokens=16) as (engine, executor):  # 8 blocks of 4
+        metrics = engine.metrics
+        streams = [engine.submit(make_request(name, 14, 8)) for name in ("first", "second")]
+        assert metrics.num_prompt_tokens == 0  # they have only come
+        seen = list[int]()
+        while len(seen) < 3:
+            step = await executor.next_step()
+            engine.check()
+            step.finish(7)
+            await engine.next_commit()
+            seen.append(metrics.num_prompt_tokens)
+        assert seen == [16, 28, 28]  # the second prompt in two pieces
+        finishing = asyncio.create_task(finish_all(executor))
+        assert [len(token_ids(await read(stream))) for stream in streams] == [8, 8]
+        finishing.cancel()
+        assert engine.scheduler.num_preemptions > 0  # they grew until one had to make way
+        assert metrics.num_prompt_tokens == 28  # what was computed again did not count again
+
+
+async def test_of_a_prompt_that_was_never_finished_only_what_was_computed_counts() -> None:
+    async with scripted_engine(chunks_per_layer=4, max_num_batched_tokens=8) as (engine, executor):
+        aborted = engine.submit(make_request("aborted", 20, 3))
+        (await executor.next_step()).finish()
+        engine.submit(make_request("waiting", 20, 3))
+        step = await executor.next_step()
+        engine.abort("aborted")
+        engine.abort("waiting")
+        step.finish()
+        await read(aborted)
+        await engine.next_commit()
+        assert engine.metrics.num_prompt_tokens == 16
+        failed = engine.submit(make_request("failed", 20, 3))
+        (await executor.next_step()).finish()
+        (await executor.next_step()).fail(DeviceError("broken"))
+        with pytest.raises(EngineError, match="broken"):
+            await read(failed)
+        assert engine.metrics.num_prompt_tokens == 16 + 8
 
 
 async def test_an_id_may_be_used_again_while_its_last_user_is_still_in_flight() -> None:
@@ -371,9 +418,9 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
             self.closed.set()
 
     class Waiting(ScriptedExecutor):
-        async def execute(self, group: Group, inputs: StepInputs) -> list[SampledToken]:
+        async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
             try:
-                return await super().execute(group, inputs)
+                return await super().pass_through(group, inputs, passage)
             finally:
                 await grammar.closed.wait()
 
@@ -390,6 +437,33 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
                 await read(stream)
             await engine.wait()
         assert not engine.is_running
+
+
+async def test_a_group_goes_on_when_the_last_who_paused_it_has_left() -> None:
+    async with scripted_engine() as (engine, executor):
+        with suppress(ValueError), engine.paused(engine.groups):
+            stream = engine.submit(make_request(max_tokens=1))
+            with engine.paused(engine.groups):
+                await engine.quiesce(engine.groups)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert executor.num_pending == 0
+            raise ValueError
+        (await executor.next_step()).finish(7)
+        assert token_ids(await read(stream)) == [7]
+
+
+async def test_an_executor_that_does_not_say_where_a_microbatch_is_fails_its_first_step() -> None:
+    class Forgetful(ScriptedExecutor):
+        async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+            return await super().pass_through(group, inputs, Passage(Occupancy(2), lambda: 0.0))
+
+    async with scripted_engine(num_stages=2) as (engine, _):
+        engine.executor = executor = Forgetful()
+        stream = engine.submit(make_request())
+        (await executor.next_step()).finish(7)
+        with pytest.raises(EngineError, match="nobody has said when the microbatch was at stages"):
+            await read(stream)
 
 
 async def test_a_prompt_that_comes_to_an_idle_chain_fills_it_at_once() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from transition_harness import Answer, Checked, again, checked_engine
 
 from kunserve.engine.policy import OverloadPolicy
@@ -81,14 +83,15 @@ async def loaded(
     num_first = len(requests) - (len(requests) // 2 if num_last is None else num_last)
     first, last = checked.engine.groups
     answers = []
-    for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
-        group.is_admitting, other.is_admitting = True, False
-        answers.append(await asked(checked, some))
-        while not all(request.num_output_tokens for request in some):
-            await checked.commits(1)
-        group.is_paused = True  # it waits for the other
+    with ExitStack() as pauses:
+        for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
+            group.is_admitting, other.is_admitting = True, False
+            answers.append(await asked(checked, some))
+            while not all(request.num_output_tokens for request in some):
+                await checked.commits(1)
+            pauses.enter_context(checked.engine.paused([group]))  # it waits for the other
     for group in (first, last):
-        group.is_admitting, group.is_paused = True, False
+        group.is_admitting = True
     checked.engine.wake()
     assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
     return asyncio.ensure_future(_joined(*answers))
@@ -262,6 +265,56 @@ async def test_a_failed_copy_recomputes_only_its_request(tiny64: Path) -> None:
         await checked.undo_drops()
         assert checked.num_outcomes("drop", "done") == 1
         assert [r.num_preemptions for r in requests].count(1) == sum(r.num_preemptions for r in requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "has_traceback"),
+    [(DeviceError("refused"), False), (OSError("refused"), False), (TypeError("a bug"), True)],
+)
+@pytest.mark.parametrize(("num_blocks", "num_prompt_tokens", "mode"), [(320, 30, "by_request"), (128, 112, "by_layer")])
+async def test_a_transition_that_lost_everybody_says_so(
+    error: Exception, has_traceback: bool, num_blocks: int, num_prompt_tokens: int, mode: str, tiny64: Path
+) -> None:
+    requests = long_requests(8, num_prompt_tokens, 14)
+    its = await expected(tiny64, requests)
+    async with two_devices(tiny64, num_blocks) as checked:
+        answers = await loaded(checked, requests)
+
+        async def fail(*_: Any) -> None:
+            raise error
+
+        checked.reconfigure.exchange._copy = fail  # type: ignore[method-assign, assignment]
+        with capture_logs() as logs:
+            await checked.control.drop()
+            assert_same(await answers, its)
+            while checked.reconfigure.current is not None:
+                await asyncio.sleep(0)
+        [state] = checked.engine.state()["transitions"]
+        assert (state["outcome"], state["exchange_mode"] or "by_request", state["exchange_bytes"]) == ("done", mode, 0)
+        assert state["num_lost"] == len(requests) == lost_requests(checked)
+        assert [log["num_lost"] for log in logs if log["event"] == "transition"] == [len(requests)]
+        failures = [log for log in logs if "failed, recomputing" in log["event"]]
+        assert failures and all(("exc_info" in log) is has_traceback for log in failures)
+        assert {log["log_level"] for log in failures} == {"error" if has_traceback else "warning"}
+        await checked.settled()
+
+
+async def test_a_transition_that_moved_everybody_lost_nobody(tiny64: Path) -> None:
+    requests = long_requests(8, 30, 14)
+    async with two_devices(tiny64, 320) as checked:
+        answers = await loaded(checked, requests)
+        await checked.control.drop()
+        await answers
+        while checked.reconfigure.current is not None:
+            await asyncio.sleep(0)
+        [state] = checked.engine.state()["transitions"]
+        assert state["exchange_bytes"] > 0 and state["num_lost"] == lost_requests(checked) == 0
+        await checked.settled()
+
+
+def lost_requests(checked: Checked) -> int:
+    [value] = re.findall(rb"^kunserve:exchange_lost_requests_total{.*} (.*)$", checked.engine.metrics.render(), re.M)
+    return int(float(value))
 
 
 # --- uneven splits: some have to wait for room ------------------------------------------------------------------------

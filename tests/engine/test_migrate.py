@@ -175,11 +175,9 @@ async def test_who_is_preempted_on_the_way_is_recomputed(tiny64: Path) -> None:
         gate, request = CopyGate(engine.memories[1].device), make_request("long", 101, 50)
         reader = await begin_one(engine, request)
         await gate.reached.wait()
-        engine.groups[0].is_paused = True
-        await until(engine, lambda: request.num_in_flight == 0)
-        engine.scheduler.preempt(engine.groups[0], request)
-        engine.groups[0].is_paused = False
-        engine.wake()
+        with engine.paused(engine.groups[:1]):
+            await until(engine, lambda: request.num_in_flight == 0)
+            engine.scheduler.preempt(engine.groups[0], request)
         gate.open()
         assert await reader == expected
         assert mover(engine).num_given_up == 1 and request.num_preemptions == 1

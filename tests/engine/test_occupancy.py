@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
-from kunserve.engine.occupancy import Occupancy
+from kunserve.engine.occupancy import Occupancy, Passage
 
 
 def test_a_stage_without_work_while_its_chain_has_some_is_a_bubble() -> None:
@@ -27,6 +29,22 @@ def test_an_idle_chain_has_no_bubbles() -> None:
     occupancy.leave(0, 8.0)
     share = occupancy.bubble_share(8.0)
     assert occupancy.bubble_share(100.0) == share == pytest.approx(2 / 3)
+
+
+def test_a_microbatch_is_work_of_a_stage_while_it_is_there() -> None:
+    now_s = 1.0
+    occupancy = Occupancy(2)
+    passage = Passage(occupancy, lambda: now_s)
+    with passage.at(0):
+        now_s = 3.0
+        assert occupancy.counts == (1, 0)
+    with pytest.raises(AssertionError, match=r"stages \[1\]"):
+        passage.check()
+    with suppress(ValueError), passage.at(1):
+        now_s = 4.0
+        raise ValueError
+    passage.check()
+    assert occupancy.counts == (0, 0) and occupancy.busy_s(9.0) == (2.0, 1.0) and occupancy.active_s(9.0) == 3.0
 
 
 def test_work_in_progress_counts() -> None:

@@ -167,21 +167,22 @@ async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64
         await checked.settled()
         (group,) = checked.engine.groups
         last = max(group.running, key=lambda request: request.params.max_tokens - request.num_output_tokens)
-        await checked.engine.quiesce([group])
-        for position, stage in enumerate(group.stages):
-            await _move_to_tail(checked, stage, last.block_tables[position])
-        checked.check()
-        reconfigure, copied = checked.reconfigure, []
-        copy_within = reconfigure._copy_within
+        with checked.engine.paused([group]):
+            await checked.engine.quiesce([group])
+            for position, stage in enumerate(group.stages):
+                await _move_to_tail(checked, stage, last.block_tables[position])
+            checked.check()
+            reconfigure, copied = checked.reconfigure, []
+            copy_within = reconfigure._copy_within
 
-        async def leave_and_copy(stage: Any, moved: dict[int, int]) -> None:
-            copied.append(dict(moved))
-            checked.check()  # blocks that are arriving are accounted for
-            checked.engine.abort(last.request_id)
-            await copy_within(stage, moved)
+            async def leave_and_copy(stage: Any, moved: dict[int, int]) -> None:
+                copied.append(dict(moved))
+                checked.check()  # blocks that are arriving are accounted for
+                checked.engine.abort(last.request_id)
+                await copy_within(stage, moved)
 
-        reconfigure._copy_within = leave_and_copy  # type: ignore[method-assign]
-        await checked.control.restore()
+            reconfigure._copy_within = leave_and_copy  # type: ignore[method-assign]
+            await checked.control.restore()
         assert copied[0] and not copied[1]  # it was alone in the tail
         checked.check()
         done = await asyncio.gather(*answers)

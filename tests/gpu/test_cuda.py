@@ -417,6 +417,24 @@ async def test_blocks_are_copied_between_devices_and_to_the_host(kind: str) -> N
     assert all(driver.is_clean() for driver in drivers)
 
 
+@pytest.mark.parametrize("refusal", [torch.OutOfMemoryError, torch.AcceleratorError])
+async def test_what_cuda_refuses_torch_is_a_device_error(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, refusal: type[RuntimeError]
+) -> None:
+    def refuse(_: Any) -> None:
+        raise refusal("CUDA out of memory.\nMany more lines.")
+
+    monkeypatch.setattr("kunserve.gpu.cuda.copy_blocks", refuse)
+    for is_to_host in (True, False):
+        with pytest.raises(DeviceError, match=r"^cuda:0: a copy failed: CUDA out of memory\.$"):
+            await device.copy([], is_to_host=is_to_host)
+
+
+def test_host_memory_that_is_not_there_is_a_device_error() -> None:
+    with pytest.raises(DeviceError, match="no host memory for 1152921504606846976 blocks of KV"):
+        host_blocks(1 << 60, torch.zeros(1, 2))
+
+
 async def test_staging_buffers_are_not_filled_before_they_are_empty() -> None:
     """The fake checks every wait when work completes: slices go out and in, alternately."""
     drivers = [FakeCuda(0), FakeCuda(1)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -72,10 +73,10 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
         machine.close()
 
 
-async def generate(engine: Engine, i: int) -> tuple[int, ...]:
+async def generate(engine: Engine, i: int, num_tokens: int = 60) -> tuple[int, ...]:
     temperature = 0.0 if i % 2 else 0.8
     penalty = 0.5 * (i % 3 == 0)  # then tokens depend on those before, which the host does not know yet
-    params = SamplingParams(60, temperature=temperature, seed=i, ignore_eos=True, presence_penalty=penalty)
+    params = SamplingParams(num_tokens, temperature=temperature, seed=i, ignore_eos=True, presence_penalty=penalty)
     prompt = [(7 * i + k) % 300 for k in range(3 + 9 * i)]
     tokens: tuple[int, ...] = ()
     async for output in engine.submit(Request(str(i), prompt, params)):
@@ -109,6 +110,55 @@ async def test_same_tokens_whatever_happens_underneath() -> None:
         assert isinstance(engine.executor, CudaExecutor)
     assert all(len(tokens) == 60 for tokens in expected) and len(set(expected)) == 6
     assert all(driver.calls["unmap"] > 0 and driver.calls["create"] == driver.calls["release"] for driver in drivers)
+
+
+async def chained(engine: Engine) -> Group:
+    """Merge both groups; the chain that they become."""
+    await engine.drop()
+    while engine.state()["transitions"][-1]["outcome"] == "running":
+        await asyncio.sleep(0)
+    [chain] = engine.groups
+    return chain
+
+
+async def test_the_bubbles_of_a_chain_are_measured() -> None:
+    async with serving([FakeCuda(), FakeCuda()]) as engine:
+        chain = await chained(engine)
+        await asyncio.gather(*(generate(engine, i) for i in range(6)))
+        busy_s, active_s = chain.occupancy.busy_s(engine.now()), chain.occupancy.active_s(engine.now())
+        assert all(0 < seconds <= active_s for seconds in busy_s)
+        [stats] = engine.stats().groups
+        assert stats.bubble_share == pytest.approx(1 - sum(busy_s) / (2 * active_s)) and stats.bubble_share > 0
+
+
+async def test_a_stage_has_work_until_its_gpu_is_done_whatever_was_launched_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drivers = [FakeCuda(), FakeCuda()]
+    async with serving(drivers) as engine:
+        chain = await chained(engine)
+        assert isinstance(engine.executor, CudaExecutor)
+        has_launched_last = threading.Event()
+        first, last = engine.executor.decoders
+        stream = engine.executor.devices[0]._compute.stream
+        monkeypatch.setattr(first, "forward", _then(first.forward, lambda: drivers[0].submit(stream)))
+        monkeypatch.setattr(last, "forward", _then(last.forward, has_launched_last.set))
+        answer = asyncio.ensure_future(generate(engine, 1, 1))
+        while not has_launched_last.is_set():
+            await asyncio.sleep(0)
+        assert chain.occupancy.counts == (1, 0) and not answer.done()
+        drivers[0].complete(stream)
+        assert len(await answer) == 1 and chain.occupancy.counts == (0, 0)
+        assert all(chain.occupancy.busy_s(engine.now()))
+
+
+def _then(call: Callable[..., torch.Tensor], and_then: Callable[[], None]) -> Callable[..., torch.Tensor]:
+    def both(*args: Any, **more: Any) -> torch.Tensor:
+        result = call(*args, **more)
+        and_then()
+        return result
+
+    return both
 
 
 async def test_prompts_are_scored() -> None:

@@ -83,20 +83,40 @@ def test_a_bucket_is_captured_when_it_first_comes_and_never_again(pair: Pair) ->
     assert graphs.num_captures == 3 * (LAYERS // graphs.run_layers)
 
 
+class CapturableKernels(TorchKernels):
+    is_capturable = True
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_graphs_are_made_unless_flags_say_no(
     attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
 ) -> None:
-    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (TorchKernels(), "Triton kernels"))
+    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (CapturableKernels(), "some kernels"))
     with closing(HostDevice(0, 30, 64 << 10)) as device:
         memory = memory_on(device)
         decoder, note = cuda_decoder.cuda_decoder(
             CONFIG, memory.weights, memory.kv, 64, LIMITS,
             block_size=BLOCK, dtype=torch.bfloat16, device=CPU, enforce_eager=enforce_eager,
         )  # fmt: skip
-        assert note == f"Triton kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
+        assert note == f"some kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
         assert (decoder.graphs is None) == enforce_eager
         assert decoder.graphs is None or decoder.graphs.buckets == (1, 2, 4, 6)
+        del decoder, memory
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [(TorchKernels(), torch.bfloat16), (CapturableKernels(), torch.float32)])
+def test_no_graphs_are_made_of_what_cannot_be_captured(
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, kernels: TorchKernels, dtype: torch.dtype
+) -> None:
+    """FlashInfer has no kernels for float32: then attention is the reference, which reads lengths on the host."""
+    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (kernels, "Triton kernels, as a log would say"))
+    with closing(HostDevice(0, 30, 64 << 10)) as device:
+        memory = memory_on(device)
+        decoder, note = cuda_decoder.cuda_decoder(
+            CONFIG, memory.weights, memory.kv, 64, LIMITS,
+            block_size=BLOCK, dtype=dtype, device=CPU, enforce_eager=False,
+        )  # fmt: skip
+        assert decoder.graphs is None and note.endswith("eager")
         del decoder, memory
 
 
