@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
-from kunserve.gpu.cuda_copy import copy_between
+from kunserve.gpu.cuda_copy import copy_between, transfer
 from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
@@ -151,6 +151,11 @@ class CudaDevice:
         else:
             assert isinstance(source, CudaDevice)
             await copy_between(source, self, copies)
+
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`."""
+        assert isinstance(source, CudaDevice)
+        await transfer(source, read, self, write)
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""

@@ -147,6 +147,10 @@ class HostDevice:
         """See `Device.copy`: all devices' memory, and the host's, is one address space."""
         await self.run_copy(partial(copy_blocks, copies))
 
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`."""
+        await self.run_copy(partial(write.copy_, read))
+
     def close(self) -> None:
         """See `Device.close`."""
         if self._fd is None:
