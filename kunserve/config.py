@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
+from kunserve.model.host_copy import HostCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class EngineConfig:
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
     is_pinned: bool = False  # regroup only when an operator asks
-    gpu_memory_utilization: float = 0.92  # CUDA only, as are the next two
-    pin_weights: bool = True
+    host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
+    gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
     enforce_eager: bool = False
 
     def check(self) -> None:

@@ -42,6 +42,7 @@ from kunserve.flags import (
 from kunserve.listen import Listener
 from kunserve.log import set_up_logging
 from kunserve.metrics import Metrics
+from kunserve.model.host_copy import HostCopy
 from kunserve.progress import LoadingProgress
 from kunserve.summary import Summary, log_summary
 
@@ -100,8 +101,8 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
         is_pinned=args.pin,
+        host_copy=HostCopy(args.host_copy),
         gpu_memory_utilization=args.gpu_memory_utilization,
-        pin_weights=args.pin_weights == "on",
         enforce_eager=args.enforce_eager,
     )
     engine.check()
@@ -215,7 +216,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=defaults.gpu_memory_utilization,
         help="share of a GPU's memory to use, where --device-memory is not given",
     )
-    add("--pin-weights", choices=("on", "off"), default="on", help="keep the host copy of the weights pinned (CUDA)")
+    add(
+        "--host-copy",
+        choices=[str(kind) for kind in HostCopy],
+        default=str(defaults.host_copy),
+        help="what weights come back from after a drop: pinned: a copy in host memory; mapped: the checkpoint's pages; "
+        "none: another GPU that has them, or the disk; auto: pinned on GPUs if it fits, else mapped",
+    )
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="capture no CUDA graphs")
     add("--pin", action="store_true", help="regroup only when an operator asks")
     add(
@@ -347,7 +354,7 @@ def _without_effect(engine: EngineConfig) -> dict[str, str]:
     """Flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.kind != "cpu":
         return {}
-    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager", "pin_weights")
+    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager")
     given = [name for name in names if getattr(engine, name) != getattr(default, name)]
     return {f"--{name.replace('_', '-')}": "the devices are CPUs (GPUs: --devices cuda)" for name in given}
 
