@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kunserve.config import EngineConfig, parse_devices, parse_size
+from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.flags import (
@@ -26,6 +26,8 @@ from kunserve.flags import (
     with_config_file,
 )
 from kunserve.model.card import list_cards
+from kunserve.model.host_copy import HostCopy
+from kunserve.sizes import parse_size
 from kunserve.version import add_version_flag
 from kunserve.vllm_flags import add_vllm_flags
 
@@ -113,8 +115,8 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
         is_pinned=args.pin,
+        host_copy=HostCopy(args.host_copy),
         gpu_memory_utilization=args.gpu_memory_utilization,
-        pin_weights=args.pin_weights == "on",
         enforce_eager=args.enforce_eager,
     )
 
@@ -203,7 +205,13 @@ def _add_device_flags(group: Group) -> None:
         metavar="S",
         help="devices of one chain at launch (default: as few as the model fits)",
     )
-    add("--pin-weights", choices=("on", "off"), default="on", help="keep the host copy of the weights pinned (CUDA)")
+    add(
+        "--host-copy",
+        choices=[str(kind) for kind in HostCopy],
+        default=str(DEFAULTS.host_copy),
+        help="what weights come back from after a drop: pinned: a copy in host memory; mapped: the checkpoint's pages; "
+        "none: another device that has them, or the disk; auto: pinned on GPUs if it fits, else mapped",
+    )
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="capture no CUDA graphs")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
+from kunserve.model.host_copy import HostCopy
 
 MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
 
@@ -55,8 +56,8 @@ class EngineConfig:
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
     is_pinned: bool = False  # regroup only when an operator asks
-    gpu_memory_utilization: float = 0.92  # CUDA only, as are the next two
-    pin_weights: bool = True
+    host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
+    gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
     enforce_eager: bool = False
 
     def check(self) -> None:
@@ -89,32 +90,6 @@ class EngineConfig:
             raise ConfigError(
                 "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
             )
-
-
-_SIZES = {
-    "": 1,
-    "b": 1,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-}
-
-
-def parse_size(text: str, plain_unit: str = "") -> int:
-    """Bytes of "730MiB", "18GiB", "500MB" or a plain number of `plain_unit` (bytes); ConfigError otherwise."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match and _SIZES.get((match[2] or plain_unit).lower())
-    if not match or not unit:
-        raise ConfigError(f"not a size: {text!r} (write for instance 730MiB or 18GiB)")
-    return int(float(match[1]) * unit)
-
-
-def format_size(num_bytes: int) -> str:
-    """Return bytes as people read them: whole MiB, from 10 GiB on GiB with one digit ("730 MiB", "131.4 GiB")."""
-    return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes / (1 << 30):.1f} GiB"
 
 
 def parse_devices(text: str) -> DeviceSpec:

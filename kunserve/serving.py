@@ -162,6 +162,6 @@ def _without_effect(engine: EngineConfig) -> dict[str, str]:
     """Flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.resolved().kind != "cpu":
         return {}
-    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager", "pin_weights")
+    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager")
     given = [name for name in names if getattr(engine, name) != getattr(default, name)]
     return {f"--{name.replace('_', '-')}": "the devices are CPUs (GPUs: --devices cuda)" for name in given}

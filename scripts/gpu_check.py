@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from kunserve.config import DeviceSpec
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import open_drivers
+from kunserve.model.host_copy import HostCopy
 
 BIG_GIB = 76  # a GPU that holds four replicas of the 8B model
 
@@ -43,6 +45,7 @@ def parts_of(bench: Bench) -> dict[str, Part]:
         "decode": partial(forward.decode, bench),
         "prefill": partial(forward.prefill, bench),
         "regroup": partial(regroup, bench),
+        "regroup_from_mates": partial(regroup, bench, HostCopy.NONE),
         "host": partial(host, bench),
         "steady": partial(steady, bench),
         "burst_drop": partial(burst, bench, OverloadPolicy.DROP),
@@ -58,12 +61,12 @@ def _devices(bench: Bench, count: int) -> DeviceSpec:
     return DeviceSpec("cuda", (bench.ordinal,) * count)
 
 
-def regroup(bench: Bench) -> dict[str, Any]:
+def regroup(bench: Bench, host_copy: HostCopy = HostCopy.AUTO) -> dict[str, Any]:
     """Identical tokens in a small float32 model through drop, exchange and restore."""
     config = serving.engine_config(
         _devices(bench, 2), "smollm2-135m", num_blocks=512, dtype="float32", is_pinned=True, num_batched_tokens=256
     )
-    return asyncio.run(serving.regroup(config, num_requests=6, num_tokens=64))
+    return asyncio.run(serving.regroup(replace(config, host_copy=host_copy), num_requests=6, num_tokens=64))
 
 
 def _large(bench: Bench) -> tuple[str, int]:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kunserve.config import DeviceSpec, EngineConfig, format_size, parse_cuda_devices, parse_devices, parse_size
+from kunserve.config import DeviceSpec, EngineConfig, parse_cuda_devices, parse_devices
 from kunserve.errors import ConfigError
+from kunserve.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kunserve.config import parse_devices
 from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.model.card import list_cards
+from kunserve.model.host_copy import HostCopy
 
 
 def test_defaults() -> None:
@@ -32,7 +33,7 @@ def test_every_flag_arrives() -> None:
         "--model m --served-model-name a b --host 0.0.0.0 --port 81 --devices cpu:3 --device-memory 18GiB"
         " --block-size 32 --max-model-len 99 --dtype float64 --load-format dummy --seed 5 --max-num-batched-tokens 7"
         " --max-num-seqs 8 --max-num-queued-reqs 9 -pp 3 --overload-policy queue --watermark 0.25"
-        " --shutdown-timeout 1.5 --log-level debug --log-format json"
+        " --host-copy none --shutdown-timeout 1.5 --log-level debug --log-format json"
     )
     config = parse_args(flags.split())
     engine = config.engine
@@ -43,6 +44,7 @@ def test_every_flag_arrives() -> None:
     assert (engine.seed, engine.max_num_batched_tokens, engine.max_num_seqs) == (5, 7, 8)
     assert (engine.max_num_queued_reqs, engine.pipeline_parallel_size) == (9, 3)
     assert (engine.overload_policy, engine.watermark) == (OverloadPolicy.QUEUE, 0.25)
+    assert engine.host_copy is HostCopy.NONE
     assert parse_args(["m", "--num-gpu-blocks-override", "256"]).engine.num_blocks_override == 256
     assert parse_args(["m", "--kv-cache-memory-bytes", "1048576"]).engine.kv_bytes == 1 << 20
     assert parse_args(["m", "--kv-cache-memory-bytes", "2GiB"]).engine.kv_bytes == 2 << 30

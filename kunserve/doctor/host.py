@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 from typing import Any
 
+from kunserve.cgroup import core_quota, memory_left
 from kunserve.doctor.cards import Card, known_cards
-from kunserve.doctor.cgroup import core_quota, memory_left
 from kunserve.doctor.finding import BOTH, CPU, Finding, Status, first_line, ok
 from kunserve.doctor.gpus import GIB, Gpus
 from kunserve.doctor.probe import Probe
@@ -29,7 +29,7 @@ def check_system(probe: Probe, gpus: Gpus) -> Finding:
 def check_cpu_devices(probe: Probe, gpus: Gpus) -> Finding:
     """Whether virtual CPU devices can be made, how many cores they may use, and which instructions."""
     cores = probe.cores()
-    quota = core_quota(probe)
+    quota = core_quota(probe.read_text)
     usable = cores if quota is None else min(float(cores), quota)
     vectors, is_wide = _vectors(probe)
     found = f"{usable:g} core(s), {vectors}"
@@ -73,8 +73,8 @@ def check_memory(probe: Probe, gpus: Gpus) -> Finding:
         return Finding(Status.PROBLEM, found, consequence, remedy, frozenset({CPU}), details)
     if gpus.found:
         if unpinned := _only_on_gpus(cards, gpus, available):
-            consequence = f"no pinned copy of {', '.join(unpinned)}: a server does not start with them"
-            remedy = "--pin-weights off (weights then come from the file at each restore: slower)"
+            consequence = f"no pinned copy of {', '.join(unpinned)}: after a drop their weights come back slowly"
+            remedy = "more host memory, or --host-copy none: weights then come from another GPU where one has them"
             return Finding(Status.WARNING, found, consequence, remedy, details=details)
         return ok(f"{found}; pinned weights that fit: {_some(fitting, sizes)}", **details)
     return ok(f"{found}; fits in float32: {_some(fitting, sizes)}", **details)
@@ -121,7 +121,7 @@ def check_open_files(probe: Probe, gpus: Gpus) -> Finding:
 
 def _available(probe: Probe) -> int:
     """Return how much memory may be taken: what the machine has, or the control group leaves, if that is less."""
-    available, left = probe.available_bytes(), memory_left(probe)
+    available, left = probe.available_bytes(), memory_left(probe.read_text)
     return available if left is None else min(available, left)
 
 

@@ -17,6 +17,8 @@ from kunserve.engine.reconfigure import Reconfigure, Transition
 from kunserve.engine.refusal import is_refusal
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
+from kunserve.model.host_copy import WeightOrigin
+from kunserve.model.layout import units_of_stage
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
@@ -91,9 +93,14 @@ class OverloadControl:
         return self.reconfigure.held(device)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
-        """Transitions, for `/kunserve/state`: the last so many, or all that are remembered."""
+        """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
         shown = self.reconfigure.transitions[-(num_transitions or 0) :]
-        return {"transitions": [transition.state() for transition in shown]}
+        loader = self.reconfigure.loader
+        return {
+            "host_copy": str(loader.host.kind),
+            "weight_sources": {str(origin): loader.num_bytes[origin] for origin in WeightOrigin},
+            "transitions": [transition.state() for transition in shown],
+        }
 
     async def stop(self) -> None:
         """End what is under way, and begin nothing more."""
@@ -112,11 +119,24 @@ class OverloadControl:
         if group_ids is None:
             if len(snapshot.groups) < 2:
                 raise ConflictError("there is one group only: nothing to merge")
-            smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
-            group_ids = [group.group_id for group in smallest[:2]]
+            group_ids = _two_smallest(snapshot)
         plan = plan_drop_of(snapshot, group_ids, self._need_blocks(*CUT_HEADROOM))
         committed = asyncio.get_running_loop().create_future()
         return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
+
+    def would_drop(self) -> dict[int, list[str]]:
+        """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
+        snapshot, model = self._snapshot(), self._engine.model
+        if len(snapshot.groups) < 2:
+            return {}
+        try:
+            plan = plan_drop_of(snapshot, _two_smallest(snapshot))
+        except ConflictError:
+            return {}
+        kept = {s.device: units_of_stage(model, s.first_layer, s.last_layer) for m in plan.merges for s in m.stages}
+        present = {device: self._engine.memories[device].weights.present for device in kept}
+        dropped = {device: [unit for unit in present[device] if unit not in kept[device]] for device in kept}
+        return {device: units for device, units in dropped.items() if units}
 
     async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """See `Engine.restore`."""
@@ -283,6 +303,12 @@ class OverloadControl:
             for g in self._engine.groups
         )
         return Snapshot(self._engine.epoch, self._shape, self._devices, groups)
+
+
+def _two_smallest(snapshot: Snapshot) -> list[int]:
+    """Ids of the groups that are the cheapest to merge."""
+    smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
+    return [group.group_id for group in smallest[:2]]
 
 
 def _view(request: Request) -> RequestView:

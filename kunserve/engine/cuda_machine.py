@@ -1,4 +1,4 @@
-"""GPUs as a `Machine`: budgets from what is free, chunks that suit the model, pinned weights, FlashInfer decoders."""
+"""GPUs as a `Machine`: budgets from what is free, chunks that suit the model, FlashInfer decoders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kunserve.config import EngineConfig, format_size
+from kunserve.config import EngineConfig
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.machine import Machine
 from kunserve.engine.placement import budget_chunks
@@ -26,8 +26,8 @@ from kunserve.gpu.cuda import (
 )
 from kunserve.gpu.cuda_driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory, Layout
+from kunserve.gpu.host_weights import HostWeights, keep_host_copy
 from kunserve.gpu.kv_memory import KVShape
-from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import StepLimits
@@ -35,9 +35,11 @@ from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
 from kunserve.model.cuda_graphs import BUCKETS, RUN_LAYERS
 from kunserve.model.cuda_ops import cuda_dtype
 from kunserve.model.cuda_sampling import launch_sample
+from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import weight_units
 from kunserve.model.ops import AttentionBatch
 from kunserve.planner.snapshot import DeviceView, ModelShape
+from kunserve.sizes import format_size
 
 GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs that are captured while serving
 
@@ -54,7 +56,7 @@ class CudaOptions:
     memory_bytes: int | None = None
     utilization: float = 0.92
     enforce_eager: bool = False
-    pin_weights: bool = True
+    host_copy: HostCopy = HostCopy.AUTO
     num_blocks: int | None = None  # the budget is then the weights plus so many blocks
     kv_bytes: int | None = None  # or plus so much KV
 
@@ -70,7 +72,7 @@ class CudaOptions:
             memory_bytes=config.device_memory_bytes,
             utilization=config.gpu_memory_utilization,
             enforce_eager=config.enforce_eager,
-            pin_weights=config.pin_weights,
+            host_copy=config.host_copy,
             num_blocks=config.num_blocks_override,
             kv_bytes=config.kv_bytes,
         )
@@ -91,7 +93,7 @@ class CudaMachine(Machine):
         """Open the drivers, measure a step's activations and divide the memory. ConfigError, with nothing open."""
         self._model, self._options, self.dtype = model, options, options.dtype
         self._devices: list[CudaDevice] = []
-        self._pinned: PinnedSource | None = None
+        self._host: HostWeights | None = None
         self._drivers = open_drivers(options.ordinals, open_driver)
         self.device_name = self._drivers[0].gpu_name
         try:
@@ -147,13 +149,11 @@ class CudaMachine(Machine):
         self._devices = open_cuda_devices(drivers, self.num_chunks, self.chunk_bytes)
         return self._devices
 
-    def source(self, source: WeightSource) -> WeightSource:
-        """See `Machine.source`: pinned, unless flags say no."""
-        if not self._options.pin_weights:
-            return source
-        units = weight_units(self._model, self._options.dtype.itemsize)
-        self._pinned = PinnedSource(source, units, self._options.dtype, self._devices[0].driver)
-        return self._pinned
+    def host_weights(self, source: WeightSource) -> HostWeights:
+        """See `Machine.host_weights`."""
+        units, driver = weight_units(self._model, self._options.dtype.itemsize), self._devices[0].driver
+        self._host = keep_host_copy(self._options.host_copy, source, units, self._options.dtype, driver)
+        return self._host
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[CudaExecutor, str]:
         """See `Machine.executor`."""
@@ -167,10 +167,10 @@ class CudaMachine(Machine):
     def close(self) -> None:
         """See `Machine.close`."""
         gc.collect()  # tensors that streams have used go before the streams do
-        if self._pinned is not None:
+        if self._host is not None:
             with suppress(DeviceError):  # after a fault every call fails
-                self._pinned.close()
-            self._pinned = None
+                self._host.close()
+            self._host = None
         while self._devices:
             self._devices.pop().close()
         while self._drivers:

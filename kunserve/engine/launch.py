@@ -20,16 +20,22 @@ from kunserve.engine.migrate import Migration
 from kunserve.engine.placement import model_shape, place
 from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.reconfigure import Reconfigure
+from kunserve.engine.restore_time import measure_restore
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.engine.swap import Swap
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.weight_loader import WeightLoader
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.links import Links
+from kunserve.gpu.queue import gather_all
 from kunserve.metrics import Metrics
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.costs import cost_model, device_kind
+from kunserve.model.disk_source import DiskSource
+from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
@@ -63,6 +69,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     machine = await asyncio.to_thread(make_machine, files.config, config)
     try:
         served = await _launch_on(machine, files, config, served_name, progress)
+        await _log_host_copy(served)
     except BaseException:
         await asyncio.to_thread(machine.close)
         raise
@@ -84,6 +91,8 @@ async def _launch_on(
     machine: Machine, files: ModelFiles, config: EngineConfig, served_name: str, progress: Progress
 ) -> Served:
     def weights() -> WeightSource:
+        if config.host_copy is HostCopy.NONE and files.folder is not None and config.load_format != "dummy":
+            return DiskSource(files.folder, files.config)
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 
     max_model_len = wanted_max_model_len(files, config)
@@ -132,10 +141,11 @@ async def assemble(
     )
     opened = await asyncio.to_thread(weights)
     devices = await asyncio.to_thread(machine.open)
-    source = await asyncio.to_thread(machine.source, opened)
+    host = await asyncio.to_thread(machine.host_weights, opened)
     units = weight_units(model, machine.dtype.itemsize)
     memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
-    await _load(model, memories, placement.groups, shape, source, progress)
+    loader = WeightLoader(memories, host, [view.island for view in views])
+    await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
     engine = Engine(
@@ -157,7 +167,7 @@ async def assemble(
     links = machine.links()
     thresholds = Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s)
     is_automatic = config.overload_policy is OverloadPolicy.DROP and not config.is_pinned
-    reconfigure = Reconfigure(engine, shape, source, links, machine.clock)
+    reconfigure = Reconfigure(engine, shape, loader, links, machine.clock)
     control = OverloadControl(engine, reconfigure, shape, views, thresholds, is_automatic=is_automatic)
     engine.control = control
     engine.overload_policy = config.overload_policy
@@ -194,26 +204,50 @@ async def _load(
     memories: Sequence[DeviceMemory],
     groups: Sequence[Sequence[StageView]],
     shape: ModelShape,
-    source: WeightSource,
+    loader: WeightLoader,
     progress: Progress,
 ) -> None:
-    """Map every stage's weights and KV, and fill the weights: all devices at once from the one host copy."""
-    stages = [stage for group in groups for stage in group]
-    total = sum(shape.weight_chunks(s.first_layer, s.last_layer) for s in stages)
-    done = 0
+    """Map every stage's weights and KV, then fill the weights, all devices at once.
 
-    async def load_stage(memory: DeviceMemory, stage: StageView) -> None:
-        nonlocal done
+    What is mapped does not change while devices copy from each other.
+    """
+    stages = [stage for group in groups for stage in group]
+    for stage in stages:
+        memory = memories[stage.device]
         for unit in units_of_stage(model, stage.first_layer, stage.last_layer):
             memory.weights.map(unit)
-            await memory.device.run(lambda unit=unit: memory.weights.fill(unit, source))  # type: ignore[misc]
-            done += memory.weights.num_chunks(unit)
-            progress("loading weights", done / total)
         per_layer = shape.kv_chunks(memory.device.num_chunks, stage.first_layer, stage.last_layer)
         for layer in range(stage.first_layer, stage.last_layer):
             memory.kv.resize(layer, per_layer)
+    total = sum(shape.weight_chunks(s.first_layer, s.last_layer) for s in stages)
+    links, done = Links(), 0  # nobody else is on the way yet
 
-    await asyncio.gather(*(load_stage(memories[stage.device], stage) for stage in stages))
+    async def load(device: int) -> None:
+        nonlocal done
+        weights = memories[device].weights
+        for unit in weights.unfilled:
+            await loader.load(device, unit, links)
+            done += weights.num_chunks(unit)
+            progress("loading weights", done / total)
+
+    await gather_all(load(stage.device) for stage in stages)
+
+
+async def _log_host_copy(served: Served) -> None:
+    """Say what weights come back from after a drop, why, what that takes of the host, and how long it would take."""
+    loader, dropped = served.control.reconfigure.loader, served.control.would_drop()
+    before, memories = loader.num_bytes.copy(), served.engine.memories
+    seconds = await measure_restore(memories, loader, dropped) if dropped else None
+    log.info(
+        "host copy of the weights",
+        kind=str(loader.host.kind),
+        because=loader.host.because,
+        host_bytes=loader.host.num_bytes,
+        mapped_bytes=loader.host.mapped_bytes,
+        restore_s=None if seconds is None else float(f"{seconds:.2g}"),  # None: there is nothing to drop
+        restore_bytes=sum(memories[device].weights.num_tensor_bytes(u) for device, us in dropped.items() for u in us),
+        restore_from=[str(origin) for origin in loader.num_bytes - before],
+    )
 
 
 def _groups(placed: Sequence[Sequence[StageView]], memories: Sequence[DeviceMemory], block_size: int) -> list[Group]:

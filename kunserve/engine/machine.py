@@ -10,25 +10,28 @@ from typing import Protocol
 
 import torch
 
-from kunserve.config import EngineConfig, format_size
+from kunserve.config import EngineConfig
 from kunserve.engine.executor import DeviceExecutor, Executor
 from kunserve.engine.placement import budget_chunks
 from kunserve.errors import ConfigError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host import HostDevice, available_bytes
+from kunserve.gpu.host_weights import HostWeights, keep_host_copy
 from kunserve.gpu.links import Links
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.cpu_ops import cpu_ops_or_reference
 from kunserve.model.decoder import Decoder
+from kunserve.model.layout import weight_units
 from kunserve.planner.snapshot import DeviceView, ModelShape
+from kunserve.sizes import format_size
 
 DEFAULT_KV_BYTES = 1 << 30  # of one CPU device, where neither --device-memory nor a number of blocks is given
 
 
 class Machine(Protocol):
-    """What launching needs, in the order of its verbs: views, open, source, executor, close. All of it may block."""
+    """What launching needs, in the order of its verbs: views, open, host_weights, executor, close. All may block."""
 
     dtype: torch.dtype  # of weights and KV
     chunk_bytes: int
@@ -41,8 +44,8 @@ class Machine(Protocol):
     def open(self) -> Sequence[Device]:
         """Take all memory of the views; ConfigError, with nothing open, if that fails."""
 
-    def source(self, source: WeightSource) -> WeightSource:
-        """The one host copy of the weights that all devices are filled from."""
+    def host_weights(self, source: WeightSource) -> HostWeights:
+        """What the host keeps of the weights, of which `source` are the files; the devices are open."""
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """What runs microbatches on the open devices; and what it is made of, for the log."""
@@ -106,9 +109,10 @@ class HostMachine(Machine):
             self.close()
             raise
 
-    def source(self, source: WeightSource) -> WeightSource:
-        """See `Machine.source`: the mapped file itself."""
-        return source
+    def host_weights(self, source: WeightSource) -> HostWeights:
+        """See `Machine.host_weights`."""
+        units = weight_units(self._model, self.dtype.itemsize)
+        return keep_host_copy(self._config.host_copy, source, units, self.dtype)
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """See `Machine.executor`."""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from kunserve.config import format_size
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
 from kunserve.planner.layer_split import split_layers
 from kunserve.planner.snapshot import DeviceView, ModelShape, StageView, capacity_blocks
+from kunserve.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)

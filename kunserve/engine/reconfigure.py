@@ -21,11 +21,11 @@ from kunserve.engine.exchange import Exchange, Moving
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.request import Request
+from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import ConflictError
 from kunserve.gpu.copies import layer_copies
 from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
-from kunserve.model.checkpoint import WeightSource
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
@@ -50,6 +50,7 @@ class Transition:
     exchange_bytes: int = 0
     num_lost: int = 0  # requests whose KV should have followed its layers but did not arrive: they are recomputed
     weight_bytes: int = 0  # dropped, or loaded
+    weight_sources: dict[str, int] = field(default_factory=dict)  # bytes of tensors loaded, by where they came from
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
     def state(self) -> dict[str, Any]:
@@ -74,12 +75,13 @@ class Reconfigure:
         self,
         engine: Engine,
         shape: ModelShape,
-        source: WeightSource,
+        loader: WeightLoader,
         links: Links,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._shape, self._clock = engine, shape, clock
-        self._remap = Remap(engine.model, shape, engine.memories, source, links)
+        self.loader = loader
+        self._remap = Remap(engine.model, shape, engine.memories, loader, links)
         self.exchange = Exchange(engine, self._remap, links)
         self.transitions: list[Transition] = []
         self.current: Transition | None = None
@@ -312,6 +314,7 @@ class Reconfigure:
         groups = [self._engine.group(group_id) for group_id in group_ids]
         transition = Transition(kind, self._engine.now(), tuple(group_ids))
         self.current, self._is_cancelled = transition, False
+        loaded_before = self.loader.num_bytes.copy()
         self.transitions.append(transition)
         del self.transitions[:-HISTORY]
         try:
@@ -327,6 +330,7 @@ class Reconfigure:
             raise
         finally:
             self.current = None
+            transition.weight_sources = {str(k): n for k, n in (self.loader.num_bytes - loaded_before).items()}
             transition.seconds["total"] = self._engine.now() - transition.started_s
             self._engine.wake()
             log.info("transition", **transition.state())

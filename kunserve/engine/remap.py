@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import structlog
 
 from kunserve.engine.group import Group, Stage
+from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import DeviceError
 from kunserve.gpu.device_memory import DeviceMemory, Layout
-from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
-from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
 from kunserve.planner.plan import Merge, Part, Room
@@ -37,11 +37,11 @@ class Remap:
         model: ModelConfig,
         shape: ModelShape,
         memories: Sequence[DeviceMemory],
-        source: WeightSource,
+        loader: WeightLoader,
         links: Links,
     ) -> None:
         self._model, self.shape, self._memories = model, shape, memories
-        self._source, self._links = source, links
+        self._loader, self._links = loader, links
 
     # --- layouts ------------------------------------------------------------------------------------------------
 
@@ -97,40 +97,36 @@ class Remap:
         try:
             await self._rearrange(layouts)
         except BaseException:
-            await self._go_back(before, layouts)
+            await self._go_back(before)
             raise
 
-    async def _go_back(self, before: Layouts, layouts: Layouts) -> None:
+    async def _go_back(self, before: Layouts) -> None:
         for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
             try:
                 await self._rearrange(before)
-                for device, layout in before.items():
-                    gone = [unit for unit in layout.units if unit not in layouts[device].units]
-                    await self._fill(device, gone, self._memories[device].device.run)
+                await self.load(before)
                 return
             except Exception as error:
                 log.error("rolling back failed", error=repr(error), attempts_left=attempts_left)
                 if not attempts_left:
                     raise NoWayBackError(f"a transition failed and could not be rolled back: {error}") from error
 
-    async def load(self, before: Layouts, is_cancelled: Callable[[], bool]) -> int:
-        """Fill the units that `before` lacked, all devices at once, in the background; returns bytes loaded.
+    async def load(self, devices: Iterable[int], is_cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Fill the units that are mapped but not filled, all devices at once, in the background; returns bytes loaded.
 
-        Each unit takes its turn on the link from the host; between two of them it stops if it is cancelled.
+        Each unit takes its turns on the link that it comes over; between two of them it stops if it is cancelled.
         """
 
         async def load(device: int) -> int:
             memory, loaded = self._memories[device], 0
-            for unit in memory.weights.present:
-                if unit in before[device].units or is_cancelled():
-                    continue
-                num_bytes = memory.weights.num_chunks(unit) * memory.device.chunk_bytes
-                async with self._links.turn(HOST, device, Priority.WEIGHTS, num_bytes):
-                    await self._fill(device, [unit], memory.device.run_copy)
-                loaded += num_bytes
+            for unit in memory.weights.unfilled:
+                if is_cancelled():
+                    break
+                await self._loader.load(device, unit, self._links)
+                loaded += memory.weights.num_chunks(unit) * memory.device.chunk_bytes
             return loaded
 
-        return sum(await gather_all(load(device) for device in before))
+        return sum(await gather_all(load(device) for device in devices))
 
     async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
         """Give some layers of a device another number of KV chunks. What others ask for at the same time stands."""
@@ -158,9 +154,3 @@ class Remap:
             if memory.layout != layout:
                 work.append(memory.device.run(partial(memory.rearrange, layout)))
         await gather_all(work)
-
-    async def _fill(
-        self, device: int, units: Sequence[str], run: Callable[[Callable[[], None]], Awaitable[None]]
-    ) -> None:
-        for unit in units:
-            await run(partial(self._memories[device].weights.fill, unit, self._source))

@@ -118,7 +118,8 @@ def check_engine(engine: Engine) -> None:
             needed = max(stage.pool.limit, 1 + max((block for table in tables for block in table), default=0))
             layers = range(stage.first_layer, stage.last_layer)
             assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
-            assert set(units_of_stage(engine.model, stage.first_layer, stage.last_layer)) <= {*memory.weights.present}
+            units = units_of_stage(engine.model, stage.first_layer, stage.last_layer)
+            assert all(memory.weights.is_filled(unit) for unit in units)
 
 
 def weight_bytes(memories: Sequence[DeviceMemory]) -> int:

@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kunserve.config import format_size
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
-from kunserve.gpu.cuda_copy import copy_between
+from kunserve.gpu.cuda_copy import copy_between, transfer
 from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
+from kunserve.sizes import format_size
 
 T = TypeVar("T")
 
@@ -153,6 +153,11 @@ class CudaDevice:
                 await copy_between(source, self, copies)
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # torch's words for what CUDA refuses
             raise DeviceError(f"{self.name}: a copy failed: {str(error).partition(chr(10))[0]}") from error
+
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`."""
+        assert isinstance(source, CudaDevice)
+        await transfer(source, read, self, write)
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""

@@ -5,7 +5,8 @@ are named by their index. Virtual addresses are reserved apart and get chunks ma
 reserved range stays valid whatever is mapped, and only mapped parts of it may be touched.
 
 Work is submitted to two queues, each in order: `run` for compute, `run_copy` for transfers that overlap with it.
-`copy` moves blocks between devices, and to and from the host, in whatever way the hardware has.
+`copy` moves blocks between devices, and to and from the host, in whatever way the hardware has; `copy_tensor` whole
+tensors between devices.
 Three implementations pass one contract test: host (memfd and mmap), null (counts only), cuda (cuMem*).
 """
 
@@ -61,6 +62,12 @@ class Device(Protocol):
 
         They come from `source`, a device of the same kind, or from this one or host memory if that is None; they go to
         this device, or with `is_to_host` from it to host memory.
+        """
+
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """Copy `read`, on `source`, a device of the same kind, into `write`, on this one, beside compute.
+
+        Both are contiguous, of the same shape and dtype. Returns when all is there; nobody writes either meanwhile.
         """
 
     def close(self) -> None:

@@ -17,11 +17,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kunserve.config import format_size
+from kunserve.cgroup import ReadText, memory_left, read_file
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.queue import WorkQueue
+from kunserve.sizes import format_size
 
 T = TypeVar("T")
 
@@ -56,10 +57,12 @@ def _mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = 
     return int(result)
 
 
-def available_bytes() -> int:
-    """Memory that can be taken now without swapping (MemAvailable)."""
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+def available_bytes(read_text: ReadText = read_file) -> int:
+    """Return the memory that this process can take now: without swapping, and within its control groups' limits."""
+    lines = read_text("/proc/meminfo").splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    left = memory_left(read_text)
+    return available if left is None else min(available, left)
 
 
 class HostDevice:
@@ -147,6 +150,10 @@ class HostDevice:
     ) -> None:
         """See `Device.copy`: all devices' memory, and the host's, is one address space."""
         await self.run_copy(partial(copy_blocks, copies))
+
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`."""
+        await self.run_copy(partial(write.copy_, read))
 
     def close(self) -> None:
         """See `Device.close`."""

@@ -86,6 +86,10 @@ class NullDevice:
         """See `Device.copy`: there are no bytes."""
         await self.run_copy(partial(copy_blocks, copies))
 
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`: there are no bytes."""
+        await self.run_copy(partial(write.copy_, read))
+
     def close(self) -> None:
         """See `Device.close`."""
         self._mapped.clear()

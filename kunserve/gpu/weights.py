@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -22,11 +23,16 @@ class Weights:
         self._units = {unit.name: unit for unit in units}
         self._dtype = dtype
         self._chunk_bytes = device.chunk_bytes
+        self._filled: set[str] = set()  # units that are present and whose content is there
         self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
 
     def num_chunks(self, unit: str) -> int:
         """Chunks that a unit takes when present."""
         return -(-self._units[unit].num_bytes // self._chunk_bytes)
+
+    def num_tensor_bytes(self, unit: str) -> int:
+        """Bytes of a unit's tensors, without what lies between them."""
+        return sum(prod(spec.shape) for spec in self._units[unit].tensors) * self._dtype.itemsize
 
     @property
     def chunks_of_unit(self) -> dict[str, int]:
@@ -37,6 +43,15 @@ class Weights:
     def present(self) -> list[str]:
         """Names of the units whose chunks are mapped, in the order of a forward pass."""
         return [name for name, range_ in self._ranges.items() if range_.chunks]
+
+    @property
+    def unfilled(self) -> list[str]:
+        """Names of the units that are present and whose content is not, in the order of a forward pass."""
+        return [name for name in self.present if name not in self._filled]
+
+    def is_filled(self, unit: str) -> bool:
+        """Whether a unit is present with its content, so that it may be read and copied."""
+        return unit in self._filled
 
     @property
     def mapped_chunks(self) -> list[int]:
@@ -50,15 +65,33 @@ class Weights:
         num_bytes = prod(shape) * self._dtype.itemsize
         return self._ranges[unit].tensor[spec.offset : spec.offset + num_bytes].view(self._dtype).view(shape)
 
+    def content(self, unit: str) -> Tensor:
+        """View of all bytes of a unit: flat uint8, the same on every device."""
+        return self._ranges[unit].tensor[: self._units[unit].num_bytes]
+
     def map(self, unit: str) -> None:
-        """Give a unit its chunks; their content is whatever was there. `fill` comes next."""
+        """Give a unit its chunks; their content is whatever was there, until it is filled."""
         self._ranges[unit].resize(self.num_chunks(unit))
 
+    @contextmanager
+    def filling(self, unit: str) -> Iterator[None]:
+        """Inside, the content of a mapped unit arrives. It counts as filled when all of it is there, not before.
+
+        Whoever leaves with an error leaves it unfilled: nobody may copy from it.
+        """
+        self._filled.discard(unit)
+        yield
+        self._filled.add(unit)
+
     def fill(self, unit: str, source: WeightSource) -> None:
-        """Copy the unit's tensors from the host copy into its mapped chunks. Blocking: run it on a device queue."""
+        """Copy the unit's tensors from a source into its mapped chunks. Blocking: run it on a device queue.
+
+        On a GPU they are there when the queue says so, which `filling` waits for.
+        """
         for spec in self._units[unit].tensors:
             source.copy_into(spec.name, self.tensor(unit, spec.name))
 
     def drop(self, unit: str) -> None:
         """Unmap a unit and free its chunks."""
+        self._filled.discard(unit)
         self._ranges[unit].resize(0)

@@ -60,6 +60,16 @@ class SafetensorsSource:
         for name, shape in shapes.items():
             self._check(name, shape)
 
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The file of every tensor that the model needs."""
+        return self._files
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the mapped files: what the page cache holds of them at most."""
+        return sum(path.stat().st_size for path in self._handles)
+
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out`, casting to its dtype. Raises ConfigError on another shape or a read error."""
         path = self._files.get(name)

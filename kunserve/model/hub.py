@@ -16,7 +16,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from kunserve.config import format_size
 from kunserve.errors import ConfigError
 from kunserve.model.file_lock import file_lock
 from kunserve.model.folder import has_all_files
@@ -24,6 +23,7 @@ from kunserve.model.hub_checksum import damaged_files
 from kunserve.model.hub_error import explain, is_disk_full
 from kunserve.model.hub_progress import DownloadProgress
 from kunserve.progress import Progress
+from kunserve.sizes import format_size
 
 SUFFIXES = (".json", ".safetensors", ".jinja")
 HUB_FILES: dict[str, Any] = {

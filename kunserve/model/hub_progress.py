@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
-from kunserve.config import format_size
 from kunserve.progress import Progress
+from kunserve.sizes import format_size
 
 LIBRARY_LOGGER = "huggingface_hub"
 

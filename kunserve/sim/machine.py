@@ -20,11 +20,13 @@ from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken
 from kunserve.gpu.cuda import choose_chunk_bytes
 from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host_weights import HostWeights
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links, Priority
 from kunserve.gpu.null import NullDevice
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
+from kunserve.model.host_copy import HostCopy
 from kunserve.planner.cost import CostModel, Work
 from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.sim.cluster import Cluster, Instances
@@ -233,9 +235,9 @@ class SimMachine(Machine):
         self._devices = [SimDevice(view.device, view.budget_chunks, self.chunk_bytes) for view in self._views]
         return self._devices
 
-    def source(self, source: WeightSource) -> WeightSource:
-        """See `Machine.source`."""
-        return source
+    def host_weights(self, source: WeightSource) -> HostWeights:
+        """See `Machine.host_weights`: a restore takes the time of the link from the host."""
+        return HostWeights(HostCopy.PINNED, source)
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[SimExecutor, str]:
         """See `Machine.executor`."""

@@ -153,6 +153,8 @@ class Simulation:
 
     def _report(self, engine: Engine, control: OverloadControl) -> dict[str, Any]:
         transitions = control.state()["transitions"]
+        for transition in transitions:
+            del transition["weight_sources"]  # there are no bytes that could come from anywhere
         busy_s, active_s = (sum(seconds) for seconds in zip((0.0, 0.0), *self._stage_seconds.values(), strict=True))
         return summarize(self.record, self._config.block_size) | {
             "preemptions": engine.scheduler.num_preemptions,

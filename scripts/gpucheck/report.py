@@ -11,6 +11,7 @@ TARGETS: tuple[tuple[str, str, Callable[[Parts], Any], Callable[[Any], bool]], .
     ("device contract", "passes", lambda p: p["contract"]["ok"], bool),
     ("logits against float32, relative error", "< 2e-2", lambda p: _worst_error(p["logits"]), lambda v: v < 2e-2),
     ("same tokens through drop, exchange, restore", "yes", lambda p: p["regroup"]["same_tokens"], bool),
+    ("same tokens, weights back from a mate", "yes", lambda p: p["regroup_from_mates"]["same_tokens"], bool),
     ("graphs captured by drop and restore", "0", lambda p: _new_captures(p["graphs"]), lambda v: v == 0),
     ("same bits in the chain and after the restore", "yes", lambda p: _same_bits(p["graphs"]), bool),
     ("remap of half of the layers, ms", "<= 20", lambda p: p["remap"]["drop_ms"], lambda v: v <= 20),

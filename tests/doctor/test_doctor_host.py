@@ -8,7 +8,6 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_machine import FILES, GIB, Bindings, cpu_machine, files, gpu_machine
 
-from kunserve.doctor.cgroup import core_quota, memory_left
 from kunserve.doctor.finding import Finding, Status
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import examine
@@ -65,7 +64,7 @@ def test_weights_that_fit_on_gpus_but_not_in_pinned_memory_are_named(tmp_path: P
     gpus = Bindings([FakeCuda(0, 20 * GIB)])
     finding = examine(gpu_machine(tmp_path, gpus, available_bytes=lambda: 8 * GIB))["host memory"]
     assert "warning: 8.0 GiB available / no pinned copy of llama-8b, mistral-7b, qwen3-8b" in line(finding)
-    assert "--pin-weights off" in finding.remedy and not finding.prevents
+    assert "--host-copy none" in finding.remedy and not finding.prevents
 
 
 def test_a_container_that_leaves_less_than_the_machine_has_decides(tmp_path: Path) -> None:
@@ -79,31 +78,6 @@ def test_a_container_that_leaves_less_than_the_machine_has_decides(tmp_path: Pat
     findings = examine(cpu_machine(tmp_path, read_text=files(contents)))
     assert findings["host memory"].details["available_bytes"] == 1073741824 - 943718400 + 104857600
     assert findings["CPU devices"].found.startswith("1.5 core(s)")
-
-
-def test_limits_of_groups_around_ours_count_in_both_versions(tmp_path: Path) -> None:
-    two = {
-        "/proc/self/cgroup": "0::/system.slice/kunserve.service\n",
-        "/sys/fs/cgroup/system.slice/kunserve.service/memory.max": "max\n",
-        "/sys/fs/cgroup/system.slice/kunserve.service/memory.current": "5\n",
-        "/sys/fs/cgroup/system.slice/memory.max": "1000\n",
-        "/sys/fs/cgroup/system.slice/memory.current": "400\n",
-        "/sys/fs/cgroup/system.slice/kunserve.service/cpu.max": "max 100000\n",
-    }
-    one = {
-        "/proc/self/cgroup": "4:memory:/docker/1\n2:cpu,cpuacct:/docker/1\n1:name=systemd:/\n",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "2000\n",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes": "1500\n",
-        "/sys/fs/cgroup/memory/memory.stat": "inactive_file 7\ntotal_inactive_file 300\n",
-        "/sys/fs/cgroup/cpu/docker/1/cpu.cfs_quota_us": "-1\n",
-        "/sys/fs/cgroup/cpu/docker/1/cpu.cfs_period_us": "100000\n",
-        "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
-        "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-    }
-    unlimited = {**one, "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-    probes = [cpu_machine(tmp_path, read_text=files(contents)) for contents in (two, one, unlimited, {})]
-    assert [memory_left(probe) for probe in probes] == [600, 800, None, None]
-    assert [core_quota(probe) for probe in probes] == [None, 0.5, 0.5, None]
 
 
 def test_mappings_and_addresses_that_do_not_suffice_are_a_warning(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def _memory(index: int, layers: tuple[int, int], chunks_per_layer: int) -> Devic
     memory = DeviceMemory(NullDevice(index, 400, CHUNK_BYTES), units, MODEL.num_layers, shape, torch.float32)
     for unit in units_of_stage(MODEL, *layers):
         memory.weights.map(unit)
+        with memory.weights.filling(unit):
+            pass  # there are no bytes
     for layer in range(*layers):
         memory.kv.resize(layer, chunks_per_layer)
     return memory

@@ -38,11 +38,13 @@ from kunserve.gpu.cuda_copy import transfer
 from kunserve.gpu.cuda_stream import StreamQueue
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host_weights import keep_host_copy
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.card import load_card
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
+from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import weight_units
 
 CHUNK = 3 * GRANULARITY  # no power of two, as in life
@@ -503,8 +505,9 @@ def test_whoever_asks_while_a_tensor_is_read_waits_for_that_read(driver: FakeCud
 
 def test_memory_that_cannot_be_pinned_says_what_to_do(driver: FakeCuda) -> None:
     driver.fail_at["pin"] = 1
-    with pytest.raises(ConfigError, match=r"cannot pin 0 MiB .*CUDA_ERROR_UNKNOWN.*--pin-weights off"):
-        PinnedSource(DummySource(TINY), weight_units(TINY, 4), torch.float32, driver)
+    source, units = DummySource(TINY), weight_units(TINY, 4)
+    with pytest.raises(ConfigError, match=r"cannot pin 0 MiB .*CUDA_ERROR_UNKNOWN.*start with --host-copy mapped$"):
+        keep_host_copy(HostCopy.PINNED, source, units, torch.float32, driver)
 
 
 # --- which devices, and how large -----------------------------------------------------------------------------------

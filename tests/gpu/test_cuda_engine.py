@@ -23,6 +23,7 @@ from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
@@ -49,12 +50,12 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
     views, devices = machine.views(chunks), machine.open()
     units = weight_units(MODEL, 4)
     memories = [DeviceMemory(device, units, MODEL.num_layers, shape, torch.float32) for device in devices]
-    source = machine.source(DummySource(MODEL))
+    loader = WeightLoader(memories, machine.host_weights(DummySource(MODEL)))
     groups = []
     for i, memory in enumerate(memories):
         for unit in units_of_stage(MODEL, 0, MODEL.num_layers):
             memory.weights.map(unit)
-            memory.weights.fill(unit, source)
+            await loader.load(i, unit, Links())
         for layer in range(MODEL.num_layers):
             memory.kv.resize(layer, chunks.kv_chunks(machine.num_chunks, 0, MODEL.num_layers))
         stage = Stage(i, 0, MODEL.num_layers, BlockPool(memory.kv.num_blocks(0)))
@@ -63,7 +64,7 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
     scheduler = Scheduler(Limits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
     engine = Engine(MODEL, ServingLimits(MAX_LEN, 64), scheduler, groups, memories, executor, None, metrics)
-    reconfigure = Reconfigure(engine, chunks, source, Links())
+    reconfigure = Reconfigure(engine, chunks, loader, Links())
     engine.control = OverloadControl(engine, reconfigure, chunks, views, Thresholds(), is_automatic=False)
     await engine.start()
     try:

@@ -22,6 +22,7 @@ from kunserve.engine.cuda_machine import GRAPH_BYTES
 from kunserve.engine.launch import Served, launch
 from kunserve.errors import ConfigError, EngineError
 from kunserve.model.cuda_decoder import CudaDecoder
+from kunserve.model.host_copy import HostCopy
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +79,27 @@ async def assert_same_tokens_through_drop_and_restore(served: Served) -> None:
     await assert_idle(engine)
 
 
+def assert_same_weights(served: Served) -> None:
+    """Both devices have all units again, and the same bytes in them."""
+    first, second = (memory.weights for memory in served.engine.memories)
+    assert first.present == second.present == list(first.chunks_of_unit) and not first.unfilled + second.unfilled
+    assert all(torch.equal(first.content(unit), second.content(unit)) for unit in first.present)
+
+
 def prompt(i: int) -> list[int]:
     return [3 + (7 * i + k) % (VOCAB_SIZE - 3) for k in range(4 + 9 * i)]
 
 
-@pytest.mark.parametrize("pin_weights", [True, False])
+@pytest.mark.parametrize("host_copy", [HostCopy.PINNED, HostCopy.MAPPED, HostCopy.NONE])
 async def test_from_the_flags_to_tokens_through_drop_and_restore(
-    tiny: Path, drivers: list[FakeCuda], pin_weights: bool
+    tiny: Path, drivers: list[FakeCuda], host_copy: HostCopy
 ) -> None:
     seen: list[tuple[str, float]] = []
-    async with serving(tiny, seen, device_memory_bytes=24 * MIB, pin_weights=pin_weights) as served:
+    async with serving(tiny, seen, device_memory_bytes=24 * MIB, host_copy=host_copy) as served:
         engine = served.engine
         assert isinstance(engine.executor, CudaExecutor)
         assert [m.device.name for m in engine.memories] == ["cuda:0.0", "cuda:0.1"]
-        assert sum(len(driver.pinned_ranges) for driver in drivers) == int(pin_weights)
+        assert sum(len(driver.pinned_ranges) for driver in drivers) == int(host_copy is HostCopy.PINNED)
         shares = [share for text, share in seen if text == "loading weights"]
         assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) >= 4
         await assert_same_tokens_through_drop_and_restore(served)
@@ -99,9 +107,13 @@ async def test_from_the_flags_to_tokens_through_drop_and_restore(
 
 @pytest.mark.parametrize("devices", ["cuda", "cuda:0,1"])
 @pytest.mark.parametrize("are_peers", [True, False])
-async def test_two_gpus_directly_or_through_host_memory(tiny: Path, gpus: Gpus, devices: str, are_peers: bool) -> None:
+@pytest.mark.parametrize("host_copy", [HostCopy.MAPPED, HostCopy.NONE])
+async def test_two_gpus_directly_or_through_host_memory(
+    tiny: Path, gpus: Gpus, devices: str, are_peers: bool, host_copy: HostCopy
+) -> None:
     gpus.count, gpus.are_peers = 2, are_peers
-    async with serving(tiny, device_memory_bytes=24 * MIB, devices=parse_devices(devices)) as served:
+    settings: dict[str, Any] = {"devices": parse_devices(devices), "host_copy": host_copy}
+    async with serving(tiny, device_memory_bytes=24 * MIB, **settings) as served:
         assert [m.device.name for m in served.engine.memories] == ["cuda:0", "cuda:1"]
         assert served.machine.device_name == "GPU 0 that is not there"
         assert [view.island for view in served.control._devices] == [0, 0 if are_peers else 1]
@@ -111,7 +123,10 @@ async def test_two_gpus_directly_or_through_host_memory(tiny: Path, gpus: Gpus, 
             granted = {entry[-1] for entry in driver.log if entry[0] == "set_access"}
             both = (driver.ordinal, 1 - driver.ordinal)
             assert granted == {both if are_peers else (driver.ordinal,)}
-            assert bool(driver.calls["pinned"]) != are_peers  # KV that moved was staged there, and only then
+            assert bool(driver.calls["pinned"]) != are_peers  # what moved was staged there, and only then
+        (restore,) = (t for t in served.control.reconfigure.transitions if t.kind == "restore")
+        assert restore.weight_sources.keys() == {"mate" if host_copy is HostCopy.NONE else "host"}
+        assert_same_weights(served)
 
 
 async def test_four_devices_on_one_gpu(tiny: Path, drivers: list[FakeCuda]) -> None:

@@ -88,6 +88,23 @@ async def test_work_runs_in_order_and_errors_come_back(device: Device) -> None:
     assert await device.run_copy(lambda: 8) == 8
 
 
+async def test_a_tensor_is_copied_from_another_device(device: Device) -> None:
+    other: Device = type(device)(1, NUM_CHUNKS)  # type: ignore[call-arg]
+    try:
+        size = 2 * device.chunk_bytes
+        read, write = (d.tensor(d.reserve(size), size) for d in (other, device))
+        for d, tensor in ((other, read), (device, write)):
+            d.map(tensor.data_ptr() if holds_bytes(d) else d.chunk_bytes, [0, 1])
+        if holds_bytes(device):
+            read.copy_(torch.arange(size) % 251)
+            write.zero_()
+        await device.copy_tensor(read[5:-3], write[5:-3], other)
+        if holds_bytes(device):
+            assert torch.equal(write[5:-3], read[5:-3]) and not write[:5].any() and not write[-3:].any()
+    finally:
+        other.close()
+
+
 def test_close_twice() -> None:
     device = HostDevice(0, 1)
     device.close()

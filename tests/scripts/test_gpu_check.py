@@ -30,6 +30,7 @@ from kunserve.model import cuda_decoder
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import ReferenceAttention, StepBuffers
 from kunserve.model.cuda_graphs import DecodeGraphs
+from kunserve.model.host_copy import HostCopy
 
 TINY = ModelConfig("llama", 100, 32, 48, 8, 2, 1, 16, 2048)
 
@@ -96,14 +97,17 @@ def test_the_1b_shape_has_about_as_many_weights() -> None:
     assert 1.0e9 < config.num_layers * layer + config.vocab_size * config.hidden_size < 1.4e9
 
 
-async def test_serving_parts_on_cpu_devices() -> None:
+@pytest.mark.parametrize(("host_copy", "origin"), [(HostCopy.MAPPED, "host"), (HostCopy.NONE, "mate")])
+async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) -> None:
     """The engine is the same; only the devices are others."""
     config = serving.engine_config(
         DeviceSpec("cpu", (0, 1)), "smollm2-135m", num_blocks=40, is_pinned=True, num_batched_tokens=64
     )
-    result = await serving.regroup(replace(config, max_model_len=400), num_requests=2, num_tokens=24)
+    config = replace(config, max_model_len=400, host_copy=host_copy)
+    result = await serving.regroup(config, num_requests=2, num_tokens=24)
     assert result["same_tokens"] and not result["errors"]
     assert [t["kind"] for t in result["transitions"]] == ["drop", "restore"]
+    assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [origin]]
 
 
 async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(

@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-
-from kunserve.doctor.probe import Probe
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 
 ROOT = PurePosixPath("/sys/fs/cgroup")
 UNLIMITED = 1 << 60  # bytes; version 1 writes "no limit" as a number
 
+ReadText = Callable[[str], str]  # a path to the file's text; OSError if it cannot be read
 
-def core_quota(probe: Probe) -> float | None:
+
+def read_file(path: str) -> str:
+    """Return the text of a file of the kernel."""
+    return Path(path).read_text(encoding="utf-8")
+
+
+def core_quota(read_text: ReadText = read_file) -> float | None:
     """Return how many cores' time this process may use; None if nothing limits it."""
     quotas: list[float] = []
-    for folder in _folders(probe, "cpu"):
-        words = _words(probe, folder / "cpu.max")
-        words = words or _words(probe, folder / "cpu.cfs_quota_us") + _words(probe, folder / "cpu.cfs_period_us")
+    for folder in _folders(read_text, "cpu"):
+        words = _words(read_text, folder / "cpu.max")
+        words = words or _words(read_text, folder / "cpu.cfs_quota_us") + _words(
+            read_text, folder / "cpu.cfs_period_us"
+        )
         if len(words) == 2 and words[0] not in ("max", "-1"):
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
 
-def memory_left(probe: Probe) -> int | None:
+def memory_left(read_text: ReadText = read_file) -> int | None:
     """Return the bytes that this process may still take; None if nothing limits it. File caches are given back."""
     left: list[int] = []
-    for folder in _folders(probe, "memory"):
+    for folder in _folders(read_text, "memory"):
         for limit_name, usage_name, cache in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, usage = _words(probe, folder / limit_name), _words(probe, folder / usage_name)
+            limit, usage = _words(read_text, folder / limit_name), _words(read_text, folder / usage_name)
             if limit and usage and limit[0] != "max" and int(limit[0]) < UNLIMITED:
-                words = _words(probe, folder / "memory.stat")
+                words = _words(read_text, folder / "memory.stat")
                 reclaimable = int(dict(zip(words[::2], words[1::2], strict=False)).get(cache, 0))
                 left.append(max(0, int(limit[0]) - int(usage[0]) + reclaimable))
     return min(left, default=None)
 
 
-def _folders(probe: Probe, controller: str) -> Iterator[PurePosixPath]:
+def _folders(read_text: ReadText, controller: str) -> Iterator[PurePosixPath]:
     """Yield the folders of this process's group and of all groups that contain it, as far as they can be seen."""
     try:
-        lines = probe.read_text("/proc/self/cgroup").splitlines()
+        lines = read_text("/proc/self/cgroup").splitlines()
     except OSError:
         return
     for line in lines:
@@ -53,8 +60,8 @@ def _folders(probe: Probe, controller: str) -> Iterator[PurePosixPath]:
             yield base / place.relative_to("/")
 
 
-def _words(probe: Probe, path: PurePosixPath) -> tuple[str, ...]:
+def _words(read_text: ReadText, path: PurePosixPath) -> tuple[str, ...]:
     try:
-        return tuple(probe.read_text(str(path)).split())
+        return tuple(read_text(str(path)).split())
     except OSError:
         return ()

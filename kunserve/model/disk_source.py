@@ -1,0 +1,92 @@
+"""Weights read from their files, each time anew, for hosts that cannot keep them: no mapping, no pages in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from kunserve.errors import ConfigError
+from kunserve.model.checkpoint import SafetensorsSource
+from kunserve.model.config import ModelConfig
+
+SLICE_BYTES = 8 << 20  # read at a time: all of a tensor that is ever in host memory
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Bytes `[start, end)` of a file, which hold one tensor."""
+
+    path: Path
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class DiskSource:
+    """A `WeightSource` over safetensors files that are open only while a tensor is read.
+
+    Names, shapes and dtypes are checked when it is made; raises ConfigError as `SafetensorsSource` does.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        files = SafetensorsSource(folder, config).files  # maps them, and reads their headers only
+        headers = {path: _places(path) for path in set(files.values())}
+        self._places = {name: headers[path][name] for name, path in files.items()}
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out` (contiguous), casting to its dtype, slice by slice.
+
+        Raises ConfigError on another shape or a read error.
+        """
+        place = self._places.get(name)
+        if place is None:
+            raise ConfigError(f"the checkpoint has no tensor {name}")
+        if place.shape != out.shape:
+            raise ConfigError(f"{name} has shape {list(place.shape)} in {place.path}, not {list(out.shape)}")
+        try:
+            with place.path.open("rb", buffering=0) as file:
+                _read(file, place, out.view(-1))
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # all of it: with what was read ahead
+        except OSError as error:
+            raise ConfigError(f"cannot read {name} from {place.path}: {error}") from None
+
+
+def _read(file: BinaryIO, place: _Place, out: Tensor) -> None:
+    """Read a tensor into `out` (flat)."""
+    descriptor, item_bytes = file.fileno(), place.dtype.itemsize
+    buffer = memoryview(bytearray(min(SLICE_BYTES, place.end - place.start)))
+    for start in range(place.start, place.end, SLICE_BYTES):
+        piece = buffer[: place.end - start]
+        done = 0
+        while done < len(piece):
+            num_read = os.preadv(descriptor, [piece[done:]], start + done)
+            if not num_read:
+                raise OSError("the file is shorter than its header says")
+            done += num_read
+        first = (start - place.start) // item_bytes
+        values = torch.frombuffer(piece, dtype=place.dtype)
+        out[first : first + len(values)].copy_(values)  # has been copied when this returns: the buffer is used again
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """Where each tensor of a safetensors file lies: its header is JSON behind eight bytes of length."""
+    try:
+        with path.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    places = {}
+    for name, entry in header.items():
+        if entry.get("dtype") in _DTYPES:  # neither metadata nor tensors that nobody reads
+            start, end = (begin + offset for offset in entry["data_offsets"])
+            places[name] = _Place(path, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return places
