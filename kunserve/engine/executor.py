@@ -29,7 +29,7 @@ class Executor(Protocol):
         return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0])
 
     async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
-        """Pass a microbatch through all stages of `group`; one token per sampled row, in their order.
+        """Pass a microbatch through all stages of `group`; one token, or its error, per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
         Tokens that `inputs` lacks are taken from `inputs.ahead_of`, and what is sampled is put into `inputs.sampled`,
