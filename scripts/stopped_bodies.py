@@ -49,6 +49,15 @@ def head_of(host: str, num_bytes: int, key: str | None) -> bytes:
     return f"{head}Content-Length: {num_bytes}\r\n\r\n".encode()
 
 
+def status_of(answer: asyncio.Task[bytes]) -> str:
+    """What an answer's head says; "none" if there is none yet."""
+    if not answer.done():
+        return "none"
+    fields = answer.result().lower().split(b"\r\n")
+    has_retry = any(line.startswith(b"retry-after: ") for line in fields)
+    return fields[0][9:12].decode() + (" with Retry-After" if has_retry else "")
+
+
 async def stop_in_the_middle(
     host: str, port: int, head: bytes, num_bytes: int, statuses: list[str], is_over: asyncio.Event
 ) -> None:
@@ -73,13 +82,11 @@ async def stop_in_the_middle(
         over = asyncio.create_task(is_over.wait())
         await asyncio.wait([answer, over], return_when=asyncio.FIRST_COMPLETED)
         over.cancel()
-        if answer.done():
-            fields = answer.result().lower().split(b"\r\n")
-            has_retry = any(line.startswith(b"retry-after: ") for line in fields)
-            statuses[place] = fields[0][9:12].decode() + (" with Retry-After" if has_retry else "")
+        statuses[place] = status_of(answer)
         await is_over.wait()
     except (OSError, asyncio.IncompleteReadError) as error:
-        statuses[place] = type(error).__name__
+        is_answered = answer.done() and answer.exception() is None  # before the connection was cut
+        statuses[place] = status_of(answer) if is_answered else type(error).__name__
     finally:
         answer.cancel()
         await asyncio.gather(answer, return_exceptions=True)
