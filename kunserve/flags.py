@@ -20,10 +20,12 @@ from kunserve.api.protocol import TEMPLATE_FIELDS
 from kunserve.api.reasoning import REASONING_PARSERS
 from kunserve.api.tool_parsers import TOOL_PARSERS
 from kunserve.errors import ConfigError
+from kunserve.sizes import parse_size
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
 ADMIN_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY"
 LOG_LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
+LEAST_BODY_MEMORY_BYTES = 1 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
 STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTERVAL")
 
@@ -48,6 +50,7 @@ class HttpConfig:
     api_keys: tuple[str, ...]
     admin_keys: tuple[str, ...]
     max_num_queued_tokens: int
+    max_body_memory_bytes: int
     uses_priority: bool
     uds: Path | None
     ssl_keyfile: Path | None
@@ -116,6 +119,12 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
     add("--api-key", action="append", metavar="KEY", help="key that clients must bring; may be given several times")
     add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop and /kunserve/restore")
     add(
+        "--max-body-memory",
+        default="512MiB",
+        metavar="SIZE",
+        help="bytes of unfinished request bodies, of all clients together, that the server holds; it answers 503 to more",
+    )
+    add(
         "--allowed-origins",
         type=_origins,
         default=("*",),
@@ -144,10 +153,13 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         raise ConfigError(f"--default-chat-template-kwargs must not set {min(set_by_us)}: requests do")
     if args.max_num_queued_tokens < 1:
         raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
+    if (max_body_memory_bytes := parse_size(args.max_body_memory)) < LEAST_BODY_MEMORY_BYTES:
+        raise ConfigError(f"--max-body-memory {args.max_body_memory}: must be at least 1MiB")
     return HttpConfig(
         api_keys=tuple(keys),
         admin_keys=tuple(admin_keys),
         max_num_queued_tokens=args.max_num_queued_tokens,
+        max_body_memory_bytes=max_body_memory_bytes,
         uses_priority=args.scheduling_policy == "priority",
         uds=args.uds,
         ssl_keyfile=args.ssl_keyfile,

@@ -37,7 +37,13 @@ TRANSITION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 STEP_BUCKETS_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 N_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20)
-REJECTIONS = ("queue_full", "queue_tokens_full", "key_share")  # what `Metrics.rejection` is told
+REJECTIONS = (
+    "queue_full",
+    "queue_tokens_full",
+    "key_share",
+    "body_memory",
+    "body_share",
+)  # what `Metrics.rejection` is told
 COUNTERS_AGE_S = 0.15
 
 
@@ -215,6 +221,8 @@ class Metrics:
         names = list(self._labels)
         lag_max = Gauge("kunserve:event_loop_lag_max_seconds", "Since start.", names, registry=self._registry)
         self._loop_lag_max = lag_max.labels(**self._labels)
+        body_bytes = Gauge("kunserve:body_bytes", "Of bodies that are no requests yet.", names, registry=self._registry)
+        self._body_bytes = body_bytes.labels(**self._labels)
 
     def first_token(self, request: Request, now_s: float) -> None:
         """Count the first token of a request, at `now_s` on the engine's clock."""
@@ -247,6 +255,10 @@ class Metrics:
     def rejection(self, reason: str) -> None:
         """Count one request turned away; `reason` is one of a few constant words."""
         self._rejections.labels(**self._labels, reason=reason).inc()
+
+    def body_bytes(self, num_bytes: int) -> None:
+        """Show how many bytes of bodies are held that are no requests yet (fed by HTTP)."""
+        self._body_bytes.set(num_bytes)
 
     def loop_lag(self, seconds: float) -> None:
         """Count how late a timer of the event loop fired."""

@@ -134,6 +134,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         allowed_origins=config.http.allowed_origins,
         max_num_queued_reqs=config.engine.max_num_queued_reqs,
         max_num_queued_tokens=config.http.max_num_queued_tokens,
+        max_body_memory_bytes=config.http.max_body_memory_bytes,
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
         tool_call_parser=config.http.tool_call_parser or parser_of_template(source),

@@ -206,11 +206,18 @@ def test_config_files_that_cannot_be(content: str | None, message: str, tmp_path
     [
         ("m --max-num-queued-tokens 0", "--max-num-queued-tokens 0"),
         ("m --api-key=", "must not be empty"),
+        ("m --max-body-memory 5", "--max-body-memory 5: must be at least 1MiB"),
+        ("m --max-body-memory much", "not a size: 'much'"),
     ],
 )
 def test_values_that_cannot_be(flags: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(flags)
+
+
+def test_memory_for_bodies() -> None:
+    assert parse("m").http.max_body_memory_bytes == 512 << 20
+    assert parse("m --max-body-memory 2GiB").http.max_body_memory_bytes == 2 << 30
 
 
 def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:

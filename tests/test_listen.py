@@ -14,7 +14,7 @@ from aiohttp import web
 from own_server import free_port
 
 from kunserve.errors import ConfigError
-from kunserve.listen import Listener
+from kunserve.listen import RECEIVE_BYTES, Listener
 
 
 async def hello(_: web.BaseRequest) -> web.StreamResponse:
@@ -93,3 +93,22 @@ def test_addresses_that_cannot_be() -> None:
             Listener("127.0.0.1", port, None, None)
     with pytest.raises(ConfigError, match="cannot listen on no such host"):
         Listener("no such host", 1, None, None)
+
+
+async def test_the_kernel_keeps_little_of_what_nobody_has_read() -> None:
+    port = free_port()
+    listener = Listener("127.0.0.1", port, None, None)
+    sizes = asyncio.Queue[int]()
+
+    async def look(request: web.BaseRequest) -> web.StreamResponse:
+        assert request.transport is not None
+        sizes.put_nowait(request.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+        return web.Response()
+
+    runner = web.ServerRunner(web.Server(look))
+    await runner.setup()
+    await listener.serve(runner)
+    async with aiohttp.ClientSession() as client, client.get(listener.url):
+        assert await sizes.get() <= 2 * RECEIVE_BYTES
+    await runner.cleanup()
+    listener.close()

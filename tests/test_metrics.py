@@ -175,7 +175,7 @@ def test_what_is_counted_as_it_happens() -> None:
     assert now["kunserve:event_loop_lag_max_seconds"] == 0.25
     assert now["kunserve:event_loop_lag_seconds_count"] == 3
     rejected = {s.labels["reason"]: s.value for s in samples(metrics) if s.name == "vllm:admission_rejections_total"}
-    assert rejected == {"queue_full": 1, "queue_tokens_full": 0, "key_share": 0}
+    assert rejected == {"queue_full": 1, "queue_tokens_full": 0, "key_share": 0, "body_memory": 0, "body_share": 0}
 
 
 def test_registries_are_apart() -> None:

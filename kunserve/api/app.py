@@ -14,6 +14,7 @@ from kunserve.api.access import allow_origin, check_key, is_preflight, log_acces
 from kunserve.api.admin import drop, restore
 from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.body_memory import BodyMemory
 from kunserve.api.burst import BURSTS, Bursts, start_burst
 from kunserve.api.chat import chat_completions
 from kunserve.api.completions import completions
@@ -46,6 +47,8 @@ log = structlog.get_logger()
 
 DELIVERIES_PER_ROUND = 32  # of the event loop: 2 to 3 ms
 
+READ_BYTES = 16 << 10  # of a body may wait twice so many, and one read of the socket, for somebody to take them
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -71,6 +74,8 @@ async def answer_always(request: web.Request, handler: Handler) -> web.StreamRes
     """Name the request, turn whatever goes wrong into an OpenAI-shaped error, and see the answer off."""
     request[REQUEST_ID] = new_request_id(request)
     response = await _respond(request, handler)
+    if not request.content.is_eof():  # what is still to come of its body is thrown away, for a while
+        response.force_close()
     if request.path.startswith(anthropic.PREFIX) and response.status >= 400 and isinstance(response, web.Response):
         anthropic.reworded(response)
     if not response.prepared:
@@ -103,11 +108,13 @@ def create_app(
             "handler_cancellation": True,
             "keepalive_timeout": settings.idle_timeout_s,
             "auto_decompress": False,  # no bombs; no client we know compresses its requests
+            "read_bufsize": READ_BYTES,
         },
     )
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
     admission = Admission(backend.waiting, metrics, settings)
-    shared = (settings, threads, Turns(), Turns(DELIVERIES_PER_ROUND), admission, grammars, itertools.count())
+    bodies = BodyMemory(metrics, settings)
+    shared = (settings, threads, Turns(), Turns(DELIVERIES_PER_ROUND), admission, bodies, grammars, itertools.count())
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()

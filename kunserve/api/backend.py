@@ -128,6 +128,7 @@ class ApiSettings:
     """
 
     max_body_bytes: int = 8 << 20
+    max_body_memory_bytes: int = 512 << 20  # of all bodies that are no requests yet
     body_timeout_s: float = 60.0  # from the headers to the body's last byte
     idle_timeout_s: float = 75.0  # for a connection to come up with (all) the headers of its next request
     write_timeout_s: float = 30.0  # without one byte taken by the client
@@ -143,3 +144,8 @@ class ApiSettings:
     tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS
     reasoning_parser: str | None = None  # see reasoning.REASONING_PARSERS
     inline_chars: int = 2048  # text up to this size is tokenized on the event loop: about 1 ms
+
+    @property
+    def largest_body_bytes(self) -> int:
+        """The largest body that can ever be read: one alone may have three quarters of the memory for bodies."""
+        return min(self.max_body_bytes, self.max_body_memory_bytes * 3 // 4)

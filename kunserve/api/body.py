@@ -17,10 +17,12 @@ from typing import Any, NoReturn, TypeVar
 import orjson
 from aiohttp import web
 
+from kunserve.api.access import owner_of
 from kunserve.api.backend import ApiSettings
+from kunserve.api.body_memory import Body, too_large
 from kunserve.api.context import Api
 from kunserve.api.fields import pieces
-from kunserve.errors import InvalidRequestError, PayloadTooLargeError, UnprocessableError
+from kunserve.errors import InvalidRequestError, UnprocessableError
 
 T = TypeVar("T")
 
@@ -34,30 +36,46 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
     """What `read` makes of the JSON object in the body; of a large one on a thread.
 
-    413 beyond the bound, 400 if it is no JSON or does not come in time; KunServeError of `read`.
+    413 beyond the bound, 503 if there is no memory for it now, 400 if it is no JSON or does not come in time;
+    KunServeError of `read`.
     """
-    body = await _receive(request, api.settings)
-    await api.turns.take()
-    if len(body) <= SMALL_BYTES:
-        return read(_object(_small(body)))
-    return await api.on_thread(lambda: read(_object(_large(body))))
+    settings, deadline = api.settings, asyncio.timeout(api.settings.body_timeout_s)
+    _check_headers(request, settings)
+
+    def give_way() -> None:
+        if not deadline.expired():
+            deadline.reschedule(0.0)  # now
+
+    with api.bodies.held(owner_of(request), give_way) as body:
+        try:
+            async with deadline:
+                await _receive(request, body)
+        except TimeoutError:
+            body.end()  # it may have had to give way
+            raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
+        await api.turns.take()
+        if body.num_bytes <= SMALL_BYTES:
+            return read(_object(_small(body.whole)))
+        return await api.on_thread(lambda: read(_object(_large(body.whole))))
 
 
-async def _receive(request: web.Request, settings: ApiSettings) -> bytes:
-    too_large = PayloadTooLargeError(f"The body is larger than {settings.max_body_bytes} bytes.")
-    if (request.content_length or 0) > settings.max_body_bytes:
-        raise too_large  # before the first byte is read
+def _check_headers(request: web.Request, settings: ApiSettings) -> None:
+    """Refuse before the first byte is read what its headers say cannot be read."""
+    if (request.content_length or 0) > settings.largest_body_bytes:
+        raise too_large(settings.largest_body_bytes)
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise InvalidRequestError("Compressed bodies are not supported.")
+
+
+async def _receive(request: web.Request, body: Body) -> None:
+    """Read to the end. Piece by piece: what has come counts, not what the client says will come."""
+    now_s, content = asyncio.get_running_loop().time, request.content
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            return await request.read()
-    except TimeoutError:
-        raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
+        while not content.at_eof():  # no name here for a piece: the last would be kept while the next one is waited for
+            body.add(await content.readany(), now_s())
     except web.RequestPayloadError:
         raise InvalidRequestError("The body is not what its headers say.") from None
+    body.end()
 
 
 def _object(values: object) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.body_memory import BodyMemory
 from kunserve.api.fields import pieces
 from kunserve.api.structured import Grammars
 from kunserve.api.turns import Turns
@@ -41,6 +42,7 @@ class Api:
     turns: Turns  # on the way in: for about a millisecond of work
     deliveries: Turns  # on the way out: of one output each
     admission: Admission
+    bodies: BodyMemory
     grammars: Grammars | None
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
 

@@ -21,7 +21,6 @@ from kunserve.engine.microbatch import StepInputs, fill_sampling
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output, sample
 from kunserve.engine.stage import has_scored_rows, run_stage, sample_in_slices
-from kunserve.errors import EngineError
 from kunserve.gpu.cuda import CudaDevice
 from kunserve.gpu.cuda_stream import Launched
 from kunserve.model.cuda_decoder import CudaDecoder
@@ -155,6 +154,5 @@ def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[Samplin
     token_ids: list[int] | None = None
     if fed is not None:
         device.driver.synchronize_event(fed.ready)
-        with contextlib.suppress(EngineError):  # they cannot be sampled: their requests end with that
-            token_ids = [token.token_id for token in fed.value.tokens()]
+        token_ids = [token.token_id for token in fed.value.tokens()]
     return fill_sampling(inputs.sampling, token_ids)

@@ -21,7 +21,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, count_prompt_tokens, scored_positions
 from kunserve.engine.policy import OverloadPolicy
-from kunserve.engine.request import FinishReason, Output, Request, TokenLogprobs
+from kunserve.engine.request import Constraint, FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.stop import finish_of
@@ -365,12 +365,19 @@ class Engine:
         sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
             request, _, _, samples, _ = span
+            error: BaseException | None = None
             for position in scored_positions(span):
                 given = next(sampled)
+                error = error or given.error
                 if given.logprobs and position == len(request.prompt_logprobs):  # else it was computed before
                     request.prompt_logprobs.append(given.logprobs)
             token = next(sampled) if samples else None
-            if token is not None and request.finish_reason is None:
+            if request.finish_reason is not None:
+                continue
+            error = error or (token.error if token is not None else None)
+            if error is not None:
+                self._fail_alone(self._live[request.request_id], error)
+            elif token is not None:
                 num_generated += 1
                 self._publish(self._live[request.request_id], token, now)
         self.metrics.generation_tokens(num_generated)
@@ -391,6 +398,22 @@ class Engine:
 
     def _publish(self, live: _Live, token: SampledToken, now: float) -> None:
         """Append a token to its request and send what it says; finish the request if it is the last."""
+        try:
+            output = self._output_of(live, token, now)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+            self._fail_alone(live, error)
+            return
+        if output.finish_reason is None:
+            live.stream.put(output)
+        else:
+            self._finish(live, output.finish_reason, output)
+
+    def _output_of(self, live: _Live, token: SampledToken, now: float) -> Output:
+        """Append a token to its request; what it says, and whether it is the last. Raises what this request's own
+        grammar, tokenizer or stop strings raise.
+        """
         request = live.request
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         request.token_ids.append(token.token_id)
@@ -402,17 +425,11 @@ class Engine:
         live.last_token_s = now
         is_complete = False
         if request.constraint is not None:
-            try:
-                request.constraint.accept(token.token_id)
-            except KunServeError as error:
-                self._fail(live, error)
-                return
+            request.constraint.accept(token.token_id)
             is_complete = request.constraint.is_finished
-        finish = finish_of(request, self.model.eos_token_ids)
-        reason: FinishReason | None = None
-        stop: int | str | None = None
-        if finish is not None:
-            reason, stop = finish
+        reason: FinishReason | None
+        stop: int | str | None
+        reason, stop = finish_of(request, self.model.eos_token_ids) or (None, None)
         text = ""
         if live.detokenizer is not None:
             if reason is not FinishReason.STOP:
@@ -424,11 +441,7 @@ class Engine:
         if reason is None and is_complete:
             reason = FinishReason.STOP
         logprobs = (token.logprobs,) if token.logprobs else ()
-        output = Output(text, (token.token_id,), logprobs, None, stop, prompt_logprobs)
-        if reason is None:
-            live.stream.put(output)
-        else:
-            self._finish(live, reason, output)
+        return Output(text, (token.token_id,), logprobs, reason, stop, prompt_logprobs)
 
     # --- endings ------------------------------------------------------------------------------------------------
 
@@ -441,12 +454,21 @@ class Engine:
         live.stream.fail(error)
         self._end(live, FinishReason.ERROR)
 
+    def _fail_alone(self, live: _Live, error: BaseException) -> None:
+        """End a request because of what went wrong in the work for it alone; its neighbours go on."""
+        request_id, known = live.request.request_id, error if isinstance(error, KunServeError) else None
+        if known is None:
+            log.error("request failed in a step", request=request_id, exc_info=error)
+        elif known.status >= 500:
+            log.error("request failed in a step", request=request_id, error=known.message)
+        self._fail(live, known or EngineError(f"a step failed: {error!r}"))
+
     def _end(self, live: _Live, reason: FinishReason) -> None:
         request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
         del self._live[request.request_id]
         if request.constraint is not None:
-            request.constraint.close()
+            self._close(request.constraint)
         self.metrics.request_finished(request, self.now())
         if self.control is not None:
             self.control.finished(request)
@@ -456,6 +478,13 @@ class Engine:
         self.progress(group_id)
         if self._drained is not None and not self._live:
             self._drained.set()
+
+    @staticmethod
+    def _close(constraint: Constraint) -> None:
+        try:
+            constraint.close()
+        except Exception:  # the request has ended, and its blocks have to be free
+            log.exception("a grammar did not close")
 
     def _release(self, request: Request) -> None:
         """Free a finished request's blocks, unless a device still works on them: then its last commit does."""

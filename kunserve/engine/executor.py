@@ -32,7 +32,7 @@ class Executor(ABC):
 
     @final
     async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
-        """Pass a microbatch through all stages of `group`; one token per sampled row, in their order.
+        """Pass a microbatch through all stages of `group`; one token, or its error, per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
         Keeps the group's occupancy: an executor that does not say where a microbatch is fails its first step, as

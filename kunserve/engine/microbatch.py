@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kunserve.engine.request import Request
+from kunserve.engine.request import Constraint, Request, TokenMask
 from kunserve.engine.sampler import SamplingRow, reads_output
 from kunserve.model.ops import AttentionBatch
 
@@ -140,12 +140,26 @@ def _sampled(
             yield first_row + position - span.start, SamplingRow(r.params, 0, (), (), (), given=given)
         first_row += span.end - span.start
         if span.samples:
-            output, mask = tuple(r.output_token_ids), None
+            output = tuple(r.output_token_ids)
             if span.is_ahead:
                 output = (*output, -1 - places[r])
-            if r.constraint is not None:
-                mask = r.constraint.next_mask() if span.is_ahead else r.constraint.mask()
+            mask = None if r.constraint is None else _mask(r.constraint, is_next=span.is_ahead)
             yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
+
+
+def _mask(constraint: Constraint, *, is_next: bool) -> TokenMask:
+    """Return a grammar's mask. What goes wrong comes out when its row is sampled: here it would end the engine."""
+    try:
+        return constraint.next_mask() if is_next else constraint.mask()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        fault = error
+
+    def mask() -> NoReturn:
+        raise fault
+
+    return mask
 
 
 def _padded(tables: list[list[int]], width: int) -> Tensor:

@@ -4,12 +4,14 @@ A row's token is a function of its own logits, parameters, seed and position: ne
 preemption, or of how often the row was computed before. Two choices make that exact. The randomness is a
 number hashed from (seed, position). And probabilities are integers (2**-40 of the most likely token's is 1),
 so that their sums come out the same in whatever order a device adds them.
+
+A row's fault is its own as well: where others have a token, it has an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kunserve.engine.logprobs import logprobs_of, scored
 from kunserve.engine.request import SamplingParams, TokenLogprobs, TokenMask
 from kunserve.errors import EngineError
 
@@ -41,36 +44,64 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The token chosen for a row, and its log-probabilities if the request asked for them."""
+    """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    error: BaseException | None = None  # then token_id is 0: an id like any, for the microbatch that runs ahead
+
+
+def failed(error: BaseException) -> SampledToken:
+    """Return what stands for the token of a row that has none."""
+    return SampledToken(0, error=error)
+
+
+def not_finite() -> SampledToken:
+    """Return what stands for the token of a row whose largest logit is no number to compare with."""
+    return failed(EngineError("the largest logit is not finite: cannot sample a token"))
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Choose one token per row: logits (R, V), any float type and device, left unchanged; R rows.
 
     Order as in vLLM: grammar and allowed tokens, logit bias, min_tokens and bad words, penalties, temperature, min_p,
-    top_k, top_p. Ties go to the lowest id. Raises EngineError, naming the rows, when a row's largest logit is not
-    finite.
+    top_k, top_p. Ties go to the lowest id. A row whose largest logit is not finite, or whose work raises, has that
+    error instead of a token.
     """
     assert logits.shape[0] == len(rows)
+    try:
+        return _sample(logits, rows)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+        if len(rows) == 1:
+            return [failed(error)]
+    half = len(rows) // 2  # whose fault it is turns out where rows are chosen alone, which changes no token
+    return sample(logits[:half], rows[:half]) + sample(logits[half:], rows[half:])
+
+
+def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """As `sample`, but raises what the work for any row raises."""
     if not rows:
         return []
     token_ids = _greedy(logits)
     others = [
-        i for i, row in enumerate(rows) if row.given is None and (row.params.temperature > 0 or _is_adjusted(row))
+        i
+        for i, row in enumerate(rows)
+        if token_ids[i] is not None and row.given is None and (row.params.temperature > 0 or _is_adjusted(row))
     ]
     rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
     for start in range(0, len(others), rows_per_slice):
         part = others[start : start + rows_per_slice]
-        chosen = _choose(_rows(logits, part), [rows[i] for i in part], part)
+        chosen = _choose(_rows(logits, part), [rows[i] for i in part])
         for i, token_id in zip(part, chosen, strict=True):
             token_ids[i] = token_id
     return [
-        SampledToken(token_id, _logprobs(logits[i], token_id, row.params.num_logprobs))
+        not_finite()
+        if token_id is None
+        else SampledToken(token_id, logprobs_of(logits[i], token_id, row.params.num_logprobs))
         if row.given is None
-        else SampledToken(row.given, _scored(logits[i], row.given, row.params.num_prompt_logprobs))
+        else SampledToken(row.given, scored(logits[i], row.given, row.params.num_prompt_logprobs))
         for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True))
     ]
 
@@ -116,14 +147,14 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def _choose(logits: Tensor, rows: Sequence[SamplingRow], indices: Sequence[int]) -> list[int]:
-    """Tokens of rows that are drawn or whose logits are adjusted; `indices` are their places in the batch."""
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    """Tokens of rows that are drawn or whose logits are adjusted; None for those that it leaves without any."""
     scores = logits.to(torch.float64, copy=True)
     for score, row in zip(scores, rows, strict=True):
         if _is_adjusted(row):
             _adjust(score, row)
-    token_ids = _greedy(scores, indices)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    token_ids = _greedy(scores)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and token_ids[i] is not None]
     if not drawn:
         return token_ids
 
@@ -164,19 +195,16 @@ def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
     return values[first : last + 1] if last - first + 1 == len(rows) else values[rows]
 
 
-def _greedy(logits: Tensor, indices: Sequence[int] | None = None) -> list[int]:
-    """Lowest id of the largest logit of each row; only ids and a flag per row leave the device."""
+def _greedy(logits: Tensor) -> list[int | None]:
+    """Lowest id of the largest logit of each row, None if that is not finite; no more than that leaves the device."""
     if logits.device.type == "cpu":  # numpy's argmax is twenty times faster than torch's
         values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         best = torch.from_numpy(values.detach().numpy().argmax(-1))
     else:
         best = logits.argmax(-1)
     is_finite = logits.gather(-1, best[:, None])[:, 0].isfinite()  # argmax returns a NaN if there is one
-    if not bool(is_finite.all()):
-        bad = [i if indices is None else indices[i] for i in (~is_finite).nonzero()[:, 0].tolist()]
-        raise EngineError(f"the largest logit is not finite in rows {bad} of {logits.shape[0]}: cannot sample")
-    token_ids: list[int] = best.tolist()
-    return token_ids
+    ids: list[int] = best.tolist()
+    return [token_id if usable else None for token_id, usable in zip(ids, is_finite.tolist(), strict=True)]
 
 
 def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
@@ -275,24 +303,3 @@ def _banned(row: SamplingRow) -> list[int]:
 def _counts(token_ids: Sequence[int], vocab_size: int) -> Tensor:
     """How often each token occurs: (V,) float64 on the CPU."""
     return torch.from_numpy(np.bincount(np.asarray(token_ids, dtype=np.int64), minlength=vocab_size)).double()
-
-
-def _logprobs(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """Of the raw logits (V,), in float64: the chosen token's and the `num_logprobs` largest, ties by id."""
-    if num_logprobs is None:
-        return None
-    logprobs = logits.double().log_softmax(-1)
-    top: list[tuple[int, float]] = []
-    if num_logprobs > 0:
-        least = logprobs.topk(min(num_logprobs, logprobs.shape[0])).values[-1]
-        ids = (logprobs >= least).nonzero()[:, 0]
-        found = zip(ids.tolist(), logprobs[ids].tolist(), strict=True)
-        top = sorted(found, key=lambda entry: (-entry[1], entry[0]))[:num_logprobs]
-    return TokenLogprobs(token_id, float(logprobs[token_id]), tuple(top))
-
-
-def _scored(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """`_logprobs` of a token that was given, and its rank."""
-    if (found := _logprobs(logits, token_id, num_logprobs)) is None:
-        return None
-    return replace(found, rank=int((logits > logits[token_id]).sum()) + 1)

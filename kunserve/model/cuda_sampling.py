@@ -20,27 +20,28 @@ from kunserve.engine.sampler import (
     _is_adjusted,
     draw,
     integer_weights,
+    not_finite,
+    sample,
     uniform,
 )
-from kunserve.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
 class PendingTokens:
     """Tokens that are being sampled. `on_device` is what the next step can be fed with (R,)."""
 
-    on_device: Tensor
+    on_device: Tensor  # 0 for a row that has none: no step may look up what is no id
     on_host: Tensor  # (2, R) int64: ids, and whether the row's largest logit is finite; valid after the event
     known: tuple[SampledToken, ...] | None = None
 
     def tokens(self) -> list[SampledToken]:
-        """The tokens, once the work that made them has finished. EngineError names rows that cannot be sampled."""
+        """The tokens, once the work that made them has finished."""
         if self.known is not None:
             return list(self.known)
         ids, is_finite = self.on_host.tolist()
-        if bad := [i for i, finite in enumerate(is_finite) if not finite]:
-            raise EngineError(f"the largest logit is not finite in rows {bad} of {len(ids)}: cannot sample")
-        return [SampledToken(token_id) for token_id in ids]
+        return [
+            SampledToken(token_id) if finite else not_finite() for token_id, finite in zip(ids, is_finite, strict=True)
+        ]
 
 
 def is_plain(rows: Sequence[SamplingRow]) -> bool:
@@ -50,6 +51,13 @@ def is_plain(rows: Sequence[SamplingRow]) -> bool:
 
 def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
     """Choose one token per row of logits (R, V), as `sample` does, on the current stream. All rows are plain."""
+    try:
+        return _launch(logits, rows)
+    except Exception:  # a row's fault: `sample`, which waits for the device, finds out whose
+        return sampled(sample(logits, rows), logits.device)
+
+
+def _launch(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
     device = logits.device
     ids = logits.argmax(-1)
     is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
@@ -57,6 +65,7 @@ def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
         ids = torch.where(
             _to_device([row.params.temperature > 0 for row in rows], device) > 0, _drawn(logits, rows), ids
         )
+    ids = torch.where(is_finite, ids, 0)  # what is drawn from NaNs may be beyond the vocabulary
     result = torch.stack([ids, is_finite.long()])
     on_host = torch.empty(result.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     on_host.copy_(result, non_blocking=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -173,7 +174,7 @@ def test_a_row_does_not_depend_on_the_batch_around_it(dtype: torch.dtype) -> Non
     assert sample(logits, rows) == alone
     order = rng.sample(range(24), 24)
     assert sample(logits[order], [rows[i] for i in order]) == [alone[i] for i in order]
-    as_on_a_gpu = sampler._choose(logits, rows, range(24))  # many rows at once
+    as_on_a_gpu = sampler._choose(logits, rows)  # many rows at once
     assert as_on_a_gpu == ids(alone)
     assert torch.equal(logits, before)
 
@@ -272,21 +273,53 @@ def test_number_of_logprobs(num_logprobs: int, num_top: int) -> None:
     assert [i for i, _ in token.logprobs.top] == [0, 1, 2][:num_top]
 
 
+def assert_others_unharmed(logits: Tensor, rows: Sequence[SamplingRow], bad: set[int], message: str) -> None:
+    """The bad rows have an error and a stand-in for a token; all others have what they have alone."""
+    for i, token in enumerate(sample(logits, rows)):
+        if i in bad:
+            assert token.token_id == 0 and token.logprobs is None and re.search(message, str(token.error))
+        else:
+            assert token.error is None and [token] == sample(logits[i : i + 1], rows[i : i + 1])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("params", [GREEDY, DRAWN, replace(GREEDY, min_tokens=3)])
-def test_logits_that_are_not_numbers_are_an_error_that_names_the_rows(value: float, params: SamplingParams) -> None:
-    logits = torch.zeros(4, 8)
+@pytest.mark.parametrize("params", [GREEDY, DRAWN, replace(GREEDY, min_tokens=3), replace(DRAWN, num_logprobs=2)])
+def test_logits_that_are_not_numbers_are_an_error_of_their_rows(value: float, params: SamplingParams) -> None:
+    logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     logits[1, 7] = logits[3, 2] = value
-    with pytest.raises(EngineError, match=r"rows \[1, 3\] of 4"):
-        sample(logits, [make_row(params)] * 4)
+    assert_others_unharmed(logits, [make_row(params)] * 4, {1, 3}, "largest logit is not finite")
 
 
-def test_a_row_without_any_possible_token_is_an_error() -> None:
-    with pytest.raises(EngineError, match=r"rows \[0\]"):
-        sample(torch.full((1, 4), -torch.inf), [make_row(DRAWN)])
+def test_a_row_without_any_possible_token_is_an_error_of_that_row() -> None:
+    [token] = sample(torch.full((1, 4), -torch.inf), [make_row(DRAWN)])
+    assert isinstance(token.error, EngineError)
     banned = replace(DRAWN, min_tokens=1, stop_token_ids=frozenset({1}))
-    with pytest.raises(EngineError, match=r"rows \[1\]"):
-        sample(torch.zeros(2, 2), [make_row(DRAWN), make_row(banned)])
+    rows = [make_row(banned if i in (1, 5) else DRAWN, seed=i) for i in range(6)]
+    assert_others_unharmed(torch.zeros(6, 2), rows, {1, 5}, "largest logit is not finite")
+    ids_on_a_gpu = sampler._choose(torch.zeros(6, 2), rows)  # many rows at once
+    assert ids_on_a_gpu == [None if i in (1, 5) else sample(torch.zeros(1, 2), [rows[i]])[0].token_id for i in range(6)]
+
+
+@pytest.mark.parametrize("bad", [{0}, {3}, {6}, {2, 3}, set(range(7))])
+def test_what_the_work_for_a_row_raises_is_that_rows(bad: set[int]) -> None:
+    class PanicError(BaseException):
+        pass
+
+    def panic() -> None:
+        raise PanicError("rust")
+
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2))
+    rows = [
+        replace(row, mask=panic if i in bad else None) for i, row in enumerate(random_rows(random.Random(1), 7, 50))
+    ]
+    assert_others_unharmed(logits, rows, bad, "rust")
+
+
+def test_a_scored_row_that_is_no_number_is_an_error_of_that_row() -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 3] = torch.nan
+    rows = [replace(make_row(replace(GREEDY, num_prompt_logprobs=1)), given=2)] * 3
+    assert_others_unharmed(logits, rows, {1}, "largest logit is not finite")
 
 
 def test_nothing_to_sample() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.engine.weight_loader import WeightLoader
-from kunserve.errors import ConfigError
+from kunserve.errors import ConfigError, EngineError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
@@ -222,6 +223,50 @@ async def test_a_step_that_fails_ends_its_requests_and_not_the_server(monkeypatc
             await generate(engine, 1)
         monkeypatch.undo()
         assert await generate(engine, 1) == expected
+
+
+BAD = 299  # a token whose embedding is no number
+FAULTS = {
+    "found on the device": (SamplingParams(60, temperature=0.0, ignore_eos=True), [5, BAD, 6]),
+    "drawn on the device": (SamplingParams(60, temperature=0.7, seed=1, ignore_eos=True), [5, BAD, 6]),
+    "found on the host": (SamplingParams(60, temperature=0.7, top_k=3, seed=1, ignore_eos=True), [5, BAD, 6]),
+    "left without a token": (SamplingParams(60, min_tokens=9, stop_token_ids=frozenset(range(300))), [5, 6]),
+    "in a later token": (SamplingParams(60, temperature=0.0, allowed_token_ids=(BAD,)), [5, 6]),
+    "in a prompt that is scored": (SamplingParams(60, temperature=0.0, num_prompt_logprobs=1), [5, BAD, 6]),
+}
+
+
+@pytest.mark.parametrize("is_host_sampled", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("num_ahead", [0, 1])
+async def test_a_bad_row_ends_its_request_alone(num_ahead: int, num_groups: int, is_host_sampled: bool) -> None:
+    async with serving([FakeCuda(), FakeCuda()], num_ahead) as engine:
+        assert isinstance(engine.executor, CudaExecutor)
+        for decoder in engine.executor.decoders:
+            decoder._embed[BAD] = torch.nan
+        if num_groups == 1:
+            await engine.drop()
+
+        async def neighbour(i: int) -> tuple[int, ...]:
+            params = SamplingParams(20, temperature=0.8 * (i % 2), top_p=0.9 if is_host_sampled else 1, seed=i)
+            request = Request(f"n{i}", [(7 * i + k) % 299 for k in range(3 + i)], replace(params, ignore_eos=True))
+            return tuple([token async for output in engine.submit(request) for token in output.token_ids])
+
+        expected = await asyncio.gather(*map(neighbour, range(4)))
+        for name, (params, prompt) in FAULTS.items():
+            asked = [neighbour(i) for i in range(4)]
+
+            async def fail(prompt: list[int] = prompt, params: SamplingParams = params) -> None:
+                with pytest.raises(EngineError, match="largest logit is not finite"):
+                    async for _ in engine.submit(Request("bad", prompt, params)):
+                        pass
+
+            *found, _ = await asyncio.gather(asked[0], asked[1], asked[2], asked[3], fail())
+            assert found == expected, name
+        while any(group.num_in_flight for group in engine.groups):
+            await engine.next_commit()
+        assert engine.num_running == 0 and all(group.num_used == 0 for group in engine.groups)
+        engine.check()
 
 
 def test_too_little_memory_closes_the_drivers() -> None:

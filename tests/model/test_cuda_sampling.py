@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from kunserve.engine import sampler
 from kunserve.engine.request import SamplingParams
-from kunserve.engine.sampler import SampledToken, SamplingRow, sample
-from kunserve.errors import EngineError
+from kunserve.engine.sampler import SampledToken, SamplingRow, sample, uniform
 from kunserve.model import cuda_sampling
 from kunserve.model.cuda_sampling import is_plain, launch_sample, sampled
 
@@ -70,12 +70,32 @@ def test_tokens_that_the_host_knows() -> None:
     assert pending.tokens() == [SampledToken(7), SampledToken(3)] and pending.on_device.tolist() == [7, 3]
 
 
-def test_rows_without_a_finite_logit_are_named_when_tokens_are_asked_for() -> None:
-    values = logits(3, 0)
-    values[1, 5] = torch.inf
-    pending = launch_sample(values, PLAIN[:3])
-    with pytest.raises(EngineError, match=r"rows \[1\] of 3"):
-        pending.tokens()
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_rows_without_a_finite_logit_are_found_on_the_device(value: float) -> None:
+    values = logits(len(PLAIN), 0)
+    values[1, 5] = values[4, 0] = value
+    pending = launch_sample(values, PLAIN)
+    assert pending.known is None  # nobody waited
+    assert pending.on_device.tolist() == [token.token_id for token in pending.tokens()]  # ids: the next step reads them
+    for i, token in enumerate(pending.tokens()):
+        if i in (1, 4):
+            assert token.token_id == 0 and "largest logit is not finite" in str(token.error)
+        else:
+            assert [token] == sample(values[i : i + 1], PLAIN[i : i + 1])
+
+
+def test_an_exception_of_one_row_is_that_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = logits(len(PLAIN), 1)
+    expected = sample(values, PLAIN)
+
+    def broken(seed: int, position: int) -> float:
+        return 1 // 0 if seed == PLAIN[2].seed else uniform(seed, position)
+
+    monkeypatch.setattr(cuda_sampling, "uniform", broken)
+    monkeypatch.setattr(sampler, "uniform", broken)
+    found = launch_sample(values, PLAIN)
+    assert isinstance(found.tokens()[2].error, ZeroDivisionError) and int(found.on_device[2]) == 0
+    assert [*found.tokens()[:2], *found.tokens()[3:]] == [*expected[:2], *expected[3:]]
 
 
 def test_nothing_to_sample() -> None:
