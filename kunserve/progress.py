@@ -1,4 +1,4 @@
-"""Progress of loading: a bar on a terminal, plain lines elsewhere."""
+"""Progress of loading: a bar on a terminal, plain lines elsewhere; the page asks for the newest."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from rich.progress import Progress
 
 
 class LoadingProgress:
-    """Shows what is being done and how far it is. Plain lines come once per text and at each quarter."""
+    """Shows what is being done and how far it is. Plain lines come once per text and at each quarter.
+
+    `newest` is what was shown last, read by any thread.
+    """
 
     def __init__(self) -> None:
+        self.newest = ("starting", 0.0)
         self._bar = Progress(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
         self._task = None if self._bar is None else self._bar.add_task("starting", total=1.0)
         self._last = ("", -1)
 
     def update(self, text: str, share: float) -> None:
         """Show `text` at `share` (0 to 1) of its work."""
+        self.newest = (text, share)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, completed=share)
         elif (text, int(share * 4)) != self._last:
