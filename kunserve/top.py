@@ -192,6 +192,8 @@ async def events(url: str, key: str | None) -> AsyncIterator[tuple[str, dict[str
     ):
         if response.status == 401:
             raise UnreachableError(f"{url} asks for its API key: kunserve top --api-key KEY")
+        if response.status == 503:  # it loads its model, or has as many viewers as it takes: trying again helps
+            raise aiohttp.ClientError(f"{url} is not ready (HTTP 503)")
         if response.status != 200:
             raise UnreachableError(f"{url}/kunserve/events answers HTTP {response.status}")
         name = ""

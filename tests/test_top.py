@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from io import StringIO
 
+import aiohttp
 import orjson
 import pytest
 from aiohttp import web
@@ -99,6 +100,18 @@ async def serve_feed(request: web.Request) -> web.Response:
         raise web.HTTPUnauthorized
     data = orjson.dumps(frame_of(state(used=3), model="m", rates=RATES))
     return web.Response(body=b"event: snapshot\ndata: %s\n\n" % data, content_type="text/event-stream")
+
+
+async def test_a_server_that_loads_is_waited_for() -> None:
+    async def loading(_: web.Request) -> web.Response:
+        raise web.HTTPServiceUnavailable
+
+    app = web.Application()
+    app.router.add_get("/kunserve/events", loading)
+    async with TestServer(app) as server:
+        url = str(server.make_url("")).rstrip("/")
+        with pytest.raises(aiohttp.ClientError, match="is not ready"):  # which `watch` tries again after
+            await anext(events(url, None))
 
 
 async def test_it_follows_a_server_and_says_why_it_cannot() -> None:
