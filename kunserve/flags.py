@@ -122,7 +122,7 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
         "--max-body-memory",
         default="512MiB",
         metavar="SIZE",
-        help="bytes of unfinished request bodies, of all clients together, that the server holds; it answers 503 to more",
+        help="bytes of unfinished request bodies that the server holds, of all clients; it answers 503 to more",
     )
     add(
         "--allowed-origins",

@@ -30,6 +30,7 @@ def frame_of(state: Mapping[str, Any], **more: Any) -> Frame:
         "devices": {str(index): _device(device, list(units)) for index, device in enumerate(devices)},
         "groups": {str(group["id"]): _group(group) for group in state["groups"]},
         "requests": state["requests"],
+        "copies": {name: value for name, value in state["copies"].items() if value is not None},
         "transitions": {f"{t['started_s']:.3f}": _transition(t) for t in state.get("transitions", ())},
     }
 

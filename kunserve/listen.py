@@ -8,13 +8,12 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
 
-from kunserve.api.errors import error_response
-from kunserve.errors import ConfigError, OverloadedError
+from kunserve.errors import ConfigError
 
 BACKLOG = 4096  # connections of a burst that wait to be accepted; beyond, clients try again after a second
 # libuv accepts one connection in a round of the loop: while tokens are sent, a burst would wait for seconds.
@@ -23,7 +22,6 @@ ACCEPTS_A_ROUND = 8
 # itself it would keep up to six MiB for each connection, and one round of the loop, in which thousands may be read,
 # would take up to 256 KB of each before the first body is counted.
 RECEIVE_BYTES = 32 << 10
-LOADING = OverloadedError("The server is loading its model.", retry_after_s=5)
 
 
 class Listener:
@@ -55,19 +53,17 @@ class Listener:
             self._uds.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
-    async def answering_probes(self) -> AsyncIterator[None]:
-        """Inside, every request is answered 503: loading."""
-        runner = web.ServerRunner(web.Server(_loading), handle_signals=False, shutdown_timeout=0.0)
+    async def answering_with(
+        self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+    ) -> AsyncIterator[None]:
+        """Let `handler` answer every request inside: while the model loads."""
+        runner = web.ServerRunner(web.Server(handler), handle_signals=False, shutdown_timeout=0.0)
         await runner.setup()
         try:
             await self.serve(runner)
             yield
         finally:
             await runner.cleanup()
-
-
-async def _loading(request: web.BaseRequest) -> web.StreamResponse:
-    return error_response(LOADING)
 
 
 def _tcp_socket(host: str, port: int) -> socket.socket:

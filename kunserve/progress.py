@@ -1,4 +1,4 @@
-"""Progress of loading: a bar on a terminal, plain lines elsewhere."""
+"""Progress of loading: a bar on a terminal, plain lines elsewhere; the page asks for the newest."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ LINE_EVERY_S = 30.0
 
 
 class LoadingProgress:
-    """Shows what is being done and how far it is; any thread may say it.
+    """Shows what is being done and how far it is; any thread may say it, and read the `newest`.
 
     Plain lines come once per text, at each quarter and, between those, every half minute: a log that is silent for the
     minutes of a download looks like a server that hangs.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.newest = ("starting", 0.0)
         is_bar = sys.stderr.isatty()
         self._bar = rich.progress.Progress(console=Console(stderr=True), transient=True) if is_bar else None
         self._task = None if self._bar is None else self._bar.add_task("starting", total=1.0)
@@ -31,6 +32,7 @@ class LoadingProgress:
 
     def update(self, text: str, share: float) -> None:
         """Show `text` at `share` (0 to 1) of its work."""
+        self.newest = (text, share)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text, completed=share)
             return

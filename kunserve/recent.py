@@ -24,6 +24,11 @@ class Recent:
         """Times to first token of those that came since then, ascending; of the last `HISTORY` at most."""
         return sorted(ttft_s for at_s, ttft_s in self._first_tokens if at_s >= since_s)
 
+    @property
+    def last_first_token_s(self) -> float | None:
+        """Return when the newest first token came, on the engine's clock; None before the first."""
+        return self._first_tokens[-1][0] if self._first_tokens else None
+
     def take_gap(self) -> float:
         """The longest gap between two tokens of a request since the last call, in seconds; 0 if there was none."""
         gap_s, self.gap_s = self.gap_s, 0.0

@@ -18,6 +18,7 @@ from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.chat_template import ChatTemplate
 from kunserve.api.defaults import sampling_defaults, settings_not_obeyed
+from kunserve.api.loading import loading_handler
 from kunserve.api.reasoning import END as REASONING_END
 from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import parser_of_template
@@ -49,8 +50,9 @@ async def serve(config: ServerConfig) -> None:
         loop.add_signal_handler(signum, _request_stop, stop)
     listener = Listener(config.host, config.port, config.http.uds, config.http.ssl_context())
     try:
-        async with listener.answering_probes():
-            with LoadingProgress() as progress:
+        progress = LoadingProgress()
+        async with listener.answering_with(loading_handler(lambda: progress.newest)):
+            with progress:
                 served = await launch(config.engine, config.served_names[0], progress.update)
         await _serve(config, served, listener, stop)
     finally:

@@ -70,6 +70,8 @@ class Screen:
         transitions = list(self.frame["transitions"].values())
         if transitions:
             parts += [Text(), *(_transition(t) for t in reversed(transitions[-4:]))]
+        elif no_drop := self.frame["copies"].get("no_drop"):
+            parts += [Text(), Text(no_drop, "dim")]
         return Group(*parts)
 
     def _head(self) -> RenderableType:
@@ -80,11 +82,10 @@ class Screen:
         title.append(f"  policy {frame['policy'] or 'none'}  epoch {frame['epoch']}", "dim")
         requests, dash = frame["requests"], "–"
         p50, p99 = (_seconds(rates[k]) if k in rates else dash for k in ("ttft_p50_s", "ttft_p99_s"))
+        age = f" {frame['at_s'] - rates['ttft_at_s']:.0f} s ago" if "ttft_at_s" in rates else ""
         figures = Text(
             f"{rates['tok_s']:,.0f} tok/s  {requests['running']} running  {requests['waiting']} waiting  "
-            f"TTFT p50 {p50} p99 {p99}  preempted {requests['preemptions']}",
-            no_wrap=True,
-            overflow="ellipsis",
+            f"TTFT p50 {p50} p99 {p99}{age}  preempted {requests['preemptions']}"
         )
         return Group(title, figures)
 
@@ -108,9 +109,11 @@ class Screen:
             line = Text(f"group {group_id}  ", no_wrap=True, overflow="ellipsis")
             chain = " → ".join(f"{device} {first}–{last - 1}" for device, first, last in group["stages"])
             line.append(f"[{chain}]", "cyan")
-            size = self.frame["block_size"]
+            size, slots = self.frame["block_size"], len(group["stages"])
+            in_flight = min(group["in_flight"], slots)
+            ahead = f" +{group['in_flight'] - slots}" if group["in_flight"] > slots else ""  # planned, not begun
             line.append(
-                f"  {group['running']} running  {group['in_flight']}/{len(group['stages'])} in flight"
+                f"  {group['running']} running  {in_flight}/{slots}{ahead} in flight"
                 f"  {group['used'] * size:,}/{group['blocks'] * size:,} tokens"
             )
             lines.append(line)
@@ -160,7 +163,9 @@ def _transition(transition: Mapping[str, Any]) -> Text:
     line.append(f"{SIGNS.get(kind, '◆')} {kind:<7} ", "bold red" if kind == "drop" else "bold green")
     groups = "+".join(map(str, transition["old_groups"])) + "→" + "+".join(map(str, transition["new_groups"]))
     parts = [f"{name} {_seconds(value)}" for name, value in steps.items() if name not in MOMENTS]
-    size = f"{transition['weight_bytes'] >> 20} MiB"
+    if step := transition.get("step"):
+        parts.append(f"{step} …")
+    size = f"{(transition['weight_bytes'] or transition.get('planned_bytes', 0)) >> 20} MiB"
     if transition.get("num_lost"):
         size += f", {transition['num_lost']} lost"
     line.append(f"{transition['outcome']}  {groups}  {size}  {', '.join(parts)}")
@@ -190,6 +195,8 @@ async def events(url: str, key: str | None) -> AsyncIterator[tuple[str, dict[str
     ):
         if response.status == 401:
             raise UnreachableError(f"{url} asks for its API key: kunserve top --api-key KEY")
+        if response.status == 503:  # it loads its model, or has as many viewers as it takes: trying again helps
+            raise aiohttp.ClientError(f"{url} is not ready (HTTP 503)")
         if response.status != 200:
             raise UnreachableError(f"{url}/kunserve/events answers HTTP {response.status}")
         name = ""

@@ -127,55 +127,88 @@ def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+KINDS = ("TTFT, s", "longest gap, s", "KV, MiB")
+SIGNS = {"drop": ("tab:red", "weights dropped"), "restore": ("tab:green", "weights back")}
+
+
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """A column per policy and a page row per burst: TTFT, stalls, and KV capacity and use over time."""
+    """Write the picture of `figure_of`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bursts = list(next(iter(results.values())))
-    rows = [(burst, kind) for burst in bursts for kind in ("TTFT s", "longest gap s", "KV")]
-    figure, axes = pyplot.subplots(
-        len(rows),
-        len(results),
-        figsize=(3 * len(results) + 1, 2.1 * len(rows)),
-        sharex="row",
-        sharey="row",
-        squeeze=False,
-    )
-    for column, (name, by_burst) in enumerate(results.items()):
-        for row, (burst, kind) in enumerate(rows):
-            _panel(axes[row][column], kind, by_burst[burst])
-            if column == 0:
-                axes[row][column].set_ylabel(f"{burst}: {kind}")
-        axes[0][column].set_title(name)
-        axes[-1][column].set_xlabel("s")
-    figure.tight_layout()
+    figure = figure_of(results)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+def figure_of(results: dict[str, dict[str, Any]]) -> Any:
+    """Return a column per policy and a part per burst, of TTFT, stalls, and KV capacity and use over time."""
+    from matplotlib import pyplot
+
+    bursts = list(next(iter(results.values())))
+    figure = pyplot.figure(figsize=(3 * len(results) + 1, 6.6 * len(bursts) + 0.8), layout="constrained")
+    parts = figure.subfigures(len(bursts), squeeze=False)[:, 0]
+    for burst, part in zip(bursts, parts, strict=True):
+        part.suptitle(_words(burst), fontweight="bold", fontsize="medium")
+        axes = part.subplots(len(KINDS), len(results), sharex=True, sharey="row", squeeze=False)
+        for column, (name, by_burst) in enumerate(results.items()):
+            for row, kind in enumerate(KINDS):
+                _panel(axes[row][column], kind, by_burst[burst])
+                axes[row][0].set_ylabel(kind)
+            axes[0][column].set_title(name)
+            axes[-1][column].set_xlabel("seconds since the burst began")
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _words(name: str) -> str:
+    """Return what a burst is, in two lines."""
+    burst = BURSTS[name]
+    return (
+        f"burst {name}: {burst.num_requests} requests, {burst.rate:g} a second,\n"
+        f"{burst.num_prompt_tokens} tokens in, {burst.num_output_tokens} out"
+    )
+
+
+def _legend() -> list[Any]:
+    """Return an entry for each sign that a panel may hold."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    lines = [Line2D([], [], color=colour, linewidth=1, label=label) for colour, label in SIGNS.values()]
+    return [
+        Line2D([], [], marker=".", linestyle="", color="tab:blue", label="a request, at the time it was sent"),
+        *lines,
+        Patch(color="tab:red", alpha=0.2, label="KV follows its layers"),
+        Line2D([], [], color="tab:blue", label="KV capacity"),
+        Patch(color="tab:blue", alpha=0.4, label="KV used"),
+    ]
+
+
 def _panel(axes: Any, kind: str, result: dict[str, Any]) -> None:
     requests = [r for r in result["requests"] if r["ttft_s"] is not None]
-    if kind == "KV":
+    if kind.startswith("KV"):
         for server in result["metrics"]:
             pools = [values for key, values in server.items() if key.startswith("kunserve:kv_pool_bytes")]
             if pools:
                 capacity = [sum(v or 0 for v in at) / 2**20 for at in zip(*pools, strict=True)]
-                axes.plot(server["at_s"], capacity, label="capacity MiB")
+                axes.plot(server["at_s"], capacity, color="tab:blue")
                 used = [c * (u or 0) for c, u in zip(capacity, server["kv_usage"], strict=True)]
-                axes.fill_between(server["at_s"], used, alpha=0.4, label="used")
+                axes.fill_between(server["at_s"], used, color="tab:blue", alpha=0.4)
     else:
         key = "ttft_s" if kind.startswith("TTFT") else "longest_gap_s"
-        axes.scatter([r["sent_s"] for r in requests], [r[key] for r in requests], s=6)
+        axes.scatter([r["sent_s"] for r in requests], [r[key] for r in requests], s=6, color="tab:blue")
     for transition in result.get("transitions", []):
-        colour = "tab:red" if transition["kind"] == "drop" else "tab:green"
-        axes.axvline(transition["at_s"], color=colour, linewidth=1)
         seconds = transition["seconds"]
-        if (exchange := seconds.get("exchange", 0.0)) > 0:
-            start = transition["at_s"] + seconds.get("committed", 0.0)
-            axes.axvspan(start, start + exchange, color=colour, alpha=0.2)
+        if "committed" not in seconds:
+            continue  # it was rolled back, or gave way to a burst
+        colour, _ = SIGNS[transition["kind"]]
+        live_s = transition["at_s"] + seconds["committed"]
+        axes.axvline(live_s, color=colour, linewidth=1)
+        if (exchange_s := seconds.get("exchange", 0.0)) > 0:
+            axes.axvspan(live_s, live_s + exchange_s, color=colour, alpha=0.2)
     axes.grid(alpha=0.3)
 
 

@@ -38,6 +38,7 @@ def state(now_s: float = 1.0, *, is_dropped: bool = False, used: int = 0, waitin
             for i, chain in enumerate(stages)
         ],
         "requests": {"running": int(used > 0), "waiting": waiting, "preemptions": 0, "swaps": 0, "migrations": 0},
+        "copies": {"now": len(stages), "at_launch": 2, "no_drop": None},
         "transitions": [drop_transition()] if is_dropped else [],
         **more,
     }

@@ -45,6 +45,7 @@ def test_a_frame_of_a_drop() -> None:
     [drop] = frame["transitions"].values()
     assert "exchange_mode" not in drop  # no value is null
     assert drop["seconds"]["boundary"] == 0.0123
+    assert frame["copies"] == {"now": 1, "at_launch": 2}
 
 
 def test_a_step_is_small() -> None:

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from own_server import free_port
 
+from kunserve.api.loading import loading_handler
 from kunserve.errors import ConfigError
 from kunserve.listen import RECEIVE_BYTES, Listener
 
@@ -23,7 +24,7 @@ async def hello(_: web.BaseRequest) -> web.StreamResponse:
 
 async def talk(listener: Listener, client: aiohttp.ClientSession, url: str) -> None:
     """503 while loading, then the real thing, on the same socket."""
-    async with listener.answering_probes():
+    async with listener.answering_with(loading_handler(lambda: ("loading weights", 0.5))):
         for path in ("/health", "/ready", "/v1/models"):
             async with client.get(url + path) as response:
                 assert response.status == 503

@@ -9,9 +9,14 @@ def test_first_tokens_of_the_last_seconds() -> None:
         recent.first_token(at_s, ttft_s)
     assert recent.ttfts(2.0) == [0.1, 0.5]
     assert recent.ttfts(4.0) == []
+    assert recent.last_first_token_s == 3.0
     for i in range(2 * HISTORY):
         recent.first_token(5.0, float(i))
     assert len(recent.ttfts(0.0)) == HISTORY
+
+
+def test_before_the_first_token_there_is_no_last_one() -> None:
+    assert Recent().last_first_token_s is None
 
 
 def test_the_longest_gap_is_told_once() -> None:

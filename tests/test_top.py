@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from io import StringIO
 
+import aiohttp
 import orjson
 import pytest
 from aiohttp import web
@@ -70,6 +71,32 @@ def test_many_devices_and_long_names_do_not_break_the_lines() -> None:
     assert "\x1b" not in "".join(lines) and "\x07" not in "".join(lines)
 
 
+def test_a_microbatch_that_is_planned_ahead_is_not_in_flight() -> None:
+    group = {"stages": [["cpu:0", 0, 4]], "blocks": 32, "used": 4, "running": 1, "in_flight": 2}
+    text = "\n".join(shown(after_a_drop(groups={"2": group})))
+    assert "1 running  1/1 +1 in flight" in text
+
+
+def test_old_times_to_first_token_say_how_old_they_are() -> None:
+    lines = shown(after_a_drop(at_s=57.5, rates={**RATES, "ttft_at_s": 15.0}))
+    assert "TTFT p50 42 ms p99 2.5 s 42 s ago preempted 0" in " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80 and len(lines) <= 24
+
+
+def test_a_drop_in_progress_says_what_it_is_at() -> None:
+    drop = {**drop_transition(3.0), "outcome": "running", "weight_bytes": 0, "planned_bytes": 28 << 20}
+    text = "\n".join(shown(after_a_drop(transitions={"3.000": {**drop, "seconds": {}, "step": "boundary"}})))
+    assert "▼ drop    running  0+1→2  28 MiB  boundary …" in text
+
+
+def test_where_nothing_can_be_dropped_that_is_said() -> None:
+    why = "One copy of the weights (131.5 GiB) fits: nothing can be dropped. Two would fit on 4 devices like these."
+    screen = after_a_drop(copies={"now": 1, "at_launch": 1, "no_drop": why}, transitions={})
+    lines = shown(screen)
+    assert max(map(len, lines)) <= 80 and why in " ".join(" ".join(lines).split())
+    assert why not in " ".join(" ".join(shown(after_a_drop(transitions={}))).split())
+
+
 def test_before_the_first_frame() -> None:
     assert shown(Screen()) == ["waiting for the server"]
 
@@ -79,6 +106,18 @@ async def serve_feed(request: web.Request) -> web.Response:
         raise web.HTTPUnauthorized
     data = orjson.dumps(frame_of(state(used=3), model="m", rates=RATES))
     return web.Response(body=b"event: snapshot\ndata: %s\n\n" % data, content_type="text/event-stream")
+
+
+async def test_a_server_that_loads_is_waited_for() -> None:
+    async def loading(_: web.Request) -> web.Response:
+        raise web.HTTPServiceUnavailable
+
+    app = web.Application()
+    app.router.add_get("/kunserve/events", loading)
+    async with TestServer(app) as server:
+        url = str(server.make_url("")).rstrip("/")
+        with pytest.raises(aiohttp.ClientError, match="is not ready"):  # which `watch` tries again after
+            await anext(events(url, None))
 
 
 async def test_it_follows_a_server_and_says_why_it_cannot() -> None:

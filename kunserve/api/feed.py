@@ -55,9 +55,20 @@ class Rates:
         rates = {"tok_s": round((tokens - first_tokens) / (now_s - first_s), 1) if now_s > first_s else 0.0}
         if gap_s := max(gap_s for at_s, _, gap_s in ticks if at_s > now_s - RATE_S):
             rates["gap_s"] = round(gap_s, 3)
-        if ttfts := recent.ttfts(now_s - TTFT_S):
-            rates |= {"ttft_p50_s": round(quantile(ttfts, 0.5), 3), "ttft_p99_s": round(quantile(ttfts, 0.99), 3)}
-        return rates
+        return rates | self._ttfts(now_s)
+
+    def _ttfts(self, now_s: float) -> Frame:
+        """Return the times to first token of the window.
+
+        In an overload there may be none for long, which is when people look for them: then those of the last window
+        that had any, with `ttft_at_s`, when it ended.
+        """
+        if (last_s := self._metrics.recent.last_first_token_s) is None:
+            return {}
+        is_old = last_s < now_s - TTFT_S
+        ttfts = self._metrics.recent.ttfts((last_s if is_old else now_s) - TTFT_S)
+        shown = {"ttft_p50_s": round(quantile(ttfts, 0.5), 3), "ttft_p99_s": round(quantile(ttfts, 0.99), 3)}
+        return shown | ({"ttft_at_s": round(last_s, 3)} if is_old else {})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

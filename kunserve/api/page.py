@@ -35,9 +35,12 @@ PAGE = web.AppKey("page", dict[str, str])
 
 
 async def show_page(request: web.Request) -> web.Response:
-    """The page itself, or one of its files."""
-    name = request.match_info.get("name", "index.html")
-    text = request.app[PAGE].get(name)
-    if text is None:
+    """Answer with the page itself, or one of its files."""
+    return page_response(request.app[PAGE], request.match_info.get("name", "index.html"))
+
+
+def page_response(files: dict[str, str], name: str) -> web.Response:
+    """Return the answer that holds one of the page's files. NotFoundError if there is no such file."""
+    if (text := files.get(name)) is None:
         raise NotFoundError(f"The page has no file `{name[:100]}`.")
     return web.Response(text=text, content_type=_type(name), charset="utf-8", headers=_HEADERS)

@@ -78,6 +78,7 @@ class Engine:
         self.control: Control | None = None
         self.mover: Mover | None = None
         self.overload_policy: OverloadPolicy | None = None  # as the flag names it: for views
+        self.no_drop: str | None = None  # why no weights are ever dropped by themselves: for views
         self.epoch = 0
         self._is_accepting = self._has_ended = False
         self._live: dict[str, _Live] = {}

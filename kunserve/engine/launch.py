@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -17,7 +18,7 @@ from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.machine import Machine, make_machine
 from kunserve.engine.migrate import Migration
-from kunserve.engine.placement import model_shape, place
+from kunserve.engine.placement import model_shape, num_copies, place
 from kunserve.engine.policy import OverloadPolicy, make_policy
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.restore_time import measure_restore
@@ -37,6 +38,7 @@ from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.planner.copies import why_no_drop
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import ModelShape, Origin, StageView
@@ -84,6 +86,8 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     )
     if reason := reason_for_max_model_len(files, config, max_model_len):
         log.warning("requests may be shorter than the model allows", max_model_len=max_model_len, because=reason)
+    if served.engine.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
+        log.warning("no weights can make room for KV", because=served.engine.no_drop)
     return served
 
 
@@ -132,12 +136,13 @@ async def assemble(
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
     shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
     views = machine.views(shape)
+    is_len_required, per_group = config.max_model_len is not None, config.pipeline_parallel_size
     placement = place(
         shape,
         views,
         max_model_len=max_model_len,
-        is_len_required=config.max_model_len is not None,
-        devices_per_group=config.pipeline_parallel_size,
+        is_len_required=is_len_required,
+        devices_per_group=per_group,
     )
     opened = await asyncio.to_thread(weights)
     devices = await asyncio.to_thread(machine.open)
@@ -171,11 +176,21 @@ async def assemble(
     control = OverloadControl(engine, reconfigure, shape, views, thresholds, is_automatic=is_automatic)
     engine.control = control
     engine.overload_policy = config.overload_policy
+    copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
+    by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
+    engine.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
     if config.overload_policy is OverloadPolicy.SWAP:
         engine.mover = Swap(engine, links)
     elif config.overload_policy is OverloadPolicy.MIGRATE:
         engine.mover = Migration(engine, links)
     return engine, control
+
+
+def _only_by_hand(config: EngineConfig) -> str | None:
+    """Say by which flag no weights are dropped unless an operator asks; None if they are."""
+    if config.overload_policy is not OverloadPolicy.DROP:
+        return f"--overload-policy {config.overload_policy}: weights are dropped only when an operator asks."
+    return "--pin: weights are dropped only when an operator asks." if config.is_pinned else None
 
 
 def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:

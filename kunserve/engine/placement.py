@@ -92,6 +92,28 @@ def place(
     raise ConfigError(_too_small(shape, devices, max_model_len))
 
 
+def num_copies(
+    shape: ModelShape,
+    devices: Sequence[DeviceView],
+    devices_per_group: int | None,
+    *,
+    max_model_len: int,
+    is_len_required: bool,
+) -> int:
+    """Return how many complete copies of the weights `place` would put on these devices; 0 if it could not."""
+    try:
+        placement = place(
+            shape,
+            devices,
+            max_model_len=max_model_len,
+            is_len_required=is_len_required,
+            devices_per_group=devices_per_group,
+        )
+    except ConfigError:
+        return 0
+    return len(placement.groups)
+
+
 def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceView]]:
     """Neighbours in chains of `size`; what is left over makes the first chains longer, so that no device idles."""
     num_chains = len(devices) // size

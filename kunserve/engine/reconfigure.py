@@ -52,10 +52,15 @@ class Transition:
     weight_bytes: int = 0  # dropped, or loaded
     weight_sources: dict[str, int] = field(default_factory=dict)  # bytes of tensors loaded, by where they came from
     seconds: dict[str, float] = field(default_factory=dict)  # by step
+    step: str | None = None  # the one it is at
+    planned_bytes: int = 0  # of weights that it is to drop, or to load
 
     def state(self) -> dict[str, Any]:
-        """As `/kunserve/state` and the log show it."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """As `/kunserve/state` and the log show it: `step` and `planned_bytes` only while it runs."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.outcome != "running":
+            del shown["step"], shown["planned_bytes"]
+        return shown
 
 
 _MergeStep = tuple[Merge, list[Group], ExchangePlan]
@@ -100,6 +105,7 @@ class Reconfigure:
         """
         group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
         with self._transition("drop", plan.epoch, group_ids) as (transition, old), self._engine.paused(old):
+            transition.planned_bytes = plan.freed_bytes
             with self._step(transition, "boundary"):  # 2
                 await self._engine.quiesce(old)
                 await self._settle(old)
@@ -172,6 +178,7 @@ class Reconfigure:
         """
         group_ids = [split.group_id for split in plan.splits]
         with self._transition("restore", plan.epoch, group_ids) as (transition, old), ExitStack() as pause:
+            transition.planned_bytes = self._bytes_to_load(old, plan)
             await self._settle(old)
             before = self._remap.now(old)
             try:
@@ -203,6 +210,13 @@ class Reconfigure:
         """Whether `cancel_restore` would do something that it has not done yet."""
         current = self.current
         return current is not None and current.kind == "restore" and current.epoch is None and not self._is_cancelled
+
+    def _bytes_to_load(self, old: Sequence[Group], plan: RestorePlan) -> int:
+        """Return the bytes of weights that the parts of a restore hold more than the chains they are made of."""
+        after = [stage for split in plan.splits for part in split.into for stage in part.stages]
+        before = [stage.view for group in old for stage in group.stages]
+        chunks = [sum(self._shape.weight_chunks(s.first_layer, s.last_layer) for s in of) for of in (after, before)]
+        return (chunks[0] - chunks[1]) * self._shape.chunk_bytes
 
     def _give_way(self) -> None:
         if self._is_cancelled:
@@ -338,10 +352,11 @@ class Reconfigure:
     @contextmanager
     def _step(self, transition: Transition, name: str) -> Iterator[None]:
         """Add the time of the block to a step."""
-        started = self._clock()
+        started, transition.step = self._clock(), name
         try:
             yield
         finally:
+            transition.step = None
             transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
 
     @contextmanager

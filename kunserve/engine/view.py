@@ -41,6 +41,7 @@ def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str
         "overload_policy": engine.overload_policy,
         "num_layers": engine.model.num_layers,
         "block_size": engine.groups[0].block_size,
+        "copies": {"now": len(engine.groups), "at_launch": _num_launched(engine), "no_drop": engine.no_drop},
         "chunks_of_unit": engine.memories[0].weights.chunks_of_unit,
         "devices": [
             {
@@ -98,6 +99,11 @@ def _home_units(engine: Engine) -> dict[int, list[str]]:
         for origin in origins
         for stage in origin.stages
     }
+
+
+def _num_launched(engine: Engine) -> int:
+    """Return the number of groups at launch, each of them a complete copy of the weights."""
+    return sum(1 if group.origin is None else sum(1 for _ in group.origin.launched()) for group in engine.groups)
 
 
 def check_engine(engine: Engine) -> None:

@@ -16,7 +16,7 @@ const CHARTS = [
     { column: "p50", label: "p50", colour: "--run", dash: "solid", width: 2 },
     { column: "p99", label: "p99", colour: "--wait", dash: "dashed" },
     { column: "gap", label: "gap", colour: "--ink", dash: "dotted", width: 2 } ] },
-  { title: "Tokens per second", show: count, series: [
+  { title: "Tokens per second, mean of 3 s", show: count, series: [
     { column: "tok", label: "generated", colour: "--run", dash: "solid", width: 2, fill: "--run-area" } ] },
 ];
 
@@ -34,7 +34,8 @@ export class Charts {
   }
 
   update(frame) {
-    this.marks = transitionsOf(frame).map((transition) => ({ ...markOf(transition), startS: this.history.startS }));
+    const { startS } = this.history;
+    this.marks = transitionsOf(frame).map((transition) => ({ ...markOf(transition, frame.at_s), startS }));
     for (const chart of this.charts) chart.draw();
   }
 
@@ -95,7 +96,7 @@ class Chart {
         paths: series.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
       }))],
       hooks: {
-        drawClear: [(plot) => drawExchanges(plot, this.owner.marks, colour)],
+        drawClear: [(plot) => drawBands(plot, this.owner.marks, colour)],
         draw: [(plot) => drawMarks(plot, this.owner, colour)],
         setCursor: [() => this.say()],
       },
@@ -148,15 +149,31 @@ function x(plot, mark, at) {
 
 const isSeen = (plot, position) => position >= plot.bbox.left && position <= plot.bbox.left + plot.bbox.width;
 
-/** A hatched band while KV moved, below the lines. */
-function drawExchanges(plot, marks, colour) {
+const colourOf = (mark) => (mark.kind === "drop" ? "--drop" : "--restore");
+
+/** Where a band from one time to another lies within the plot; null if it does not. */
+function span(plot, mark, [from, to], leastWidth) {
+  const left = Math.max(plot.bbox.left, x(plot, mark, from));
+  const right = Math.min(plot.bbox.left + plot.bbox.width, Math.max(left + leastWidth, x(plot, mark, to)));
+  return right > left ? [left, right] : null;
+}
+
+/** Below the lines: a pale band from the start of a transition to its commit, a hatched one while KV moved. */
+function drawBands(plot, marks, colour) {
   const { ctx, bbox } = plot;
   const ratio = devicePixelRatio;
   for (const mark of marks) {
-    if (!mark.exchanged) continue;
-    const left = Math.max(bbox.left, x(plot, mark, mark.exchanged[0]));
-    const right = Math.min(bbox.left + bbox.width, Math.max(left + 4 * ratio, x(plot, mark, mark.exchanged[1])));
-    if (right <= left) continue;
+    const prepared = span(plot, mark, mark.prepared, 0);
+    if (prepared) {
+      ctx.save();
+      ctx.globalAlpha = 0.16;
+      ctx.fillStyle = colour(colourOf(mark));
+      ctx.fillRect(prepared[0], bbox.top, prepared[1] - prepared[0], bbox.height);
+      ctx.restore();
+    }
+    const exchanged = mark.exchanged && span(plot, mark, mark.exchanged, 4 * ratio);
+    if (!exchanged) continue;
+    const [left, right] = exchanged;
     ctx.save();
     ctx.beginPath();
     ctx.rect(left, bbox.top, right - left, bbox.height);
@@ -174,7 +191,7 @@ function drawExchanges(plot, marks, colour) {
   }
 }
 
-/** A line where a grouping became live: drops solid, restores dashed; its name on top. And the playhead. */
+/** A line where a grouping became live (or is now): drops solid, restores dashed; its name on top. And the playhead. */
 function drawMarks(plot, { marks, playhead }, colour) {
   const { ctx, bbox } = plot;
   const ratio = devicePixelRatio;
@@ -186,7 +203,7 @@ function drawMarks(plot, { marks, playhead }, colour) {
   for (const mark of marks) {
     const at = x(plot, mark, mark.at);
     if (!isSeen(plot, at)) continue;
-    ctx.strokeStyle = ctx.fillStyle = colour(mark.kind === "drop" ? "--drop" : "--restore");
+    ctx.strokeStyle = ctx.fillStyle = colour(colourOf(mark));
     ctx.lineWidth = 1.5 * ratio;
     ctx.setLineDash(mark.kind === "drop" ? [] : [5 * ratio, 4 * ratio]);
     ctx.beginPath();

@@ -45,14 +45,19 @@ export function droppedChunks(frame) {
 
 const MARKS = { drop: "▼", restore: "▲" };
 
-/** What charts mark of a transition: where, what, and from when to when KV moved. Times on the engine's clock. */
-export function markOf(transition) {
-  const { started_s: startedS, seconds, kind } = transition;
+/**
+ * What is marked of a transition at `nowS`, by charts and in the list alike: when the new groups were live (or when it
+ * ended without), what it was, how long it was prepared and when KV moved. Times on the engine's clock.
+ */
+export function markOf(transition, nowS) {
+  const { started_s: startedS, seconds, kind, outcome } = transition;
   const isCommitted = seconds.committed !== undefined;
-  const at = startedS + (isCommitted ? seconds.committed : (seconds.total ?? 0));
-  const label = isCommitted ? `${MARKS[kind] ?? "◆"} ${kind}` : `✕ ${kind} ${transition.outcome}`;
+  const isPreparing = outcome === "running" && !isCommitted;
+  const at = isPreparing ? nowS : startedS + (isCommitted ? seconds.committed : (seconds.total ?? 0));
+  const sign = isCommitted || isPreparing ? (MARKS[kind] ?? "◆") : "✕";
+  const label = [sign, kind, ...(isPreparing ? ["…"] : isCommitted ? [] : [outcome])].join(" ");
   const exchanged = isCommitted && transition.exchange_bytes > 0 ? [at, at + (seconds.exchange ?? 0)] : null;
-  return { at, kind, label, isCommitted, exchanged };
+  return { at, kind, label, isPreparing, prepared: [startedS, at], exchanged };
 }
 
 /** Transitions of a frame, oldest first. */

@@ -3,6 +3,7 @@ import { count, el, say } from "./dom.js";
 
 const MAX_DOTS = 48;
 const JOIN_MS = 700;
+const CHAIN = "One complete copy of the weights: on one device, or a chain of devices that each hold some of the layers";
 
 /** Draws `frame.groups` into `lanes` and the queue into `queue`; stages slide to where they go. */
 export class Groups {
@@ -31,7 +32,7 @@ export class Groups {
       const lane = el("div", "lane", "", { "data-group": id, "data-stages": group.stages.length });
       const head = lane.appendChild(el("p", "lane-head"));
       const chain = group.stages.length > 1 ? `chain of ${group.stages.length}` : "one device";
-      head.append(el("b", "", `Group ${id}`), el("span", "chip", chain));
+      head.append(el("b", "", `Group ${id}`), el("span", "chip", chain, { title: CHAIN }));
       const text = head.appendChild(el("span", "quiet"));
       const track = lane.appendChild(el("div", "track"));
       for (const [device, first, last] of group.stages) track.appendChild(stage(device, first, last, frame.num_layers));
@@ -48,11 +49,14 @@ export class Groups {
 
   fillLane({ text, flow, running }, group, frame) {
     const slots = group.stages.length;
-    const batches = `${group.in_flight} of ${slots} ${slots > 1 ? "microbatches" : "microbatch"} in flight`;
+    const inFlight = Math.min(group.in_flight, slots);
+    const ahead = group.in_flight - inFlight; // planned while the devices compute: it waits before the first stage
+    const planned = ahead ? `, ${ahead} planned ahead` : "";
+    const batches = `${inFlight} of ${slots} ${slots > 1 ? "microbatches" : "microbatch"} in flight${planned}`;
     const tokens = `${count(group.used * frame.block_size)} of ${count(group.blocks * frame.block_size)} tokens of KV`;
     say(text, `${count(group.running)} running · ${batches} · ${tokens}`);
-    while (flow.children.length > group.in_flight) flow.lastChild.remove();
-    while (flow.children.length < group.in_flight) {
+    while (flow.children.length > inFlight) flow.lastChild.remove();
+    while (flow.children.length < inFlight) {
       const batch = flow.appendChild(el("i"));
       batch.style.animationDelay = `${-flow.children.length / slots}s`;
       batch.style.setProperty("--place", (flow.children.length - 1) / slots);

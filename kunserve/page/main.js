@@ -5,6 +5,7 @@ import { byId, say } from "./dom.js";
 import { bearer, eventsOf, keys, reasonOf } from "./feed.js";
 import { apply } from "./frame.js";
 import { History } from "./history.js";
+import { followLoading } from "./loading.js";
 import { View } from "./view.js";
 
 const SPAN_S = 120;
@@ -49,6 +50,7 @@ function tell(state, text) {
 async function watch() {
   const response = await fetch("/kunserve/events?past", { headers: bearer(keys.get("api")), cache: "no-store" });
   if (response.status === 401) return askForKey();
+  if (response.status === 503 && (await followLoading(tell))) return;
   if (!response.ok) throw new Error(await reasonOf(response));
   tell("live", "● live");
   for await (const [name, data] of eventsOf(response)) take(name, data);

@@ -70,7 +70,7 @@ class Bar {
         fill(cell, rest / this.sizes[unit]);
         rest -= this.sizes[unit];
       }
-      const title = `${this.names[unit].replace("layers.", "layer ")}: ${isDropped ? "dropped, KV now" : "weights"}`;
+      const title = `${nameOf(this.names, unit)}: ${isDropped ? "dropped, KV now" : "weights"}`;
       if (cell.title !== title) cell.title = title;
     }
     const chunk = frame.chunk_bytes;
@@ -85,6 +85,12 @@ class Bar {
     this.bar.setAttribute("aria-label", `${device.name}: ${text}`);
     this.element.dataset.dropped = dropped.length;
   }
+}
+
+/** What a cell holds. Without a head of its own, the model uses the embedding for both. */
+function nameOf(names, unit) {
+  if (names[unit] === "embed") return names.includes("head") ? "embedding" : "embedding and head";
+  return names[unit].replace("layers.", "layer ");
 }
 
 function fill(cell, share) {

@@ -6,7 +6,7 @@ import { View } from "./view.js";
 
 const events = JSON.parse(byId("recording").textContent); // [name, data], in order
 
-for (const id of ["talk", "burst", "key-form"]) byId(id).remove();
+for (const id of ["talk", "burst", "key-form", "loading"]) byId(id).remove();
 byId("main").hidden = byId("replay").hidden = false;
 byId("transitions").classList.add("alone");
 say(byId("connection"), "recording");

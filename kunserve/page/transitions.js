@@ -1,9 +1,35 @@
 // What was regrouped, when, and how long each step of it took.
-import { bytes, byId, clock, el, seconds } from "./dom.js";
-import { transitionsOf } from "./frame.js";
+import { bytes, byId, clock, el, say, seconds } from "./dom.js";
+import { markOf, transitionsOf } from "./frame.js";
 
 const SIGNS = { drop: "▼", restore: "▲" };
-const MOMENTS = ["committed", "first_token", "total"]; // points in time since the start; the others are durations
+const NONE_YET = "None so far: no burst has filled the KV cache.";
+// Points in time since the start; the other steps are durations.
+const MOMENTS = {
+  committed: ["committed after", "From the start until the new groups were live: where the list and the charts mark it"],
+  first_token: ["first token after", "From the start until the new groups gave their first token"],
+  total: ["total after", "From the start until all KV was where it belongs"],
+};
+const STEPS = {
+  boundary: ["step boundary", "The wait for the end of the steps in flight: as long as the longest of them. Nothing new starts in these groups meanwhile"],
+  remap: ["remap", "Memory changes hands between weights and KV, by mapping alone: nothing is copied"],
+  exchange: ["exchange", "KV of running requests follows its layers to other devices; each goes on as soon as its own has arrived"],
+  shrink: ["shrink", "KV leaves the memory that the weights come back to"],
+  load: ["load", "Weights are copied from the host while the chain goes on serving"],
+  split: ["split", "The wait for the step boundary at which the chain becomes groups again"],
+};
+const DOING = {
+  drop: {
+    boundary: "Waiting for the step boundary: then WEIGHTS become KV.",
+    remap: "Remapping: WEIGHTS become KV.",
+  },
+  restore: {
+    shrink: "Making room for WEIGHTS.",
+    remap: "Remapping: KV makes room for WEIGHTS.",
+    load: "Loading WEIGHTS, while the chain goes on serving.",
+    split: "Waiting for the step boundary: WEIGHTS are back.",
+  },
+};
 
 /** Draws `frame.transitions`, newest first. */
 export class Transitions {
@@ -16,6 +42,7 @@ export class Transitions {
   update(frame, startS) {
     const transitions = transitionsOf(frame);
     this.empty.hidden = transitions.length > 0;
+    say(this.empty, frame.copies?.no_drop ? "None so far." : NONE_YET);
     const known = new Set(transitions.map((transition) => transition.started_s));
     for (const [key, [element]] of this.shown) {
       if (known.has(key)) continue;
@@ -34,38 +61,64 @@ export class Transitions {
   }
 }
 
+/** 0 and 1, or 0, 1 and 2. */
+const listed = (ids) => [ids.slice(0, -1).join(", "), ids[ids.length - 1]].filter((part) => part !== "").join(" and ");
+const groupsOf = (ids) => `${ids.length > 1 ? "groups" : "group"} ${listed(ids)}`;
+
+/** Which groups become which. */
+function regrouping({ old_groups: before, new_groups: after, kind, outcome }) {
+  if (after.length) return `${groupsOf(before)} became ${groupsOf(after)}`;
+  if (outcome !== "running") return groupsOf(before);
+  return `${groupsOf(before)} ${before.length > 1 ? (kind === "drop" ? "merge" : "split") : "splits"}`;
+}
+
+/** What it is doing, or what came of it. */
+function account(transition, { isPreparing }) {
+  const { kind, outcome, step } = transition;
+  const isDrop = kind === "drop";
+  if (isPreparing) {
+    const planned = transition.planned_bytes ? `${bytes(transition.planned_bytes)} of weights` : "weights";
+    return (DOING[kind]?.[step] ?? (isDrop ? DOING.drop.boundary : DOING.restore.shrink)).replace("WEIGHTS", planned);
+  }
+  if (transition.epoch === undefined) return "Nothing was regrouped: all groups go on as before.";
+  const done = `${bytes(transition.weight_bytes)} of weights ${isDrop ? "became KV" : "came back"}`;
+  if (outcome === "running") return `${done}; KV of running requests follows its layers.`;
+  const moved = transition.exchange_bytes ? `, ${bytes(transition.exchange_bytes)} of KV followed its layers` : "";
+  const lost = transition.num_lost ? `, ${transition.num_lost} requests lost theirs and are computed again` : "";
+  return `${done}${moved}${lost}.`;
+}
+
 function item(transition, startS, frame) {
-  const { kind, outcome, seconds: steps } = transition;
+  const { kind, outcome } = transition;
+  const mark = markOf(transition, frame.at_s);
   const element = el("li", `transition ${kind}`, "", { "data-kind": kind, "data-outcome": outcome });
   const head = element.appendChild(el("p"));
   head.append(el("b", "kind", `${SIGNS[kind] ?? "◆"} ${kind}`), el("span", "chip", outcome));
-  const to = transition.new_groups.length ? ` → ${transition.new_groups.join(" + ")}` : "";
-  head.append(el("span", "", `group ${transition.old_groups.join(" + ")}${to}`));
-  const at = transition.started_s - startS;
-  head.append(el("time", "quiet", at < 0 ? `${clock(-at)} before` : `at ${clock(at)}`));
-  const words = kind === "drop" ? "of weights became KV" : "of weights came back";
-  const moved = transition.exchange_bytes ? `, ${bytes(transition.exchange_bytes)} of KV followed its layers` : "";
-  const lost = transition.num_lost ? `, ${transition.num_lost} requests lost theirs and are computed again` : "";
-  element.appendChild(el("p", "quiet", `${bytes(transition.weight_bytes)} ${words}${moved}${lost}`));
-  element.appendChild(steptrack(steps));
+  head.append(el("span", "", regrouping(transition)));
+  const at = (mark.isPreparing ? transition.started_s : mark.at) - startS;
+  const when = at < 0 ? `${clock(-at)} before` : `${mark.isPreparing ? "since" : "at"} ${clock(at)}`;
+  head.append(el("time", "quiet", when));
+  element.appendChild(el("p", "quiet", account(transition, mark)));
+  element.appendChild(steptrack(transition));
   return element;
 }
 
 /** The steps as parts of a bar, and in words. */
-function steptrack(steps) {
+function steptrack({ seconds: steps, step: current }) {
   const box = el("div", "steps");
-  const names = Object.keys(steps).filter((name) => !MOMENTS.includes(name));
+  const names = Object.keys(steps).filter((name) => !(name in MOMENTS));
   const total = names.reduce((sum, name) => sum + steps[name], 0);
   const bar = box.appendChild(el("div", "step-bar", "", { "aria-hidden": "true" }));
   const list = box.appendChild(el("ul"));
   for (const [i, name] of names.entries()) {
     const part = bar.appendChild(el("i", `step-${i % 5}`));
     part.style.flexGrow = total ? steps[name] / total : 1;
-    const entry = list.appendChild(el("li"));
-    entry.append(el("i", `swatch step-${i % 5}`), `${name} ${seconds(steps[name])}`);
+    const entry = list.appendChild(el("li", "", "", { title: STEPS[name]?.[1] ?? "" }));
+    entry.append(el("i", `swatch step-${i % 5}`), `${STEPS[name]?.[0] ?? name} ${seconds(steps[name])}`);
   }
-  for (const name of MOMENTS) {
-    if (steps[name] !== undefined) list.appendChild(el("li", "moment", `${name.replace("_", " ")} after ${seconds(steps[name])}`));
+  if (current) list.appendChild(el("li", "current", `${STEPS[current]?.[0] ?? current} …`, { title: STEPS[current]?.[1] ?? "" }));
+  for (const [name, [label, title]] of Object.entries(MOMENTS)) {
+    if (steps[name] !== undefined) list.appendChild(el("li", "moment", `${label} ${seconds(steps[name])}`, { title }));
   }
   return box;
 }

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from kunserve.api import feed as feed_module
 from kunserve.api.backend import ApiSettings
+from kunserve.api.context import API
 from kunserve.api.feed import BEHIND_BYTES, FEED, Feed
 from kunserve.frame import Frame, apply
 
@@ -269,3 +270,23 @@ async def test_rates() -> None:
 async def test_a_state_that_cannot_be_seen_is_an_error_not_a_broken_stream() -> None:
     async with watched(Scene({})) as (client, _):
         assert (await error_of(await client.get(URL)))["code"] == 500
+
+
+async def test_times_to_first_token_stay_while_none_comes() -> None:
+    """In an overload nobody gets a first token for longer than the window: just then they are looked for."""
+    async with watched(Scene()) as (client, _):
+        application = client.app
+        assert isinstance(application, web.Application)
+        metrics = application[API].metrics
+        rates = feed_module.Rates(metrics)
+        assert not rates.at(0.0).keys() & {"ttft_p50_s", "ttft_p99_s", "ttft_at_s"}
+        for at_s, ttft_s in ((1.0, 9.0), (14.0, 2.0), (15.0, 0.5)):
+            metrics.recent.first_token(at_s, ttft_s)
+        fresh = rates.at(15.0)
+        assert (fresh["ttft_p50_s"], fresh["ttft_p99_s"], "ttft_at_s" in fresh) == (2.0, 2.0, False)
+        old = rates.at(60.0)
+        assert (old["ttft_p50_s"], old["ttft_p99_s"], old["ttft_at_s"]) == (2.0, 2.0, 15.0)
+        assert rates.at(90.0)["ttft_at_s"] == 15.0  # a moment, not an age: nothing new has to be told meanwhile
+        metrics.recent.first_token(95.0, 70.0)
+        new = rates.at(96.0)
+        assert (new["ttft_p50_s"], "ttft_at_s" in new) == (70.0, False)

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from e2e.server_process import ServerProcess, running_server
 from e2e.tiny import WIDE_KV, TinyModels
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 MODEL = "<img src=x onerror=document.title='owned'>"  # a name that nobody should have
 API_KEY, ADMIN_KEY = "user", "root"
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # for people to look at
+WIDTHS = {1440: 1000, 390: 844}
+WAIT_MS = 30_000
+expect.set_options(timeout=WAIT_MS)
 FLAGS = (
     "--no-sandbox",  # CI runs as root, where chromium's sandbox cannot
     "--disable-gpu",
@@ -56,3 +60,16 @@ def server(chromium: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     keys = ("--api-key", API_KEY, "--admin-key", ADMIN_KEY)
     with running_server("--model", str(folder), "--served-model-name", MODEL, *memory, *keys) as server:
         yield server
+
+
+def take_screenshots(page: Page, name: str) -> None:
+    """At both widths, in both colour schemes; nothing sticks out at the side."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    for width, height in WIDTHS.items():
+        page.set_viewport_size({"width": width, "height": height})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    page.emulate_media(color_scheme="light")

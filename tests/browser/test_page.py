@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e.server_process import ServerProcess
 from playwright.sync_api import Browser, Page, Route, expect
 
-from browser.conftest import ADMIN_KEY, API_KEY, MODEL
+from browser.conftest import ADMIN_KEY, API_KEY, MODEL, WAIT_MS, take_screenshots
 
-SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # for people to look at
-WIDTHS = {1440: 1000, 390: 844}
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><b>bold</b>"
 WATCH_LENGTH = """() => {
   window.lengths = new Set();
@@ -23,8 +20,6 @@ WATCH_LENGTH = """() => {
   const look = () => lengths.add(list.textContent.length);
   new MutationObserver(look).observe(list, { subtree: true, childList: true, characterData: true });
 }"""
-WAIT_MS = 30_000
-expect.set_options(timeout=WAIT_MS)
 
 
 @dataclass
@@ -203,16 +198,3 @@ def test_nothing_left_the_machine_and_nothing_went_wrong(visit: Visit, server: S
     assert [url for url in visit.urls if not url.startswith(f"{server.url}/")] == []
     refused = [complaint for complaint in visit.complaints if "401" in complaint]  # the wrong admin key
     assert len(refused) == 1 and visit.complaints == refused
-
-
-def take_screenshots(page: Page, name: str) -> None:
-    """At both widths, in both colour schemes; nothing sticks out at the side."""
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    for width, height in WIDTHS.items():
-        page.set_viewport_size({"width": width, "height": height})
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
-    page.set_viewport_size({"width": 1440, "height": 1000})
-    page.emulate_media(color_scheme="light")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from e2e.engines import assert_idle, generate_all, greedy, running_engine
-from e2e.tiny import TinyModels, random_prompt
+from e2e.tiny import WIDE_KV, TinyModels, random_prompt
+from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 
 MIB = 1 << 20
@@ -72,6 +75,55 @@ async def test_memory_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=message):
         async with running_engine("smollm2-135m", "cpu:2", device_memory_bytes=730 * MIB):
             pass
+
+
+ONE_COPY: dict[str, Any] = {"device_memory_bytes": 19 * MIB, "max_model_len": 512}
+
+
+@pytest.mark.parametrize(
+    ("devices", "settings", "why"),
+    [
+        ("cpu:2", ONE_COPY, "One copy of the weights .* fits: nothing can be dropped. Two would fit on 4 devices"),
+        (
+            "cpu:2",
+            {"pipeline_parallel_size": 2},
+            "Without --pipeline-parallel-size 2 these devices would hold 2 copies",
+        ),
+        ("cpu:1", {}, "Two would fit on 2 devices like this one"),
+        ("cpu:2", {"num_blocks_override": 32, "max_model_len": 256}, None),
+    ],
+)
+async def test_a_server_that_can_never_drop_says_so_and_what_would_change_it(
+    devices: str, settings: dict[str, Any], why: str | None, tiny_models: TinyModels
+) -> None:
+    with capture_logs() as lines:
+        async with running_engine(
+            tiny_models.folder("llama", **WIDE_KV, num_hidden_layers=6), devices, **settings
+        ) as served:
+            copies = served.engine.state()["copies"]
+    warnings = [line["because"] for line in lines if line["event"] == "no weights can make room for KV"]
+    if why is None:
+        assert (copies["no_drop"], warnings) == (None, [])
+    else:
+        assert re.search(why, copies["no_drop"]) and warnings == [copies["no_drop"]]
+        assert (copies["now"], copies["at_launch"]) == (1, 1)
+        events = [line["event"] for line in lines]
+        assert events.index("no weights can make room for KV") == events.index("loaded") + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"overload_policy": OverloadPolicy.RECOMPUTE}, "--overload-policy recompute"), ({"is_pinned": True}, "--pin")],
+)
+async def test_a_flag_that_leaves_drops_to_operators_is_named_without_a_warning(
+    settings: dict[str, Any], flag: str, tiny_models: TinyModels
+) -> None:
+    with capture_logs() as lines:
+        async with running_engine(tiny_models.folder("llama"), "cpu:2", num_blocks_override=512, **settings) as served:
+            assert served.engine.state()["copies"]["no_drop"] == (
+                f"{flag}: weights are dropped only when an operator asks."
+            )
+    assert not [line for line in lines if line["event"] == "no weights can make room for KV"]
 
 
 @pytest.mark.parametrize("broken", ["truncated", "missing", "tokenizer"])

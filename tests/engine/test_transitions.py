@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -262,3 +262,33 @@ async def test_an_operator_whose_restore_is_ended_by_the_stop_is_told(tiny64: Pa
             await restore
         (group,) = checked.engine.groups
         assert len(group.stages) == 2 and checked.reconfigure.transitions[-1].outcome == "rolled back"
+
+
+async def test_a_transition_that_runs_says_what_it_is_at_and_how_many_weights_it_is_about(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+        copies = checked.engine.state()["copies"]
+        assert (copies["now"], copies["at_launch"]) == (2, 2)
+        answers = await begin(checked, again(REQUESTS))
+        drop = await watched(checked, checked.control.drop)
+        copies = checked.engine.state()["copies"]
+        assert (copies["now"], copies["at_launch"]) == (1, 2)
+        restore = await watched(checked, checked.control.restore)
+        await asyncio.gather(*answers)
+    for seen, steps in ((drop, ["boundary", "remap", "exchange"]), (restore, ["remap", "load"])):
+        done, running = seen[-1], seen[:-1]
+        shown = list(dict.fromkeys(state["step"] for state in running))
+        assert [step for step in steps if step in shown] == steps
+        assert {state["planned_bytes"] for state in running} == {done["weight_bytes"]} and done["weight_bytes"] > 0
+        assert done["outcome"] == "done" and not done.keys() & {"step", "planned_bytes"}
+
+
+async def watched(checked: Checked, begin: Callable[[], Awaitable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The states of a transition in every round of the event loop, the last when it was over."""
+    before = len(checked.reconfigure.transitions)
+    asked, seen = asyncio.ensure_future(begin()), list[dict[str, Any]]()
+    while not seen or seen[-1]["outcome"] == "running":
+        await asyncio.sleep(0)
+        seen += checked.engine.state()["transitions"][before:]
+    await asked
+    await checked.settled()
+    return seen
