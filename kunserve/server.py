@@ -35,6 +35,8 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
         uvloop.run(serve(config))
     except ConfigError as error:
         sys.exit(f"kunserve: {error.message}")
+    except KeyboardInterrupt:  # before there is a loop that listens to signals
+        sys.exit(130)
 
 
 def main() -> None:

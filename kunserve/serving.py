@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 import time
@@ -53,11 +54,30 @@ async def serve(config: ServerConfig) -> None:
         progress = LoadingProgress()
         async with listener.answering_with(loading_handler(lambda: progress.newest)):
             with progress:
-                served = await launch(config.engine, config.served_names[0], progress.update)
+                served = await _launch_or_stop(config, progress, stop)
         await _serve(config, served, listener, stop)
     finally:
         listener.close()
     log.info("stopped")
+
+
+async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop: asyncio.Event) -> Served:
+    """Load the model. A signal meanwhile ends the process at once.
+
+    Threads that download or read cannot be ended: a process that waited for them would go on for minutes. What they
+    leave behind, the next start completes.
+    """
+    launching = asyncio.create_task(launch(config.engine, config.served_names[0], progress.update))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((launching, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not launching.done():
+        log.info("stopped", before="the model was loaded")
+        if config.http.uds is not None:
+            config.http.uds.unlink(missing_ok=True)
+        sys.stderr.flush()
+        os._exit(0)
+    stopping.cancel()
+    return await launching
 
 
 async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -43,6 +44,21 @@ def test_a_port_in_use(tiny_flags: tuple[str, ...]) -> None:
         owner.listen()
         port = owner.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused(*tiny_flags, port=port)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a Hub that takes connections and never answers
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        server = ServerProcess("--model", "somebody/tiny", environment=environment)
+        try:
+            connection, _ = silent.accept()  # the model is being loaded
+            server.send_signal(number)
+            assert server.wait() == 0
+            assert "Traceback" not in server.log and "stopped" in server.log.splitlines()[-1]
+            connection.close()
+        finally:
+            server.close()
 
 
 # --- stopping ------------------------------------------------------------------------------------------------------
