@@ -28,5 +28,5 @@ def parse_size(text: str, plain_unit: str = "") -> int:
 
 
 def format_size(num_bytes: int) -> str:
-    """Return bytes as people read them: whole MiB, from 10 GiB on GiB with one digit ("730 MiB", "131.4 GiB")."""
-    return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes / (1 << 30):.1f} GiB"
+    """Return bytes as people read them, rounded down: GiB from ten of them on, else MiB ("730 MiB", "131.4 GiB")."""
+    return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes * 10 // (1 << 30) / 10:.1f} GiB"

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from kunserve.planner.drop import LEAST_GAIN, plan_drop
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
+from kunserve.sizes import format_size
 
-MIB, GIB = 1 << 20, 1 << 30
 ENOUGH_BLOCKS = 1 << 60  # more than any server holds: a plan for so many merges all that can merge
 
 # Complete copies of the weights that a launch makes of these devices, in chains of so many (None: as few as fit); 0 if
@@ -29,14 +29,14 @@ def why_no_drop(
     """
     if len(groups) > 1:
         return _why_no_merge(model, devices, groups)
-    copy = f"One copy of the weights ({_size(_weight_bytes(model))}) fits: nothing can be dropped."
+    copy = f"One copy of the weights ({format_size(_weight_bytes(model))}) fits: nothing can be dropped."
     if devices_per_group and (num := num_copies(model, devices, None)) > 1:
         return f"{copy} Without --pipeline-parallel-size {devices_per_group} these devices would hold {num} copies."
     ways = []
     if more := _devices_for_two(model, devices, devices_per_group, num_copies):
         ways.append(f"{more} devices like {'these' if len(devices) > 1 else 'this one'}")
     if most_bytes := _weights_for_two(model, devices, devices_per_group, num_copies):
-        ways.append(f"these {len(devices)} with weights of at most {_size(most_bytes)}")
+        ways.append(f"these {len(devices)} with weights of at most {format_size(most_bytes)}")
     return f"{copy} Two would fit on {', or on '.join(ways)}." if ways else copy
 
 
@@ -93,8 +93,3 @@ def _shrunk(model: ModelShape, layer_chunks: int) -> ModelShape:
 
 def _weight_bytes(model: ModelShape) -> int:
     return model.weight_chunks(0, model.num_layers) * model.chunk_bytes
-
-
-def _size(num_bytes: int) -> str:
-    """Return bytes as people read them, rounded down: GiB above ten of them, else MiB."""
-    return f"{num_bytes * 10 // GIB / 10:.1f} GiB" if num_bytes >= 10 * GIB else f"{num_bytes // MIB} MiB"
