@@ -39,6 +39,7 @@ from kunserve.flags import (
     parse_known,
     with_config_file,
 )
+from kunserve.grammar.fork_server import Vocabulary
 from kunserve.listen import Listener
 from kunserve.log import set_up_logging
 from kunserve.metrics import Metrics
@@ -326,10 +327,9 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     )
     model = served.engine.model
     grammars = Grammars(
-        tokenizer.to_json,
-        max(model.vocab_size, tokenizer.vocab_size),
-        model.eos_token_ids,
+        Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
         tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
+        served.metrics.structure_process_died,
     )
     return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
 

@@ -315,6 +315,8 @@ class Engine:
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.next_commit(group)
+            if failure is None:
+                await _take_tokens(batch, tokens)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
@@ -391,9 +393,7 @@ class Engine:
         live.last_token_s = now
         is_complete = False
         if request.constraint is not None:
-            try:
-                request.constraint.accept(token.token_id)
-            except KunServeError as error:
+            if (error := request.constraint.error) is not None:
                 self._fail(live, error)
                 return
             is_complete = request.constraint.is_finished
@@ -512,3 +512,21 @@ class Engine:
     def now() -> float:
         """The engine's clock, in seconds: the event loop's."""
         return asyncio.get_running_loop().time()
+
+
+async def _take_tokens(batch: Microbatch, tokens: Sequence[SampledToken]) -> None:
+    """Give the tokens of a microbatch to the grammars of its requests, all at once; return when all have judged them.
+
+    That is in another process: meanwhile the loop runs, and requests may end.
+    """
+    sampled, constraints = iter(tokens), []
+    for span in batch.spans:
+        for _ in scored_positions(span):
+            next(sampled)
+        token = next(sampled) if span.samples else None
+        request = span.request
+        if token is not None and request.constraint is not None and request.finish_reason is None:
+            request.constraint.accept(token.token_id)
+            constraints.append(request.constraint)
+    for constraint in constraints:
+        await constraint.settled()

@@ -133,7 +133,7 @@ def _sampled(
             if span.is_ahead:
                 output = (*output, -1 - places[r])
             if r.constraint is not None:
-                mask = r.constraint.next_mask() if span.is_ahead else r.constraint.mask()
+                mask = r.constraint.mask(len(output))
             yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
 
 
