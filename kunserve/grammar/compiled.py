@@ -82,6 +82,6 @@ def _enter(matcher: Matcher, process: Process | Death | KunServeError, is_alone:
     if isinstance(process, Process):
         matcher.enter(process, is_alone)
     elif isinstance(process, Death):
-        matcher.lost(process)
+        matcher.not_followed(process)
     else:
         matcher.fail(process)

@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     |(?P<object>%(?:json|regex|llguidance)(?=\s*\{))|(?P<directive>%(?!lark)\w+[^\n]*)
     |(?P<name>[!?]?[A-Za-z_]\w*)|(?P<literal>"(?:[^"\\\n]|\\.)*"i?|/(?!\*)(?:[^/\\\n]|\\.)+/[a-z]*|<[^<>\s]+>|@[\w.\-$]+)
     |(?P<repeat>[?*+]|~\s*\d+(?:\s*\.\.\s*\d+)?|\{\s*\d*\s*(?:,\s*\d*\s*)?\})|(?P<range>\.\.)
-    |(?P<alias>->\s*\w+)|(?P<mark>[()\[\]|:&~])""",
+    |(?P<alias>->\s*\w+)|(?P<mark>[()\[\]|:&~])|(?P<attribute>[=,]|\d+(?:\.\d+)?)""",
     re.VERBOSE,
 )
 _LEAST = re.compile(r"\d+")

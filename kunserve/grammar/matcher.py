@@ -79,6 +79,7 @@ class Matcher:
         if self._process is not None and self._process.is_alive:
             self._process.advance(self, len(self.token_ids), self.token_ids[-1:].tobytes())
         else:
+            self._process = None
             self._compiled.place(self)
 
     async def settled(self) -> None:
@@ -128,9 +129,14 @@ class Matcher:
         if num_tokens == len(self.token_ids):
             settle(self._mask, np.frombuffer(mask, np.uint32))
 
-    def lost(self, death: Death) -> None:
+    def lost(self, process: Process, death: Death) -> None:
         """See `Follower`."""
-        self._process = None
+        if self._process is process:
+            self._process = None
+            self.not_followed(death)
+
+    def not_followed(self, death: Death) -> None:
+        """Find another process, if it waits for one that has died, and unless that happens too often."""
         if not self.is_waiting:
             return
         self._num_deaths += 1

@@ -139,6 +139,7 @@ class Pool:
             self._end(process)
         if self._sweeping is not None:
             self._sweeping.cancel()
+        await asyncio.sleep(0)  # for the connections to close
         await self._fork_server.close()
 
     def _run_jobs(self) -> None:

@@ -56,8 +56,8 @@ class Follower(Protocol):
     def masked(self, num_tokens: int, mask: bytes) -> None:
         """What may follow it."""
 
-    def lost(self, death: Death) -> None:
-        """The process has died."""
+    def lost(self, process: Process, death: Death) -> None:
+        """That process has died."""
 
 
 class Process(asyncio.Protocol):
@@ -75,7 +75,7 @@ class Process(asyncio.Protocol):
         self.cpu_s, self.memory_bytes = CPU_S, 0  # of compiling
         self.first_mask = b""
         self.followers: dict[int, Follower] = {}
-        self.is_alive = True
+        self.is_alive = self._is_wanted = True
         self.used_s = asyncio.get_running_loop().time()  # by a request, last
         self._compiled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.Transport | None = None
@@ -140,7 +140,7 @@ class Process(asyncio.Protocol):
 
     def end(self) -> None:
         """Let it end: nobody needs it."""
-        self.is_alive = False
+        self.is_alive = self._is_wanted = False
         self._stop_watching()
         if self._transport is not None:
             self._transport.abort()
@@ -167,7 +167,7 @@ class Process(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`. How it ended, the fork server says."""
-        self._transport = None
+        self._transport, self.is_alive = None, False
         self._fork_server.kill(self._serial)
 
     def _settle(self, kind: Kind, payload: bytes) -> None:
@@ -185,17 +185,17 @@ class Process(asyncio.Protocol):
         """The process is no more."""
         self._stop_watching()
         self.pid = exit_.result().pid
-        was_alive, self.is_alive = self.is_alive, False
+        self.is_alive = False
         if self._transport is not None:
             self._transport.abort()
         death = _HUNG if self._is_hung else _death(exit_.result().status)
         if not self._compiled.done():
             self._compiled.set_exception(DiedError(death))
-        if was_alive or self._is_hung:
+        if self._is_wanted:
             self._on_death(self, death)
         followers, self.followers = self.followers, {}
         for follower in followers.values():
-            follower.lost(death)
+            follower.lost(self, death)
 
     def _watch(self) -> None:
         """End it if an answer is due for too long."""

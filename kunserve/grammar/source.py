@@ -32,7 +32,21 @@ def compile_matcher(tokenizer: LLTokenizer, kind: str, value: str) -> tuple[Any,
         raise RefusedError(error)
     if matcher.is_stopped():  # there is no first token
         raise RefusedError("nothing matches it")
+    _try_token(matcher, mask)
     return matcher, mask
+
+
+def _try_token(matcher: Any, mask: bytes) -> None:
+    """Raise RefusedError if the library gives up after the first token: its rules double, or are ambiguous."""
+    probe, first = matcher.deep_copy(), next((i for i, byte in enumerate(mask) if byte), None)
+    if first is None:
+        return
+    token_id = 8 * first + (mask[first] & -mask[first]).bit_length() - 1
+    probe.consume_token(token_id)
+    if not probe.is_stopped():
+        probe.compute_bitmask()
+    if probe.is_error():
+        raise RefusedError(probe.get_error())
 
 
 def _grammar(kind: str, value: str) -> str:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from api_fakes import FakeEngine, error_of, serving
 from structures import EOS, VOCABULARY
 
-from kunserve.api.structured import Grammars
+from kunserve.api.structured import MAX_CHARS, Grammars
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.errors import EngineError
 
@@ -122,3 +123,124 @@ async def test_a_reasoning_model_may_think_before() -> None:
             constraint.accept(token)
             await constraint.settled()
             assert constraint.error is None
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+WAYS_IN: dict[str, Any] = {
+    "response_format": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
+    ),
+    "tool_choice required": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        | {"tool_choice": "required"},
+    ),
+    "tool_choice named": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        | {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    ),
+    "guided_json": lambda schema: ("/v1/completions", {"prompt": "hi", "guided_json": schema}),
+    "guided_json as text": lambda schema: ("/v1/completions", {"prompt": "hi", "guided_json": json.dumps(schema)}),
+    "structured_outputs": lambda schema: ("/v1/completions", {"prompt": "hi", "structured_outputs": {"json": schema}}),
+    "messages": lambda schema: (
+        "/v1/messages",
+        {**HI, "tools": [{"name": "f", "input_schema": schema}], "tool_choice": {"type": "any"}},
+    ),
+    "messages, output_config": lambda schema: (
+        "/v1/messages",
+        {**HI, "output_config": {"format": {"type": "json_schema", "schema": schema}}},
+    ),
+    "responses": lambda schema: (
+        "/v1/responses",
+        {"input": "hi", "text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}},
+    ),
+    "responses, tools": lambda schema: (
+        "/v1/responses",
+        {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": schema}], "tool_choice": "required"},
+    ),
+}
+ITSELF: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "required": ["next"]}
+CHAIN = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1500)}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a chain of references": ({"$ref": "#/$defs/0", "$defs": {**CHAIN, "1500": {"type": "null"}}}, "nested too deeply"),
+    "too long": ({"description": "x" * MAX_CHARS}, "at most 65536 characters"),
+    "no end": ({"$ref": "#/$defs/n", "$defs": {"n": ITSELF}}, "ever ends"),
+    "150 levels": (nested(150), "cannot be used"),
+    "199 levels": (nested(190), "cannot be used"),
+    "260 levels": (nested(260), "deep"),
+    "900 levels": (nested(900), "deep"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+async def test_the_same_is_refused_whatever_way_it_comes_in(way: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        for name, (schema, reason) in REFUSED.items():
+            url, body = WAYS_IN[way](schema)
+            response = await client.post(url, json=body)
+            text = await response.text()
+            assert response.status == 400 and reason in text, (name, text)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param"),
+    [
+        ("/v1/responses", {"input": "hi", "metadata": nested(260)}, "metadata"),
+        ("/v1/completions", {"prompt": "hi", "nothing_we_know": nested(900)}, "nothing_we_know"),
+        ("/v1/chat/completions", {**HI, "chat_template_kwargs": nested(260)}, "chat_template_kwargs"),
+        (
+            "/v1/messages",
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "x", "name": "f", "input": nested(260)}],
+                    }
+                ],
+                "max_tokens": 2,
+            },
+            "messages",
+        ),
+    ],
+)
+async def test_nested_too_deeply_anywhere(url: str, body: dict[str, Any], param: str) -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post(url, json=body)
+        text = await response.text()
+    assert response.status == 400
+    assert f"`{param}` is nested more than 200 levels deep" in text
+
+
+async def test_what_is_as_deep_as_may_be_is_echoed() -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        metadata = nested(198)
+        response = await client.post("/v1/responses", json={"input": "hi", "metadata": metadata})
+        assert response.status == 200 and (await response.json())["metadata"] == metadata
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "a"',
+        'start: start "a"',
+        'root ::= "a" root',
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(30)) + '\nr30: "a"',
+    ],
+)
+@pytest.mark.parametrize("field", ["guided_grammar", "structured_outputs"])
+async def test_grammars_that_cannot_be(grammar: str, field: str) -> None:
+    value: Any = grammar if field == "guided_grammar" else {"grammar": grammar}
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True, field: value})
+        assert response.status == 400 and "cannot be used" in (await error_of(response))["message"]
