@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kunserve.errors import KunServeError
+from kunserve.errors import KunServeError, OverloadedError
 from kunserve.grammar.matcher import Mask, Matcher
 from kunserve.grammar.process import Death, Process
 
 if TYPE_CHECKING:
     from kunserve.grammar.pool import Key, Pool
 
+STOPPING = "the server is stopping"
 MATCHERS_PER_PROCESS = 8  # before another process is started, up to one for each core
 
 
@@ -45,6 +46,9 @@ class Compiled:
 
     def place(self, matcher: Matcher, is_alone: bool = False) -> None:
         """Find a process for a matcher that waits, or start one: for it alone, or for all that come meanwhile."""
+        if self._pool.is_closed:
+            matcher.fail(OverloadedError(STOPPING, retry_after_s=5))
+            return
         if is_alone:
             self._pool.spawn(self._start_alone(matcher))
             return

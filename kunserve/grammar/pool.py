@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from kunserve.errors import KunServeError, OverloadedError
-from kunserve.grammar.compiled import Compiled
+from kunserve.grammar.compiled import STOPPING, Compiled
 from kunserve.grammar.fair_queue import FairQueue
 from kunserve.grammar.fork_server import ForkServer, Vocabulary
 from kunserve.grammar.limits import CPU_S, RefusedError
@@ -74,6 +74,7 @@ class Pool:
         self._processes: dict[Process, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.TimerHandle | None = None
+        self.is_closed = False
 
     @property
     def fork_server_pid(self) -> int | None:
@@ -85,6 +86,8 @@ class Pool:
 
         Raises RefusedError if it cannot be used, OverloadedError if it cannot be compiled now.
         """
+        if self.is_closed:
+            raise OverloadedError(STOPPING, retry_after_s=5)
         if (text := self._refused.get(key)) is not None:
             raise RefusedError(text)
         if (compiled := self._compiled.get(key)) is not None:
@@ -131,6 +134,7 @@ class Pool:
 
     async def close(self) -> None:
         """End all processes, and return when they have ended."""
+        self.is_closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
