@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, RefusedError
-from kunserve.grammar.source import compile_matcher
+from kunserve.grammar.source import compile_matcher, is_limit, is_stuck
 from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
 
 NICE = 10  # of compiling: streams go before
-LIMIT_WORDS = ("max is", "fuel", "limit")  # in llguidance's messages about its LLParserLimits
 _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # rather this than the server
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -141,20 +140,25 @@ class _Places:
 
     def _send_mask(self, number: int, num_tokens: int) -> None:
         place = PLACE.pack(number, num_tokens)
+        matcher = self._matchers[number]
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
-            mask = self._matchers[number].compute_bitmask()
+            mask = matcher.compute_bitmask()
         except ValueError as error:
             self._refuse(place, str(error), None)
             return
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if is_stuck(matcher):
+            text = "a dead end: nothing may follow what was generated"
+            self._connection.sendall(frame(Kind.UNUSABLE, place, text.encode()))
+            return
         self._connection.sendall(frame(Kind.MASK, place, mask[: self._mask_bytes]))
 
     def _refuse(self, place: bytes, error: str, token_id: int | None) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         reason = error.partition("\n")[0]
-        if token_id is None or any(word in reason for word in LIMIT_WORDS):
-            self._connection.sendall(frame(Kind.TOO_COMPLEX, place, reason.encode()))
+        if token_id is None or is_limit(reason):
+            self._connection.sendall(frame(Kind.UNUSABLE, place, f"too complex: {reason}".encode()))
         else:
             text = f"the grammar does not allow token {token_id}: {reason}"
             self._connection.sendall(frame(Kind.WRONG, place, text.encode()))

@@ -117,8 +117,8 @@ class Matcher:
             return
         if kind is Kind.WRONG:
             self.fail(EngineError(reason))
-        elif kind is Kind.TOO_COMPLEX:
-            self.fail(InvalidRequestError(f"The structure that was asked for is too complex: {reason}"))
+        elif kind is Kind.UNUSABLE:
+            self.fail(InvalidRequestError(f"The structure that was asked for is {reason}"))
         elif kind is Kind.FINISHED:
             self.is_finished = True
             self.close()

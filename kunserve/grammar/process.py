@@ -51,7 +51,7 @@ class Follower(Protocol):
         """Whether an answer is due."""
 
     def judged(self, num_tokens: int, kind: Kind, reason: str) -> None:
-        """The last token may follow (MORE, FINISHED) or not (WRONG, TOO_COMPLEX)."""
+        """The last token may follow (MORE, FINISHED) or not (WRONG, UNUSABLE)."""
 
     def masked(self, num_tokens: int, mask: bytes) -> None:
         """What may follow it."""

@@ -13,6 +13,8 @@ from kunserve.grammar.limits import RefusedError
 
 # Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
 LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
+NUM_TRIED = 8  # tokens, before a structure is taken to be usable
+_LIMITS = ("max is", "fuel", "limit", "too many", "lexer error")  # in the library's messages about them
 # Models that may put any blanks anywhere put them for ever.
 _WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
 
@@ -30,23 +32,41 @@ def compile_matcher(tokenizer: LLTokenizer, kind: str, value: str) -> tuple[Any,
         raise RefusedError(str(caught)) from None
     if error:
         raise RefusedError(error)
-    if matcher.is_stopped():  # there is no first token
+    if is_stuck(matcher):
         raise RefusedError("nothing matches it")
-    _try_token(matcher, mask)
+    _try_tokens(matcher, mask)
     return matcher, mask
 
 
-def _try_token(matcher: Any, mask: bytes) -> None:
-    """Raise RefusedError if the library gives up after the first token: its rules double, or are ambiguous."""
-    probe, first = matcher.deep_copy(), next((i for i, byte in enumerate(mask) if byte), None)
-    if first is None:
-        return
-    token_id = 8 * first + (mask[first] & -mask[first]).bit_length() - 1
-    probe.consume_token(token_id)
-    if not probe.is_stopped():
-        probe.compute_bitmask()
-    if probe.is_error():
-        raise RefusedError(probe.get_error())
+def is_stuck(matcher: Any) -> bool:
+    """Whether nothing may follow what a matcher has taken, although that is no answer; known once it made a mask."""
+    return bool(matcher.is_stopped() and not matcher.is_accepting())
+
+
+def is_limit(error: str) -> bool:
+    """Whether the library's message says that finding out is too much work, and not that a token does not fit."""
+    return any(words in error for words in _LIMITS)
+
+
+def _try_tokens(matcher: Any, mask: bytes) -> None:
+    """Take a few tokens, the lowest that may come. Raises RefusedError if the library gives up, or nothing can follow.
+
+    Rules that double, or a regex of large counts, are compiled in a moment; their first masks are too much work.
+    """
+    probe, is_forced = matcher.deep_copy(), True
+    for _ in range(NUM_TRIED):
+        allowed = int.from_bytes(mask, "little")
+        is_forced = is_forced and allowed.bit_count() == 1
+        probe.consume_token((allowed & -allowed).bit_length() - 1)
+        if probe.is_stopped() and not probe.is_error():
+            return
+        mask = probe.compute_bitmask() if not probe.is_error() else b""
+        if is_limit(error := probe.get_error()):
+            raise RefusedError(error)
+        if is_stuck(probe):
+            if is_forced:
+                raise RefusedError("nothing matches it")
+            return  # other tokens may lead elsewhere
 
 
 def _grammar(kind: str, value: str) -> str:

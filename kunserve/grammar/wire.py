@@ -26,7 +26,7 @@ class Kind(IntEnum):
     MORE = 5  # PLACE: the last token may follow, and something may follow it
     FINISHED = 6  # PLACE: nothing may
     WRONG = 7  # PLACE, why: it may not follow
-    TOO_COMPLEX = 8  # PLACE, why: finding out is too much work
+    UNUSABLE = 8  # PLACE, what the structure is: too complex, or a dead end
     MASK = 9  # PLACE, bits
 
 

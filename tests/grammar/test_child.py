@@ -64,8 +64,16 @@ def test_too_complex_for_its_limits(tokenizer: LLTokenizer, serve: Any) -> None:
     server = serve(LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=3)))
     server.send(7, 1, b"a")
     kind, place, reason = next(server.answers)
-    assert (kind, place) == (Kind.TOO_COMPLEX, (7, 1))
+    assert (kind, place) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"too complex: ")
     assert len(reason) < 300 and b"\n" not in reason
+
+
+def test_a_dead_end_is_the_structure_s_fault(tokenizer: LLTokenizer, serve: Any) -> None:
+    server = serve(compile_matcher(tokenizer, "grammar", 'start: "a" X | "b"\nX: /c/ & /d/')[0])
+    server.send(7, 1, b"a")
+    assert next(server.answers)[:2] == (Kind.MORE, (7, 1))
+    kind, place, reason = next(server.answers)
+    assert (kind, place) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"a dead end")
 
 
 def test_verdicts_and_masks_of_several(tokenizer: LLTokenizer, serve: Any) -> None:
@@ -90,6 +98,7 @@ def test_verdicts_and_masks_of_several(tokenizer: LLTokenizer, serve: Any) -> No
         ("grammar", "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(30)) + '\nr30: "a"'),
         ("grammar", "R0: R1 R1\n" * 2),
         ("regex", "(a|b)*" * 2000),
+        ("grammar", 'start: "abc" X\nX: /c/ & /d/'),
     ],
 )
 def test_what_has_no_answer_is_refused_before_the_first_token(tokenizer: LLTokenizer, kind: str, value: str) -> None:
