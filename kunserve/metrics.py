@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kunserve.engine.request import FinishReason, Request
+from kunserve.grammar.limits import DEATH_REASONS
 from kunserve.recent import Recent
 
 TTFT_BUCKETS_S = (
@@ -188,6 +189,11 @@ class Metrics:
         self._rejections = family
         for reason in REJECTIONS:
             family.labels(**self._labels, reason=reason)  # from the start
+        text = "Processes of structures (schemas, grammars) that ended before their time, by reason."
+        family = Counter("kunserve:structure_process_deaths", text, [*self._labels, "reason"], registry=self._registry)
+        self._structure_process_deaths = family
+        for reason in DEATH_REASONS:
+            family.labels(**self._labels, reason=reason)
         self._drops = self._counter("kunserve:drops", "Transitions that dropped weights.")
         self._restores = self._counter("kunserve:restores", "Transitions that brought weights back.")
         self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
@@ -259,6 +265,10 @@ class Metrics:
     def body_bytes(self, num_bytes: int) -> None:
         """Show how many bytes of bodies are held that are no requests yet (fed by HTTP)."""
         self._body_bytes.set(num_bytes)
+
+    def structure_process_died(self, reason: str) -> None:
+        """Count a structure's process that ended before its time; `reason` is one of DEATH_REASONS."""
+        self._structure_process_deaths.labels(**self._labels, reason=reason).inc()
 
     def loop_lag(self, seconds: float) -> None:
         """Count how late a timer of the event loop fired."""

@@ -28,6 +28,7 @@ from kunserve.config import EngineConfig
 from kunserve.engine.launch import Served, launch
 from kunserve.errors import ConfigError
 from kunserve.flags import HttpConfig
+from kunserve.grammar.fork_server import Vocabulary
 from kunserve.listen import Listener
 from kunserve.metrics import Metrics
 from kunserve.progress import LoadingProgress
@@ -164,10 +165,9 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     )
     model = served.engine.model
     grammars = Grammars(
-        tokenizer.to_json,
-        max(model.vocab_size, tokenizer.vocab_size),
-        model.eos_token_ids,
+        Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
         tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
+        served.metrics.structure_process_died,
     )
     return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from aiohttp import ClientResponse, web
@@ -24,7 +24,16 @@ BOS = 1
 STATS = EngineStats(num_running=2, num_waiting=3, num_blocks=40, num_used_blocks=10, block_size=16)
 
 Client = TestClient[web.Request, web.Application]
-Script = Callable[[Request], Iterable[Output | BaseException | asyncio.Event]]
+
+
+class Waited(Protocol):
+    """What a script waits for: an event, for instance."""
+
+    async def wait(self) -> object:
+        """Return when it has happened."""
+
+
+Script = Callable[[Request], Iterable[Output | BaseException | Waited]]
 
 
 class CharTokenizer:

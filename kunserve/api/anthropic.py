@@ -183,9 +183,10 @@ def block_json(part: Part, is_new: bool = False) -> dict[str, Any]:
         case "reasoning":
             return {"type": "thinking", "thinking": text, "signature": ""}
     try:
-        arguments = orjson.loads(text or "{}")
+        orjson.loads(text or "{}")
+        arguments = orjson.Fragment(text or "{}")  # as it is: a model may nest deeper than orjson writes
     except orjson.JSONDecodeError:  # cut by max_tokens
-        arguments = {}
+        arguments = orjson.Fragment("{}")
     return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": arguments}
 
 

@@ -124,7 +124,7 @@ def create_app(
         yield
         threads.shutdown(wait=False, cancel_futures=True)
         if grammars is not None:
-            grammars.close()
+            await grammars.close()
 
     app.cleanup_ctx.append(stop_threads)
     app.on_startup.append(app[FEED].open)

@@ -30,6 +30,9 @@ SMALL_BYTES = 1 << 17  # up to 10 ms with orjson, for nested lists; 2 ms for tok
 # Bounds of what takes Python long to make or to forget in one piece: lists and objects within lists (no request has so
 # many prompts or messages), and strings, true, false and null, for which no decoder comes back to Python.
 MAX_LISTS, MAX_SCALARS = 1 << 15, 1 << 18
+# Of lists and objects in each other. Parts of a request are written again, in answers and for other libraries, whose
+# own bounds are 254 levels (orjson) and more; what is around them takes a few.
+MAX_DEPTH = 200
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -55,8 +58,8 @@ async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, An
             raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
         await api.turns.take()
         if body.num_bytes <= SMALL_BYTES:
-            return read(_object(_small(body.whole)))
-        return await api.on_thread(lambda: read(_object(_large(body.whole))))
+            return read(_object(body.whole, _small(body.whole)))
+        return await api.on_thread(lambda: read(_object(body.whole, _large(body.whole))))
 
 
 def _check_headers(request: web.Request, settings: ApiSettings) -> None:
@@ -78,10 +81,25 @@ async def _receive(request: web.Request, body: Body) -> None:
     body.end()
 
 
-def _object(values: object) -> dict[str, Any]:
+def _object(body: bytes, values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UnprocessableError("The body must be a JSON object.")
+    if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces(body)) > MAX_DEPTH:
+        for name, value in values.items():
+            _check_depth(value, name)
     return values
+
+
+def _check_depth(value: object, name: str) -> None:
+    """Raise InvalidRequestError if lists and objects are nested too deeply in a field."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        insides = [inside.values() if isinstance(inside, dict) else inside for inside in level]
+        level = [value for values in insides for value in values if isinstance(value, dict | list)]
+    if level:
+        raise InvalidRequestError(f"`{name}` is nested more than {MAX_DEPTH} levels deep.", param=name)
 
 
 def _small(body: bytes) -> object:

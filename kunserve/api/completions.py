@@ -145,7 +145,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as place:
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
         bad_words = await spell(api, generation.bad_words)
-        constraint = await compile_structure(api, generation.structure, reasons=False)
+        constraint = await compile_structure(request, api, generation.structure, generation.user, reasons=False)
         fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
         echoes = await _echoes(api, call, tokenized, fitted)
         prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]

@@ -38,19 +38,19 @@ async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, a
     generation, owner = call.generation, owner_of(request, call.generation.user)
     num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
     with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as place:
-        talk = await prepare(api, call)
+        talk = await prepare(request, api, call)
         prompts = [(talk.ids, talk.params, None)]
         choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, talk.new_parser)
         return await answer(request, api, form, choices, place)
 
 
-async def prepare(api: Api, call: ChatCall) -> Conversation:
+async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversation:
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
     call.tools.new_parser(api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
     think = _splitter(api, prompt)
     structure = call.generation.structure or call.tools.structure
-    constraint = await compile_structure(api, structure, reasons=think is not None)
+    constraint = await compile_structure(request, api, structure, call.generation.user, think is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
     if call.tools.shows_special_tokens(api.settings.tool_call_parser):
@@ -64,14 +64,17 @@ async def prepare(api: Api, call: ChatCall) -> Conversation:
     return Conversation(ids, params, constraint, new_parser if needs_parser else None)
 
 
-async def compile_structure(api: Api, structure: Structure | None, reasons: bool) -> GrammarConstraint | None:
-    """The constraint for what the client asked for, made on a thread."""
+async def compile_structure(
+    request: web.Request, api: Api, structure: Structure | None, user: str, reasons: bool
+) -> GrammarConstraint | None:
+    """The constraint for what the client asked for. Clients take turns, by address where nothing else is known."""
     if structure is None:
         return None
     grammars = api.grammars
     if grammars is None:
         raise InvalidRequestError(f"`{structure.param}` is not supported by this server.", param=structure.param)
-    return await api.on_thread(lambda: grammars.compile(structure, reasons=reasons))
+    owner = owner_of(request, user) or f"address {request.remote}"
+    return await grammars.compile(structure, reasons, owner)
 
 
 def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | None:

@@ -1,46 +1,48 @@
-"""Structured output: what a client asks for (a schema, a regex, choices, a grammar) to a constraint of the engine.
-
-Needs the extra `structured` (llguidance). Compiling takes milliseconds, at the first use 0.4 s for the vocabulary:
-always on a thread.
-"""
+"""Structured output: what a client asks for (a schema, a regex, choices, a grammar) to a constraint of the engine."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Literal
 
 import orjson
 
 from kunserve.api.fields import Fields, is_str_list, wrong_type
+from kunserve.engine.constraint import GrammarConstraint
 from kunserve.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from kunserve.engine.constraint import GrammarConstraint
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.grammar.limits import RefusedError
+from kunserve.grammar.pool import Pool
 
 MAX_CHARS = 1 << 16  # of a schema or grammar: compiling is not linear
-# Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
-LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
-# Models that may put any blanks anywhere put them for ever.
-_WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What an output must be. `value`: JSON schema as JSON, regex, choices as a JSON list, Lark or GBNF grammar."""
+    """What an output must be. `value`: JSON schema as JSON, regex, choices as a JSON list, Lark or GBNF grammar.
+
+    Whatever way it came in, InvalidRequestError if it is too long.
+    """
 
     kind: Kind
     value: str
     param: str  # the field it came from
 
+    def __post_init__(self) -> None:
+        if len(self.value) > MAX_CHARS:
+            text = f"`{self.param}` must have at most {MAX_CHARS} characters; it has {len(self.value)}."
+            raise InvalidRequestError(text, param=self.param)
+
 
 def json_structure(schema: object, param: str) -> Structure:
-    """Output is JSON that matches `schema`."""
-    return Structure("json", orjson.dumps(schema).decode(), param)
+    """Output is JSON that matches `schema`. InvalidRequestError if it is nested too deeply."""
+    try:
+        return Structure("json", orjson.dumps(schema).decode(), param)
+    except TypeError:  # orjson reads more levels than it writes
+        raise InvalidRequestError(f"`{param}` is nested too deeply.", param=param) from None
 
 
 def read_structure(fields: Fields) -> Structure | None:
@@ -50,12 +52,7 @@ def read_structure(fields: Fields) -> Structure | None:
     if len(found) > 1:
         params = " and ".join(f"`{structure.param}`" for structure in found[:2])
         raise InvalidRequestError(f"{params} exclude each other.", param=found[1].param)
-    if not found:
-        return None
-    if len(found[0].value) > MAX_CHARS:
-        text = f"`{found[0].param}` must have at most {MAX_CHARS} characters."
-        raise InvalidRequestError(text, param=found[0].param)
-    return found[0]
+    return found[0] if found else None
 
 
 def _of_response_format(fields: Fields) -> list[Structure]:
@@ -112,69 +109,33 @@ def _of_schema(value: object, param: str) -> Structure:
 
 
 class Grammars:
-    """Compiles structures for one model's vocabulary."""
+    """Compiles structures for one model's vocabulary, in processes of their own (`kunserve.grammar`)."""
 
     def __init__(
         self,
-        tokenizer_json: Callable[[], str],
-        vocab_size: int,
-        eos_token_ids: Sequence[int],
+        vocabulary: Vocabulary,
         reasoning_end: int | None = None,
+        on_death: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`reasoning_end`: id of the token that ends reasoning; structures hold for what follows it."""
-        self._tokenizer_json, self._vocab_size = tokenizer_json, vocab_size
-        self._eos_token_ids, self._reasoning_end = list(eos_token_ids), reasoning_end
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
-        self._lock = threading.Lock()
-        self._tokenizer: Any = None
+        """`reasoning_end`: id of the token that ends reasoning; structures hold for what follows it.
 
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        `on_death` is told why, in a word, when a structure's process ends that should not have.
+        """
+        self._pool, self._reasoning_end = Pool(vocabulary, on_death), reasoning_end
 
-    def compile(self, structure: Structure, reasons: bool) -> GrammarConstraint:
-        """The constraint at its beginning, after the reasoning if the model `reasons`. Blocking.
+    async def close(self) -> None:
+        """End the processes."""
+        await self._pool.close()
 
-        Raises InvalidRequestError when it is not valid, or when the server was installed without the extra.
+    async def compile(self, structure: Structure, reasons: bool, owner: str = "") -> GrammarConstraint:
+        """Return the constraint at its beginning, after the reasoning if the model `reasons`.
+
+        Owners take turns. Raises InvalidRequestError when the structure cannot be used, OverloadedError when it
+        cannot be compiled now.
         """
         try:
-            import llguidance
-
-            from kunserve.engine.constraint import GrammarConstraint
-        except ImportError:
-            text = f"`{structure.param}` needs a server installed with the extra `structured`."
+            compiled = await self._pool.compile((structure.kind, structure.value), owner)
+        except RefusedError as error:
+            text = f"`{structure.param}` cannot be used: {' '.join(str(error).split())[:300]}"
             raise InvalidRequestError(text, param=structure.param) from None
-        with self._lock:
-            if self._tokenizer is None:
-                eos = self._eos_token_ids or None
-                self._tokenizer = llguidance.LLTokenizer(
-                    self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos
-                )
-        try:
-            limits = llguidance.LLParserLimits(**LIMITS)
-            matcher = llguidance.LLMatcher(self._tokenizer, _grammar(structure), log_level=0, limits=limits)
-            error = matcher.get_error()
-        except ValueError as caught:
-            error = str(caught)
-        if error:
-            text = f"`{structure.param}` cannot be used: {' '.join(error.split())[:300]}"
-            raise InvalidRequestError(text, param=structure.param)
-        begins_after = self._reasoning_end if reasons else None
-        return GrammarConstraint(matcher, self._vocab_size, self._threads, begins_after)
-
-
-def _grammar(structure: Structure) -> str:
-    """As llguidance reads it. Raises ValueError."""
-    from llguidance import LLMatcher, grammar_from
-
-    match structure.kind:
-        case "json":
-            options = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
-            return str(LLMatcher.grammar_from_json_schema(structure.value, defaults=options))
-        case "regex":
-            return str(LLMatcher.grammar_from_regex(structure.value))
-        case "choice":
-            choices = [orjson.dumps(choice).decode() for choice in orjson.loads(structure.value)]
-            return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(choices)}"))  # one lexeme
-        case "grammar":
-            return str(grammar_from("grammar", structure.value))
+        return GrammarConstraint(compiled.matcher(), self._reasoning_end if reasons else None)

@@ -1,87 +1,70 @@
-"""Request flow, beside the sampler: which tokens a request's grammar allows next, found out off the event loop.
+"""Request flow, beside the sampler: which tokens a request's grammar allows next, found out in another process.
 
-The tokens so far are known when a step is scheduled, so a thread computes the mask while the devices compute the
-logits; the sampler only waits for it if they are faster.
+The tokens so far are known when a step is scheduled, so the mask is computed while the devices compute the logits;
+the sampler only waits for it if they are faster. What becomes of a token that was chosen is asked before it is
+published, because "nothing may follow" is a reason to finish.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
-
-import llguidance.numpy
-import numpy as np
-from llguidance import LLMatcher
-from numpy.typing import NDArray
-
 from kunserve.engine.request import TokenMask
-from kunserve.errors import EngineError, InvalidRequestError
-
-LIMIT_WORDS = ("max is", "fuel", "limit")  # in llguidance's messages about its LLParserLimits
+from kunserve.errors import KunServeError
+from kunserve.grammar.matcher import Mask, Matcher, settle
 
 
 class GrammarConstraint:
     """One request's place in its grammar. Implements `request.Constraint`; owned by the engine once submitted."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, threads: Executor, begins_after: int | None = None) -> None:
+    def __init__(self, matcher: Matcher, begins_after: int | None = None) -> None:
         """`begins_after`: the token that ends the model's reasoning, before which everything is allowed."""
-        self._matcher, self._vocab_size, self._threads = matcher, vocab_size, threads
-        self._begins_after = begins_after
-        self._mask: Future[NDArray[np.uint32]] | None = None
-        self._next: Future[TokenMask] | None = None  # somebody will need the mask after the next `accept`
-        self._is_finished = begins_after is None and matcher.is_stopped()
+        self._matcher, self._begins_after = matcher, begins_after
+        self._num_accepted = 0
+        self._next: Mask | None = None  # somebody will need the mask after the next `accept`
 
     def copy(self) -> GrammarConstraint:
         """Another request's, at the same place."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocab_size, self._threads, self._begins_after)
+        other = GrammarConstraint(self._matcher.copy(), self._begins_after)
+        other._num_accepted = self._num_accepted
+        return other
 
-    def mask(self) -> TokenMask:
+    def mask(self, num_accepted: int) -> TokenMask:
         """See `Constraint.mask`. What it returns may be called on any thread."""
-        if self._begins_after is not None:
-            return lambda: None
-        if self._mask is None:
-            self._mask = self._threads.submit(self._compute)
-        return self._mask.result
-
-    def next_mask(self) -> TokenMask:
-        """See `Constraint.next_mask`."""
-        waiting = self._next = self._next or Future()
-        return lambda: waiting.result()()
+        # A token is accepted before its step is committed: a step that is planned in between runs ahead of a token
+        # that is known here.
+        if num_accepted > self._num_accepted:
+            self._next = self._next or Mask()
+            return self._next.result
+        return (lambda: None) if self._begins_after is not None else self._matcher.mask.result
 
     def accept(self, token_id: int) -> None:
         """See `Constraint.accept`."""
-        self._accept(token_id)
-        self._is_finished = self._begins_after is None and self._matcher.is_stopped()  # before a thread has it again
-        if self._next is not None and not self._is_finished:
-            self._next.set_result(self.mask())
-            self._next = None
+        self._num_accepted += 1
+        mask, self._next = self._next or Mask(), None
+        if self._begins_after is None:
+            self._matcher.advance(token_id, mask)
+        elif token_id == self._begins_after:
+            self._begins_after = None
+            settle(mask, self._matcher.mask.result())  # the first one, which is known
+        else:
+            settle(mask, None)
+
+    async def settled(self) -> None:
+        """See `Constraint.settled`."""
+        await self._matcher.settled()
 
     def close(self) -> None:
         """See `Constraint.close`."""
         if self._next is not None:
-            self._next.set_result(lambda: None)
+            settle(self._next, None)
             self._next = None
+        self._matcher.close()
 
-    def _accept(self, token_id: int) -> None:
-        if self._begins_after is not None:
-            if token_id == self._begins_after:
-                self._begins_after = None
-            return
-        if self._mask is not None:
-            self._mask.result()  # done, unless the token came from elsewhere: the matcher is one thread's at a time
-        self._mask = None
-        if not self._matcher.consume_token(token_id) or self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]
-            if any(word in reason for word in LIMIT_WORDS):
-                raise InvalidRequestError(f"The structure that was asked for is too complex: {reason}")
-            raise EngineError(f"the grammar does not allow token {token_id}: {reason}")
+    @property
+    def error(self) -> KunServeError | None:
+        """See `Constraint.error`."""
+        return self._matcher.error
 
     @property
     def is_finished(self) -> bool:
         """See `Constraint.is_finished`."""
-        return self._is_finished
-
-    def _compute(self) -> NDArray[np.uint32]:
-        words = llguidance.numpy.allocate_token_bitmask(1, self._vocab_size)
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, words)
-        mask: NDArray[np.uint32] = words[0].view(np.uint32)
-        return mask
+        return self._matcher.is_finished

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,6 +319,7 @@ class Engine:
 
     async def _forward(self, group: Group, batch: Microbatch, execution: Any) -> None:
         started, tokens, failure = self.now(), list[SampledToken](), None
+        faults: dict[str, BaseException] = {}
         try:
             try:
                 tokens = await execution
@@ -326,6 +327,8 @@ class Engine:
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.next_commit(group)
+            if failure is None:
+                faults = await _take_tokens(batch, tokens)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.progress()
@@ -338,7 +341,7 @@ class Engine:
             if isinstance(failure, DeviceLostError):
                 self.halt()
         else:
-            self._commit(group, batch, tokens)
+            self._commit(group, batch, tokens, faults)
             if self.mover is not None:
                 self.mover.stepped(group, self._seconds_since(started, group))
         self._last_step_s = self.now()
@@ -354,8 +357,13 @@ class Engine:
         del before[: -len(group.stages)]
         return now - begun
 
-    def _commit(self, group: Group, batch: Microbatch, tokens: list[SampledToken]) -> None:
-        """Account for a microbatch that has passed its chain, and publish its tokens."""
+    def _commit(
+        self, group: Group, batch: Microbatch, tokens: list[SampledToken], faults: Mapping[str, BaseException]
+    ) -> None:
+        """Account for a microbatch that has passed its chain, and publish its tokens.
+
+        `faults`: what the grammars of requests have raised, by request id.
+        """
         self.scheduler.commit(group, batch)
         self._release_ended(batch)
         self.metrics.step(batch.num_tokens)
@@ -366,7 +374,7 @@ class Engine:
         sampled, now, num_generated = iter(tokens), self.now(), 0
         for span in batch.spans:
             request, _, _, samples, _ = span
-            error: BaseException | None = None
+            error = faults.get(request.request_id)
             for position in scored_positions(span):
                 given = next(sampled)
                 error = error or given.error
@@ -426,7 +434,8 @@ class Engine:
         live.last_token_s = now
         is_complete = False
         if request.constraint is not None:
-            request.constraint.accept(token.token_id)
+            if (wrong := request.constraint.error) is not None:
+                raise wrong
             is_complete = request.constraint.is_finished
         reason: FinishReason | None
         stop: int | str | None
@@ -553,3 +562,32 @@ class Engine:
     def now() -> float:
         """The engine's clock, in seconds: the event loop's."""
         return asyncio.get_running_loop().time()
+
+
+async def _take_tokens(batch: Microbatch, tokens: Sequence[SampledToken]) -> dict[str, BaseException]:
+    """Give the tokens of a microbatch to the grammars of its requests, all at once; return when all have judged them.
+
+    That is in another process: meanwhile the loop runs, and requests may end. Returns what a grammar has raised, by
+    request id.
+    """
+    sampled, faults, constraints = iter(tokens), dict[str, BaseException](), dict[str, Constraint]()
+    for span in batch.spans:
+        for _ in scored_positions(span):
+            next(sampled)
+        token = next(sampled) if span.samples else None
+        request = span.request
+        if token is None or token.error is not None or request.constraint is None or request.finish_reason is not None:
+            continue
+        constraints[request.request_id] = request.constraint
+        try:
+            request.constraint.accept(token.token_id)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+            faults[request.request_id] = error
+    for request_id in constraints.keys() - faults.keys():
+        try:
+            await constraints[request_id].settled()
+        except Exception as error:
+            faults[request_id] = error
+    return faults

@@ -143,14 +143,14 @@ def _sampled(
             output = tuple(r.output_token_ids)
             if span.is_ahead:
                 output = (*output, -1 - places[r])
-            mask = None if r.constraint is None else _mask(r.constraint, is_next=span.is_ahead)
+            mask = None if r.constraint is None else _mask(r.constraint, len(output))
             yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
 
 
-def _mask(constraint: Constraint, *, is_next: bool) -> TokenMask:
+def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
     """Return a grammar's mask. What goes wrong comes out when its row is sampled: here it would end the engine."""
     try:
-        return constraint.next_mask() if is_next else constraint.mask()
+        return constraint.mask(num_accepted)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kunserve.errors import KunServeError
+
 # Waits for the mask: bit i of its little-endian words (V / 32,) uint32 allows token i; None allows all.
 TokenMask = Callable[[], NDArray[np.uint32] | None]
 
@@ -74,20 +76,24 @@ class Output(NamedTuple):
 class Constraint(Protocol):
     """What a request's next token may be, by a grammar (engine/constraint.py). Used on the event loop only."""
 
-    def mask(self) -> TokenMask:
-        """Begin to find out which tokens may come next; the same until `accept`."""
+    def mask(self, num_accepted: int) -> TokenMask:
+        """Return which tokens may come after so many: as many as `accept` was given, or one more.
 
-    def next_mask(self) -> TokenMask:
-        """As `mask`, for the token after the one that `accept` has not been given yet: it waits for both."""
+        If it is one more, the mask waits for that token, too.
+        """
 
     def accept(self, token_id: int) -> None:
-        """Take the token that was chosen.
+        """Begin to take the token that was chosen: `settled` says when it is known what comes of it."""
 
-        Raises EngineError if it cannot follow, InvalidRequestError if that is too much work to find out.
-        """
+    async def settled(self) -> None:
+        """Return when `error` and `is_finished` are known for all accepted tokens: after a bounded time."""
 
     def close(self) -> None:
         """Nothing will be accepted any more: whoever waits may go on, with any token."""
+
+    @property
+    def error(self) -> KunServeError | None:
+        """EngineError if a token cannot follow, InvalidRequestError if finding out is too much work; else None."""
 
     @property
     def is_finished(self) -> bool:

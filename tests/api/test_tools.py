@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 import pytest
 from api_fakes import FakeEngine, error_of, events_of, say, serving
 from openai import AsyncOpenAI
+from structures import VOCABULARY
 
 from kunserve.api.backend import ApiSettings
 from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import TOOL_PARSERS, TaggedCalls
 from kunserve.api.tools import Tools
-from kunserve.engine.request import FinishReason, Output, Request
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.request import Constraint, FinishReason, Output, Request
 from kunserve.errors import EngineError
 
 URL = "/v1/chat/completions"
@@ -25,8 +26,7 @@ CALL = 'Well.<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</
 
 
 def grammars() -> Grammars:
-    tokenizer = Tokenizer.dummy(300, (299,))
-    return Grammars(tokenizer.to_json, 300, (299,))
+    return Grammars(VOCABULARY)
 
 
 def talking(text: str) -> FakeEngine:
@@ -137,15 +137,28 @@ async def test_a_server_without_parser_says_so() -> None:
 def obeying(text: str) -> FakeEngine:
     """Says `text`, and checks that the constraint allows it, byte by byte, and then the end."""
 
-    def script(request: Request) -> list[Output]:
+    class Obeyed:
+        def __init__(self, constraint: Constraint) -> None:
+            self.constraint = constraint
+
+        async def wait(self) -> None:
+            await take(self.constraint, text.encode())
+            if not self.constraint.is_finished:
+                await take(self.constraint, b"", 299)
+            assert self.constraint.error is None
+
+    def script(request: Request) -> Iterator[Output | Obeyed]:
         assert request.constraint is not None
-        for byte in text.encode():
-            request.constraint.accept(byte)
-        if not request.constraint.is_finished:
-            request.constraint.accept(299)
-        return say(text, FinishReason.STOP)
+        yield Obeyed(request.constraint)
+        yield from say(text, FinishReason.STOP)
 
     return FakeEngine(script)
+
+
+async def take(constraint: Constraint, text: bytes, *token_ids: int) -> None:
+    for token_id in (*text, *token_ids):
+        constraint.accept(token_id)
+        await constraint.settled()
 
 
 async def test_required_calls() -> None:
@@ -158,14 +171,16 @@ async def test_required_calls() -> None:
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["time", "weather"]
 
 
-def test_a_required_call_has_nothing_that_nobody_would_see() -> None:
+async def test_a_required_call_has_nothing_that_nobody_would_see() -> None:
     structure = Tools([TIME], "required").structure
     assert structure is not None
-    constraint = grammars().compile(structure, reasons=False)
-    for byte in b'[{"name": "time", "parameters": {}':
-        constraint.accept(byte)
-    with pytest.raises(EngineError, match="does not allow token 44"):
-        constraint.accept(ord(","))
+    made = grammars()
+    constraint = await made.compile(structure, reasons=False)
+    await take(constraint, b'[{"name": "time", "parameters": {}')
+    assert not constraint.error
+    await take(constraint, b",")
+    assert isinstance(constraint.error, EngineError) and "does not allow token 44" in constraint.error.message
+    await made.close()
 
 
 async def test_a_named_call() -> None:

@@ -16,6 +16,7 @@ from e2e.tiny import WIDE_KV, TinyModels, random_prompt
 from kunserve.api.structured import Grammars, Structure
 from kunserve.engine.engine import Engine
 from kunserve.engine.request import Output, SamplingParams
+from kunserve.grammar.fork_server import Vocabulary
 
 
 async def outputs_of(engine: Engine, prompt: list[int], params: SamplingParams) -> list[Output]:
@@ -48,8 +49,8 @@ async def test_grammars_hold_while_requests_are_preempted(tiny_models: TinyModel
     pattern = "(a|bc){20,40}z"
     async with running_engine(folder, overload_policy="recompute", **settings) as served:
         engine, tokenizer = served.engine, served.tokenizer
-        grammars = Grammars(tokenizer.to_json, engine.model.vocab_size, (EOS,))
-        compiled = await asyncio.to_thread(grammars.compile, Structure("regex", pattern, "x"), False)
+        grammars = Grammars(Vocabulary(tokenizer.to_json, engine.model.vocab_size, (EOS,)))
+        compiled = await grammars.compile(Structure("regex", pattern, "x"), reasons=False)
 
         async def constrained(seed: int) -> str:
             request = new_request(random_prompt(30 + seed), SamplingParams(max_tokens=90, seed=seed, min_tokens=2))
@@ -64,5 +65,5 @@ async def test_grammars_hold_while_requests_are_preempted(tiny_models: TinyModel
         assert all(re.fullmatch(pattern, text) for text in texts), texts
         assert len(set(texts)) > 1
         assert engine.scheduler.num_preemptions > 0
-        grammars.close()
+        await grammars.close()
         await assert_idle(engine)

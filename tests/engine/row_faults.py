@@ -10,7 +10,7 @@ from typing import Any
 from tiny_models import VOCAB_SIZE
 
 from kunserve.engine.request import Request, SamplingParams, TokenMask
-from kunserve.errors import EngineError, InvalidRequestError
+from kunserve.errors import EngineError, InvalidRequestError, KunServeError
 
 BAD_TOKEN = 200  # whose embedding is NaN in `broken_model`
 MAX_TOKENS = 12
@@ -28,7 +28,7 @@ class Grammar:
 
     def __init__(self, call: str, at: int, error: BaseException) -> None:
         self._call, self._at, self._error, self._num_calls = call, at, error, 0
-        self._next = list[Future[None]]()
+        self._num_accepted, self._next = 0, list[Future[None]]()
 
     def _count(self, call: str) -> None:
         if call == self._call:
@@ -36,28 +36,27 @@ class Grammar:
             if self._num_calls > self._at:  # a row may be looked at twice: it stays broken
                 raise self._error
 
-    def mask(self) -> TokenMask:
+    def mask(self, num_accepted: int) -> TokenMask:
         self._count("mask")
-
-        def look() -> None:
-            self._count("look")
-
-        return look
-
-    def next_mask(self) -> TokenMask:
         waiting = Future[None]()
-        self._next.append(waiting)
-        mask = self.mask()
+        if num_accepted > self._num_accepted:
+            self._next.append(waiting)
+        else:
+            waiting.set_result(None)
 
         def wait() -> None:
             waiting.result(60)
-            mask()
+            self._count("look")
 
         return wait
 
     def accept(self, token_id: int) -> None:
         self._count("accept")
+        self._num_accepted += 1
         self._release()
+
+    async def settled(self) -> None:
+        self._count("settled")
 
     def close(self) -> None:
         self._release()
@@ -66,6 +65,11 @@ class Grammar:
     def _release(self) -> None:
         while self._next:
             self._next.pop().set_result(None)
+
+    @property
+    def error(self) -> KunServeError | None:
+        self._count("error")
+        return None
 
     @property
     def is_finished(self) -> bool:
@@ -122,6 +126,8 @@ EVERY_LAYOUT = {
     "a mask that cannot be begun": Fault(constrained("mask", 2, RuntimeError("no thread")), "no thread"),
     "a token that is not accepted": Fault(constrained("accept", 2, EngineError("not allowed")), "not allowed", 0),
     "a token that makes the grammar panic": Fault(constrained("accept", 0, Panic("oh")), "a step failed: .*oh"),
+    "a verdict that is not told": Fault(constrained("settled", 2, ValueError("no verdict")), "no verdict"),
+    "a token that cannot follow": Fault(constrained("error", 1, EngineError("not allowed")), "not allowed", 0),
     "an end that raises": Fault(constrained("is_finished", 3, KeyError("end")), "a step failed: .*end"),
     "a stop string that raises": Fault(
         lambda: Request("bad", PROMPT, replace(DRAWN, stop=(Stop("\0\0\0"),))), "a step failed: .*the stop string"

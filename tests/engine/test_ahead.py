@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +11,17 @@ import pytest
 import torch
 from e2e.engines import LAYOUTS, assert_idle, running_engine
 from engine_fakes import EOS, Step, make_request, read, scripted_engine, token_ids
-from llguidance import LLMatcher, LLTokenizer
+from structures import constraint, open_pool
 from tiny_models import VOCAB_SIZE
 
-from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.engine import Engine
 from kunserve.engine.microbatch import fill_sampling, fill_token_ids
 from kunserve.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from kunserve.engine.sampler import SampledToken, SamplingRow
 from kunserve.engine.stream import OutputStream
 from kunserve.errors import DeviceError, EngineError
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.grammar.pool import Pool
 
 DRAWN = SamplingParams(16, temperature=0.9, seed=3, ignore_eos=True)
 CHOICES = (
@@ -37,7 +37,7 @@ CHOICES = (
 )
 
 
-def requests(threads: ThreadPoolExecutor, tokenizer: LLTokenizer) -> list[Request]:
+async def requests(pool: Pool) -> list[Request]:
     """Two that begin together and fill 20 blocks, every kind of sampling twice, and two grammars."""
     made = [Request(f"long {i}", [3, 4, 5 + i], replace(DRAWN, max_tokens=70, seed=i)) for i in range(2)]
     made += [
@@ -45,9 +45,8 @@ def requests(threads: ThreadPoolExecutor, tokenizer: LLTokenizer) -> list[Reques
         for i, p in enumerate(CHOICES * 2)
     ]
     for i, pattern in enumerate(("(ab|ba|c){1,9}", "[a-f]{30}")):
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(pattern))
         request = Request(f"g{i}", [5, 6, 7 + i], replace(DRAWN, ignore_eos=False, max_tokens=40))
-        request.constraint = GrammarConstraint(matcher, VOCAB_SIZE, threads)
+        request.constraint = await constraint(pool, ("regex", pattern))
         made.append(request)
     return made
 
@@ -72,26 +71,25 @@ async def answers(engine: Engine, asked: Sequence[Request]) -> list[tuple[object
 @pytest.mark.parametrize("num_blocks", [200, 15])  # of 8 tokens: plenty, and so few that requests are preempted
 async def test_same_tokens_as_without(tiny64: Path, layout: str, num_blocks: int) -> None:
     found = []
-    with ThreadPoolExecutor(1) as threads:
-        for is_ahead in (False, True):
-            async with running_engine(
-                tiny64,
-                **LAYOUTS[layout].settings,
-                dtype="float64",
-                block_size=8,
-                chunk_bytes=1 << 14,
-                num_blocks_override=num_blocks,
-                max_model_len=112,
-                max_num_batched_tokens=32,
-                is_pinned=True,
-                async_scheduling=is_ahead,
-                microbatching="tokens",  # smaller parts of prompts would fit into so few blocks
-            ) as served:
-                json = served.tokenizer.to_json()
-                tokenizer = LLTokenizer(json, n_vocab=VOCAB_SIZE, eos_token=served.files.config.eos_token_ids[0])
-                found.append(await answers(served.engine, requests(threads, tokenizer)))
-                await assert_idle(served.engine)
-                assert (served.engine.scheduler.num_preemptions > 0) is (num_blocks == 15)
+    for is_ahead in (False, True):
+        async with running_engine(
+            tiny64,
+            **LAYOUTS[layout].settings,
+            dtype="float64",
+            block_size=8,
+            chunk_bytes=1 << 14,
+            num_blocks_override=num_blocks,
+            max_model_len=112,
+            max_num_batched_tokens=32,
+            is_pinned=True,
+            async_scheduling=is_ahead,
+            microbatching="tokens",  # smaller parts of prompts would fit into so few blocks
+        ) as served:
+            vocabulary = Vocabulary(served.tokenizer.to_json, VOCAB_SIZE, served.files.config.eos_token_ids[:1])
+            async with open_pool(vocabulary) as pool:
+                found.append(await answers(served.engine, await requests(pool)))
+            await assert_idle(served.engine)
+            assert (served.engine.scheduler.num_preemptions > 0) is (num_blocks == 15)
     off, on = found
     assert on == off
     assert {len(tokens) for _, tokens, *_ in off if isinstance(tokens, list)} > {1, 16}

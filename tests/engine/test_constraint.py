@@ -1,87 +1,77 @@
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pytest
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from structures import EOS, constraint, ids_of, open_pool
 
 from kunserve.engine.constraint import GrammarConstraint
-from kunserve.engine.tokenizer import Tokenizer
-from kunserve.errors import EngineError, InvalidRequestError
-
-EOS = 299
+from kunserve.errors import EngineError
+from kunserve.grammar.pool import Pool
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> LLTokenizer:
-    return LLTokenizer(Tokenizer.dummy(300, (EOS,)).to_json(), n_vocab=300, eos_token=EOS)
+async def allowed(constraint: GrammarConstraint, num_accepted: int) -> set[int] | None:
+    return await asyncio.to_thread(ids_of, constraint.mask(num_accepted))
 
 
-def allowed(constraint: GrammarConstraint) -> set[int] | None:
-    words = constraint.mask()()
-    if words is None:
-        return None
-    return set(np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0].tolist())
+async def take(constraint: GrammarConstraint, token_id: int) -> None:
+    constraint.accept(token_id)
+    await constraint.settled()
 
 
-def test_follows_the_grammar(tokenizer: LLTokenizer) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        first = GrammarConstraint(LLMatcher(tokenizer, LLMatcher.grammar_from_regex("a(b|c)d?")), 300, threads)
-        assert allowed(first) == {ord("a")}
-        first.accept(ord("a"))
+async def of_regex(pool: Pool, pattern: str, begins_after: int | None = None) -> GrammarConstraint:
+    return await constraint(pool, ("regex", pattern), begins_after)
+
+
+async def test_follows_the_grammar() -> None:
+    async with open_pool() as pool:
+        first = await of_regex(pool, "a(b|c)d?")
+        assert await allowed(first, 0) == {ord("a")}
+        await take(first, ord("a"))
         second = first.copy()
-        assert allowed(first) == allowed(first) == {ord("b"), ord("c")}
-        first.accept(ord("c"))
-        assert allowed(first) == {ord("d"), EOS}
+        assert await allowed(first, 1) == await allowed(first, 1) == {ord("b"), ord("c")}
+        await take(first, ord("c"))
+        assert await allowed(first, 2) == {ord("d"), EOS}
         assert not first.is_finished
-        assert allowed(second) == {ord("b"), ord("c")}
-        first.accept(ord("d"))
-        assert first.is_finished or allowed(first) == {EOS}
-        with pytest.raises(EngineError, match="does not allow token"):
-            second.accept(ord("x"))
+        assert await allowed(second, 1) == {ord("b"), ord("c")}
+        await take(first, ord("d"))
+        assert first.is_finished or await allowed(first, 3) == {EOS}
+        assert first.error is None
+        await take(second, ord("x"))
+        assert isinstance(second.error, EngineError) and "does not allow token" in second.error.message
 
 
-def test_the_mask_after_the_next_token_waits_for_it(tokenizer: LLTokenizer) -> None:
-    with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as device:
-        constraint = GrammarConstraint(LLMatcher(tokenizer, LLMatcher.grammar_from_regex("ab(c|d)e")), 300, threads)
-        assert allowed(constraint) == {ord("a")}
-        waiting = device.submit(constraint.next_mask())
-        assert not waiting.done()
-        constraint.accept(ord("a"))
-        words = waiting.result(5)
-        assert words is not None and np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0].tolist() == [
-            98
-        ]
-        left = device.submit(constraint.next_mask())
-        constraint.close()
-        assert left.result(5) is None  # nobody needs it any more
-        last = device.submit(constraint.next_mask())
-        with pytest.raises(EngineError, match="does not allow token"):
-            constraint.accept(ord("x"))
-        constraint.close()
-        assert last.result(5) is None
-        constraint.close()  # again: nothing happens
+async def test_the_mask_after_the_next_token_waits_for_it() -> None:
+    with ThreadPoolExecutor(1) as device:
+        async with open_pool() as pool:
+            constraint = await of_regex(pool, "ab(c|d)e")
+            assert await allowed(constraint, 0) == {ord("a")}
+            waiting = device.submit(ids_of, constraint.mask(1))
+            assert not waiting.done()
+            await take(constraint, ord("a"))
+            assert await asyncio.wrap_future(waiting) == {ord("b")}
+            left = device.submit(constraint.mask(2))
+            constraint.close()
+            assert await asyncio.wrap_future(left) is None  # nobody needs it any more
+
+            other = await of_regex(pool, "ab(c|d)e")
+            last = device.submit(other.mask(1))
+            await take(other, ord("x"))
+            assert other.error is not None and "does not allow token" in other.error.message
+            assert await asyncio.wrap_future(last) is None
+            other.close()
+            other.close()  # again: nothing happens
 
 
-def test_too_complex_for_its_limits(tokenizer: LLTokenizer) -> None:
-    grammar = LLMatcher.grammar_from_lark('start: "aa" | "ab" | "ac" | "ad"')
-    with ThreadPoolExecutor(1) as threads:
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=3))
-        constraint = GrammarConstraint(matcher, 300, threads)
-        allowed(constraint)
-        with pytest.raises(InvalidRequestError, match="too complex") as caught:
-            constraint.accept(ord("a"))
-        assert len(caught.value.message) < 300 and "\n" not in caught.value.message
-
-
-def test_begins_after_the_reasoning(tokenizer: LLTokenizer) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex("ab"))
-        constraint = GrammarConstraint(matcher, 300, threads, begins_after=270)
-        for token in (5, 6, 7):
-            assert allowed(constraint) is None
-            constraint.accept(token)
+async def test_begins_after_the_reasoning() -> None:
+    async with open_pool() as pool:
+        constraint = await of_regex(pool, "ab", begins_after=270)
+        for i, token in enumerate((5, 6, 7)):
+            assert await allowed(constraint, i) is None
+            await take(constraint, token)
         assert not constraint.is_finished
-        constraint.accept(270)
-        assert allowed(constraint) == {ord("a")}
+        ahead = constraint.mask(4)
+        await take(constraint, 270)
+        assert await allowed(constraint, 4) == {ord("a")} == ids_of(ahead)
+        await take(constraint, ord("a"))
+        assert await allowed(constraint, 5) == {ord("b")}

@@ -404,14 +404,15 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
 
     class Grammar:
         def __init__(self) -> None:
-            self.is_finished, self.closed = False, asyncio.Event()
+            self.is_finished, self.error, self.closed = False, None, asyncio.Event()
 
-        def mask(self) -> TokenMask:
+        def mask(self, num_accepted: int) -> TokenMask:
             return lambda: None
 
-        next_mask = mask
-
         def accept(self, token_id: int) -> None:
+            pass
+
+        async def settled(self) -> None:
             pass
 
         def close(self) -> None:

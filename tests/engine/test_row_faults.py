@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,13 @@ import pytest
 import torch
 from e2e.engines import LAYOUTS, assert_idle, running_engine
 from engine_fakes import make_request, read, scripted_engine, token_ids
-from llguidance import LLMatcher, LLTokenizer
 from row_faults import BAD_TOKEN, DRAWN, EVERY_LAYOUT, GREEDY, NOT_A_NUMBER, Fault, Grammar
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
+from structures import constraint, open_pool
 from tiny_models import EOS, VOCAB_SIZE, make_tiny_model
 
 from kunserve.engine import sampler
-from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
@@ -32,6 +30,8 @@ from kunserve.engine.request import Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import EngineError, KunServeError
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.grammar.pool import Pool
 
 Answer = list[Output] | KunServeError
 
@@ -66,12 +66,9 @@ def broken_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 class Neighbours:
     """Requests of every kind, and what they are answered while nobody fails."""
 
-    def __init__(self, served: Served, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, served: Served, pool: Pool) -> None:
         self.engine: Engine = served.engine
-        assert served.tokenizer is not None
-        json = served.tokenizer.to_json()
-        self._tokenizer = LLTokenizer(json, n_vocab=VOCAB_SIZE, eos_token=EOS)
-        self._threads = threads
+        self._pool = pool
         self._shared = Counter[str]()  # who was in a microbatch with the bad request, and how often
         self._commit = self.engine.scheduler.commit
         self.engine.scheduler.commit = self._noted_commit  # type: ignore[method-assign]
@@ -83,10 +80,8 @@ class Neighbours:
             self._shared.update(ids)
         self._commit(group, batch)
 
-    def make(self) -> list[Request]:
-        constraint = GrammarConstraint(
-            LLMatcher(self._tokenizer, LLMatcher.grammar_from_regex("[a-f]{30}")), VOCAB_SIZE, self._threads
-        )
+    async def make(self) -> list[Request]:
+        grammar = await constraint(self._pool, ("regex", "[a-f]{30}"))
         return [
             Request("greedy", [3, 4, 5], GREEDY),
             Request("n 0", [11, 12, 13], DRAWN),
@@ -94,7 +89,7 @@ class Neighbours:
             Request("filtered", [14, 15], replace(DRAWN, top_p=0.9, num_logprobs=3)),
             Request("scored", [16, 17, 18, 19], replace(DRAWN, num_prompt_logprobs=2)),
             Request("penalised", [20, 21], replace(DRAWN, repetition_penalty=1.3, presence_penalty=0.4)),
-            Request("constrained", [22, 23, 24], DRAWN, constraint=constraint),
+            Request("constrained", [22, 23, 24], DRAWN, constraint=grammar),
             Request("stopping", [25, 26, 27, 28], replace(DRAWN, stop=("qqq", "th"))),
         ]
 
@@ -115,7 +110,7 @@ class Neighbours:
     async def survive(self, fault: Fault, place: int) -> int:
         """Ask with the bad request at `place`: it fails, and nobody else notices. How many were in its microbatches."""
         self._shared.clear()
-        requests = self.make()
+        requests = await self.make()
         requests.insert(place, fault.make())
         with capture_logs() as logged:
             answers = await self.ask(requests)
@@ -146,20 +141,20 @@ def merged(answers: Sequence[Answer]) -> list[object]:
 
 @asynccontextmanager
 async def neighbours(folder: Path, layout: str, is_ahead: bool) -> AsyncIterator[Neighbours]:
-    with ThreadPoolExecutor(1) as threads:
-        async with running_engine(
-            folder,
-            **LAYOUTS[layout].settings,
-            block_size=8,
-            chunk_bytes=1 << 14,
-            num_blocks_override=200,
-            is_pinned=True,
-            async_scheduling=is_ahead,
-            microbatching="tokens",
-        ) as served:
-            LAYOUTS[layout].check(served.engine)
-            some = Neighbours(served, threads)
-            some.expected = await some.ask(some.make())
+    async with running_engine(
+        folder,
+        **LAYOUTS[layout].settings,
+        block_size=8,
+        chunk_bytes=1 << 14,
+        num_blocks_override=200,
+        is_pinned=True,
+        async_scheduling=is_ahead,
+        microbatching="tokens",
+    ) as served:
+        LAYOUTS[layout].check(served.engine)
+        async with open_pool(Vocabulary(served.tokenizer.to_json, VOCAB_SIZE, (EOS,))) as pool:
+            some = Neighbours(served, pool)
+            some.expected = await some.ask(await some.make())
             yield some
 
 

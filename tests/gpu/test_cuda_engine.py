@@ -175,21 +175,22 @@ async def test_prompts_are_scored() -> None:
 class HeldGrammar:
     """A grammar that allows everything, but only when it is told to."""
 
-    is_finished = False
+    is_finished, error = False, None
 
     def __init__(self) -> None:
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
 
-    def mask(self) -> TokenMask:
+    def mask(self, num_accepted: int) -> TokenMask:
         def wait() -> None:
             self.is_asked.set()
             assert self.may_answer.wait(10)
 
         return wait
 
-    next_mask = mask
-
     def accept(self, token_id: int) -> None:
+        pass
+
+    async def settled(self) -> None:
         pass
 
     def close(self) -> None:

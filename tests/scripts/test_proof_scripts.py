@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
+import fuzz_structures
 import loop_holds
+import made_structures
 import scrape_metrics
 import structured_output
 
@@ -53,3 +57,19 @@ def test_holds_are_sorted_by_the_loops_own_time() -> None:
     held, places = loop_holds.worst_of(log)
     assert held == [[0.05, 0.04, 0.04], [0.9, 0.001, 0.2]]
     assert places == {"a.py:1 f < b.py:2 g": 2}
+
+
+def test_made_structures_are_json_and_the_same_every_time() -> None:
+    def requests(seed: int) -> list[tuple[str, str]]:
+        rng = random.Random(seed)
+        made = [made_structures.asked(rng, made_structures.make(rng)) for _ in range(40)]
+        return [(path, json.dumps(body)) for path, body in made]
+
+    first = requests(3)
+    assert first == requests(3) != requests(4)
+    assert {path for path, _ in first} == {"/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"}
+
+
+def test_half_of_the_streams_to_be_exact_are_constrained() -> None:
+    bodies = fuzz_structures.stream_bodies(1)
+    assert len(bodies) == 16 and sum("response_format" in body for body in bodies) == 8

@@ -1,0 +1,86 @@
+"""In a structure's process: from what a client asked for to a matcher of the library, or a reason to refuse it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from kunserve.grammar.finite_lark import check_lark
+from kunserve.grammar.finite_schema import check_schema
+from kunserve.grammar.limits import RefusedError
+
+# Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
+LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
+NUM_TRIED = 8  # tokens, before a structure is taken to be usable
+_LIMITS = ("max is", "fuel", "limit", "too many", "lexer error")  # in the library's messages about them
+# Models that may put any blanks anywhere put them for ever.
+_WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
+
+
+def compile_matcher(tokenizer: LLTokenizer, kind: str, value: str) -> tuple[Any, bytes]:
+    """Return a matcher at the beginning of a structure (`kind` and `value` as in `pool.Key`), and its first mask.
+
+    Raises RefusedError if the structure is not valid, or if no answer could ever end.
+    """
+    try:
+        matcher = LLMatcher(tokenizer, _grammar(kind, value), log_level=0, limits=LLParserLimits(**LIMITS))
+        error = matcher.get_error()
+        mask = b"" if error else matcher.compute_bitmask()
+    except ValueError as caught:
+        raise RefusedError(str(caught)) from None
+    if error:
+        raise RefusedError(error)
+    if is_stuck(matcher):
+        raise RefusedError("nothing matches it")
+    _try_tokens(matcher, mask)
+    return matcher, mask
+
+
+def is_stuck(matcher: Any) -> bool:
+    """Whether nothing may follow what a matcher has taken, although that is no answer; known once it made a mask."""
+    return bool(matcher.is_stopped() and not matcher.is_accepting())
+
+
+def is_limit(error: str) -> bool:
+    """Whether the library's message says that finding out is too much work, and not that a token does not fit."""
+    return any(words in error for words in _LIMITS)
+
+
+def _try_tokens(matcher: Any, mask: bytes) -> None:
+    """Take a few tokens, the lowest that may come. Raises RefusedError if the library gives up, or nothing can follow.
+
+    Rules that double, or a regex of large counts, are compiled in a moment; their first masks are too much work.
+    """
+    probe, is_forced = matcher.deep_copy(), True
+    for _ in range(NUM_TRIED):
+        allowed = int.from_bytes(mask, "little")
+        is_forced = is_forced and allowed.bit_count() == 1
+        probe.consume_token((allowed & -allowed).bit_length() - 1)
+        if probe.is_stopped() and not probe.is_error():
+            return
+        mask = probe.compute_bitmask() if not probe.is_error() else b""
+        if is_limit(error := probe.get_error()):
+            raise RefusedError(error)
+        if is_stuck(probe):
+            if is_forced:
+                raise RefusedError("nothing matches it")
+            return  # other tokens may lead elsewhere
+
+
+def _grammar(kind: str, value: str) -> str:
+    """Return the structure as the library reads it. Raises ValueError."""
+    match kind:
+        case "json":
+            check_schema(json.loads(value))
+            options = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
+            return str(LLMatcher.grammar_from_json_schema(value, defaults=options))
+        case "regex":
+            return str(LLMatcher.grammar_from_regex(value))
+        case "choice":
+            choices = [json.dumps(choice, ensure_ascii=False) for choice in json.loads(value)]
+            return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(choices)}"))  # one lexeme
+    grammar = str(grammar_from("grammar", value))
+    check_lark(grammar)
+    return grammar
