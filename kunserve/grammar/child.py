@@ -22,7 +22,7 @@ from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedErr
 from kunserve.grammar.source import compile_matcher, is_limit, is_stuck
 from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
 
-NICE = 10  # of compiling: streams go before
+NICE = 5  # of compiling: streams go before
 _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # rather this than the server
 _libc = ctypes.CDLL(None, use_errno=True)
