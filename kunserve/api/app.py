@@ -121,6 +121,8 @@ def create_app(
     app[PAGE] = page_files()
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
+        if grammars is not None:
+            await grammars.open()
         yield
         threads.shutdown(wait=False, cancel_futures=True)
         if grammars is not None:

@@ -123,6 +123,10 @@ class Grammars:
         """
         self._pool, self._reasoning_end = Pool(vocabulary, on_death), reasoning_end
 
+    async def open(self) -> None:
+        """Get ready before there are streams."""
+        await self._pool.open()
+
     async def close(self) -> None:
         """End the processes."""
         await self._pool.close()

@@ -18,11 +18,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, RefusedError
+from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedError
 from kunserve.grammar.source import compile_matcher, is_limit, is_stuck
 from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
 
-NICE = 10  # of compiling: streams go before
+NICE = 5  # of compiling: streams go before
 _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # rather this than the server
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,7 +127,7 @@ class _Places:
         place = PLACE.pack(number, num_tokens)
         self._masks.pop(number, None)
         for token_id in token_ids:
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)
+            signal.setitimer(signal.ITIMER_PROF, TOKEN_CPU_S)
             if not matcher.consume_token(token_id) or matcher.is_error():
                 self._refuse(place, matcher.get_error(), token_id)
                 return
@@ -141,7 +141,7 @@ class _Places:
     def _send_mask(self, number: int, num_tokens: int) -> None:
         place = PLACE.pack(number, num_tokens)
         matcher = self._matchers[number]
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, TOKEN_CPU_S)
         try:
             mask = matcher.compute_bitmask()
         except ValueError as error:

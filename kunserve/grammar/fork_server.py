@@ -59,6 +59,11 @@ class ForkServer:
         """Its process id, while it runs."""
         return None if self._process is None else self._process.pid
 
+    async def open(self) -> None:
+        """Write down the vocabulary, which keeps the GIL for a tenth of a second: better before there are streams."""
+        if self._tokenizer is None:
+            self._tokenizer = await asyncio.to_thread(self._store_tokenizer)
+
     async def fork(self) -> tuple[int, socket.socket, asyncio.Future[Exit]]:
         """Fork a process: its serial number, a connection to it, and how it will have ended.
 
@@ -114,8 +119,8 @@ class ForkServer:
             self._tokenizer = None
 
     async def _start(self) -> None:
-        if self._tokenizer is None:
-            self._tokenizer = await asyncio.to_thread(self._store_tokenizer)
+        await self.open()
+        assert self._tokenizer is not None
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:

@@ -81,6 +81,10 @@ class Pool:
         """Process id of the parent of all structures' processes, while it runs."""
         return self._fork_server.pid
 
+    async def open(self) -> None:
+        """Get ready before there are streams; `compile` does it otherwise."""
+        await self._fork_server.open()
+
     async def compile(self, key: Key, owner: str) -> Compiled:
         """Return a structure ready to be followed; `owner` waits for those who have had less of the time.
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kunserve.grammar.fork_server import Exit, ForkServer
-from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, RefusedError
+from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedError
 from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
 
 # A process that says nothing for so long is ended. Its own limit is of CPU time, which the machine may not give it.
-COMPILE_S, ANSWER_S = 60.0, 20.0
+COMPILE_S, ANSWER_S = 60.0, 5.0
 _KILL_S = 5.0  # for the fork server to carry out an order; else it is ended, with all processes
 
 
@@ -28,7 +28,9 @@ class Death:
 
 
 KILLED = Death("killed", is_own=False, text="its process was killed")
-_CPU = Death("cpu", is_own=True, text=f"it takes more than {CPU_S:g} s of CPU")
+_CPU = Death(
+    "cpu", is_own=True, text=f"it takes more than {CPU_S:g} s of CPU to compile, or {TOKEN_CPU_S:g} s for a token"
+)
 _CRASH = Death("crash", is_own=True, text=f"it is nested too deeply, or takes more than {MEMORY_BYTES >> 20} MiB")
 _HUNG = Death("hung", is_own=True, text="it takes too long")
 
