@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 from fake_gpus import gpus  # noqa: F401  a fixture
 from hypothesis import settings
@@ -19,6 +21,13 @@ os.environ["KUNSERVE_CONFIG"] = os.devnull  # cards that a developer has written
 # The same examples in every run, and no failures because a machine is slow.
 settings.register_profile("kunserve", deadline=None, derandomize=True, database=None)
 settings.load_profile("kunserve")
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[None]:
+    """What a test sets up for the log (a command that it runs does) is nobody else's."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -176,14 +176,16 @@ async def test_so_much_kv_is_given(tiny: Path, drivers: list[FakeCuda]) -> None:
 
 
 async def test_so_much_kv_leaves_nothing_open(tiny: Path, drivers: list[FakeCuda]) -> None:
-    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes 8796093022208 needs \d+ MiB on each device"):
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes 8796093022208 needs 8192\.0 GiB on each device"):
         async with serving(tiny, kv_bytes=8 << 40):
             pass
     assert drivers
 
 
 async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[FakeCuda]) -> None:
-    with pytest.raises(ConfigError, match=r"--num-gpu-blocks-override 1000000 needs \d+ MiB on each device; \d+ MiB"):
+    with pytest.raises(
+        ConfigError, match=r"--num-gpu-blocks-override 1000000 needs [\d.]+ [MG]iB on each device; \d+ MiB"
+    ):
         async with serving(tiny, num_blocks_override=1_000_000):
             pass
     assert drivers
