@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from kunserve.grammar.finite_lark import check_lark
 from kunserve.grammar.finite_schema import check_schema
-from kunserve.grammar.limits import RefusedError
+from kunserve.grammar.limits import CPU_S, RefusedError
 
 # Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
 LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
-NUM_TRIED = 8  # tokens, before a structure is taken to be usable
+# Tokens that are tried in each way, before a structure is taken to be usable. The lowest are short ones, or end an
+# answer; those from elsewhere in the vocabulary are words, which a lexer has far more to do with.
+NUM_TRIED, TRIED = 8, (0, 7_919, 20_011)
+TRY_CPU_S = CPU_S / 2
 _LIMITS = ("max is", "fuel", "limit", "too many", "lexer error")  # in the library's messages about them
 # Models that may put any blanks anywhere put them for ever.
 _WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
@@ -49,15 +53,25 @@ def is_limit(error: str) -> bool:
 
 
 def _try_tokens(matcher: Any, mask: bytes) -> None:
-    """Take a few tokens, the lowest that may come. Raises RefusedError if the library gives up, or nothing can follow.
+    """Take a few tokens in each of several ways. Raises RefusedError if the library gives up, or nothing can follow.
 
     Rules that double, or a regex of large counts, are compiled in a moment; their first masks are too much work.
     """
-    probe, is_forced = matcher.deep_copy(), True
-    for _ in range(NUM_TRIED):
+    for start in TRIED:
+        _try_way(matcher.deep_copy(), mask, start)
+        if time.process_time() > TRY_CPU_S:  # the rest of the second is for structures that are large, but usable
+            return
+
+
+def _try_way(probe: Any, mask: bytes, start: int) -> None:
+    """Take, again and again, the first token that is allowed from `start` on, each time so much further."""
+    is_forced = True
+    for step in range(1, NUM_TRIED + 1):
         allowed = int.from_bytes(mask, "little")
         is_forced = is_forced and allowed.bit_count() == 1
-        probe.consume_token((allowed & -allowed).bit_length() - 1)
+        offset = start * step % (8 * len(mask))
+        chosen = allowed >> offset << offset or allowed
+        probe.consume_token((chosen & -chosen).bit_length() - 1)
         if probe.is_stopped() and not probe.is_error():
             return
         mask = probe.compute_bitmask() if not probe.is_error() else b""
