@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kunserve.config import EngineConfig, parse_devices
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.flags import (
     LOG_LEVELS,
+    FlagParser,
     HttpConfig,
     add_access_flags,
     add_listen_flags,
@@ -22,11 +22,11 @@ from kunserve.flags import (
     http_config,
     number,
     number_or_auto,
-    parse_known,
-    with_config_file,
+    parse_with_config_file,
 )
 from kunserve.model.card import list_cards
 from kunserve.model.host_copy import HostCopy
+from kunserve.policies import OverloadPolicy
 from kunserve.sizes import parse_size
 from kunserve.version import add_version_flag
 from kunserve.vllm_flags import add_vllm_flags
@@ -66,12 +66,14 @@ class HelpFormatter(argparse.HelpFormatter):
 def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> ServerConfig:
     """Turn flags into a config. Exits with usage on unknown flags; ConfigError for values that cannot be."""
     parser = make_parser(prog)
-    args = parse_known(parser, with_config_file(arguments))
+    args = parse_with_config_file(parser, arguments)
     model = args.model_tag or args.model
     if not model:
         raise ConfigError("no model: give --model NAME, for instance --model smollm2-135m")
     if args.tokenizer not in (None, model):
         parser.error(f"--tokenizer {args.tokenizer} is not supported: a model is served with its own")
+    if "" in (args.served_model_name or ()):
+        raise ConfigError("--served-model-name must not be empty")
     engine = _engine_config(model, args)
     engine.check()
     if not 0 < args.port < 65536:
@@ -121,12 +123,12 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
     )
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> FlagParser:
     """Return the parser of all flags: ours in groups, and those of vLLM's that nobody needs to see."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog=prog,
         description="Serve a model on all devices of this machine, with an OpenAI-compatible API.",
-        epilog=f"Example: {prog} --model smollm2-135m --devices cpu:2 --device-memory 730MiB",
+        epilog=f"Example: {prog} smollm2-135m --devices cpu:2 --device-memory 730MiB",
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # --tokenizer would be taken for --tokenizer-mode
         usage="%(prog)s MODEL [flags]",

@@ -50,7 +50,7 @@ def _run(command: str, rest: list[str]) -> None:
         from kunserve.doctor import command as doctor
 
         doctor.main(rest)
-    elif command in ("--version", "-v", "version"):
+    elif command in ("--version", "-v", "-V", "version"):
         print(installed_version())
     elif command in ("--help", "-h", "help"):
         print(USAGE, end="")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.model.host_copy import HostCopy
+from kunserve.policies import OverloadPolicy
 
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")  # each kind of devices serves some of them
 MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
 
 
@@ -81,10 +82,12 @@ class EngineConfig:
         ):
             if not 0 < share <= 1:
                 raise ConfigError(f"{flag} {share}: must be more than 0 and at most 1")
-        if self.restore_hold_s < 0:
-            raise ConfigError(f"--restore-hold {self.restore_hold_s}: must not be negative")
+        if not 0 <= self.restore_hold_s < float("inf"):
+            raise ConfigError(f"--restore-hold {self.restore_hold_s}: must be a number of seconds, at least 0")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
         budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
         if sum(budget is not None for budget in budgets) > 1:
             raise ConfigError(

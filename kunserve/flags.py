@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from kunserve.api.protocol import TEMPLATE_FIELDS
 from kunserve.api.reasoning import REASONING_PARSERS
 from kunserve.api.tool_parsers import TOOL_PARSERS
 from kunserve.errors import ConfigError
@@ -138,7 +137,7 @@ def add_listen_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on")
-    add("--uds", type=Path, metavar="PATH", help="Unix socket to listen on, instead of host and port")
+    add("--uds", type=_path, metavar="PATH", help="Unix socket to listen on, instead of host and port")
     add("--ssl-certfile", type=Path, metavar="FILE", help="certificate to serve https with")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
 
@@ -149,8 +148,11 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
     admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
     if "" in (*keys, *admin_keys):
         raise ConfigError("--api-key and --admin-key must not be empty")
-    if set_by_us := args.default_chat_template_kwargs.keys() & TEMPLATE_FIELDS:
-        raise ConfigError(f"--default-chat-template-kwargs must not set {min(set_by_us)}: requests do")
+    if args.default_chat_template_kwargs:
+        from kunserve.api.protocol import TEMPLATE_FIELDS  # with most of the API: flags are judged without
+
+        if set_by_us := args.default_chat_template_kwargs.keys() & TEMPLATE_FIELDS:
+            raise ConfigError(f"--default-chat-template-kwargs must not set {min(set_by_us)}: requests do")
     if args.max_num_queued_tokens < 1:
         raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
     if (max_body_memory_bytes := parse_size(args.max_body_memory)) < LEAST_BODY_MEMORY_BYTES:
@@ -177,9 +179,11 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
     )
 
 
-def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+def parse_known(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
+) -> argparse.Namespace:
     """As `parser.parse_args`, but an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
-    args, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments])
+    args, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments], namespace)
     for argument in unknown:
         flag = argument.partition("=")[0]
         if not flag.startswith("-"):
@@ -210,27 +214,51 @@ def number_or_auto(text: str) -> int | None:
     return None if text.strip() in ("auto", "-1") else number(text)
 
 
-def with_config_file(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with those of `--config FILE` before them: the last one of a flag counts. Raises ConfigError."""
+class FlagParser(argparse.ArgumentParser):
+    """A parser of flags that stand on the command line, or in a file: what is wrong in that is told with its name."""
+
+    file: str | None = None  # whose flags are parsed now
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with usage; ConfigError for flags of a file."""
+        if self.file is not None:
+            raise ConfigError(f"{self.file}: {message}")
+        super().error(message)
+
+
+def parse_with_config_file(parser: FlagParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the flags of `--config FILE`, overridden by those of the command line. Raises ConfigError for the file.
+
+    The file's are parsed by themselves: a list at their end would swallow the MODEL that comes next.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
-    if path is None:
-        return list(arguments)
+    finder.add_argument("--config", nargs="?")
+    path = finder.parse_known_args(list(arguments))[0].config
+    args = argparse.Namespace()
+    if path is not None:
+        flags = _flags_of_file(path)
+        parser.file = path
+        try:
+            parse_known(parser, flags, args)
+        finally:
+            parser.file = None
+        if args.model_tag is not None:  # the second of two values stands where the command line has MODEL
+            raise ConfigError(f"{path}: unexpected value {args.model_tag!r}: a list, for a flag that takes one value")
+    return parse_known(parser, arguments, args)
+
+
+def _flags_of_file(path: str) -> list[str]:
     import yaml  # not needed by most command lines, and not quick
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the file of flags {path!r}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold flags, one `name: value` a line")
-    flags: list[str] = []
-    for name, value in values.items():
-        flags += _as_flag(path, str(name), value)
-    return [*flags, *arguments]
+    return [flag for name, value in values.items() for flag in _as_flag(path, str(name), value)]
 
 
 def _as_flag(path: str, name: str, value: Any) -> list[str]:
@@ -255,9 +283,16 @@ def _origins(text: str) -> tuple[str, ...]:
         values = json.loads(text)
     except json.JSONDecodeError:
         values = [text]
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
         raise argparse.ArgumentTypeError(f"not a JSON list of origins: {text}")
     return tuple(values)
+
+
+def _path(text: str) -> Path:
+    """A path of at least one character: Path takes nothing for the folder that it is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("no path was given")
+    return Path(text)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and a wrong flag or name is told at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 
 def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> None:
     """Serve until a signal; errors that a user can mend end the process with one line."""
+    _open_standard_files()
     try:
         config = parse_args(arguments, prog)
         check_model(config.engine.model, config.engine.load_format)
@@ -37,6 +39,13 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
         sys.exit(f"kunserve: {error.message}")
     except KeyboardInterrupt:  # before there is a loop that listens to signals
         sys.exit(130)
+
+
+def _open_standard_files() -> None:
+    """Give a process whose stdin, stdout or stderr was closed empty ones: libuv ends one that gets their numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def main() -> None:

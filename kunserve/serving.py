@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp import web
@@ -25,7 +26,6 @@ from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import parser_of_template
 from kunserve.arguments import ServerConfig
 from kunserve.config import EngineConfig
-from kunserve.engine.launch import Served, launch
 from kunserve.errors import ConfigError
 from kunserve.flags import HttpConfig
 from kunserve.grammar.fork_server import Vocabulary
@@ -33,6 +33,9 @@ from kunserve.listen import Listener
 from kunserve.metrics import Metrics
 from kunserve.progress import LoadingProgress
 from kunserve.summary import Summary, log_summary
+
+if TYPE_CHECKING:
+    from kunserve.engine.launch import Served
 
 log = structlog.get_logger()
 
@@ -44,8 +47,6 @@ GIL_SWITCH_S = 0.0005
 async def serve(config: ServerConfig) -> None:
     """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
     _check_files(config.http)
-    for flag, why in _without_effect(config.engine).items():
-        log.warning("a flag that changes nothing here", flag=flag, because=why)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -56,6 +57,8 @@ async def serve(config: ServerConfig) -> None:
         async with listener.answering_with(loading_handler(lambda: progress.newest)):
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
+        for flag, why in _without_effect(config.engine).items():
+            log.warning("a flag that changes nothing here", flag=flag, because=why)
         await _serve(config, served, listener, stop)
     finally:
         listener.close()
@@ -68,7 +71,7 @@ async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop:
     Threads that download or read cannot be ended: a process that waited for them would go on for minutes. What they
     leave behind, the next start completes.
     """
-    launching = asyncio.create_task(launch(config.engine, config.served_names[0], progress.update))
+    launching = asyncio.create_task(_launch(config, progress))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((launching, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not launching.done():
@@ -79,6 +82,12 @@ async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop:
         os._exit(0)
     stopping.cancel()
     return await launching
+
+
+async def _launch(config: ServerConfig, progress: LoadingProgress) -> Served:
+    module = await asyncio.to_thread(import_module, "kunserve.engine.launch")  # with torch, for seconds: pages load
+    served: Served = await module.launch(config.engine, config.served_names[0], progress.update)
+    return served
 
 
 async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:

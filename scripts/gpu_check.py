@@ -25,10 +25,10 @@ from gpucheck.bench import GIB, Bench
 from gpucheck.worker import Part, run_parts, serve
 
 from kunserve.config import DeviceSpec
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import open_drivers
 from kunserve.model.host_copy import HostCopy
+from kunserve.policies import OverloadPolicy
 
 BIG_GIB = 76  # a GPU that holds four replicas of the 8B model
 

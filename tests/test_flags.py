@@ -229,3 +229,52 @@ def test_certificates_that_cannot_be_used(tmp_path: Path) -> None:
         parse(f"m --ssl-certfile {nothing}").http.ssl_context()
     with pytest.raises(ConfigError, match="needs --ssl-certfile"):
         parse(f"m --ssl-keyfile {nothing}").http.ssl_context()
+
+
+def test_a_list_at_the_end_of_a_config_file_leaves_the_model_alone(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text("api-key: [x]\nserved-model-name: [a, b]\n")
+    for flags in (f"m --config {path}", f"--config {path} m", f"--config={path} m"):
+        config = parse(flags)
+        assert (config.engine.model, config.served_names, config.http.api_keys) == ("m", ("a", "b"), ("x",))
+    assert parse(f"m --config {path} --served-model-name c").served_names == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("port: [1, 2]", "unexpected value '2': a list, for a flag that takes one value"),
+        ("prot: 1", "no such flag: --prot; did you mean --port?"),
+        ("dtype: [a, b, c]", "unexpected argument: c"),
+        ("quantization: awq", "--quantization is not supported"),
+        ("port: many", "argument --port: invalid int value: 'many'"),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_told_with_its_name(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        parse(f"m --config {path}")
+    assert caught.value.message.startswith(f"{path}: {message}") and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--served-model-name=", "--served-model-name must not be empty"),
+        ("--restore-hold nan", "--restore-hold nan: must be a number of seconds"),
+        ("--restore-hold inf", "--restore-hold inf: must be a number of seconds"),
+        ("--dtype int4", "--dtype int4: must be one of auto, float32"),
+        ("--config=", "cannot read the file of flags ''"),
+    ],
+)
+def test_values_that_nobody_can_mean(flag: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"m {flag}")
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("flag", ["--uds=", "--allowed-origins=", '--allowed-origins=["a",""]'])
+def test_nothing_where_something_is_needed(flag: str) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"m {flag}")

@@ -12,10 +12,10 @@ import pytest
 from kunserve import serving
 from kunserve.arguments import parse_args
 from kunserve.config import parse_devices
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
 from kunserve.model.card import list_cards
 from kunserve.model.host_copy import HostCopy
+from kunserve.policies import OverloadPolicy
 
 
 def test_defaults() -> None:
@@ -107,7 +107,7 @@ async def test_files_are_read_before_the_model(
     def launch(*_: Any) -> None:
         raise AssertionError("loading has begun")
 
-    monkeypatch.setattr(serving, "launch", launch)
+    monkeypatch.setattr("kunserve.engine.launch.launch", launch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jinja").write_text("{% if %}")
     with pytest.raises(ConfigError, match=message):

@@ -20,7 +20,6 @@ from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.microbatch import Microbatch, count_prompt_tokens, scored_positions
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import Constraint, FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
@@ -33,6 +32,7 @@ from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, K
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import EngineStats, Metrics
 from kunserve.model.config import ModelConfig
+from kunserve.policies import OverloadPolicy
 
 log = structlog.get_logger()
 

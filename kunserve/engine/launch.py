@@ -19,7 +19,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.machine import Machine, make_machine
 from kunserve.engine.migrate import Migration
 from kunserve.engine.placement import model_shape, num_copies, place
-from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.policy import make_policy
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.restore_time import measure_restore
 from kunserve.engine.scheduler import Limits, Scheduler
@@ -42,6 +42,7 @@ from kunserve.planner.copies import why_no_drop
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import ModelShape, Origin, StageView
+from kunserve.policies import OverloadPolicy
 from kunserve.progress import Progress
 
 log = structlog.get_logger()
@@ -85,7 +86,9 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         max_model_len=max_model_len,
     )
     if reason := reason_for_max_model_len(files, config, max_model_len):
-        log.warning("requests may be shorter than the model allows", max_model_len=max_model_len, because=reason)
+        is_by_default = max_model_len == wanted_max_model_len(files, config) < files.config.max_position_embeddings
+        say = log.info if is_by_default else log.warning
+        say("requests are shorter than the model allows", max_model_len=max_model_len, because=reason)
     if served.engine.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
         log.warning("no weights can make room for KV", because=served.engine.no_drop)
     return served

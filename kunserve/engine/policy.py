@@ -7,7 +7,6 @@ higher, in the planner; below it, when even the largest merge is not enough, it 
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
+from kunserve.policies import OverloadPolicy
 
 # SGLang: schedule_conservativeness 1.0, SGLANG_INIT_NEW_TOKEN_RATIO and its companions
 INIT_NEW_TOKEN_RATIO = 0.7
@@ -25,17 +25,6 @@ CLIP_MAX_NEW_TOKENS = 4096
 RETRACT_DECODE_STEPS = 20
 SWAP_WATERMARK = 0.01  # InferCept: share of blocks that admission leaves free
 MIGRATE_THRESHOLD = 3.0  # Llumnix: remaining steps below which a replica gives requests away
-
-
-class OverloadPolicy(enum.StrEnum):
-    """Values of `--overload-policy`."""
-
-    DROP = "drop"
-    RECOMPUTE = "recompute"
-    RETRACT = "retract"
-    SWAP = "swap"
-    MIGRATE = "migrate"
-    QUEUE = "queue"
 
 
 class Policy(ABC):

@@ -6,15 +6,16 @@ import enum
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from kunserve.errors import KunServeError
 
+if TYPE_CHECKING:  # command lines are judged without numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
 # Waits for the mask: bit i of its little-endian words (V / 32,) uint32 allows token i; None allows all.
-TokenMask = Callable[[], NDArray[np.uint32] | None]
+TokenMask: TypeAlias = "Callable[[], NDArray[np.uint32] | None]"
 
 
 class FinishReason(enum.StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kunserve.config import EngineConfig
-from kunserve.engine.policy import OverloadPolicy
+from kunserve.policies import OverloadPolicy
 
 PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
 POLICIES = (*OverloadPolicy, PIPELINE)

@@ -19,9 +19,9 @@ from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import launch
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import Request, SamplingParams
 from kunserve.errors import KunServeError
+from kunserve.policies import OverloadPolicy
 
 STEADY_S = 5.0  # of each of three measurements
 

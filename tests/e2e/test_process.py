@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_a_port_in_use(tiny_flags: tuple[str, ...]) -> None:
         owner.listen()
         port = owner.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused(*tiny_flags, port=port)
+
+
+def test_closed_standard_files_are_nobodys_fault(tiny_flags: tuple[str, ...]) -> None:
+    """Supervisors close them; a connection that got the number of one would end the process with an abort."""
+    closing = ("sh", "-c", 'exec "$0" "$@" <&- >&-', sys.executable, "-m", "kunserve.server")
+    with running_server(*tiny_flags, command=closing) as server:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait() == 0, server.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

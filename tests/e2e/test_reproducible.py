@@ -20,8 +20,8 @@ from e2e.engines import (
 )
 from e2e.tiny import WIDE_KV, TinyModels, random_prompt
 from kunserve.engine.engine import Engine
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Output, SamplingParams
+from kunserve.policies import OverloadPolicy
 
 SAMPLED = SamplingParams(max_tokens=48, temperature=0.9, top_p=0.95, top_k=50, seed=7, ignore_eos=True)
 PENALISED = replace(SAMPLED, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1, min_p=0.01)

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from e2e.engines import assert_idle, generate_all, greedy, running_engine
 from e2e.tiny import WIDE_KV, TinyModels, random_prompt
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.errors import ConfigError
+from kunserve.policies import OverloadPolicy
 
 MIB = 1 << 20
 LARGER: dict[str, Any] = {

@@ -16,7 +16,7 @@ from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.occupancy import Passage
-from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.policy import make_policy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Limits, Scheduler
@@ -27,6 +27,7 @@ from kunserve.gpu.null import NullDevice
 from kunserve.metrics import Metrics
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.policies import OverloadPolicy
 
 EOS = 99
 MODEL = ModelConfig(

@@ -10,10 +10,11 @@ from cost_models import COST
 from test_scheduler import LAYERS, check, commit, make_group, make_request
 
 from kunserve.engine.microbatch import Microbatch
-from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.policy import make_policy
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.planner.cost import Chunk, Work
 from kunserve.planner.microbatch import Lookahead
+from kunserve.policies import OverloadPolicy
 
 LOOKAHEAD = Lookahead(COST, LAYERS, 64)
 

@@ -15,13 +15,13 @@ import pytest
 from structlog.testing import capture_logs
 from transition_harness import Answer, Checked, again, checked_engine
 
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.remap import Layouts
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.errors import DeviceError
 from kunserve.planner.exchange import LiveRequest
 from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, KvMove, Merge
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
+from kunserve.policies import OverloadPolicy
 
 
 class Gate:

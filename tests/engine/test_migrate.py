@@ -15,9 +15,10 @@ from kunserve.engine import migrate
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import Served
 from kunserve.engine.migrate import LAST_STAGE_BLOCKS, Migrating, Migration
-from kunserve.engine.policy import OverloadPolicy, is_decoding
+from kunserve.engine.policy import is_decoding
 from kunserve.engine.request import FinishReason, Request
 from kunserve.errors import DeviceError
+from kunserve.policies import OverloadPolicy
 
 
 @asynccontextmanager

@@ -15,7 +15,6 @@ from kunserve.engine.policy import (
     MIN_NEW_TOKEN_RATIO,
     Freeness,
     Migrate,
-    OverloadPolicy,
     Queue,
     Recompute,
     Retract,
@@ -27,6 +26,7 @@ from kunserve.engine.policy import (
     shortest_running,
 )
 from kunserve.engine.request import Request
+from kunserve.policies import OverloadPolicy
 
 
 def make_group(num_blocks: int = 100, num_stages: int = 1, group_id: int = 0) -> Group:

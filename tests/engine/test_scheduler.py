@@ -10,10 +10,11 @@ import pytest
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import Microbatch
-from kunserve.engine.policy import OverloadPolicy, make_policy, shortest_running
+from kunserve.engine.policy import make_policy, shortest_running
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.engine.swap_queue import SwapMove
+from kunserve.policies import OverloadPolicy
 
 LAYERS = 8
 

@@ -15,11 +15,11 @@ from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch import Served
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.engine.request import FinishReason, Request
 from kunserve.engine.swap import CopyBudget, Swap
 from kunserve.engine.swap_queue import SwapQueue
 from kunserve.errors import DeviceError
+from kunserve.policies import OverloadPolicy
 
 SWAP = OverloadPolicy.SWAP
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from kunserve.engine.cuda_machine import CudaMachine, CudaOptions, full_step
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.placement import model_shape
-from kunserve.engine.policy import OverloadPolicy, make_policy
+from kunserve.engine.policy import make_policy
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
@@ -35,6 +35,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.policies import OverloadPolicy
 
 MODEL = ModelConfig("llama", 300, 64, 96, 4, 4, 2, 16, 256)
 BLOCK, MAX_LEN = 8, 200

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from tiny_models import make_tiny_model
 
 from kunserve.config import DeviceSpec, EngineConfig
-from kunserve.engine.policy import OverloadPolicy
 from kunserve.gpu.cuda_driver import Driver
 from kunserve.model import cuda_decoder
 from kunserve.model.config import ModelConfig
 from kunserve.model.cuda_attention import ReferenceAttention, StepBuffers
 from kunserve.model.cuda_graphs import DecodeGraphs
 from kunserve.model.host_copy import HostCopy
+from kunserve.policies import OverloadPolicy
 
 TINY = ModelConfig("llama", 100, 32, 48, 8, 2, 1, 16, 2048)
 
