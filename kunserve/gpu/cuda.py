@@ -22,6 +22,7 @@ from kunserve.gpu.cuda_copy import copy_between, transfer
 from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
+from kunserve.gpu.mappings import Mappings
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.sizes import format_size
@@ -55,7 +56,7 @@ class CudaDevice:
         self.driver = driver
         self._access = [driver.ordinal, *(p for p in peers if p != driver.ordinal)]
         self._reserved: dict[int, tuple[int, int]] = {}  # address -> what the driver knows it by: address, bytes
-        self._mapped: dict[int, int] = {}  # address -> chunk
+        self._mappings = Mappings(name, num_chunks, chunk_bytes)
         self._queues: list[StreamQueue] = []
         self._handles: list[int] = []
         self._is_open = True
@@ -85,21 +86,21 @@ class CudaDevice:
         whole = num_bytes + self.chunk_bytes  # CUDA aligns to powers of two only; a part cannot be given back
         base = self.driver.reserve(whole)
         address = -(-base // self.chunk_bytes) * self.chunk_bytes
-        self._reserved[address] = (base, whole)
+        self._reserved[address], self._mappings.reserved[address] = (base, whole), num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        base, whole = self._reserved[address]
-        assert whole == num_bytes + self.chunk_bytes
-        inside = [place for place in self._mapped if address <= place < address + num_bytes]
-        for start, num_chunks in _runs(inside, self.chunk_bytes):
+        self._mappings.check_reserved(address, num_bytes)
+        for start, num_chunks in _runs(self._mappings.places_in(address, num_bytes), self.chunk_bytes):
             self.unmap(start, num_chunks)
-        self.driver.free(base, whole)
+        self.driver.free(*self._reserved[address])
+        self._mappings.release(address, num_bytes)
         del self._reserved[address]
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`: one call per chunk, and one for access to all."""
+        self._mappings.check_map(address, chunks)
         size, done = self.chunk_bytes, 0
         with self._quiet():
             try:
@@ -112,19 +113,16 @@ class CudaDevice:
                 if done:
                     self.driver.unmap(address, done * size)
                 raise
-        self._mapped.update((address + i * size, chunk) for i, chunk in enumerate(chunks))
+        self._mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`: one call."""
         if num_chunks == 0:
             return
-        places = range(address, address + num_chunks * self.chunk_bytes, self.chunk_bytes)
-        if not all(place in self._mapped for place in places):
-            raise DeviceError(f"{self.name}: {address:#x} is not mapped")
+        self._mappings.check_unmap(address, num_chunks)
         with self._quiet():
             self.driver.unmap(address, num_chunks * self.chunk_bytes)
-        for place in places:
-            del self._mapped[place]
+        self._mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`."""
@@ -178,7 +176,7 @@ class CudaDevice:
                 stack.callback(_quietly, self.driver.release, handle)
             for base, whole in self._reserved.values():
                 stack.callback(_quietly, self.driver.free, base, whole)
-            for start, num_chunks in _runs(self._mapped, self.chunk_bytes):
+            for start, num_chunks in _runs(self._mappings.chunks, self.chunk_bytes):
                 stack.callback(_quietly, self.driver.unmap, start, num_chunks * self.chunk_bytes)
             for queue in self._queues:
                 stack.callback(_quietly, queue.close)

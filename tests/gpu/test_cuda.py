@@ -384,13 +384,14 @@ async def test_a_fault_on_one_gpu_is_no_fault_on_another() -> None:
 async def test_transfer_between_gpus(reachable: bool) -> None:
     drivers = [FakeCuda(0, reachable=[1] if reachable else []), FakeCuda(1, reachable=[0] if reachable else [])]
     source, target = open_cuda_devices(drivers, 2, CHUNK)
-    for device in (source, target):
-        device.map(device.reserve(2 * CHUNK), [1, 0])
-    src, dst = (d.tensor(min(d._mapped), 2 * CHUNK) for d in (source, target))
+    addresses = [device.reserve(2 * CHUNK) for device in (source, target)]
+    for device, address in zip((source, target), addresses, strict=True):
+        device.map(address, [1, 0])
+    src, dst = (d.tensor(address, 2 * CHUNK) for d, address in zip((source, target), addresses, strict=True))
     src.copy_(torch.arange(2 * CHUNK) % 251)
     await transfer(source, src, target, dst, slice_bytes=1_000_000)  # slices that divide nothing
     assert torch.equal(src, dst)
-    assert drivers[0].reaches(min(source._mapped)) == ((0, 1) if reachable else (0,))
+    assert drivers[0].reaches(addresses[0]) == ((0, 1) if reachable else (0,))
     source.close()
     target.close()
     assert all(driver.is_clean() for driver in drivers)
@@ -403,8 +404,9 @@ async def test_blocks_are_copied_between_devices_and_to_the_host(kind: str) -> N
     source, target = open_cuda_devices(drivers, 2, CHUNK)
     kv = []
     for device in (source, target):
-        device.map(device.reserve(2 * CHUNK), [1, 0])
-        kv.append(device.tensor(min(device._mapped), 2 * CHUNK).view(torch.float32).view(2, 32, -1))  # two layers
+        address = device.reserve(2 * CHUNK)
+        device.map(address, [1, 0])
+        kv.append(device.tensor(address, 2 * CHUNK).view(torch.float32).view(2, 32, -1))  # two layers
         kv[-1].zero_()
     kv[0].copy_(torch.arange(32)[None, :, None] + torch.tensor([0, 100])[:, None, None])
     await target.copy(layer_copies(list(kv[0]), [3, 30], list(kv[1]), [31, 2], range(2)), source)
