@@ -23,6 +23,7 @@ from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, 
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
+from kunserve.gpu.queue import to_the_end
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.sizes import format_size
@@ -148,14 +149,14 @@ class CudaDevice:
                 await self.copy_in.run(partial(copy_blocks, copies))
             else:
                 assert isinstance(source, CudaDevice)
-                await copy_between(source, self, copies)
+                await to_the_end(copy_between(source, self, copies))
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # torch's words for what CUDA refuses
             raise DeviceError(f"{self.name}: a copy failed: {str(error).partition(chr(10))[0]}") from error
 
     async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
         """See `Device.copy_tensor`."""
         assert isinstance(source, CudaDevice)
-        await transfer(source, read, self, write)
+        await to_the_end(transfer(source, read, self, write))
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""

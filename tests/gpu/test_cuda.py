@@ -453,6 +453,28 @@ async def test_staging_buffers_are_not_filled_before_they_are_empty() -> None:
     target.close()
 
 
+async def test_a_cancelled_caller_of_a_staged_copy_waits_for_both_devices() -> None:
+    drivers = [FakeCuda(0), FakeCuda(1)]
+    source, target = open_cuda_devices(drivers, 1, CHUNK)
+    streams = source.copy_out.stream, target.copy_in.stream
+    for driver, stream in zip(drivers, streams, strict=True):
+        driver.submit(stream)
+    read, write = torch.ones(40), torch.zeros(40)
+    caller = asyncio.ensure_future(target.copy_tensor(read, write, source))
+    await until(lambda: bool(write.all()))  # launched on both
+    caller.cancel()
+    drivers[0].complete(streams[0])
+    await source.copy_out.run(lambda: None)  # nobody waits for the first device any more
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not caller.done()
+    drivers[1].complete(streams[1])
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    source.close()
+    target.close()
+
+
 class CountingSource(DummySource):
     """Dummy weights that know how often they were read."""
 
