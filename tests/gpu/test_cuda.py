@@ -1,4 +1,7 @@
-"""CUDA devices against a driver that keeps CUDA's rules: the contract, call sequences, sizes, errors, completion."""
+"""CUDA devices against a driver that keeps CUDA's rules: call sequences, sizes, errors, completion.
+
+What every device promises is in device_contract.py.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,6 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda, RuleBrokenError
-from test_device_contract import (  # noqa: F401  collected here too, with this file's `device`
-    test_a_tensor_over_unmapped_addresses_can_be_made_before_mapping,
-    test_content_follows_its_chunk,
-    test_reserved_ranges_are_aligned_and_apart,
-    test_work_runs_in_order_and_errors_come_back,
-)
 
 from kunserve.config import parse_cuda_devices
 from kunserve.errors import ConfigError, DeviceError, DeviceLostError
