@@ -99,6 +99,11 @@ class FakeCuda:
         """GPUs that may use the mapping at `address`."""
         return self._accessible.get(address, ())
 
+    def usable_chunks(self) -> dict[int, int]:
+        """Address of each mapping that has access -> number of its handle, in the order in which they were created."""
+        order = {handle: i for i, handle in enumerate(sorted(self._handles))}
+        return {address: order[handle] for address, (_, handle) in self._mapped.items() if self.reaches(address)}
+
     def is_clean(self) -> bool:
         """Whether everything was given back; after a fault that is not possible, and only left."""
         if self.error:

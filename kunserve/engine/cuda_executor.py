@@ -7,7 +7,6 @@ are on their way through a chain, and none leaves a gap between its stages.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,6 +22,7 @@ from kunserve.engine.sampler import SampledToken, SamplingRow, reads_output, sam
 from kunserve.engine.stage import has_scored_rows, run_stage, sample_in_slices
 from kunserve.gpu.cuda import CudaDevice
 from kunserve.gpu.cuda_stream import Launched
+from kunserve.gpu.queue import to_the_end
 from kunserve.model.cuda_decoder import CudaDecoder
 from kunserve.model.cuda_sampling import PendingTokens, is_plain, launch_sample, sampled
 
@@ -38,14 +38,7 @@ class CudaExecutor(Executor):
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         """See `Executor.pass_through`. A cancelled caller waits: requests' blocks must not change under the work."""
-        running = asyncio.ensure_future(self._pass(group, inputs, passage))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                await asyncio.wait([running])
-                running.exception()  # seen: the caller is gone
-            raise
+        return await to_the_end(self._pass(group, inputs, passage))
 
     async def _pass(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         last = self.devices[group.stages[-1].device]

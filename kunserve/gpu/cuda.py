@@ -22,6 +22,8 @@ from kunserve.gpu.cuda_copy import copy_between, transfer
 from kunserve.gpu.cuda_driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
+from kunserve.gpu.mappings import Mappings
+from kunserve.gpu.queue import to_the_end
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.sizes import format_size
@@ -55,7 +57,7 @@ class CudaDevice:
         self.driver = driver
         self._access = [driver.ordinal, *(p for p in peers if p != driver.ordinal)]
         self._reserved: dict[int, tuple[int, int]] = {}  # address -> what the driver knows it by: address, bytes
-        self._mapped: dict[int, int] = {}  # address -> chunk
+        self._mappings = Mappings(name, num_chunks, chunk_bytes)
         self._queues: list[StreamQueue] = []
         self._handles: list[int] = []
         self._is_open = True
@@ -85,21 +87,21 @@ class CudaDevice:
         whole = num_bytes + self.chunk_bytes  # CUDA aligns to powers of two only; a part cannot be given back
         base = self.driver.reserve(whole)
         address = -(-base // self.chunk_bytes) * self.chunk_bytes
-        self._reserved[address] = (base, whole)
+        self._reserved[address], self._mappings.reserved[address] = (base, whole), num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        base, whole = self._reserved[address]
-        assert whole == num_bytes + self.chunk_bytes
-        inside = [place for place in self._mapped if address <= place < address + num_bytes]
-        for start, num_chunks in _runs(inside, self.chunk_bytes):
+        self._mappings.check_reserved(address, num_bytes)
+        for start, num_chunks in _runs(self._mappings.places_in(address, num_bytes), self.chunk_bytes):
             self.unmap(start, num_chunks)
-        self.driver.free(base, whole)
+        self.driver.free(*self._reserved[address])
+        self._mappings.release(address, num_bytes)
         del self._reserved[address]
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`: one call per chunk, and one for access to all."""
+        self._mappings.check_map(address, chunks)
         size, done = self.chunk_bytes, 0
         with self._quiet():
             try:
@@ -112,19 +114,16 @@ class CudaDevice:
                 if done:
                     self.driver.unmap(address, done * size)
                 raise
-        self._mapped.update((address + i * size, chunk) for i, chunk in enumerate(chunks))
+        self._mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`: one call."""
         if num_chunks == 0:
             return
-        places = range(address, address + num_chunks * self.chunk_bytes, self.chunk_bytes)
-        if not all(place in self._mapped for place in places):
-            raise DeviceError(f"{self.name}: {address:#x} is not mapped")
+        self._mappings.check_unmap(address, num_chunks)
         with self._quiet():
             self.driver.unmap(address, num_chunks * self.chunk_bytes)
-        for place in places:
-            del self._mapped[place]
+        self._mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`."""
@@ -150,14 +149,14 @@ class CudaDevice:
                 await self.copy_in.run(partial(copy_blocks, copies))
             else:
                 assert isinstance(source, CudaDevice)
-                await copy_between(source, self, copies)
+                await to_the_end(copy_between(source, self, copies))
         except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # torch's words for what CUDA refuses
             raise DeviceError(f"{self.name}: a copy failed: {str(error).partition(chr(10))[0]}") from error
 
     async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
         """See `Device.copy_tensor`."""
         assert isinstance(source, CudaDevice)
-        await transfer(source, read, self, write)
+        await to_the_end(transfer(source, read, self, write))
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""
@@ -178,7 +177,7 @@ class CudaDevice:
                 stack.callback(_quietly, self.driver.release, handle)
             for base, whole in self._reserved.values():
                 stack.callback(_quietly, self.driver.free, base, whole)
-            for start, num_chunks in _runs(self._mapped, self.chunk_bytes):
+            for start, num_chunks in _runs(self._mappings.chunks, self.chunk_bytes):
                 stack.callback(_quietly, self.driver.unmap, start, num_chunks * self.chunk_bytes)
             for queue in self._queues:
                 stack.callback(_quietly, queue.close)

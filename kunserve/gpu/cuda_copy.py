@@ -41,8 +41,9 @@ async def transfer(
 ) -> None:
     """Copy `src` on `source` into `dst` on `target`: same shape and dtype, contiguous. Returns when it is there.
 
-    Nobody else touches both meanwhile; a cancelled caller waits for what was launched. Where the hardware has no peer
-    access, the copy out of one slice overlaps the copy in of the one before.
+    Nobody else touches both meanwhile, and it must not be cancelled (`to_the_end`): it waits for what it has launched
+    only when an error ends it. Where the hardware has no peer access, the copy out of one slice overlaps the copy in
+    of the one before.
     """
     assert src.shape == dst.shape and src.dtype == dst.dtype
     if target.driver.can_access(source.driver.ordinal):

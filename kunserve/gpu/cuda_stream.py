@@ -8,7 +8,6 @@ driver's own thread.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Generic, TypeVar
 
 from kunserve.errors import DeviceError, DeviceLostError
 from kunserve.gpu.cuda_driver import Driver, Event, Stream
-from kunserve.gpu.queue import WorkQueue
+from kunserve.gpu.queue import WorkQueue, to_the_end
 
 T = TypeVar("T")
 
@@ -73,14 +72,7 @@ class StreamQueue:
         async def launch_and_finish() -> T:
             return await self.finish(await self.launch(work, after))
 
-        running = asyncio.ensure_future(launch_and_finish())
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # seen: the caller is gone
-            raise
+        return await to_the_end(launch_and_finish())
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ reserved range stays valid whatever is mapped, and only mapped parts of it may b
 Work is submitted to two queues, each in order: `run` for compute, `run_copy` for transfers that overlap with it.
 `copy` moves blocks between devices, and to and from the host, in whatever way the hardware has; `copy_tensor` whole
 tensors between devices.
-Three implementations pass one contract test: host (memfd and mmap), null (counts only), cuda (cuMem*).
+Three implementations pass one contract (tests/gpu/device_contract.py): host (memfd and mmap), null (counts only), cuda
+(cuMem*).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ T = TypeVar("T")
 class Device(Protocol):
     """Memory and compute with a budget of its own. Sizes in bytes; addresses are integers.
 
-    Raises `DeviceError` where the operating system or the driver refuses; then nothing has changed.
+    Raises `DeviceError` where the operating system, the driver or the rules of `Mappings` refuse; then nothing has
+    changed. A cancelled caller of `run` or of a copy waits until that has ended, however often it is cancelled.
     """
 
     name: str  # "cpu:0", "cuda:1"

@@ -21,6 +21,7 @@ from kunserve.cgroup import ReadText, memory_left, read_file
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
+from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import WorkQueue
 from kunserve.sizes import format_size
 
@@ -82,7 +83,7 @@ class HostDevice:
             )
         self._fd = os.memfd_create(f"kunserve-{self.name}")
         os.ftruncate(self._fd, needed)
-        self._reserved: dict[int, int] = {}
+        self._mappings = Mappings(self.name, num_chunks, chunk_bytes)
         self._commit(needed)
         self._compute = WorkQueue(f"{self.name}-compute", core)
         self._copy = WorkQueue(f"{self.name}-copy", core)
@@ -105,33 +106,45 @@ class HostDevice:
             _libc.munmap(start, address - start)
         if tail := start + self.chunk_bytes - address:
             _libc.munmap(address + num_bytes, tail)
-        self._reserved[address] = num_bytes
+        self._mappings.reserved[address] = num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        assert self._reserved.pop(address) == num_bytes
+        self._mappings.check_reserved(address, num_bytes)
         _libc.munmap(address, num_bytes)
+        self._mappings.release(address, num_bytes)
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`. Neighbouring chunks go in one call."""
         assert self._fd is not None
+        self._mappings.check_map(address, chunks)
         start = 0
-        for i in range(1, len(chunks) + 1):
-            if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
-                _mmap(
-                    address + start * self.chunk_bytes,
-                    (i - start) * self.chunk_bytes,
-                    _PROT_RW,
-                    mmap.MAP_SHARED | _MAP_FIXED,
-                    self._fd,
-                    chunks[start] * self.chunk_bytes,
-                )
-                start = i
+        try:
+            for i in range(1, len(chunks) + 1):
+                if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
+                    _mmap(
+                        address + start * self.chunk_bytes,
+                        (i - start) * self.chunk_bytes,
+                        _PROT_RW,
+                        mmap.MAP_SHARED | _MAP_FIXED,
+                        self._fd,
+                        chunks[start] * self.chunk_bytes,
+                    )
+                    start = i
+        except DeviceError:
+            if start:  # the chunks that were mapped would stay in two places once others get them
+                _mmap(address, start * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+            raise
+        self._mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`."""
+        if num_chunks == 0:
+            return
+        self._mappings.check_unmap(address, num_chunks)
         _mmap(address, num_chunks * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+        self._mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`."""
@@ -161,7 +174,7 @@ class HostDevice:
             return
         self._compute.close()
         self._copy.close()
-        for address, num_bytes in list(self._reserved.items()):
+        for address, num_bytes in list(self._mappings.reserved.items()):
             self.release(address, num_bytes)
         os.close(self._fd)
         self._fd = None

@@ -1,7 +1,6 @@
 """Null devices: they count chunks and keep their content's name, but hold no bytes. For simulation and planner tests.
 
-Enforces the rules every device has (no double map, nothing mapped outside a reserved range), so whatever runs on it
-runs on the real ones.
+They keep the rules that every device keeps (`Mappings`), so whatever runs on one runs on the real ones.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kunserve.errors import DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
+from kunserve.gpu.mappings import Mappings
 
 T = TypeVar("T")
 
@@ -29,44 +28,28 @@ class NullDevice:
         self.name = f"null:{index}"
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._next_address = chunk_bytes
-        self._reserved: dict[int, int] = {}
-        self._mapped: dict[int, int] = {}  # address -> chunk
-        self._in_use: set[int] = set()  # chunks that are mapped
+        self._mappings = Mappings(self.name, num_chunks, chunk_bytes)
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
         address, self._next_address = self._next_address, self._next_address + num_bytes + self.chunk_bytes
-        self._reserved[address] = num_bytes
+        self._mappings.reserved[address] = num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        if self._reserved.pop(address, None) != num_bytes:
-            raise DeviceError(f"{self.name}: {address:#x} is not a reserved range")
-        for at in range(address, address + num_bytes, self.chunk_bytes):
-            self._in_use.discard(self._mapped.pop(at, -1))
+        self._mappings.check_reserved(address, num_bytes)
+        self._mappings.release(address, num_bytes)
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`."""
-        places = [address + i * self.chunk_bytes for i in range(len(chunks))]
-        if not any(
-            a <= address and address + len(chunks) * self.chunk_bytes <= a + n for a, n in self._reserved.items()
-        ):
-            raise DeviceError(f"{self.name}: {address:#x} is not in a reserved range")
-        if not self._in_use.isdisjoint(chunks) or not all(0 <= chunk < self.num_chunks for chunk in chunks):
-            raise DeviceError(f"{self.name}: mapped twice, or no such chunk")
-        if any(place in self._mapped for place in places):
-            raise DeviceError(f"{self.name}: {address:#x} is mapped already")
-        self._mapped.update(zip(places, chunks, strict=True))
-        self._in_use.update(chunks)
+        self._mappings.check_map(address, chunks)
+        self._mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`."""
-        places = [address + i * self.chunk_bytes for i in range(num_chunks)]
-        if not all(p in self._mapped for p in places):
-            raise DeviceError(f"{self.name}: {address:#x} is not mapped")
-        for place in places:
-            self._in_use.remove(self._mapped.pop(place))
+        self._mappings.check_unmap(address, num_chunks)
+        self._mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`; on the meta device, so that shapes are right and bytes are not there."""
@@ -92,5 +75,4 @@ class NullDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._mapped.clear()
-        self._in_use.clear()
+        self._mappings.clear()

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,16 +24,28 @@ class WorkQueue:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` after everything submitted before. Once begun it is not interrupted: a cancelled caller waits."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])  # the memory it works on must not change under it
-            raise
+        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._threads, work))
 
     def close(self) -> None:
         """Wait for what runs and end the thread."""
         self._threads.shutdown(wait=True)
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """Return what `work` returns. A caller that is cancelled, however often, goes on only when `work` has ended.
+
+    Else the memory that a thread or a stream works on would be given to others under it.
+    """
+    running = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with suppress(asyncio.CancelledError):  # once more: the first one is raised below
+                await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # seen: the caller is gone
+        raise
 
 
 async def gather_all(awaitables: Iterable[Awaitable[T]]) -> list[T]:

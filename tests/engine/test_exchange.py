@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loaded_groups import asked, assert_same, loaded, two_devices
 from structlog.testing import capture_logs
 from transition_harness import Answer, Checked, again, checked_engine
 
@@ -53,57 +53,11 @@ def long_requests(number: int, num_prompt_tokens: int, num_tokens: int, name: st
     ]
 
 
-def two_devices(
-    folder: Path, num_blocks: int, max_model_len: int = 128, **settings: Any
-) -> AbstractAsyncContextManager[Checked]:
-    """An engine that computes all prompts in a few steps: the first is far from its end when the last begins."""
-    settings |= {"max_model_len": max_model_len, "max_num_batched_tokens": 512}
-    return checked_engine(folder, "cpu:2", num_blocks, **settings)
-
-
 async def expected(folder: Path, requests: Sequence[Request]) -> list[Answer]:
     """What one device answers that has room for all."""
     num_blocks = sum(request.num_prompt_tokens + request.params.max_tokens + 4 for request in requests) // 4
     async with checked_engine(folder, "cpu:1", max(130, num_blocks), max_model_len=512) as checked:
         return await checked.answer_all(again(requests))
-
-
-async def asked(checked: Checked, requests: Sequence[Request]) -> asyncio.Task[list[Answer]]:
-    """Ask for all of them, now."""
-    task = asyncio.create_task(checked.answer_all(requests))
-    while not checked.engine._live.keys() >= {request.request_id for request in requests}:
-        await asyncio.sleep(0)
-    return task
-
-
-async def loaded(
-    checked: Checked, requests: Sequence[Request], num_last: int | None = None
-) -> asyncio.Future[list[Answer]]:
-    """Answers to all of them, each of which has its first token: `num_last` (or half) on the second group."""
-    num_first = len(requests) - (len(requests) // 2 if num_last is None else num_last)
-    first, last = checked.engine.groups
-    answers = []
-    with ExitStack() as pauses:
-        for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
-            group.is_admitting, other.is_admitting = True, False
-            answers.append(await asked(checked, some))
-            while not all(request.num_output_tokens for request in some):
-                await checked.commits(1)
-            pauses.enter_context(checked.engine.paused([group]))  # it waits for the other
-    for group in (first, last):
-        group.is_admitting = True
-    checked.engine.wake()
-    assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
-    return asyncio.ensure_future(_joined(*answers))
-
-
-async def _joined(first: Awaitable[list[Answer]], last: Awaitable[list[Answer]]) -> list[Answer]:
-    return await first + await last
-
-
-def assert_same(answers: Sequence[Answer], its: Sequence[Answer]) -> None:
-    for answer, other in zip(answers, its, strict=True):
-        answer.assert_same(other)
 
 
 async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:

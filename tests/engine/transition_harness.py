@@ -20,7 +20,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.launch import Served
 from kunserve.engine.microbatch import Microbatch
-from kunserve.engine.reconfigure import Reconfigure
+from kunserve.engine.reconfigure import Reconfigure, Transition
 from kunserve.engine.request import FinishReason, Output, Request, SamplingParams
 from kunserve.errors import ConflictError, DeviceError, KunServeError
 
@@ -46,6 +46,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: list[Any] = field(default_factory=list)
     finish: tuple[FinishReason, int | str | None] | None = None
     error: KunServeError | None = None
 
@@ -55,6 +56,7 @@ class Answer:
         self.token_ids += output.token_ids
         self.text += output.text
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
             self.finish = output.finish_reason, output.stop_reason
 
@@ -62,8 +64,10 @@ class Answer:
         """Tokens, text and endings are the same; logprobs are but for rounding."""
         assert (self.token_ids, self.text, self.finish) == (other.token_ids, other.text, other.finish)
         assert self.error is other.error is None and len(self.logprobs) == len(other.logprobs)
-        for mine, its in zip(self.logprobs, other.logprobs, strict=True):
-            assert mine.token_id == its.token_id and abs(mine.logprob - its.logprob) < TOLERANCE
+        mine_all, its_all = self.logprobs + self.prompt_logprobs, other.logprobs + other.prompt_logprobs
+        for mine, its in zip(mine_all, its_all, strict=True):
+            assert (mine.token_id, mine.rank) == (its.token_id, its.rank)
+            assert abs(mine.logprob - its.logprob) < TOLERANCE
             for (token, logprob), (its_token, its_logprob) in zip(mine.top, its.top, strict=True):
                 assert token == its_token and abs(logprob - its_logprob) < TOLERANCE
 
@@ -124,14 +128,16 @@ class Checked:
         for _ in range(number):
             await self.engine.next_commit()
 
-    async def settled(self) -> None:
-        """Wait until no transition is under way, and count those that ended."""
+    async def settled(self) -> list[Transition]:
+        """Wait until no transition is under way; return those that ended, which are counted, since the last call."""
         while tasks := self.control._tasks:
             await asyncio.wait(set(tasks))
-        for transition in self.reconfigure.transitions:
+        ended = list(self.reconfigure.transitions)
+        for transition in ended:
             mode = transition.exchange_mode or ("by_request" if transition.exchange_bytes else None)
             self.outcomes[transition.kind, transition.outcome, mode] += 1
         self.reconfigure.transitions.clear()
+        return ended
 
     async def undo_drops(self) -> None:
         """Restore, step by step, until the groups are as launched. Nothing may be running."""

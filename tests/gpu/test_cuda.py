@@ -1,4 +1,7 @@
-"""CUDA devices against a driver that keeps CUDA's rules: the contract, call sequences, sizes, errors, completion."""
+"""CUDA devices against a driver that keeps CUDA's rules: call sequences, sizes, errors, completion.
+
+What every device promises is in device_contract.py.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,6 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda, RuleBrokenError
-from test_device_contract import (  # noqa: F401  collected here too, with this file's `device`
-    test_a_tensor_over_unmapped_addresses_can_be_made_before_mapping,
-    test_content_follows_its_chunk,
-    test_reserved_ranges_are_aligned_and_apart,
-    test_work_runs_in_order_and_errors_come_back,
-)
 
 from kunserve.config import parse_cuda_devices
 from kunserve.errors import ConfigError, DeviceError, DeviceLostError
@@ -384,13 +381,14 @@ async def test_a_fault_on_one_gpu_is_no_fault_on_another() -> None:
 async def test_transfer_between_gpus(reachable: bool) -> None:
     drivers = [FakeCuda(0, reachable=[1] if reachable else []), FakeCuda(1, reachable=[0] if reachable else [])]
     source, target = open_cuda_devices(drivers, 2, CHUNK)
-    for device in (source, target):
-        device.map(device.reserve(2 * CHUNK), [1, 0])
-    src, dst = (d.tensor(min(d._mapped), 2 * CHUNK) for d in (source, target))
+    addresses = [device.reserve(2 * CHUNK) for device in (source, target)]
+    for device, address in zip((source, target), addresses, strict=True):
+        device.map(address, [1, 0])
+    src, dst = (d.tensor(address, 2 * CHUNK) for d, address in zip((source, target), addresses, strict=True))
     src.copy_(torch.arange(2 * CHUNK) % 251)
     await transfer(source, src, target, dst, slice_bytes=1_000_000)  # slices that divide nothing
     assert torch.equal(src, dst)
-    assert drivers[0].reaches(min(source._mapped)) == ((0, 1) if reachable else (0,))
+    assert drivers[0].reaches(addresses[0]) == ((0, 1) if reachable else (0,))
     source.close()
     target.close()
     assert all(driver.is_clean() for driver in drivers)
@@ -403,8 +401,9 @@ async def test_blocks_are_copied_between_devices_and_to_the_host(kind: str) -> N
     source, target = open_cuda_devices(drivers, 2, CHUNK)
     kv = []
     for device in (source, target):
-        device.map(device.reserve(2 * CHUNK), [1, 0])
-        kv.append(device.tensor(min(device._mapped), 2 * CHUNK).view(torch.float32).view(2, 32, -1))  # two layers
+        address = device.reserve(2 * CHUNK)
+        device.map(address, [1, 0])
+        kv.append(device.tensor(address, 2 * CHUNK).view(torch.float32).view(2, 32, -1))  # two layers
         kv[-1].zero_()
     kv[0].copy_(torch.arange(32)[None, :, None] + torch.tensor([0, 100])[:, None, None])
     await target.copy(layer_copies(list(kv[0]), [3, 30], list(kv[1]), [31, 2], range(2)), source)
@@ -447,6 +446,28 @@ async def test_staging_buffers_are_not_filled_before_they_are_empty() -> None:
     drivers[1].wait = lambda stream, event: waits.append((1, event.stream))  # type: ignore[method-assign]
     await transfer(source, torch.ones(40), target, torch.zeros(40), slice_bytes=40)
     assert waits == [(1, out), (1, out), (0, into), (1, out), (0, into), (1, out)]
+    source.close()
+    target.close()
+
+
+async def test_a_cancelled_caller_of_a_staged_copy_waits_for_both_devices() -> None:
+    drivers = [FakeCuda(0), FakeCuda(1)]
+    source, target = open_cuda_devices(drivers, 1, CHUNK)
+    streams = source.copy_out.stream, target.copy_in.stream
+    for driver, stream in zip(drivers, streams, strict=True):
+        driver.submit(stream)
+    read, write = torch.ones(40), torch.zeros(40)
+    caller = asyncio.ensure_future(target.copy_tensor(read, write, source))
+    await until(lambda: bool(write.all()))  # launched on both
+    caller.cancel()
+    drivers[0].complete(streams[0])
+    await source.copy_out.run(lambda: None)  # nobody waits for the first device any more
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not caller.done()
+    drivers[1].complete(streams[1])
+    with pytest.raises(asyncio.CancelledError):
+        await caller
     source.close()
     target.close()
 
