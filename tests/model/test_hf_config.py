@@ -177,8 +177,10 @@ def test_what_would_run_wrongly_is_refused_by_name(values: dict[str, Any], field
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 64}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 
 
 @pytest.mark.parametrize("field", SIZES)
