@@ -226,7 +226,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            raise ConfigError(f"unknown field {where}{name}{_suggest(name, list(fields))}")
+            shown = name if name.isprintable() else show(name)
+            raise ConfigError(f"unknown field {where}{shown}{_suggest(name, list(fields))}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"field {where}{name} is missing")

@@ -21,7 +21,7 @@ SAFETENSORS = re.compile(r"[^/\x00-\x1f]+\.safetensors")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-TRAINING_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|sentencepiece.*)\.(bin|pt|pth)")
+TRAINING_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
 GGUF_ADVICE = (
     "GGUF is not served. Take the model that they were made from, in safetensors "
     "(for instance hf download ORGANIZATION/MODEL), and give its folder"

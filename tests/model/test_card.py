@@ -70,6 +70,7 @@ def _write_card(folder: Path, old: str, new: str) -> None:
         ("factor = 8.0", 'factor = "8"', r"field config\.rope_scaling\.factor: expected float"),
         ("[128001, ", '["</s>", ', r"field config\.eos_token_ids: expected int"),
         ("num_kv_heads = 8", "num_kv_heads = 7", "KV heads"),
+        ("licence =", '"a\\nb" =', r"unknown field 'a\\nb'"),
         ("num_kv_heads = 8", "num_kv_heads = 0", "field num_kv_heads: expected a positive number"),
         ("num_layers = 32", "num_layers = 1000000000", "field num_layers: expected a positive number up to 2000"),
         ("rope_theta = 500000.0", f"rope_theta = 1{'0' * 400}", "field rope_theta: expected a positive number"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,17 @@ def split_in_shards(folder: Path, num_shards: int = 3) -> list[Path]:
         weight_map |= dict.fromkeys(part, files[-1].name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return files
+
+
+def test_weights_are_judged_without_the_libraries_that_load_them(folder: Path) -> None:
+    split_in_shards(folder)
+    script = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('torch', 'safetensors', 'tokenizers', 'huggingface_hub'))  # None: no import\n"
+        "from kunserve.model.card import check_model\n"
+        f"check_model({str(folder)!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_shards_that_are_missing_are_counted(folder: Path) -> None:
