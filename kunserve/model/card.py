@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -15,13 +16,16 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import kunserve
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
+from kunserve.model.config_fields import check_range, show
 from kunserve.model.embedded import EmbeddedModel, prepare_embedded
-from kunserve.model.folder import GGUF_ADVICE, check_weight_files, is_gguf
+from kunserve.model.files import expand_home, reading
+from kunserve.model.folder import GGUF_ADVICE, check_tokenizer_file, check_weight_files, is_gguf
 from kunserve.model.hf_config import check_config, load_hf_config
 from kunserve.progress import Progress
 
 CARDS = Path(kunserve.__file__).parent / "models"  # in a checkout a link to the top-level `models/`
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What the Hub's own library lets through, which is not imported for it: two names of up to 96 characters.
+HUB_ID = re.compile(r"(?!.*(--|\.\.))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b(?<!\.git)", re.ASCII)
 LOAD_FORMATS = ("auto", "dummy")
 
 T = TypeVar("T")
@@ -86,16 +90,21 @@ def load_card(name: str, folders: Sequence[Path] | None = None) -> ModelCard:
     if path is None:
         raise ConfigError(f"no model card {name!r}{_suggest(name, sorted(paths))}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with reading(path):
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read {path}: it is nested too deeply") from None
     try:
         card = _build(ModelCard, values, "")
         check_config(card.config)
+        if card.defaults.max_model_len is not None:
+            check_range("defaults.max_model_len", card.defaults.max_model_len)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
     if card.name != name:
-        raise ConfigError(f"{path}: the card calls itself {card.name!r}")
+        raise ConfigError(f"{path}: the card calls itself {show(card.name)}")
     return card
 
 
@@ -131,45 +140,62 @@ def _locate(name_or_path: str, load_format: str, folders: Sequence[Path] | None)
     """Return what a name stands for: a card, a folder, or a Hub id. ConfigError if nothing can."""
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"no load format {load_format!r}{_suggest(load_format, LOAD_FORMATS)}")
+    if not name_or_path.isprintable():  # a line break would break the one line of every error
+        raise ConfigError(f"--model {show(name_or_path)}: the name holds a character that cannot be printed")
     names = list_cards(folders)
     if name_or_path in names:
         return load_card(name_or_path, folders)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        advice = GGUF_ADVICE if is_gguf(path.name) else "it must be a folder with config.json"
-        raise ConfigError(f"--model {name_or_path} is a file; {advice}")
-    if HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith("."):
+    path = expand_home(name_or_path, "--model")
+    with reading(path):
+        if path.is_dir():
+            return path.resolve()
+        if path.exists():
+            advice = GGUF_ADVICE if is_gguf(path.name) else "it must be a folder with config.json"
+            raise ConfigError(f"--model {name_or_path} is a file; {advice}")
+    if HUB_ID.fullmatch(name_or_path):
         return name_or_path
     if os.sep in name_or_path:
-        raise ConfigError(f"--model {name_or_path}: there is no such folder")
+        raise ConfigError(f"--model {name_or_path}: there is no such folder, and the Hub has no names like this")
     raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, names)}")
 
 
 def _read_folder(folder: Path, load_format: str) -> ModelConfig:
     """Return the model that a Hugging Face folder holds. ConfigError if it is none that can be served."""
-    if load_format != "dummy" or not (folder / "config.json").exists():
+    with reading(folder):
+        has_config = (folder / "config.json").exists()
+    if load_format != "dummy" or not has_config:
         check_weight_files(folder)
-    return load_hf_config(folder)
+    config = load_hf_config(folder)
+    check_tokenizer_file(folder)
+    return config
 
 
 def _card_paths(folders: Sequence[Path] | None) -> dict[str, Path]:
     """Return the file of each card by name; where two folders have one, the first folder's."""
     searched = card_folders() if folders is None else folders
-    return {path.stem: path for folder in reversed(searched) for path in folder.glob("*.toml")}
+    return {path.stem: path for folder in reversed(searched) for path in _cards_in(folder)}
+
+
+def _cards_in(folder: Path) -> list[Path]:
+    """Return the cards of a folder; none of one that is not there or that this user may not read."""
+    try:
+        return [folder / name for name in os.listdir(folder) if name.endswith(".toml")]
+    except OSError:  # for instance another user's HOME, as in containers: the cards of KunServe are known without it
+        return []
 
 
 def config_root() -> Path:
     """Return the folder for what users write: KUNSERVE_CONFIG, or $XDG_CONFIG_HOME/kunserve, or ~/.config/kunserve."""
     if own := os.environ.get("KUNSERVE_CONFIG"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").expanduser() / "kunserve"
+        return expand_home(own, "KUNSERVE_CONFIG")
+    if users := os.environ.get("XDG_CONFIG_HOME"):
+        return expand_home(users, "XDG_CONFIG_HOME") / "kunserve"
+    return expand_home("~/.config/kunserve", "KUNSERVE_CONFIG")
 
 
 def cache_root() -> Path:
     """Return the folder for what we make ourselves: KUNSERVE_CACHE, or ~/.cache/kunserve."""
-    return Path(os.environ.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve").expanduser()
+    return expand_home(os.environ.get("KUNSERVE_CACHE") or "~/.cache/kunserve", "KUNSERVE_CACHE")
 
 
 def _hub_folder(hub_id: str, progress: Progress) -> Path:
@@ -200,7 +226,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
-            raise ConfigError(f"unknown field {where}{name}{_suggest(name, list(fields))}")
+            shown = name if name.isprintable() else show(name)
+            raise ConfigError(f"unknown field {where}{shown}{_suggest(name, list(fields))}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"field {where}{name} is missing")
@@ -216,9 +243,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if get_args(kind) and isinstance(value, list):  # tuple[int, ...]
         return tuple(_convert(get_args(kind)[0], item, where) for item in value)
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf  # a double ends at 2**1024
     if type(value) is not kind:
-        raise ConfigError(f"field {where}: expected {getattr(kind, '__name__', kind)}, not {value!r}")
+        raise ConfigError(f"field {where}: expected {getattr(kind, '__name__', kind)}, not {show(value)}")
     return value
 
 

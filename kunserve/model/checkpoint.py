@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
+from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
+from kunserve.model.safetensors_header import DAMAGED
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
 
@@ -138,13 +140,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")  # unmapped with the last view of it
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        with reading(path):
+            path.open("rb").close()  # the library's own error for a file that is not there says the path once more
+            return safe_open(path, framework="pt")  # unmapped with the last view of it
     except SafetensorError as error:
-        raise ConfigError(
-            f"cannot read {path}: the file is damaged or its download is not complete; fetch it again ({error})"
-        ) from None
+        raise ConfigError(f"cannot read {path}: {DAMAGED} ({error})") from None
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import Llama3RopeScaling, ModelConfig
+from kunserve.model.config_fields import (
+    check_range,
+    check_tokens,
+    read_flag,
+    read_float,
+    read_int,
+    read_names,
+    read_object,
+    read_tokens,
+    show,
+)
+from kunserve.model.files import reading
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -17,6 +30,11 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+NUMBERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("max_position_embeddings", "rms_norm_eps", "rope_theta"),
+)
+SCALING_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def load_hf_config(folder: Path) -> ModelConfig:
@@ -24,23 +42,31 @@ def load_hf_config(folder: Path) -> ModelConfig:
 
     Raises ConfigError when a file is missing or malformed, or the model is not one we run.
     """
-    values = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    if generation.exists() and (ends := read_json(generation).get("eos_token_id")) is not None:
-        values["eos_token_id"] = ends
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    values = read_json(path)
+    with reading(generation):
+        ends = read_json(generation) if generation.exists() else {}
+    if ends.get("eos_token_id") is not None:
+        values["eos_token_id"] = None
     try:
-        return parse_hf_config(values)
+        config = parse_hf_config(values)
+        path = generation
+        return replace(
+            config, eos_token_ids=read_tokens(ends, "eos_token_id", config.vocab_size) or config.eos_token_ids
+        )
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error.message}") from None
+        raise ConfigError(f"{path}: {error.message}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object; raises ConfigError naming the file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"cannot read {path}: {reason}") from None
+        with reading(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read {path}: it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ConfigError(f"cannot read {path}: it holds no JSON object")
     return values
@@ -53,32 +79,37 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     family = _family(values)
     _refuse_unsupported(values, family)
-    num_heads = _int(values, "num_attention_heads")
-    hidden_size = _int(values, "hidden_size")
+    num_heads = read_int(values, "num_attention_heads")
+    vocab_size = read_int(values, "vocab_size")
+    hidden_size = read_int(values, "hidden_size")
     if "num_key_value_heads" not in values and family != "llama":
         raise ConfigError("field num_key_value_heads is missing")  # each family has another default: do not guess
-    max_positions = _int(values, "max_position_embeddings")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    eos = values.get("eos_token_id")
+    if family != "qwen3" and values.get("head_dim") is None and hidden_size % num_heads:
+        raise ConfigError(f"hidden_size {hidden_size} is no multiple of {num_heads} attention heads")
+    max_positions = read_int(values, "max_position_embeddings")
+    rope = read_object(values, "rope_parameters") or read_object(values, "rope_scaling")
+    bos = read_tokens(values, "bos_token_id", vocab_size)
+    if len(bos) > 1:
+        raise ConfigError(f"field bos_token_id: expected one token, not {show(values['bos_token_id'])}")
     config = ModelConfig(
         family=family,
-        vocab_size=_int(values, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_int(values, "intermediate_size"),
-        num_layers=_int(values, "num_hidden_layers"),
+        intermediate_size=read_int(values, "intermediate_size"),
+        num_layers=read_int(values, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_int(values, "num_key_value_heads", num_heads),
-        head_dim=_int(values, "head_dim", None if family == "qwen3" else hidden_size // num_heads),
+        num_kv_heads=read_int(values, "num_key_value_heads", num_heads),
+        head_dim=read_int(values, "head_dim", None if family == "qwen3" else hidden_size // num_heads),
         max_position_embeddings=min(max_positions, _sliding_window(values, family) or max_positions),
-        rms_norm_eps=_float(values, "rms_norm_eps", 1e-6),
-        rope_theta=_float(rope, "rope_theta", _float(values, "rope_theta", 10000.0)),
+        rms_norm_eps=read_float(values, "rms_norm_eps", 1e-6),
+        rope_theta=read_float(rope, "rope_theta", read_float(values, "rope_theta", 10000.0)),
         rope_scaling=_rope_scaling(rope, max_positions),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tie_embeddings=read_flag(values, "tie_word_embeddings"),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         dtype=_dtype(values),
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=read_tokens(values, "eos_token_id", vocab_size),
     )
     check_config(config)
     return config
@@ -87,19 +118,31 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
 def cutting_window(folder: Path) -> tuple[int, int] | None:
     """Return the tokens of a model's sliding window and its positions, if the window is what bounds its requests."""
     values = read_json(folder / "config.json")
-    window, positions = _sliding_window(values, _family(values)), _int(values, "max_position_embeddings")
+    window, positions = _sliding_window(values, _family(values)), read_int(values, "max_position_embeddings")
     return (window, positions) if window is not None and window < positions else None
 
 
 def check_config(config: ModelConfig) -> None:
-    """Check that sizes fit each other; raises ConfigError."""
+    """Check a shape, wherever it was read: each number for itself, and that they fit each other. Raises ConfigError."""
+    if config.family not in ARCHITECTURES.values():
+        raise ConfigError(f"field family: {show(config.family)} is none of {', '.join(ARCHITECTURES.values())}")
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"field dtype: {show(config.dtype)} is not supported, only {', '.join(DTYPES)}")
+    for field in NUMBERS:
+        check_range(field, getattr(config, field))
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"{config.num_heads} attention heads are no multiple of {config.num_kv_heads} KV heads")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim {config.head_dim} is odd: it cannot be rotated")
-    ids = [*config.eos_token_ids, *([] if config.bos_token_id is None else [config.bos_token_id])]
-    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
-        raise ConfigError(f"bos_token_id or eos_token_id is not a token: {ids} of {config.vocab_size}")
+    if config.bos_token_id is not None:
+        check_tokens("bos_token_id", (config.bos_token_id,), config.vocab_size)
+    check_tokens("eos_token_ids", config.eos_token_ids, config.vocab_size)
+    if (scaling := config.rope_scaling) is not None:
+        for field in SCALING_NUMBERS:
+            check_range(field, getattr(scaling, field))
+        if scaling.low_freq_factor >= scaling.high_freq_factor:  # what lies between is divided by their difference
+            factors = f"{scaling.low_freq_factor} is not below high_freq_factor {scaling.high_freq_factor}"
+            raise ConfigError(f"field low_freq_factor: {factors}")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -137,11 +180,11 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _family(values: Mapping[str, Any]) -> str:
-    names = values.get("architectures") or []
+    names = read_names(values, "architectures")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ConfigError(f"architectures {names} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    raise ConfigError(f"architectures {show(names)} is not supported; these are: {', '.join(ARCHITECTURES)}")
 
 
 def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
@@ -149,21 +192,19 @@ def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
     if quantization := values.get("quantization_config"):
         raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
     if (act := values.get("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"field hidden_act: {act!r} is not supported, only 'silu'")
+        raise ConfigError(f"field hidden_act: {show(act)} is not supported, only 'silu'")
     # transformers reads attention_bias for Llama and Qwen3 only; elsewhere a leftover has no effect.
     for field in ("attention_bias", "mlp_bias") if family in ("llama", "qwen3") else ():
-        if values.get(field):
+        if read_flag(values, field):
             raise ConfigError(f"field {field}: true is not supported for {family}")
     for style in ("rope_parameters", "rope_scaling"):
-        rope = values.get(style) or {}
-        if not isinstance(rope, dict):
-            raise ConfigError(f"field {style}: expected an object")
+        rope = read_object(values, style)
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "llama3"):
-            raise ConfigError(f"field {style}: rope_type {kind!r} is not supported, only 'default' and 'llama3'")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(f"field {style}: rope_type {show(kind)} is not supported, only 'default' and 'llama3'")
+        if read_float(rope, "partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(f"field {style}: partial_rotary_factor is not supported")
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
+    if read_float(values, "partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("field partial_rotary_factor is not supported")
 
 
@@ -175,66 +216,48 @@ QUANTIZED_NAMES = {
     "fbgemm_fp8": "-FP8",
     "compressed-tensors": "-FP8 or -w4a16",
     "bitsandbytes": "-bnb-4bit",
+    "mxfp4": "-MXFP4",
+    "modelopt": "-FP8, -FP4 or -NVFP4",
+    "modelopt_fp4": "-FP4 or -NVFP4",
 }
 
 
 def _quantized(quantization: object) -> str:
     """Return why quantized weights are refused, by their method, and what to serve instead."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if not isinstance(method, str):
+    if not isinstance(method, str) or not method.strip():
         return "quantized weights are not supported; serve the unquantized model"
     ending = QUANTIZED_NAMES.get(method.lower())
     example = f" (often the same name without {ending})" if ending else ""
-    return f"weights quantized with {method} are not supported; serve the unquantized model{example}"
+    shown = method if ending else show(method)
+    return f"weights quantized with {shown} are not supported; serve the unquantized model{example}"
 
 
 def _sliding_window(values: Mapping[str, Any], family: str) -> int | None:
     """Tokens of the sliding window, or None where no layer uses one."""
     if family == "mistral":
         # transformers' default when the field is absent is 4096; null means none.
-        return None if values.get("sliding_window", 4096) is None else _int(values, "sliding_window", 4096)
-    if not values.get("use_sliding_window") or values.get("sliding_window") is None:
+        return None if values.get("sliding_window", 4096) is None else read_int(values, "sliding_window", 4096)
+    if not read_flag(values, "use_sliding_window") or values.get("sliding_window") is None:
         return None
-    if values.get("max_window_layers", 0) >= _int(values, "num_hidden_layers"):
+    if read_int(values, "max_window_layers", 0, may_be_0=True) >= read_int(values, "num_hidden_layers"):
         return None  # only layers from max_window_layers on slide
-    return _int(values, "sliding_window")
+    return read_int(values, "sliding_window")
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> Llama3RopeScaling | None:
     if (rope.get("rope_type") or rope.get("type")) != "llama3":
         return None
     return Llama3RopeScaling(
-        factor=_float(rope, "factor"),
-        low_freq_factor=_float(rope, "low_freq_factor"),
-        high_freq_factor=_float(rope, "high_freq_factor"),
-        original_max_position_embeddings=_int(rope, "original_max_position_embeddings", max_positions),
+        factor=read_float(rope, "factor"),
+        low_freq_factor=read_float(rope, "low_freq_factor"),
+        high_freq_factor=read_float(rope, "high_freq_factor"),
+        original_max_position_embeddings=read_int(rope, "original_max_position_embeddings", max_positions),
     )
 
 
 def _dtype(values: Mapping[str, Any]) -> str:
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"field dtype: {name!r} is not supported, only {', '.join(DTYPES)}")
+        raise ConfigError(f"field dtype: {show(name)} is not supported, only {', '.join(DTYPES)}")
     return name
-
-
-def _int(values: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = values.get(field)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"field {field} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"field {field}: expected a positive integer, not {value!r}")
-    return value
-
-
-def _float(values: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = values.get(field)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"field {field} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"field {field}: expected a positive number, not {value!r}")
-    return float(value)

@@ -1,3 +1,7 @@
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -5,7 +9,16 @@ import pytest
 from tiny_models import make_tiny_model
 
 from kunserve.errors import ConfigError
-from kunserve.model.card import CARDS, cache_root, list_cards, load_card, resolve_model
+from kunserve.model.card import (
+    CARDS,
+    HUB_ID,
+    cache_root,
+    check_model,
+    config_root,
+    list_cards,
+    load_card,
+    resolve_model,
+)
 from kunserve.model.checkpoint import expected_shapes
 from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
 from kunserve.progress import Progress
@@ -57,6 +70,14 @@ def _write_card(folder: Path, old: str, new: str) -> None:
         ("factor = 8.0", 'factor = "8"', r"field config\.rope_scaling\.factor: expected float"),
         ("[128001, ", '["</s>", ', r"field config\.eos_token_ids: expected int"),
         ("num_kv_heads = 8", "num_kv_heads = 7", "KV heads"),
+        ("licence =", '"a\\nb" =', r"unknown field 'a\\nb'"),
+        ("num_kv_heads = 8", "num_kv_heads = 0", "field num_kv_heads: expected a positive number"),
+        ("num_layers = 32", "num_layers = 1000000000", "field num_layers: expected a positive number up to 2000"),
+        ("rope_theta = 500000.0", f"rope_theta = 1{'0' * 400}", "field rope_theta: expected a positive number"),
+        ("factor = 8.0", "factor = nan", "field factor: expected a positive number"),
+        ("max_model_len = 32768", "max_model_len = 0", r"field defaults\.max_model_len: expected a positive number"),
+        ("[config]", f"deep = {'[' * 100_000}\n[config]", "nested too deeply"),
+        ('name = "llama-8b"', 'name = "llama-8b\\n"', r"calls itself 'llama-8b\\n'"),
         ('name = "llama-8b"', 'name = "llama-9b"', "calls itself 'llama-9b'"),
         ("[config]", "[config", "cannot read"),
     ],
@@ -65,7 +86,14 @@ def test_a_wrong_card_is_named_with_its_field(old: str, new: str, message: str, 
     _write_card(tmp_path, old, new)
     with pytest.raises(ConfigError, match=message) as caught:
         load_card("llama-8b", [tmp_path])
-    assert "llama-8b.toml" in caught.value.message
+    assert "llama-8b.toml" in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_card_that_is_a_folder_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_card("mine", [tmp_path])
+    assert caught.value.message == f"cannot read {tmp_path / 'mine.toml'}: Is a directory"
 
 
 def test_numbers_of_a_card_become_floats(tmp_path: Path) -> None:
@@ -118,12 +146,21 @@ def test_a_local_folder(load_format: str, tmp_path: Path) -> None:
         ("./llama-8b", "no such folder"),
         ("/does/not/exist", "no such folder"),
         (__file__, "is a file"),
+        ("a" * 300, "^cannot read a+: File name too long$"),
+        (f"/{'a' * 300}/b", "^cannot read .*: File name too long$"),
+        ("~nosuchuser/model", "^--model ~nosuchuser/model: no home folder of ~nosuchuser is known; give the whole"),
+        ("a\nb", r"^--model 'a\\nb': the name holds a character that cannot be printed$"),
+        ("a\0b", r"cannot be printed$"),
+        ("\udcff", r"cannot be printed$"),
+        (f"x/{'a' * 97}", "no such folder, and the Hub has no names like this"),
+        ("x/a..b", "the Hub has no names"),
     ],
 )
 def test_unknown_names_end_in_one_line(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        resolve_model(name)
-    assert "\n" not in caught.value.message
+    for judge in (check_model, resolve_model):
+        with pytest.raises(ConfigError, match=message) as caught:
+            judge(name)
+        assert "\n" not in caught.value.message
     with pytest.raises(ConfigError, match="did you mean 'dummy'"):
         resolve_model("llama-8b", load_format="dumy")
 
@@ -162,3 +199,97 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert cache_root() == tmp_path
     monkeypatch.delenv("KUNSERVE_CACHE")
     assert cache_root() == Path.home() / ".cache" / "kunserve"
+
+
+@pytest.mark.parametrize(("variable", "root"), [("KUNSERVE_CONFIG", config_root), ("KUNSERVE_CACHE", cache_root)])
+def test_a_home_that_nobody_has_is_named_with_its_variable(
+    variable: str, root: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    with pytest.raises(ConfigError, match=f"^{variable} ~nosuchuser/x: no home folder of ~nosuchuser is known; give"):
+        root()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a/b", "a-b/c.d_e", "A/b1", "x/" + "a" * 96, "x/" + "a" * 97, "a" * 96 + "/x", "a" * 97 + "/x", "a/b.git"),
+        *("a--b/c", "a/b..c", "-a/b", "a-/b", "a/-b", "a/b.", ".a/b", "a/_b", "a/b c", "a/b/c", "a/b\n", "a/", "/b"),
+        *("a/git", "é/b", "a/b-c--d"),
+    ],
+)
+def test_the_hubs_own_library_knows_the_same_names(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        is_right = True
+    except HFValidationError:
+        is_right = False
+    assert (HUB_ID.fullmatch(name) is not None) == is_right
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Root may read everything: become nobody. Whoever else runs the tests is kept out by the rights of its files."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def refusal(name: Path) -> str:
+    with another_user(), pytest.raises(ConfigError) as caught:
+        check_model(str(name))
+    return caught.value.message
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder with a card and a model in places that any user may reach: pytest's own are their owner's alone."""
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        home = Path(top) / "home"
+        for path in make_tiny_model("llama", home / "model").iterdir():
+            path.chmod(0o644)
+        (home / "models").mkdir()
+        _write_card(home / "models", "[config]", "[config]")
+        yield home
+        for path in (home, home / "model"):
+            path.chmod(0o755)
+
+
+def test_cards_of_a_home_that_cannot_be_read_are_left_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUNSERVE_CONFIG", str(home))
+    assert load_card("llama-8b").licence
+    home.chmod(0)
+    with another_user():
+        assert list_cards() == sorted(NUM_PARAMETERS)
+        check_model("smollm2-135m")
+
+
+@pytest.mark.parametrize("inside", ["model", "none", "none/deeper"])
+def test_a_model_below_a_folder_that_cannot_be_read_is_one_line(home: Path, inside: str) -> None:
+    home.chmod(0o600)
+    assert refusal(home / inside) == f"cannot read {home / inside}: Permission denied"
+
+
+@pytest.mark.parametrize("part", ["", "config.json", "model.safetensors", "tokenizer.json"])
+def test_a_part_of_a_model_that_cannot_be_read_is_named(home: Path, part: str) -> None:
+    path = home / "model" / part
+    path.chmod(0)
+    assert refusal(home / "model") == f"cannot read {path}: Permission denied"
+
+
+def test_a_folder_that_cannot_be_listed_is_named_if_it_lacks_weights(home: Path) -> None:
+    folder = home / "model"
+    folder.chmod(0o311)
+    with another_user():
+        check_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"cannot read {folder}: Permission denied"

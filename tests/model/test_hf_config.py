@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, make_tiny_model
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import Llama3RopeScaling
-from kunserve.model.hf_config import cutting_window, load_hf_config, parse_hf_config, to_hf_config
+from kunserve.model.hf_config import check_config, cutting_window, load_hf_config, parse_hf_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -122,7 +122,10 @@ def test_a_window_that_bounds_the_length_is_told(
         ({"quant_method": "awq", "bits": 4}, "quantized with awq are not supported; serve .* without -AWQ"),
         ({"quant_method": "gptq"}, "quantized with gptq .* without -GPTQ-Int4"),
         ({"quant_method": "fp8"}, "quantized with fp8 .* without -FP8"),
-        ({"quant_method": "mxfp4"}, "quantized with mxfp4 are not supported; serve the unquantized model$"),
+        ({"quant_method": "mxfp4"}, "quantized with mxfp4 .* without -MXFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantized with modelopt .* without .*-NVFP4"),
+        ({"quant_method": "other"}, "quantized with 'other' are not supported; serve the unquantized model$"),
+        ({"quant_method": ""}, "quantized weights are not supported; serve the unquantized model$"),
         ({"bits": 4}, "quantized weights are not supported; serve the unquantized model$"),
         ("int8", "quantized weights are not supported"),
     ],
@@ -172,9 +175,120 @@ def test_what_would_run_wrongly_is_refused_by_name(values: dict[str, Any], field
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+
+
+@pytest.mark.parametrize("field", SIZES)
+@pytest.mark.parametrize("value", [0, -1, True, 3.0, "3", [3], {}, float("nan"), float("inf"), 10**9, 10**400])
+def test_a_size_is_a_positive_integer_of_a_known_order(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^field {field}: expected ") as caught:
+        parse_hf_config(LLAMA | {field: value})
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [0, -1.0, True, "3", [3], {}, float("nan"), float("inf"), 1e300, 10**400])
+def test_a_number_is_positive_finite_and_of_a_known_order(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^field {field}: expected ") as caught:
+        parse_hf_config(LLAMA | {field: value})
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize("field", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, True, "3", float("nan"), float("inf"), 10**400])
+def test_numbers_of_rope_scaling_are_as_strict(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^field {field}: expected "):
+        parse_hf_config(LLAMA | {"rope_scaling": LLAMA3 | {field: value}})
+
+
+@pytest.mark.parametrize("field", ["tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("value", ["false", "true", 1, [], 0.0])
+def test_a_flag_is_true_or_false(field: str, value: object) -> None:
+    values = LLAMA if field.endswith("bias") else QWEN2
+    parse_hf_config(values | {field: None})
+    with pytest.raises(ConfigError, match=f"^field {field}: expected true or false, not "):
+        parse_hf_config(values | {field: value})
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [True, 1.0, "1", {}, [[1]], [None], [1, True], -1, 320, [1, 320], 10**400])
+def test_a_token_is_one_of_the_vocabulary(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^field {field}: .* is none of the 320 tokens"):
+        parse_hf_config(LLAMA | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (LLAMA | {"architectures": "LlamaForCausalLM"}, "architectures: expected a list of names, not 'Llama"),
+        (LLAMA | {"architectures": 5}, "architectures: expected a list of names, not 5"),
+        (LLAMA | {"architectures": [["x"]]}, "architectures: expected a list of names"),
+        (LLAMA | {"architectures": [{}]}, "architectures: expected a list of names"),
+        (LLAMA | {"architectures": ["x\ny"]}, r"architectures \['x\\ny'\] is not supported"),
+        (LLAMA | {"rope_scaling": []}, "rope_scaling: expected an object"),
+        (LLAMA | {"rope_scaling": {"type": ["llama3"]}}, "rope_scaling: rope_type .* is not supported"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor: 1.0 is not below"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "low_freq_factor: 1.0 is not below"),
+        (LLAMA | {"partial_rotary_factor": "1"}, "partial_rotary_factor: expected a number"),
+        (LLAMA | {"hidden_size": 65}, "hidden_size 65 is no multiple of 4 attention heads"),
+        (LLAMA | {"bos_token_id": [1, 2]}, "bos_token_id: expected one token"),
+        (LLAMA | {"torch_dtype": {"a": "b\nc"}}, "dtype"),
+        (LLAMA | {"quantization_config": {"quant_method": "a\nb"}}, r"quantized with 'a\\nb' are"),
+        (QWEN2 | WINDOW | {"max_window_layers": "3"}, "max_window_layers: expected an integer"),
+        (QWEN2 | WINDOW | {"max_window_layers": -1}, "max_window_layers: expected"),
+        (QWEN2 | WINDOW | {"sliding_window": float("inf")}, "sliding_window: expected an integer"),
+    ],
+)
+def test_fields_of_another_kind_are_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_hf_config(values)
+    assert "\n" not in caught.value.message and len(caught.value.message) < 200
+
+
+def test_windowed_layers_may_be_null_or_none() -> None:
+    for layers in (None, 0):
+        assert parse_hf_config(QWEN2 | WINDOW | {"max_window_layers": layers}).max_position_embeddings == 64
+
+
+def test_end_tokens_are_named_with_their_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 999}))
+    with pytest.raises(ConfigError, match=r"/config\.json: field eos_token_id: 999 is none"):
+        load_hf_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, "x"]}))
+    with pytest.raises(ConfigError, match=r"/generation_config\.json: field eos_token_id: 'x' is none"):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"num_layers": 10**9}, "num_layers"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_scaling": Llama3RopeScaling(8.0, 4.0, 4.0, 64)}, "low_freq_factor"),
+        ({"rope_scaling": Llama3RopeScaling(8.0, 1.0, float("nan"), 64)}, "high_freq_factor"),
+        ({"eos_token_ids": (-1,)}, "eos_token_ids"),
+        ({"bos_token_id": 320}, "bos_token_id"),
+        ({"family": "gpt2"}, "family"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+)
+def test_a_shape_from_elsewhere_is_checked_alike(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(replace(parse_hf_config(LLAMA), **change))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "[" * 200_000, '{"a":' * 200_000, '{"a": ' + "1" * 5000 + "}"])
 def test_an_unreadable_file_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(ConfigError, match=r"^cannot read .*config\.json: ") as caught:
         load_hf_config(tmp_path)
+    assert len(caught.value.message) < 300
