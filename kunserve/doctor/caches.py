@@ -28,8 +28,9 @@ def check_server_cache(probe: Probe, gpus: Gpus) -> Finding:
     try:
         folder = probe.cache_root()
     except (RuntimeError, KunServeError) as error:  # a "~user" that nobody is
-        value = probe.environment.get("KUNSERVE_CACHE", "")
-        found = f"KUNSERVE_CACHE={value} names no folder: {first_line(error)}"
+        found, value = first_line(error), probe.environment.get("KUNSERVE_CACHE", "")
+        if "KUNSERVE_CACHE" not in found:
+            found = f"KUNSERVE_CACHE={value} names no folder: {found}"
         return Finding(Status.PROBLEM, found, consequence, remedy)
     return _check_folder(probe, folder, consequence, remedy)
 

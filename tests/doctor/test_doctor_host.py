@@ -14,6 +14,7 @@ from kunserve.doctor.cards import ITEM_BYTES
 from kunserve.doctor.finding import Finding, Status
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import examine
+from kunserve.errors import ConfigError
 from kunserve.model import cpu_kernels
 from kunserve.model.card import CARDS
 
@@ -202,8 +203,11 @@ def test_a_cache_of_a_user_that_does_not_exist_is_one_fault(tmp_path: Path, monk
     probe = cpu_machine(tmp_path, environment=os.environ, cache_root=Probe().cache_root)
     faulty = {name: one for name, one in examine(probe).items() if one.status is Status.PROBLEM}
     assert list(faulty) == ["server cache"]
-    assert "KUNSERVE_CACHE=~no-such-user/x" in faulty["server cache"].found
+    assert "KUNSERVE_CACHE" in faulty["server cache"].found
     assert faulty["server cache"].remedy.startswith("KUNSERVE_CACHE=FOLDER")
+    said = ConfigError("KUNSERVE_CACHE: there is no such user")
+    named = examine(cpu_machine(tmp_path, cache_root=raising(said)))["server cache"]
+    assert named.found == said.message
 
 
 def test_a_user_without_a_home_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
