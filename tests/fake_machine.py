@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fake_cuda import FakeCuda
+from packaging.requirements import Requirement
 
 from kunserve.doctor.probe import Probe
 
@@ -26,22 +28,24 @@ FILES = {
 DRIVER_FILE = {
     "/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
 }
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# As the metadata of an installed KunServe have them.
 REQUIREMENTS = (
-    "torch>=2.11,<3",
-    "aiohttp>=3.14",
-    'flashinfer-python==0.6.18.post1; extra == "cuda"',
-    'cuda-bindings>=12.9; extra == "cuda"',
-    'llguidance>=1.9; extra == "structured"',
-    'huggingface-hub>=1.0; extra == "hub"',
+    *PROJECT["dependencies"],
+    *(f'{line}; extra == "{extra}"' for extra, lines in PROJECT["optional-dependencies"].items() for line in lines),
 )
+WANTED = {one.name: str(one.specifier) for one in map(Requirement, REQUIREMENTS)}
+
+
+def _oldest(wanted: str) -> str:
+    """The lower bound of ">=2.11,<2.14", or the one version of "==0.6"."""
+    return next(part[2:] for part in wanted.split(",") if part[:2] in (">=", "=="))
+
+
 VERSIONS = {
-    "kunserve": "0.1.0",
+    **{name: _oldest(wanted) for name, wanted in WANTED.items() if wanted},
+    "kunserve": PROJECT["version"],
     "torch": "2.13.0",
-    "aiohttp": "3.14.5",
-    "llguidance": "1.9.1",
-    "huggingface-hub": "2.4.0",
-    "flashinfer-python": "0.6.18.post1",
-    "cuda-bindings": "13.5.0",
     "triton": "3.7.1",
 }
 
@@ -162,19 +166,31 @@ def fake_torch(cuda: str | None, *, is_available: bool = False) -> Any:
     )
 
 
+def hub_constants(folder: Path, *, is_offline: bool = False) -> Any:
+    """What huggingface_hub makes of its environment variables."""
+    return SimpleNamespace(
+        HF_HUB_CACHE=str(folder / "hf" / "hub"), HF_TOKEN_PATH=str(folder / "hf" / "token"), HF_HUB_OFFLINE=is_offline
+    )
+
+
 def cpu_machine(folder: Path, **changes: Any) -> Probe:
     """A machine without a GPU on which all is well otherwise. `changes`: fields of it, as a test wants them."""
     found: dict[str, Path] = {}
     good = Probe(
-        environment={"KUNSERVE_CACHE": str(folder / "kunserve"), "HF_HOME": str(folder / "hf")},
+        environment={"KUNSERVE_CACHE": str(folder / "kunserve")},
         home=folder,
+        working_folder=str(folder),
         system="Linux",
         kernel="6.1.0-13-amd64",
         python="3.11.7",
         read_text=files(FILES),
         list_folder=lambda path: [],
         import_module=modules(
-            {"torch": fake_torch(None), "cuda.bindings.driver": ModuleNotFoundError("No module named 'cuda'")}
+            {
+                "torch": fake_torch(None),
+                "cuda.bindings.driver": ModuleNotFoundError("No module named 'cuda'"),
+                "huggingface_hub.constants": hub_constants(folder),
+            }
         ),
         find_package=found.get,
         version=VERSIONS.get,
@@ -185,6 +201,7 @@ def cpu_machine(folder: Path, **changes: Any) -> Probe:
         cores=lambda: 8,
         available_bytes=lambda: 60 * GIB,
         take_memory=lambda num_bytes: None,
+        cache_root=lambda: folder / "kunserve",
         is_writable=lambda path: True,
         free_bytes=lambda path: 500 * GIB,
     )
@@ -197,7 +214,12 @@ def gpu_machine(folder: Path, bindings: Bindings, fakes: Mapping[str, Any] | Non
     kernel = package / "data" / "aot" / PREFILL / f"{PREFILL}.so"
     kernel.parent.mkdir(parents=True, exist_ok=True)
     kernel.touch()
-    imported = {"torch": fake_torch("13.0", is_available=True), "cuda.bindings.driver": bindings, **(fakes or {})}
+    imported = {
+        "torch": fake_torch("13.0", is_available=True),
+        "cuda.bindings.driver": bindings,
+        "huggingface_hub.constants": hub_constants(folder),
+        **(fakes or {}),
+    }
     tools = {"cc", "gcc", "nvcc", "ninja"}
     good = {
         "read_text": files({**FILES, **DRIVER_FILE}),

@@ -4,53 +4,54 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from kunserve.doctor.finding import Finding, Status, ok
+from kunserve.doctor.finding import Finding, Status, first_line, ok
 from kunserve.doctor.gpus import GIB, Gpus
-from kunserve.doctor.packages import bounds
+from kunserve.doctor.packages import bound_of, check_late_package
 from kunserve.doctor.probe import Probe
+from kunserve.errors import KunServeError
 
 LEAST_FREE_BYTES = GIB  # the embedded model's wheel and its converted copy
-TRUE = ("1", "true", "yes", "on")
-
-
-def server_cache(probe: Probe) -> Path:
-    """Return the folder of converted models and compiled kernels."""
-    return Path(probe.environment.get("KUNSERVE_CACHE") or probe.home / ".cache" / "kunserve").expanduser()
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # in the order in which the Hub's library looks
 
 
 def hub_cache(probe: Probe) -> Path:
-    """Return the Hub's folder of models, as huggingface_hub finds it."""
-    if folder := probe.environment.get("HF_HUB_CACHE"):
-        return Path(folder).expanduser()
-    return _hub_home(probe) / "hub"
+    """Return the Hub's folder of models."""
+    return Path(_hub_constants(probe).HF_HUB_CACHE)
 
 
 def check_server_cache(probe: Probe, gpus: Gpus) -> Finding:
     """Whether converted models and compiled kernels can be kept."""
-    folder = server_cache(probe)
     consequence = "smollm2-135m cannot be prepared, and CPU kernels cannot be compiled"
-    return _check_folder(probe, folder, consequence, "KUNSERVE_CACHE=FOLDER kunserve serve ...")
+    remedy = "KUNSERVE_CACHE=FOLDER kunserve serve ..."
+    try:
+        folder = probe.cache_root()
+    except (RuntimeError, KunServeError) as error:  # a "~user" that nobody is
+        found, value = first_line(error), probe.environment.get("KUNSERVE_CACHE", "")
+        if "KUNSERVE_CACHE" not in found:
+            found = f"KUNSERVE_CACHE={value} names no folder: {found}"
+        return Finding(Status.PROBLEM, found, consequence, remedy)
+    return _check_folder(probe, folder, consequence, remedy)
 
 
 def check_hub(probe: Probe, gpus: Gpus) -> Finding:
     """Whether models can be fetched from the Hub and kept, and who asks for them."""
-    (bound,) = bounds(probe, "hub")
-    if bound.installed is None:
-        consequence = "only folders and smollm2-135m are served"
-        remedy = "pip install 'kunserve[hub]'"
-        return Finding(Status.MISSING, f"{bound.name} is not installed", consequence, remedy)
-    remedy = "HF_HOME=FOLDER kunserve serve ..."
+    bound = bound_of(probe, "huggingface-hub")
+    consequence = "only folders and smollm2-135m are served"
+    if finding := check_late_package(probe, bound, "kunserve.model.hub", consequence):
+        return finding
+    constants, remedy = _hub_constants(probe), "HF_HOME=FOLDER kunserve serve ..."
     finding = _check_folder(probe, hub_cache(probe), "models cannot be downloaded", remedy)
-    has_token, is_offline = _has_token(probe), probe.environment.get("HF_HUB_OFFLINE", "0").lower() in TRUE
+    has_token, is_offline = _has_token(probe), bool(constants.HF_HUB_OFFLINE)
     details = {**finding.details, "version": bound.installed, "has_token": has_token, "is_offline": is_offline}
     if finding.status is not Status.OK:
         return Finding(finding.status, finding.found, finding.consequence, finding.remedy, details=details)
     found = f"{finding.found}, {'a' if has_token else 'no'} token"
     if is_offline:
         consequence = "a model that is not on this machine is not fetched"
-        found += ", HF_HUB_OFFLINE is set"
-        return Finding(Status.WARNING, found, consequence, "unset HF_HUB_OFFLINE", details=details)
+        name = next((name for name in OFFLINE if probe.environment.get(name)), OFFLINE[0])
+        return Finding(Status.WARNING, f"{found}, {name} is set", consequence, f"unset {name}", details=details)
     if not bound.is_met:
         consequence, remedy = "downloads may fail: KunServe was not made for this version", bound.remedy
         return Finding(Status.WARNING, bound.text, consequence, remedy, details=details)
@@ -59,7 +60,8 @@ def check_hub(probe: Probe, gpus: Gpus) -> Finding:
 
 def _check_folder(probe: Probe, folder: Path, consequence: str, remedy: str) -> Finding:
     """Whether files can be put into a folder, which need not exist yet."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    # Path.exists raises where a parent may not be looked into.
+    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     free, size = probe.free_bytes(existing), _num_bytes(folder)
     name = str(folder)
     if folder.is_relative_to(probe.home):
@@ -86,14 +88,11 @@ def _num_bytes(folder: Path) -> int:
     return total
 
 
-def _hub_home(probe: Probe) -> Path:
-    if folder := probe.environment.get("HF_HOME"):
-        return Path(folder).expanduser()
-    cache = probe.environment.get("XDG_CACHE_HOME") or str(probe.home / ".cache")
-    return Path(cache).expanduser() / "huggingface"
+def _hub_constants(probe: Probe) -> Any:
+    """Return what the Hub's library has made of its environment variables. It is imported here, as it may be broken."""
+    return probe.import_module("huggingface_hub.constants")
 
 
 def _has_token(probe: Probe) -> bool:
     """Tell whether the Hub is told who asks. The token itself is read by nobody here."""
-    path = Path(probe.environment.get("HF_TOKEN_PATH") or _hub_home(probe) / "token").expanduser()
-    return bool(probe.environment.get("HF_TOKEN")) or path.exists()
+    return bool(probe.environment.get("HF_TOKEN")) or os.path.exists(_hub_constants(probe).HF_TOKEN_PATH)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kunserve.doctor.caches import hub_cache, server_cache
-from kunserve.doctor.finding import Finding, Status, ok
+from kunserve.doctor.caches import hub_cache
+from kunserve.doctor.finding import Finding, Status, first_line, ok
 from kunserve.doctor.gpus import Gpus
 from kunserve.doctor.probe import Probe
 
 FLOAT32_BYTES = 4
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +26,64 @@ class Card:
     hub_id: str | None
 
 
-def known_cards(probe: Probe) -> list[Card]:
-    """Return all cards by name. The packages that read them are imported here, as they may be broken."""
+def known_cards(probe: Probe) -> tuple[list[Card], dict[str, str]]:
+    """Return all cards by name, and what is wrong with those that cannot be read.
+
+    The packages that read them are imported here, as they may be broken.
+    """
     card, layout = probe.import_module("kunserve.model.card"), probe.import_module("kunserve.model.layout")
 
     def weights(config: Any, item_bytes: int) -> int:
         return sum(unit.num_bytes for unit in layout.weight_units(config, item_bytes))
 
-    loaded = [card.load_card(name) for name in card.list_cards()]
-    return [
-        Card(
-            one.name,
-            weights(one.config, ITEM_BYTES[one.config.dtype]),
-            weights(one.config, FLOAT32_BYTES),
-            _is_here(probe, one),
-            one.hub_id,
-        )
-        for one in loaded
-    ]
+    cards, broken = [], {}
+    for name in card.list_cards():
+        try:
+            one = card.load_card(name)
+            if (item_bytes := ITEM_BYTES.get(one.config.dtype)) is None:
+                raise ValueError(
+                    f"the card {name} has the dtype {one.config.dtype!r}; known are: {', '.join(ITEM_BYTES)}"
+                )
+            pinned_bytes, float32_bytes = weights(one.config, item_bytes), weights(one.config, FLOAT32_BYTES)
+        except Exception as error:  # what users write can be wrong in any way; the other cards are still right
+            broken[name] = first_line(error)
+        else:
+            cards.append(Card(name, pinned_bytes, float32_bytes, _is_here(probe, one), one.hub_id))
+    return cards, broken
 
 
 def check_models(probe: Probe, gpus: Gpus) -> Finding:
     """Which of the known models need no download."""
-    cards = known_cards(probe)
-    if not cards:
+    cards, broken = known_cards(probe)
+    if not cards and not broken:
         consequence = "--model NAME finds no card"
         return Finding(Status.MISSING, "no model cards", consequence, "--model FOLDER, or a Hub id")
     here = [card.name for card in cards if card.is_here]
-    details = {"here": here, "missing": {card.name: card.pinned_bytes for card in cards if not card.is_here}}
+    details: dict[str, Any] = {
+        "broken": broken,
+        "here": here,
+        "missing": {card.name: card.pinned_bytes for card in cards if not card.is_here},
+    }
     text = f": {', '.join(here)}" if here else "; smollm2-135m comes from PyPI"
+    if broken:
+        found = "; ".join(broken.values())
+        remedy = "mend or remove the named file"
+        return Finding(Status.WARNING, found, f"no server of {', '.join(broken)} starts", remedy, details=details)
     return ok(f"{len(here)} of {len(cards)} are on this machine{text}", **details)
 
 
 def _is_here(probe: Probe, card: Any) -> bool:
+    """Tell whether a card's files are on this machine. What may not be read, or cannot be looked for, is not."""
+    try:
+        return _has_files(probe, card)
+    except Exception:  # the checks of the caches say what is wrong with a folder, or with the Hub's library
+        return False
+
+
+def _has_files(probe: Probe, card: Any) -> bool:
     if card.embedded is not None:
         embedded = probe.import_module("kunserve.model.embedded")
-        folder = server_cache(probe) / "models" / f"{card.name}-{card.embedded.sha256[:8]}"
+        folder = probe.cache_root() / "models" / f"{card.name}-{card.embedded.sha256[:8]}"
         return bool(embedded.is_complete(folder, card.embedded))
     if card.hub_id is None:
         return False

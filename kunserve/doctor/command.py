@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str], probe: Probe | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a screen")
     args = parser.parse_args(arguments)
     probe = probe or Probe()
+    if probe.working_folder is None:
+        os.chdir("/")  # libraries that torch loads would end the process
     # What packages say while they are imported would be in the JSON; the checks say what matters.
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")

@@ -23,6 +23,9 @@ def check_system(probe: Probe, gpus: Gpus) -> Finding:
     if probe.system != "Linux":
         consequence = "no server starts: devices are made of Linux's memory mappings"
         return Finding(Status.PROBLEM, found, consequence, "use Linux, in a container if need be", BOTH, details)
+    if probe.working_folder is None:
+        found = "the working directory was removed, or may not be looked at"
+        return Finding(Status.PROBLEM, found, "no server starts", "cd ~", BOTH, details)
     return ok(found, **details)
 
 
@@ -59,7 +62,7 @@ def check_cpu_devices(probe: Probe, gpus: Gpus) -> Finding:
 def check_memory(probe: Probe, gpus: Gpus) -> Finding:
     """Whether weights of the known models fit in host memory: in CPU devices, or as the pinned copy for GPUs."""
     available = _available(probe)
-    cards = known_cards(probe)
+    cards, _ = known_cards(probe)  # the check "models" names broken ones
     sizes = {card.name: card.pinned_bytes if gpus.found else card.float32_bytes for card in cards}
     fitting = [name for name, num_bytes in sizes.items() if num_bytes <= available]
     details = {"available_bytes": available, "weights_bytes": sizes, "fitting": fitting}

@@ -10,7 +10,7 @@ from typing import Any
 
 from kunserve.doctor.finding import CUDA, Finding, Status, first_line, ok
 from kunserve.doctor.gpus import GET_CUDA, NOT_NEEDED, Gpus
-from kunserve.doctor.packages import bounds
+from kunserve.doctor.packages import bound_of
 from kunserve.doctor.probe import Probe
 
 HEADERS = "#include <stdint.h>\n#include <string.h>\nint nothing(void) { return 0; }\n"
@@ -42,7 +42,7 @@ def check_compiler(probe: Probe, gpus: Gpus) -> Finding:
 
 def check_flashinfer(probe: Probe, gpus: Gpus) -> Finding:
     """Whether FlashInfer is there in the right version, with its kernels or what compiles them."""
-    bound = next(bound for bound in bounds(probe, "cuda") if bound.name == "flashinfer-python")
+    bound = bound_of(probe, "flashinfer-python", "cuda")
     package = probe.find_package("flashinfer")
     details: dict[str, Any] = {"installed": bound.installed, "wanted": bound.wanted}
     if not gpus.found:

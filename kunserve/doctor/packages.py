@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kunserve.doctor.finding import BOTH, CUDA, Finding, Status, first_line, ok
 from kunserve.doctor.gpus import Gpus
 from kunserve.doctor.probe import Probe
+
+OWN_CHECKS = ("torch", "huggingface-hub", "llguidance")  # these packages have a check of their own
+SERVER_MODULES = ("kunserve.serving", "uvloop")  # what `kunserve serve` imports when it knows what to serve
+# Packages that a server imports late or never: what they are imported as, and what fails without them.
+LATE: Mapping[str, tuple[str, str]] = {
+    "gguf": ("gguf.quants", "smollm2-135m cannot be prepared"),
+    "pyyaml": ("yaml", "serve --config FILE fails"),
+    "pip": ("pip", "smollm2-135m cannot be fetched"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +55,44 @@ def bounds(probe: Probe, extra: str = "") -> Iterator[Bound]:
         yield Bound(requirement.name, str(requirement.specifier), installed, is_met)
 
 
+def bound_of(probe: Probe, name: str, extra: str = "") -> Bound:
+    """Return one requirement of KunServe's, or of one of its extras."""
+    return next(bound for bound in bounds(probe, extra) if bound.name == name)
+
+
 def check_packages(probe: Probe, gpus: Gpus) -> Finding:
     """Whether all that every server needs is installed, in versions that KunServe was made for, and can be imported."""
-    needed = [bound for bound in bounds(probe) if bound.name != "torch"]  # which has a check of its own
+    required = list(bounds(probe))
+    needed = [bound for bound in required if bound.name not in OWN_CHECKS]
     details = {bound.name: bound.installed for bound in needed}
     if absent := [bound for bound in needed if bound.installed is None]:
-        names = ", ".join(bound.name for bound in absent)
-        remedy = "pip install " + " ".join(f"'{bound.name}{bound.wanted}'" for bound in absent)
-        return Finding(Status.MISSING, f"not installed: {names}", "no server starts", remedy, BOTH, details)
+        found = f"not installed: {', '.join(bound.name for bound in absent)}"
+        if all(bound.name in LATE for bound in absent):
+            consequence = "; ".join(LATE[bound.name][1] for bound in absent)
+            return Finding(Status.MISSING, found, consequence, _install(absent), details=details)
+        return Finding(Status.MISSING, found, "no server starts", _install(absent), BOTH, details)
     try:
-        probe.import_module("kunserve.server")
+        for module in SERVER_MODULES:
+            probe.import_module(module)
     except Exception as error:  # whatever a broken package raises
-        reason = f"the server cannot be imported: {first_line(error)}"
-        return Finding(Status.PROBLEM, reason, "no server starts", "install the named package anew", BOTH, details)
+        culprit = _culprit(error, required)
+        found = f"the server cannot be imported: {f'in {culprit.name}: ' if culprit else ''}{first_line(error)}"
+        remedy = f"{culprit.remedy} --force-reinstall" if culprit else "install anew what the message names"
+        return Finding(Status.PROBLEM, found, "no server starts", remedy, BOTH, details)
+    for bound in (bound for bound in needed if bound.name in LATE):
+        module, consequence = LATE[bound.name]
+        if finding := _import_fault(probe, bound, module, consequence):
+            return finding
     if others := [bound for bound in needed if not bound.is_met]:
         consequence = "KunServe was not made for this version: anything may fail"
         text = ", ".join(bound.text for bound in others)
-        remedy = "pip install " + " ".join(f"'{bound.name}{bound.wanted}'" for bound in others)
-        return Finding(Status.WARNING, text, consequence, remedy, details=details)
+        return Finding(Status.WARNING, text, consequence, _install(others), details=details)
     return ok(f"all {len(needed)} that a server needs, within KunServe's bounds", **details)
 
 
 def check_torch(probe: Probe, gpus: Gpus) -> Finding:
     """Whether torch is there, within the bounds, and can use the GPUs if there are some."""
-    bound = next(bound for bound in bounds(probe) if bound.name == "torch")
+    bound = bound_of(probe, "torch")
     if bound.installed is None:
         return Finding(Status.MISSING, "not installed", "no server starts", bound.remedy, BOTH)
     try:
@@ -92,19 +116,41 @@ def check_torch(probe: Probe, gpus: Gpus) -> Finding:
 
 def check_structured(probe: Probe, gpus: Gpus) -> Finding:
     """Whether answers can be held to a grammar."""
-    (bound,) = bounds(probe, "structured")
-    consequence = "structured output is refused"
-    remedy = "pip install 'kunserve[structured]'"
-    if bound.installed is None:
-        return Finding(Status.MISSING, f"{bound.name} is not installed", consequence, remedy)
-    try:
-        probe.import_module(bound.name)
-    except Exception as error:
-        return Finding(Status.PROBLEM, f"{bound.name} cannot be imported: {first_line(error)}", consequence, remedy)
+    bound = bound_of(probe, "llguidance")
+    if finding := check_late_package(probe, bound, "llguidance", "structured output fails"):
+        return finding
     if not bound.is_met:
         consequence = "structured output may fail: KunServe was not made for this version"
-        return Finding(Status.WARNING, bound.text, consequence, remedy)
+        return Finding(Status.WARNING, bound.text, consequence, bound.remedy)
     return ok(f"{bound.name} {bound.installed}", version=bound.installed)
+
+
+def check_late_package(probe: Probe, bound: Bound, module: str, consequence: str) -> Finding | None:
+    """Return what is wrong with a package that servers start without; None if `module`, which needs it, imports."""
+    if bound.installed is None:
+        return Finding(Status.MISSING, f"{bound.name} is not installed", consequence, bound.remedy)
+    return _import_fault(probe, bound, module, consequence)
+
+
+def _import_fault(probe: Probe, bound: Bound, module: str, consequence: str) -> Finding | None:
+    try:
+        probe.import_module(module)
+    except Exception as error:  # whatever a broken package raises
+        found = f"{bound.name} cannot be imported: {first_line(error)}"
+        return Finding(Status.PROBLEM, found, consequence, f"{bound.remedy} --force-reinstall")
+    return None
+
+
+def _install(wanted: Sequence[Bound]) -> str:
+    """Give the command that installs several packages."""
+    return "pip install " + " ".join(f"'{bound.name}{bound.wanted}'" for bound in wanted)
+
+
+def _culprit(error: Exception, required: Sequence[Bound]) -> Bound | None:
+    """Return the required package in whose code an import failed: the error's own text need not name it."""
+    modules = {bound.name.replace("-", "_"): bound for bound in required}
+    frames = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((bound for name in reversed(frames) if (bound := modules.get(name.partition(".")[0]))), None)
 
 
 def _can_use_cuda(torch: Any) -> tuple[bool, str]:

@@ -11,6 +11,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,11 +86,34 @@ def _take_memory(num_bytes: int) -> None:
 
 
 def _is_writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
+    """Tell whether a file can be made, by making one without a name: os.access allows root whatever it asks."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
+
+
+def _cache_root() -> Path:
+    """Return the folder that the server itself takes for its cache."""
+    module: Any = importlib.import_module("kunserve.model.card")
+    return Path(module.cache_root())
+
+
+def _home() -> Path:
+    """Return the user's home; "~" where neither HOME nor the system's list of users has one."""
+    return Path(os.path.expanduser("~"))
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +121,8 @@ class Probe:
     """The machine that this process runs on. What one of its functions raises becomes the line of the check."""
 
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    home: Path = field(default_factory=Path.home)
+    home: Path = field(default_factory=_home)
+    working_folder: str | None = field(default_factory=_working_folder)  # None if it was removed or is forbidden
     system: str = field(default_factory=platform.system)
     kernel: str = field(default_factory=platform.release)
     python: str = field(default_factory=platform.python_version)
@@ -113,5 +138,6 @@ class Probe:
     cores: Callable[[], int] = _cores
     available_bytes: Callable[[], int] = _available_bytes
     take_memory: Callable[[int], None] = _take_memory
+    cache_root: Callable[[], Path] = _cache_root
     is_writable: Callable[[Path], bool] = _is_writable
     free_bytes: Callable[[Path], int] = _free_bytes

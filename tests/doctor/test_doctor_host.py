@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_cuda import FakeCuda
-from fake_machine import FILES, GIB, Bindings, cpu_machine, files, gpu_machine
+from fake_machine import FILES, GIB, Bindings, cpu_machine, files, gpu_machine, hub_constants, modules
 
+from kunserve.doctor.cards import ITEM_BYTES
 from kunserve.doctor.finding import Finding, Status
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import examine
+from kunserve.errors import ConfigError
 from kunserve.model import cpu_kernels
+from kunserve.model.card import CARDS
 
 
 def line(finding: Finding) -> str:
@@ -137,19 +142,20 @@ def test_a_cache_that_cannot_be_written_or_is_full_is_named(tmp_path: Path) -> N
 
 
 def test_the_token_is_noticed_and_never_shown(tmp_path: Path) -> None:
-    home = {"HF_HOME": str(tmp_path / "hf")}
-    assert examine(cpu_machine(tmp_path, environment=home))["Hub"].found.endswith("no token")
-    findings = examine(cpu_machine(tmp_path, environment={**home, "HF_TOKEN": "hf_secret"}))
+    assert examine(cpu_machine(tmp_path))["Hub"].found.endswith("no token")
+    findings = examine(cpu_machine(tmp_path, environment={"HF_TOKEN": "hf_secret"}))
     assert findings["Hub"].found.endswith("a token") and "hf_secret" not in str(findings)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("hf_secret")
-    findings = examine(cpu_machine(tmp_path, environment=home))
+    findings = examine(cpu_machine(tmp_path))
     assert findings["Hub"].details["has_token"] and "hf_secret" not in str(findings)
 
 
-def test_being_offline_is_a_warning(tmp_path: Path) -> None:
-    finding = examine(cpu_machine(tmp_path, environment={"HF_HUB_OFFLINE": "True"}))["Hub"]
-    assert finding.status is Status.WARNING and finding.remedy == "unset HF_HUB_OFFLINE"
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_being_offline_is_a_warning(tmp_path: Path, name: str) -> None:
+    fakes = modules({"huggingface_hub.constants": hub_constants(tmp_path, is_offline=True)})
+    finding = examine(cpu_machine(tmp_path, environment={name: "True"}, import_module=fakes))["Hub"]
+    assert finding.status is Status.WARNING and finding.remedy == f"unset {name}"
 
 
 def test_models_on_this_machine_are_found_where_the_hub_puts_them(tmp_path: Path) -> None:
@@ -164,12 +170,72 @@ def test_models_on_this_machine_are_found_where_the_hub_puts_them(tmp_path: Path
     assert findings["Hub"].details["bytes"] == len(index) + 5
 
 
-def test_a_hub_cache_of_its_own_is_respected(tmp_path: Path) -> None:
-    for environment, folder in (
-        ({"HF_HUB_CACHE": str(tmp_path / "a")}, tmp_path / "a"),
-        ({"HF_HOME": str(tmp_path / "b")}, tmp_path / "b" / "hub"),
-        ({"XDG_CACHE_HOME": str(tmp_path / "c")}, tmp_path / "c" / "huggingface" / "hub"),
-        ({}, tmp_path / ".cache" / "huggingface" / "hub"),
-    ):
-        finding = examine(cpu_machine(tmp_path, environment=environment))["Hub"]
-        assert finding.details["folder"] == str(folder)
+def test_a_folder_is_writable_if_a_file_can_be_made_there(tmp_path: Path) -> None:
+    """Root may write anywhere, says the kernel when asked; /proc takes no files all the same."""
+    assert Probe().is_writable(tmp_path) and not list(tmp_path.iterdir())
+    assert not Probe().is_writable(Path("/proc"))
+    real = {"is_writable": Probe().is_writable, "free_bytes": Probe().free_bytes}
+    finding = examine(cpu_machine(tmp_path, cache_root=lambda: Path("/proc/x"), **real))["server cache"]
+    assert "problem: /proc/x cannot be written to" in line(finding)
+
+
+def test_a_folder_below_one_that_may_not_be_looked_into_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's user with root's HOME. Root itself may look anywhere, so the kernel's answer is made up."""
+    stat, closed = os.stat, tmp_path / "root"
+    closed.mkdir()
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and closed in Path(os.fsdecode(path)).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    probe = cpu_machine(tmp_path, cache_root=lambda: closed / ".cache", is_writable=lambda path: path != closed)
+    findings = examine(probe)
+    assert "problem: ~/root/.cache cannot be written to" in line(findings["server cache"])
+    assert findings["models"].status is Status.OK
+
+
+def test_a_cache_of_a_user_that_does_not_exist_is_one_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUNSERVE_CACHE", "~no-such-user/x")
+    probe = cpu_machine(tmp_path, environment=os.environ, cache_root=Probe().cache_root)
+    faulty = {name: one for name, one in examine(probe).items() if one.status is Status.PROBLEM}
+    assert list(faulty) == ["server cache"]
+    assert "KUNSERVE_CACHE" in faulty["server cache"].found
+    assert faulty["server cache"].remedy.startswith("KUNSERVE_CACHE=FOLDER")
+    said = ConfigError("KUNSERVE_CACHE: there is no such user")
+    named = examine(cpu_machine(tmp_path, cache_root=raising(said)))["server cache"]
+    assert named.found == said.message
+
+
+def test_a_user_without_a_home_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+    assert Probe().home == Path("~")
+
+
+def test_broken_cards_are_named_and_leave_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "models"
+    own.mkdir()
+    monkeypatch.setenv("KUNSERVE_CONFIG", str(tmp_path))
+    good = (CARDS / "smollm2-135m.toml").read_text(encoding="utf-8").replace('"smollm2-135m"', '"mine"')
+    dtype = re.search(r'dtype = "(\w+)"', good)
+    assert dtype is not None
+    (own / "mine.toml").write_text(good.replace(dtype[0], 'dtype = "float64"'))
+    (own / "torn.toml").write_text(good[: len(good) // 2] + '"')
+    findings = examine(cpu_machine(tmp_path))
+    assert findings["models"].status is Status.WARNING and "torn.toml" in findings["models"].found
+    assert findings["models"].consequence == "no server of torn starts"
+    sizes = findings["models"].details["missing"]
+    assert sizes["mine"] == 8 * sizes["smollm2-135m"] // ITEM_BYTES[dtype[1]]
+    assert findings["host memory"].status is Status.OK
+    (own / "mine.toml").write_text(good.replace(dtype[0], 'dtype = "float8"'))
+    broken = examine(cpu_machine(tmp_path))["models"]
+    assert list(broken.details["broken"]) == ["mine", "torn"] and "float8" in broken.found
+
+
+def test_a_working_directory_that_was_removed_is_a_problem(tmp_path: Path) -> None:
+    finding = examine(cpu_machine(tmp_path, working_folder=None))["KunServe"]
+    assert "problem: the working directory was removed" in line(finding) and finding.prevents == {"cpu", "cuda"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_cuda import FakeCuda
-from fake_machine import FILES, GIB, Bindings, cpu_machine, fake_torch, files, gpu_machine, modules
+from fake_machine import FILES, GIB, VERSIONS, WANTED, Bindings, cpu_machine, fake_torch, files, gpu_machine, modules
 
 from kunserve.cli import main
 from kunserve.doctor import command
@@ -68,7 +68,7 @@ def test_a_good_machine_with_gpus_serves_on_both(tmp_path: Path) -> None:
 
 
 def test_a_beginners_machine_that_lacks_everything_optional_fits_a_screen(tmp_path: Path) -> None:
-    lacking = {"llguidance": None, "huggingface-hub": None, "kunserve": "0.1.0", "torch": "2.13.0", "aiohttp": "3.14.5"}
+    lacking = {**VERSIONS, "llguidance": None, "huggingface-hub": None}
     limits = {resource.RLIMIT_NOFILE: 1024}
     lines = screen(
         cpu_machine(tmp_path, version=lacking.get, which=lambda name: None, limit=limits.get, kernel="5.15.0-1")
@@ -143,26 +143,45 @@ def test_another_operating_system_is_refused(tmp_path: Path) -> None:
 
 
 def test_torch_outside_the_bounds_is_a_warning(tmp_path: Path) -> None:
-    versions = {"torch": "3.0.1", "aiohttp": "3.14.5", "llguidance": "1.9.1", "huggingface-hub": "2.0"}
-    findings = examine(cpu_machine(tmp_path, version=versions.get))
+    findings = examine(cpu_machine(tmp_path, version={**VERSIONS, "torch": "9.0.1"}.get))
     assert findings["torch"].status is Status.WARNING
-    assert findings["torch"].found == "torch 3.0.1 (wanted <3,>=2.11)"
-    assert findings["torch"].remedy == "pip install 'torch<3,>=2.11'"
+    assert findings["torch"].found == f"torch 9.0.1 (wanted {WANTED['torch']})"
+    assert findings["torch"].remedy == f"pip install 'torch{WANTED['torch']}'"
 
 
 def test_missing_old_and_broken_packages_are_told_apart(tmp_path: Path) -> None:
-    versions = {"torch": "2.13.0", "llguidance": "0.1", "huggingface-hub": "2.0"}
-    absent = examine(cpu_machine(tmp_path, version=versions.get))
+    absent = examine(cpu_machine(tmp_path, version={**VERSIONS, "aiohttp": None}.get))
     assert absent["packages"].found == "not installed: aiohttp" and not can_start(absent)
-    assert absent["packages"].remedy == "pip install 'aiohttp>=3.14'"
-    old = examine(cpu_machine(tmp_path, version={**versions, "aiohttp": "3.9"}.get))
-    assert old["packages"].status is Status.WARNING and old["packages"].found == "aiohttp 3.9 (wanted >=3.14)"
+    assert absent["packages"].remedy == f"pip install 'aiohttp{WANTED['aiohttp']}'"
+    old = examine(cpu_machine(tmp_path, version={**VERSIONS, "aiohttp": "3.9", "llguidance": "0.1"}.get))
+    assert old["packages"].status is Status.WARNING
+    assert old["packages"].found == f"aiohttp 3.9 (wanted {WANTED['aiohttp']})"
     assert old["structured"].status is Status.WARNING and can_start(old)
     fakes = {
         "torch": fake_torch(None),
-        "kunserve.server": ImportError("libssl.so.3: not found"),
+        "kunserve.serving": ImportError("libssl.so.3: not found"),
         "llguidance": OSError(),
     }
     broken = examine(cpu_machine(tmp_path, import_module=modules(fakes)))
     assert broken["packages"].found == "the server cannot be imported: libssl.so.3: not found"
     assert broken["structured"].found == "llguidance cannot be imported: OSError" and not can_start(broken)
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "check"),
+    [
+        ("gguf", "gguf.quants", "packages"),
+        ("pyyaml", "yaml", "packages"),
+        ("pip", "pip", "packages"),
+        ("huggingface-hub", "kunserve.model.hub", "Hub"),
+        ("llguidance", "llguidance", "structured"),
+    ],
+)
+def test_what_servers_start_without_keeps_none_from_it(tmp_path: Path, package: str, module: str, check: str) -> None:
+    absent = examine(cpu_machine(tmp_path, version={**VERSIONS, package: None}.get))
+    fakes = modules({"torch": fake_torch(None), module: OSError("lib.so: not found")})
+    broken = examine(cpu_machine(tmp_path, import_module=fakes))
+    for findings, status in ((absent, Status.MISSING), (broken, Status.PROBLEM)):
+        assert findings[check].status is status and package in findings[check].found
+        assert findings[check].remedy.startswith(f"pip install '{package}{WANTED[package]}'")
+        assert findings[check].consequence != "no server starts" and can_start(findings)
