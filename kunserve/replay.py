@@ -24,19 +24,31 @@ _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
 _STYLE = re.compile(r'<link rel="stylesheet" href="/page/([\w.]+)">')
 
 Event = tuple[str, dict[str, Any]]  # "snapshot" or "delta", and its data
+# What the page cannot draw a snapshot without, with its types.
+NEEDED: dict[str, type | tuple[type, ...]] = {"at_s": (int, float), "devices": dict, "groups": dict, "requests": dict}
 
 
 def read_recording(lines: Sequence[bytes]) -> list[Event]:
-    """Events of a file that `kunserve loadgen --record` wrote. ValueError, naming the line, if it is something else."""
+    """Return the events of a file of `kunserve loadgen --record`; raise ValueError, naming the line, if it is none.
+
+    A last line that was cut (no end of line, no JSON) is left out: the run was stopped while it was written.
+    """
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
         try:
             value = orjson.loads(line)
             name, data = value["event"], value["data"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            is_cut = isinstance(error, orjson.JSONDecodeError) and number == len(lines) and not line.endswith(b"\n")
+            if is_cut and events:
+                break
             raise ValueError(f"line {number} is no event of a recording") from None
         if name not in ("snapshot", "delta") or not isinstance(data, dict):
             raise ValueError(f"line {number} is neither a snapshot nor a delta")
+        if name == "snapshot" and (
+            wrong := [key for key, kind in NEEDED.items() if not isinstance(data.get(key), kind)]
+        ):
+            raise ValueError(f"line {number} is a snapshot without {wrong[0]}")
         events.append((name, data))
     if not events or events[0][0] != "snapshot":
         raise ValueError("a recording begins with a snapshot")
@@ -100,12 +112,15 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("recording", type=Path, help="file that kunserve loadgen --record wrote")
     parser.add_argument("--html", type=Path, metavar="FILE", help="file to write (default: the recording's name .html)")
     args = parser.parse_args(arguments)
-    out = args.html or args.recording.with_suffix(".html")
+    recording: Path = args.recording
     try:
-        events = read_recording(args.recording.read_bytes().splitlines())
+        events = read_recording(recording.read_bytes().splitlines(keepends=True))
+        out = args.html or recording.with_suffix(".html")
+        if out.exists() and out.samefile(recording):
+            raise ValueError("the page would overwrite the recording: name another file with --html")
         out.write_text(replay_html(events), encoding="utf-8")
     except ValueError as error:
-        parser.exit(2, f"kunserve replay: {args.recording}: {error}\n")
+        parser.exit(2, f"kunserve replay: {recording}: {error}\n")
     except OSError as error:
-        parser.exit(2, f"kunserve replay: {error.filename}: {error.strerror}\n")
+        parser.exit(2, f"kunserve replay: {error.filename or recording}: {error.strerror}\n")
     print(f"{out}: {len(events)} updates, {out.stat().st_size >> 10} KiB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -18,8 +17,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kunserve.command_line import OneLineParser, checked
 from kunserve.flags import API_KEY_VARIABLES
 from kunserve.frame import Frame, apply
+from kunserve.server_url import connection_reason, parse_server_url
 from kunserve.version import add_version_flag
 
 DRAW_S = 0.25  # between two pictures
@@ -197,8 +198,9 @@ async def events(url: str, key: str | None) -> AsyncIterator[tuple[str, dict[str
             raise UnreachableError(f"{url} asks for its API key: kunserve top --api-key KEY")
         if response.status == 503:  # it loads its model, or has as many viewers as it takes: trying again helps
             raise aiohttp.ClientError(f"{url} is not ready (HTTP 503)")
-        if response.status != 200:
-            raise UnreachableError(f"{url}/kunserve/events answers HTTP {response.status}")
+        if response.status != 200 or response.content_type != "text/event-stream":
+            answer = f"HTTP {response.status}" if response.status != 200 else response.content_type
+            raise UnreachableError(f"{url} is no KunServe server: {url}/kunserve/events answers {answer}")
         name = ""
         async for line in response.content:
             if line.startswith(b"event: "):
@@ -227,22 +229,24 @@ async def watch(url: str, key: str | None, console: Console, *, is_once: bool) -
                         due_s = loop.time() + DRAW_S
                 reason = "the server ended the feed"
             except (aiohttp.ClientError, OSError) as error:
-                reason = str(error) or type(error).__name__
+                reason = connection_reason(error)
             live.update(Group(screen.render(), Text(f"\ntrying again: {reason}", "red")), refresh=True)
             await asyncio.sleep(RETRY_S)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `kunserve top`. Ctrl-C ends it."""
-    parser = argparse.ArgumentParser(prog="kunserve top", description="Watch a server in the terminal.")
+    parser = OneLineParser(prog="kunserve top", description="Watch a server in the terminal.")
     add_version_flag(parser)
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="(default %(default)s)")
+    url = checked(parse_server_url)
+    default = "http://127.0.0.1:8000"
+    parser.add_argument("url", nargs="?", type=url, default=default, metavar="URL", help="(default %(default)s)")
     known = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), None)
     parser.add_argument("--api-key", default=known, metavar="KEY", help="if the server asks for one")
     parser.add_argument("--once", action="store_true", help="one picture, then end")
     args = parser.parse_args(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            asyncio.run(watch(args.url.rstrip("/"), args.api_key, Console(), is_once=args.once))
+            asyncio.run(watch(args.url, args.api_key, Console(), is_once=args.once))
         except (UnreachableError, aiohttp.ClientError, OSError) as error:
-            sys.exit(f"kunserve top: {error}")
+            sys.exit(f"kunserve top: {connection_reason(error)}")

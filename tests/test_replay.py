@@ -91,7 +91,9 @@ def test_a_recording_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (b"", "begins with a snapshot"),
         (b'{"event": "delta", "data": {}}', "begins with a snapshot"),
-        (b'{"event": "snapshot", "data": {}}\n{"at_s"', "line 2 is no event"),
+        (b'{"event": "snapshot", "data": {}}', "line 1 is a snapshot without at_s"),
+        (b'{"event": "snapshot", "data": {"at_s": 1, "devices": []}}', "line 1 is a snapshot without devices"),
+        (b'{"at_s"', "line 1 is no event"),
         (b"[]", "line 1 is no event"),
         (b'{"event": "other", "data": {}}', "line 1 is neither"),
         (b'{"event": "delta", "data": 1}', "line 1 is neither"),
@@ -108,3 +110,39 @@ def test_what_is_no_recording_is_refused(
     with pytest.raises(SystemExit, match="2"):
         replay.main([str(tmp_path / "missing.jsonl")])
     assert "missing.jsonl: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [b'{"at_s": 1.5, "ev\n', b'{"at_s"\n{"at_s"', b"[]"])
+def test_a_broken_line_that_is_not_the_cut_end_is_refused(broken: bytes) -> None:
+    recorded = [line + b"\n" for line in lines(a_recording())]
+    with pytest.raises(ValueError, match="line 3 is no event"):
+        read_recording([*recorded, *broken.splitlines(keepends=True)])
+
+
+def test_a_recording_that_was_cut_in_its_last_line_replays_up_to_there(tmp_path: Path) -> None:
+    whole = b"\n".join(lines(a_recording()))
+    path = tmp_path / "run.jsonl"
+    for kept in (len(whole) - 1, whole.index(b"\n") + 2):
+        path.write_bytes(whole[:kept])
+        replay.main([str(path)])
+        assert (tmp_path / "run.html").read_text(encoding="utf-8") == replay_html(a_recording()[:1])
+
+
+@pytest.mark.parametrize("name", ["run.html", "run.jsonl"])
+def test_the_recording_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path, link = tmp_path / name, tmp_path / "link.html"
+    path.write_bytes(b"\n".join(lines(a_recording())))
+    link.symlink_to(path)
+    asked = [["--html", str(path)], ["--html", str(link)]]
+    for html in [*asked, []] if path.suffix == ".html" else asked:  # without --html its suffix is replaced
+        with pytest.raises(SystemExit, match="2"):
+            replay.main([str(path), *html])
+        assert "would overwrite the recording" in capsys.readouterr().err
+    assert path.read_bytes() == b"\n".join(lines(a_recording()))
+
+
+@pytest.mark.parametrize("path", ["/", "."])
+def test_a_folder_is_no_recording(capsys: pytest.CaptureFixture[str], path: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        replay.main([path])
+    assert capsys.readouterr().err == f"kunserve replay: {path}: Is a directory\n"

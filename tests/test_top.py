@@ -135,8 +135,40 @@ async def test_it_follows_a_server_and_says_why_it_cannot() -> None:
                 await watch(url + path, key, Console(file=out), is_once=True)
 
 
+async def test_another_server_is_called_so() -> None:
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(text="hello", content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/page/kunserve/events", page)
+    async with TestServer(app) as server:
+        url = str(server.make_url("")).rstrip("/")
+        for base, answer in ((url, "HTTP 404"), (f"{url}/page", "text/html")):
+            with pytest.raises(UnreachableError, match=f"^{base} is no KunServe server: .*/events answers {answer}$"):
+                await anext(events(base, None))
+
+
+@pytest.mark.parametrize("url", ["localhost:18101", "", "http://[::1", "http://"])
+def test_what_is_no_url_is_said_in_one_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        top.main([url, "--once"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kunserve top: ") and f"'{url}'" in line
+
+
+def test_a_url_may_be_that_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def watch(url: str, *_: object, is_once: bool) -> None:
+        asked.append(url)
+
+    monkeypatch.setattr(top, "watch", watch)
+    top.main(["http://127.0.0.1:1/v1/"])
+    assert asked == ["http://127.0.0.1:1"]
+
+
 def test_the_command_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="kunserve top: Cannot connect to host"):
+    with pytest.raises(SystemExit, match=r"^kunserve top: Cannot connect to host 127\.0\.0\.1:1 \["):
         top.main(["http://127.0.0.1:1", "--once"])
     with pytest.raises(SystemExit):
         top.main(["--help"])

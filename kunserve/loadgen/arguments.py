@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kunserve.command_line import OneLineParser, checked
 from kunserve.loadgen.workload import Span, parse_segments
+from kunserve.server_url import parse_server_url
 from kunserve.version import add_version_flag
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ examples:
 
 def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of the command called `prog`; its values have their final types, defaults included."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description=description,
         epilog=EXAMPLES,
@@ -56,7 +58,7 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def _add_target(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     either = group.add_mutually_exclusive_group()  # not one `dest`: a URL that is not there would undo --url
-    urls = _checked(_urls, "an http URL")
+    urls = checked(_urls)
     either.add_argument("server", nargs="?", type=urls, metavar="URL", help="the same as --url")
     either.add_argument(
         "--url",
@@ -72,26 +74,26 @@ def _add_target(group: argparse._ArgumentGroup) -> None:
         default="ids",
         help="ids: random token ids, lengths are exact (default); text, chat: about one word per token",
     )
-    add("--vocab", type=_checked(Span.parse, "low:high"), default=Span(100, 20000), help="ids (default 100:20000)")
-    add("--extra-body", type=_checked(_json_object, "a JSON object"), default={}, help="JSON merged into requests")
+    add("--vocab", type=checked(Span.parse, "low:high"), default=Span(100, 20000), help="ids (default 100:20000)")
+    add("--extra-body", type=checked(_json_object, "a JSON object"), default={}, help="JSON merged into requests")
     add("--timeout", type=_positive, default=600.0, help="seconds until a request counts as failed (default 600)")
     add("--concurrency", type=_count, help="at most so many requests at a time (default: no limit)")
 
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    span = _checked(Span.parse, "a number or low:high")
+    span = checked(Span.parse, "a number or low:high")
     kinds = ("all", "fixed", "poisson", "burst", "trace")
     add("--arrival", choices=kinds, help="default: what --trace, --burst or --rate ask for, else all at once")
     add("--rate", type=_positive, help="requests per second, for fixed and poisson")
     add("--num-requests", type=_count, help="default 100; for burst: no limit")
-    segments = _checked(parse_segments, "seconds:rate,...")
+    segments = checked(parse_segments, "seconds:rate,...")
     add("--burst", type=segments, metavar="S:RATE,...", help="poisson arrivals, the rate changing in steps")
     add("--input-len", type=span, default=Span(128, 128), help="tokens, or low:high (default 128)")
     add("--output-len", type=span, default=Span(64, 64), help="tokens, or low:high (default 64)")
     add("--lengths-csv", type=Path, help="lengths of random rows of this file (ShareGPT lengths or Azure format)")
     add("--trace", type=Path, help="arrivals and lengths of this file (Azure format)")
-    window = _checked(_window, "start:end")
+    window = checked(_window, "start:end")
     add("--trace-window", type=window, default=(0.0, math.inf), metavar="START:END", help="seconds of the trace")
     add("--limit", type=_count, help="a random choice of so many rows of the trace")
     add("--time-scale", type=_positive, default=1.0, help="multiplies arrival times: 2 is half the rate (default 1)")
@@ -101,23 +103,8 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, help="same seed, same load (default 0)")
 
 
-def _checked(parse: Callable[[str], T], what: str) -> Callable[[str], T]:
-    """Return `parse` with its ValueError turned into the message that argparse shows."""
-
-    def checked(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error} (expected {what})") from None
-
-    return checked
-
-
 def _urls(text: str) -> tuple[str, ...]:
-    urls = tuple(url.strip().rstrip("/").removesuffix("/v1") for url in text.split(","))
-    if not all(url.startswith(("http://", "https://")) for url in urls):
-        raise ValueError(f"'{text}' does not start with http:// or https://")
-    return urls
+    return tuple(parse_server_url(url) for url in text.split(","))
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import orjson
 
 from kunserve.loadgen.metrics import MetricSeries, poll
 from kunserve.loadgen.workload import Job, Span, stream_of
+from kunserve.server_url import connection_reason
 
 PROMPT_PURPOSE = 9  # stream of random numbers that prompts are drawn from
 COMMON_WORDS = (
@@ -108,7 +109,7 @@ async def first_model(url: str, headers: dict[str, str]) -> str:
             reason = await _reason(response) if response.status != 200 else "something else"
             answer = await response.read()
     except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
-        raise ValueError(f"cannot reach {url}: {error or type(error).__name__}") from error
+        raise ValueError(f"cannot reach {url}: {connection_reason(error)}") from error
     try:
         return str(orjson.loads(answer)["data"][0]["id"])
     except (LookupError, TypeError, orjson.JSONDecodeError) as error:
@@ -159,7 +160,7 @@ async def _send(
         except TimeoutError:
             stream.failure = f"timeout: no end after {target.timeout_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            stream.failure = f"connection: {type(error).__name__}: {error}"
+            stream.failure = f"connection: {type(error).__name__}: {connection_reason(error)}"
         except asyncio.CancelledError:
             stream.status = "interrupted"
             raise
@@ -218,12 +219,13 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 async def _reason(response: aiohttp.ClientResponse) -> str:
-    """Return `HTTP 503: message` for an error answer, whatever its shape."""
+    """Return `HTTP 503: message` for an error answer, whatever its shape; of a page for browsers only the status."""
     text = (await response.text(errors="replace"))[:2000]
     try:
         answer = orjson.loads(text)
         error = answer.get("error", answer)
         text = str(error.get("message") or error.get("detail") or error)
     except (orjson.JSONDecodeError, AttributeError):
-        pass
+        if text.lstrip().startswith("<"):
+            text = response.reason or "a web page"
     return f"HTTP {response.status}: {' '.join(text.split())[:160]}"

@@ -13,6 +13,8 @@ from time import perf_counter
 
 import aiohttp
 
+from kunserve.server_url import connection_reason
+
 
 @asynccontextmanager
 async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncIterator[None]:
@@ -23,7 +25,7 @@ async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncItera
             session = await stack.enter_async_context(aiohttp.ClientSession(headers=headers, timeout=timeout))
             response = await stack.enter_async_context(session.get(f"{url}/kunserve/events"))
         except (aiohttp.ClientError, OSError) as error:
-            raise ValueError(f"cannot record {url}: {error}") from None
+            raise ValueError(f"cannot record {url}: {connection_reason(error)}") from None
         if response.status != 200:
             raise ValueError(f"cannot record {url}: /kunserve/events answers HTTP {response.status}")
         task = asyncio.create_task(_write(response, path))
@@ -49,4 +51,4 @@ async def _write(response: aiohttp.ClientResponse, path: Path) -> None:
                     data = text.removeprefix("data: ")
                     file.write(f'{{"at_s": {at_s}, "event": {json.dumps(name)}, "data": {data}}}\n')
         except (aiohttp.ClientError, OSError) as error:
-            print(f"the recording ends here: {error}", file=sys.stderr)
+            print(f"the recording ends here: {connection_reason(error)}", file=sys.stderr)

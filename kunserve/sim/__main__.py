@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from numpy.random import default_rng
 
+from kunserve.command_line import OneLineParser, number_from
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
@@ -22,6 +22,12 @@ from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
 from kunserve.version import add_version_flag
 
 NEVER = 1e-9  # a watermark below which demand never is
+MOST_REQUESTS = 1_000_000  # of one simulation
+
+# What numbers may be. Beyond these bounds a run would not end, or would fail in the middle of it.
+_amount = number_from(float, 1e-6, 1e6)
+_seconds = number_from(float, 0.0, 1e6)
+_count = number_from(int, 1, 1_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +65,28 @@ def rows_of(options: Options) -> list[TraceRow]:
     if options.workload in WORKLOADS:
         arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
         rate = options.rate or default_rate(options)
+        _check_number(rate * options.scale * options.duration_s)
         lengths = read_rows(options.lengths, needs_times=False) if options.lengths else []
         pairs = [(row.num_prompt_tokens, row.num_output_tokens) for row in lengths]
         rows = synthesize(
             WORKLOADS[options.workload], arrivals, rate * options.scale, options.duration_s, options.seed, pairs
         )
     else:
-        rows = upscale(read_rows(Path(options.workload), needs_times=True), options.scale, rng)
+        rows = read_rows(Path(options.workload), needs_times=True)
+        _check_number(len(rows) * options.scale)
+        rows = upscale(rows, options.scale, rng)
         if options.rate:
             rows = stretch(rows, len(rows) / (max(row.at_s for row in rows) or 1.0) / options.rate)
     rows = stretch(rows, options.time_scale)
     return [row for row in rows if row.at_s < options.duration_s * options.time_scale]
+
+
+def _check_number(num_requests: float) -> None:
+    if num_requests > MOST_REQUESTS:
+        raise ValueError(
+            f"{num_requests:,.0f} requests would come, more than {MOST_REQUESTS:,}: "
+            "give a shorter --duration, a lower --rate or a lower --scale"
+        )
 
 
 # Requests per second and GPU at which mean demand for memory is about the paper's (51 to 58 %).
@@ -120,40 +137,47 @@ def simulate(options: Options) -> dict[str, Any]:
     simulation = Simulation(machine, model, with_policy(config, options.policy), rows, model.max_position_embeddings)
     report = simulation.run()
     what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
-    return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / rows[-1].at_s} | report
+    return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / (rows[-1].at_s or 1.0)} | report
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     """The command line as options, and whether the report is to be brief."""
     default = Options()
-    parser = argparse.ArgumentParser("python -m kunserve.sim", description=__doc__)
+    parser = OneLineParser("python -m kunserve.sim", description=__doc__)
     add_version_flag(parser)
     add = parser.add_argument
     add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")
     add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
     add("--policy", choices=POLICIES, default=default.policy)
-    add("--seed", type=int, default=default.seed, help="same seed, same report")
-    add("--duration", dest="duration_s", type=float, default=default.duration_s, help="seconds in which requests come")
-    add("--rate", type=float, help="requests per second on average, of all GPUs (default: about the paper's demand)")
-    add("--scale", type=float, default=default.scale, help="times as many arrivals, bursts kept")
-    add("--time-scale", type=float, default=default.time_scale, help="times between arrivals so many times as long")
-    add("--burst-height", type=float, default=default.burst_height, help="rate in a burst, over that outside")
-    add("--burst-length", dest="burst_s", type=float, default=default.burst_s, help="seconds of a burst")
-    add("--memory", dest="memory_gib", type=float, help="GiB of each GPU, instead of what it has")
+    add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=default.seed, help="same seed, same report")
+    add(
+        "--duration", dest="duration_s", type=_amount, default=default.duration_s, help="seconds in which requests come"
+    )
+    add("--rate", type=_amount, help="requests per second on average, of all GPUs (default: about the paper's demand)")
+    add("--scale", type=_amount, default=default.scale, help="times as many arrivals, bursts kept")
+    add("--time-scale", type=_amount, default=default.time_scale, help="times between arrivals so many times as long")
+    add("--burst-height", type=_amount, default=default.burst_height, help="rate in a burst, over that outside")
+    add("--burst-length", dest="burst_s", type=_seconds, default=default.burst_s, help="seconds of a burst")
+    add(
+        "--memory",
+        dest="memory_gib",
+        type=number_from(float, 1e-6, 1024.0),
+        help="GiB of each GPU, instead of what it has",
+    )
     add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
-    add("--block-size", type=int, default=default.block_size)
-    add("--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens)
-    add("--max-num-seqs", type=int, default=default.max_num_seqs)
-    add("--watermark", type=float, default=default.watermark)
+    add("--block-size", type=_count, default=default.block_size)
+    add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens)
+    add("--max-num-seqs", type=_count, default=default.max_num_seqs)
+    add("--watermark", type=number_from(float, 0.0, 1.0), default=default.watermark)
     add(
         "--step-overhead",
         dest="step_overhead_s",
-        type=float,
+        type=number_from(float, 0.0, 60.0),
         default=default.step_overhead_s,
         help="seconds that the host adds to each stage of a step (the paper's decode iteration of 60 ms: about 0.015)",
     )
-    add("--restore-hold", dest="restore_hold_s", type=float, default=default.restore_hold_s)
+    add("--restore-hold", dest="restore_hold_s", type=_seconds, default=default.restore_hold_s)
     add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")

@@ -44,7 +44,8 @@ def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
             is_json = path.suffix == ".jsonl"
             rows = list(_parse_json(path, file) if is_json else _parse(path, csv.DictReader(file), needs_times))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {path}: {reason}") from error
     if not rows:
         raise ValueError(f"{path} has no rows")
     first_s = min(row.at_s for row in rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 from scripted_server import ScriptedServer, answer_all, hang, scripted_server, send_event, token
 
 from kunserve.loadgen import metrics, report
@@ -113,8 +114,21 @@ async def test_a_server_that_is_not_there_is_a_failure_not_an_exception() -> Non
         await run(recording, Target((url,), "tiny"))
         assert recording.streams[0].failure is not None
         assert recording.streams[0].failure.startswith("connection: ClientConnectorError")
-        with pytest.raises(ValueError, match=f"cannot reach {url}"):
+        assert "ssl" not in recording.streams[0].failure  # the URL is a plain one
+        with pytest.raises(ValueError, match=f"cannot reach {url}") as caught:
             await first_model(url, {})
+        assert "ssl" not in str(caught.value)
+
+
+async def test_a_web_page_is_no_reason() -> None:
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(status=404, text="<!DOCTYPE html><p>Sorry!", content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/v1/models", page)
+    async with TestServer(app) as other:
+        with pytest.raises(ValueError, match=r"but HTTP 404: Not Found: name one with --model$"):
+            await first_model(str(other.make_url("")).rstrip("/"), {})
 
 
 async def test_a_stream_that_hangs_times_out(server: ScriptedServer) -> None:

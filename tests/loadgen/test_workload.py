@@ -113,6 +113,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name in ("missing.csv", "binary.csv"):
         with pytest.raises(ValueError, match=f"cannot read .*{name}"):
             read_rows(tmp_path / name, needs_times=False)
+    with pytest.raises(ValueError, match=f"^cannot read {tmp_path}: Is a directory$"):  # its path once
+        read_rows(tmp_path, needs_times=False)
 
 
 def test_rows_are_windowed_and_thinned(tmp_path: Path) -> None:
