@@ -64,7 +64,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> ServerConfig:
-    """Turn flags into a config. Exits with usage on unknown flags; ConfigError for values that cannot be."""
+    """Turn flags into a config. Exits with one line on unknown flags; ConfigError for values that cannot be."""
     parser = make_parser(prog)
     args = parse_with_config_file(parser, arguments)
     model = args.model_tag or args.model

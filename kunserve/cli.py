@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from kunserve.version import installed_version
 
+COMMANDS = ("serve", "top", "replay", "loadgen", "doctor")
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
@@ -54,5 +56,9 @@ def _run(command: str, rest: list[str]) -> None:
         print(installed_version())
     elif command in ("--help", "-h", "help"):
         print(USAGE, end="")
+    elif not command:
+        sys.exit(USAGE.rstrip())
     else:
-        sys.exit(f"{USAGE}kunserve: {'no command' if not command else f'no such command: {command}'}")
+        close = get_close_matches(command, COMMANDS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        sys.exit(f"kunserve: no such command: {command!r}{meant} (see kunserve --help)")

@@ -1,4 +1,4 @@
-"""Command lines of the tools (`loadgen`, `top`, `sim`): a wrong one ends in one line."""
+"""Command lines of the server and of the tools (`loadgen`, `top`, `sim`): a wrong one ends in one line."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from kunserve.api.reasoning import REASONING_PARSERS
 from kunserve.api.tool_parsers import TOOL_PARSERS
+from kunserve.command_line import OneLineParser
 from kunserve.errors import ConfigError
 from kunserve.sizes import parse_size
 
@@ -214,13 +215,13 @@ def number_or_auto(text: str) -> int | None:
     return None if text.strip() in ("auto", "-1") else number(text)
 
 
-class FlagParser(argparse.ArgumentParser):
+class FlagParser(OneLineParser):
     """A parser of flags that stand on the command line, or in a file: what is wrong in that is told with its name."""
 
     file: str | None = None  # whose flags are parsed now
 
     def error(self, message: str) -> NoReturn:
-        """Exit with usage; ConfigError for flags of a file."""
+        """Exit with one line; ConfigError for flags of a file."""
         if self.file is not None:
             raise ConfigError(f"{self.file}: {message}")
         super().error(message)

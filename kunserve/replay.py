@@ -6,7 +6,6 @@ opened in a talk without a network.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import orjson
 
 from kunserve.api.page import page_files
+from kunserve.command_line import OneLineParser
 from kunserve.version import add_version_flag
 
 _IMPORT = re.compile(r'^import [^;]*? from "\./([\w.]+)";\n', re.MULTILINE)
@@ -107,7 +107,7 @@ def _hashes(texts: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `kunserve replay`. Exits with one line if it cannot."""
-    parser = argparse.ArgumentParser(prog="kunserve replay", description="Make a page of a recorded run.")
+    parser = OneLineParser(prog="kunserve replay", description="Make a page of a recorded run.")
     add_version_flag(parser)
     parser.add_argument("recording", type=Path, help="file that kunserve loadgen --record wrote")
     parser.add_argument("--html", type=Path, metavar="FILE", help="file to write (default: the recording's name .html)")

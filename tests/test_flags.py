@@ -110,7 +110,7 @@ def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
         ("--cpu-offload-gb 10", "--cpu-offload-gb: invalid choice"),
         ('--allowed-methods ["GET"]', "--allowed-methods: invalid choice"),
         ("--max-model-lenn 5", "no such flag: --max-model-lenn; did you mean --max-model-len?"),
-        ("--zzz=1", "no such flag: --zzz\n"),
+        ("--zzz=1", "no such flag: --zzz (see --help)\n"),
         ("another", "unexpected argument: another"),
         ("--max-model-len 1.5K", "not a number: 1.5K"),
     ],
@@ -120,8 +120,8 @@ def test_flags_that_would_change_something_are_not_ignored(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_args(["m", *flag.split()])
-    usage, error = capsys.readouterr().err.split("\n", 1)
-    assert (caught.value.code, usage) == (2, "usage: python -m kunserve.server MODEL [flags]")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("python -m kunserve.server: ")
     assert reason in error and error.count("\n") == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -10,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from kunserve.command_line import OneLineParser
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import as_json, as_screen, can_start, examine
 from kunserve.version import add_version_flag
@@ -17,7 +17,7 @@ from kunserve.version import add_version_flag
 
 def main(arguments: Sequence[str], probe: Probe | None = None) -> None:
     """Entry point of `kunserve doctor`."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="kunserve doctor",
         description="Say what this machine lacks for a server, and what will therefore fail or be slow.",
         epilog="Exit status: 0 if a server can start on devices of some kind, else 1; the last line says which.",
