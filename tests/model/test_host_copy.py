@@ -6,6 +6,7 @@ import pytest
 
 from kunserve.errors import ConfigError
 from kunserve.model.host_copy import MARGIN_BYTES, HostCopy, choose_host_copy
+from kunserve.sizes import format_size
 
 WEIGHTS = 141 * 10**9
 
@@ -25,7 +26,7 @@ def choose(asked: HostCopy, available_bytes: int, *, are_gpus: bool = True) -> t
 def test_gpus_get_a_pinned_copy_where_it_fits_with_a_margin(available_bytes: int, kind: HostCopy) -> None:
     chosen, because = choose(HostCopy.AUTO, available_bytes)
     assert chosen is kind
-    assert f"needs 134468 MiB, and {available_bytes >> 20} MiB of host memory are available" in because
+    assert f"needs 131.3 GiB, and {format_size(available_bytes)} of host memory are available" in because
 
 
 def test_cpu_devices_read_the_mapped_files() -> None:
@@ -39,6 +40,6 @@ def test_what_is_asked_for_is_what_is_kept(asked: HostCopy, are_gpus: bool) -> N
 
 
 def test_a_copy_that_cannot_be_is_refused_with_figures() -> None:
-    message = r"^--host-copy pinned needs 134468 MiB, and 65536 MiB .*; start with --host-copy mapped$"
+    message = r"^--host-copy pinned needs 131\.3 GiB, and 64\.0 GiB .*; start with --host-copy mapped$"
     with pytest.raises(ConfigError, match=message):
         choose(HostCopy.PINNED, 64 << 30)
