@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from tiny_models import make_tiny_model
 
 from e2e.client import Json, events_of, session_of
 from e2e.server_process import POLL_S, ServerProcess, run_to_end, running_server
@@ -45,6 +47,17 @@ def test_a_port_in_use(tiny_flags: tuple[str, ...]) -> None:
         owner.listen()
         port = owner.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused(*tiny_flags, port=port)
+
+
+def test_a_start_says_what_bounds_requests_and_what_is_not_obeyed(tmp_path: Path) -> None:
+    folder = make_tiny_model("mistral", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    with running_server("--model", str(folder), "--devices", "cpu:2", "--num-gpu-blocks-override", "64") as server:
+        lines = server.log.splitlines()
+    assert [line for line in lines if "sliding window of 100" in line and "max_model_len=100" in line]
+    assert [line for line in lines if "not obeyed" in line and "max_new_tokens=7" in line]
 
 
 def test_closed_standard_files_are_nobodys_fault(tiny_flags: tuple[str, ...]) -> None:

@@ -139,9 +139,13 @@ def test_a_card_serves(installed: Environment) -> None:
             assert json.load(response)["choices"][0]["text"] in ("red", "green")
         with urllib.request.urlopen(f"{url}/", timeout=60) as page:
             assert b"<title>" in page.read()
-        measured = installed.run("kunserve", "loadgen", url, "--num-requests", "2", "--output-len", "3")
+        flags = ("--num-requests", "2", "--output-len", "3", "--record", "run.jsonl")
+        measured = installed.run("kunserve", "loadgen", url, *flags)
         assert measured.returncode == 0, measured.stderr
         assert json.loads(measured.stdout.splitlines()[-1])["completed"] == 2
+        replayed = installed.run("kunserve", "replay", "run.jsonl")
+        assert replayed.returncode == 0, replayed.stderr
+        assert (installed.work / "run.html").read_text().startswith("<!doctype html>")
         watched = installed.run("kunserve", "top", url, "--once")
         assert watched.returncode == 0, watched.stderr
 
