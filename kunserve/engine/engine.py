@@ -570,6 +570,8 @@ async def _take_tokens(batch: Microbatch, tokens: Sequence[SampledToken]) -> dic
     That is in another process: meanwhile the loop runs, and requests may end. Returns what a grammar has raised, by
     request id.
     """
+    if all(span.request.constraint is None for span in batch.spans):  # nearly always
+        return {}
     sampled, faults, constraints = iter(tokens), dict[str, BaseException](), dict[str, Constraint]()
     for span in batch.spans:
         for _ in scored_positions(span):
