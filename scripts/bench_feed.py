@@ -89,7 +89,7 @@ async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
         while True:  # a busy server's figures change at every look: every pool, every counter
             await asyncio.sleep(0.05)
             engine.scheduler.num_preemptions += 1
-            for pool in engine.pools.values():
+            for pool in engine.fleet.pools.values():
                 held = taken.pop(pool, None)
                 if held is None:
                     taken[pool] = pool.alloc(1) or []

@@ -36,6 +36,7 @@ from kunserve.engine.launch import launch
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.request import Request, SamplingParams
 from kunserve.engine.sampler import SampledToken
+from kunserve.engine.signals import loop_time
 from kunserve.errors import ConfigError
 from kunserve.gpu.device import Device
 from kunserve.log import set_up_logging
@@ -161,7 +162,7 @@ async def serve(engine: Engine, recorder: Recorder, jobs: Sequence[Job], name: s
     (group,) = engine.groups
     recorder.clear()
     host_s = time.thread_time()
-    active_s, busy_s = group.occupancy.active_s(engine.now()), sum(group.occupancy.busy_s(engine.now()))
+    active_s, busy_s = group.occupancy.active_s(loop_time()), sum(group.occupancy.busy_s(loop_time()))
     started = time.perf_counter()
     times: list[list[float]] = []
 
@@ -178,8 +179,8 @@ async def serve(engine: Engine, recorder: Recorder, jobs: Sequence[Job], name: s
     answers = await asyncio.gather(*(one(i, job) for i, job in enumerate(jobs)))
     elapsed_s = time.perf_counter() - started
     host_s = (time.thread_time() - host_s) / len(recorder.num_done_at_launch)
-    active_s = group.occupancy.active_s(engine.now()) - active_s
-    busy_s = sum(group.occupancy.busy_s(engine.now())) - busy_s
+    active_s = group.occupancy.active_s(loop_time()) - active_s
+    busy_s = sum(group.occupancy.busy_s(loop_time())) - busy_s
     return Result(
         elapsed_s,
         sum(len(job.prompt) + job.num_output_tokens for job in jobs),

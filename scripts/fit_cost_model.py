@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from kunserve.config import EngineConfig, parse_devices
+from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch import launch
 from kunserve.engine.microbatch import Microbatch, Span, step_inputs
@@ -79,12 +81,12 @@ def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
 
 def microbatch_of(chunks: Sequence[Chunk], group: Group, vocab_size: int) -> Microbatch:
     """Requests that have come so far, with blocks of the group."""
-    spans = []
+    fleet, spans = Fleet([group]), []
     for i, (prefix, num_tokens, num_samples) in enumerate(chunks):
         end = prefix + num_tokens
         token_ids = [(7 * i + j) % vocab_size for j in range(end + 1 - num_samples)]
         request = Request(f"trial-{i}", token_ids, SamplingParams(max_tokens=1, temperature=0))
-        assert group.allocate(request, end), "trials are drawn to fit"
+        assert fleet.allocate(request, group, end), "trials are drawn to fit"
         spans.append(Span(request, prefix, end, samples=num_samples == 1))
     return Microbatch(group.group_id, 0, tuple(spans))
 
@@ -98,17 +100,13 @@ async def clock(engine: Engine, device: int) -> float:
 async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
     """Seconds for one stage on one device, as the executor runs it."""
     whole = next(s for g in engine.groups for s in g.stages if s.device == device)
-    stage = Stage(device, 0, trial.num_layers, whole.pool)
+    stage = Stage(device, 0, trial.num_layers, BlockPool(whole.pool.num_blocks))  # nobody else runs
     group = Group(device, (stage,), engine.groups[0].block_size)
     batch = microbatch_of(trial.chunks, group, engine.model.vocab_size)
     inputs = step_inputs(batch, group.block_size, ())
     started = await clock(engine, device)
     await engine.executor.execute(group, inputs)
-    seconds = await clock(engine, device) - started
-    for span in batch.spans:
-        for table in span.request.block_tables:
-            stage.pool.free(table)
-    return seconds
+    return await clock(engine, device) - started
 
 
 async def measure_all(

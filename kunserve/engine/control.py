@@ -11,14 +11,17 @@ from typing import Any
 
 import structlog
 
-from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.reconfigure import Reconfigure, Transition
+from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.refusal import is_refusal
 from kunserve.engine.request import FinishReason, Request
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.signals import Signals, loop_time
+from kunserve.engine.transition import Transition
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
+from kunserve.metrics import Metrics
 from kunserve.model.host_copy import WeightOrigin
-from kunserve.model.layout import units_of_stage
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
@@ -43,15 +46,19 @@ class OverloadControl:
 
     def __init__(
         self,
-        engine: Engine,
+        fleet: Fleet,
+        scheduler: Scheduler,
         reconfigure: Reconfigure,
+        signals: Signals,
+        metrics: Metrics,
         shape: ModelShape,
         devices: Sequence[DeviceView],
         thresholds: Thresholds,
         *,
         is_automatic: bool,
     ) -> None:
-        self._engine, self.reconfigure = engine, reconfigure
+        self._fleet, self._scheduler, self._waiting = fleet, scheduler, scheduler.waiting
+        self.reconfigure, self._signals, self._metrics = reconfigure, signals, metrics
         self._shape, self._devices, self._thresholds = shape, tuple(devices), thresholds
         self._is_automatic = is_automatic
         self._estimate = OutputLengthEstimate()
@@ -69,11 +76,11 @@ class OverloadControl:
 
     def observe(self, changed: Sequence[Group]) -> None:
         """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
-        now = self._engine.now()
+        now = loop_time()
         if not self._is_automatic or now < self._not_before_s:
             return
         is_idle = not self._tasks
-        may_drop = is_idle and self._merged_epoch != self._engine.epoch
+        may_drop = is_idle and self._merged_epoch != self._fleet.epoch
         if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded(changed):
             self._relaxation = Relaxation()
             if is_idle:
@@ -87,10 +94,6 @@ class OverloadControl:
         """A request ended: learn how long outputs are."""
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._estimate = self._estimate.finished(request.num_output_tokens)
-
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table: of what is on the move."""
-        return self.reconfigure.held(device)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
@@ -126,22 +129,19 @@ class OverloadControl:
 
     def would_drop(self) -> dict[int, list[str]]:
         """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
-        snapshot, model = self._snapshot(), self._engine.model
+        snapshot = self._snapshot()
         if len(snapshot.groups) < 2:
             return {}
         try:
             plan = plan_drop_of(snapshot, _two_smallest(snapshot))
         except ConflictError:
             return {}
-        kept = {s.device: units_of_stage(model, s.first_layer, s.last_layer) for m in plan.merges for s in m.stages}
-        present = {device: self._engine.memories[device].weights.present for device in kept}
-        dropped = {device: [unit for unit in present[device] if unit not in kept[device]] for device in kept}
-        return {device: units for device, units in dropped.items() if units}
+        return self.reconfigure.would_drop(plan)
 
     async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """See `Engine.restore`."""
         self._refuse_if_busy()
-        known = {group.group_id for group in self._engine.groups}
+        known = {group.group_id for group in self._fleet.groups}
         if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
             raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
         snapshot = self._snapshot()
@@ -173,7 +173,7 @@ class OverloadControl:
     def _is_tight(self, changed: Sequence[Group]) -> bool:
         """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
-        groups, waiting = self._engine.groups, self._engine.scheduler.waiting
+        groups, waiting = self._fleet.groups, self._waiting
         per_request = 1 + horizon // self._shape.block_size
         if any(group.num_free < len(group.running) * per_request for group in changed):
             return True
@@ -182,9 +182,9 @@ class OverloadControl:
 
     def _is_dropped(self) -> bool:
         """Whether any group can be split."""
-        if self._undropped is None or self._undropped[0] != self._engine.epoch:
-            is_dropped = any(group.origin and group.origin.parts for group in self._engine.groups)
-            self._undropped = self._engine.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
+        if self._undropped is None or self._undropped[0] != self._fleet.epoch:
+            is_dropped = any(group.origin and group.origin.parts for group in self._fleet.groups)
+            self._undropped = self._fleet.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
     def _may_look(self, now: float) -> bool:
@@ -202,19 +202,19 @@ class OverloadControl:
 
     def _look_again(self) -> None:
         self._next_look = None
-        self._engine.wake()
+        self._signals.wake()
 
     def _may_be_low(self) -> bool:
         """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""
         assert self._undropped is not None
-        in_use = sum(group.num_used for group in self._engine.groups)
+        in_use = sum(group.num_used for group in self._fleet.groups)
         if in_use < self._thresholds.restore_watermark * self._undropped[1]:
             return True
         self._relaxation = Relaxation()
         return False
 
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
-        groups, waiting, now = self._engine.groups, self._engine.scheduler.waiting, self._engine.now()
+        groups, waiting, now = self._fleet.groups, self._waiting, loop_time()
         if now < self._calm_until_s:
             self._look_in(CALM_S)
             return False
@@ -241,8 +241,8 @@ class OverloadControl:
     def _demand(self, headroom: float) -> int:
         """Blocks that all requests need, if outputs are `headroom` times as long as expected."""
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
-        running: Iterator[RequestView] = (_view(r) for group in self._engine.groups for r in group.running)
-        waiting = map(_view, self._engine.scheduler.waiting)
+        running: Iterator[RequestView] = (_view(r) for group in self._fleet.groups for r in group.running)
+        waiting = map(_view, self._waiting)
         return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
 
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
@@ -254,7 +254,7 @@ class OverloadControl:
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
         if plan.merges:
-            groups = [self._engine.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
+            groups = [self._fleet.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
             self._spawn(self.reconfigure.drop(snapshot, plan), groups)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
@@ -266,7 +266,7 @@ class OverloadControl:
                 self._relaxation = Relaxation()
                 self._spawn(self.reconfigure.restore(plan))
         elif self._relaxation != before and self._relaxation.since_s is not None:
-            asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._engine.wake)
+            asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
 
     def _spawn(
         self, transition: Coroutine[Any, Any, Transition], paused: Sequence[Group] = ()
@@ -275,7 +275,7 @@ class OverloadControl:
         task = asyncio.create_task(transition, name="transition")
         if paused:
             pause = ExitStack()
-            pause.enter_context(self._engine.paused(paused))
+            pause.enter_context(self.reconfigure.boundary.paused(paused))
             # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
             task.add_done_callback(lambda _: pause.close())
         self._tasks.add(task)
@@ -289,20 +289,20 @@ class OverloadControl:
         if (error := task.exception()) is None:
             transition = task.result()
             if transition.outcome == "done":
-                self._engine.metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
+                self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
         else:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
             log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
-            self._not_before_s = self._engine.now() + RETRY_S
-            asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._engine.wake)
-        self._engine.wake()
+            self._not_before_s = loop_time() + RETRY_S
+            asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
+        self._signals.wake()
 
     def _snapshot(self) -> Snapshot:
         groups = tuple(
             GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
-            for g in self._engine.groups
+            for g in self._fleet.groups
         )
-        return Snapshot(self._engine.epoch, self._shape, self._devices, groups)
+        return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)
 
 
 def _two_smallest(snapshot: Snapshot) -> list[int]:
@@ -312,6 +312,6 @@ def _two_smallest(snapshot: Snapshot) -> list[int]:
 
 
 def _view(request: Request) -> RequestView:
-    num_tokens, tables = len(request.token_ids), request.block_tables
+    num_tokens = len(request.token_ids)
     num_output_tokens = num_tokens - len(request.prompt_token_ids)
-    return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(tables[0]) if tables else 0)
+    return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(request.table.blocks))

@@ -1,7 +1,7 @@
 """Exchange: KV of live requests follows its layers to other devices, while everything else keeps running.
 
-A request that moves is not scheduled. It holds its blocks where it was and where it goes; when its last layer has
-arrived it leaves the old ones and runs on. Each slice of a copy takes a turn on its link, behind activations.
+A request that moves has departed (engine/fleet.py). It holds its blocks where it was and where it goes; when its last
+layer has arrived it leaves the old ones and runs on. Here is who moves when; transfers (engine/transfer.py) do it.
 A request whose copy fails is recomputed: nothing is lost but time. Each counts as lost, in its transition and in
 metrics, so that an exchange that moved everybody can be told from one that moved nobody.
 """
@@ -13,16 +13,19 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kunserve.engine.block_table import BlockTable
 from kunserve.engine.budget import is_schedulable
-from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.refusal import log_failure
 from kunserve.engine.remap import Remap
 from kunserve.engine.request import Request
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.signals import Signals
+from kunserve.engine.transfer import Transfers
 from kunserve.errors import EngineError
-from kunserve.gpu.copies import layer_copies
-from kunserve.gpu.links import Links, Priority
 from kunserve.gpu.queue import gather_all
+from kunserve.metrics import Metrics
 from kunserve.planner.exchange import LayerMove, layer_moves
 from kunserve.planner.plan import ExchangePlan, KvMove
 from kunserve.planner.snapshot import StageView
@@ -35,16 +38,8 @@ class Moving:
     request: Request
     group: Group  # the new one
     left: tuple[StageView, ...]  # stages of the old one
-    tables: dict[int, list[int]]  # device -> block ids there: where it was, and where it has blocks already
+    table: BlockTable  # blocks where it was, and where it has got some already
     has_blocks: bool = False  # on all devices of the new group
-
-    @classmethod
-    def begin(cls, request: Request, old: Group, new: Group) -> Moving:
-        """Take `request` from `old` to `new`; its blocks stay with it."""
-        tables = {stage.device: table for stage, table in zip(old.stages, request.block_tables, strict=True)}
-        request.is_moving, request.group_id, request.block_tables = True, new.group_id, []
-        new.running.append(request)
-        return cls(request, new, tuple(stage.view for stage in old.stages), tables)
 
     @property
     def moves(self) -> tuple[LayerMove, ...]:
@@ -56,25 +51,35 @@ class Moving:
         """All that it leaves or comes to."""
         return {stage.device for stage in self.left} | {stage.device for stage in self.group.stages}
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks it holds on each device."""
-        return len(next(iter(self.tables.values())))
-
 
 class Exchange:
-    """Moves requests between the devices of an engine."""
+    """Moves requests between the devices of a server."""
 
-    def __init__(self, engine: Engine, remap: Remap, links: Links) -> None:
-        self._engine, self._remap, self._links = engine, remap, links
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        remap: Remap,
+        transfers: Transfers,
+        signals: Signals,
+        metrics: Metrics,
+    ) -> None:
+        self._fleet, self._scheduler, self._remap, self._memories = fleet, scheduler, remap, remap.memories
+        self.transfers, self._signals, self._metrics = transfers, signals, metrics
         self._moving: dict[str, Moving] = {}  # by request id
         self._moving_at = defaultdict[int, dict[str, Moving]](dict)  # device -> of those, who leaves it or comes to it
-        self.num_bytes = 0  # copied since the server started
         self.num_lost = 0  # requests whose KV did not arrive, since the server started
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that were copied since the server started."""
+        return self.transfers.num_bytes
 
     def begin(self, request: Request, old: Group, new: Group) -> Moving:
         """Bind a request to its new group; until its KV has followed, it is not scheduled."""
-        moving = self._moving[request.request_id] = Moving.begin(request, old, new)
+        left = tuple(stage.view for stage in old.stages)
+        moving = Moving(request, new, left, self._fleet.depart(request, old, new))
+        self._moving[request.request_id] = moving
         for device in moving.devices:
             self._moving_at[device][request.request_id] = moving
         return moving
@@ -87,12 +92,8 @@ class Exchange:
         for m in moving:
             if not self._allocate(m, is_beyond_limit=is_beyond_limit):
                 for other in moving:
-                    other.group.is_admitting = False
+                    self._fleet.set_admitting(other.group, False)
                 return
-
-    def held(self, device: int) -> list[list[int]]:
-        """Block tables that moving requests hold on a device."""
-        return [moving.tables[device] for moving in self._moving_at[device].values() if device in moving.tables]
 
     async def by_request(self, moving: Sequence[Moving]) -> None:
         """Requests in the order of `reserve`; each runs on when its own layers have arrived.
@@ -109,7 +110,7 @@ class Exchange:
                         await asyncio.wait(under_way)  # those leave ranges that can be given to the layers that stay
                     if self._is_moving(m) and await self._has_blocks(m):
                         links = frozenset((move.source, move.destination) for move in m.moves)
-                        lane = lanes[links] if self._links.is_coordinated else asyncio.Lock()
+                        lane = lanes[links] if self.transfers.is_coordinated else asyncio.Lock()
                         under_way.append(tasks.create_task(self._bring(m, lane)))
         finally:
             self._end_all(moving)
@@ -159,7 +160,7 @@ class Exchange:
         step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
         there = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made
         async with lane:
-            if self._links.is_coordinated:
+            if self.transfers.is_coordinated:
                 for m in there:
                     await self._copy(m, step)
             else:
@@ -198,10 +199,10 @@ class Exchange:
             if not await self._make_room(group):
                 if self._is_stuck(group):
                     return False
-                await self._engine.next_commit(group)
+                await self._signals.next_commit(group)
         if not group.is_admitting:
-            group.is_admitting = all(m.has_blocks for m in self._moving_to(group))
-            self._engine.wake(group)
+            self._fleet.set_admitting(group, all(m.has_blocks for m in self._moving_to(group)))
+            self._signals.wake(group)
         return True
 
     def _is_stuck(self, group: Group) -> bool:
@@ -216,36 +217,21 @@ class Exchange:
 
     def _allocate(self, moving: Moving, *, is_beyond_limit: bool = False) -> bool:
         """Give a request blocks on every device of its new group; False, and nothing taken, if one lacks them."""
-        taken: dict[int, list[int]] = {}
-        for stage in moving.group.stages:
-            if stage.device in moving.tables:
-                continue
-            blocks = stage.pool.alloc(moving.num_blocks, is_beyond_limit=is_beyond_limit)
-            if blocks is None:
-                for device, ids in taken.items():
-                    self._engine.pools[device].free(ids)
-                return False
-            taken[stage.device] = blocks
-        moving.tables |= taken
-        moving.has_blocks = True
-        return True
+        moving.has_blocks = self._fleet.reserve(moving.request, moving.group, is_beyond_limit=is_beyond_limit)
+        return moving.has_blocks
 
     async def _copy(self, moving: Moving, move: LayerMove) -> None:
-        """Copy one request's KV of some layers, in slices. Nothing is copied for a request that has ended."""
-        source, target = self._engine.memories[move.source], self._engine.memories[move.destination]
-        used = moving.group.blocks_for(moving.request.num_computed_tokens)
-        layer_bytes = used * target.kv.shape.block_bytes
-        num_layers = self._links.layers_in_turn(layer_bytes)
-        for first in range(move.first_layer, move.last_layer, num_layers):
-            layers = range(first, min(first + num_layers, move.last_layer))
-            if not used or moving.request.finish_reason is not None:
-                return
-            read, write = moving.tables[move.source][:used], moving.tables[move.destination][:used]
-            copies = layer_copies(source.kv.layers, read, target.kv.layers, write, layers)
-            num_bytes = layer_bytes * len(layers)
-            async with self._links.turn(move.source, move.destination, Priority.KV, num_bytes):
-                await target.device.copy(copies, source.device)
-            self.num_bytes += num_bytes
+        """Copy one request's KV of some layers. Nothing is copied for a request that has ended."""
+        request, ids = moving.request, moving.table.ids
+        used = moving.group.blocks_for(request.num_computed_tokens)
+        await self.transfers.between(
+            move.source,
+            move.destination,
+            range(move.first_layer, move.last_layer),
+            ids[move.source][:used],
+            ids[move.destination][:used],
+            is_wanted=lambda: request.finish_reason is None,
+        )
 
     def _is_moving(self, moving: Moving) -> bool:
         return self._moving.get(moving.request.request_id) is moving
@@ -264,7 +250,7 @@ class Exchange:
         for m in reversed(moving):
             if self._is_moving(m):
                 self._end(m, is_lost=True)
-            m.group.is_admitting = True
+            self._fleet.set_admitting(m.group, True)
 
     def _end(self, moving: Moving, *, is_lost: bool = False) -> None:
         """The request has arrived, is lost on the way, or has ended: free what it holds elsewhere, and let it go on."""
@@ -272,19 +258,14 @@ class Exchange:
         del self._moving[request.request_id]
         for device in moving.devices:
             del self._moving_at[device][request.request_id]
-        devices = {stage.device for stage in group.stages}
-        left = [device for device in moving.tables if device not in devices]
-        for device in left:
-            self._engine.pools[device].free(moving.tables[device])
-        request.block_tables = [moving.tables.get(stage.device, []) for stage in group.stages]
-        request.is_moving = False
+        left = self._fleet.arrive(request, group)
         if request.finish_reason is not None:
-            group.release(request)
+            self._fleet.release(request)
         elif is_lost:
             self.num_lost += 1
-            self._engine.metrics.exchange_lost_request()
-            self._engine.scheduler.preempt(group, request)
-        self._engine.wake(None if left else group)  # after a split, another group has the blocks
+            self._metrics.exchange_lost_request()
+            self._scheduler.preempt(group, request)
+        self._signals.wake(None if left else group)  # after a split, another group has the blocks
 
     async def _make_room(self, group: Group) -> bool:
         """Give the KV of layers that everybody has left to those that stay; False if there is none."""
@@ -298,29 +279,30 @@ class Exchange:
         has_grown = False
         for stage in group.stages:
             stay = range(stage.first_layer, stage.last_layer)
-            memory = self._engine.memories[stage.device]
+            memory = self._memories[stage.device]
             mapped = memory.layout.kv_chunks
             gone = [i for i, n in enumerate(mapped) if n and i not in stay and (stage.device, i) not in needed]
             if gone:
                 added = (memory.counts.free + sum(mapped[i] for i in gone)) // len(stay)
                 await self._remap.resize_kv(stage.device, dict.fromkeys(gone, 0) | {i: mapped[i] + added for i in stay})
-                stage.pool.grow(memory.kv.num_blocks(stage.first_layer))
+                self._fleet.grow(stage.device, memory.kv.num_blocks(stage.first_layer))
                 has_grown = True
         return has_grown
 
     async def _grow(self, move: KvMove) -> None:
         """Map a layer's range at the destination up to the last block that anybody has there."""
-        kv, missing = self._engine.memories[move.destination].kv, self._missing_chunks(move)
+        kv, missing = self._memories[move.destination].kv, self._missing_chunks(move)
         for layer in range(move.first_layer, move.last_layer):
             await self._remap.resize_kv(move.destination, {layer: kv.num_chunks(layer) + missing})
 
     def _has_chunks(self, move: KvMove, promised: Counter[int]) -> bool:
         """Whether `_grow` will find what it needs, beside what is promised to others."""
         device = move.destination
-        return self._missing_chunks(move) + promised[device] <= self._engine.memories[device].counts.free
+        return self._missing_chunks(move) + promised[device] <= self._memories[device].counts.free
 
     def _missing_chunks(self, move: KvMove) -> int:
         """Chunks by which each layer's range at the destination has to grow; all of them have as many."""
-        kv = self._engine.memories[move.destination].kv
-        last = max((block for table in self.held(move.destination) for block in table), default=-1)
+        kv = self._memories[move.destination].kv
+        tables = [m.table.ids.get(move.destination, ()) for m in self._moving_at[move.destination].values()]
+        last = max((block for ids in tables for block in ids), default=-1)
         return max(0, kv.chunks_for(last + 1) - kv.num_chunks(move.first_layer))

@@ -33,7 +33,10 @@ class Stage:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Group:
-    """A chain and its requests. Every stage holds the same number of blocks of a request, from its own pool."""
+    """A chain and its requests. Every stage holds the same number of blocks of a request, from its own pool.
+
+    The fleet (engine/fleet.py) binds requests and gives them blocks; the scheduler keeps what is in flight.
+    """
 
     group_id: int
     stages: tuple[Stage, ...]
@@ -42,7 +45,7 @@ class Group:
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
     origin: Origin | None = None  # how it was launched or merged
-    num_pauses: int = 0  # that hold it now: see `Engine.paused`, which alone counts them
+    num_pauses: int = 0  # that hold it now: see `Fleet.pause`
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
     occupancy: Occupancy = field(init=False)  # of the stages, kept by `Executor.execute`
@@ -81,32 +84,15 @@ class Group:
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
         """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
-        held = len(request.block_tables[0]) if request.block_tables else 0
-        return max(0, self.blocks_for(num_tokens) - held)
+        return max(0, self.blocks_for(num_tokens) - len(request.table.blocks))
 
-    def allocate(self, request: Request, num_tokens: int) -> bool:
-        """Let `request` hold blocks for its first `num_tokens` on every stage; False, and no change, if it cannot."""
-        tables = request.block_tables
-        if tables and num_tokens <= len(tables[0]) * self.block_size:
-            return True
-        if not tables:
-            request.block_tables = [[] for _ in self.stages]
-        missing = self.missing_blocks(request, num_tokens)
-        if missing > self.num_free:
-            return False
-        for stage, table in zip(self.stages, request.block_tables, strict=True):
-            blocks = stage.pool.alloc(missing)
-            assert blocks is not None
-            table += blocks
-        return True
-
-    def release(self, request: Request) -> None:
-        """Take `request` out of the group and free its blocks."""
-        self.running.remove(request)
-        for stage, table in zip(self.stages, request.block_tables, strict=True):
-            stage.pool.free(table)
-        request.block_tables = []
-        request.group_id = None
+    def returned(self, launched_s: float, now_s: float) -> float:
+        """Note that a microbatch comes back now; returns how long it was computed, not while it waited for others."""
+        before = self.returned_s
+        begun_s = max(launched_s, before[0]) if len(before) == len(self.stages) else launched_s
+        before.append(now_s)
+        del before[: -len(self.stages)]
+        return now_s - begun_s
 
     def check(self, num_layers: int) -> None:
         """Assert invariant 1, and that the requests' blocks and counters are consistent."""
@@ -120,6 +106,5 @@ class Group:
             assert 0 <= request.num_sampling <= request.num_in_flight
             if request.is_moving:
                 continue
-            assert len({len(table) for table in request.block_tables}) <= 1
-            held = len(request.block_tables[0]) if request.block_tables else 0
-            assert held >= self.blocks_for(request.num_scheduled_tokens)
+            assert list(request.table.ids) == [stage.device for stage in self.stages]
+            assert len(request.table.blocks) >= self.blocks_for(request.num_scheduled_tokens)

@@ -18,9 +18,6 @@ class Control(Protocol):
     def finished(self, request: Request) -> None:
         """Called when a request has ended."""
 
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table: of what is on the move."""
-
     async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """As `Engine.drop`."""
 
@@ -45,9 +42,6 @@ class Mover(Protocol):
 
     def is_busy(self, groups: Sequence[Group]) -> bool:
         """Whether copies from or to these groups' devices are under way; it calls `progress` when they end."""
-
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table."""
 
     def finished(self, request: Request) -> None:
         """Called when a request has ended and its blocks, if nobody works on them, are free."""

@@ -12,19 +12,26 @@ import structlog
 
 from kunserve.config import EngineConfig
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.boundary import Boundary
 from kunserve.engine.context_length import reason_for_max_model_len, wanted_max_model_len
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.exchange import Exchange
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
+from kunserve.engine.hooks import Mover
 from kunserve.engine.machine import Machine, make_machine
 from kunserve.engine.migrate import Migration
 from kunserve.engine.placement import model_shape, num_copies, place
 from kunserve.engine.policy import make_policy
 from kunserve.engine.reconfigure import Reconfigure
+from kunserve.engine.remap import Remap
 from kunserve.engine.restore_time import measure_restore
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.signals import Signals
 from kunserve.engine.swap import Swap
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.transfer import Transfers
 from kunserve.engine.weight_loader import WeightLoader
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
@@ -41,7 +48,7 @@ from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.planner.copies import why_no_drop
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.snapshot import ModelShape, Origin, StageView
+from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.progress import Progress
 
@@ -130,6 +137,7 @@ async def assemble(
     tokenizer: Tokenizer | None,
     progress: Progress = lambda text, share: None,
     lookahead: Lookahead | None = None,
+    metrics: type[Metrics] = Metrics,
 ) -> tuple[Engine, OverloadControl]:
     """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
 
@@ -156,37 +164,76 @@ async def assemble(
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
+    links, signals = machine.links(), Signals()
+    fleet = Fleet(_groups(placement.groups, memories, config.block_size))
+    scheduler = Scheduler(
+        fleet,
+        Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling)),
+        make_policy(config.overload_policy, config.watermark),
+        _num_host_blocks(config, kv_shape, model),
+        lookahead,
+    )
     engine = Engine(
         model,
         ServingLimits(placement.max_model_len, config.max_num_queued_reqs),
-        Scheduler(
-            Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling)),
-            make_policy(config.overload_policy, config.watermark),
-            _num_host_blocks(config, kv_shape, model),
-            lookahead,
-        ),
-        _groups(placement.groups, memories, config.block_size),
+        fleet,
+        scheduler,
         memories,
         executor,
+        signals,
         tokenizer,
-        Metrics(served_name, placement.max_model_len, lambda: engine.stats()),
+        metrics(served_name, placement.max_model_len, lambda: engine.stats()),
         config.seed,
     )
-    links = machine.links()
-    thresholds = Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s)
-    is_automatic = config.overload_policy is OverloadPolicy.DROP and not config.is_pinned
-    reconfigure = Reconfigure(engine, shape, loader, links, machine.clock)
-    control = OverloadControl(engine, reconfigure, shape, views, thresholds, is_automatic=is_automatic)
-    engine.control = control
+    engine.mover = _mover(config.overload_policy, engine, links)
+    engine.control = control = make_control(
+        engine,
+        shape,
+        views,
+        loader,
+        links,
+        Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s),
+        is_automatic=config.overload_policy is OverloadPolicy.DROP and not config.is_pinned,
+        clock=machine.clock,
+    )
     engine.overload_policy = config.overload_policy
     copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
     by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
     engine.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
-    if config.overload_policy is OverloadPolicy.SWAP:
-        engine.mover = Swap(engine, links)
-    elif config.overload_policy is OverloadPolicy.MIGRATE:
-        engine.mover = Migration(engine, links)
     return engine, control
+
+
+def make_control(
+    engine: Engine,
+    shape: ModelShape,
+    views: Sequence[DeviceView],
+    loader: WeightLoader,
+    links: Links,
+    thresholds: Thresholds,
+    *,
+    is_automatic: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> OverloadControl:
+    """Return what regroups an engine, whose mover is set. `clock` as in `Reconfigure`."""
+    fleet, scheduler, signals, metrics = engine.fleet, engine.scheduler, engine.signals, engine.metrics
+    boundary = Boundary(fleet, signals, engine.mover)
+    remap = Remap(fleet, engine.model, shape, engine.memories, loader, links)
+    exchange = Exchange(fleet, scheduler, remap, Transfers(engine.memories, links), signals, metrics)
+    reconfigure = Reconfigure(fleet, scheduler, boundary, remap, exchange, loader, signals, engine.halt, clock)
+    return OverloadControl(
+        fleet, scheduler, reconfigure, signals, metrics, shape, views, thresholds, is_automatic=is_automatic
+    )
+
+
+def _mover(policy: OverloadPolicy, engine: Engine, links: Links) -> Mover | None:
+    """Return who moves requests' KV because the policy wants it; None for policies that do not."""
+    match policy:
+        case OverloadPolicy.SWAP:
+            return Swap(engine.scheduler, engine.memories, links, engine.signals)
+        case OverloadPolicy.MIGRATE:
+            return Migration(engine.fleet, engine.scheduler, engine.memories, links, engine.signals)
+        case _:
+            return None
 
 
 def _only_by_hand(config: EngineConfig) -> str | None:

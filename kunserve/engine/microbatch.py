@@ -162,7 +162,7 @@ def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
     return mask
 
 
-def _padded(tables: list[list[int]], width: int) -> Tensor:
+def _padded(tables: Sequence[list[int]], width: int) -> Tensor:
     out = np.zeros((len(tables), width), np.int32)
     for row, table in zip(out, tables, strict=True):
         row[: min(len(table), width)] = table[:width]
@@ -183,14 +183,14 @@ def step_inputs(
     token_ids = np.concatenate([np.array(_token_ids(span, places), np.int32) for span in spans])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     width = -(-int((starts + lens).max()) // block_size)
-    num_stages = len(spans[0].request.block_tables)
+    tables = zip(*(span.request.table.ids.values() for span in spans), strict=True)  # by stage
     sampled = list(_sampled(batch, places, eos_token_ids))
     return StepInputs(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         context_lens=torch.from_numpy(starts + lens),
-        block_tables=tuple(_padded([s.request.block_tables[i] for s in spans], width) for i in range(num_stages)),
+        block_tables=tuple(_padded(of_stage, width) for of_stage in tables),
         sampled_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64),
         sampling=tuple(row for _, row in sampled),
         block_size=block_size,

@@ -14,15 +14,19 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kunserve.engine.engine import Engine
+from kunserve.engine.block_table import BlockTable
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.policy import Freeness, pair_groups, remaining_steps, shortest_running
 from kunserve.engine.refusal import log_failure
 from kunserve.engine.request import Request
-from kunserve.gpu.copies import layer_copies
-from kunserve.gpu.links import Links, Priority
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.signals import Signals
+from kunserve.engine.transfer import Transfers
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.links import Links
 
 PAIR_EVERY_S = 0.05
 MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy
@@ -37,7 +41,7 @@ class Migrating:
     source: Group
     destination: Group
     num_preemptions: int  # of the request when it began: another means that its KV is gone
-    table: list[int] = field(default_factory=list)
+    table: BlockTable
     num_copied: int = 0
 
     @property
@@ -55,20 +59,32 @@ class Migrating:
 class Migration:
     """Moves requests from loaded groups to free ones: one at a time from each source."""
 
-    def __init__(self, engine: Engine, links: Links) -> None:
-        self._engine, self._links = engine, links
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        memories: Sequence[DeviceMemory],
+        links: Links,
+        signals: Signals,
+    ) -> None:
+        self._fleet, self._scheduler, self._signals = fleet, scheduler, signals
+        self._transfers = Transfers(memories, links)
         self._migrating: dict[int, Migrating] = {}  # by source group id
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
-        self.num_bytes = 0  # copied since the server started
         self.num_given_up = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that were copied since the server started."""
+        return self._transfers.num_bytes
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
     def observe(self) -> None:
         """Look for pairs in 50 ms, if anything runs."""
-        if self._timer is None and not self._is_stopped and len(self._engine.groups) > 1 and self._engine.num_running:
+        if self._timer is None and not self._is_stopped and len(self._fleet.groups) > 1 and self._fleet.num_running:
             self._timer = asyncio.get_running_loop().call_later(PAIR_EVERY_S, self.pair)
 
     def stepped(self, group: Group, seconds: float) -> None:
@@ -77,10 +93,6 @@ class Migration:
     def is_busy(self, groups: Sequence[Group]) -> bool:
         """Whether a request is on its way from or to one of these groups."""
         return any(m.source in groups or m.destination in groups for m in self._migrating.values())
-
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks that wait at a destination for their request."""
-        return [m.table for m in self._migrating.values() if _stage(m.destination).device == device]
 
     def finished(self, request: Request) -> None:
         """A request ended: its migration, if there is one, sees that."""
@@ -102,21 +114,21 @@ class Migration:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        groups = [g for g in self._engine.groups if len(g.stages) == 1 and not g.is_paused and g.is_admitting]
+        groups = [g for g in self._fleet.groups if len(g.stages) == 1 and not g.is_paused and g.is_admitting]
         by_id = {group.group_id: group for group in groups}
         for source_id, destination_id in pair_groups(self._freeness(groups)):
             source, destination = by_id[source_id], by_id[destination_id]
-            has_seat = len(destination.running) < self._engine.scheduler.limits.num_seats(destination)
+            has_seat = len(destination.running) < self._scheduler.limits.num_seats(destination)
             if source_id not in self._migrating and has_seat and (request := shortest_running(source)) is not None:
                 self.begin(request, source, destination)
         self.observe()
 
     def _freeness(self, groups: Sequence[Group]) -> list[Freeness]:
         """What waits is nobody's yet: each group counts an equal share of it, as if it were one request."""
-        scheduler, share = self._engine.scheduler, 1 / len(self._engine.groups)
+        scheduler, share = self._scheduler, 1 / len(self._fleet.groups)
         killed = Counter(scheduler.preempted_by.values())
         num_waiting = len(scheduler.waiting) * share
-        blocks = self._engine.groups[0].blocks_for(scheduler.waiting.num_tokens) * share
+        blocks = self._fleet.groups[0].blocks_for(scheduler.waiting.num_tokens) * share
         return [
             Freeness(g.group_id, remaining_steps(g.num_free, len(g.running), blocks, num_waiting), killed[g.group_id])
             for g in groups
@@ -126,7 +138,7 @@ class Migration:
 
     def begin(self, request: Request, source: Group, destination: Group) -> None:
         """Move a decoding request; nothing else may be on its way from `source`."""
-        migrating = Migrating(request, source, destination, request.num_preemptions)
+        migrating = Migrating(request, source, destination, request.num_preemptions, self._fleet.expect(destination))
         assert source.group_id not in self._migrating
         self._migrating[source.group_id] = migrating
         task = asyncio.create_task(self._migrate(migrating), name="migrate")
@@ -157,53 +169,44 @@ class Migration:
         return False  # it grows faster than it is copied
 
     async def _stop_and_copy(self, m: Migrating) -> bool:
-        m.request.is_moving = True
+        self._fleet.suspend(m.request)
         while m.request.num_in_flight:
-            await self._engine.next_commit(m.source)
-        if m.request.finish_reason is not None or not self._allocate(m, len(m.request.block_tables[0])):
+            await self._signals.next_commit(m.source)
+        if m.request.finish_reason is not None or not self._allocate(m, m.request.num_blocks):
             return False
         await self._copy(m, m.source.blocks_for(m.request.num_computed_tokens))
         return m.request.finish_reason is None
 
     def _allocate(self, m: Migrating, num_blocks: int) -> bool:
         """Hold `num_blocks` at the destination; False, and no change, if it has not got them."""
-        blocks = _stage(m.destination).pool.alloc(num_blocks - len(m.table))
-        m.table += blocks or []
-        return blocks is not None
+        return self._fleet.extend(m.table, m.destination, num_blocks)
 
     async def _copy(self, m: Migrating, end: int) -> None:
-        """Copy blocks up to `end`, all layers, in slices. Stops early for a request that is not wanted any more."""
-        source, target = _stage(m.source), _stage(m.destination)
-        memories = self._engine.memories
-        read, write = m.request.block_tables[0][m.num_copied : end], m.table[m.num_copied : end]
-        layer_bytes = len(read) * memories[target.device].kv.shape.block_bytes
-        num_layers = self._links.layers_in_turn(layer_bytes)
-        for first in range(target.first_layer, target.last_layer if read else 0, num_layers):
-            if not (m.is_wanted or m.request.is_moving):
-                return
-            layers = range(first, min(first + num_layers, target.last_layer))
-            kv, target_kv = memories[source.device].kv.layers, memories[target.device].kv.layers
-            copies = layer_copies(kv, read, target_kv, write, layers)
-            num_bytes = layer_bytes * len(layers)
-            async with self._links.turn(source.device, target.device, Priority.KV, num_bytes):
-                await memories[target.device].device.copy(copies, memories[source.device].device)
-            self.num_bytes += num_bytes
-        m.num_copied = end
+        """Copy blocks up to `end`, all layers. Stops early for a request that is not wanted any more."""
+        source, target = _stage(m.source).device, _stage(m.destination)
+        new = slice(m.num_copied, end)
+        layers = range(target.first_layer, target.last_layer)
+        read, write = m.request.table.ids[source][new], m.table.ids[target.device][new]
+        if await self._transfers.between(
+            source, target.device, layers, read, write, is_wanted=lambda: m.is_wanted or m.request.is_moving
+        ):
+            m.num_copied = end
 
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:
         """The request runs on at the destination, or it stays, or it has ended on the way."""
         del self._migrating[m.source.group_id]
-        is_stopped, m.request.is_moving = m.request.is_moving, False
+        is_stopped = m.request.is_moving
+        self._fleet.resume(m.request)
         if has_arrived:
-            self._engine.scheduler.hand_over(m.request, m.source, m.destination, [m.table])
+            self._scheduler.hand_over(m.request, m.destination, m.table)
         else:
             self.num_given_up += 1
-            _stage(m.destination).pool.free(m.table)
+            self._fleet.expect_no_more(m.destination, m.table)
             if is_stopped and m.request.finish_reason is not None and m.request.num_in_flight == 0:
-                m.source.release(m.request)
+                self._fleet.release(m.request)
         for group in (m.source, m.destination):
-            self._engine.progress(group.group_id)
-            self._engine.wake(group)
+            self._signals.progress(group.group_id)
+            self._signals.wake(group)
 
 
 def _stage(group: Group) -> Stage:

@@ -219,12 +219,8 @@ def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -
         if short <= 0:
             break
         victims.append(request)
-        short -= group.missing_blocks(request, request.num_tokens) + _held(request)
+        short -= group.missing_blocks(request, request.num_tokens) + request.num_blocks
     return victims
-
-
-def _held(request: Request) -> int:
-    return len(request.block_tables[0]) if request.block_tables else 0
 
 
 def make_policy(policy: OverloadPolicy, watermark: float) -> Policy:

@@ -2,66 +2,36 @@
 
 A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or rolls
 back to the old one. One runs at a time; a restore gives way to a new burst at any point before its split.
-The numbered steps are those of the design, section 7.
+
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
 
 import structlog
 
-from kunserve.engine.engine import Engine
+from kunserve.engine.boundary import Boundary
 from kunserve.engine.exchange import Exchange, Moving
-from kunserve.engine.group import Group, Stage
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
 from kunserve.engine.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.request import Request
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.signals import Signals, loop_time
+from kunserve.engine.transition import HISTORY, Transition
 from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import ConflictError
-from kunserve.gpu.copies import layer_copies
-from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
-from kunserve.planner.snapshot import ModelShape, Origin, Snapshot, StageView
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
 log = structlog.get_logger()
-
-HISTORY = 1000  # transitions that are remembered
-
-
-@dataclass(slots=True)
-class Transition:
-    """What happened, step by step. Times in seconds; `started_s` on the engine's clock."""
-
-    kind: str  # "drop", "restore"
-    started_s: float
-    old_groups: tuple[int, ...]
-    new_groups: tuple[int, ...] = ()
-    epoch: int | None = None  # the one it made, once committed
-    outcome: str = "running"  # then "done", "cancelled", "rolled back", "failed after its commit", "lost"
-    exchange_mode: str | None = None
-    exchange_bytes: int = 0
-    num_lost: int = 0  # requests whose KV should have followed its layers but did not arrive: they are recomputed
-    weight_bytes: int = 0  # dropped, or loaded
-    weight_sources: dict[str, int] = field(default_factory=dict)  # bytes of tensors loaded, by where they came from
-    seconds: dict[str, float] = field(default_factory=dict)  # by step
-    step: str | None = None  # the one it is at
-    planned_bytes: int = 0  # of weights that it is to drop, or to load
-
-    def state(self) -> dict[str, Any]:
-        """As `/kunserve/state` and the log show it: `step` and `planned_bytes` only while it runs."""
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.outcome != "running":
-            del shown["step"], shown["planned_bytes"]
-        return shown
-
 
 _MergeStep = tuple[Merge, list[Group], ExchangePlan]
 
@@ -71,28 +41,31 @@ class _CancelledError(Exception):
 
 
 class Reconfigure:
-    """Applies plans to an engine, its devices and its requests.
+    """Applies plans to the fleet, its devices and its requests.
 
-    `clock` measures how long its steps take: finer than the loop's clock, which may count whole milliseconds.
+    `halt` stops the engine at once. `clock` measures how long its steps take: finer than the loop's clock, which may
+    count whole milliseconds.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        shape: ModelShape,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        boundary: Boundary,
+        remap: Remap,
+        exchange: Exchange,
         loader: WeightLoader,
-        links: Links,
+        signals: Signals,
+        halt: Callable[[], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self._shape, self._clock = engine, shape, clock
-        self.loader = loader
-        self._remap = Remap(engine.model, shape, engine.memories, loader, links)
-        self.exchange = Exchange(engine, self._remap, links)
+        self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
+        self.exchange, self.loader = exchange, loader
+        self._signals, self._halt, self._clock = signals, halt, clock
+        self._shape = remap.shape
         self.transitions: list[Transition] = []
         self.current: Transition | None = None
-        self._arriving: dict[int, list[int]] = {}  # device -> blocks that tails are copied to now
         self._is_cancelled = False
-        self._next_group_id = 1 + max(group.group_id for group in engine.groups)
 
     # --- drop ---------------------------------------------------------------------------------------------------
 
@@ -104,19 +77,16 @@ class Reconfigure:
         Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
         """
         group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
-        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self._engine.paused(old):
+        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self.boundary.paused(old):
             transition.planned_bytes = plan.freed_bytes
             with self._step(transition, "boundary"):  # 2
-                await self._engine.quiesce(old)
+                await self.boundary.reached(old)
                 await self._settle(old)
             steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
             modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
             transition.exchange_mode = ", ".join(sorted(modes)) or None
-            layouts: Layouts = {}
-            for merge, groups, exchange in steps:
-                layouts |= self._remap.of_merge(merge, groups, exchange.rooms)
             with self._step(transition, "remap"):  # 3
-                await self._remap.apply(layouts)
+                await self._remap.apply(self._remap.planned(layout for _, _, e in steps for layout in e.layouts))
             transition.weight_bytes = plan.freed_bytes
             merged = [self._merge(*step) for step in steps]
             self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
@@ -124,20 +94,30 @@ class Reconfigure:
                 await gather_all(self._exchange_after_merge(*step) for step in merged)
         return transition
 
+    def would_drop(self, plan: DropPlan) -> dict[int, list[str]]:
+        """Return the weight units that a drop would unmap, by device; without those that it would not."""
+        dropped = {stage.device: self._remap.units_beyond(stage) for merge in plan.merges for stage in merge.stages}
+        return {device: units for device, units in dropped.items() if units}
+
     def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
         """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
 
         By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
         """
-        groups = [self._engine.group(group_id) for group_id in merge.group_ids]
+        groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
         exchange = plan_exchange(snapshot, merge, _live(groups))
-        if exchange.mode is not ExchangeMode.BY_REQUEST:
-            for request, group in reversed(_by_admission(groups)):
-                if exchange.mode is ExchangeMode.INFEASIBLE or request.num_output_tokens == 0:
-                    self._engine.scheduler.preempt(group, request)
         if exchange.mode is ExchangeMode.BY_LAYER:
+            self._recompute(groups, lambda request: request.num_output_tokens == 0)
             exchange = plan_exchange(snapshot, merge, _live(groups))
+        if exchange.mode is ExchangeMode.INFEASIBLE:
+            self._recompute(groups, lambda _: True)
         return merge, groups, exchange
+
+    def _recompute(self, groups: Sequence[Group], is_meant: Callable[[Request], bool]) -> None:
+        """Preempt some of the requests of these groups; the last admitted first, so that the first is back first."""
+        for request, group in reversed(_by_admission(groups)):
+            if is_meant(request):
+                self._scheduler.preempt(group, request)
 
     def _merge(
         self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan
@@ -145,11 +125,11 @@ class Reconfigure:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
         new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
         for stage in new.stages:
-            mapped = self._engine.memories[stage.device].kv.num_blocks(stage.first_layer)
-            stage.pool.grow(mapped)
+            mapped = self._remap.num_blocks(stage)
+            self._fleet.grow(stage.device, mapped)
             if by_layer:  # and ids of blocks that are mapped layer by layer
-                stage.pool.grow(by_layer[stage.device].num_blocks)
-                stage.pool.set_limit(mapped)
+                self._fleet.grow(stage.device, by_layer[stage.device].num_blocks)
+                self._fleet.limit(stage.device, mapped)
         moving = [self.exchange.begin(request, group, new) for request, group in _by_admission(groups)]
         order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
         moving.sort(key=lambda m: order.get(m.request.request_id, -1))
@@ -162,7 +142,7 @@ class Reconfigure:
         else:
             await self.exchange.by_request(moving)
         await self._remap.settle(group.stages)
-        self._engine.wake()
+        self._signals.wake()
 
     async def _settle(self, groups: Sequence[Group]) -> None:
         """Bring devices to their groups' layouts, if an earlier transition failed to."""
@@ -184,8 +164,8 @@ class Reconfigure:
             try:
                 await self._bring_weights_back(transition, old, plan, before)
                 with self._step(transition, "split"):
-                    pause.enter_context(self._engine.paused(old))
-                    await self._engine.quiesce(old)
+                    pause.enter_context(self.boundary.paused(old))
+                    await self.boundary.reached(old)
                 self._give_way()
             except BaseException as error:
                 await self._back_to_chain(old, before)
@@ -203,7 +183,7 @@ class Reconfigure:
         """A new burst came: give up a restore that has not split yet. Nothing happens if there is none."""
         if self.is_cancellable:
             self._is_cancelled = True
-            self._engine.progress()
+            self._signals.progress()
 
     @property
     def is_cancellable(self) -> bool:
@@ -230,78 +210,52 @@ class Reconfigure:
         targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
         with ExitStack() as pause:
             with self._step(transition, "shrink"):
-                for group in old:
-                    for stage in group.stages:
-                        stage.pool.set_limit(targets[stage.device])
-                pause.enter_context(self._engine.paused(old))
-                await self._engine.quiesce(old)
+                for device, num_blocks in targets.items():
+                    self._fleet.limit(device, num_blocks)
+                pause.enter_context(self.boundary.paused(old))
+                await self.boundary.reached(old)
                 while not await self._empty_tails(old, targets):
                     pause.close()  # not enough room in front yet: somebody has to finish first
-                    await self._engine.next_commit()
+                    await self._signals.next_commit()
                     self._give_way()
-                    pause.enter_context(self._engine.paused(old))
-                    await self._engine.quiesce(old)
+                    pause.enter_context(self.boundary.paused(old))
+                    await self.boundary.reached(old)
             with self._step(transition, "remap"):
-                for group in old:
-                    for stage in group.stages:
-                        stage.pool.shrink(targets[stage.device])
-                await self._remap.apply(self._remap.of_parts(parts))
+                for device, num_blocks in targets.items():
+                    self._fleet.shrink(device, num_blocks)
+                await self._remap.apply(self._remap.planned(layout for part in parts for layout in part.layouts))
         with self._step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
-    async def _empty_tails(self, groups: Sequence[Group], targets: dict[int, int]) -> bool:
+    async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, int]) -> bool:
         """Move live blocks from beyond the targets to free ones before them; False if these are too few."""
         is_empty = True
         for group in groups:
-            for position, stage in enumerate(group.stages):
-                is_empty &= await self._empty_tail(group, position, stage, targets[stage.device])
+            for stage in group.stages:
+                with self._fleet.emptying(group, stage, targets[stage.device]) as tail:
+                    layers = range(stage.first_layer, stage.last_layer)
+                    await self.exchange.transfers.within(stage.device, layers, tail.moved)
+                is_empty &= tail.is_whole
         return is_empty
-
-    async def _empty_tail(self, group: Group, position: int, stage: Stage, target: int) -> bool:
-        pool = stage.pool
-        tail = pool.used_beyond(target)
-        front = self._arriving[stage.device] = pool.alloc(min(len(tail), pool.num_free)) or []
-        moved = dict(zip(tail, front, strict=False))
-        try:
-            await self._copy_within(stage, moved)
-        except BaseException:
-            pool.free(front)
-            raise
-        finally:
-            del self._arriving[stage.device]
-        for request in group.running:
-            table = request.block_tables[position]
-            table[:] = [moved.get(block, block) for block in table]
-        arrived = {block for request in group.running for block in request.block_tables[position]}
-        for old, new in moved.items():
-            pool.free([old if new in arrived else new])  # the new one if its request has ended meanwhile
-        return len(front) == len(tail)
-
-    async def _copy_within(self, stage: Stage, moved: dict[int, int]) -> None:
-        """Copy blocks to other ids, in all layers of a stage."""
-        memory = self._engine.memories[stage.device]
-        kv = memory.kv.layers
-        for layer in range(stage.first_layer, stage.last_layer) if moved else ():
-            await memory.device.copy(layer_copies(kv, list(moved), kv, list(moved.values()), [layer]))
 
     async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
         """Undo a restore before its split: drop what came, and give the chunks to KV again."""
-        with self._engine.paused(groups):
-            await self._engine.quiesce(groups)
+        with self.boundary.paused(groups):
+            await self.boundary.reached(groups)
             await self._remap.apply(before)
             for group in groups:
                 for stage in group.stages:
-                    stage.pool.grow(self._engine.memories[stage.device].kv.num_blocks(stage.first_layer))
+                    self._fleet.grow(stage.device, self._remap.num_blocks(stage))
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
         made, moving = [], []
         for group, split in zip(old, splits, strict=True):
             new = [self._new_group(part.stages, part.origin) for part in split.into]
-            held = [HeldRequest(r.request_id, len(r.block_tables[0])) for r in group.running]
+            held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
-            num_seats = [self._engine.scheduler.limits.num_seats(half) for half in new]
+            num_seats = [self._scheduler.limits.num_seats(half) for half in new]
             homes = assign_requests(held, stages, [part.stages for part in split.into], num_seats)
             home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
             moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
@@ -311,11 +265,6 @@ class Reconfigure:
 
     # --- both ---------------------------------------------------------------------------------------------------
 
-    def held(self, device: int) -> list[list[int]]:
-        """Blocks in use on a device that are in no request's table: of what is on the move."""
-        arriving = [self._arriving[device]] if device in self._arriving else []
-        return arriving + self.exchange.held(device)
-
     @contextmanager
     def _transition(
         self, kind: str, epoch: int, group_ids: Sequence[int]
@@ -323,10 +272,10 @@ class Reconfigure:
         """One transition at a time, of the present epoch and these groups; recorded whatever becomes of it."""
         if self.current is not None:
             raise ConflictError(f"a {self.current.kind} is under way", retry_after_s=1)
-        if epoch != self._engine.epoch:
-            raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._engine.epoch}")
-        groups = [self._engine.group(group_id) for group_id in group_ids]
-        transition = Transition(kind, self._engine.now(), tuple(group_ids))
+        if epoch != self._fleet.epoch:
+            raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._fleet.epoch}")
+        groups = [self._fleet.group(group_id) for group_id in group_ids]
+        transition = Transition(kind, loop_time(), tuple(group_ids))
         self.current, self._is_cancelled = transition, False
         loaded_before = self.loader.num_bytes.copy()
         self.transitions.append(transition)
@@ -337,7 +286,7 @@ class Reconfigure:
                 transition.outcome = "done"
         except NoWayBackError:  # better no server than one that computes with whatever is mapped there now
             transition.outcome = "lost"
-            self._engine.halt()
+            self._halt()
             raise
         except BaseException:
             transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
@@ -345,8 +294,8 @@ class Reconfigure:
         finally:
             self.current = None
             transition.weight_sources = {str(k): n for k, n in (self.loader.num_bytes - loaded_before).items()}
-            transition.seconds["total"] = self._engine.now() - transition.started_s
-            self._engine.wake()
+            transition.seconds["total"] = loop_time() - transition.started_s
+            self._signals.wake()
             log.info("transition", **transition.state())
 
     @contextmanager
@@ -377,32 +326,26 @@ class Reconfigure:
         on_commit: Callable[[Transition], None] | None,
     ) -> None:
         """The new grouping is live."""
-        engine = self._engine
-        engine.epoch += 1
-        gone = set(old)
-        engine.groups[:] = [group for group in engine.groups if group not in gone] + list(new)
-        transition.epoch, transition.new_groups = engine.epoch, tuple(group.group_id for group in new)
-        transition.seconds["committed"] = engine.now() - transition.started_s
+        self._fleet.regroup(old, new)
+        transition.epoch, transition.new_groups = self._fleet.epoch, tuple(group.group_id for group in new)
+        transition.seconds["committed"] = loop_time() - transition.started_s
         for group in new:
             group.on_first_commit = partial(self._first_token, transition)
         if on_commit is not None:
             on_commit(transition)
-        engine.wake()
+        self._signals.wake()
 
     def _first_token(self, transition: Transition) -> None:
-        transition.seconds.setdefault("first_token", self._engine.now() - transition.started_s)
+        transition.seconds.setdefault("first_token", loop_time() - transition.started_s)
 
     def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
-        chain = tuple(Stage(s.device, s.first_layer, s.last_layer, self._engine.pools[s.device]) for s in stages)
-        group = Group(self._next_group_id, chain, self._shape.block_size, origin=origin)
-        self._next_group_id += 1
-        return group
+        return self._fleet.make_group(stages, self._shape.block_size, origin)
 
 
 def _live(groups: Sequence[Group]) -> list[LiveRequest]:
     """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent."""
     return [
-        LiveRequest(r.request_id, group.group_id, len(r.block_tables[0]), float(r.num_output_tokens == 0))
+        LiveRequest(r.request_id, group.group_id, r.num_blocks, float(r.num_output_tokens == 0))
         for group in groups
         for r in group.running
     ]

@@ -1,4 +1,4 @@
-"""Remap: what each device's chunks are for before and after a transition, applied to all its devices or to none."""
+"""Remap: applies layouts, to all devices of a transition or to none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 import structlog
 
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import DeviceError
@@ -15,7 +16,8 @@ from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
-from kunserve.planner.plan import Merge, Part, Room
+from kunserve.planner.layouts import stage_layout
+from kunserve.planner.plan import DeviceLayout
 from kunserve.planner.snapshot import ModelShape, StageView
 
 Layouts = dict[int, Layout]  # by device
@@ -30,60 +32,46 @@ class NoWayBackError(DeviceError):
 
 
 class Remap:
-    """Layouts of stages, and the verbs that bring devices to them."""
+    """Brings devices to layouts: of a plan, of before, or those that their groups have by themselves."""
 
     def __init__(
         self,
+        fleet: Fleet,
         model: ModelConfig,
         shape: ModelShape,
         memories: Sequence[DeviceMemory],
         loader: WeightLoader,
         links: Links,
     ) -> None:
-        self._model, self.shape, self._memories = model, shape, memories
+        self._fleet, self._model, self.shape, self.memories = fleet, model, shape, memories
         self._loader, self._links = loader, links
 
     # --- layouts ------------------------------------------------------------------------------------------------
 
     def of_stage(self, stage: StageView) -> Layout:
-        """A device that serves one stage and nothing else: its units, and all other chunks evenly for KV."""
-        budget = self._memories[stage.device].pool.num_chunks
-        chunks = self.shape.kv_chunks(budget, stage.first_layer, stage.last_layer)
-        return self._layout(stage, dict.fromkeys(range(stage.first_layer, stage.last_layer), chunks))
+        """Return the layout of a device that serves one stage and nothing else."""
+        return self._layout(stage_layout(self.shape, self.memories[stage.device].pool.num_chunks, stage))
 
-    def of_parts(self, parts: Iterable[Part]) -> Layouts:
-        """All devices of the groups that a split makes."""
-        return {stage.device: self.of_stage(stage) for part in parts for stage in part.stages}
+    def planned(self, layouts: Iterable[DeviceLayout]) -> Layouts:
+        """Return planned layouts as devices take them."""
+        return {planned.stage.device: self._layout(planned) for planned in layouts}
 
-    def of_merge(self, merge: Merge, groups: Sequence[Group], rooms: Sequence[Room]) -> Layouts:
-        """All devices of a merge right after the drop, before any KV has left.
+    def _layout(self, planned: DeviceLayout) -> Layout:
+        stage = planned.stage
+        return Layout(units_of_stage(self._model, stage.first_layer, stage.last_layer), planned.kv_chunks)
 
-        Layers that go keep the KV of running requests until it is copied. The layers that stay get the freed chunks,
-        or only `rooms` if KV comes layer by layer, and the rest stays free for that.
-        """
-        room_of = {room.device: room.chunks for room in rooms}
-        old = {stage.device: (group, stage) for group in groups for stage in group.stages}
-        layouts = {}
-        for stage in merge.stages:
-            memory, (group, before) = self._memories[stage.device], old[stage.device]
-            chunks = memory.kv.num_chunks(before.first_layer)
-            stay = range(stage.first_layer, stage.last_layer)
-            leaving = [i for i in range(before.first_layer, before.last_layer) if i not in stay]
-            if not group.running:
-                leaving = []
-            spare = memory.pool.num_chunks - len(leaving) * chunks
-            spare -= self.shape.weight_chunks(stage.first_layer, stage.last_layer)
-            grown = chunks + room_of[stage.device] if rooms else spare // len(stay)
-            layouts[stage.device] = self._layout(stage, dict.fromkeys(leaving, chunks) | dict.fromkeys(stay, grown))
-        return layouts
+    def units_beyond(self, stage: StageView) -> list[str]:
+        """Return the weight units that a device holds and `stage` does not need."""
+        kept = units_of_stage(self._model, stage.first_layer, stage.last_layer)
+        return [unit for unit in self.memories[stage.device].weights.present if unit not in kept]
 
-    def _layout(self, stage: StageView, chunks: Mapping[int, int]) -> Layout:
-        units = units_of_stage(self._model, stage.first_layer, stage.last_layer)
-        return Layout(units, tuple(chunks.get(layer, 0) for layer in range(self.shape.num_layers)))
+    def num_blocks(self, stage: Stage) -> int:
+        """Return how many blocks the layers of a stage have mapped."""
+        return self.memories[stage.device].kv.num_blocks(stage.first_layer)
 
     def now(self, groups: Iterable[Group]) -> Layouts:
-        """The layouts that the groups' devices have."""
-        return {stage.device: self._memories[stage.device].layout for group in groups for stage in group.stages}
+        """Return the layouts that the groups' devices have."""
+        return {stage.device: self.memories[stage.device].layout for group in groups for stage in group.stages}
 
     # --- verbs --------------------------------------------------------------------------------------------------
 
@@ -93,7 +81,7 @@ class Remap:
         If one fails, all go back, with their weights filled again, before the error is raised. NoWayBackError if that
         fails too: nothing may run on these devices then.
         """
-        before = {device: self._memories[device].layout for device in layouts}
+        before = {device: self.memories[device].layout for device in layouts}
         try:
             await self._rearrange(layouts)
         except BaseException:
@@ -118,7 +106,7 @@ class Remap:
         """
 
         async def load(device: int) -> int:
-            memory, loaded = self._memories[device], 0
+            memory, loaded = self.memories[device], 0
             for unit in memory.weights.unfilled:
                 if is_cancelled():
                     break
@@ -130,7 +118,7 @@ class Remap:
 
     async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
         """Give some layers of a device another number of KV chunks. What others ask for at the same time stands."""
-        memory = self._memories[device]
+        memory = self.memories[device]
 
         def resize() -> None:  # of the layout that is there then: it may change until its turn has come
             before = memory.layout
@@ -145,12 +133,12 @@ class Remap:
         stages = list(stages)
         await self._rearrange({stage.device: self.of_stage(stage.view) for stage in stages})
         for stage in stages:
-            stage.pool.grow(self._memories[stage.device].kv.num_blocks(stage.first_layer))
+            self._fleet.grow(stage.device, self.num_blocks(stage))
 
     async def _rearrange(self, layouts: Layouts) -> None:
         work = []
         for device, layout in layouts.items():
-            memory = self._memories[device]
+            memory = self.memories[device]
             if memory.layout != layout:
                 work.append(memory.device.run(partial(memory.rearrange, layout)))
         await gather_all(work)

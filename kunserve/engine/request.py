@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from kunserve.engine.block_table import BlockTable
 from kunserve.errors import KunServeError
 
 if TYPE_CHECKING:  # command lines are judged without numpy
@@ -126,7 +127,7 @@ class Request:
     num_sampling: int = 0  # microbatches in flight that will bring a token
     max_num_tokens: int = sys.maxsize  # it ends when it has so many; set by the engine
     group_id: int | None = None  # while admitted
-    block_tables: list[list[int]] = field(default_factory=list)  # one per stage of its group
+    table: BlockTable = field(default_factory=BlockTable)  # what it holds in its group
     admitted_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
@@ -147,6 +148,16 @@ class Request:
     def num_expected_tokens(self) -> int:
         """Prompt, generated, and those that are being sampled."""
         return len(self.token_ids) + self.num_sampling
+
+    @property
+    def num_blocks(self) -> int:
+        """Logical blocks that it holds in its group: as many on each device of the chain."""
+        return len(self.table.blocks)
+
+    @property
+    def block_tables(self) -> list[list[int]]:
+        """Ids of its blocks on each stage of its group."""
+        return list(self.table.ids.values())
 
     @property
     def num_prompt_tokens(self) -> int:

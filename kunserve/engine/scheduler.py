@@ -1,4 +1,4 @@
-"""The scheduler: which tokens go next. Pure: it changes requests, groups and pools, and knows no clock, task or tensor.
+"""The scheduler: which tokens go next. It decides, the fleet allocates; neither knows a clock, a task or a tensor.
 
 No prefill or decode phase: each request's scheduled tokens catch up with its tokens, within a budget per step. Tokens
 that finish a request's input (one for a decoding request) go first, so that no prompt delays a running stream by
@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kunserve.engine.block_table import BlockTable
 from kunserve.engine.budget import Budget, TimeBudget, TokenBudget, is_schedulable
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, Span
 from kunserve.engine.policy import Policy
@@ -41,13 +43,19 @@ class Scheduler:
     """
 
     def __init__(
-        self, limits: Limits, policy: Policy, num_host_blocks: int = 0, lookahead: Lookahead | None = None
+        self,
+        fleet: Fleet,
+        limits: Limits,
+        policy: Policy,
+        num_host_blocks: int = 0,
+        lookahead: Lookahead | None = None,
     ) -> None:
+        self.fleet = fleet
         self.limits = limits
         self.policy = policy
         self.lookahead = lookahead
         self.waiting = WaitingQueue()
-        self.swapped = SwapQueue(num_host_blocks)
+        self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
@@ -107,7 +115,7 @@ class Scheduler:
 
     def preempt(self, group: Group, request: Request) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
-        group.release(request)
+        self.fleet.release(request)
         self._preempted.append((request, request.num_computed_tokens))
         request.num_computed_tokens = request.num_scheduled_tokens = 0
         request.num_preemptions += 1
@@ -134,16 +142,14 @@ class Scheduler:
         request, group = move.request, move.group
         is_kept = move.is_out and not is_lost and request.finish_reason is None
         if is_kept or request.finish_reason is not None:
-            group.release(request)
+            self.fleet.release(request)
         self.swapped.end(move, is_kept=is_kept)
         if is_lost and request.finish_reason is None:
             self.preempt(group, request)
 
-    def hand_over(self, request: Request, source: Group, destination: Group, block_tables: list[list[int]]) -> None:
-        """Bind a settled request to another group, where its KV is in `block_tables` by now."""
-        source.release(request)
-        request.group_id, request.block_tables = destination.group_id, block_tables
-        destination.running.append(request)
+    def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
+        """Bind a settled request to another group, where its KV is in `table` by now."""
+        self.fleet.hand_over(request, destination, table)
         self.num_migrations += 1
 
     @property
@@ -195,7 +201,7 @@ class Scheduler:
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
         """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
-        while not group.allocate(request, num_tokens):
+        while not self.fleet.allocate(request, group, num_tokens):
             victim = self.policy.victim(group, request)
             if victim is None:
                 return False
@@ -221,10 +227,7 @@ class Scheduler:
             return None
         self.waiting.popleft()
         self.preempted_by.pop(head.request_id, None)
-        head.group_id = group.group_id
-        group.running.append(head)
-        is_allocated = group.allocate(head, head.num_tokens)
-        assert is_allocated, "admitted what does not fit"
+        self.fleet.admit(head, group)
         return head
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:

@@ -1,9 +1,9 @@
 """Swap: copies the KV of requests that make way to host memory and back, hidden behind the devices' forward time.
 
-The scheduler decides who leaves and who returns (engine/swap_queue.py); this does the copies, on each device's copy
-queue. Per iteration of a device no more bytes move than fit into its measured forward time at the measured copy
-speed (InferCept's swap budget), in and out together; while nothing computes there is nothing to hide behind.
-A request whose copy fails is recomputed.
+The scheduler decides who leaves and who returns (engine/swap_queue.py); this asks for the transfers and paces them.
+Per iteration of a device no more bytes move than fit into its measured forward time at the measured copy speed
+(InferCept's swap budget), in and out together; while nothing computes there is nothing to hide behind. A request whose
+copy fails is recomputed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.refusal import log_failure
 from kunserve.engine.request import Request
+from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.signals import Signals
 from kunserve.engine.swap_queue import SwapMove
+from kunserve.engine.transfer import Transfer, Transfers
 from kunserve.gpu.copies import BlockCopy, host_blocks
-from kunserve.gpu.links import HOST, Links, Priority
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.links import HOST, Links
 from kunserve.gpu.queue import gather_all
 
 SMOOTHING = 0.2  # weight of the newest measurement
@@ -58,22 +61,48 @@ def _smooth(old: float | None, new: float) -> float:
     return new if old is None else old + SMOOTHING * (new - old)
 
 
-class Swap:
-    """Does the copies that an engine's scheduler asks for: one request of a group after the other."""
+@dataclass(frozen=True, slots=True)
+class _Paced:
+    """Lets a transfer of a group go only while its devices compute. Implements `transfer.Pace`."""
 
-    def __init__(self, engine: Engine, links: Links) -> None:
-        self._engine, self._links = engine, links
+    group: Group
+    budget: CopyBudget
+    signals: Signals
+
+    async def grant(self, layer_bytes: int, num_layers: int) -> int:
+        """See `Pace.grant`."""
+        while self.group.num_in_flight:
+            if granted := self.budget.take(layer_bytes, num_layers):
+                return granted
+            await self.signals.next_commit(self.group)
+        return num_layers
+
+    def copied(self, num_bytes: int, seconds: float) -> None:
+        """See `Pace.copied`."""
+        self.budget.copied(num_bytes, seconds)
+
+
+class Swap:
+    """Does the copies that a scheduler asks for: one request of a group after the other."""
+
+    def __init__(self, scheduler: Scheduler, memories: Sequence[DeviceMemory], links: Links, signals: Signals) -> None:
+        self._scheduler, self._signals = scheduler, signals
+        self._transfers = Transfers(memories, links)
         self._budgets: defaultdict[int, CopyBudget] = defaultdict(CopyBudget)  # by device
         self._buffers: dict[str, dict[int, Tensor]] = {}  # request id -> layer -> (blocks, *block_shape)
         self._moves: dict[int, deque[SwapMove]] = {}  # group id -> begun and not ended, the first under way
         self._tasks: set[asyncio.Task[None]] = set()
-        self.num_bytes = 0  # copied since the server started
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that were copied since the server started."""
+        return self._transfers.num_bytes
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
     def observe(self) -> None:
         """Begin the copies that the last round of scheduling asked for."""
-        for move in self._engine.scheduler.swapped.take_begun():
+        for move in self._scheduler.swapped.take_begun():
             group_id = move.group.group_id
             if group_id in self._moves:
                 self._moves[group_id].append(move)
@@ -92,10 +121,6 @@ class Swap:
         """Whether copies of these groups' requests are under way."""
         return any(group.group_id in self._moves for group in groups)
 
-    def held(self, device: int) -> list[list[int]]:
-        """No blocks but those in requests' tables."""
-        return []
-
     def finished(self, request: Request) -> None:
         """A request ended: free its host memory, unless a copy works on it; then the copy's end does."""
         if not request.is_moving:
@@ -109,7 +134,7 @@ class Swap:
             await asyncio.wait(self._tasks)
         under_way = [move for moves in self._moves.values() for move in moves]
         self._moves.clear()
-        for move in (*under_way, *self._engine.scheduler.swapped.take_begun()):
+        for move in (*under_way, *self._scheduler.swapped.take_begun()):
             self._end(move, is_lost=True)
 
     # --- copies -------------------------------------------------------------------------------------------------
@@ -131,42 +156,28 @@ class Swap:
     async def _copy(self, move: SwapMove) -> None:
         """All layers of one request, all stages at once."""
         self._buffers.setdefault(move.request.request_id, {})
-        await gather_all(self._copy_stage(move, *positioned) for positioned in enumerate(move.group.stages))
+        await gather_all(self._copy_stage(move, stage) for stage in move.group.stages)
 
-    async def _copy_stage(self, move: SwapMove, position: int, stage: Stage) -> None:
+    async def _copy_stage(self, move: SwapMove, stage: Stage) -> None:
         """The layers of one stage, as many at a time as the budget allows. Nothing for a request that has ended."""
-        memory, budget = self._engine.memories[stage.device], self._budgets[stage.device]
-        ids = move.request.block_tables[position][: move.num_blocks]
-        buffers = self._buffers[move.request.request_id]
-        layer_bytes = len(ids) * memory.kv.shape.block_bytes
-        ends = (stage.device, HOST) if move.is_out else (HOST, stage.device)
-        first = stage.first_layer
-        while first < stage.last_layer and move.request.finish_reason is None:
-            num_layers = await self._grant(move.group, budget, layer_bytes, stage.last_layer - first)
-            layers = range(first, first + num_layers)
-            copies = _copies(memory.kv.layers, layers, ids, buffers, is_out=move.is_out)
-            async with self._links.turn(*ends, Priority.KV, num_layers * layer_bytes):
-                started = self._engine.now()
-                await memory.device.copy(copies, is_to_host=move.is_out)
-                budget.copied(num_layers * layer_bytes, self._engine.now() - started)
-            self.num_bytes += num_layers * layer_bytes
-            first += num_layers
+        request, device = move.request, stage.device
+        ids = request.table.ids[device][: move.num_blocks]
+        kv, buffers = self._transfers.kv(device), self._buffers[request.request_id]
 
-    async def _grant(self, group: Group, budget: CopyBudget, layer_bytes: int, num_layers: int) -> int:
-        """How many layers to copy in the next slice; returns when that is at least one."""
-        num_layers = min(num_layers, self._links.layers_in_turn(layer_bytes))
-        while group.num_in_flight:
-            if granted := budget.take(layer_bytes, num_layers):
-                return granted
-            await self._engine.next_commit(group)
-        return num_layers
+        def copies(layers: range) -> list[BlockCopy]:
+            return _copies(kv, layers, ids, buffers, is_out=move.is_out)
+
+        ends = (device, HOST) if move.is_out else (HOST, device)
+        layers = range(stage.first_layer, stage.last_layer)
+        transfer = Transfer(*ends, layers, len(ids), copies, lambda: request.finish_reason is None)
+        await self._transfers.run(transfer, _Paced(move.group, self._budgets[device], self._signals))
 
     def _end(self, move: SwapMove, *, is_lost: bool = False) -> None:
         if is_lost or not move.is_out or move.request.finish_reason is not None:
             self._buffers.pop(move.request.request_id, None)
-        self._engine.scheduler.end_swap(move, is_lost=is_lost)
-        self._engine.progress(move.group.group_id)
-        self._engine.wake(move.group)
+        self._scheduler.end_swap(move, is_lost=is_lost)
+        self._signals.progress(move.group.group_id)
+        self._signals.wake(move.group)
 
 
 def _copies(

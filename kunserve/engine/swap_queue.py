@@ -1,7 +1,7 @@
-"""The swap queue: requests whose KV is in host memory, or on its way there or back. Pure; engine/swap.py copies.
+"""The swap queue: requests whose KV is in host memory, or on its way there or back. engine/swap.py copies.
 
-A request that moves holds its blocks on the device and in the host's space, stays in its group's running list, and is
-not scheduled. Once its KV is on the host it belongs to no group: any that has room may take it back.
+A request that moves is suspended: it holds its blocks on the device and in the host's space, and is not scheduled.
+Once its KV is on the host it belongs to no group: any that has room may take it back.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass
 
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 
@@ -26,7 +27,8 @@ class SwapMove:
 class SwapQueue:
     """Who is on the host in order of arrival, who is moving, and how much of a bounded host space that takes."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, fleet: Fleet, num_blocks: int) -> None:
+        self._fleet = fleet
         self.num_blocks = num_blocks  # of all layers, in host memory
         self.ready: deque[Request] = deque()  # on the host
         self.num_swaps = 0  # requests that began to leave
@@ -50,7 +52,7 @@ class SwapQueue:
         if not 0 < num_blocks <= self.num_free:
             return False
         self._held[request.request_id] = num_blocks
-        self._leaving[group.group_id][request.request_id] = len(request.block_tables[0])
+        self._leaving[group.group_id][request.request_id] = request.num_blocks
         self.num_swaps += 1
         self._begin(SwapMove(request, group, num_blocks, is_out=True))
         return True
@@ -58,10 +60,7 @@ class SwapQueue:
     def begin_in(self, group: Group) -> None:
         """Bring the head back to `group`, which has blocks for its whole input."""
         request = self.ready.popleft()
-        request.group_id = group.group_id
-        group.running.append(request)
-        is_allocated = group.allocate(request, request.num_tokens)
-        assert is_allocated, "brought back what does not fit"
+        self._fleet.admit(request, group)
         self._begin(SwapMove(request, group, self._held[request.request_id], is_out=False))
 
     def take_begun(self) -> list[SwapMove]:
@@ -74,7 +73,7 @@ class SwapQueue:
         del self._moving[move.request.request_id]
         if move.is_out:
             del self._leaving[move.group.group_id][move.request.request_id]
-        move.request.is_moving = False
+        self._fleet.resume(move.request)
         if not is_kept:
             del self._held[move.request.request_id]
             return
@@ -95,6 +94,6 @@ class SwapQueue:
         assert all(m.request.is_moving and m.request in m.group.running for m in self._moving.values())
 
     def _begin(self, move: SwapMove) -> None:
-        move.request.is_moving = True
+        self._fleet.suspend(move.request)
         self._moving[move.request.request_id] = move
         self._begun.append(move)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kunserve.engine.signals import loop_time
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import DeviceStats, EngineStats, GroupStats
 from kunserve.model.layout import units_of_stage
@@ -23,10 +24,19 @@ def engine_stats(engine: Engine) -> EngineStats:
         block_size=engine.groups[0].block_size,
         devices=tuple(_device_stats(m) for m in engine.memories),
         groups=tuple(
-            GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(engine.now())) for g in engine.groups
+            GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(loop_time())) for g in engine.groups
         ),
         weights_dropped_bytes=engine.launched_weight_bytes - weight_bytes(engine.memories),
     )
+
+
+def engine_health(engine: Engine) -> str | None:
+    """Return None if the engine does its work; else what is wrong."""
+    if not engine.is_running:
+        return "the engine has stopped"
+    if engine.num_live and engine.silent_s > engine.limits.stall_s:
+        return f"no step has finished for {engine.silent_s:.0f} s although {engine.num_live} requests are not done"
+    return None
 
 
 def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str, Any]:
@@ -36,7 +46,7 @@ def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str
     """
     home = _home_units(engine)
     return {
-        "now_s": engine.now(),
+        "now_s": loop_time(),
         "epoch": engine.epoch,
         "overload_policy": engine.overload_policy,
         "num_layers": engine.model.num_layers,
@@ -55,7 +65,7 @@ def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str
                 },
                 "weights": memory.weights.present,
                 "home": home.get(index, memory.weights.present),
-                "blocks": {"total": engine.pools[index].limit, "used": engine.pools[index].num_used},
+                "blocks": {"total": engine.fleet.pools[index].limit, "used": engine.fleet.pools[index].num_used},
             }
             for index, memory in enumerate(engine.memories)
         ],
@@ -73,9 +83,9 @@ def engine_state(engine: Engine, num_transitions: int | None = None) -> dict[str
                 "running": len(group.running),
                 "microbatches_in_flight": group.num_in_flight,
                 "bubbles": {
-                    "share": group.occupancy.bubble_share(engine.now()),
-                    "active_s": group.occupancy.active_s(engine.now()),
-                    "busy_s": group.occupancy.busy_s(engine.now()),
+                    "share": group.occupancy.bubble_share(loop_time()),
+                    "active_s": group.occupancy.active_s(loop_time()),
+                    "busy_s": group.occupancy.busy_s(loop_time()),
                 },
             }
             for group in engine.groups
@@ -107,21 +117,18 @@ def _num_launched(engine: Engine) -> int:
 
 
 def check_engine(engine: Engine) -> None:
-    """Assert the invariants of memory and grouping (design, section 4)."""
+    """Assert the invariants of memory and grouping."""
     engine.scheduler.swapped.check()
     for memory in engine.memories:
         memory.check()
+    engine.fleet.check(engine.model.num_layers)
     for group in engine.groups:
-        group.check(engine.model.num_layers)
-        for i, stage in enumerate(group.stages):
-            moving = engine.control.held(stage.device) if engine.control is not None else []
-            moving += engine.mover.held(stage.device) if engine.mover is not None else []
-            tables = [r.block_tables[i] for r in group.running if r.block_tables]
-            stage.pool.check([*moving, *tables])
-            if group.is_paused and not group.num_in_flight:
-                continue  # it is being remapped, perhaps
+        if group.is_paused and not group.num_in_flight:
+            continue  # it is being remapped, perhaps
+        for stage in group.stages:
             memory = engine.memories[stage.device]
-            needed = max(stage.pool.limit, 1 + max((block for table in tables for block in table), default=0))
+            tables = (request.table.ids.get(stage.device, ()) for request in group.running)
+            needed = max(stage.pool.limit, 1 + max((block for ids in tables for block in ids), default=0))
             layers = range(stage.first_layer, stage.last_layer)
             assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
             units = units_of_stage(engine.model, stage.first_layer, stage.last_layer)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kunserve.planner.layouts import merged_layouts
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge, Room
 from kunserve.planner.snapshot import ModelShape, Snapshot, StageView
 
@@ -58,17 +59,19 @@ def plan_exchange(snapshot: Snapshot, merge: Merge, requests: Sequence[LiveReque
     """Order the moves of all live requests of the merged groups; `snapshot` is from before the merge.
 
     By request if that fits (urgent first, then small; or one group after the other), else by layer, else
-    `INFEASIBLE` without moves. Exact in chunks: each move fits once the moves before it are done, if after each the
-    ranges are unmapped whose last request left.
+    `INFEASIBLE` without moves: then all of them are recomputed, and the layouts keep no KV of theirs. Exact in chunks:
+    each move fits once the moves before it are done, if after each the ranges are unmapped whose last request left.
     """
     live = [request for request in requests if request.num_blocks > 0]
     scene = _Scene.after_drop(snapshot, merge, live)
+    live_groups = {request.group_id for request in live}
     kindest = sorted(live, key=lambda request: (-request.urgency, request.num_blocks, request.request_id))
     by_group = sorted(kindest, key=lambda request: (scene.used[request.group_id], request.group_id))
     for wanted in (kindest, by_group):
         if (order := _order_requests(scene, wanted)) is not None:
             moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
-            return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves))
+            layouts = merged_layouts(snapshot, merge, live_groups)
+            return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves), layouts=layouts)
     steps, rooms = _order_layers(scene, most := _most_rooms(scene)), most
     if steps is None:
         steps, rooms = _order_layers(scene, none := dict.fromkeys(most, 0)), none
@@ -76,8 +79,9 @@ def plan_exchange(snapshot: Snapshot, merge: Merge, requests: Sequence[LiveReque
         ids = {group: tuple(r.request_id for r in kindest if r.group_id == group) for group in scene.used}
         moves = [KvMove(ids[scene.group_of[step.source]], *step) for step in steps]
         given = tuple(Room(device, chunks, scene.num_blocks(device, chunks)) for device, chunks in rooms.items())
-        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), given)
-    return ExchangePlan(ExchangeMode.INFEASIBLE, ())
+        layouts = merged_layouts(snapshot, merge, live_groups, given)
+        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), given, layouts)
+    return ExchangePlan(ExchangeMode.INFEASIBLE, (), layouts=merged_layouts(snapshot, merge, ()))
 
 
 @dataclass(frozen=True, slots=True)

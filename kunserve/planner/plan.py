@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kunserve.planner.snapshot import Origin, StageView
+
+
+class DeviceLayout(NamedTuple):
+    """What a device's chunks are for: the weights of one stage, and so many of KV for each of the model's layers."""
+
+    stage: StageView
+    kv_chunks: tuple[int, ...]  # 0: no KV of that layer is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,13 @@ class Part:
     """One of the groups that a split makes.
 
     `num_blocks`, one per stage: before the split each device shrinks its KV to so many blocks, which hold the blocks
-    of all live requests of the old group (a block id means the same in all layers of a device).
+    of all live requests of the old group (a block id means the same in all layers of a device). `layouts`, one per
+    stage: what the device's chunks are for once its weights are back.
     """
 
     stages: tuple[StageView, ...]
     num_blocks: tuple[int, ...]
+    layouts: tuple[DeviceLayout, ...]
     origin: Origin | None
 
     @property
@@ -98,3 +107,5 @@ class ExchangePlan:
     mode: ExchangeMode
     moves: tuple[KvMove, ...]
     rooms: tuple[Room, ...] = ()  # by layer: of every device
+    # Of every device right after the drop, before any KV has left. They follow from the merge and from the rest here.
+    layouts: tuple[DeviceLayout, ...] = field(default=(), compare=False)

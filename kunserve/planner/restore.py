@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kunserve.planner.exchange import layer_moves
 from kunserve.planner.layer_split import Chain, cuts_around, cuts_within, stages_of
+from kunserve.planner.layouts import stage_layout
 from kunserve.planner.plan import Part, RestorePlan, Split
 from kunserve.planner.snapshot import GroupView, ModelShape, Origin, Snapshot, StageView, capacity_blocks, stage_blocks
 
@@ -62,7 +63,12 @@ def _part(
     stages = origin.stages if origin and not origin.parts else _widened(model, budgets, group, kept, origin)
     if stages is None:
         return None
-    return Part(stages, tuple(stage_blocks(model, budgets, stage) for stage in stages), origin)
+    return Part(
+        stages,
+        tuple(stage_blocks(model, budgets, stage) for stage in stages),
+        tuple(stage_layout(model, budgets[stage.device], stage) for stage in stages),
+        origin,
+    )
 
 
 def _widened(

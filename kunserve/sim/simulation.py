@@ -12,6 +12,7 @@ from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import assemble
 from kunserve.engine.request import Output, Request, SamplingParams
+from kunserve.engine.signals import loop_time
 from kunserve.engine.stream import Sink
 from kunserve.errors import KunServeError
 from kunserve.metrics import Metrics
@@ -85,12 +86,12 @@ class Simulation:
             NoWeights,
             None,
             lookahead=self._lookahead(),
+            metrics=_QuietMetrics,
         )
-        engine.metrics = _QuietMetrics("simulated", engine.limits.max_model_len, engine.stats)
         await engine.start()
         sampling = asyncio.create_task(self._sample(engine))
         await self._send(engine)
-        self.record.elapsed_s = engine.now()
+        self.record.elapsed_s = loop_time()
         sampling.cancel()
         engine.check()
         await engine.stop()
@@ -105,7 +106,7 @@ class Simulation:
 
     async def _send(self, engine: Engine) -> None:
         """Submit every row at its time, and return when all are answered."""
-        loop, start_s, num_open, last_ended = asyncio.get_running_loop(), engine.now(), 0, asyncio.Event()
+        loop, start_s, num_open, last_ended = asyncio.get_running_loop(), loop_time(), 0, asyncio.Event()
 
         def end() -> None:
             nonlocal num_open
@@ -113,11 +114,11 @@ class Simulation:
             last_ended.set()
 
         for i, row in enumerate(self._rows):
-            if (delay_s := start_s + row.at_s - engine.now()) > 0:
+            if (delay_s := start_s + row.at_s - loop_time()) > 0:
                 await asyncio.sleep(delay_s)
             num_prompt = min(max(1, row.num_prompt_tokens), engine.limits.max_model_len - 2)
             num_output = min(max(1, row.num_output_tokens), engine.limits.max_model_len - num_prompt - 1)
-            answer = Answer(engine.now(), num_prompt)
+            answer = Answer(loop_time(), num_prompt)
             client = _Client(answer, loop, end)
             self.record.answers.append(answer)
             request = Request(f"{i}", [1] * num_prompt, SamplingParams(num_output, ignore_eos=True, seed=0))
@@ -136,7 +137,7 @@ class Simulation:
             groups = engine.groups
             self.record.samples.append(
                 Sample(
-                    engine.now(),
+                    loop_time(),
                     sum(group.num_blocks for group in groups),
                     sum(group.num_used for group in groups),
                     engine.scheduler.num_waiting,
@@ -147,8 +148,8 @@ class Simulation:
             )
             for group in groups:
                 if len(group.stages) > 1:
-                    active_s = group.occupancy.active_s(engine.now()) * len(group.stages)
-                    self._stage_seconds[group.group_id] = sum(group.occupancy.busy_s(engine.now())), active_s
+                    active_s = group.occupancy.active_s(loop_time()) * len(group.stages)
+                    self._stage_seconds[group.group_id] = sum(group.occupancy.busy_s(loop_time())), active_s
             await asyncio.sleep(SAMPLE_EVERY_S)
 
     def _report(self, engine: Engine, control: OverloadControl) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def prompt_of(engine: Engine, seed: int, length: int) -> list[int]:
 async def _settled(engine: Engine) -> dict[str, Any]:
     """The last transition, once it has ended."""
     while (last := engine.state()["transitions"][-1])["outcome"] == "running":
-        await engine.next_commit()
+        await engine.signals.next_commit()
     return dict(last)
 
 
@@ -98,11 +98,11 @@ async def regroup(config: EngineConfig, *, num_requests: int, num_tokens: int) -
         expected = await run(engine)
         answers = asyncio.ensure_future(run(engine))
         while engine.num_running < num_requests:
-            await engine.next_commit()
+            await engine.signals.next_commit()
         transitions = []
         for change in (engine.drop, engine.restore):
             for _ in range(num_tokens // 8):
-                await engine.next_commit()
+                await engine.signals.next_commit()
             await change()
             transitions.append(await _settled(engine))
             engine.check()
@@ -131,7 +131,7 @@ async def decoding(engine: Engine, num_requests: int, prompt_len: int) -> AsyncI
     tasks = [asyncio.ensure_future(follow(i)) for i in range(num_requests)]
     try:
         while not (len(answers) == num_requests and all(a.at_s for a in answers)):
-            await engine.next_commit()
+            await engine.signals.next_commit()
             if any(task.done() for task in tasks):
                 raise RuntimeError("a request has ended before all have begun")
         yield answers
@@ -181,7 +181,7 @@ async def host(bench: Bench, config: EngineConfig, *, num_requests: int, prompt_
             scheduler.limits = limits
             ahead, ahead_tokens = await _rate(answers)
         while not engine.is_idle_since_last_step:
-            await engine.next_commit()
+            await engine.signals.next_commit()
         assert isinstance(engine.executor, CudaExecutor)
         [memory], [decoder], [device] = engine.memories, engine.executor.decoders, engine.executor.devices
         placed = Placed(device, memory, decoder, memory.kv.num_blocks(0))

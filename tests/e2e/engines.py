@@ -88,7 +88,7 @@ async def assert_idle(engine: Engine) -> None:
     That may be after the last answer: a step was planned before it was known that nobody needs it.
     """
     while any(group.num_in_flight for group in engine.groups):
-        await engine.next_commit()
+        await engine.signals.next_commit()
     assert engine.num_running == 0 and not engine.scheduler.waiting
     for group in engine.groups:
         assert [stage.pool.num_used for stage in group.stages] == [0] * len(group.stages)

@@ -18,12 +18,12 @@ async def test_a_drop_and_a_restore_change_no_token(
         num_dropped = num_restored = 0
         for _ in range(2):
             for _ in range(6):
-                await engine.next_commit()
+                await engine.signals.next_commit()
             await engine.drop()
             num_dropped += engine.num_running
             await asyncio.wait(set(control._tasks))  # its KV is exchanged
             for _ in range(6):
-                await engine.next_commit()
+                await engine.signals.next_commit()
             await engine.restore()
             num_restored += engine.num_running
             await asyncio.wait(set(control._tasks))
@@ -43,16 +43,15 @@ async def test_a_pair_holds_what_it_was_merged_for() -> None:
         assert [group.num_blocks * group.block_size for group in engine.groups] == [4096, 4096]
         for request in requests:
             engine.submit(request)
-        await engine.next_commit()
+        await engine.signals.next_commit()
         await engine.drop()
         for request in requests:
             engine.abort(request.request_id)
         await asyncio.wait(set(served.control._tasks))
         await assert_idle(engine)
         (group,) = engine.groups
-        whole = Request("whole", [1] * 15_000, greedy(1), group_id=group.group_id)
-        group.running.append(whole)
-        assert group.allocate(whole, 15_000)
+        whole = Request("whole", [1] * 15_000, greedy(1))
+        engine.fleet.admit(whole, group)
         engine.check()
-        group.release(whole)
+        engine.fleet.release(whole)
         engine.check()

@@ -89,13 +89,13 @@ async def test_routers_see_the_pool_as_it_is_now(tiny_models: TinyModels) -> Non
         prompts = [random_prompt(130, seed) for seed in range(14)]
         answers = asyncio.create_task(generate_all(engine, prompts, greedy(50)))
         while sum(group.num_used for group in engine.groups) <= 0.8 * idle.num_blocks:
-            await engine.next_commit()
+            await engine.signals.next_commit()
         assert scrape().saturation > 1
         await engine.drop()
         exchange = asyncio.gather(*served.control._tasks)
         while not exchange.done():  # what KV leaves becomes blocks of the chain only now
             assert 0 <= scrape().first("vllm:kv_cache_usage_perc") <= 1
-            await engine.next_commit()
+            await engine.signals.next_commit()
         assert scrape().num_blocks > idle.num_blocks
         await answers
         await engine.restore()

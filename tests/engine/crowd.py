@@ -88,7 +88,7 @@ async def read_all(engine: Engine, requests: list[Request]) -> dict[str, list[in
 async def until(engine: Engine, condition: Callable[[], bool]) -> None:
     """Return when `condition` holds; it is looked at whenever something happened."""
     while not condition():
-        await engine.next_commit()
+        await engine.signals.next_commit()
 
 
 def assert_empty(engine: Engine) -> None:

@@ -13,6 +13,7 @@ import torch
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.executor import Executor
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.occupancy import Passage
@@ -20,6 +21,7 @@ from kunserve.engine.policy import make_policy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.signals import Signals
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
@@ -134,13 +136,15 @@ async def scripted_engine(
         groups.append(Group(group_id, tuple(stages), BLOCK_SIZE))
     executor = ScriptedExecutor()
     limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=64, num_ahead=num_ahead)
+    fleet = Fleet(groups)
     engine = Engine(
         MODEL,
         ServingLimits(MODEL.max_position_embeddings, max_num_queued_reqs, stall_s),
-        Scheduler(limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0)),
-        groups,
+        fleet,
+        Scheduler(fleet, limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0)),
         memories,
         executor,
+        Signals(),
         tokenizer,
         Metrics("test", MODEL.max_position_embeddings, lambda: engine.stats()),
     )

@@ -38,14 +38,15 @@ async def loaded(
     answers = []
     with ExitStack() as pauses:
         for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
-            group.is_admitting, other.is_admitting = True, False
+            checked.engine.fleet.set_admitting(group, True)
+            checked.engine.fleet.set_admitting(other, False)
             answers.append(await asked(checked, some))
             while not all(request.num_output_tokens for request in some):
                 await checked.commits(1)
-            pauses.enter_context(checked.engine.paused([group]))  # it waits for the other
+            pauses.enter_context(checked.reconfigure.boundary.paused([group]))  # it waits for the other
     for group in (first, last):
-        group.is_admitting = True
-    checked.engine.wake()
+        checked.engine.fleet.set_admitting(group, True)
+    checked.engine.signals.wake()
     assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
     return asyncio.ensure_future(_joined(*answers))
 

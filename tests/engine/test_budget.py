@@ -9,6 +9,8 @@ import pytest
 from cost_models import COST
 from test_scheduler import LAYERS, check, commit, make_group, make_request
 
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.policy import make_policy
 from kunserve.engine.scheduler import Limits, Scheduler
@@ -19,9 +21,11 @@ from kunserve.policies import OverloadPolicy
 LOOKAHEAD = Lookahead(COST, LAYERS, 64)
 
 
-def make_scheduler(max_num_tokens: int = 64, policy: OverloadPolicy = OverloadPolicy.RECOMPUTE) -> Scheduler:
+def make_scheduler(
+    group: Group, max_num_tokens: int = 64, policy: OverloadPolicy = OverloadPolicy.RECOMPUTE
+) -> Scheduler:
     lookahead = Lookahead(COST, LAYERS, max_num_tokens)
-    return Scheduler(Limits(max_num_tokens, 64), make_policy(policy, 0.0), lookahead=lookahead)
+    return Scheduler(Fleet([group]), Limits(max_num_tokens, 64), make_policy(policy, 0.0), lookahead=lookahead)
 
 
 def time_of(batch: Microbatch) -> float:
@@ -37,7 +41,7 @@ def num_tokens_by_request(batch: Microbatch) -> dict[str, int]:
 @pytest.mark.parametrize("seed", range(2))
 def test_every_request_finishes_within_memory(policy: OverloadPolicy, num_stages: int, seed: int) -> None:
     rng = random.Random(seed)
-    scheduler, group = make_scheduler(12, policy), make_group(num_stages=num_stages)
+    scheduler = make_scheduler(group := make_group(num_stages=num_stages), 12, policy)
     requests = [make_request(f"r{i}", rng.randrange(1, 40), rng.randrange(1, 24)) for i in range(12)]
     scheduler.waiting.extend(requests)
     in_flight: list[Microbatch] = []
@@ -55,7 +59,7 @@ def test_every_request_finishes_within_memory(policy: OverloadPolicy, num_stages
 
 
 def test_a_prompt_alone_is_cut_for_both_stages() -> None:
-    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=64)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=64))
     scheduler.waiting.append(make_request("long", 100, 9))
     first, second = (scheduler.schedule(group, [group], 0) for _ in range(2))
     assert first is not None and second is not None
@@ -64,7 +68,7 @@ def test_a_prompt_alone_is_cut_for_both_stages() -> None:
 
 
 def test_pieces_of_a_prompt_get_shorter_as_its_prefix_grows() -> None:
-    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=1000)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=1000))
     scheduler.waiting.append(make_request("long", 3000, 9))
     sizes, times = [], []
     while (batch := scheduler.schedule(group, [group], 0)) is not None:
@@ -80,7 +84,7 @@ def test_pieces_of_a_prompt_get_shorter_as_its_prefix_grows() -> None:
 
 
 def test_microbatches_share_decodes_by_time_and_prompts_fill_them_up() -> None:
-    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=2000)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=2000))
     lengths = {"long": 6000, **{f"r{i}": 20 for i in range(8)}}
     scheduler.waiting.extend([make_request(name, n, 99) for name, n in lengths.items()])
     while any(r.num_output_tokens == 0 for r in [*scheduler.waiting, *group.running]):
@@ -101,7 +105,7 @@ def test_microbatches_share_decodes_by_time_and_prompts_fill_them_up() -> None:
 
 
 def test_prompts_get_on_however_many_decode() -> None:
-    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=4000)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=4000))
     scheduler.waiting.extend([make_request(f"r{i}", 100, 500) for i in range(50)])
     for _ in range(400):
         batch = scheduler.schedule(group, [group], 0)
@@ -119,16 +123,15 @@ def test_prompts_get_on_however_many_decode() -> None:
 
 
 def test_a_prompt_gets_on_though_reading_its_kv_alone_takes_longer_than_a_part() -> None:
-    scheduler, group = make_scheduler(), make_group(num_stages=2, num_blocks=12000)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=12000))
     scheduler.waiting.extend([make_request(f"r{i}", 4, 500) for i in range(4)])
     for _ in range(4):  # microbatch by microbatch: each has some that decode
         batch = scheduler.schedule(group, [group], 0)
         assert batch is not None
         commit(scheduler, group, batch)
     long = make_request("long", 40_010, 9)
-    long.group_id, long.num_scheduled_tokens, long.num_computed_tokens = 0, 40_000, 40_000
-    group.running.append(long)
-    assert group.allocate(long, long.num_tokens)
+    long.num_scheduled_tokens, long.num_computed_tokens = 40_000, 40_000
+    scheduler.fleet.admit(long, group)
     for num_tokens in (8, 2):
         batch = scheduler.schedule(group, [group], 0)
         assert batch is not None
@@ -139,7 +142,7 @@ def test_a_prompt_gets_on_though_reading_its_kv_alone_takes_longer_than_a_part()
 
 
 def test_one_stage_counts_tokens() -> None:
-    scheduler, group = make_scheduler(), make_group(num_blocks=200)
+    scheduler = make_scheduler(group := make_group(num_blocks=200))
     scheduler.waiting.append(make_request("long", 300, 9))
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None and batch.num_tokens == 64

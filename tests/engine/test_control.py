@@ -13,6 +13,7 @@ from transition_harness import Answer, Checked, again, checked_engine
 
 from kunserve.engine import control as control_module
 from kunserve.engine.request import FinishReason, Request, SamplingParams
+from kunserve.engine.signals import loop_time
 from kunserve.errors import ConflictError, DeviceError
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.plan import DropPlan
@@ -88,18 +89,17 @@ async def test_it_restores_when_the_hold_time_is_over_and_not_before(
     async with automatic(tiny64, hold_s=1000.0) as checked:
         engine = checked.engine
         late = 0.0
-        now = engine.now
-        monkeypatch.setattr(engine, "now", lambda: now() + late)
+        monkeypatch.setattr("kunserve.engine.control.loop_time", lambda: loop_time() + late)
         assert_same(await checked.answer_all(again(BURST)), expected)
         await checked.settled()
         low_since = checked.control._relaxation.since_s
         assert low_since is not None and len(engine.groups) == 1
         late = 990.0
-        engine.wake()
+        engine.signals.wake()
         await asyncio.sleep(0)
         assert not checked.control._tasks
         late = 1001.0
-        engine.wake()
+        engine.signals.wake()
         await until_launched(checked)
         assert checked.num_outcomes("restore", "done") == 1
 
@@ -215,7 +215,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control._tasks
         if way == "refused":  # the plan is of another epoch by now
-            monkeypatch.setattr(engine, "epoch", 7)
+            monkeypatch.setattr(engine.fleet, "_epoch", 7)
         elif way == "failed":
             _refuse_once(engine.memories[0].device, [])
         elif way == "bug":

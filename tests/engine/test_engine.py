@@ -11,12 +11,14 @@ import pytest
 from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_engine, token_ids
 from structlog.testing import capture_logs
 
+from kunserve.engine.boundary import Boundary
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.microbatch import Microbatch, StepInputs
 from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import FinishReason, Output, Request, TokenMask
 from kunserve.engine.sampler import SampledToken
+from kunserve.engine.signals import loop_time
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
 
@@ -135,7 +137,7 @@ async def test_prompt_tokens_count_when_they_are_computed_and_once() -> None:
             step = await executor.next_step()
             engine.check()
             step.finish(7)
-            await engine.next_commit()
+            await engine.signals.next_commit()
             seen.append(metrics.num_prompt_tokens)
         assert seen == [16, 28, 28]  # the second prompt in two pieces
         finishing = asyncio.create_task(finish_all(executor))
@@ -155,7 +157,7 @@ async def test_of_a_prompt_that_was_never_finished_only_what_was_computed_counts
         engine.abort("waiting")
         step.finish()
         await read(aborted)
-        await engine.next_commit()
+        await engine.signals.next_commit()
         assert engine.metrics.num_prompt_tokens == 16
         failed = engine.submit(make_request("failed", 20, 3))
         (await executor.next_step()).finish()
@@ -361,8 +363,7 @@ async def test_an_engine_that_breaks_ends_every_request_and_says_so(monkeypatch:
 
 async def test_a_first_step_after_idle_hours_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scripted_engine() as (engine, executor):
-        now = engine.now
-        monkeypatch.setattr(engine, "now", lambda: now() + 7200.0)
+        monkeypatch.setattr("kunserve.engine.engine.loop_time", lambda: loop_time() + 7200.0)
         stream = engine.submit(make_request(max_tokens=1))
         step = await executor.next_step()
         assert engine.health() is None
@@ -442,10 +443,11 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
 
 async def test_a_group_goes_on_when_the_last_who_paused_it_has_left() -> None:
     async with scripted_engine() as (engine, executor):
-        with suppress(ValueError), engine.paused(engine.groups):
+        boundary = Boundary(engine.fleet, engine.signals, None)
+        with suppress(ValueError), boundary.paused(engine.groups):
             stream = engine.submit(make_request(max_tokens=1))
-            with engine.paused(engine.groups):
-                await engine.quiesce(engine.groups)
+            with boundary.paused(engine.groups):
+                await boundary.reached(engine.groups)
             for _ in range(5):
                 await asyncio.sleep(0)
             assert executor.num_pending == 0

@@ -19,6 +19,7 @@ from kunserve.engine.remap import Layouts
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.errors import DeviceError
 from kunserve.planner.exchange import LiveRequest
+from kunserve.planner.layouts import merged_layouts
 from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, KvMove, Merge
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 from kunserve.policies import OverloadPolicy
@@ -327,7 +328,9 @@ async def test_a_client_that_leaves_while_its_kv_waits_for_room(tiny64: Path) ->
 
 def one_by_one(snapshot: Snapshot, merge: Merge, live: Sequence[LiveRequest]) -> ExchangePlan:
     """A plan that did not look whether it fits."""
-    return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(KvMove((request.request_id,), 0, 0, 0, 0) for request in live))
+    moves = tuple(KvMove((request.request_id,), 0, 0, 0, 0) for request in live)
+    layouts = merged_layouts(snapshot, merge, {request.group_id for request in live})
+    return ExchangePlan(ExchangeMode.BY_REQUEST, moves, layouts=layouts)
 
 
 @pytest.mark.parametrize(

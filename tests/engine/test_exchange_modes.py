@@ -129,7 +129,7 @@ async def test_a_restore_changes_no_answer(failing: str, crowds: dict[str, Crowd
         requests = await crowd.new(pool)
         answers, copies = await loaded(checked, requests), Copies(checked)
         await checked.control.drop()
-        with checked.engine.paused(list(checked.engine.groups)):  # nobody ends before KV goes back
+        with checked.reconfigure.boundary.paused(list(checked.engine.groups)):  # nobody ends before KV goes back
             await checked.settled()
             assert all(len(request.block_tables) == 2 for request in requests)
             copies.begin(FAILING[failing])

@@ -12,6 +12,7 @@ import pytest
 from crowd import PLENTY, CopyGate, make_crowd, make_request, read, read_all, serving, until
 
 from kunserve.engine import migrate
+from kunserve.engine.boundary import Boundary
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch import Served
 from kunserve.engine.migrate import LAST_STAGE_BLOCKS, Migrating, Migration
@@ -41,11 +42,11 @@ async def alone(tiny64: Path, request: Request) -> list[int]:
 async def begin_one(engine: Engine, request: Request) -> asyncio.Task[list[int]]:
     """Run `request` on group 0 until it has an output, and begin to move it to group 1."""
     source, destination = engine.groups
-    destination.is_admitting = False
+    engine.fleet.set_admitting(destination, False)
     reader = asyncio.create_task(read(engine, request))
     await until(engine, lambda: is_decoding(request))
     assert request in source.running
-    destination.is_admitting = True
+    engine.fleet.set_admitting(destination, True)
     mover(engine).begin(request, source, destination)
     return reader
 
@@ -55,13 +56,15 @@ async def test_a_crowd_with_pairing_after_every_step_gets_the_same_tokens(tiny64
         expected = await read_all(served.engine, make_crowd())
     async with migrating(tiny64, num_blocks=40) as served:
         engine = served.engine
-        engine.groups[1].is_admitting = False  # all crowd into the first group
+        engine.fleet.set_admitting(engine.groups[1], False)  # all crowd into the first group
         readers = asyncio.create_task(read_all(engine, make_crowd()))
         await until(engine, lambda: engine.scheduler.num_preemptions > 0)
-        engine.groups[1].is_admitting = True
+        engine.fleet.set_admitting(engine.groups[1], True)
         while not readers.done():
             mover(engine).pair()
-            await asyncio.wait([readers, asyncio.ensure_future(engine.next_commit())], return_when="FIRST_COMPLETED")
+            await asyncio.wait(
+                [readers, asyncio.ensure_future(engine.signals.next_commit())], return_when="FIRST_COMPLETED"
+            )
         assert await readers == expected
         assert engine.state()["requests"]["migrations"] == engine.scheduler.num_migrations > 0
         assert mover(engine).num_bytes > 0
@@ -176,7 +179,7 @@ async def test_who_is_preempted_on_the_way_is_recomputed(tiny64: Path) -> None:
         gate, request = CopyGate(engine.memories[1].device), make_request("long", 101, 50)
         reader = await begin_one(engine, request)
         await gate.reached.wait()
-        with engine.paused(engine.groups[:1]):
+        with Boundary(engine.fleet, engine.signals, None).paused(engine.groups[:1]):
             await until(engine, lambda: request.num_in_flight == 0)
             engine.scheduler.preempt(engine.groups[0], request)
         gate.open()
@@ -229,10 +232,10 @@ async def test_the_timer_runs_only_while_something_does(tiny64: Path) -> None:
 async def test_chains_do_not_migrate(tiny64: Path) -> None:
     async with migrating(tiny64, num_blocks=1, devices="cpu:4", pipeline_parallel_size=2) as served:
         engine = served.engine
-        engine.groups[1].is_admitting = False
+        engine.fleet.set_admitting(engine.groups[1], False)
         reader = asyncio.create_task(read(engine, make_request("r", 30, 50)))
         await until(engine, lambda: engine.num_running == 1)
-        engine.groups[1].is_admitting = True
+        engine.fleet.set_admitting(engine.groups[1], True)
         engine.groups[0].stages[0].pool.set_limit(1)  # no step remains
         mover(engine).pair()
         assert not mover(engine).is_busy(engine.groups)

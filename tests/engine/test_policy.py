@@ -9,6 +9,7 @@ import pytest
 from crowd import PLENTY, make_crowd, make_request, read_all, serving
 
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.policy import (
     INIT_NEW_TOKEN_RATIO,
@@ -50,7 +51,8 @@ def join(group: Group, request: Request) -> Request:
     request.group_id = group.group_id
     group.running.append(request)
     is_prefilling = request.num_output_tokens == 0
-    assert group.allocate(request, request.num_tokens if is_prefilling else request.num_computed_tokens)
+    num_tokens = request.num_tokens if is_prefilling else request.num_computed_tokens
+    assert Fleet([group]).allocate(request, group, num_tokens)
     return request
 
 
@@ -92,8 +94,8 @@ def test_the_ratio_starts_at_seven_tenths_and_falls_to_its_floor_in_600_decode_s
     for _ in range(5):
         policy.make_way(group, 0)
     assert policy.ratio(group) == MIN_NEW_TOKEN_RATIO
-    group.release(prompt)
-    group.release(group.running[0])
+    Fleet([group]).release(prompt)
+    Fleet([group]).release(group.running[0])
     policy.make_way(group, 0)
     assert policy.ratio(group) == 0.7  # idle
 

@@ -8,6 +8,7 @@ from collections import deque
 import pytest
 
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.policy import make_policy, shortest_running
@@ -21,7 +22,10 @@ LAYERS = 8
 
 def make_group(group_id: int = 0, num_stages: int = 1, num_blocks: int = 16, block_size: int = 4) -> Group:
     per_stage = LAYERS // num_stages
-    stages = [Stage(i, i * per_stage, (i + 1) * per_stage, BlockPool(num_blocks + i)) for i in range(num_stages)]
+    stages = [
+        Stage(10 * group_id + i, i * per_stage, (i + 1) * per_stage, BlockPool(num_blocks + i))
+        for i in range(num_stages)
+    ]
     return Group(group_id, tuple(stages), block_size)
 
 
@@ -32,6 +36,7 @@ def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
 
 
 def make_scheduler(
+    *groups: Group,
     policy: OverloadPolicy = OverloadPolicy.RECOMPUTE,
     budget: int = 12,
     watermark: float = 0,
@@ -39,7 +44,7 @@ def make_scheduler(
     num_ahead: int = 0,
 ) -> Scheduler:
     limits = Limits(max_num_batched_tokens=budget, max_num_seqs=64, num_ahead=num_ahead)
-    return Scheduler(limits, make_policy(policy, watermark), num_host_blocks)
+    return Scheduler(Fleet(groups), limits, make_policy(policy, watermark), num_host_blocks)
 
 
 def commit(scheduler: Scheduler, group: Group, batch: Microbatch, stops: float = 0.0) -> list[Request]:
@@ -58,7 +63,7 @@ def commit(scheduler: Scheduler, group: Group, batch: Microbatch, stops: float =
                 request.finish_reason = FinishReason.LENGTH
                 finished.append(request)
         if request.finish_reason is not None and request.num_in_flight == 0:
-            group.release(request)
+            scheduler.fleet.release(request)
     return finished
 
 
@@ -78,8 +83,8 @@ def test_every_request_finishes_within_memory_and_budget(
 ) -> None:
     rng = random.Random(seed)
     num_host_blocks = 20 * (policy is OverloadPolicy.SWAP)
-    scheduler = make_scheduler(policy, num_host_blocks=num_host_blocks, num_ahead=num_ahead)
     groups = [make_group(i, num_stages) for i in range(rng.randrange(1, 4))]
+    scheduler = make_scheduler(*groups, policy=policy, num_host_blocks=num_host_blocks, num_ahead=num_ahead)
     copies: list[SwapMove] = []
     requests = [make_request(f"r{i}", rng.randrange(1, 40), rng.randrange(1, 24)) for i in range(30)]
     arrivals, done = deque(requests), []
@@ -125,16 +130,15 @@ def migrate(scheduler: Scheduler, source: Group, destination: Group) -> None:
     request = shortest_running(source)
     if source is destination or request is None or request.num_in_flight:
         return  # with one step planned ahead it has to be held back first, as engine/migrate.py does
-    tables = [stage.pool.alloc(len(request.block_tables[0])) for stage in destination.stages]
-    if all(table is not None for table in tables):
-        scheduler.hand_over(request, source, destination, [table or [] for table in tables])
-        return
-    for stage, table in zip(destination.stages, tables, strict=True):
-        stage.pool.free(table or [])
+    table = scheduler.fleet.expect(destination)
+    if scheduler.fleet.extend(table, destination, request.num_blocks):
+        scheduler.hand_over(request, destination, table)
+    else:
+        scheduler.fleet.expect_no_more(destination, table)
 
 
 def test_decodes_go_before_prompts_and_prompts_are_cut_to_the_budget() -> None:
-    scheduler, group = make_scheduler(budget=6), make_group()
+    scheduler = make_scheduler(group := make_group(), budget=6)
     scheduler.waiting.extend([make_request("a", 3, 9), make_request("long", 20, 9)])
     first = scheduler.schedule(group, [group], 0)
     assert first is not None
@@ -149,7 +153,7 @@ def test_decodes_go_before_prompts_and_prompts_are_cut_to_the_budget() -> None:
 
 
 def test_recompute_preempts_the_tail_and_resumes_it_first() -> None:
-    scheduler, group = make_scheduler(), make_group(num_blocks=4)  # 16 tokens
+    scheduler = make_scheduler(group := make_group(num_blocks=4))  # 16 tokens
     for name in ("a", "b"):
         scheduler.waiting.append(make_request(name, 6, 8))
     scheduler.waiting.append(make_request("c", 4, 1))
@@ -168,7 +172,7 @@ def test_recompute_preempts_the_tail_and_resumes_it_first() -> None:
 
 
 def test_admission_waits_for_the_whole_prompt_and_keeps_order() -> None:
-    scheduler, group = make_scheduler(), make_group(num_blocks=4)
+    scheduler = make_scheduler(group := make_group(num_blocks=4))
     scheduler.waiting.extend([make_request("a", 8, 2), make_request("big", 12, 2), make_request("small", 2, 2)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None
@@ -176,7 +180,7 @@ def test_admission_waits_for_the_whole_prompt_and_keeps_order() -> None:
 
 
 def test_watermark_holds_admission_back_only_while_something_runs() -> None:
-    scheduler, group = make_scheduler(watermark=0.5), make_group(num_blocks=8)
+    scheduler = make_scheduler(group := make_group(num_blocks=8), watermark=0.5)
     scheduler.waiting.extend([make_request("a", 12, 9), make_request("b", 8, 9)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None and [s.request.request_id for s in batch.spans] == ["a"]
@@ -206,8 +210,9 @@ def test_requests_spread_over_idle_groups() -> None:
 
 
 def test_a_chain_has_as_many_seats_as_its_devices_had_and_no_microbatch_has_more_than_one_of_them() -> None:
-    scheduler = Scheduler(Limits(max_num_batched_tokens=64, max_num_seqs=2), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     group = make_group(num_stages=2, num_blocks=64)
+    limits = Limits(max_num_batched_tokens=64, max_num_seqs=2)
+    scheduler = Scheduler(Fleet([group]), limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     scheduler.waiting.extend([make_request(f"r{i}", 4, 8) for i in range(5)])
     first, second = (scheduler.schedule(group, [group], 0) for _ in range(2))
     assert spans(first) == [("r0", 0, 4, False), ("r1", 0, 4, False)]
@@ -221,22 +226,21 @@ def test_a_chain_has_as_many_seats_as_its_devices_had_and_no_microbatch_has_more
 
 @pytest.mark.parametrize("is_admitting", [False, True])
 def test_nobody_waits_for_a_less_loaded_group_that_admits_nobody(is_admitting: bool) -> None:
-    scheduler = make_scheduler()
     chain, single = make_group(0, num_stages=4), make_group(1)
-    chain.is_admitting = is_admitting
+    scheduler = make_scheduler(chain, single)
+    scheduler.fleet.set_admitting(chain, is_admitting)
     for group, num_running in ((chain, 1), (single, 1)):
         for i in range(num_running):
             request = make_request(f"{group.group_id}.{i}", 4, 4)
-            request.group_id, request.is_moving = group.group_id, True
-            group.running.append(request)
-            assert group.allocate(request, 4)
+            scheduler.fleet.admit(request, group)
+            scheduler.fleet.suspend(request)
     scheduler.waiting.append(make_request("head", 4, 4))
     assert (scheduler.schedule(single, [chain, single], 0) is None) == is_admitting
     assert (scheduler.schedule(chain, [chain, single], 0) is not None) == is_admitting
 
 
 def test_two_microbatches_share_the_decodes_of_a_chain() -> None:
-    scheduler, group = make_scheduler(budget=64), make_group(num_stages=2, num_blocks=64)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=64), budget=64)
     scheduler.waiting.extend([make_request(f"r{i}", 2, 20) for i in range(8)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None and len(batch.spans) == 8  # prompts
@@ -252,7 +256,7 @@ def spans(batch: Microbatch | None) -> list[tuple[str, int, int, bool]]:
 
 
 def test_the_next_step_is_planned_while_the_current_one_runs() -> None:
-    scheduler, group = make_scheduler(budget=64, num_ahead=1), make_group(num_blocks=64)
+    scheduler = make_scheduler(group := make_group(num_blocks=64), budget=64, num_ahead=1)
     scheduler.waiting.extend([make_request("a", 4, 2), make_request("b", 6, 9)])
     first, second = scheduler.schedule(group, [group], 0), scheduler.schedule(group, [group], 0)
     assert first is not None and second is not None
@@ -275,7 +279,7 @@ def test_the_next_step_is_planned_while_the_current_one_runs() -> None:
 
 
 def test_a_chain_runs_ahead_of_its_oldest_microbatch_only() -> None:
-    scheduler, group = make_scheduler(budget=64, num_ahead=1), make_group(num_stages=2, num_blocks=64)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=64), budget=64, num_ahead=1)
     scheduler.waiting.extend([make_request(name, 2, 20) for name in "abcd"])
     prompts = scheduler.schedule(group, [group], 0)
     assert prompts is not None
@@ -292,7 +296,7 @@ def test_a_chain_runs_ahead_of_its_oldest_microbatch_only() -> None:
 def test_nobody_runs_ahead_into_a_shortage_and_the_victim_is_the_same() -> None:
     victims = []
     for num_ahead in (0, 1):
-        scheduler, group = make_scheduler(budget=64, num_ahead=num_ahead), make_group(num_blocks=5)  # 20 tokens
+        scheduler = make_scheduler(group := make_group(num_blocks=5), budget=64, num_ahead=num_ahead)  # 20 tokens
         scheduler.waiting.extend([make_request("a", 6, 14), make_request("b", 6, 14), make_request("c", 2, 9)])
         in_flight: list[Microbatch] = []
         while not scheduler.num_preemptions:
@@ -306,7 +310,7 @@ def test_nobody_runs_ahead_into_a_shortage_and_the_victim_is_the_same() -> None:
 
 
 def test_a_request_in_flight_is_no_victim() -> None:
-    scheduler, group = make_scheduler(budget=64), make_group(num_stages=2, num_blocks=4)
+    scheduler = make_scheduler(group := make_group(num_stages=2, num_blocks=4), budget=64)
     scheduler.waiting.extend([make_request("a", 8, 9), make_request("b", 7, 9)])
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None
@@ -328,7 +332,9 @@ def run_steps(scheduler: Scheduler, group: Group, num_steps: int) -> None:
 
 
 def test_swap_sends_the_tail_away_and_serves_it_before_those_that_wait() -> None:
-    scheduler, group = make_scheduler(OverloadPolicy.SWAP, num_host_blocks=8), make_group(num_blocks=4)  # 16 tokens
+    scheduler = make_scheduler(
+        group := make_group(num_blocks=4), policy=OverloadPolicy.SWAP, num_host_blocks=8
+    )  # 16 tokens
     for name in ("a", "b"):
         scheduler.waiting.append(make_request(name, 6, 8))
     scheduler.waiting.append(make_request("c", 2, 1))
@@ -354,7 +360,7 @@ def test_swap_sends_the_tail_away_and_serves_it_before_those_that_wait() -> None
 
 
 def test_swap_recomputes_when_the_host_is_full() -> None:
-    scheduler, group = make_scheduler(OverloadPolicy.SWAP, num_host_blocks=1), make_group(num_blocks=4)
+    scheduler = make_scheduler(group := make_group(num_blocks=4), policy=OverloadPolicy.SWAP, num_host_blocks=1)
     scheduler.waiting.extend([make_request("a", 6, 8), make_request("b", 6, 8)])
     run_steps(scheduler, group, 40)
     assert scheduler.num_preemptions == 1 and scheduler.swapped.num_swaps == 0
@@ -362,7 +368,7 @@ def test_swap_recomputes_when_the_host_is_full() -> None:
 
 
 def test_a_retracted_request_goes_to_the_tail_of_the_queue() -> None:
-    scheduler, group = make_scheduler(OverloadPolicy.RETRACT, budget=64), make_group(num_blocks=4)
+    scheduler = make_scheduler(group := make_group(num_blocks=4), policy=OverloadPolicy.RETRACT, budget=64)
     a = make_request("a", 6, 8)
     scheduler.waiting.extend([a, make_request("b", 16, 1)])
     batch = scheduler.schedule(group, [group], 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.block_table import BlockTable
 from kunserve.engine.group import Stage
 from kunserve.engine.microbatch import Microbatch, Span, step_inputs
 from kunserve.engine.request import Request, SamplingParams
@@ -38,7 +39,7 @@ class HeadOnly:
 @pytest.mark.parametrize("num_prompt_logprobs", [None, 2])
 def test_a_scored_prompt_makes_few_logits_at_a_time(num_prompt_logprobs: int | None) -> None:
     params = SamplingParams(4, temperature=0, num_prompt_logprobs=num_prompt_logprobs)
-    request = Request("r", [i % VOCAB for i in range(PROMPT)], params, block_tables=[list(range(PROMPT))])
+    request = Request("r", [i % VOCAB for i in range(PROMPT)], params, table=BlockTable(ids={0: list(range(PROMPT))}))
     inputs = step_inputs(Microbatch(0, 0, (Span(request, 0, PROMPT, samples=True),)), 1, ())
     decoder: Any = HeadOnly()
     tokens = run_last_stage(decoder, Stage(0, 0, 1, BlockPool(1)), 0, inputs, None)

@@ -13,6 +13,7 @@ from crowd import PLENTY, CopyGate, make_crowd, make_request, read, read_all, se
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch import Served
 from kunserve.engine.request import FinishReason, Request
@@ -160,20 +161,20 @@ async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(tiny6
 # --- the queue ------------------------------------------------------------------------------------------------------
 
 
-def admitted(group: Group, name: str, num_tokens: int, arrival_s: float = 0.0) -> Request:
+def admitted(fleet: Fleet, group: Group, name: str, num_tokens: int, arrival_s: float = 0.0) -> Request:
     request = make_request(name, num_tokens, 9)
-    request.arrival_s, request.group_id = arrival_s, group.group_id
+    request.arrival_s = arrival_s
     request.num_computed_tokens = request.num_scheduled_tokens = num_tokens
-    group.running.append(request)
-    assert group.allocate(request, num_tokens)
+    fleet.admit(request, group)
     return request
 
 
 def test_the_queue_keeps_to_its_space_and_to_the_order_of_arrival() -> None:
     group = Group(0, (Stage(0, 0, 4, BlockPool(16)),), 4)
-    queue = SwapQueue(7)
-    late, early = admitted(group, "late", 12, 2.0), admitted(group, "early", 9, 1.0)
-    too_long, fresh = admitted(group, "too-long", 8), make_request("fresh", 4, 4)
+    fleet = Fleet([group])
+    queue = SwapQueue(fleet, 7)
+    late, early = admitted(fleet, group, "late", 12, 2.0), admitted(fleet, group, "early", 9, 1.0)
+    too_long, fresh = admitted(fleet, group, "too-long", 8), make_request("fresh", 4, 4)
     assert queue.begin_out(group, late) and queue.begin_out(group, early)
     assert (queue.num_free, queue.num_leaving(group), queue.num_swaps) == (1, 6, 2)
     assert not queue.begin_out(group, too_long) and not queue.begin_out(group, fresh)
@@ -182,7 +183,7 @@ def test_the_queue_keeps_to_its_space_and_to_the_order_of_arrival() -> None:
     assert queue.take_begun() == []
     queue.check()
     for move in moves:
-        group.release(move.request)
+        fleet.release(move.request)
         queue.end(move, is_kept=True)
         queue.check()
     assert list(queue.ready) == [early, late] and queue.num_leaving(group) == 0

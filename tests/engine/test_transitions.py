@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests
 
+from kunserve.engine.block_table import BlockTable
 from kunserve.engine.group import Stage
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, DeviceError, EngineError, OverloadedError
@@ -167,21 +168,21 @@ async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64
         await checked.settled()
         (group,) = checked.engine.groups
         last = max(group.running, key=lambda request: request.params.max_tokens - request.num_output_tokens)
-        with checked.engine.paused([group]):
-            await checked.engine.quiesce([group])
-            for position, stage in enumerate(group.stages):
-                await _move_to_tail(checked, stage, last.block_tables[position])
+        with checked.reconfigure.boundary.paused([group]):
+            await checked.reconfigure.boundary.reached([group])
+            for stage in group.stages:
+                await _move_to_tail(checked, stage, last.table)
             checked.check()
-            reconfigure, copied = checked.reconfigure, []
-            copy_within = reconfigure._copy_within
+            transfers, copied = checked.reconfigure.exchange.transfers, []
+            copy_within = transfers.within
 
-            async def leave_and_copy(stage: Any, moved: dict[int, int]) -> None:
+            async def leave_and_copy(device: int, layers: range, moved: Mapping[int, int]) -> None:
                 copied.append(dict(moved))
                 checked.check()  # blocks that are arriving are accounted for
                 checked.engine.abort(last.request_id)
-                await copy_within(stage, moved)
+                await copy_within(device, layers, moved)
 
-            reconfigure._copy_within = leave_and_copy  # type: ignore[method-assign]
+            transfers.within = leave_and_copy  # type: ignore[method-assign]
             await checked.control.restore()
         assert copied[0] and not copied[1]  # it was alone in the tail
         checked.check()
@@ -193,15 +194,18 @@ async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64
         await checked.undo_drops()
 
 
-async def _move_to_tail(checked: Checked, stage: Stage, table: list[int]) -> None:
+async def _move_to_tail(checked: Checked, stage: Stage, table: BlockTable) -> None:
     """Move a request's blocks on a stage to the last ids, as if the front had been full."""
     pool = stage.pool
     tail = pool.alloc(pool.num_free)
     assert tail is not None
-    pool.free(tail[: -len(table)])
-    await checked.reconfigure._copy_within(stage, dict(zip(table, tail[-len(table) :], strict=True)))
-    pool.free(table)
-    table[:] = tail[-len(table) :]
+    front, number = list(table.ids[stage.device]), len(table.blocks)
+    moved = dict(zip(front, tail[-number:], strict=True))
+    pool.free(tail[:-number])
+    layers = range(stage.first_layer, stage.last_layer)
+    await checked.reconfigure.exchange.transfers.within(stage.device, layers, moved)
+    table.rename(stage.device, moved)
+    pool.free(front)
 
 
 async def test_one_transition_at_a_time_and_of_the_present_epoch(tiny64: Path) -> None:

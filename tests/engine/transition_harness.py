@@ -20,8 +20,9 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.launch import Served
 from kunserve.engine.microbatch import Microbatch
-from kunserve.engine.reconfigure import Reconfigure, Transition
+from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import FinishReason, Output, Request, SamplingParams
+from kunserve.engine.transition import Transition
 from kunserve.errors import ConflictError, DeviceError, KunServeError
 
 T = TypeVar("T")
@@ -82,8 +83,8 @@ class Checked:
         self.steps = Counter[int]()  # by length of chain
         self.outcomes = Counter[tuple[str, str, str | None]]()  # kind, outcome, how KV was exchanged
         self._failure: AssertionError | None = None
-        self._progress = self.engine.progress
-        self.engine.progress = self._check_and_progress  # type: ignore[method-assign]
+        self._progress = self.engine.signals.progress
+        self.engine.signals.progress = self._check_and_progress  # type: ignore[method-assign]
         self._commit = self.engine.scheduler.commit
         self.engine.scheduler.commit = self._count_and_commit  # type: ignore[method-assign]
 
@@ -126,7 +127,7 @@ class Checked:
     async def commits(self, number: int) -> None:
         """Wait for so many steps."""
         for _ in range(number):
-            await self.engine.next_commit()
+            await self.engine.signals.next_commit()
 
     async def settled(self) -> list[Transition]:
         """Wait until no transition is under way; return those that ended, which are counted, since the last call."""
@@ -151,7 +152,7 @@ class Checked:
     async def until_no_step_runs(self) -> None:
         """Wait for steps that were planned before it was known that nobody needs them."""
         while any(group.num_in_flight for group in self.engine.groups):
-            await self.engine.next_commit()
+            await self.engine.signals.next_commit()
 
     def assert_idle(self) -> None:
         """No request is anywhere, every block is free, every chunk is where the grouping wants it."""

@@ -14,16 +14,17 @@ import torch
 from fake_cuda import GRANULARITY, FakeCuda
 
 from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.control import OverloadControl
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.cuda_machine import CudaMachine, CudaOptions, full_step
 from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
+from kunserve.engine.launch import make_control
 from kunserve.engine.placement import model_shape
 from kunserve.engine.policy import make_policy
-from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import ConfigError, EngineError
 from kunserve.gpu.device_memory import DeviceMemory
@@ -63,11 +64,12 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
         stage = Stage(i, 0, MODEL.num_layers, BlockPool(memory.kv.num_blocks(0)))
         groups.append(Group(i, (stage,), BLOCK, origin=Origin((StageView(i, 0, MODEL.num_layers),))))
     executor, _ = machine.executor(memories, MAX_LEN)
-    scheduler = Scheduler(Limits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    fleet, signals = Fleet(groups), Signals()
+    scheduler = Scheduler(fleet, Limits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
-    engine = Engine(MODEL, ServingLimits(MAX_LEN, 64), scheduler, groups, memories, executor, None, metrics)
-    reconfigure = Reconfigure(engine, chunks, loader, Links())
-    engine.control = OverloadControl(engine, reconfigure, chunks, views, Thresholds(), is_automatic=False)
+    limits = ServingLimits(MAX_LEN, 64)
+    engine = Engine(MODEL, limits, fleet, scheduler, memories, executor, signals, None, metrics)
+    engine.control = make_control(engine, chunks, views, loader, Links(), Thresholds(), is_automatic=False)
     await engine.start()
     try:
         yield engine
@@ -91,13 +93,13 @@ async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ..
     requests = [asyncio.ensure_future(generate(engine, i)) for i in range(6)]
     if regroup:
         while sum(len(group.running) for group in engine.groups) < 6:
-            await engine.next_commit()
+            await engine.signals.next_commit()
         for change in (engine.drop, engine.restore, engine.drop):
             await change()
             for _ in range(4):
-                await engine.next_commit()
+                await engine.signals.next_commit()
             while engine.state()["transitions"][-1]["outcome"] == "running":
-                await engine.next_commit()
+                await engine.signals.next_commit()
             engine.check()
     return await asyncio.gather(*requests)
 
@@ -128,7 +130,7 @@ async def test_the_bubbles_of_a_chain_are_measured() -> None:
     async with serving([FakeCuda(), FakeCuda()]) as engine:
         chain = await chained(engine)
         await asyncio.gather(*(generate(engine, i) for i in range(6)))
-        busy_s, active_s = chain.occupancy.busy_s(engine.now()), chain.occupancy.active_s(engine.now())
+        busy_s, active_s = chain.occupancy.busy_s(loop_time()), chain.occupancy.active_s(loop_time())
         assert all(0 < seconds <= active_s for seconds in busy_s)
         [stats] = engine.stats().groups
         assert stats.bubble_share == pytest.approx(1 - sum(busy_s) / (2 * active_s)) and stats.bubble_share > 0
@@ -152,7 +154,7 @@ async def test_a_stage_has_work_until_its_gpu_is_done_whatever_was_launched_behi
         assert chain.occupancy.counts == (1, 0) and not answer.done()
         drivers[0].complete(stream)
         assert len(await answer) == 1 and chain.occupancy.counts == (0, 0)
-        assert all(chain.occupancy.busy_s(engine.now()))
+        assert all(chain.occupancy.busy_s(loop_time()))
 
 
 def _then(call: Callable[..., torch.Tensor], and_then: Callable[[], None]) -> Callable[..., torch.Tensor]:
@@ -266,7 +268,7 @@ async def test_a_bad_row_ends_its_request_alone(num_ahead: int, num_groups: int,
             *found, _ = await asyncio.gather(asked[0], asked[1], asked[2], asked[3], fail())
             assert found == expected, name
         while any(group.num_in_flight for group in engine.groups):
-            await engine.next_commit()
+            await engine.signals.next_commit()
         assert engine.num_running == 0 and all(group.num_used == 0 for group in engine.groups)
         engine.check()
 

@@ -68,7 +68,7 @@ async def assert_same_tokens_through_drop_and_restore(served: Served) -> None:
     expected = [await generate(engine, prompt(i), greedy(40)) for i in range(4)]
     streams = [asyncio.create_task(generate(engine, prompt(i), greedy(40))) for i in range(4)]
     while sum(len(group.running) for group in engine.groups) < 4:
-        await engine.next_commit()
+        await engine.signals.next_commit()
     await engine.drop()
     assert sorted(len(group.stages) for group in engine.groups) == [1] * (num_groups - 2) + [2]
     await until_settled(served)
