@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -27,6 +26,7 @@ from kunserve.engine.request import Constraint, FinishReason, Output, Request
 from kunserve.engine.results import Result, judge, results_of
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.stream import OutputStream, Sink
 from kunserve.engine.tokenizer import Tokenizer
@@ -39,15 +39,6 @@ from kunserve.model.config import ModelConfig
 from kunserve.policies import OverloadPolicy
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class ServingLimits:
-    """What a request may ask for, and how long the queue may get."""
-
-    max_model_len: int
-    max_num_queued_reqs: int
-    stall_s: float = 60.0  # work to do and no step finished for so long: not healthy
 
 
 class Engine:
@@ -155,12 +146,7 @@ class Engine:
             raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already", retry_after_s=1)
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        if not 0 < request.num_prompt_tokens < self.limits.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {request.num_prompt_tokens} tokens; between 1 and {self.limits.max_model_len - 1} "
-                "can be served",
-                param="prompt",
-            )
+        self.limits.check(request)
         request.arrival_s = loop_time()
         request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         seed = request.params.seed

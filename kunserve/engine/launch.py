@@ -15,7 +15,7 @@ from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.boundary import Boundary
 from kunserve.engine.context_length import reason_for_max_model_len, wanted_max_model_len
 from kunserve.engine.control import OverloadControl
-from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.engine import Engine
 from kunserve.engine.exchange import Exchange
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
@@ -28,6 +28,7 @@ from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.remap import Remap
 from kunserve.engine.restore_time import measure_restore
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.swap import Swap
 from kunserve.engine.tokenizer import Tokenizer

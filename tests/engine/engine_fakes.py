@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.engine import Engine
 from kunserve.engine.executor import Executor
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
@@ -21,6 +21,7 @@ from kunserve.engine.policy import make_policy
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.tokenizer import Tokenizer
 from kunserve.gpu.device_memory import DeviceMemory

@@ -16,7 +16,7 @@ from fake_cuda import GRANULARITY, FakeCuda
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.cuda_machine import CudaMachine, CudaOptions, full_step
-from kunserve.engine.engine import Engine, ServingLimits
+from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch import make_control
@@ -24,6 +24,7 @@ from kunserve.engine.placement import model_shape
 from kunserve.engine.policy import make_policy
 from kunserve.engine.request import Request, SamplingParams, TokenMask
 from kunserve.engine.scheduler import Limits, Scheduler
+from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.weight_loader import WeightLoader
 from kunserve.errors import ConfigError, EngineError
