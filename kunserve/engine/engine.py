@@ -15,11 +15,11 @@ from typing import Any
 
 import structlog
 
+from kunserve.engine.batch import Microbatch, count_prompt_tokens, scored_positions
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.microbatch import Microbatch, count_prompt_tokens, scored_positions
 from kunserve.engine.request import Constraint, FinishReason, Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.scheduler import Scheduler

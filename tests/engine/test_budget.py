@@ -9,7 +9,7 @@ import pytest
 from cost_models import COST
 from test_scheduler import LAYERS, check, commit, make_group, make_request
 
-from kunserve.engine.microbatch import Microbatch
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.policy import make_policy
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.planner.cost import Chunk, Work
