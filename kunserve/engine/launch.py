@@ -16,7 +16,9 @@ from kunserve.engine.context_length import reason_for_max_model_len, wanted_max_
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine, ServingLimits
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.machine import Machine, make_machine
+from kunserve.engine.hooks import Mover
+from kunserve.engine.host_machine import HostMachine
+from kunserve.engine.machine import Machine
 from kunserve.engine.migrate import Migration
 from kunserve.engine.placement import model_shape, num_copies, place
 from kunserve.engine.policy import make_policy
@@ -69,7 +71,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     started = time.perf_counter()
     config = replace(config, devices=config.devices.resolved())
     files = await asyncio.to_thread(resolve_model, config.model, load_format=config.load_format, progress=progress)
-    machine = await asyncio.to_thread(make_machine, files.config, config)
+    machine = await asyncio.to_thread(_make_machine, files.config, config)
     try:
         served = await _launch_on(machine, files, config, served_name, progress)
         await _log_host_copy(served)
@@ -92,6 +94,15 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     if served.engine.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
         log.warning("no weights can make room for KV", because=served.engine.no_drop)
     return served
+
+
+def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
+    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    if config.devices.kind == "cpu":
+        return HostMachine(model, config)
+    from kunserve.engine.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
+
+    return CudaMachine(model, CudaOptions.of(model, config))
 
 
 async def _launch_on(
@@ -147,12 +158,7 @@ async def assemble(
         is_len_required=is_len_required,
         devices_per_group=per_group,
     )
-    opened = await asyncio.to_thread(weights)
-    devices = await asyncio.to_thread(machine.open)
-    host = await asyncio.to_thread(machine.host_weights, opened)
-    units = weight_units(model, machine.dtype.itemsize)
-    memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
-    loader = WeightLoader(memories, host, [view.island for view in views])
+    memories, loader = await _open(machine, model, kv_shape, weights, [view.island for view in views])
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
@@ -182,11 +188,15 @@ async def assemble(
     copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
     by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
     engine.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
-    if config.overload_policy is OverloadPolicy.SWAP:
-        engine.mover = Swap(engine, links)
-    elif config.overload_policy is OverloadPolicy.MIGRATE:
-        engine.mover = Migration(engine, links)
+    engine.mover = _mover(engine, links, config.overload_policy)
     return engine, control
+
+
+def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> Mover | None:
+    """Return what moves KV of requests elsewhere when it does not fit, if the policy does that."""
+    if policy is OverloadPolicy.SWAP:
+        return Swap(engine, links)
+    return Migration(engine, links) if policy is OverloadPolicy.MIGRATE else None
 
 
 def _only_by_hand(config: EngineConfig) -> str | None:
@@ -215,6 +225,22 @@ def _num_host_blocks(config: EngineConfig, shape: KVShape, model: ModelConfig) -
     if config.overload_policy is not OverloadPolicy.SWAP:
         return 0
     return config.swap_space_bytes // (shape.block_bytes * model.num_layers)
+
+
+async def _open(
+    machine: Machine,
+    model: ModelConfig,
+    kv_shape: KVShape,
+    weights: Callable[[], WeightSource],
+    islands: Sequence[int],
+) -> tuple[list[DeviceMemory], WeightLoader]:
+    """Open the devices: their memory, with nothing in it yet, and what fills it with weights."""
+    source = await asyncio.to_thread(weights)
+    devices = await asyncio.to_thread(machine.open)
+    host = await asyncio.to_thread(machine.host_weights, source)
+    units = weight_units(model, machine.dtype.itemsize)
+    memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
+    return memories, WeightLoader(memories, host, islands)
 
 
 async def _load(
