@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kunserve.engine.request import FinishReason, Request
+from kunserve.engine.request import FinishReason, SamplingParams
 from kunserve.grammar.limits import DEATH_REASONS
 from kunserve.recent import Recent
 
@@ -79,6 +80,25 @@ class EngineStats:
     devices: tuple[DeviceStats, ...] = ()
     groups: tuple[GroupStats, ...] = ()
     weights_dropped_bytes: int = 0
+
+
+class Counted(Protocol):
+    """What metrics read of a request; times are on the engine's clock."""
+
+    params: SamplingParams
+    arrival_s: float
+    admitted_s: float | None
+    first_token_s: float | None
+    finish_reason: FinishReason | None
+    num_preemptions: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens the client sent."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
 
 
 def _token_buckets(max_tokens: int) -> list[int]:
@@ -230,7 +250,7 @@ class Metrics:
         body_bytes = Gauge("kunserve:body_bytes", "Of bodies that are no requests yet.", names, registry=self._registry)
         self._body_bytes = body_bytes.labels(**self._labels)
 
-    def first_token(self, request: Request, now_s: float) -> None:
+    def first_token(self, request: Counted, now_s: float) -> None:
         """Count the first token of a request, at `now_s` on the engine's clock."""
         self._ttft.observe(now_s - request.arrival_s)
         self.recent.first_token(now_s, now_s - request.arrival_s)
@@ -292,7 +312,7 @@ class Metrics:
         """Count the `n` of one prompt (fed by HTTP: the engine sees n requests)."""
         self._request_n.observe(n)
 
-    def request_finished(self, request: Request, now_s: float) -> None:
+    def request_finished(self, request: Counted, now_s: float) -> None:
         """Count a request that ended at `now_s`, in whatever state it was (waiting, prefill, decode)."""
         reason = request.finish_reason or FinishReason.ERROR
         self._finished[reason].inc()

@@ -20,9 +20,9 @@ from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.chat_template import ChatTemplate
 from kunserve.api.defaults import sampling_defaults, settings_not_obeyed
+from kunserve.api.grammars import Grammars
 from kunserve.api.loading import loading_handler
 from kunserve.api.reasoning import END as REASONING_END
-from kunserve.api.structured import Grammars
 from kunserve.api.tool_parsers import parser_of_template
 from kunserve.arguments import ServerConfig
 from kunserve.config import EngineConfig

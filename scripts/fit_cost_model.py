@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from kunserve.config import EngineConfig, parse_devices
+from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch import launch
-from kunserve.engine.microbatch import Microbatch, Span, step_inputs
+from kunserve.engine.microbatch import step_inputs
 from kunserve.engine.request import Request, SamplingParams
 from kunserve.errors import ConfigError
 from kunserve.gpu.host import HostDevice

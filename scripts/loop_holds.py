@@ -61,6 +61,16 @@ server.main()
 Post = Callable[[str, Any], Any]
 
 
+async def leave(post: Post, num: int, path: str, body: dict[str, Any]) -> list[str]:
+    """Ask, and let all clients go away in the same moment."""
+    asked = [asyncio.ensure_future(post(path, orjson.dumps(body))) for _ in range(num)]
+    await asyncio.sleep(2)
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    return ["left"] * num
+
+
 async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[], Any]]:
     """Name -> what to send. Bodies that are refused have been read and parsed as well."""
     ids = [(i * 7919) % vocab_size for i in range(1 << 20)]
@@ -72,15 +82,6 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
     def many(num: int, path: str, body: dict[str, Any]) -> Callable[[], Any]:
         encoded = orjson.dumps(body)
         return lambda: asyncio.gather(*(post(path, encoded) for _ in range(num)))
-
-    async def leave(num: int, path: str, body: dict[str, Any]) -> list[str]:
-        """All clients go away in the same moment."""
-        asked = [asyncio.ensure_future(post(path, orjson.dumps(body))) for _ in range(num)]
-        await asyncio.sleep(2)
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
-        return ["left"] * num
 
     def completion(**body: Any) -> Callable[[], Any]:
         return many(1, "/v1/completions", {"max_tokens": 4, **body})
@@ -101,7 +102,7 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
         "256 chats": many(256, chat, {"messages": one, "max_tokens": 6, "stream": True}),
         "256 logprobs": many(256, "/v1/completions", {"prompt": "x", "max_tokens": 6, "stream": True, "logprobs": 5}),
         "256 schemas": many(256, chat, {"messages": one, "max_tokens": 6, "response_format": {"type": "json_object"}}),
-        "256 leave": lambda: leave(256, chat, {"messages": one, "max_tokens": 200, "stream": True}),
+        "256 leave": lambda: leave(post, 256, chat, {"messages": one, "max_tokens": 200, "stream": True}),
         "n 128": completion(prompt=text[:200], n=128, max_tokens=4),
         "all biases": completion(prompt="x", logit_bias={str(i): 1 for i in range(vocab_size)}),
         "allowed ids": completion(prompt="x", allowed_token_ids=list(range(vocab_size))),

@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from kunserve.api.app import create_app
 from kunserve.api.backend import ApiSettings, ModelInfo, Template, TextTokenizer
-from kunserve.api.structured import Grammars
+from kunserve.api.grammars import Grammars
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.engine.waiting import Waiting
 from kunserve.errors import InvalidRequestError, KunServeError

@@ -11,8 +11,9 @@ import numpy as np
 from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.request import TokenMask
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.grammar.compiled import Key
 from kunserve.grammar.fork_server import Vocabulary
-from kunserve.grammar.pool import Key, Pool
+from kunserve.grammar.pool import Pool
 
 EOS = 299
 VOCABULARY = Vocabulary(Tokenizer.dummy(300, (EOS,)).to_json, 300, (EOS,))

@@ -21,6 +21,7 @@ from kunserve.api.completions import completions
 from kunserve.api.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
 from kunserve.api.errors import error_response, http_error_response, internal_error
 from kunserve.api.feed import FEED, Feed, events
+from kunserve.api.grammars import Grammars
 from kunserve.api.operations import (
     detokenize,
     health,
@@ -38,7 +39,6 @@ from kunserve.api.operations import (
 from kunserve.api.page import PAGE, page_files, show_page
 from kunserve.api.responses import responses
 from kunserve.api.sse import send_response
-from kunserve.api.structured import Grammars
 from kunserve.api.turns import Turns
 from kunserve.errors import KunServeError
 from kunserve.metrics import Metrics
@@ -48,6 +48,31 @@ log = structlog.get_logger()
 DELIVERIES_PER_ROUND = 32  # of the event loop: 2 to 3 ms
 
 READ_BYTES = 16 << 10  # of a body may wait twice so many, and one read of the socket, for somebody to take them
+
+ROUTES = (
+    web.post("/v1/completions", completions),
+    web.post("/v1/chat/completions", chat_completions),
+    web.post("/v1/responses", responses),
+    web.post("/v1/messages", anthropic.messages),
+    web.post("/v1/messages/count_tokens", anthropic.count_tokens),
+    web.get("/v1/models", list_models),
+    web.get("/v1/models/{name:.+}", show_model),
+    web.post("/tokenize", tokenize_text),
+    web.post("/detokenize", detokenize),
+    web.get("/health", health),
+    web.get("/ping", health),
+    web.get("/ready", ready),
+    web.get("/version", show_version),
+    web.get("/openapi.json", show_openapi),
+    web.get("/metrics", show_metrics),
+    web.get("/", show_page),
+    web.get("/page/{name}", show_page),
+    web.get("/kunserve/state", state),
+    web.get("/kunserve/events", events, allow_head=False),
+    web.post("/kunserve/burst", start_burst),
+    web.post("/kunserve/drop", drop),
+    web.post("/kunserve/restore", restore),
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -133,30 +158,5 @@ def create_app(
     app.on_shutdown.append(app[FEED].close)
     app.on_response_prepare.append(echo_request_id)
     app.on_response_prepare.append(allow_origin)
-    app.add_routes(
-        [
-            web.post("/v1/completions", completions),
-            web.post("/v1/chat/completions", chat_completions),
-            web.post("/v1/responses", responses),
-            web.post("/v1/messages", anthropic.messages),
-            web.post("/v1/messages/count_tokens", anthropic.count_tokens),
-            web.get("/v1/models", list_models),
-            web.get("/v1/models/{name:.+}", show_model),
-            web.post("/tokenize", tokenize_text),
-            web.post("/detokenize", detokenize),
-            web.get("/health", health),
-            web.get("/ping", health),
-            web.get("/ready", ready),
-            web.get("/version", show_version),
-            web.get("/openapi.json", show_openapi),
-            web.get("/metrics", show_metrics),
-            web.get("/", show_page),
-            web.get("/page/{name}", show_page),
-            web.get("/kunserve/state", state),
-            web.get("/kunserve/events", events, allow_head=False),
-            web.post("/kunserve/burst", start_burst),
-            web.post("/kunserve/drop", drop),
-            web.post("/kunserve/restore", restore),
-        ]
-    )
+    app.add_routes(ROUTES)
     return app

@@ -15,9 +15,9 @@ from kunserve.api.answering import answer, make_choices
 from kunserve.api.answers import AnswerFormat, Choice, usage_json
 from kunserve.api.body import read_body
 from kunserve.api.context import API, Api, choose_request_id, fragment, long_list
-from kunserve.api.conversation import compile_structure
 from kunserve.api.prompts import CALL_CHARS, fit, spell, tokenize
 from kunserve.api.protocol import CompletionCall, Prompt, read_completion
+from kunserve.api.structured import compile_structure
 from kunserve.engine.request import FinishReason, Output, SamplingParams, TokenLogprobs
 
 

@@ -17,7 +17,7 @@ from kunserve.api.admission import Admission
 from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.body_memory import BodyMemory
 from kunserve.api.fields import pieces
-from kunserve.api.structured import Grammars
+from kunserve.api.grammars import Grammars
 from kunserve.api.turns import Turns
 from kunserve.metrics import Metrics
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -15,12 +14,12 @@ from kunserve.api.context import Api
 from kunserve.api.prompts import ChatPrompt, fit, spell, tokenize_chat
 from kunserve.api.protocol import ChatCall
 from kunserve.api.reasoning import MessageParser, ThinkSplitter
-from kunserve.api.structured import Structure
+from kunserve.api.structured import compile_structure
+from kunserve.api.tool_parsers import TOOL_PARSERS, JsonCalls, NamedCall, ToolParser
+from kunserve.api.tools import Tools
+from kunserve.engine.constraint import GrammarConstraint
 from kunserve.engine.request import SamplingParams
 from kunserve.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from kunserve.engine.constraint import GrammarConstraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +45,22 @@ async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, a
 
 async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversation:
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
-    call.tools.new_parser(api.settings.tool_call_parser)  # refuse before any work
+    _tool_parser(call.tools, api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
     think = _splitter(api, prompt)
     structure = call.generation.structure or call.tools.structure
     constraint = await compile_structure(request, api, structure, call.generation.user, think is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
-    if call.tools.shows_special_tokens(api.settings.tool_call_parser):
+    if _marks_calls_by_special_tokens(call.tools, api.settings.tool_call_parser):
         params = replace(params, skip_special_tokens=False)
 
     def new_parser() -> MessageParser:
-        tools = call.tools.new_parser(api.settings.tool_call_parser)
+        tools = _tool_parser(call.tools, api.settings.tool_call_parser)
         return MessageParser(think and think(), tools, call.tools.is_parallel)
 
     needs_parser = think is not None or call.tools.mode != "none"
     return Conversation(ids, params, constraint, new_parser if needs_parser else None)
-
-
-async def compile_structure(
-    request: web.Request, api: Api, structure: Structure | None, user: str, reasons: bool
-) -> GrammarConstraint | None:
-    """The constraint for what the client asked for. Clients take turns, by address where nothing else is known."""
-    if structure is None:
-        return None
-    grammars = api.grammars
-    if grammars is None:
-        raise InvalidRequestError(f"`{structure.param}` is not supported by this server.", param=structure.param)
-    owner = owner_of(request, user) or f"address {request.remote}"
-    return await grammars.compile(structure, reasons, owner)
 
 
 def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | None:
@@ -84,3 +70,23 @@ def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | Non
         return None
     is_open = name == "deepseek_r1" or ending.endswith("<think>")
     return lambda: ThinkSplitter(is_open)
+
+
+def _tool_parser(tools: Tools, parser: str | None) -> ToolParser | None:
+    """Return what takes calls out of one choice's text. `parser`: of the model's own format, used for `auto`."""
+    match tools.mode:
+        case "none":
+            return None
+        case "named":
+            return NamedCall(tools.name)
+        case "required":
+            return JsonCalls()
+    if parser is None:
+        text = "`tools` needs a server that knows the model's format of calls: start it with --tool-call-parser."
+        raise InvalidRequestError(text, param="tools")
+    return TOOL_PARSERS[parser]()
+
+
+def _marks_calls_by_special_tokens(tools: Tools, parser: str | None) -> bool:
+    """Return whether calls are marked by special tokens, in the model's own format: then the text must show them."""
+    return tools.mode == "auto" and parser is not None and TOOL_PARSERS[parser].has_special_marks

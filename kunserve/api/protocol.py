@@ -7,8 +7,9 @@ from typing import Any
 
 from kunserve.api.backend import ApiSettings, ModelInfo
 from kunserve.api.fields import INT64_MAX, Fields, is_int_list, is_str_list, pieces, wrong_type, wrong_value
+from kunserve.api.grammars import Structure
 from kunserve.api.messages import read_messages
-from kunserve.api.structured import Structure, read_structure
+from kunserve.api.structured import read_structure
 from kunserve.api.tools import Tools, read_tools
 from kunserve.engine.request import SamplingParams
 from kunserve.errors import InvalidRequestError, NotFoundError

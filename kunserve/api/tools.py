@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kunserve.api.fields import Fields, wrong_type, wrong_value
-from kunserve.api.structured import Structure, json_structure
-from kunserve.api.tool_parsers import TOOL_PARSERS, JsonCalls, NamedCall, ToolParser
+from kunserve.api.grammars import Structure
+from kunserve.api.structured import json_structure
 from kunserve.errors import InvalidRequestError
 
 _NAME = re.compile(r"[\w.:/-]{1,256}")
@@ -46,24 +46,6 @@ class Tools:
         if not self.is_parallel:
             schema["maxItems"] = 1
         return json_structure(schema, "tool_choice")
-
-    def new_parser(self, parser: str | None) -> ToolParser | None:
-        """What takes calls out of one choice's text. `parser`: of the model's own format, used for `auto`."""
-        match self.mode:
-            case "none":
-                return None
-            case "named":
-                return NamedCall(self.name)
-            case "required":
-                return JsonCalls()
-        if parser is None:
-            text = "`tools` needs a server that knows the model's format of calls: start it with --tool-call-parser."
-            raise InvalidRequestError(text, param="tools")
-        return TOOL_PARSERS[parser]()
-
-    def shows_special_tokens(self, parser: str | None) -> bool:
-        """Return whether the text must show special tokens, because the model's own format marks calls by them."""
-        return self.mode == "auto" and parser is not None and TOOL_PARSERS[parser].has_special_marks
 
     def _parameters(self, name: str) -> dict[str, Any]:
         function = next(tool["function"] for tool in self.definitions if tool["function"]["name"] == name)

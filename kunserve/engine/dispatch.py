@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.scheduler import Scheduler
 from kunserve.engine.signals import Signals
 

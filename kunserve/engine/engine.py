@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from kunserve.engine.batch import Microbatch, count_prompt_tokens
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.executor import Executor
@@ -21,7 +22,6 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.live import Live
-from kunserve.engine.microbatch import Microbatch, count_prompt_tokens
 from kunserve.engine.request import Constraint, FinishReason, Output, Request
 from kunserve.engine.results import Result, judge, results_of
 from kunserve.engine.sampler import SampledToken

@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch, StepInputs, step_inputs
+from kunserve.engine.microbatch import StepInputs, step_inputs
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage

@@ -13,7 +13,7 @@ from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
 
 if TYPE_CHECKING:
-    from kunserve.engine.microbatch import Microbatch
+    from kunserve.engine.batch import Microbatch
 
 
 @dataclass(frozen=True, slots=True)

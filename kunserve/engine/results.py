@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kunserve.engine.microbatch import Microbatch, scored_positions
+from kunserve.engine.batch import Microbatch, scored_positions
 from kunserve.engine.request import Constraint, Request
 from kunserve.engine.sampler import SampledToken
 

@@ -88,7 +88,7 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     others = [
         i
         for i, row in enumerate(rows)
-        if token_ids[i] is not None and row.given is None and (row.params.temperature > 0 or _is_adjusted(row))
+        if token_ids[i] is not None and row.given is None and (row.params.temperature > 0 or is_adjusted(row))
     ]
     rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
     for start in range(0, len(others), rows_per_slice):
@@ -151,7 +151,7 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """Tokens of rows that are drawn or whose logits are adjusted; None for those that it leaves without any."""
     scores = logits.to(torch.float64, copy=True)
     for score, row in zip(scores, rows, strict=True):
-        if _is_adjusted(row):
+        if is_adjusted(row):
             _adjust(score, row)
     token_ids = _greedy(scores)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and token_ids[i] is not None]
@@ -232,7 +232,8 @@ def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: i
     return weights.where(is_kept | is_off[:, None], 0), is_decided
 
 
-def _is_adjusted(row: SamplingRow) -> bool:
+def is_adjusted(row: SamplingRow) -> bool:
+    """Return whether logits are changed before one is chosen: by a bias, a restriction or a penalty."""
     p = row.params
     is_biased = bool(p.logit_bias or p.bad_words) or len(row.output_token_ids) < p.min_tokens
     return is_biased or _is_restricted(row) or _is_penalised(p)

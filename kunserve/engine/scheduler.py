@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.block_table import BlockTable
 from kunserve.engine.budget import Budget, TimeBudget, TokenBudget, is_schedulable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch, Span
 from kunserve.engine.policy import Policy
 from kunserve.engine.request import Request
 from kunserve.engine.swap_queue import SwapMove, SwapQueue

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kunserve.gpu.copies import BlockCopy, copy_blocks
+from kunserve.gpu.cuda_driver import Driver
 from kunserve.gpu.cuda_stream import Launched, StreamQueue
-
-if TYPE_CHECKING:
-    from kunserve.gpu.cuda import CudaDevice
 
 SLICE_BYTES = 8 << 20
 NUM_BUFFERS = 2  # one filled while the other is emptied
 
 
-async def copy_between(source: CudaDevice, target: CudaDevice, copies: Sequence[BlockCopy]) -> None:
+class CopyEnd(Protocol):
+    """What one end of a copy is: a CUDA device's driver, and its streams for copies."""
+
+    driver: Driver
+    torch_device: torch.device
+    copy_in: StreamQueue
+    copy_out: StreamQueue
+    peer: StreamQueue
+
+
+async def copy_between(source: CopyEnd, target: CopyEnd, copies: Sequence[BlockCopy]) -> None:
     """Copy blocks: on one GPU at once, else gathered on the one, taken over as a whole, and put down on the other."""
     if source.driver.ordinal == target.driver.ordinal:
         await target.peer.run(partial(copy_blocks, copies))
@@ -36,9 +44,7 @@ async def copy_between(source: CudaDevice, target: CudaDevice, copies: Sequence[
     await target.copy_in.run(put_down)
 
 
-async def transfer(
-    source: CudaDevice, src: Tensor, target: CudaDevice, dst: Tensor, slice_bytes: int = SLICE_BYTES
-) -> None:
+async def transfer(source: CopyEnd, src: Tensor, target: CopyEnd, dst: Tensor, slice_bytes: int = SLICE_BYTES) -> None:
     """Copy `src` on `source` into `dst` on `target`: same shape and dtype, contiguous. Returns when it is there.
 
     Nobody else touches both meanwhile, and it must not be cancelled (`to_the_end`): it waits for what it has launched

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,17 +13,32 @@ from kunserve.errors import KunServeError, OverloadedError
 from kunserve.grammar.matcher import Mask, Matcher
 from kunserve.grammar.process import Death, Process
 
-if TYPE_CHECKING:
-    from kunserve.grammar.pool import Key, Pool
-
 STOPPING = "the server is stopping"
 MATCHERS_PER_PROCESS = 8  # before another process is started, up to one for each core
 
+Key = tuple[str, str]  # kind and value of a structure, as `Structure` of the API has them
+
+
+class Processes(Protocol):
+    """Where a structure's processes come from: the pool."""
+
+    is_closed: bool
+    num_cores: int
+
+    async def start(self, key: Key) -> Process | Death | KunServeError:
+        """Compile a structure again, at once: the process that holds it, or what went wrong."""
+
+    def refuse(self, key: Key, text: str) -> None:
+        """Do not try this structure again."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `work` until it is done or the pool is closed."""
+
 
 class Compiled:
-    """One structure. Made by `Pool.compile`."""
+    """One structure. Made by `Pool.compile`. Implements `matcher.Placer`."""
 
-    def __init__(self, pool: Pool, key: Key, process: Process) -> None:
+    def __init__(self, pool: Processes, key: Key, process: Process) -> None:
         self._pool, self.key = pool, key
         self._first_mask = np.frombuffer(process.first_mask, np.uint32)
         self.processes = [process]
@@ -31,11 +47,11 @@ class Compiled:
         self._starting: asyncio.Task[None] | None = None
 
     def new_number(self) -> int:
-        """Return a number for one of its matchers."""
+        """See `Placer.new_number`."""
         return next(self._numbers)
 
     def first_mask(self) -> Mask:
-        """Return the mask of the first token."""
+        """See `Placer.first_mask`."""
         mask = Mask()
         mask.set_result(self._first_mask)
         return mask
@@ -45,7 +61,7 @@ class Compiled:
         return Matcher(self)
 
     def place(self, matcher: Matcher, is_alone: bool = False) -> None:
-        """Find a process for a matcher that waits, or start one: for it alone, or for all that come meanwhile."""
+        """See `Placer.place`. A process that is started for it takes in all matchers that come meanwhile."""
         if self._pool.is_closed:
             matcher.fail(OverloadedError(STOPPING, retry_after_s=5))
             return
@@ -63,7 +79,7 @@ class Compiled:
             self._start()
 
     def refuse(self, text: str) -> None:
-        """It has ended processes: it is not used again."""
+        """See `Placer.refuse`."""
         self._pool.refuse(self.key, text)
 
     def _start(self) -> None:

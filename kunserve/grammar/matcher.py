@@ -12,7 +12,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,26 @@ from kunserve.errors import EngineError, InvalidRequestError, KunServeError, Ove
 from kunserve.grammar.process import Death, Process
 from kunserve.grammar.wire import Kind
 
-if TYPE_CHECKING:
-    from kunserve.grammar.compiled import Compiled
-
 Mask = Future["NDArray[np.uint32] | None"]
 
 # So many processes may die over one token. Somebody who kills them by hand is not the structure's fault.
 MAX_OWN_DEATHS, MAX_DEATHS = 2, 5
+
+
+class Placer(Protocol):
+    """What finds processes for the matchers of one structure."""
+
+    def new_number(self) -> int:
+        """Return a number that none of its matchers has."""
+
+    def first_mask(self) -> Mask:
+        """Return the mask of the first token."""
+
+    def place(self, matcher: Matcher, is_alone: bool = False) -> None:
+        """Find a process for a matcher that waits, of its own if it `is_alone`; the matcher enters it, or fails."""
+
+    def refuse(self, text: str) -> None:
+        """Use the structure no more: it has ended processes."""
 
 
 def settle(mask: Mask, words: NDArray[np.uint32] | None) -> None:
@@ -39,26 +52,26 @@ def settle(mask: Mask, words: NDArray[np.uint32] | None) -> None:
 class Matcher:
     """A place in a structure. Used on the event loop. Implements `process.Follower`."""
 
-    def __init__(self, compiled: Compiled, token_ids: Sequence[int] = (), error: KunServeError | None = None) -> None:
-        self.number = compiled.new_number()
+    def __init__(self, placer: Placer, token_ids: Sequence[int] = (), error: KunServeError | None = None) -> None:
+        self.number = placer.new_number()
         self.token_ids = array("I", token_ids)
         self.is_finished = False
         self.error = error  # why nothing can follow, and the request has to end
-        self._compiled = compiled
+        self._placer = placer
         self._process: Process | None = None
         self._is_alone = False  # its process is nobody else's
-        self._mask: Mask = compiled.first_mask()
+        self._mask: Mask = placer.first_mask()
         self._judged = asyncio.Event()
         self._judged.set()
         self._num_deaths = self._num_own_deaths = 0  # over the last token
 
     def copy(self) -> Matcher:
         """Another request's, at the same place."""
-        matcher = Matcher(self._compiled, self.token_ids, self.error)
+        matcher = Matcher(self._placer, self.token_ids, self.error)
         matcher.is_finished = self.is_finished
         if matcher.token_ids and not (self.is_finished or self.error):
             matcher._mask = Mask()
-            self._compiled.place(matcher)
+            self._placer.place(matcher)
         return matcher
 
     @property
@@ -80,7 +93,7 @@ class Matcher:
             self._process.advance(self, len(self.token_ids), self.token_ids[-1:].tobytes())
         else:
             self._process = None
-            self._compiled.place(self)
+            self._placer.place(self)
 
     async def settled(self) -> None:
         """Return when `is_finished` and `error` are known for all tokens so far."""
@@ -142,12 +155,12 @@ class Matcher:
         self._num_deaths += 1
         self._num_own_deaths += death.is_own
         if self._num_own_deaths == MAX_OWN_DEATHS:
-            self._compiled.refuse(death.text)
+            self._placer.refuse(death.text)
             self.fail(InvalidRequestError(f"The structure that was asked for cannot be used: {death.text}"))
         elif self._num_deaths == MAX_DEATHS:
             self.fail(OverloadedError("the processes of the structure are killed again and again", retry_after_s=5))
         else:
-            self._compiled.place(self, is_alone=self._num_own_deaths > 0)
+            self._placer.place(self, is_alone=self._num_own_deaths > 0)
 
     def _leave(self) -> None:
         process, self._process = self._process, None

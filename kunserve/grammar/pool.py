@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from kunserve.errors import KunServeError, OverloadedError
-from kunserve.grammar.compiled import STOPPING, Compiled
+from kunserve.grammar.compiled import STOPPING, Compiled, Key
 from kunserve.grammar.fair_queue import FairQueue
 from kunserve.grammar.fork_server import ForkServer, Vocabulary
 from kunserve.grammar.limits import CPU_S, RefusedError
@@ -25,8 +25,6 @@ MAX_PROCESSES, MAX_BYTES = 256, 4 << 30  # beyond, those that nobody waits for e
 IDLE_S = 60.0  # after so long without a request a process ends
 MAX_REFUSED = 4096  # that are remembered
 MAX_KILLED = 3  # processes that somebody else ended while they compiled one structure
-
-Key = tuple[str, str]  # kind and value of a structure, as `api.structured.Structure` has them
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +109,7 @@ class Pool:
         return job.compiled.result()
 
     async def start(self, key: Key) -> Process | Death | KunServeError:
-        """Compile a structure again, at once, for matchers that have no process: the process, or what went wrong."""
+        """See `Processes.start`: for matchers that have no process."""
         self._make_room()
         try:
             return self._add(await Process.start(self._fork_server, *key, self._died))
@@ -125,12 +123,12 @@ class Pool:
             return error
 
     def refuse(self, key: Key, text: str) -> None:
-        """Do not try this structure again."""
+        """See `Processes.refuse`."""
         self._refused.add(key, text)
         self._compiled.pop(key, None)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` until it is done or the pool is closed."""
+        """See `Processes.spawn`."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -24,7 +24,7 @@ _WHITESPACE = r"(\n[ ]{0,32}|[ ])?"
 
 
 def compile_matcher(tokenizer: LLTokenizer, kind: str, value: str) -> tuple[Any, bytes]:
-    """Return a matcher at the beginning of a structure (`kind` and `value` as in `pool.Key`), and its first mask.
+    """Return a matcher at the beginning of a structure (`kind` and `value` as in `compiled.Key`), and its first mask.
 
     Raises RefusedError if the structure is not valid, or if no answer could ever end.
     """

@@ -17,9 +17,9 @@ from kunserve.engine.sampler import (
     SLICE_ELEMENTS,
     SampledToken,
     SamplingRow,
-    _is_adjusted,
     draw,
     integer_weights,
+    is_adjusted,
     not_finite,
     sample,
     uniform,
@@ -81,7 +81,7 @@ def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingToke
 def _is_plain(row: SamplingRow) -> bool:
     p = row.params
     is_filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0)
-    return not (is_filtered or _is_adjusted(row) or row.given is not None or p.num_logprobs is not None)
+    return not (is_filtered or is_adjusted(row) or row.given is not None or p.num_logprobs is not None)
 
 
 def _drawn(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

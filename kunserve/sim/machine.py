@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
 from kunserve.engine.machine import Machine
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.sampler import SampledToken
 from kunserve.gpu.cuda import choose_chunk_bytes

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kunserve.config import EngineConfig
+from kunserve.engine.assemble import assemble
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
-from kunserve.engine.launch import assemble
 from kunserve.engine.request import Output, Request, SamplingParams
 from kunserve.engine.signals import loop_time
 from kunserve.engine.stream import Sink

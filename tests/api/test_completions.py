@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from api_fakes import BOS, MODEL, CharTokenizer, FakeEngine, Script, error_of, events_of, say, serving
+from api_fakes import BOS, MODEL, FakeEngine, error_of, events_of, say, serving
 
-from kunserve.engine.request import FinishReason, Output, TokenLogprobs
+from kunserve.engine.request import FinishReason, Output
 from kunserve.errors import EngineError, OverloadedError
 
 URL = "/v1/completions"
@@ -106,60 +104,6 @@ async def test_stream_of_several_choices() -> None:
     counts = [sum(e["choices"][0]["index"] == i for e in events[:-1]) for i in range(3)]
     assert counts == [1, 3, 2]
     assert events[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
-
-
-async def test_logprobs() -> None:
-    entries = (TokenLogprobs(97, -0.5, ((98, -0.25), (97, -0.5))), TokenLogprobs(99, -3.0, ((98, -0.1),)))
-    engine = FakeEngine(lambda _: [Output("ac", (97, 99), entries, FinishReason.LENGTH)])
-    answer = await post(engine, logprobs=2)
-    assert engine.requests[0].params.num_logprobs == 2
-    assert answer["choices"][0]["logprobs"] == {
-        "tokens": ["a", "c"],
-        "token_logprobs": [-0.5, -3.0],
-        "top_logprobs": [{"a": -0.5, "b": -0.25}, {"c": -3.0, "b": -0.1}],
-        "text_offset": [0, 1],
-    }
-
-
-class HalfTokenizer(CharTokenizer):
-    """Tokens 3 and 4 are the first bytes of longer characters."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return {3: b"\xe2\x82", 4: b"\xf0"}.get(token_id) or super().token_bytes(token_id)
-
-    def token_text(self, token_id: int) -> str:
-        return self.token_bytes(token_id).decode(errors="replace")
-
-
-HALVES = (TokenLogprobs(3, -0.5, ((4, -1.0), (97, -2.0))),)
-
-
-@pytest.mark.parametrize(
-    ("more", "names"),
-    [({}, (r"bytes:\xe2\x82", r"bytes:\xf0", "a")), ({"return_tokens_as_token_ids": True}, ("3", "4", "97"))],
-)
-async def test_logprobs_of_half_characters_stay_apart(more: dict[str, Any], names: tuple[str, ...]) -> None:
-    names = tuple(name if not more else f"token_id:{name}" for name in names)
-    engine = FakeEngine(lambda _: [Output("", (3,), HALVES, FinishReason.LENGTH)])
-    async with serving(engine, tokenizer=HalfTokenizer()) as client:
-        body = {"prompt": "x", "logprobs": 2, **more}
-        logprobs = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]["logprobs"]
-        body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2, **more}
-        [chat] = (await (await client.post("/v1/chat/completions", json=body)).json())["choices"][0]["logprobs"][
-            "content"
-        ]
-    assert logprobs["tokens"] == [names[0]]
-    assert logprobs["top_logprobs"] == [dict(zip(names, (-0.5, -1.0, -2.0), strict=True))]
-    assert chat["bytes"] == [0xE2, 0x82] and [top["bytes"] for top in chat["top_logprobs"]] == [[0xF0], [97]]
-
-
-async def test_stream_logprobs_offsets_go_on() -> None:
-    outputs = [
-        Output("ab", (97,), (TokenLogprobs(97, -1.0, ()),)),
-        Output("c", (99,), (TokenLogprobs(99, -2.0, ()),), FinishReason.LENGTH),
-    ]
-    events = await stream(FakeEngine(lambda _: outputs), logprobs=0)
-    assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [2]]
 
 
 async def test_echo() -> None:
@@ -304,154 +248,6 @@ async def test_one_failed_choice_ends_the_others() -> None:
         await error_of(await client.post(URL, json={"prompt": [[1], [2]]}))
     ended = {engine.aborted.get_nowait() for _ in range(engine.aborted.qsize())}
     assert ended == {request.request_id for request in engine.requests}
-
-
-class LateTokenizer(CharTokenizer):
-    """Remembers which threads it worked on."""
-
-    def __init__(self) -> None:
-        self.threads: list[str] = []
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        self.threads.append(threading.current_thread().name)
-        return super().encode(text[:4], add_special_tokens)
-
-
-async def test_large_text_is_tokenized_off_the_event_loop() -> None:
-    tokenizer = LateTokenizer()
-    async with serving(FakeEngine(), tokenizer=tokenizer) as client:
-        for prompt in ("short", "long" * 3000):
-            response = await client.post(URL, json={"prompt": prompt})
-            assert response.status == 200
-    assert tokenizer.threads[0] == "MainThread"
-    assert tokenizer.threads[1].startswith("tokenizer")
-
-
-class WatchedTokenizer(CharTokenizer):
-    """Remembers which threads it named tokens on and made text on."""
-
-    def __init__(self) -> None:
-        self.named: list[str] = []
-        self.decoded: list[str] = []
-
-    def token_text(self, token_id: int) -> str:
-        self.named.append(threading.current_thread().name.split("_")[0])
-        return super().token_text(token_id)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        self.decoded.append(threading.current_thread().name.split("_")[0])
-        return super().decode(ids, skip_special_tokens)
-
-
-def saying(outputs: list[Output]) -> Script:
-    return lambda _: outputs
-
-
-def scored(num: int, num_prompt: int) -> Output:
-    entry = TokenLogprobs(97, -0.5, tuple((i, -1.0) for i in range(20)), 1)
-    return Output("a" * num, (97,) * num, (entry,) * num, FinishReason.LENGTH, None, (entry,) * (num_prompt - 1))
-
-
-@pytest.mark.parametrize(
-    ("url", "body"),
-    [
-        (URL, {"logprobs": 20}),
-        (URL, {"prompt_logprobs": 20}),
-        (URL, {"echo": True, "logprobs": 20}),
-        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 20}),
-    ],
-)
-async def test_many_logprobs_are_written_off_the_event_loop(url: str, body: dict[str, Any]) -> None:
-    for num, num_prompt, thread in ((30, 30, "tokenizer"), (1, 2, "MainThread")):
-        tokenizer = WatchedTokenizer()
-        outputs = [scored(num, num_prompt)]
-        async with serving(FakeEngine(saying(outputs)), tokenizer=tokenizer) as client:
-            given = {"prompt": [97] * num_prompt} if url == URL else {"messages": [{"role": "user", "content": "x"}]}
-            response = await client.post(url, json={**given, **body, "max_tokens": num})
-            assert response.status == 200, await response.text()
-        assert set(tokenizer.named) == {thread}
-
-
-async def test_an_echo_with_many_logprobs_is_written_off_the_event_loop() -> None:
-    tokenizer = WatchedTokenizer()
-    async with serving(FakeEngine(lambda _: [scored(1, 30)]), tokenizer=tokenizer) as client:
-        body = {"prompt": [97] * 30, "echo": True, "logprobs": 20, "stream": True}
-        events = await events_of(await client.post(URL, json=body))
-    assert [len(event["choices"][0]["logprobs"]["tokens"]) for event in events] == [30, 1]
-    is_chunk = [thread == "MainThread" for thread in tokenizer.named]
-    assert is_chunk == sorted(is_chunk) and 0 < sum(is_chunk) < 50  # the opening, then one token
-
-
-async def test_long_echoes_are_made_off_the_event_loop() -> None:
-    for num, thread in ((10, "MainThread"), (40, "tokenizer")):
-        tokenizer = WatchedTokenizer()
-        async with serving(FakeEngine(), tokenizer=tokenizer) as client:
-            body = {"prompt": [[97] * 50] * num, "echo": True, "max_tokens": 1}
-            answer = await (await client.post(URL, json=body)).json()
-        assert answer["choices"][0]["text"] == "a" * 50 + "ok"
-        assert tokenizer.decoded == [thread] * num
-
-
-async def test_text_that_cannot_fit_is_not_tokenized() -> None:
-    tokenizer = LateTokenizer()
-    async with serving(FakeEngine(), tokenizer=tokenizer) as client:
-        error = await error_of(await client.post(URL, json={"prompt": "x" * 256 * 65}))
-    assert error["code"] == 400
-    assert tokenizer.threads == []
-
-
-SCORES = (TokenLogprobs(104, -1.0, ((5, -0.5),), 2), TokenLogprobs(105, -2.0, ((6, -0.25),), 7))
-
-
-def scoring(_: Any) -> list[Output]:
-    """A prompt of BOS, h, i."""
-    return [Output("o", (111,), (TokenLogprobs(111, -3.0, ((7, -0.1),)),), FinishReason.LENGTH, None, SCORES)]
-
-
-async def test_echo_with_logprobs() -> None:
-    answer = await post(FakeEngine(scoring), echo=True, logprobs=1, max_tokens=1)
-    choice = answer["choices"][0]
-    assert choice["text"] == "hio"
-    assert choice["logprobs"] == {
-        "tokens": [chr(BOS), "h", "i", "o"],
-        "token_logprobs": [None, -1.0, -2.0, -3.0],
-        "top_logprobs": [None, {"h": -1.0, chr(5): -0.5}, {"i": -2.0, chr(6): -0.25}, {"o": -3.0, chr(7): -0.1}],
-        "text_offset": [0, 1, 2, 2],
-    }
-    events = await stream(FakeEngine(scoring), echo=True, logprobs=1, max_tokens=1)
-    assert events[0]["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
-    assert events[1]["choices"][0]["logprobs"]["token_logprobs"] == [-3.0]
-
-
-async def test_echo_of_nothing_but_the_prompt() -> None:
-    engine = FakeEngine(scoring)
-    answer = await post(engine, echo=True, logprobs=0, max_tokens=0)
-    assert engine.requests[0].params.max_tokens == 1
-    choice = answer["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
-    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
-    assert choice["logprobs"]["top_logprobs"] == [None, {"h": -1.0}, {"i": -2.0}]
-    assert answer["usage"]["completion_tokens"] == 0
-    events = await stream(FakeEngine(scoring), echo=True, max_tokens=0, stream_options={"include_usage": True})
-    assert [event["choices"][0]["text"] for event in events[:-1]] == ["hi", ""]
-    assert events[-1]["usage"]["completion_tokens"] == 0
-
-
-async def test_prompt_logprobs() -> None:
-    engine = FakeEngine(scoring)
-    answer = await post(engine, prompt_logprobs=1)
-    assert engine.requests[0].params.num_prompt_logprobs == 1
-    assert answer["choices"][0]["prompt_logprobs"] == [
-        None,
-        {
-            "104": {"logprob": -1.0, "rank": 2, "decoded_token": "h"},
-            "5": {"logprob": -0.5, "rank": 1, "decoded_token": "\x05"},
-        },
-        {
-            "105": {"logprob": -2.0, "rank": 7, "decoded_token": "i"},
-            "6": {"logprob": -0.25, "rank": 1, "decoded_token": "\x06"},
-        },
-    ]
 
 
 async def test_bad_words_and_allowed_tokens_reach_the_engine() -> None:

@@ -7,7 +7,7 @@ import pytest
 from api_fakes import FakeEngine, error_of, serving
 from structures import EOS, VOCABULARY
 
-from kunserve.api.structured import MAX_CHARS, Grammars
+from kunserve.api.grammars import MAX_CHARS, Grammars
 from kunserve.engine.request import FinishReason, Output, Request
 from kunserve.errors import EngineError
 

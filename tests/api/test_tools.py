@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 from structures import VOCABULARY
 
 from kunserve.api.backend import ApiSettings
-from kunserve.api.structured import Grammars
+from kunserve.api.grammars import Grammars
 from kunserve.api.tool_parsers import TOOL_PARSERS, TaggedCalls
 from kunserve.api.tools import Tools
 from kunserve.engine.request import Constraint, FinishReason, Output, Request

@@ -13,7 +13,7 @@ from tiny_models import EOS, load_reference
 
 from e2e.engines import LAYOUTS, assert_idle, greedy, new_request, running_engine
 from e2e.tiny import WIDE_KV, TinyModels, random_prompt
-from kunserve.api.structured import Grammars, Structure
+from kunserve.api.grammars import Grammars, Structure
 from kunserve.engine.engine import Engine
 from kunserve.engine.request import Output, SamplingParams
 from kunserve.grammar.fork_server import Vocabulary

@@ -70,7 +70,7 @@ async def test_what_cannot_be_is_refused_with_figures(settings: dict[str, Any], 
 
 async def test_memory_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each device alone would fit."""
-    monkeypatch.setattr("kunserve.engine.machine.available_bytes", lambda: 1000 * MIB)
+    monkeypatch.setattr("kunserve.engine.host_machine.available_bytes", lambda: 1000 * MIB)
     message = r"2 device\(s\) of 730 MiB need 1460 MiB: 1000 MiB of host memory are available"
     with pytest.raises(ConfigError, match=message):
         async with running_engine("smollm2-135m", "cpu:2", device_memory_bytes=730 * MIB):

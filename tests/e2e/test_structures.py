@@ -17,9 +17,10 @@ from e2e.engines import LAYOUTS, assert_idle, new_request, running_engine
 from e2e.tiny import random_prompt
 from kunserve.engine.engine import Engine
 from kunserve.engine.request import FinishReason, SamplingParams
+from kunserve.grammar.compiled import Key
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.limits import RefusedError
-from kunserve.grammar.pool import Key, Pool
+from kunserve.grammar.pool import Pool
 
 STRUCTURES: list[Key | None] = [
     ("regex", "(ab|ba|c){20,30}z"),

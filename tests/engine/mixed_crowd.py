@@ -14,8 +14,9 @@ from transition_harness import Answer, checked_engine
 
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.engine.tokenizer import Tokenizer
+from kunserve.grammar.compiled import Key
 from kunserve.grammar.fork_server import Vocabulary
-from kunserve.grammar.pool import Key, Pool
+from kunserve.grammar.pool import Pool
 
 NUM_REQUESTS = 8  # of a crowd
 STOPS, IS_STRUCTURED = 5, 6  # which of them

@@ -9,9 +9,9 @@ import pytest
 from cost_models import COST
 from test_scheduler import LAYERS, check, commit, make_group, make_request
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.policy import make_policy
 from kunserve.engine.scheduler import Limits, Scheduler
 from kunserve.planner.cost import Chunk, Work

@@ -11,10 +11,11 @@ import pytest
 from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_engine, token_ids
 from structlog.testing import capture_logs
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.boundary import Boundary
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import Microbatch, StepInputs
+from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import FinishReason, Output, Request, TokenMask
 from kunserve.engine.sampler import SampledToken

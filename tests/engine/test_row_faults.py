@@ -20,12 +20,12 @@ from structures import constraint, open_pool
 from tiny_models import EOS, VOCAB_SIZE, make_tiny_model
 
 from kunserve.engine import sampler
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.launch import Served
 from kunserve.engine.logprobs import logprobs_of
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.request import Output, Request, TokenLogprobs
 from kunserve.engine.sampler import SampledToken
 from kunserve.engine.tokenizer import Tokenizer

@@ -7,10 +7,10 @@ from collections import deque
 
 import pytest
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.policy import make_policy, shortest_running
 from kunserve.engine.request import FinishReason, Request, SamplingParams
 from kunserve.engine.scheduler import Limits, Scheduler

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.block_table import BlockTable
 from kunserve.engine.group import Stage
-from kunserve.engine.microbatch import Microbatch, Span, step_inputs
+from kunserve.engine.microbatch import step_inputs
 from kunserve.engine.request import Request, SamplingParams
 from kunserve.engine.stage import SCORED_ROWS, run_last_stage
 

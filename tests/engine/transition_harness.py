@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from e2e.engines import running_engine
 from tiny_models import VOCAB_SIZE
 
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
 from kunserve.engine.launch import Served
-from kunserve.engine.microbatch import Microbatch
 from kunserve.engine.reconfigure import Reconfigure
 from kunserve.engine.request import FinishReason, Output, Request, SamplingParams
 from kunserve.engine.transition import Transition

@@ -13,13 +13,13 @@ import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda
 
+from kunserve.engine.assemble import make_control
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.cuda_machine import CudaMachine, CudaOptions, full_step
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.launch import make_control
 from kunserve.engine.placement import model_shape
 from kunserve.engine.policy import make_policy
 from kunserve.engine.request import Request, SamplingParams, TokenMask

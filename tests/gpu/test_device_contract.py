@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from device_contract import NUM_CHUNKS, DeviceContract, MemoryContract
+from device_contract import NUM_CHUNKS, DeviceContract
 from fake_cuda import GRANULARITY, FakeCuda
+from memory_contract import MemoryContract
 
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu import host

@@ -17,9 +17,10 @@ from kunserve.engine.constraint import GrammarConstraint
 from kunserve.errors import InvalidRequestError, KunServeError, OverloadedError
 from kunserve.grammar import matcher, process
 from kunserve.grammar import pool as pool_module
+from kunserve.grammar.compiled import Key
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.limits import RefusedError
-from kunserve.grammar.pool import Key, Pool
+from kunserve.grammar.pool import Pool
 from kunserve.grammar.process import Process
 
 DIGITS: Key = ("regex", "[0-9]{1,60}z")

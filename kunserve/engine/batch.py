@@ -1,0 +1,57 @@
+"""A microbatch as it is scheduled: which tokens of which requests pass through a chain together. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from kunserve.engine.request import Request
+
+
+class Span(NamedTuple):
+    """Tokens `[start, end)` of one request. `samples`: they reach its last, so the last stage samples the next.
+
+    `is_ahead`: nobody knows the last one yet; the oldest microbatch in flight samples it.
+    """
+
+    request: Request
+    start: int
+    end: int
+    samples: bool
+    is_ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Microbatch:
+    """Spans of distinct requests, scheduled together. Everything a stage needs is a snapshot: requests may change."""
+
+    group_id: int
+    epoch: int
+    spans: tuple[Span, ...]
+    sampled: Future[Any] = field(default_factory=Future)  # by its executor, for the microbatch that runs ahead of it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all spans."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+def scored_positions(span: Span) -> Sequence[int]:
+    """Positions of a span whose logits say how likely the prompt's next token was; empty unless asked for."""
+    request = span.request
+    if request.params.num_prompt_logprobs is None:
+        return ()
+    return range(span.start, min(span.end, request.num_prompt_tokens - 1))
+
+
+def count_prompt_tokens(batch: Microbatch) -> int:
+    """Return how many prompt tokens a microbatch has computed that never were before, and count them as computed."""
+    num_new = 0
+    for request, start, end, _, _ in batch.spans:
+        counted, end = request.num_counted_tokens, min(end, len(request.prompt_token_ids))
+        if counted < end:
+            num_new += end - max(start, counted)
+            request.num_counted_tokens = end
+    return num_new
