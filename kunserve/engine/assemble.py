@@ -102,10 +102,10 @@ async def assemble(
         is_automatic=config.overload_policy is OverloadPolicy.DROP and not config.is_pinned,
         clock=machine.clock,
     )
-    engine.overload_policy = config.overload_policy
+    engine.view.overload_policy = config.overload_policy
     copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
     by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
-    engine.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
+    engine.view.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
     return engine, control
 
 

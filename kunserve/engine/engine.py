@@ -30,13 +30,12 @@ from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.stream import OutputStream, Sink
 from kunserve.engine.tokenizer import Tokenizer
-from kunserve.engine.view import check_engine, engine_health, engine_state, engine_stats, weight_bytes
+from kunserve.engine.view import View
 from kunserve.engine.waiting import Waiting
 from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.metrics import EngineStats, Metrics
 from kunserve.model.config import ModelConfig
-from kunserve.policies import OverloadPolicy
 
 log = structlog.get_logger()
 
@@ -62,11 +61,9 @@ class Engine:
         self.tokenizer, self.metrics = tokenizer, metrics
         self.control: Control | None = None
         self.mover: Mover | None = None
-        self.overload_policy: OverloadPolicy | None = None  # as the flag names it: for views
-        self.no_drop: str | None = None  # why no weights are ever dropped by themselves: for views
+        self.view = View(model, fleet, scheduler, memories)
         self._is_accepting = self._has_ended = False
         self._live: dict[str, Live] = {}
-        self.launched_weight_bytes = weight_bytes(memories)
         self._random = random.Random(seed)
         self._num_in_flight = 0  # microbatches
         self._tasks: asyncio.TaskGroup | None = None
@@ -376,19 +373,14 @@ class Engine:
         """Whether nothing is in flight."""
         return self._num_in_flight == 0
 
-    @property
-    def num_live(self) -> int:
-        """Requests that have not ended."""
-        return len(self._live)
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since a step finished, or since the first was launched after nothing was in flight."""
-        return loop_time() - self._last_step_s
-
     def health(self) -> str | None:
         """None if the engine does its work; else what is wrong."""
-        return engine_health(self)
+        if not self.is_running:
+            return "the engine has stopped"
+        silent_s = loop_time() - self._last_step_s
+        if self._live and silent_s > self.limits.stall_s:
+            return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
+        return None
 
     def waiting(self, owner: str | None = None) -> Waiting:
         """How much is queued, of all or of one owner."""
@@ -399,15 +391,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The figures that metrics show."""
-        return engine_stats(self)
+        return self.view.stats()
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """What `/kunserve/state` shows, with the last `num_transitions` or all that are remembered."""
-        return engine_state(self, num_transitions)
+        return {**self.view.state(), **(self.control.state(num_transitions) if self.control is not None else {})}
 
     def check(self) -> None:
         """Assert the invariants of memory and grouping."""
-        check_engine(self)
+        self.view.check()
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()

@@ -72,8 +72,8 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         is_by_default = max_model_len == wanted_max_model_len(files, config) < files.config.max_position_embeddings
         say = log.info if is_by_default else log.warning
         say("requests are shorter than the model allows", max_model_len=max_model_len, because=reason)
-    if served.engine.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
-        log.warning("no weights can make room for KV", because=served.engine.no_drop)
+    if served.engine.view.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
+        log.warning("no weights can make room for KV", because=served.engine.view.no_drop)
     return served
 
 
