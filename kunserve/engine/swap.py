@@ -1,6 +1,6 @@
 """Swap: copies the KV of requests that make way to host memory and back, hidden behind the devices' forward time.
 
-The scheduler decides who leaves and who returns (engine/swap_queue.py); this asks for the transfers and paces them.
+The scheduler decides who leaves and who returns (swap_queue.py); this asks for the transfers and paces them.
 Per iteration of a device no more bytes move than fit into its measured forward time at the measured copy speed
 (InferCept's swap budget), in and out together; while nothing computes there is nothing to hide behind. A request whose
 copy fails is recomputed.
