@@ -1,6 +1,6 @@
-"""The blocks of one device: ids `0..num_blocks`, free or used; the end of the memory flow.
+"""The blocks of one stage: ids `0..num_blocks`, reference-counted; the end of the memory flow.
 
-An id names the same place in the KV range of every layer of its stage. The pool grows when a drop maps chunks at the
+An id names the same place in the KV range of every layer of the stage. The pool grows when a drop maps chunks at the
 tail of those ranges; before they shrink, `limit` keeps new allocations out of the tail until it is empty.
 """
 
@@ -18,7 +18,7 @@ class BlockPool:
         self._limit = num_blocks  # ids from here on are not handed out
         self._free = list(range(num_blocks))  # a heap; may hold ids >= limit, which are skipped
         self._num_free_below_limit = num_blocks
-        self._used: set[int] = set()
+        self._ref_counts: dict[int, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -28,7 +28,7 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         """Blocks that somebody holds."""
-        return len(self._used)
+        return len(self._ref_counts)
 
     @property
     def limit(self) -> int:
@@ -36,7 +36,7 @@ class BlockPool:
         return self._limit
 
     def alloc(self, num_blocks: int, *, is_beyond_limit: bool = False) -> list[int] | None:
-        """Take blocks; None, and nothing taken, when there are not enough.
+        """Take blocks, each with one reference; None, and nothing taken, when there are not enough.
 
         `is_beyond_limit`: the last ids, for KV that is on its way to a range not mapped so far.
         """
@@ -49,13 +49,22 @@ class BlockPool:
         else:
             taken = [heapq.heappop(self._free) for _ in range(num_blocks)]
         self._num_free_below_limit -= sum(1 for block in taken if block < self._limit)
-        self._used.update(taken)
+        self._ref_counts.update(dict.fromkeys(taken, 1))
         return taken
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Give blocks back."""
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to blocks that are in use (a common prefix)."""
         for block in blocks:
-            self._used.remove(block)
+            self._ref_counts[block] += 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Take a reference away; a block without references is free."""
+        for block in blocks:
+            count = self._ref_counts[block] - 1
+            if count:
+                self._ref_counts[block] = count
+                continue
+            del self._ref_counts[block]
             heapq.heappush(self._free, block)
             if block < self._limit:
                 self._num_free_below_limit += 1
@@ -75,7 +84,7 @@ class BlockPool:
 
     def used_beyond(self, limit: int) -> list[int]:
         """Used ids that stand in the way of shrinking to `limit`."""
-        return sorted(block for block in self._used if block >= limit)
+        return sorted(block for block in self._ref_counts if block >= limit)
 
     def shrink(self, num_blocks: int) -> None:
         """Fewer ids are mapped; none of those that go may be in use."""
@@ -86,10 +95,14 @@ class BlockPool:
         self.set_limit(num_blocks)
 
     def check(self, holders: Iterable[Iterable[int]] | None = None) -> None:
-        """Assert that every id is free or used, once; and that each used one is in exactly one of `holders`."""
-        assert len(set(self._free)) == len(self._free) and set(self._free).isdisjoint(self._used)
-        assert set(self._free) | self._used == set(range(self.num_blocks))
+        """Assert that every id is free or used, once; and used exactly as often as `holders` hold it."""
+        assert len(set(self._free)) == len(self._free) and set(self._free).isdisjoint(self._ref_counts)
+        assert set(self._free) | set(self._ref_counts) == set(range(self.num_blocks))
         assert self._num_free_below_limit == sum(1 for b in self._free if b < self._limit)
+        assert all(count > 0 for count in self._ref_counts.values())
         if holders is not None:
-            held = [block for blocks in holders for block in blocks]
-            assert sorted(held) == sorted(self._used), "blocks in use are not what requests hold"
+            counts: dict[int, int] = {}
+            for blocks in holders:
+                for block in blocks:
+                    counts[block] = counts.get(block, 0) + 1
+            assert counts == self._ref_counts, "references are not what requests hold"

@@ -14,7 +14,7 @@ def test_random_operations(seed: int) -> None:
     rng = random.Random(seed)
     pool, held = BlockPool(30), []
     for _ in range(400):
-        action = rng.choice(["alloc", "free", "grow", "limit", "shrink"])
+        action = rng.choice(["alloc", "free", "share", "grow", "limit", "shrink"])
         if action == "alloc":
             wanted, free = rng.randrange(8), pool.num_free
             blocks = pool.alloc(wanted)
@@ -24,6 +24,10 @@ def test_random_operations(seed: int) -> None:
                 held.append(blocks)
         elif action == "free" and held:
             pool.free(held.pop(rng.randrange(len(held))))
+        elif action == "share" and held:
+            shared = rng.choice(held)
+            pool.share(shared)
+            held.append(list(shared))
         elif action == "grow":
             pool.grow(pool.num_blocks + rng.randrange(4))
         elif action == "limit":

@@ -157,7 +157,7 @@ def test_check_sees_a_block_that_no_table_holds() -> None:
     fleet.admit(make_request("r", 9, 9), fleet.groups[0])
     fleet.check(LAYERS)
     assert fleet.pools[0].alloc(1) is not None
-    with pytest.raises(AssertionError, match="blocks in use"):
+    with pytest.raises(AssertionError, match="not what requests hold"):
         fleet.check(LAYERS)
 
 
