@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from cost_models import COST
-from test_scheduler import LAYERS, check, commit, make_group, make_request
+from groups import LAYERS, check, commit, make_group, make_request
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet

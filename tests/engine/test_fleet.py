@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_scheduler import LAYERS, make_group, make_request
+from groups import LAYERS, make_group, make_request
 
 import kunserve
 from kunserve.engine.block_table import BlockTable
