@@ -34,10 +34,10 @@ unit: $(VENV)/.installed-test
 test: lint unit
 
 paper: $(VENV)/.installed-test
-	$(BIN)/python scripts/paper.py
+	$(BIN)/python scripts/figures/paper.py
 
 bench-overload: $(VENV)/.installed-test
-	$(BIN)/python scripts/compare_policies.py
+	$(BIN)/python scripts/bench/compare_policies.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

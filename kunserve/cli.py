@@ -37,11 +37,11 @@ def _run(command: str, rest: list[str]) -> None:
 
         server.run(rest, prog="kunserve serve")
     elif command == "top":
-        from kunserve import top
+        from kunserve.command import top
 
         top.main(rest)
     elif command == "replay":
-        from kunserve import replay
+        from kunserve.command import replay
 
         replay.main(rest)
     elif command == "loadgen":

@@ -1,4 +1,4 @@
-"""The names of the overload policies. What each does is in `engine/policy.py`."""
+"""The names of the overload policies. What each does is in `engine/schedule/policy.py`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from kunserve.arguments import parse_args
+from kunserve.command.arguments import parse_args
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.card import check_model
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
 
         import uvloop
 
-        from kunserve.serving import serve
+        from kunserve.command.serving import serve
 
         uvloop.run(serve(config))
     except ConfigError as error:

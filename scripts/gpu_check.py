@@ -26,7 +26,7 @@ from gpucheck.worker import Part, run_parts, serve
 
 from kunserve.config import DeviceSpec
 from kunserve.errors import ConfigError
-from kunserve.gpu.cuda import open_drivers
+from kunserve.gpu.cuda.device import open_drivers
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 

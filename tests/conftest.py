@@ -1,4 +1,4 @@
-"""Shared by all tests. This file also puts `tests/` on the path, for helpers such as `tiny_models`."""
+"""Shared by all tests. `helpers/` makes what they need, `fakes/` stands in for it; pytest has both on its path."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kunserve import serving
-from kunserve.arguments import parse_args
+from kunserve.command import serving
+from kunserve.command.arguments import parse_args
 from kunserve.config import parse_devices
 from kunserve.errors import ConfigError
 from kunserve.model.card import list_cards
@@ -110,7 +110,7 @@ async def test_files_are_read_before_the_model(
     def launch(*_: Any) -> None:
         raise AssertionError("loading has begun")
 
-    monkeypatch.setattr("kunserve.engine.launch.launch", launch)
+    monkeypatch.setattr("kunserve.engine.launch.launch.launch", launch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jinja").write_text("{% if %}")
     with pytest.raises(ConfigError, match=message):

@@ -9,20 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 from aiohttp import web
 
-from kunserve.api import anthropic
-from kunserve.api.access import allow_origin, check_key, is_preflight, log_access, preflight_response
-from kunserve.api.admin import drop, restore
-from kunserve.api.admission import Admission
-from kunserve.api.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
-from kunserve.api.body_memory import BodyMemory
-from kunserve.api.burst import BURSTS, Bursts, start_burst
-from kunserve.api.chat import chat_completions
-from kunserve.api.completions import completions
-from kunserve.api.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
-from kunserve.api.errors import error_response, http_error_response, internal_error
-from kunserve.api.feed import FEED, Feed, events
-from kunserve.api.grammars import Grammars
-from kunserve.api.operations import (
+from kunserve.api.operate.admin import drop, restore
+from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
+from kunserve.api.operate.feed import FEED, Feed, events
+from kunserve.api.operate.page import PAGE, page_files, show_page
+from kunserve.api.routes import anthropic
+from kunserve.api.routes.chat import chat_completions
+from kunserve.api.routes.completions import completions
+from kunserve.api.routes.operations import (
     detokenize,
     health,
     list_models,
@@ -33,15 +27,21 @@ from kunserve.api.operations import (
     state,
     tokenize_text,
 )
-from kunserve.api.operations import (
+from kunserve.api.routes.operations import (
     metrics as show_metrics,
 )
-from kunserve.api.page import PAGE, page_files, show_page
-from kunserve.api.responses import responses
-from kunserve.api.sse import send_response
-from kunserve.api.turns import Turns
+from kunserve.api.routes.responses import responses
+from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_access, preflight_response
+from kunserve.api.wire.admission import Admission
+from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.wire.body_memory import BodyMemory
+from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
+from kunserve.api.wire.errors import error_response, http_error_response, internal_error
+from kunserve.api.wire.grammars import Grammars
+from kunserve.api.wire.sse import send_response
+from kunserve.api.wire.turns import Turns
 from kunserve.errors import KunServeError
-from kunserve.metrics import Metrics
+from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 

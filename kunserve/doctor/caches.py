@@ -39,7 +39,7 @@ def check_hub(probe: Probe, gpus: Gpus) -> Finding:
     """Whether models can be fetched from the Hub and kept, and who asks for them."""
     bound = bound_of(probe, "huggingface-hub")
     consequence = "only folders and smollm2-135m are served"
-    if finding := check_late_package(probe, bound, "kunserve.model.hub", consequence):
+    if finding := check_late_package(probe, bound, "kunserve.model.hub.snapshot", consequence):
         return finding
     constants, remedy = _hub_constants(probe), "HF_HOME=FOLDER kunserve serve ..."
     finding = _check_folder(probe, hub_cache(probe), "models cannot be downloaded", remedy)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from kunserve.command_line import OneLineParser
+from kunserve.command.command_line import OneLineParser
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import as_json, as_screen, can_start, examine
 from kunserve.version import add_version_flag

@@ -115,7 +115,7 @@ def check_peer_access(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def _islands(gpus: Sequence[Gpu]) -> list[list[int]]:
-    """Return GPUs by the first one that they reach, as `kunserve.gpu.cuda.islands` does for the planner."""
+    """Return GPUs by the first one that they reach, as `kunserve.gpu.cuda.device.islands` does for the planner."""
     first = {gpu.ordinal: min({gpu.ordinal, *gpu.reaches}) for gpu in gpus}
     return [[ordinal for ordinal in first if first[ordinal] == island] for island in dict.fromkeys(first.values())]
 

@@ -20,7 +20,7 @@ GET_COMPILER = "apt install gcc libc6-dev"
 
 def check_compiler(probe: Probe, gpus: Gpus) -> Finding:
     """Whether the C kernels of CPU devices are in the cache, or can be compiled."""
-    kernels: Any = probe.import_module("kunserve.model.cpu_kernels")
+    kernels: Any = probe.import_module("kunserve.compute.cpu_kernels")
     library = kernels.library_path(environment=probe.environment)
     if library.exists():
         return ok("not needed any more: the CPU kernels are in the cache", library=str(library))

@@ -14,7 +14,7 @@ from kunserve.doctor.probe import Probe
 
 OWN_CHECKS = ("torch", "huggingface-hub", "llguidance")  # these packages have a check of their own
 # What `kunserve serve` imports when it knows what to serve, the last when it loads.
-SERVER_MODULES = ("kunserve.serving", "uvloop", "kunserve.engine.launch")
+SERVER_MODULES = ("kunserve.command.serving", "uvloop", "kunserve.engine.launch.launch")
 # Packages that a server imports late or never: what they are imported as, and what fails without them.
 LATE: Mapping[str, tuple[str, str]] = {
     "gguf": ("gguf.quants", "smollm2-135m cannot be prepared"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals
 
 

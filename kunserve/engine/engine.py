@@ -14,28 +14,29 @@ from typing import Any
 
 import structlog
 
+from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch, count_prompt_tokens
-from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.dispatch import Dispatch
-from kunserve.engine.executor import Executor
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.live import Live
-from kunserve.engine.request import Constraint, FinishReason, Output, Request
-from kunserve.engine.results import Result, judge, results_of
-from kunserve.engine.sampler import SampledToken
-from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.request import Constraint, Output, Request
+from kunserve.engine.schedule.scheduler import Scheduler
+from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
-from kunserve.engine.stream import OutputStream, Sink
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.step.executor import Executor
+from kunserve.engine.step.results import Result, judge, results_of
+from kunserve.engine.text.detokenizer import Detokenizer
+from kunserve.engine.text.live import Live
+from kunserve.engine.text.stream import OutputStream, Sink
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.engine.view import View
-from kunserve.engine.waiting import Waiting
 from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.metrics import EngineStats, Metrics
 from kunserve.model.config import ModelConfig
+from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.sampling import FinishReason
 
 log = structlog.get_logger()
 

@@ -2,7 +2,7 @@
 
 It is the only writer of these: of `Group.running`, `is_admitting` and `num_pauses`, of `Request.group_id`, `table` and
 `is_moving`, of the sizes of block pools, of the list of groups and its epoch. Everybody else reads, and asks the fleet.
-Nothing here waits or copies: whoever moves KV (engine/exchange.py, migrate.py, swap.py) reserves room here, has it
+Nothing here waits or copies: whoever moves KV (regroup/: exchange.py, migrate.py, swap.py) reserves room here, has it
 copied, and then says how it ended.
 
 A request is in one of four states. It waits: it belongs to no group and holds nothing. It runs. It is suspended: it

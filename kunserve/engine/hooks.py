@@ -10,7 +10,7 @@ from kunserve.engine.request import Request
 
 
 class Control(Protocol):
-    """Who watches the engine and regroups it (engine/control.py)."""
+    """Who watches the engine and regroups it (engine/regroup/control.py)."""
 
     def observe(self, changed: Sequence[Group]) -> None:
         """Called before each round of scheduling, with the groups that something happened to since the last call."""
@@ -32,7 +32,7 @@ class Control(Protocol):
 
 
 class Mover(Protocol):
-    """Who moves KV of requests because a policy wants it (engine/swap.py, engine/migrate.py)."""
+    """Who moves KV of requests because a policy wants it (engine/regroup/swap.py, engine/regroup/migrate.py)."""
 
     def observe(self) -> None:
         """Called after each round of scheduling."""

@@ -2,66 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from kunserve.engine.block_table import BlockTable
 from kunserve.errors import KunServeError
-
-if TYPE_CHECKING:  # command lines are judged without numpy
-    import numpy as np
-    from numpy.typing import NDArray
-
-# Waits for the mask: bit i of its little-endian words (V / 32,) uint32 allows token i; None allows all.
-TokenMask: TypeAlias = "Callable[[], NDArray[np.uint32] | None]"
-
-
-class FinishReason(enum.StrEnum):
-    """Why a request ended; the values are the ones clients see."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen and when to stop. Values are already validated (api/protocol.py)."""
-
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not come up
-    allowed_token_ids: tuple[int, ...] | None = None  # None: all
-    num_prompt_logprobs: int | None = None  # None: off; as num_logprobs, for the prompt's tokens from the second on
-    num_logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, from the raw logits (before penalties and temperature)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
-    rank: int | None = None  # of a prompt's token: 1 if it is the most likely one
+from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs, TokenMask
 
 
 class Output(NamedTuple):
@@ -76,7 +23,7 @@ class Output(NamedTuple):
 
 
 class Constraint(Protocol):
-    """What a request's next token may be, by a grammar (engine/constraint.py). Used on the event loop only."""
+    """What a request's next token may be, by a grammar (engine/text/constraint.py). Used on the event loop only."""
 
     def mask(self, num_accepted: int) -> TokenMask:
         """Return which tokens may come after so many: as many as `accept` was given, or one more.
@@ -117,7 +64,7 @@ class Request:
     arrival_s: float = 0.0  # on the engine's clock
     seed: int = 0  # always set by the engine: from params, or drawn
     priority: int = 0  # lower goes first
-    owner: str = ""  # whose it is, where several share the server (engine/waiting.py)
+    owner: str = ""  # whose it is, where several share the server (engine/schedule/waiting.py)
     constraint: Constraint | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then everything generated

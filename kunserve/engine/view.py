@@ -7,12 +7,12 @@ from typing import Any
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.scheduler import Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.metrics import DeviceStats, EngineStats, GroupStats
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
+from kunserve.observe.metrics import DeviceStats, EngineStats, GroupStats
 from kunserve.policies import OverloadPolicy
 
 

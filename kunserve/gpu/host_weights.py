@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from kunserve.errors import ConfigError, DeviceError
-from kunserve.gpu.cuda_driver import Driver
+from kunserve.gpu.cuda.driver import Driver
+from kunserve.gpu.cuda.pinned import PinnedSource
 from kunserve.gpu.host import available_bytes
-from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.checkpoint import SafetensorsSource, WeightSource
 from kunserve.model.host_copy import HostCopy, choose_host_copy
 from kunserve.model.layout import WeightUnit

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kunserve.command_line import OneLineParser, checked
+from kunserve.command.command_line import OneLineParser, checked
+from kunserve.command.server_url import parse_server_url
 from kunserve.loadgen.workload import Span, parse_segments
-from kunserve.server_url import parse_server_url
 from kunserve.version import add_version_flag
 
 T = TypeVar("T")

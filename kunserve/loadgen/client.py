@@ -12,9 +12,9 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
+from kunserve.command.server_url import connection_reason
 from kunserve.loadgen.metrics import MetricSeries, poll
 from kunserve.loadgen.workload import Job, Span, stream_of
-from kunserve.server_url import connection_reason
 
 PROMPT_PURPOSE = 9  # stream of random numbers that prompts are drawn from
 COMMON_WORDS = (

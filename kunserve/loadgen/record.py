@@ -13,7 +13,7 @@ from time import perf_counter
 
 import aiohttp
 
-from kunserve.server_url import connection_reason
+from kunserve.command.server_url import connection_reason
 
 
 @asynccontextmanager

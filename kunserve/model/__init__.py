@@ -1,1 +1,1 @@
-"""The decoder, its operations and the loading of checkpoints."""
+"""A model's files: where they come from, what they say, their tensors. Nothing here computes."""

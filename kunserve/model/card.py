@@ -199,7 +199,9 @@ def cache_root() -> Path:
 
 
 def _hub_folder(hub_id: str, progress: Progress) -> Path:
-    from kunserve.model.hub import hub_folder  # imports the Hub's library: time that only models of the Hub need
+    from kunserve.model.hub.snapshot import (
+        hub_folder,  # imports the Hub's library: time that only models of the Hub need
+    )
 
     return hub_folder(hub_id, progress)
 

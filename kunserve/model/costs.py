@@ -1,6 +1,6 @@
 """Where the constants of the cost model come from: a file per model, a table per kind of device.
 
-Looked for in this order: `costs/MODEL.toml` in the cache folder (written by scripts/fit_cost_model.py on this
+Looked for in this order: `costs/MODEL.toml` in the cache folder (written by scripts/bench/fit_cost_model.py on this
 machine), `models/costs/MODEL.toml` (comes with KunServe), and for a model or device that nobody measured they are
 derived from the device's rates in `models/costs/devices.toml`.
 """

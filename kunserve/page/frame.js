@@ -1,4 +1,4 @@
-// A frame is what is seen of a server at one moment (kunserve/frame.py); a delta is a JSON merge patch of it.
+// A frame is what is seen of a server at one moment (kunserve/observe/frame.py); a delta is a JSON merge patch of it.
 
 /** Change `frame` as `delta` says. */
 export function apply(frame, delta) {

@@ -1,4 +1,4 @@
-"""What the planner answers: frozen plans, which engine/reconfigure.py applies whole or not at all."""
+"""What the planner answers: frozen plans, which engine/regroup/reconfigure.py applies whole or not at all."""
 
 from __future__ import annotations
 

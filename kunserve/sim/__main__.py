@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.random import default_rng
 
-from kunserve.command_line import OneLineParser, number_from
+from kunserve.command.command_line import OneLineParser, number_from
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging

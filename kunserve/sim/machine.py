@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch
-from kunserve.engine.executor import Executor
 from kunserve.engine.group import Group
-from kunserve.engine.machine import Machine
+from kunserve.engine.launch.machine import Machine
 from kunserve.engine.occupancy import Passage
-from kunserve.engine.sampler import SampledToken
-from kunserve.gpu.cuda import choose_chunk_bytes
+from kunserve.engine.step.executor import Executor
+from kunserve.gpu.cuda.device import choose_chunk_bytes
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host_weights import HostWeights
 from kunserve.gpu.kv_memory import KVShape

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from kunserve.config import EngineConfig
-from kunserve.engine.assemble import assemble
-from kunserve.engine.control import OverloadControl
 from kunserve.engine.engine import Engine
-from kunserve.engine.request import Output, Request, SamplingParams
+from kunserve.engine.launch.assemble import assemble
+from kunserve.engine.regroup.control import OverloadControl
+from kunserve.engine.request import Output, Request
 from kunserve.engine.signals import loop_time
-from kunserve.engine.stream import Sink
+from kunserve.engine.text.stream import Sink
 from kunserve.errors import KunServeError
-from kunserve.metrics import Metrics
 from kunserve.model.config import ModelConfig
+from kunserve.observe.metrics import Metrics
 from kunserve.planner.microbatch import Lookahead
+from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
 from kunserve.sim.machine import NoWeights, SimMachine
 from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kunserve.gpu.cuda import CudaDevice, choose_chunk_bytes, open_cuda_devices, open_drivers
-from kunserve.gpu.cuda_driver import Driver
+from kunserve.compute.cuda.attention import StepLimits
+from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
+from kunserve.compute.ops import AttentionBatch
+from kunserve.gpu.cuda.device import CudaDevice, choose_chunk_bytes, open_cuda_devices, open_drivers
+from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.card import load_card
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
-from kunserve.model.cuda_attention import StepLimits
-from kunserve.model.cuda_decoder import CudaDecoder, cuda_decoder
 from kunserve.model.layout import weight_units
-from kunserve.model.ops import AttentionBatch
 
 GIB = 1 << 30
 BLOCK_SIZE = 16

@@ -24,16 +24,16 @@ from gpucheck.bench import (
     llama_8b,
     make_step,
 )
-from kunserve.engine.request import SamplingParams
-from kunserve.engine.sampler import SamplingRow
+from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.sampling import launch_sample
+from kunserve.compute.sampler import SamplingRow
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import Layout
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
-from kunserve.model.cuda_decoder import CudaDecoder
-from kunserve.model.cuda_sampling import launch_sample
 from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.sampling import SamplingParams
 
 BATCHES = (1, 16, 64, 256)
 CONTEXT = 1024  # tokens of every sequence in a decode step
@@ -239,7 +239,7 @@ def prefill(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
 
 def kernels(bench: Bench) -> dict[str, Any]:
     """Triton's kernels against torch's on this GPU: largest error in units of the dtype's precision."""
-    from kunserve.model.cuda_ops import TorchKernels, load_kernels
+    from kunserve.compute.cuda.ops import TorchKernels, load_kernels
 
     reference, device, dtype = TorchKernels(), bench.torch_device, torch.bfloat16
     fast, note = load_kernels(device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpucheck.bench import GIB, Bench, RandomSource, llama_1b, llama_8b
-from kunserve.gpu.cuda import CudaDevice, open_cuda_devices, open_drivers
+from kunserve.gpu.cuda.device import CudaDevice, open_cuda_devices, open_drivers
 from kunserve.gpu.device_memory import Layout
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage

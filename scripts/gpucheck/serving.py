@@ -16,12 +16,13 @@ from typing import Any
 from gpucheck.bench import Bench, Placed
 from gpucheck.forward import gpu_step_seconds
 from kunserve.config import DeviceSpec, EngineConfig
-from kunserve.engine.cuda_executor import CudaExecutor
 from kunserve.engine.engine import Engine
-from kunserve.engine.launch import launch
-from kunserve.engine.request import Request, SamplingParams
+from kunserve.engine.launch.launch import launch
+from kunserve.engine.request import Request
+from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import KunServeError
 from kunserve.policies import OverloadPolicy
+from kunserve.sampling import SamplingParams
 
 STEADY_S = 5.0  # of each of three measurements
 

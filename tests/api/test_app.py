@@ -13,7 +13,7 @@ import pytest
 import uvloop
 from api_fakes import Client, FakeEngine, error_of, events_of, say, serving
 
-from kunserve.api.backend import ApiSettings
+from kunserve.api.wire.backend import ApiSettings
 from kunserve.engine.request import Output, Request
 
 URL = "/v1/completions"

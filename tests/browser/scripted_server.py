@@ -13,11 +13,11 @@ from api_fakes import FakeEngine, make_app
 from own_server import free_port
 from states import State, state
 
-from kunserve.api.context import API
-from kunserve.api.loading import loading_handler
-from kunserve.listen import Listener
+from kunserve.api.operate.loading import loading_handler
+from kunserve.api.wire.context import API
+from kunserve.command.listen import Listener
+from kunserve.observe.recent import Recent
 from kunserve.progress import LoadingProgress
-from kunserve.recent import Recent
 
 
 class _Shown(FakeEngine):

@@ -10,8 +10,8 @@ import pytest
 from playwright.sync_api import Browser, expect
 from states import state
 
-from kunserve.frame import delta_of, frame_of
-from kunserve.replay import Event, replay_html
+from kunserve.command.replay import Event, replay_html
+from kunserve.observe.frame import delta_of, frame_of
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">"
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kunserve.engine.request import Request, SamplingParams
-from kunserve.metrics import DeviceStats, EngineStats, GroupStats, Metrics
+from kunserve.engine.request import Request
+from kunserve.observe.metrics import DeviceStats, EngineStats, GroupStats, Metrics
+from kunserve.sampling import SamplingParams
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
 STATS = EngineStats(1, 0, 10, 1, 16, (DeviceStats("cpu:0", 1, 1, 1),), (GroupStats(0, 1),))

@@ -22,7 +22,7 @@ from fake_machine import (
 from kunserve.doctor.finding import Finding, Status
 from kunserve.doctor.gpus import find_gpus
 from kunserve.doctor.report import examine
-from kunserve.gpu.cuda import islands
+from kunserve.gpu.cuda.device import islands
 
 PCI = "/sys/bus/pci/devices/0000:01:00.0"
 CARD = {f"{PCI}/vendor": "0x10de\n", f"{PCI}/class": "0x030200\n"}

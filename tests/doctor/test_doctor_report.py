@@ -159,7 +159,7 @@ def test_missing_old_and_broken_packages_are_told_apart(tmp_path: Path) -> None:
     assert old["structured"].status is Status.WARNING and can_start(old)
     fakes = {
         "torch": fake_torch(None),
-        "kunserve.serving": ImportError("libssl.so.3: not found"),
+        "kunserve.command.serving": ImportError("libssl.so.3: not found"),
         "llguidance": OSError(),
     }
     broken = examine(cpu_machine(tmp_path, import_module=modules(fakes)))
@@ -173,7 +173,7 @@ def test_missing_old_and_broken_packages_are_told_apart(tmp_path: Path) -> None:
         ("gguf", "gguf.quants", "packages"),
         ("pyyaml", "yaml", "packages"),
         ("pip", "pip", "packages"),
-        ("huggingface-hub", "kunserve.model.hub", "Hub"),
+        ("huggingface-hub", "kunserve.model.hub.snapshot", "Hub"),
         ("llguidance", "llguidance", "structured"),
     ],
 )

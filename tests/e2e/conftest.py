@@ -13,7 +13,7 @@ from tiny_models import load_reference
 from e2e.reference import greedy_reference
 from e2e.server_process import ServerProcess, running_server
 from e2e.tiny import TinyModels
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.model.card import resolve_model
 
 

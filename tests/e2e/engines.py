@@ -11,8 +11,9 @@ from typing import Any
 
 from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.engine import Engine
-from kunserve.engine.launch import Served, launch
-from kunserve.engine.request import Output, Request, SamplingParams
+from kunserve.engine.launch.launch import Served, launch
+from kunserve.engine.request import Output, Request
+from kunserve.sampling import SamplingParams
 
 _serials = itertools.count()
 

@@ -15,7 +15,7 @@ from own_server import START_S, STOP_S
 
 # The same main(), with other bounds on what a client may do: tests need not wait for the real ones.
 _WITH_SETTINGS = """
-import functools, kunserve.server, kunserve.serving as serving
+import functools, kunserve.server, kunserve.command.serving as serving
 serving.ApiSettings = functools.partial(serving.ApiSettings, **{settings!r})
 kunserve.server.main()
 """

@@ -9,8 +9,9 @@ from typing import Any
 
 from tiny_models import VOCAB_SIZE
 
-from kunserve.engine.request import Request, SamplingParams, TokenMask
+from kunserve.engine.request import Request
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError
+from kunserve.sampling import SamplingParams, TokenMask
 
 BAD_TOKEN = 200  # whose embedding is NaN in `broken_model`
 MAX_TOKENS = 12

@@ -14,14 +14,15 @@ from engine_fakes import EOS, Step, make_request, read, scripted_engine, token_i
 from structures import constraint, open_pool
 from tiny_models import VOCAB_SIZE
 
+from kunserve.compute.sampler import SampledToken, SamplingRow
 from kunserve.engine.engine import Engine
-from kunserve.engine.microbatch import fill_sampling, fill_token_ids
-from kunserve.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from kunserve.engine.sampler import SampledToken, SamplingRow
-from kunserve.engine.stream import OutputStream
+from kunserve.engine.request import Output, Request
+from kunserve.engine.step.microbatch import fill_sampling, fill_token_ids
+from kunserve.engine.text.stream import OutputStream
 from kunserve.errors import DeviceError, EngineError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.pool import Pool
+from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 DRAWN = SamplingParams(16, temperature=0.9, seed=3, ignore_eos=True)
 CHOICES = (

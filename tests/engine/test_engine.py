@@ -11,17 +11,18 @@ import pytest
 from engine_fakes import EOS, ScriptedExecutor, make_request, read, scripted_engine, token_ids
 from structlog.testing import capture_logs
 
+from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch
-from kunserve.engine.boundary import Boundary
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
-from kunserve.engine.microbatch import StepInputs
 from kunserve.engine.occupancy import Occupancy, Passage
-from kunserve.engine.request import FinishReason, Output, Request, TokenMask
-from kunserve.engine.sampler import SampledToken
+from kunserve.engine.regroup.boundary import Boundary
+from kunserve.engine.request import Output, Request
 from kunserve.engine.signals import loop_time
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.step.microbatch import StepInputs
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
+from kunserve.sampling import FinishReason, TokenMask
 
 
 def assert_idle(engine: Engine) -> None:

@@ -19,19 +19,20 @@ from structlog.testing import capture_logs
 from structures import constraint, open_pool
 from tiny_models import EOS, VOCAB_SIZE, make_tiny_model
 
-from kunserve.engine import sampler
+from kunserve.compute import sampler
+from kunserve.compute.logprobs import logprobs_of
+from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch
-from kunserve.engine.detokenizer import Detokenizer
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
-from kunserve.engine.launch import Served
-from kunserve.engine.logprobs import logprobs_of
-from kunserve.engine.request import Output, Request, TokenLogprobs
-from kunserve.engine.sampler import SampledToken
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.launch.launch import Served
+from kunserve.engine.request import Output, Request
+from kunserve.engine.text.detokenizer import Detokenizer
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import EngineError, KunServeError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.pool import Pool
+from kunserve.sampling import TokenLogprobs
 
 Answer = list[Output] | KunServeError
 

@@ -15,7 +15,7 @@ from memory_contract import MemoryContract
 
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu import host
-from kunserve.gpu.cuda import CudaDevice, open_cuda_devices
+from kunserve.gpu.cuda.device import CudaDevice, open_cuda_devices
 from kunserve.gpu.device import Device
 from kunserve.gpu.host import HostDevice
 from kunserve.gpu.null import NullDevice

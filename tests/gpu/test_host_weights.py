@@ -13,8 +13,8 @@ from fake_cuda import FakeCuda
 
 from kunserve.errors import ConfigError
 from kunserve.gpu import host_weights
+from kunserve.gpu.cuda.pinned import PinnedSource
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
-from kunserve.gpu.pinned import PinnedSource
 from kunserve.model.checkpoint import (
     DummySource,
     SafetensorsSource,

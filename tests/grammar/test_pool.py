@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from structures import children_of, constraint, ids_of, open_pool, processes_of
 
-from kunserve.engine.constraint import GrammarConstraint
+from kunserve.engine.text.constraint import GrammarConstraint
 from kunserve.errors import InvalidRequestError, KunServeError, OverloadedError
 from kunserve.grammar import matcher, process
 from kunserve.grammar import pool as pool_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from llguidance import LLTokenizer
 
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.grammar import source
 from kunserve.grammar.limits import RefusedError
 from kunserve.grammar.source import compile_matcher

@@ -9,9 +9,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from states import state
 
-from kunserve.frame import frame_of
+from kunserve.command.replay import read_recording
 from kunserve.loadgen.record import recording
-from kunserve.replay import read_recording
+from kunserve.observe.frame import frame_of
 
 
 async def test_what_the_feed_says_is_what_replay_reads(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_card_and_a_hub_id_come_from_the_hub(tmp_path: Path, monkeypatch: pyte
         progress("downloading", 0.5)
         return tmp_path
 
-    monkeypatch.setattr("kunserve.model.hub.hub_folder", hub_folder)
+    monkeypatch.setattr("kunserve.model.hub.snapshot.hub_folder", hub_folder)
     files = resolve_model("somebody/tiny-model", progress=lambda text, share: lines.append((text, share)))
     assert (files.name, files.folder) == ("somebody/tiny-model", tmp_path)
     files = resolve_model("llama-8b")
@@ -187,7 +187,7 @@ def test_a_card_whose_weights_cannot_be_had_can_be_tried_without(monkeypatch: py
     def hub_folder(hub_id: str, progress: Progress) -> Path:
         raise ConfigError(f"{hub_id} is gated")
 
-    monkeypatch.setattr("kunserve.model.hub.hub_folder", hub_folder)
+    monkeypatch.setattr("kunserve.model.hub.snapshot.hub_folder", hub_folder)
     with pytest.raises(ConfigError, match=r"^llama-8b: meta-llama/.* is gated, or try it with --load-format dummy$"):
         resolve_model("llama-8b")
     with pytest.raises(ConfigError, match=r"^somebody/tiny is gated$"):

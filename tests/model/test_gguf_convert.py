@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_gguf import write_tiny_gguf
 from tiny_models import CHAT_TEMPLATE
 
-from kunserve.engine.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.gguf_convert import GgufTensor, convert_gguf, dequantize, hf_name, read_gguf

@@ -12,7 +12,7 @@ import pytest
 import torch
 from planner_oracle import SMOLLM2, random_model
 
-from kunserve.engine.placement import model_shape, num_copies, place
+from kunserve.engine.launch.placement import model_shape, num_copies, place
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.card import load_card

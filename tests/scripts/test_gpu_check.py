@@ -23,12 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_tiny_model
 
+from kunserve.compute.cuda import decoder as cuda_decoder
+from kunserve.compute.cuda.attention import ReferenceAttention, StepBuffers
+from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.config import DeviceSpec, EngineConfig
-from kunserve.gpu.cuda_driver import Driver
-from kunserve.model import cuda_decoder
+from kunserve.gpu.cuda.driver import Driver
 from kunserve.model.config import ModelConfig
-from kunserve.model.cuda_attention import ReferenceAttention, StepBuffers
-from kunserve.model.cuda_graphs import DecodeGraphs
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 

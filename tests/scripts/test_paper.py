@@ -1,4 +1,4 @@
-"""The figures of scripts/paper.py, from small reports."""
+"""The figures of scripts/figures/paper.py, from small reports."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""From JSON to what the engine is asked: calls, messages, tools, structures, prompts."""

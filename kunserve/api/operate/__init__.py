@@ -1,0 +1,1 @@
+"""The endpoints of operators: page, feed, burst, drop and restore."""

@@ -1,0 +1,135 @@
+"""POST /v1/chat/completions: a conversation through the model's chat template, answered as a message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from kunserve.api.ask.protocol import read_chat
+from kunserve.api.routes.conversation import converse
+from kunserve.api.say.answers import AnswerFormat, Choice
+from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
+from kunserve.api.wire.access import owner_of
+from kunserve.api.wire.body import read_body
+from kunserve.api.wire.context import API, choose_request_id, fragment, long_list
+from kunserve.engine.request import Output
+from kunserve.sampling import TokenLogprobs
+
+
+class ChatFormat(AnswerFormat):
+    """OpenAI's `chat.completion` and `chat.completion.chunk`."""
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    text_open = b',"delta":{"content":'
+    text_close = b"}"
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.tokenizer.token_bytes(token_id)
+        return {"token": self.token_text(token_id), "logprob": logprob, "bytes": list(data)}
+
+    def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
+        """One object per token, with as many of the most likely ones as asked for."""
+        content = [
+            fragment(
+                {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*t) for t in entry.top]}
+            )
+            for entry in entries
+        ]
+        return {"content": content}
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """The role, and the prompt's token ids once."""
+        delta = {"role": "assistant", "content": ""}
+        first = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        if self.call.return_token_ids:
+            return self.event([first], prompt_token_ids=long_list(choice.request.prompt_token_ids))
+        return self.event([first])
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """One event per part of the message, the last with all that is not text; nothing while a part is unclear."""
+        if choice.parser is None:
+            return super().chunk(choice, output)
+        deltas = choice.parser.push(output.text, is_last=output.finish_reason is not None)
+        if not deltas and output.finish_reason is None and not output.logprobs and not self.call.return_token_ids:
+            return b""
+        *first, last = [delta_json(delta) for delta in deltas] or [{}]
+        nothing = {"logprobs": None, "finish_reason": None}
+        events = [self.event([{"index": choice.index, "delta": delta, **nothing}]) for delta in first]
+        ending: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason(choice, output)}
+        if output.logprobs:
+            ending["logprobs"] = self.logprobs_json(output.logprobs, choice.text_length)
+        if output.finish_reason is not None:
+            ending["stop_reason"] = output.stop_reason
+        if self.call.return_token_ids:
+            ending["token_ids"] = output.token_ids
+        usage = {"usage": self.usage_of(choice, output)} if self.call.continuous_usage else {}
+        return b"".join([*events, self.event([{"index": choice.index, "delta": last, **ending}], **usage)])
+
+    def choice_json(self, choice: Choice) -> dict[str, Any]:
+        """The message, its log-probabilities, and the token ids if asked for."""
+        asked = self.call.params.num_logprobs is not None
+        logprobs = self.logprobs_json(choice.logprobs, 0) if asked else None
+        ids = {"token_ids": choice.token_ids} if self.call.return_token_ids else {}
+        return {"message": message_json(read_message(choice)), "logprobs": logprobs, **ids}
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece; all choices have the same prompt."""
+        whole = super().answer_json(choices)
+        if self.call.return_token_ids:
+            whole["prompt_token_ids"] = long_list(choices[0].request.prompt_token_ids)
+        if self.call.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = self.prompt_logprobs_json(choices[0])
+        return whole
+
+
+def read_message(choice: Choice) -> Message:
+    """What a finished choice says."""
+    if choice.parser is None:
+        return Message(choice.text)
+    message = Message()
+    message.add(choice.parser.push(choice.text, is_last=True))
+    return message
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    """An assistant's message. Reasoning stands under vLLM's name and DeepSeek's."""
+    content = None if message.calls and not message.text.strip() else message.text
+    shown: dict[str, Any] = {"role": "assistant", "content": content}
+    if message.reasoning:
+        shown |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    if message.calls:
+        shown["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    return shown
+
+
+def delta_json(delta: Delta) -> dict[str, Any]:
+    """A part of a message as it comes."""
+    match delta:
+        case Text(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case CallBegin(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """The route."""
+    api = request.app[API]
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
+    call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
+    generation = call.generation
+    answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
+    form = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
+    form.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
+    return await converse(request, api, call, form, answer_id)

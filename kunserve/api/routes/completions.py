@@ -1,0 +1,157 @@
+"""POST /v1/completions: prompts as text or token ids, answers as plain text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from aiohttp import web
+
+from kunserve.api.ask.prompts import CALL_CHARS, fit, spell, tokenize
+from kunserve.api.ask.protocol import CompletionCall, Prompt, read_completion
+from kunserve.api.ask.structured import compile_structure
+from kunserve.api.say.answering import answer, make_choices
+from kunserve.api.say.answers import AnswerFormat, Choice, usage_json
+from kunserve.api.wire.access import owner_of
+from kunserve.api.wire.admission import estimated_tokens
+from kunserve.api.wire.body import read_body
+from kunserve.api.wire.context import API, Api, choose_request_id, fragment, long_list
+from kunserve.engine.request import Output
+from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
+
+
+class CompletionFormat(AnswerFormat):
+    """OpenAI's `text_completion`."""
+
+    object = "text_completion"
+    chunk_object = "text_completion"
+    text_open = b',"text":'
+    text_close = b""
+
+    def _token_name(self, token_id: int) -> str:
+        """Its text; of half a character the bytes, as OpenAI writes them: texts are keys and must be apart."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token_id))
+
+    def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
+        """Four parallel lists; the most likely tokens of a position always include the one that was taken."""
+        tokens = [self._token_name(entry.token_id) for entry in entries]
+        offsets = []
+        for entry in entries:
+            offsets.append(text_offset)
+            text_offset += len(self.tokenizer.token_text(entry.token_id))
+        name = self._token_name
+        top = [fragment({name(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)}) for entry in entries]
+        logprobs = [entry.logprob for entry in entries]
+        return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
+
+    def _prompt_logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of an echoed prompt; its first token has none."""
+        first = choice.request.prompt_token_ids[0]
+        length = len(self.tokenizer.token_text(first))
+        shown = self.logprobs_json(_cut(entries, self.call.params.num_logprobs), length)
+        nothing = {"text_offset": 0, "token_logprobs": None, "tokens": self._token_name(first), "top_logprobs": None}
+        return {name: [nothing[name], *values] for name, values in shown.items()}
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """The prompt, to clients that want it back."""
+        if choice.echo is None and not self.call.return_token_ids:
+            return b""
+        first = {"index": choice.index, "text": choice.echo or "", "logprobs": None, "finish_reason": None}
+        if choice.echo is not None and self.call.params.num_logprobs is not None:
+            first["logprobs"] = self._prompt_logprobs(choice, output.prompt_logprobs)
+        if self.call.return_token_ids:
+            first |= {"prompt_token_ids": long_list(choice.request.prompt_token_ids), "token_ids": []}
+        return self.event([first])
+
+    def choice_json(self, choice: Choice) -> dict[str, Any]:
+        """Text, its log-probabilities, and the token ids if asked for."""
+        asked = self.call.params.num_logprobs is not None
+        logprobs = self.logprobs_json(choice.logprobs, len(choice.echo or "")) if asked else None
+        if logprobs is not None and choice.echo is not None:
+            prompt = self._prompt_logprobs(choice, choice.prompt_logprobs)
+            logprobs = {name: prompt[name] + values for name, values in logprobs.items()}
+        ids: dict[str, Any] = {}
+        if self.call.return_token_ids:
+            ids = {"token_ids": choice.token_ids, "prompt_token_ids": long_list(choice.request.prompt_token_ids)}
+        if self.call.prompt_logprobs is not None:
+            ids["prompt_logprobs"] = self.prompt_logprobs_json(choice)
+        return {"text": (choice.echo or "") + choice.text, "logprobs": logprobs, **ids}
+
+
+class EchoFormat(CompletionFormat):
+    """With max_tokens 0: the prompt alone. The token that the last of it computes is not shown."""
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """The end."""
+        return super().chunk(choice, _without_tokens(output))
+
+    def usage_of(self, choice: Choice, output: Output) -> dict[str, int]:
+        """Nothing was generated."""
+        return usage_json(choice.request.num_prompt_tokens, 0)
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """See `AnswerFormat`."""
+        _forget(choices)
+        return super().ending(choices)
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """See `AnswerFormat`."""
+        _forget(choices)
+        return super().answer_json(choices)
+
+
+def _without_tokens(output: Output) -> Output:
+    return output._replace(text="", token_ids=(), logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
+
+
+def _forget(choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        choice.num_tokens = 0
+        choice.outputs = [_without_tokens(output) for output in choice.outputs]
+
+
+def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLogprobs]:
+    return [replace(entry, top=entry.top[:num_top]) for entry in entries]
+
+
+async def _echoes(
+    api: Api, call: CompletionCall, tokenized: Sequence[list[int]], fitted: Sequence[tuple[list[int], SamplingParams]]
+) -> list[str | None]:
+    """What each answer begins with: the prompt's text, or that of the tokens that are left of it."""
+    if not call.echo:
+        return [None] * len(call.prompts)
+
+    def echo(prompt: Prompt, whole: list[int], ids: list[int]) -> str:
+        return prompt if isinstance(prompt, str) and len(ids) == len(whole) else api.tokenizer.decode(ids)
+
+    given = [(prompt, whole, ids) for prompt, whole, (ids, _) in zip(call.prompts, tokenized, fitted, strict=True)]
+    num_tokens = sum(len(ids) + CALL_CHARS for _, _, ids in given)
+    return await api.offload(num_tokens, lambda: [echo(*each) for each in given])
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """The route."""
+    api = request.app[API]
+    api.admission.check(owner_of(request))  # a full queue refuses before it reads
+    vocab_size = api.tokenizer.vocab_size
+    call = await read_body(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
+    generation = call.generation
+    owner = owner_of(request, generation.user)
+    num_tokens = sum(map(estimated_tokens, call.prompts)) * generation.n
+    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as place:
+        tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
+        bad_words = await spell(api, generation.bad_words)
+        constraint = await compile_structure(request, api, generation.structure, generation.user, reasons=False)
+        fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
+        echoes = await _echoes(api, call, tokenized, fitted)
+        prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]
+        answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
+        choices = await make_choices(api, answer_id, generation, owner, prompts, constraint)
+        make_form = EchoFormat if call.is_echo_only else CompletionFormat
+        form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
+        return await answer(request, api, form, choices, place)

@@ -1,0 +1,129 @@
+"""Routes around generation: what is served, how it fares, and tokens to text and back."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from kunserve.api.ask.prompts import tokenize, tokenize_chat
+from kunserve.api.ask.protocol import ChatCall, check_token_ids, read_chat, read_model
+from kunserve.api.routes.openapi import openapi_document
+from kunserve.api.wire.backend import ModelInfo
+from kunserve.api.wire.body import read_body
+from kunserve.api.wire.context import API, json_response, long_list, long_text, to_json
+from kunserve.api.wire.fields import Fields, is_int_list, wrong_type
+from kunserve.errors import NotFoundError, OverloadedError
+
+
+async def health(request: web.Request) -> web.Response:
+    """GET /health and /ping: 200 while the engine makes progress."""
+    reason = request.app[API].backend.health()
+    if reason is not None:
+        raise OverloadedError(reason)
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /ready: 200 while new requests are welcome (not while loading or stopping)."""
+    if not request.app[API].backend.is_ready:
+        raise OverloadedError("The server is loading its model or stopping.")
+    return await health(request)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET and HEAD /metrics."""
+    body = request.app[API].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def state(request: web.Request) -> web.Response:
+    """GET /kunserve/state: devices, groups, requests."""
+    return json_response(request.app[API].backend.state())
+
+
+async def show_version(request: web.Request) -> web.Response:
+    """GET /version."""
+    return json_response({"version": version("kunserve")})
+
+
+async def show_openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json."""
+    return json_response(openapi_document(version("kunserve")))
+
+
+def _card(model: ModelInfo, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "kunserve",
+        "root": model.root,
+        "parent": None,
+        "max_model_len": model.max_model_len,
+        "permission": [],
+    }
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """GET /v1/models: one card for each name of the model."""
+    model = request.app[API].model
+    return json_response({"object": "list", "data": [_card(model, name) for name in model.served_names]})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{name}; names may have slashes."""
+    model, name = request.app[API].model, request.match_info["name"]
+    if name not in model.served_names:
+        raise NotFoundError(f"The model `{name[:200]}` does not exist.", param="model")
+    return json_response(_card(model, name))
+
+
+async def tokenize_text(request: web.Request) -> web.Response:
+    """POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
+    api = request.app[API]
+
+    def read(values: dict[str, Any]) -> tuple[ChatCall | str, bool, bool]:
+        fields = Fields(values)
+        wants = (fields.boolean("add_special_tokens", True), fields.boolean("return_token_strs"))
+        if fields.any("messages") is not None:
+            return read_chat(values, api.model, api.tokenizer.vocab_size), *wants
+        read_model(fields, api.model)
+        fields.required("prompt")
+        return fields.string("prompt", ""), *wants
+
+    asked, add_special_tokens, wants_strings = await read_body(request, api, read)
+    if isinstance(asked, ChatCall):
+        tokens = (await tokenize_chat(api, asked)).ids
+    else:
+        [tokens] = await tokenize(api, [asked], add_special_tokens)
+
+    def write() -> bytes:
+        strings = long_list(list(map(api.tokenizer.token_text, tokens))) if wants_strings else None
+        answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": long_list(tokens)}
+        return to_json({**answer, "token_strs": strings})
+
+    return json_response(await api.offload(len(tokens), write))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize: {tokens} to {prompt}, special tokens included."""
+    api = request.app[API]
+
+    def read(values: dict[str, Any]) -> list[int]:
+        fields = Fields(values)
+        read_model(fields, api.model)
+        tokens = fields.required("tokens")
+        if not is_int_list(tokens):
+            wrong_type("tokens", "a list of token ids", tokens)
+        check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
+        return tokens
+
+    tokens = await read_body(request, api, read)
+
+    def write() -> bytes:
+        return to_json({"prompt": long_text(api.tokenizer.decode(tokens, skip_special_tokens=False))})
+
+    return json_response(await api.offload(len(tokens), write))

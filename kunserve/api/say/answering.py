@@ -1,0 +1,147 @@
+"""From tokenized prompts to the answer on the wire, in one piece or as a stream; the same for every endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+from aiohttp import web
+
+from kunserve.api.ask.prompts import CALL_CHARS
+from kunserve.api.ask.protocol import GenerationCall
+from kunserve.api.say.answers import Choice
+from kunserve.api.say.generation import SLICE, submitted
+from kunserve.api.say.reasoning import MessageParser
+from kunserve.api.wire.admission import Place
+from kunserve.api.wire.context import Api, json_response, to_json
+from kunserve.api.wire.errors import internal_error
+from kunserve.api.wire.sse import EventStream
+from kunserve.engine.request import Output, Request
+from kunserve.errors import KunServeError
+from kunserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from kunserve.engine.text.constraint import GrammarConstraint
+
+log = structlog.get_logger()
+
+LOGPROB_CHARS = 4  # a log-probability costs as much to write as so many characters to tokenize: 2 us
+
+Outputs = AsyncIterator[tuple[int, Output]]
+
+
+async def make_choices(
+    api: Api,
+    answer_id: str,
+    call: GenerationCall,
+    owner: str,
+    prompts: Sequence[tuple[list[int], SamplingParams, str | None]],
+    constraint: GrammarConstraint | None = None,
+    new_parser: Callable[[], MessageParser] | None = None,
+) -> list[Choice]:
+    """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
+    choices: list[Choice] = []
+    priority = call.priority if api.settings.uses_priority else 0
+    async for some in api.turns.slices(range(len(prompts) * call.n), SLICE):
+        for index in some:
+            (ids, params, echo), i = prompts[index // call.n], index % call.n
+            if i == 0:
+                api.metrics.choices_asked(call.n)
+            elif params.seed is not None:
+                params = replace(params, seed=(params.seed + i) & (2**63 - 1))
+            request_id = f"{answer_id}-{next(api.serials)}"
+            own = None if constraint is None else constraint.copy()
+            request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own)
+            choices.append(Choice(index, request, echo, new_parser() if new_parser else None))
+    return choices
+
+
+class Form(Protocol):
+    """How one endpoint writes its answers."""
+
+    call: GenerationCall
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """Events before a choice's first chunk, which is for `output`."""
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """Events for a delta, not yet counted into `choice`; perhaps none."""
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """Events after the last chunk."""
+
+    def error(self, error: KunServeError) -> bytes:
+        """Events that end the answer with an error."""
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+async def answer(
+    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], place: Place
+) -> web.StreamResponse:
+    """Generate and send. Leaving early in any way (a client that goes cancels this) ends the generation."""
+    async with submitted(api, place, [choice.request for choice in choices]) as outputs:
+        if form.call.is_stream:
+            return await _stream(request, api, form, choices, outputs)
+        async for index, output in outputs:
+            choices[index].advance(output)
+            choices[index].outputs.append(output)
+    work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
+    return json_response(await api.offload(work, lambda: to_json(form.answer_json(choices))))
+
+
+def _work(choice: Choice) -> int:
+    """What it takes to write what was generated, in characters to tokenize (`Api.offload`)."""
+    num_logprobs = choice.request.params.num_logprobs
+    parsing = choice.text_length if choice.parser is not None else 0
+    return (
+        CALL_CHARS + parsing + (0 if num_logprobs is None else choice.num_tokens * (1 + num_logprobs) * LOGPROB_CHARS)
+    )
+
+
+def _work_of_prompt(choice: Choice) -> int:
+    """As `_work`: what the answer may say about the prompt."""
+    num_logprobs = choice.request.params.num_prompt_logprobs
+    num_tokens = choice.request.num_prompt_tokens
+    return 0 if num_logprobs is None else num_tokens * (1 + num_logprobs) * LOGPROB_CHARS
+
+
+async def _stream(
+    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], outputs: Outputs
+) -> web.StreamResponse:
+    events = EventStream(request, api.settings.write_timeout_s)
+    try:
+        await events.open()
+        try:
+            await _send_chunks(api, events, form, choices, outputs)
+        except ConnectionError:
+            raise
+        except KunServeError as error:
+            await events.send(form.error(error))
+        except Exception:
+            log.exception("request failed", path=request.path)
+            await events.send(form.error(internal_error()))
+        await events.close()
+    except ConnectionError as error:
+        log.info("stream cut", reason=str(error), request=choices[0].request.request_id)
+    return events.response
+
+
+async def _send_chunks(api: Api, events: EventStream, form: Form, choices: Sequence[Choice], outputs: Outputs) -> None:
+    """One event per delta; what opens a choice goes out with its first."""
+    opened = [False] * len(choices)
+    async for index, output in outputs:
+        choice = choices[index]
+        data = b""
+        if not opened[index]:
+            opened[index] = True
+            data = await api.offload(_work_of_prompt(choice), partial(form.opening, choice, output))
+        data += form.chunk(choice, output)
+        choice.advance(output)
+        if data:
+            await events.send(data)
+    await events.send(form.ending(choices))

@@ -1,0 +1,94 @@
+"""An assistant's message as a list of parts, each begun, filled and closed: how Responses and Messages tell it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from kunserve.api.say.answers import Choice
+from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
+from kunserve.engine.request import Output
+
+
+@dataclass(slots=True)
+class Part:
+    """`text` is the arguments of a call, as JSON."""
+
+    index: int
+    kind: Literal["text", "reasoning", "call"]
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+
+
+class PartStream(ABC):
+    """Deltas to events. `parts` is all that came so far; the last one may still be open."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self._is_open = False
+
+    @abstractmethod
+    def begin(self, part: Part) -> bytes:
+        """Events that begin a part."""
+
+    @abstractmethod
+    def more(self, part: Part, text: str) -> bytes:
+        """Events for more text of it."""
+
+    @abstractmethod
+    def end(self, part: Part) -> bytes:
+        """Events that close it."""
+
+    def push(self, deltas: Iterable[Delta]) -> bytes:
+        """Take what came. Blanks alone are no part."""
+        events: list[bytes] = []
+        for delta in deltas:
+            match delta:
+                case CallBegin(_, call_id, name):
+                    events.append(self._open(Part(len(self.parts), "call", "", call_id, name)))
+                    continue
+                case CallArguments():
+                    pass
+                case Text() | Reasoning():
+                    kind: Literal["text", "reasoning"] = "text" if isinstance(delta, Text) else "reasoning"
+                    if not self._is_open or self.parts[-1].kind != kind:
+                        if not delta.text.strip():
+                            continue
+                        events.append(self._open(Part(len(self.parts), kind)))
+            part = self.parts[-1]
+            part.text += delta.text
+            events.append(self.more(part, delta.text))
+        return b"".join(events)
+
+    def close(self) -> bytes:
+        """Close the open part, if one is."""
+        was_open, self._is_open = self._is_open, False
+        return self.end(self.parts[-1]) if was_open else b""
+
+    def _open(self, part: Part) -> bytes:
+        closed = self.close()
+        self.parts.append(part)
+        self._is_open = True
+        return closed + self.begin(part)
+
+
+def deltas_of(choice: Choice, text: str, is_last: bool) -> list[Delta]:
+    """What more text of a choice says."""
+    if choice.parser is not None:
+        return choice.parser.push(text, is_last=is_last)
+    return [Text(text)] if text else []
+
+
+def deltas_of_output(choice: Choice, output: Output) -> list[Delta]:
+    """What a delta of the engine says."""
+    return deltas_of(choice, output.text, output.finish_reason is not None)
+
+
+def named_event(name: str, values: dict[str, Any]) -> bytes:
+    """A server-sent event that says its type twice, as both APIs do."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps({"type": name, **values}) + b"\n\n"

@@ -1,0 +1,1 @@
+"""What every route stands on: the server below, bodies, fields, admission, errors, SSE."""

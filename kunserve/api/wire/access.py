@@ -1,0 +1,115 @@
+"""Who may come in: API keys and browsers' origins, and the line that each request leaves in the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from hmac import compare_digest
+
+import structlog
+from aiohttp import web
+
+from kunserve.api.wire.context import API, REQUEST_ID
+from kunserve.errors import UnauthorizedError
+
+log = structlog.get_logger()
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# Probes and scrapers bring no key, and come too often to be worth a line.
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})
+PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show asks for the key
+ADMIN_PATHS = frozenset(
+    {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}
+)  # these ask for the admin key (admin.py)
+_PREFLIGHT_AGE_S = 600
+
+
+def bearer(request: web.Request) -> str:
+    """The key a request brings: `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients send."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
+def is_key(given: str, keys: Sequence[str]) -> bool:
+    """Whether `given` is one of `keys`. Looks at all of them, so that the time says nothing."""
+    return sum(compare_digest(_bytes(given), _bytes(key)) for key in keys) > 0
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")  # headers may hold any bytes
+
+
+def needs_key(path: str) -> bool:
+    """Whether the API key is asked for there, if there is one."""
+    return path not in OPEN_PATHS | ADMIN_PATHS and path != "/" and not path.startswith(PAGE_PREFIX)
+
+
+def check_key(request: web.Request) -> None:
+    """Raise UnauthorizedError unless the request may come in."""
+    keys = request.app[API].settings.api_keys
+    if keys and needs_key(request.path) and not is_key(bearer(request), keys):
+        raise UnauthorizedError("The API key is missing or wrong (send it as `Authorization: Bearer KEY`).")
+
+
+def owner_of(request: web.Request, user: str = "") -> str:
+    """Who shares the queue with whom: keys, where there are several; else the users that clients name.
+
+    A key's requests never count as several owners', or a flood could take many shares.
+    """
+    keys, key = request.app[API].settings.api_keys, bearer(request)
+    return f"key {keys.index(key)}" if len(keys) > 1 and key in keys else user  # an admin's is none of them
+
+
+def is_preflight(request: web.Request) -> bool:
+    """Whether a browser asks if it may ask."""
+    return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+
+
+def preflight_response(request: web.Request) -> web.Response:
+    """What a browser may do; `allow_origin` adds from where."""
+    headers = {
+        "Access-Control-Allow-Methods": request.headers["Access-Control-Request-Method"],
+        "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
+        "Access-Control-Max-Age": str(_PREFLIGHT_AGE_S),
+    }
+    return web.Response(status=204, headers=headers)
+
+
+async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
+    """Let browsers on allowed origins read the answer (an aiohttp on_response_prepare signal)."""
+    allowed, origin = request.app[API].settings.allowed_origins, request.headers.get("Origin")
+    if origin is None or not allowed:
+        return
+    if "*" in allowed:
+        response.headers["Access-Control-Allow-Origin"] = "*"
+    else:
+        response.headers["Vary"] = "Origin"
+        if origin not in allowed:
+            return
+        response.headers["Access-Control-Allow-Origin"] = origin
+    response.headers["Access-Control-Expose-Headers"] = "X-Request-ID, Retry-After"
+
+
+@web.middleware
+async def log_access(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """One line per request once its answer is out, or its client gone; at debug level for probes and scrapers."""
+    if not request.app[API].settings.logs_access:
+        return await handler(request)
+    started_s = time.monotonic()
+    status = 499  # nginx's word for a client that left
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        write = log.debug if request.path in OPEN_PATHS else log.info
+        write(
+            "request",
+            method=request.method,
+            path=request.path,
+            status=status,
+            seconds=round(time.monotonic() - started_s, 3),
+            client=request.remote,
+            request_id=request.get(REQUEST_ID, ""),
+        )

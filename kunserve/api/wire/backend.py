@@ -1,0 +1,151 @@
+"""What HTTP needs from below: the engine, the tokenizer and the chat template, as small protocols."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kunserve.engine.request import Output, Request
+from kunserve.engine.schedule.waiting import Waiting
+from kunserve.errors import InvalidRequestError
+from kunserve.observe.metrics import EngineStats
+
+
+class TextTokenizer(Protocol):
+    """Text to token ids and back. Called from several threads at once."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are `0 <= id < vocab_size`."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the model's BOS and the like unless told otherwise."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, special tokens included: perhaps a part of a character."""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own, special tokens included; half a character is U+FFFD."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIdsOnly:
+    """Stands in for the tokenizer of a model that has none: clients send and get token ids."""
+
+    vocab_size: int
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Always InvalidRequestError."""
+        raise InvalidRequestError("The model has no tokenizer: send token ids.", param="prompt")
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """No text."""
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A name for the token."""
+        return self.token_text(token_id).encode()
+
+    def token_text(self, token_id: int) -> str:
+        """A name for the token."""
+        return f"token_id:{token_id}"
+
+
+class Template(Protocol):
+    """The model's chat template."""
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation; raises InvalidRequestError when the template refuses it."""
+
+
+class Backend(Protocol):
+    """The engine as HTTP sees it."""
+
+    @property
+    def is_ready(self) -> bool:
+        """True once the model is loaded, until the server begins to stop."""
+
+    def submit(self, request: Request) -> AsyncIterator[Output]:
+        """Queue a request. The iterator yields deltas up to and including the one with a finish_reason.
+
+        Raises OverloadedError and the like at once; the iterator raises KunServeError when a step failed.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its blocks within one step; no effect if it has ended or is unknown."""
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        """How much is queued, of all or of one owner."""
+
+    def stats(self) -> EngineStats:
+        """Numbers for `/metrics`; never waits."""
+
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        """Everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
+
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed."""
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        """Split these groups, or the largest; the transition as JSON types, once its epoch is committed."""
+
+    def health(self) -> str | None:
+        """None while steps make progress, else the reason why not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The one model that is served. The first name is the one it calls itself."""
+
+    served_names: tuple[str, ...]
+    max_model_len: int  # tokens, prompt and output together
+    root: str
+    created: int  # seconds since 1970
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # likewise, for the chat template
+
+    @property
+    def name(self) -> str:
+        """The name of answers to requests that name none."""
+        return self.served_names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Bounds of what one client can ask of the server.
+
+    8 MiB are a million token ids; one text may have less (prompts.MAX_TEXT_CHARS).
+    """
+
+    max_body_bytes: int = 8 << 20
+    max_body_memory_bytes: int = 512 << 20  # of all bodies that are no requests yet
+    body_timeout_s: float = 60.0  # from the headers to the body's last byte
+    idle_timeout_s: float = 75.0  # for a connection to come up with (all) the headers of its next request
+    write_timeout_s: float = 30.0  # without one byte taken by the client
+    max_sequences: int = 2048  # prompts times n of one request
+    tokenizer_threads: int = 2
+    api_keys: tuple[str, ...] = ()  # none: everybody may come in
+    admin_keys: tuple[str, ...] = ()  # none: nobody is an admin
+    allowed_origins: tuple[str, ...] = ()  # of browsers; "*" is any
+    max_num_queued_reqs: int = 1024  # sequences waiting, accepted ones included
+    max_num_queued_tokens: int = 4 << 20  # of their prompts: 64 MiB of them
+    uses_priority: bool = False  # requests may say theirs (`--scheduling-policy priority`)
+    logs_access: bool = True
+    tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS
+    reasoning_parser: str | None = None  # see reasoning.REASONING_PARSERS
+    inline_chars: int = 2048  # text up to this size is tokenized on the event loop: about 1 ms
+
+    @property
+    def largest_body_bytes(self) -> int:
+        """The largest body that can ever be read: one alone may have three quarters of the memory for bodies."""
+        return min(self.max_body_bytes, self.max_body_memory_bytes * 3 // 4)

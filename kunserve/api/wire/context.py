@@ -1,0 +1,102 @@
+"""What every route shares: the server below it, and the few tools to reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+from aiohttp import web
+
+from kunserve.api.wire.admission import Admission
+from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.wire.body_memory import BodyMemory
+from kunserve.api.wire.fields import pieces
+from kunserve.api.wire.grammars import Grammars
+from kunserve.api.wire.turns import Turns
+from kunserve.observe.metrics import Metrics
+
+T = TypeVar("T")
+
+REQUEST_ID = web.RequestKey("request_id", str)
+_REQUEST_ID_HEADER = "X-Request-ID"
+_USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One server's routes and what they stand on; `request.app[API]`."""
+
+    backend: Backend
+    tokenizer: TextTokenizer
+    chat_template: Template | None
+    model: ModelInfo
+    metrics: Metrics
+    settings: ApiSettings
+    threads: ThreadPoolExecutor  # for what would hold up the event loop
+    turns: Turns  # on the way in: for about a millisecond of work
+    deliveries: Turns  # on the way out: of one output each
+    admission: Admission
+    bodies: BodyMemory
+    grammars: Grammars | None
+    serials: Iterator[int]  # tell apart requests of clients that chose the same id
+
+    async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
+        """Result of `work` on so much text: here if it is short, else on a thread."""
+        return work() if num_chars <= self.settings.inline_chars else await self.on_thread(work)
+
+    async def on_thread(self, work: Callable[[], T]) -> T:
+        """Result of `work`, which takes too long for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+
+API = web.AppKey("api", Api)
+
+
+def new_request_id(request: web.Request) -> str:
+    """The client's X-Request-ID if it is one printable word, else a new id."""
+    given = request.headers.get(_REQUEST_ID_HEADER, "")
+    return given if _USABLE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no system call, as uuid4 has
+
+
+def choose_request_id(request: web.Request, from_body: str | None) -> str:
+    """The id of this request; an id in the body counts unless the header has one."""
+    if from_body and _REQUEST_ID_HEADER not in request.headers and _USABLE_ID.fullmatch(from_body):
+        request[REQUEST_ID] = from_body
+    return request[REQUEST_ID]
+
+
+async def echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Give every answer the id of its request (an aiohttp on_response_prepare signal)."""
+    response.headers[_REQUEST_ID_HEADER] = request.get(REQUEST_ID, "")
+
+
+def to_json(value: object) -> bytes:
+    """JSON of an answer."""
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+
+
+def fragment(value: object) -> orjson.Fragment:
+    """A part of an answer that is written already: orjson keeps the GIL, so no single call may write all of it."""
+    return orjson.Fragment(orjson.dumps(value))
+
+
+def long_list(values: list[Any] | tuple[Any, ...]) -> orjson.Fragment:
+    """A list that may have a million values, written in pieces."""
+    return orjson.Fragment(b"[" + b",".join(orjson.dumps(piece)[1:-1] for piece in pieces(values)) + b"]")
+
+
+def long_text(text: str) -> orjson.Fragment:
+    """A text of megabytes, written in pieces."""
+    return orjson.Fragment(b'"' + b"".join(orjson.dumps(piece)[1:-1] for piece in pieces(text)) + b'"')
+
+
+def json_response(value: object) -> web.Response:
+    """An answer in JSON; `value` may be JSON already, as bytes."""
+    body = value if isinstance(value, bytes) else to_json(value)
+    return web.Response(body=body, content_type="application/json")

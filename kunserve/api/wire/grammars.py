@@ -1,0 +1,71 @@
+"""What an output must be, and the compiler of it: from a structure to a constraint of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from kunserve.engine.text.constraint import GrammarConstraint
+from kunserve.errors import InvalidRequestError
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.grammar.limits import RefusedError
+from kunserve.grammar.pool import Pool
+
+MAX_CHARS = 1 << 16  # of a schema or grammar: compiling is not linear
+
+Kind = Literal["json", "regex", "choice", "grammar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What an output must be. `value`: JSON schema as JSON, regex, choices as a JSON list, Lark or GBNF grammar.
+
+    Whatever way it came in, InvalidRequestError if it is too long.
+    """
+
+    kind: Kind
+    value: str
+    param: str  # the field it came from
+
+    def __post_init__(self) -> None:
+        if len(self.value) > MAX_CHARS:
+            text = f"`{self.param}` must have at most {MAX_CHARS} characters; it has {len(self.value)}."
+            raise InvalidRequestError(text, param=self.param)
+
+
+class Grammars:
+    """Compiles structures for one model's vocabulary, in processes of their own (`kunserve.grammar`)."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        reasoning_end: int | None = None,
+        on_death: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """`reasoning_end`: id of the token that ends reasoning; structures hold for what follows it.
+
+        `on_death` is told why, in a word, when a structure's process ends that should not have.
+        """
+        self._pool, self._reasoning_end = Pool(vocabulary, on_death), reasoning_end
+
+    async def open(self) -> None:
+        """Get ready before there are streams."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """End the processes."""
+        await self._pool.close()
+
+    async def compile(self, structure: Structure, reasons: bool, owner: str = "") -> GrammarConstraint:
+        """Return the constraint at its beginning, after the reasoning if the model `reasons`.
+
+        Owners take turns. Raises InvalidRequestError when the structure cannot be used, OverloadedError when it
+        cannot be compiled now.
+        """
+        try:
+            compiled = await self._pool.compile((structure.kind, structure.value), owner)
+        except RefusedError as error:
+            text = f"`{structure.param}` cannot be used: {' '.join(str(error).split())[:300]}"
+            raise InvalidRequestError(text, param=structure.param) from None
+        return GrammarConstraint(compiled.matcher(), self._reasoning_end if reasons else None)

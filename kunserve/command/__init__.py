@@ -1,0 +1,1 @@
+"""What users type: command lines to values, and the process of the server."""

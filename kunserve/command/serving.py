@@ -1,0 +1,201 @@
+"""The server's process: listen, load, serve until a signal, drain and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from aiohttp import web
+
+from kunserve.api.app import create_app
+from kunserve.api.ask.chat_template import ChatTemplate
+from kunserve.api.ask.defaults import sampling_defaults, settings_not_obeyed
+from kunserve.api.operate.loading import loading_handler
+from kunserve.api.say.reasoning import END as REASONING_END
+from kunserve.api.say.tool_parsers import parser_of_template
+from kunserve.api.wire.backend import ApiSettings, ModelInfo
+from kunserve.api.wire.grammars import Grammars
+from kunserve.command.arguments import ServerConfig
+from kunserve.command.flags import HttpConfig
+from kunserve.command.listen import Listener
+from kunserve.config import EngineConfig
+from kunserve.errors import ConfigError
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.observe.metrics import Metrics
+from kunserve.observe.summary import Summary, log_summary
+from kunserve.progress import LoadingProgress
+
+if TYPE_CHECKING:
+    from kunserve.engine.launch.launch import Served
+
+log = structlog.get_logger()
+
+HEARTBEAT_S = 0.01
+# A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
+GIL_SWITCH_S = 0.0005
+
+
+async def serve(config: ServerConfig) -> None:
+    """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
+    _check_files(config.http)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, _request_stop, stop)
+    listener = Listener(config.host, config.port, config.http.uds, config.http.ssl_context())
+    try:
+        progress = LoadingProgress()
+        async with listener.answering_with(loading_handler(lambda: progress.newest)):
+            with progress:
+                served = await _launch_or_stop(config, progress, stop)
+        for flag, why in _without_effect(config.engine).items():
+            log.warning("a flag that changes nothing here", flag=flag, because=why)
+        await _serve(config, served, listener, stop)
+    finally:
+        listener.close()
+    log.info("stopped")
+
+
+async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop: asyncio.Event) -> Served:
+    """Load the model. A signal meanwhile ends the process at once.
+
+    Threads that download or read cannot be ended: a process that waited for them would go on for minutes. What they
+    leave behind, the next start completes.
+    """
+    launching = asyncio.create_task(_launch(config, progress))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((launching, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not launching.done():
+        log.info("stopped", before="the model was loaded")
+        if config.http.uds is not None:
+            config.http.uds.unlink(missing_ok=True)
+        sys.stderr.flush()
+        os._exit(0)
+    stopping.cancel()
+    return await launching
+
+
+async def _launch(config: ServerConfig, progress: LoadingProgress) -> Served:
+    module = await asyncio.to_thread(
+        import_module, "kunserve.engine.launch.launch"
+    )  # with torch, for seconds: pages load
+    served: Served = await module.launch(config.engine, config.served_names[0], progress.update)
+    return served
+
+
+async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
+    """Serve what is loaded until `stop`; then drain. Closes the engine."""
+    engine = served.engine
+    sys.setswitchinterval(GIL_SWITCH_S)
+    gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
+    try:
+        await engine.start()
+        runner = web.AppRunner(_app(config, served), handle_signals=False, shutdown_timeout=1.0)
+        await runner.setup()
+        watchers = [asyncio.create_task(_watch_loop(served.metrics))]
+        if (interval_s := config.http.stats_interval_s) is not None:
+            watchers.append(asyncio.create_task(log_summary(Summary(served.metrics, engine.stats), interval_s)))
+        try:
+            await listener.serve(runner)
+            log.info("ready", url=listener.url, model=config.served_names[0])
+            await _first_of(stop.wait(), engine.wait())
+            if not engine.is_running:
+                raise ConfigError("the engine has stopped; the log says why")
+            log.info("stopping", drain_s=config.shutdown_timeout_s, running=engine.num_running)
+            stop.clear()
+            await _first_of(engine.stop(config.shutdown_timeout_s), stop.wait())  # a second Ctrl-C
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await engine.stop()
+            await runner.cleanup()
+    finally:
+        await served.close()
+
+
+async def _first_of(*awaitables: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them is done, and cancel the others."""
+    tasks = [asyncio.create_task(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _request_stop(stop: asyncio.Event) -> None:
+    stop.set()
+
+
+def _check_files(http: HttpConfig) -> None:
+    """Read what people wrote by hand before minutes of loading, not after. ConfigError if it cannot be used."""
+    if http.chat_template is not None:
+        ChatTemplate(_read_template(http.chat_template))
+    sampling_defaults("vllm" if http.generation_config == "auto" else http.generation_config, None, http.sampling)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+
+
+def _app(config: ServerConfig, served: Served) -> web.Application:
+    tokenizer, path = served.tokenizer, config.http.chat_template
+    source = tokenizer.chat_template if path is None else _read_template(path)
+    template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+    files, http = served.files, config.http
+    recommended = None if files.card is None else files.card.defaults.sampling
+    sampling = sampling_defaults(http.generation_config, files.folder, http.sampling, recommended)
+    if sampling:
+        log.info("defaults of requests", **sampling)
+    if ignored := settings_not_obeyed(http.generation_config, files.folder):
+        log.warning("settings of generation_config.json that are not obeyed", **ignored)
+    max_model_len = served.engine.limits.max_model_len
+    kwargs = config.http.chat_template_kwargs
+    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs)
+    settings = ApiSettings(
+        api_keys=config.http.api_keys,
+        admin_keys=config.http.admin_keys,
+        allowed_origins=config.http.allowed_origins,
+        max_num_queued_reqs=config.engine.max_num_queued_reqs,
+        max_num_queued_tokens=config.http.max_num_queued_tokens,
+        max_body_memory_bytes=config.http.max_body_memory_bytes,
+        uses_priority=config.http.uses_priority,
+        logs_access=config.http.logs_access,
+        tool_call_parser=config.http.tool_call_parser or parser_of_template(source),
+        reasoning_parser=config.http.reasoning_parser,
+    )
+    model = served.engine.model
+    grammars = Grammars(
+        Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
+        tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
+        served.metrics.structure_process_died,
+    )
+    return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    """Measure how late the event loop is: its own figure of health, seen in `kunserve:event_loop_lag_seconds`."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + HEARTBEAT_S
+        await asyncio.sleep(HEARTBEAT_S)
+        metrics.loop_lag(max(0.0, loop.time() - due))
+
+
+def _without_effect(engine: EngineConfig) -> dict[str, str]:
+    """Flags of GPUs that were given for CPU devices, and why they do nothing."""
+    if engine.devices.resolved().kind != "cpu":
+        return {}
+    default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager")
+    given = [name for name in names if getattr(engine, name) != getattr(default, name)]
+    return {f"--{name.replace('_', '-')}": "the devices are CPUs (GPUs: --devices cuda)" for name in given}

@@ -1,0 +1,1 @@
+"""The one forward path: decoder, operations, sampler. Tensors in, tensors and tokens out."""

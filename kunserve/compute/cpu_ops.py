@@ -1,0 +1,138 @@
+"""The decoder's operations on a virtual CPU device, float32: one call into cpu_kernels.c per operation.
+
+Single-threaded, as a virtual device is one core, and the GIL is dropped meanwhile. Batch invariant: a token's results
+are bitwise the same however requests are batched, prompts are cut into chunks and blocks are placed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
+from kunserve.compute.ops import AttentionBatch, Ops
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.errors import EngineError
+
+MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
+FLOAT, INT = torch.float32, torch.int32
+
+
+def _is_ours(tensor: Tensor) -> bool:
+    """What the kernels read: float32 without gaps."""
+    return tensor.dtype is FLOAT and tensor.is_contiguous()
+
+
+class CpuOps:
+    """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256."""
+
+    def __init__(self, kernels: ctypes.CDLL) -> None:
+        self._linear = kernels.linear
+        self._rms_norm = kernels.rms_norm
+        self._silu_and_mul = kernels.silu_and_mul
+        self._rotate_and_append = kernels.rotate_and_append
+        self._attention = kernels.attention
+
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+        return weight.index_select(0, token_ids)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+        assert _is_ours(x) and _is_ours(weight)
+        T, H = x.shape
+        y = torch.empty(T, H, dtype=FLOAT)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps)
+        return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N). K and N at least 1."""
+        T, K = x.shape
+        N = weight.shape[0]
+        assert _is_ours(x) and _is_ours(weight) and weight.shape[1] == K
+        assert bias is None or _is_ours(bias)
+        assert residual is None or (_is_ours(residual) and residual.shape == (T, N))
+        y = torch.empty(T, N, dtype=FLOAT)
+        self._linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            y.data_ptr(),
+            T, N, K,
+        )  # fmt: skip
+        return y
+
+    def rotate_and_append(
+        self,
+        qkv: Tensor,
+        rope: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Norm and rotate q (in place in `qkv`) and k; write k and v into their slots of `kv`.
+
+        Raises EngineError if a block table names no block of `kv` for a token, or `rope` ends before its position.
+        """
+        num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        assert _is_ours(qkv) and _is_ours(kv) and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
+        bad = self._rotate_and_append(
+            qkv.data_ptr(),
+            rope.data_ptr(),
+            kv.data_ptr(),
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+            *_where(batch),
+            num_blocks, num_kv_heads, block_size, head_dim, num_heads, rope.shape[0], eps,
+        )  # fmt: skip
+        if bad:
+            raise EngineError(f"token {bad - 1} of the batch has no slot: position outside rope or block table")
+
+    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
+        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim).
+
+        Raises EngineError if a block table names no block of `kv` for a position that is read.
+        """
+        num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
+        assert _is_ours(qkv) and _is_ours(kv) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=FLOAT)
+        bad = self._attention(
+            qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *_where(batch),
+            num_blocks, num_kv_heads, block_size, head_dim, num_heads,
+        )  # fmt: skip
+        if bad:
+            raise EngineError(f"token {bad - 1} of the batch reads a position that its block table does not name")
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+        assert _is_ours(gate_up)
+        T, width = gate_up.shape
+        y = torch.empty(T, width // 2, dtype=FLOAT)
+        self._silu_and_mul(gate_up.data_ptr(), y.data_ptr(), T, width // 2)
+        return y
+
+
+def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
+    """Addresses of positions, cu_seqlens_q and block_tables, and the shape (B, W) of the last."""
+    positions, ends, tables = batch.positions, batch.cu_seqlens_q, batch.block_tables
+    assert positions.dtype is INT and ends.dtype is INT and tables.dtype is INT and tables.is_contiguous()
+    return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
+
+
+def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:
+    """Operations for a CPU device: the kernels where they apply, else TorchOps; and which and why, for the log."""
+    if dtype is not FLOAT:
+        return TorchOps(), f"torch reference: the kernels are float32, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return TorchOps(), f"torch reference: head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    try:
+        return CpuOps(load_kernels()), "C kernels for this CPU"
+    except KernelsUnavailableError as error:
+        return TorchOps(), f"torch reference: {error}"

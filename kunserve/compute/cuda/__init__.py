@@ -1,0 +1,1 @@
+"""The forward path on GPUs: paged attention, graphs, kernels, sampling that nobody waits for."""

@@ -1,0 +1,290 @@
+"""Planning a step on a CUDA device: a microbatch's arrays, once per stage, from pinned memory to stable addresses.
+
+FlashInfer plans on the host how a batch is cut into thread blocks; all layers of a stage share the plan. Prior art:
+vLLM's and mini-sglang's FlashInfer backends. From the latter: a plan writes into one pinned buffer, so that the next
+one first waits until that has been copied.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.errors import ConfigError
+from kunserve.model.config import ModelConfig
+
+Ints = npt.NDArray[np.int32]
+Attend = Callable[[Tensor, Tensor], Tensor]  # q (T, num_heads, head_dim), kv of a layer -> (T, num_heads, head_dim)
+
+MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
+INT_WORKSPACE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest microbatch that buffers are made for."""
+
+    max_num_tokens: int
+    max_num_seqs: int
+    max_num_blocks: int  # of all sequences of a microbatch together, on one stage
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One stage's view of a microbatch, on the host: blocks as in a compressed sparse row matrix. R rows of tokens."""
+
+    positions: Ints  # (R,)
+    slots: Ints  # (R,) block * block_size + offset; -1 for rows that are padding
+    cu_seqlens_q: Ints  # (B + 1,)
+    kv_indptr: Ints  # (B + 1,): blocks of sequence b are kv_indices[kv_indptr[b]:kv_indptr[b + 1]]
+    kv_indices: Ints
+    last_block_len: Ints  # (B,) tokens in the last block
+
+
+def step_arrays(batch: AttentionBatch, num_rows: int | None = None) -> StepArrays:
+    """Flatten a host batch; if `num_rows` is given, all sequences have one token and are padded to so many.
+
+    A row of padding writes nothing and reads one token of a block that the first sequence reads anyway.
+    """
+    positions, ends, contexts = (t.numpy() for t in (batch.positions, batch.cu_seqlens_q, batch.context_lens))
+    tables, block_size = batch.block_tables.numpy(), batch.block_size
+    num_blocks = -(-contexts // block_size)
+    sequences = np.repeat(np.arange(len(contexts)), np.diff(ends))
+    slots = tables[sequences, positions // block_size] * block_size + positions % block_size
+    indices = tables[np.arange(tables.shape[1]) < num_blocks[:, None]]
+    last = contexts - (num_blocks - 1) * block_size
+    if num_rows is not None:
+        padding = num_rows - len(contexts)
+        positions, slots = _extend(positions, 0, padding), _extend(slots, -1, padding)
+        indices, last = _extend(indices, int(tables[0, 0]), padding), _extend(last, 1, padding)
+        num_blocks = _extend(num_blocks, 1, padding)
+        ends = np.arange(num_rows + 1)
+    indptr = np.concatenate([[0], np.cumsum(num_blocks)])
+    return StepArrays(*(np.ascontiguousarray(a, np.int32) for a in (positions, slots, ends, indptr, indices, last)))
+
+
+def _extend(values: npt.NDArray[Any], value: int, count: int) -> npt.NDArray[Any]:
+    return np.concatenate([values, np.full(count, value, values.dtype)])
+
+
+class Staged:
+    """Integers that change every step, at one address on the device and one in pinned memory."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def put(self, values: Ints) -> Tensor:
+        """Copy (N,) to the device on the current stream; returns the first N there."""
+        host, device = self.host[: len(values)], self.device[: len(values)]
+        host.copy_(torch.from_numpy(values))
+        device.copy_(host, non_blocking=True)
+        return device
+
+
+class StepBuffers:
+    """All staged arrays of one device. Written once per step; `writable` is when."""
+
+    def __init__(self, limits: StepLimits, device: torch.device) -> None:
+        rows, blocks = max(limits.max_num_tokens, limits.max_num_seqs), limits.max_num_blocks + limits.max_num_seqs
+        self.torch_device = device
+        self.token_ids, self.sampled_rows = Staged(rows, device), Staged(rows, device)
+        self.positions, self.slots = Staged(rows, device), Staged(rows, device)
+        self.cu_seqlens_q = Staged(limits.max_num_seqs + 1, device)
+        self.kv_indptr, self.kv_indices = Staged(limits.max_num_seqs + 1, device), Staged(blocks, device)
+        self.last_block_len = Staged(limits.max_num_seqs, device)
+        self._copied: Any = None
+
+    def wait_writable(self) -> None:
+        """Block until the last step's arrays have left the host's side."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def mark_written(self) -> None:
+        """All arrays of this step are on their way."""
+        if self.torch_device.type == "cuda":
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch(AttentionBatch):
+    """A batch on the device, ready for every layer of a stage."""
+
+    slots: Tensor  # (R,) int32
+    attend: Attend
+
+
+class PagedAttention(Protocol):
+    """Attention over blocks."""
+
+    is_capturable: bool  # whether a CUDA graph can hold it
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
+        """Plan one step. With a `bucket`, what is returned can be captured, and replayed after later plans for it."""
+
+
+class Planner:
+    """Turns a host batch into a planned one."""
+
+    def __init__(self, buffers: StepBuffers, attention: PagedAttention) -> None:
+        self._buffers, self._attention = buffers, attention
+
+    def plan(self, batch: AttentionBatch, bucket: int | None) -> PlannedBatch:
+        """Copy the arrays and plan attention; sequences of one token each are padded to `bucket`."""
+        arrays, buffers = step_arrays(batch, bucket), self._buffers
+        indptr = buffers.kv_indptr.put(arrays.kv_indptr)
+        buffers.kv_indices.put(arrays.kv_indices)
+        buffers.last_block_len.put(arrays.last_block_len)
+        return PlannedBatch(
+            positions=buffers.positions.put(arrays.positions),
+            slots=buffers.slots.put(arrays.slots),
+            cu_seqlens_q=buffers.cu_seqlens_q.put(arrays.cu_seqlens_q),
+            context_lens=indptr[1:],  # nobody reads it: attention is planned
+            block_tables=indptr,
+            block_size=batch.block_size,
+            attend=self._attention.plan(arrays, bucket),
+        )
+
+
+def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
+    """What FlashInfer's fa2 plans need for partial results of split contexts; it refuses to plan if that is not there.
+
+    From PrefillPlan in its scheduler.cuh (0.6.18): per tile of queries, float32 output and sum of every row and head.
+    A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
+    into as many as run at once, two on each multiprocessor.
+    """
+    group, per_row = config.num_heads // config.num_kv_heads, config.num_heads * (config.head_dim + 1) * 4
+    at_once = 2 * num_sms // config.num_kv_heads
+    rows_per_tile = 16 if group <= 16 else 64 if group <= 64 or config.head_dim >= 256 else 128
+    captured = max(at_once, -(-max_bucket * group // rows_per_tile) + max_bucket - 1) * rows_per_tile
+    return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
+
+
+class FlashInferAttention:
+    """FlashInfer's paged kernels: one wrapper for mixed batches, and one per bucket of captured decode steps.
+
+    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim.
+    """
+
+    is_capturable = True
+
+    def __init__(
+        self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+    ) -> None:
+        self._flashinfer = importlib.import_module("flashinfer")
+        self._decode = importlib.import_module("flashinfer.decode")
+        self._shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
+        self._dtype, self._buffers = dtype, buffers
+        device = buffers.torch_device
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        float_bytes = float_workspace_bytes(config, max_bucket, num_sms)
+        self._floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
+        self._ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._mixed = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._floats, "HND", backend="fa2")
+        self._mixed.reset_workspace_buffer(self._floats, self._ints)
+        self._buckets: dict[int, Any] = {}
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
+        """See `PagedAttention.plan`."""
+        if bucket is not None:
+            return self._plan_bucket(arrays, bucket)
+        buffers = self._buffers
+        num_heads, num_kv_heads, head_dim, block_size = self._shape
+        seqs, blocks = len(arrays.last_block_len), len(arrays.kv_indices)
+        self._mixed.plan(
+            buffers.cu_seqlens_q.host[: seqs + 1],
+            buffers.kv_indptr.host[: seqs + 1],
+            buffers.kv_indices.device[:blocks],
+            buffers.last_block_len.host[:seqs],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            causal=True,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        run: Attend = self._mixed.run
+        return run
+
+    def _plan_bucket(self, arrays: StepArrays, bucket: int) -> Attend:
+        buffers = self._buffers
+        host = (
+            buffers.kv_indptr.host[: bucket + 1],
+            buffers.kv_indices.device[: len(arrays.kv_indices)],
+            buffers.last_block_len.host[:bucket],
+        )
+        dtypes = {"q_data_type": self._dtype, "kv_data_type": self._dtype}
+        wrapper = self._buckets.get(bucket)
+        if wrapper is None:
+            wrapper = self._buckets[bucket] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._floats,
+                "HND",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=buffers.kv_indptr.device[: bucket + 1],
+                paged_kv_indices_buffer=buffers.kv_indices.device,
+                paged_kv_last_page_len_buffer=buffers.last_block_len.device[:bucket],
+                backend="fa2",
+            )
+            wrapper.reset_workspace_buffer(self._floats, self._ints)  # one for all: steps of a stream take turns
+            wrapper.plan(*host, *self._shape, **dtypes)
+        else:  # the arrays are on the device already: plan() would copy them once more, and wait
+            self._decode.fast_decode_plan(wrapper, *host, *self._shape, **dtypes, global_override_indptr_cpu=host[0])
+        run: Attend = wrapper.run
+        return run
+
+
+class ReferenceAttention:
+    """TorchOps' attention behind the same interface: any dtype, reads lengths on the host, cannot be captured."""
+
+    is_capturable = False
+
+    def __init__(self, block_size: int, buffers: StepBuffers) -> None:
+        self._block_size, self._buffers, self._ops = block_size, buffers, TorchOps()
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
+        """See `PagedAttention.plan`. Reads the step's arrays when it attends, as captured kernels do."""
+        seqs = len(arrays.last_block_len)
+
+        def attend(q: Tensor, kv: Tensor) -> Tensor:
+            batch = self._batch(seqs, q.device)
+            return self._ops.attention(q.flatten(1), kv, batch, q.shape[1]).view(q.shape)
+
+        return attend
+
+    def _batch(self, seqs: int, device: torch.device) -> AttentionBatch:
+        buffers = self._buffers
+        indptr = buffers.kv_indptr.host[: seqs + 1].long()
+        counts = indptr.diff()
+        contexts = (counts - 1) * self._block_size + buffers.last_block_len.host[:seqs]
+        tables = torch.zeros(seqs, int(counts.max()), dtype=torch.int32)
+        tables[torch.arange(tables.shape[1]) < counts[:, None]] = buffers.kv_indices.host[: indptr[-1]]
+        ends = buffers.cu_seqlens_q.host[: seqs + 1]
+        positions = buffers.positions.device[: int(ends[-1])]
+        return AttentionBatch(positions, ends, contexts.int(), tables.to(device), self._block_size)
+
+
+def load_attention(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+) -> tuple[PagedAttention, str]:
+    """FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if it is missing.
+
+    max_bucket: the largest number of sequences in a step that is captured.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return ReferenceAttention(block_size, buffers), f"torch reference: FlashInfer has no kernels for {dtype}"
+    try:
+        return FlashInferAttention(config, block_size, dtype, buffers, max_bucket), "FlashInfer"
+    except ImportError as error:
+        raise ConfigError(f"--devices cuda needs flashinfer-python: pip install 'kunserve[cuda]' ({error})") from None

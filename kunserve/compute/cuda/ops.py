@@ -1,0 +1,155 @@
+"""The decoder's operations on a CUDA device: torch's matrices, Triton for what is small, attention as planned.
+
+A batch must have been planned (kunserve.compute.cuda.attention): it then carries its slots and how to attend, so that
+the same operations run eagerly, in a graph, with FlashInfer or with the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from kunserve.compute.cuda.attention import PlannedBatch
+from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.errors import ConfigError
+
+CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Kernels(Protocol):
+    """The small operations."""
+
+    is_capturable: bool  # whether a CUDA graph can hold them: nothing in them waits for the host
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+
+    def rotate_and_append(
+        self,
+        qkv: Tensor,
+        rope: Tensor,
+        kv: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> None:
+        """As `Ops.rotate_and_append`, into `slots` (T,) int32: block * block_size + offset; below 0: not written."""
+
+
+class TorchKernels:
+    """The reference, any dtype and device."""
+
+    is_capturable = False
+
+    def __init__(self) -> None:
+        self._ops = TorchOps()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Kernels.rms_norm`."""
+        return self._ops.rms_norm(x, weight, eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Kernels.silu_and_mul`."""
+        return self._ops.silu_and_mul(gate_up)
+
+    def rotate_and_append(
+        self,
+        qkv: Tensor,
+        rope: Tensor,
+        kv: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> None:
+        """See `Kernels.rotate_and_append`: the reference on one sequence of all tokens, whose blocks are scattered."""
+        kept = (slots >= 0).nonzero()[:, 0]
+        tokens, places = qkv[kept], slots[kept].long()
+        order = torch.arange(len(kept), dtype=torch.int32, device=qkv.device)
+        ends = torch.tensor([0, len(kept)], dtype=torch.int32, device=qkv.device)
+        one_each = torch.empty(len(kept), 2, kv.shape[2], 1, kv.shape[4], dtype=kv.dtype, device=kv.device)
+        batch = AttentionBatch(order, ends, ends[1:], order[None], block_size=1)
+        angles = rope[positions[kept].long()]
+        self._ops.rotate_and_append(tokens, angles, one_each, batch, q_norm, k_norm, eps)
+        qkv[kept] = tokens
+        kv[places // kv.shape[3], :, :, places % kv.shape[3]] = one_each[:, :, :, 0]
+
+
+class CudaOps:
+    """`Ops` on planned batches. Implements kunserve.compute.ops.Ops."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+        return weight.index_select(0, token_ids)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+        return self._kernels.rms_norm(x, weight, eps)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
+        if residual is None:
+            return F.linear(x, weight, bias)
+        y = torch.addmm(residual, x, weight.t())  # the sum costs nothing: it is the matrix product's epilogue
+        return y if bias is None else y + bias
+
+    def rotate_and_append(
+        self,
+        qkv: Tensor,
+        rope: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Norm and rotate q (in place in `qkv`) and k; write k and v into their slots of `kv`."""
+        assert isinstance(batch, PlannedBatch)
+        self._kernels.rotate_and_append(qkv, rope, kv, batch.positions, batch.slots, q_norm, k_norm, eps)
+
+    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
+        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim)."""
+        assert isinstance(batch, PlannedBatch)
+        head_dim = kv.shape[-1]
+        q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+        return batch.attend(q, kv).flatten(1)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+        return self._kernels.silu_and_mul(gate_up)
+
+
+def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
+    """The dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError for what is not served."""
+    wanted = checkpoint if name == "auto" else name
+    dtype = CHECKPOINT_DTYPES.get(wanted)
+    if dtype is None:
+        known = ", ".join(CHECKPOINT_DTYPES)
+        raise ConfigError(f"--dtype {name}: {wanted} is not served on CUDA devices; use one of {known}")
+    return dtype
+
+
+def load_kernels(device: torch.device) -> tuple[Kernels, str]:
+    """Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
+    if device.type != "cuda":
+        return TorchKernels(), f"torch reference on {device.type}"
+    try:
+        module = importlib.import_module("kunserve.compute.cuda.kernels")
+    except ImportError:
+        return TorchKernels(), "torch reference: triton is not installed"
+    kernels: Kernels = module.TritonKernels()
+    return kernels, "Triton kernels"

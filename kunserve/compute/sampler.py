@@ -1,0 +1,306 @@
+"""Request flow, after the last stage: logits in, one token per row out; the detokenizer is next.
+
+A row's token is a function of its own logits, parameters, seed and position: never of the batch it is in, of
+preemption, or of how often the row was computed before. Two choices make that exact. The randomness is a
+number hashed from (seed, position). And probabilities are integers (2**-40 of the most likely token's is 1),
+so that their sums come out the same in whatever order a device adds them.
+
+A row's fault is its own as well: where others have a token, it has an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kunserve.compute.logprobs import logprobs_of, scored
+from kunserve.errors import EngineError
+from kunserve.sampling import SamplingParams, TokenLogprobs, TokenMask
+
+UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
+LOWEST = -28.0  # log of a probability relative to the most likely token's; UNIT times less than this is 0
+NUM_CANDIDATES = 256  # largest weights looked at before the whole row is sorted
+SLICE_ELEMENTS = 1 << 22  # bounds the workspace on a device: about 40 bytes per element
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """All that decides one row's token. `output_token_ids` must not change while `sample` runs."""
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]  # generated so far
+    eos_token_ids: tuple[int, ...]
+    mask: TokenMask | None = None  # of a grammar; read, and waited for, when the logits are there
+    given: int | None = None  # not to choose but to score this token of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: BaseException | None = None  # then token_id is 0: an id like any, for the microbatch that runs ahead
+
+
+def failed(error: BaseException) -> SampledToken:
+    """Return what stands for the token of a row that has none."""
+    return SampledToken(0, error=error)
+
+
+def not_finite() -> SampledToken:
+    """Return what stands for the token of a row whose largest logit is no number to compare with."""
+    return failed(EngineError("the largest logit is not finite: cannot sample a token"))
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Choose one token per row: logits (R, V), any float type and device, left unchanged; R rows.
+
+    Order as in vLLM: grammar and allowed tokens, logit bias, min_tokens and bad words, penalties, temperature, min_p,
+    top_k, top_p. Ties go to the lowest id. A row whose largest logit is not finite, or whose work raises, has that
+    error instead of a token.
+    """
+    assert logits.shape[0] == len(rows)
+    try:
+        return _sample(logits, rows)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+        if len(rows) == 1:
+            return [failed(error)]
+    half = len(rows) // 2  # whose fault it is turns out where rows are chosen alone, which changes no token
+    return sample(logits[:half], rows[:half]) + sample(logits[half:], rows[half:])
+
+
+def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """As `sample`, but raises what the work for any row raises."""
+    if not rows:
+        return []
+    token_ids = _greedy(logits)
+    others = [
+        i
+        for i, row in enumerate(rows)
+        if token_ids[i] is not None and row.given is None and (row.params.temperature > 0 or is_adjusted(row))
+    ]
+    rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
+    for start in range(0, len(others), rows_per_slice):
+        part = others[start : start + rows_per_slice]
+        chosen = _choose(_rows(logits, part), [rows[i] for i in part])
+        for i, token_id in zip(part, chosen, strict=True):
+            token_ids[i] = token_id
+    return [
+        not_finite()
+        if token_id is None
+        else SampledToken(token_id, logprobs_of(logits[i], token_id, row.params.num_logprobs))
+        if row.given is None
+        else SampledToken(row.given, scored(logits[i], row.given, row.params.num_prompt_logprobs))
+        for i, (token_id, row) in enumerate(zip(token_ids, rows, strict=True))
+    ]
+
+
+def reads_output(params: SamplingParams) -> bool:
+    """Whether a token depends on which ones were generated before it, and not only on how many."""
+    return bool(params.bad_words) or _is_penalised(params)
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return the number in [0, 1) that decides the token at `position` (tokens generated before it)."""
+    digest = blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def integer_weights(scores: Tensor, temperature: Tensor, min_p: Tensor | None) -> Tensor:
+    """Probabilities in units: scores (R, V) float64, the rest (R,) -> (R, V) int64, UNIT where largest."""
+    relative = (scores - scores.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
+    if min_p is not None:
+        relative.masked_fill_(relative < min_p[:, None], 0.0)
+    return relative.mul_(UNIT).long()
+
+
+def keep_most_likely(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but the top_k largest weights, and of those all but the fewest that reach top_p of their sum.
+
+    weights (R, V) int64; top_k (R,) int64, V when off; top_p (R,) float64, 1 when off.
+    """
+    num_candidates = min(NUM_CANDIDATES, weights.shape[1])
+    kept, is_decided = _keep_among(weights, top_k, top_p, num_candidates)
+    while not bool(is_decided.all()):  # a flat distribution: look further, in the end at everything
+        rest = (~is_decided).nonzero()[:, 0]
+        num_candidates = min(num_candidates * 16, weights.shape[1])
+        kept[rest], is_decided[rest] = _keep_among(weights[rest], top_k[rest], top_p[rest], num_candidates)
+    return kept
+
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF in order of token ids: weights (R, V) int64, uniforms (R,) in [0, 1) -> ids (R,)."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    target = (uniforms * total.double()).long().minimum(total - 1)
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    """Tokens of rows that are drawn or whose logits are adjusted; None for those that it leaves without any."""
+    scores = logits.to(torch.float64, copy=True)
+    for score, row in zip(scores, rows, strict=True):
+        if is_adjusted(row):
+            _adjust(score, row)
+    token_ids = _greedy(scores)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and token_ids[i] is not None]
+    if not drawn:
+        return token_ids
+
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)
+
+    params, scores = [rows[i].params for i in drawn], _rows(scores, drawn)
+    likely = _likely(scores[0], params[0].temperature) if scores.device.type == "cpu" and len(drawn) == 1 else None
+    if likely is not None:
+        scores = torch.from_numpy(scores.numpy()[:, likely.numpy()])
+    vocab_size = scores.shape[1]
+    min_p = column(p.min_p for p in params) if any(p.min_p for p in params) else None
+    weights = integer_weights(scores, column(p.temperature for p in params), min_p)
+    if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+        top_k = column((min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params), torch.int64)
+        weights = keep_most_likely(weights, top_k, column(p.top_p for p in params))
+    uniforms = column(uniform(rows[i].seed, len(rows[i].output_token_ids)) for i in drawn)
+    chosen = draw(weights, uniforms)
+    for i, token_id in zip(drawn, (chosen if likely is None else likely[chosen]).tolist(), strict=True):
+        token_ids[i] = token_id
+    return token_ids
+
+
+def _likely(scores: Tensor, temperature: float) -> Tensor | None:
+    """Ids, ascending, of those (V,) scores on the CPU that come to a weight; None when nearly all do.
+
+    At low temperatures and under grammars they are few. And the exponential of -inf is a slow one.
+    """
+    values = scores.numpy()  # whose comparisons are ten times faster than torch's
+    is_likely = values - values.max() >= LOWEST * temperature
+    is_dense = np.count_nonzero(is_likely) > 0.9 * len(values)
+    return None if is_dense else torch.from_numpy(np.flatnonzero(is_likely))
+
+
+def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of (R, V), ascending: a view where they are neighbours."""
+    first, last = rows[0], rows[-1]
+    return values[first : last + 1] if last - first + 1 == len(rows) else values[rows]
+
+
+def _greedy(logits: Tensor) -> list[int | None]:
+    """Lowest id of the largest logit of each row, None if that is not finite; no more than that leaves the device."""
+    if logits.device.type == "cpu":  # numpy's argmax is twenty times faster than torch's
+        values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        best = torch.from_numpy(values.detach().numpy().argmax(-1))
+    else:
+        best = logits.argmax(-1)
+    is_finite = logits.gather(-1, best[:, None])[:, 0].isfinite()  # argmax returns a NaN if there is one
+    ids: list[int] = best.tolist()
+    return [token_id if usable else None for token_id, usable in zip(ids, is_finite.tolist(), strict=True)]
+
+
+def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Filter by looking at the largest `num_candidates` weights; also whether that was enough (R,)."""
+    vocab_size = weights.shape[1]
+    if num_candidates < vocab_size:
+        largest = weights.topk(num_candidates).values
+    else:
+        largest = weights.sort(descending=True).values
+    cumulative = largest.cumsum(-1)
+    is_all = top_k >= vocab_size
+    last = top_k.clamp(max=num_candidates)[:, None] - 1
+    mass = torch.where(is_all, weights.sum(-1), cumulative.gather(-1, last)[:, 0])
+    is_short = cumulative.double() < (top_p * mass.double())[:, None]
+    is_off = is_all & (top_p >= 1.0)
+    is_decided = torch.where(is_all, is_off | ~is_short[:, -1], top_k <= num_candidates)
+    num_kept = (is_short.sum(-1) + 1).minimum(top_k).clamp(max=num_candidates)
+    # Which of several equal weights a sort puts first differs between devices: keep the lowest ids.
+    least = largest.gather(-1, num_kept[:, None] - 1)
+    is_kept = weights >= least
+    if bool((is_kept.sum(-1) > num_kept).any()):
+        num_equal = num_kept[:, None] - (largest > least).sum(-1, keepdim=True)
+        is_equal = weights == least
+        is_kept &= ~is_equal | (is_equal.cumsum(-1) <= num_equal)
+    return weights.where(is_kept | is_off[:, None], 0), is_decided
+
+
+def is_adjusted(row: SamplingRow) -> bool:
+    """Return whether logits are changed before one is chosen: by a bias, a restriction or a penalty."""
+    p = row.params
+    is_biased = bool(p.logit_bias or p.bad_words) or len(row.output_token_ids) < p.min_tokens
+    return is_biased or _is_restricted(row) or _is_penalised(p)
+
+
+def _is_restricted(row: SamplingRow) -> bool:
+    return row.mask is not None or row.params.allowed_token_ids is not None
+
+
+def _is_penalised(p: SamplingParams) -> bool:
+    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+
+def _adjust(scores: Tensor, row: SamplingRow) -> None:
+    """Apply masks, logit bias, min_tokens, bad words and penalties in place: scores (V,) float64."""
+    params, vocab_size = row.params, scores.shape[0]
+    _allow(scores, row)
+    # Ids beyond the vocabulary are no error here: they cannot come up anyway.
+    bias = [(i, value) for i, value in params.logit_bias if 0 <= i < vocab_size]
+    if bias:
+        ids, values = zip(*bias, strict=True)
+        delta = torch.tensor(values, dtype=scores.dtype, device=scores.device)
+        scores.index_add_(0, torch.tensor(ids, device=scores.device), delta)
+    if banned := [i for i in _banned(row) if 0 <= i < vocab_size]:
+        places = torch.tensor(banned, dtype=torch.int64, device=scores.device)
+        before = scores[places]
+        scores[places] = -torch.inf
+        if _is_restricted(row) and float(scores.max()) == -torch.inf:  # nothing else is allowed
+            scores[places] = before
+    if _is_penalised(params):
+        counts = _counts(row.output_token_ids, vocab_size).to(scores.device)
+        if params.repetition_penalty != 1.0:
+            is_seen = (counts + _counts(row.prompt_token_ids, vocab_size).to(scores.device)) > 0
+            factor = params.repetition_penalty
+            scores.copy_(scores.where(~is_seen, torch.where(scores > 0, scores / factor, scores * factor)))
+        scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _allow(scores: Tensor, row: SamplingRow) -> None:
+    """Rule out in place what the grammar or the request does not allow: scores (V,). One token always remains."""
+    vocab_size = scores.shape[0]
+    is_allowed: NDArray[np.bool_] | None = None
+    words = row.mask() if row.mask is not None else None
+    if words is not None:
+        is_allowed = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+    if (ids := row.params.allowed_token_ids) is not None:
+        is_listed = np.zeros(vocab_size, np.bool_)
+        is_listed[[i for i in ids if 0 <= i < vocab_size]] = True
+        both = is_listed if is_allowed is None else is_listed & is_allowed
+        is_allowed = both if both.any() else is_allowed
+    if is_allowed is not None and is_allowed.any():
+        scores.masked_fill_(torch.from_numpy(~is_allowed).to(scores.device), -torch.inf)
+
+
+def _banned(row: SamplingRow) -> list[int]:
+    """Tokens that must not come next: the end before min_tokens, the last token of a bad word."""
+    params, output = row.params, row.output_token_ids
+    banned = set[int]()
+    if len(output) < params.min_tokens:
+        banned = {*row.eos_token_ids, *params.stop_token_ids}
+    for word in params.bad_words:
+        *begin, last = word
+        if len(begin) <= len(output) and list(output[len(output) - len(begin) :]) == begin:
+            banned.add(last)
+    return sorted(banned)
+
+
+def _counts(token_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """How often each token occurs: (V,) float64 on the CPU."""
+    return torch.from_numpy(np.bincount(np.asarray(token_ids, dtype=np.int64), minlength=vocab_size)).double()

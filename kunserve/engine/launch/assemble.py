@@ -1,0 +1,220 @@
+"""Assembly: an engine, what regroups it, and what it runs on, joined together. Live and simulated ones alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import structlog
+
+from kunserve.config import EngineConfig
+from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.hooks import Mover
+from kunserve.engine.launch.machine import Machine
+from kunserve.engine.launch.placement import model_shape, num_copies, place
+from kunserve.engine.regroup.boundary import Boundary
+from kunserve.engine.regroup.control import OverloadControl
+from kunserve.engine.regroup.exchange import Exchange
+from kunserve.engine.regroup.migrate import Migration
+from kunserve.engine.regroup.reconfigure import Reconfigure
+from kunserve.engine.regroup.remap import Remap
+from kunserve.engine.regroup.swap import Swap
+from kunserve.engine.regroup.transfer import Transfers
+from kunserve.engine.regroup.weight_loader import WeightLoader
+from kunserve.engine.schedule.policy import make_policy
+from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.serving_limits import ServingLimits
+from kunserve.engine.signals import Signals
+from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.links import Links
+from kunserve.gpu.queue import gather_all
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.config import ModelConfig
+from kunserve.model.layout import units_of_stage, weight_units
+from kunserve.observe.metrics import Metrics
+from kunserve.planner.copies import why_no_drop
+from kunserve.planner.microbatch import Lookahead
+from kunserve.planner.overload import Thresholds
+from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
+from kunserve.policies import OverloadPolicy
+from kunserve.progress import Progress
+
+log = structlog.get_logger()
+
+
+async def assemble(
+    machine: Machine,
+    model: ModelConfig,
+    config: EngineConfig,
+    served_name: str,
+    max_model_len: int,
+    weights: Callable[[], WeightSource],
+    tokenizer: Tokenizer | None,
+    progress: Progress = lambda text, share: None,
+    lookahead: Lookahead | None = None,
+    metrics: type[Metrics] = Metrics,
+) -> tuple[Engine, OverloadControl]:
+    """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
+
+    `weights` is called once it is sure that they fit. `lookahead` forms the microbatches of chains; None: by tokens.
+    ConfigError if that cannot be; the caller closes the machine.
+    """
+    kv_shape = KVShape.of(model, config.block_size, machine.dtype)
+    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
+    views = machine.views(shape)
+    per_group, is_len_required = config.pipeline_parallel_size, config.max_model_len is not None
+    placement = place(
+        shape, views, devices_per_group=per_group, max_model_len=max_model_len, is_len_required=is_len_required
+    )
+    memories, loader = await _open(machine, model, kv_shape, weights, [view.island for view in views])
+    await _load(model, memories, placement.groups, shape, loader, progress)
+    executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
+    log.info("computing with", operations=note)
+    links, signals = machine.links(), Signals()
+    fleet = Fleet(_groups(placement.groups, memories, config.block_size))
+    engine = Engine(
+        model,
+        ServingLimits(placement.max_model_len, config.max_num_queued_reqs),
+        fleet,
+        _scheduler(fleet, config, _num_host_blocks(config, kv_shape, model), lookahead),
+        memories,
+        executor,
+        signals,
+        tokenizer,
+        metrics(served_name, placement.max_model_len, lambda: engine.stats()),
+        config.seed,
+    )
+    engine.mover = _mover(engine, links, config.overload_policy)
+    engine.control = control = make_control(
+        engine,
+        shape,
+        views,
+        loader,
+        links,
+        Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s),
+        is_automatic=config.overload_policy is OverloadPolicy.DROP and not config.is_pinned,
+        clock=machine.clock,
+    )
+    engine.view.overload_policy = config.overload_policy
+    copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
+    by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
+    engine.view.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
+    return engine, control
+
+
+def _scheduler(fleet: Fleet, config: EngineConfig, num_host_blocks: int, lookahead: Lookahead | None) -> Scheduler:
+    limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
+    return Scheduler(fleet, limits, make_policy(config.overload_policy, config.watermark), num_host_blocks, lookahead)
+
+
+def make_control(
+    engine: Engine,
+    shape: ModelShape,
+    views: Sequence[DeviceView],
+    loader: WeightLoader,
+    links: Links,
+    thresholds: Thresholds,
+    *,
+    is_automatic: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> OverloadControl:
+    """Return what regroups an engine, whose mover is set. `clock` as in `Reconfigure`."""
+    fleet, scheduler, signals, metrics = engine.fleet, engine.scheduler, engine.signals, engine.metrics
+    boundary = Boundary(fleet, signals, engine.mover)
+    remap = Remap(fleet, engine.model, shape, engine.memories, loader, links)
+    exchange = Exchange(fleet, scheduler, remap, Transfers(engine.memories, links), signals, metrics)
+    reconfigure = Reconfigure(fleet, scheduler, boundary, remap, exchange, loader, signals, engine.halt, clock)
+    return OverloadControl(
+        fleet, scheduler, reconfigure, signals, metrics, shape, views, thresholds, is_automatic=is_automatic
+    )
+
+
+def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> Mover | None:
+    """Return who moves requests' KV because the policy wants it; None for policies that do not."""
+    match policy:
+        case OverloadPolicy.SWAP:
+            return Swap(engine.scheduler, engine.memories, links, engine.signals)
+        case OverloadPolicy.MIGRATE:
+            return Migration(engine.fleet, engine.scheduler, engine.memories, links, engine.signals)
+        case _:
+            return None
+
+
+def _only_by_hand(config: EngineConfig) -> str | None:
+    """Say by which flag no weights are dropped unless an operator asks; None if they are."""
+    if config.overload_policy is not OverloadPolicy.DROP:
+        return f"--overload-policy {config.overload_policy}: weights are dropped only when an operator asks."
+    return "--pin: weights are dropped only when an operator asks." if config.is_pinned else None
+
+
+def _num_host_blocks(config: EngineConfig, shape: KVShape, model: ModelConfig) -> int:
+    """Blocks, of all layers, that `--swap-space` holds."""
+    if config.overload_policy is not OverloadPolicy.SWAP:
+        return 0
+    return config.swap_space_bytes // (shape.block_bytes * model.num_layers)
+
+
+async def _open(
+    machine: Machine,
+    model: ModelConfig,
+    kv_shape: KVShape,
+    weights: Callable[[], WeightSource],
+    islands: Sequence[int],
+) -> tuple[list[DeviceMemory], WeightLoader]:
+    """Open the devices: their memory, with nothing in it yet, and what fills it with weights."""
+    source = await asyncio.to_thread(weights)
+    devices = await asyncio.to_thread(machine.open)
+    host = await asyncio.to_thread(machine.host_weights, source)
+    units = weight_units(model, machine.dtype.itemsize)
+    memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
+    return memories, WeightLoader(memories, host, islands)
+
+
+async def _load(
+    model: ModelConfig,
+    memories: Sequence[DeviceMemory],
+    groups: Sequence[Sequence[StageView]],
+    shape: ModelShape,
+    loader: WeightLoader,
+    progress: Progress,
+) -> None:
+    """Map every stage's weights and KV, then fill the weights, all devices at once.
+
+    What is mapped does not change while devices copy from each other.
+    """
+    stages = [stage for group in groups for stage in group]
+    for stage in stages:
+        memory = memories[stage.device]
+        for unit in units_of_stage(model, stage.first_layer, stage.last_layer):
+            memory.weights.map(unit)
+        per_layer = shape.kv_chunks(memory.device.num_chunks, stage.first_layer, stage.last_layer)
+        for layer in range(stage.first_layer, stage.last_layer):
+            memory.kv.resize(layer, per_layer)
+    total = sum(shape.weight_chunks(s.first_layer, s.last_layer) for s in stages)
+    links, done = Links(), 0  # nobody else is on the way yet
+
+    async def load(device: int) -> None:
+        nonlocal done
+        weights = memories[device].weights
+        for unit in weights.unfilled:
+            await loader.load(device, unit, links)
+            done += weights.num_chunks(unit)
+            progress("loading weights", done / total)
+
+    await gather_all(load(stage.device) for stage in stages)
+
+
+def _groups(placed: Sequence[Sequence[StageView]], memories: Sequence[DeviceMemory], block_size: int) -> list[Group]:
+    groups = []
+    for group_id, stages in enumerate(placed):
+        pools = [BlockPool(memories[s.device].kv.num_blocks(s.first_layer)) for s in stages]
+        chain = (Stage(s.device, s.first_layer, s.last_layer, p) for s, p in zip(stages, pools, strict=True))
+        groups.append(Group(group_id, tuple(chain), block_size, origin=Origin(tuple(stages))))
+    return groups

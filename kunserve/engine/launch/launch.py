@@ -1,0 +1,143 @@
+"""From a configuration to an engine that serves: find model and machine, have them joined, say what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+
+import structlog
+
+from kunserve.config import EngineConfig
+from kunserve.engine.engine import Engine
+from kunserve.engine.launch.assemble import assemble
+from kunserve.engine.launch.context_length import reason_for_max_model_len, wanted_max_model_len
+from kunserve.engine.launch.host_machine import HostMachine
+from kunserve.engine.launch.machine import Machine
+from kunserve.engine.launch.restore_time import measure_restore
+from kunserve.engine.regroup.control import OverloadControl
+from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.model.card import ModelFiles, resolve_model
+from kunserve.model.checkpoint import WeightSource, open_weights
+from kunserve.model.config import ModelConfig
+from kunserve.model.costs import cost_model, device_kind
+from kunserve.model.disk_source import DiskSource
+from kunserve.model.host_copy import HostCopy
+from kunserve.observe.metrics import Metrics
+from kunserve.planner.microbatch import Lookahead
+from kunserve.policies import OverloadPolicy
+from kunserve.progress import Progress
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An engine and what is known of its model."""
+
+    engine: Engine
+    control: OverloadControl
+    files: ModelFiles
+    tokenizer: Tokenizer
+    metrics: Metrics
+    machine: Machine
+
+    async def close(self) -> None:
+        """Release all devices; the engine has stopped."""
+        await asyncio.to_thread(self.machine.close)
+
+
+async def launch(config: EngineConfig, served_name: str, progress: Progress) -> Served:
+    """Build an engine. ConfigError, with nothing left open, if it cannot be."""
+    started = time.perf_counter()
+    config = replace(config, devices=config.devices.resolved())
+    files = await asyncio.to_thread(resolve_model, config.model, load_format=config.load_format, progress=progress)
+    machine = await asyncio.to_thread(_make_machine, files.config, config)
+    try:
+        served = await _launch_on(machine, files, config, served_name, progress)
+        await _log_host_copy(served)
+    except BaseException:
+        await asyncio.to_thread(machine.close)
+        raise
+    groups, max_model_len = served.engine.groups, served.engine.limits.max_model_len
+    log.info(
+        "loaded",
+        model=files.name,
+        seconds=round(time.perf_counter() - started, 1),
+        groups=[[f"{s.device}: {s.first_layer}-{s.last_layer}" for s in group.stages] for group in groups],
+        kv_tokens=sum(group.num_blocks for group in groups) * config.block_size,
+        max_model_len=max_model_len,
+    )
+    if reason := reason_for_max_model_len(files, config, max_model_len):
+        is_by_default = max_model_len == wanted_max_model_len(files, config) < files.config.max_position_embeddings
+        say = log.info if is_by_default else log.warning
+        say("requests are shorter than the model allows", max_model_len=max_model_len, because=reason)
+    if served.engine.view.no_drop and config.overload_policy is OverloadPolicy.DROP and not config.is_pinned:
+        log.warning("no weights can make room for KV", because=served.engine.view.no_drop)
+    return served
+
+
+def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
+    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    if config.devices.kind == "cpu":
+        return HostMachine(model, config)
+    from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
+
+    return CudaMachine(model, CudaOptions.of(model, config))
+
+
+async def _launch_on(
+    machine: Machine, files: ModelFiles, config: EngineConfig, served_name: str, progress: Progress
+) -> Served:
+    def weights() -> WeightSource:
+        if config.host_copy is HostCopy.NONE and files.folder is not None and config.load_format != "dummy":
+            return DiskSource(files.folder, files.config)
+        return open_weights(files.folder, files.config, config.load_format, config.seed)
+
+    max_model_len = wanted_max_model_len(files, config)
+    tokenizer = await asyncio.to_thread(_tokenizer, files)
+    lookahead, constants = _lookahead(machine, files, config)
+    engine, control = await assemble(
+        machine,
+        files.config,
+        config,
+        served_name,
+        max_model_len,
+        weights,
+        tokenizer,
+        progress,
+        lookahead,
+    )
+    log.info("forming microbatches", of_chains=config.microbatching, constants=constants)
+    return Served(engine, control, files, tokenizer, engine.metrics, machine)
+
+
+def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
+    """What forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
+    if config.microbatching != "lookahead":
+        return None, None
+    cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
+    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens), source
+
+
+def _tokenizer(files: ModelFiles) -> Tokenizer:
+    if files.folder is None:
+        return Tokenizer.dummy(files.config.vocab_size, files.config.eos_token_ids)
+    return Tokenizer(files.folder)
+
+
+async def _log_host_copy(served: Served) -> None:
+    """Say what weights come back from after a drop, why, what that takes of the host, and how long it would take."""
+    loader, dropped = served.control.reconfigure.loader, served.control.would_drop()
+    before, memories = loader.num_bytes.copy(), served.engine.memories
+    seconds = await measure_restore(memories, loader, dropped) if dropped else None
+    log.info(
+        "host copy of the weights",
+        kind=str(loader.host.kind),
+        because=loader.host.because,
+        host_bytes=loader.host.num_bytes,
+        mapped_bytes=loader.host.mapped_bytes,
+        restore_s=None if seconds is None else float(f"{seconds:.2g}"),  # None: there is nothing to drop
+        restore_bytes=sum(memories[device].weights.num_tensor_bytes(u) for device, us in dropped.items() for u in us),
+        restore_from=[str(origin) for origin in loader.num_bytes - before],
+    )

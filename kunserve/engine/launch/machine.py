@@ -1,0 +1,49 @@
+"""The devices of a machine, of one kind: how much memory they have, how they are opened, and what computes on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kunserve.engine.step.executor import Executor
+from kunserve.gpu.device import Device
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host_weights import HostWeights
+from kunserve.gpu.links import Links
+from kunserve.model.checkpoint import WeightSource
+from kunserve.planner.snapshot import DeviceView, ModelShape
+
+
+class Machine(Protocol):
+    """What launching needs, in the order of its verbs: views, open, host_weights, executor, close. All may block."""
+
+    dtype: torch.dtype  # of weights and KV
+    chunk_bytes: int
+    shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
+    device_name: str  # as its maker calls it; all devices are alike
+
+    def views(self, shape: ModelShape) -> list[DeviceView]:
+        """The devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
+
+    def open(self) -> Sequence[Device]:
+        """Take all memory of the views; ConfigError, with nothing open, if that fails."""
+
+    def host_weights(self, source: WeightSource) -> HostWeights:
+        """What the host keeps of the weights, of which `source` are the files; the devices are open."""
+
+    def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
+        """What runs microbatches on the open devices; and what it is made of, for the log."""
+
+    def links(self) -> Links:
+        """The links that copies between its devices, and from and to the host, take turns on."""
+        return Links()
+
+    def clock(self) -> float:
+        """Seconds, to measure how long something took; finer than the event loop's, where that is coarse."""
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """Close what is open. Idempotent."""

@@ -1,0 +1,1 @@
+"""Transitions: when to drop and restore, weights and KV that change their device."""

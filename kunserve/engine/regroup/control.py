@@ -1,0 +1,318 @@
+"""Control: watches the engine, asks the planner, and hands its plans to reconfigure. Decides nothing by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import structlog
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.refusal import is_refusal
+from kunserve.engine.regroup.reconfigure import Reconfigure
+from kunserve.engine.regroup.transition import Transition
+from kunserve.engine.request import Request
+from kunserve.engine.schedule.scheduler import Scheduler
+from kunserve.engine.signals import Signals, loop_time
+from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
+from kunserve.model.host_copy import WeightOrigin
+from kunserve.observe.metrics import Metrics
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
+from kunserve.planner.drop import plan_drop, plan_drop_of
+from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
+from kunserve.planner.plan import RestorePlan
+from kunserve.planner.restore import plan_restore
+from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
+from kunserve.sampling import FinishReason
+
+log = structlog.get_logger()
+
+# Of output lengths and of the number of requests. Groups merge for little more than is known now: each merge makes a
+# chain longer, and one more can follow. But a chain cannot be cut anew, so it is cut for much more.
+MERGE_HEADROOM = (1.25, 1.1)
+CUT_HEADROOM = (2.0, 1.5)
+RETRY_S = 1.0  # after a transition that failed
+LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
+CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
+LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
+
+
+class OverloadControl:
+    """Drops and restores as demand asks for, or as an operator does."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        reconfigure: Reconfigure,
+        signals: Signals,
+        metrics: Metrics,
+        shape: ModelShape,
+        devices: Sequence[DeviceView],
+        thresholds: Thresholds,
+        *,
+        is_automatic: bool,
+    ) -> None:
+        self._fleet, self._scheduler, self._waiting = fleet, scheduler, scheduler.waiting
+        self.reconfigure, self._signals, self._metrics = reconfigure, signals, metrics
+        self._shape, self._devices, self._thresholds = shape, tuple(devices), thresholds
+        self._is_automatic = is_automatic
+        self._estimate = OutputLengthEstimate()
+        self._relaxation = Relaxation()
+        self._not_before_s = 0.0
+        self._calm_until_s = 0.0
+        self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
+        self._next_look_s = 0.0
+        self._next_look: asyncio.TimerHandle | None = None
+        self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
+        self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
+        self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
+
+    # --- what the engine calls ----------------------------------------------------------------------------------
+
+    def observe(self, changed: Sequence[Group]) -> None:
+        """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
+        now = loop_time()
+        if not self._is_automatic or now < self._not_before_s:
+            return
+        is_idle = not self._tasks
+        may_drop = is_idle and self._merged_epoch != self._fleet.epoch
+        if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded(changed):
+            self._relaxation = Relaxation()
+            if is_idle:
+                self._begin_drop()
+            else:
+                self.reconfigure.cancel_restore()
+        elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
+            self._begin_restore_if_relaxed(now)
+
+    def finished(self, request: Request) -> None:
+        """A request ended: learn how long outputs are."""
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._estimate = self._estimate.finished(request.num_output_tokens)
+
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
+        shown = self.reconfigure.transitions[-(num_transitions or 0) :]
+        loader = self.reconfigure.loader
+        return {
+            "host_copy": str(loader.host.kind),
+            "weight_sources": {str(origin): loader.num_bytes[origin] for origin in WeightOrigin},
+            "transitions": [transition.state() for transition in shown],
+        }
+
+    async def stop(self) -> None:
+        """End what is under way, and begin nothing more."""
+        self._is_automatic = False
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- what operators call ------------------------------------------------------------------------------------
+
+    async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """See `Engine.drop`."""
+        self._refuse_if_busy()
+        snapshot = self._snapshot()
+        if group_ids is None:
+            if len(snapshot.groups) < 2:
+                raise ConflictError("there is one group only: nothing to merge")
+            group_ids = _two_smallest(snapshot)
+        plan = plan_drop_of(snapshot, group_ids, self._need_blocks(*CUT_HEADROOM))
+        committed = asyncio.get_running_loop().create_future()
+        return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
+
+    def would_drop(self) -> dict[int, list[str]]:
+        """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
+        snapshot = self._snapshot()
+        if len(snapshot.groups) < 2:
+            return {}
+        try:
+            plan = plan_drop_of(snapshot, _two_smallest(snapshot))
+        except ConflictError:
+            return {}
+        return self.reconfigure.would_drop(plan)
+
+    async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """See `Engine.restore`."""
+        self._refuse_if_busy()
+        known = {group.group_id for group in self._fleet.groups}
+        if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
+            raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
+        snapshot = self._snapshot()
+        plan = plan_restore(snapshot)
+        splits = [s for s in plan.splits if group_ids is None or s.group_id in group_ids] if plan else []
+        if not splits:
+            raise ConflictError("no such group is merged, or its live requests do not fit without the drop")
+        splits = splits[:1] if group_ids is None else splits
+        committed = asyncio.get_running_loop().create_future()
+        restore = self.reconfigure.restore(RestorePlan(snapshot.epoch, tuple(splits)), committed.set_result)
+        return await self._until_committed(restore, committed)
+
+    def _refuse_if_busy(self) -> None:
+        if self._tasks:
+            current = self.reconfigure.current
+            raise ConflictError(f"a {current.kind if current else 'transition'} is under way", retry_after_s=1)
+
+    async def _until_committed(
+        self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition]
+    ) -> dict[str, Any]:
+        task = self._spawn(transition)
+        await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
+        if not committed.done() and task.cancelled():
+            raise OverloadedError("the server is stopping", retry_after_s=5)
+        return (committed.result() if committed.done() else task.result()).state()
+
+    # --- decisions ----------------------------------------------------------------------------------------------
+
+    def _is_tight(self, changed: Sequence[Group]) -> bool:
+        """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
+        horizon = self._thresholds.horizon_steps
+        groups, waiting = self._fleet.groups, self._waiting
+        per_request = 1 + horizon // self._shape.block_size
+        if any(group.num_free < len(group.running) * per_request for group in changed):
+            return True
+        head = waiting.head
+        return head is not None and all(g.num_free < g.blocks_for(head.num_tokens) for g in groups)
+
+    def _is_dropped(self) -> bool:
+        """Whether any group can be split."""
+        if self._undropped is None or self._undropped[0] != self._fleet.epoch:
+            is_dropped = any(group.origin and group.origin.parts for group in self._fleet.groups)
+            self._undropped = self._fleet.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
+        return self._undropped[1] > 0
+
+    def _may_look(self, now: float) -> bool:
+        """Whether it is time to see if the burst is over; if not, the engine wakes when it is."""
+        if now >= self._next_look_s:
+            self._next_look_s = now + self._look_every_s
+            return True
+        self._look_in(self._look_every_s)
+        return False
+
+    def _look_in(self, seconds: float) -> None:
+        """Wake the engine then, unless it is about to be: nothing else may happen until then."""
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(seconds + LATE_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self._signals.wake()
+
+    def _may_be_low(self) -> bool:
+        """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""
+        assert self._undropped is not None
+        in_use = sum(group.num_used for group in self._fleet.groups)
+        if in_use < self._thresholds.restore_watermark * self._undropped[1]:
+            return True
+        self._relaxation = Relaxation()
+        return False
+
+    def _is_overloaded(self, changed: Sequence[Group]) -> bool:
+        groups, waiting, now = self._fleet.groups, self._waiting, loop_time()
+        if now < self._calm_until_s:
+            self._look_in(CALM_S)
+            return False
+        blocks_for = groups[0].blocks_for
+        head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
+        has_to_wait = head_blocks is not None and all(group.num_free < head_blocks for group in groups)
+        if has_to_wait:
+            self._calm_until_s = now + CALM_S
+        return is_overloaded(
+            head_blocks if has_to_wait else None,
+            blocks_for(waiting.num_tokens),
+            [GroupLoad(g.num_free, list(map(_view, g.running))) for g in (groups if has_to_wait else changed)],
+            partial(self._demand_looked_at, now),
+            sum(group.num_blocks for group in groups),
+            self._thresholds,
+            self._shape.block_size,
+        )
+
+    def _demand_looked_at(self, now: float) -> int:
+        """Demand; it is not asked for again so soon."""
+        self._calm_until_s = now + CALM_S
+        return self._demand(1.0)
+
+    def _demand(self, headroom: float) -> int:
+        """Blocks that all requests need, if outputs are `headroom` times as long as expected."""
+        estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
+        running: Iterator[RequestView] = (_view(r) for group in self._fleet.groups for r in group.running)
+        waiting = map(_view, self._waiting)
+        return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
+
+    def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
+        return round(of_arrivals * self._demand(of_lengths))
+
+    def _begin_drop(self) -> None:
+        snapshot = self._snapshot()
+        plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
+        if not (plan.merges or plan.meets_need):
+            self._merged_epoch = plan.epoch
+        if plan.merges:
+            groups = [self._fleet.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
+            self._spawn(self.reconfigure.drop(snapshot, plan), groups)
+
+    def _begin_restore_if_relaxed(self, now: float) -> None:
+        snapshot, demand = self._snapshot(), self._demand(1.0)
+        before, undropped = self._relaxation, snapshot.undropped_blocks()
+        self._relaxation = before.observed(now, demand, undropped, self._thresholds)
+        if self._relaxation.is_over(now, self._thresholds):
+            if plan := plan_restore(snapshot, demand):
+                self._relaxation = Relaxation()
+                self._spawn(self.reconfigure.restore(plan))
+        elif self._relaxation != before and self._relaxation.since_s is not None:
+            asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
+
+    def _spawn(
+        self, transition: Coroutine[Any, Any, Transition], paused: Sequence[Group] = ()
+    ) -> asyncio.Task[Transition]:
+        """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
+        task = asyncio.create_task(transition, name="transition")
+        if paused:
+            pause = ExitStack()
+            pause.enter_context(self.reconfigure.boundary.paused(paused))
+            # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
+            task.add_done_callback(lambda _: pause.close())
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Transition]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        if (error := task.exception()) is None:
+            transition = task.result()
+            if transition.outcome == "done":
+                self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
+        else:
+            is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
+            log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
+            self._not_before_s = loop_time() + RETRY_S
+            asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
+        self._signals.wake()
+
+    def _snapshot(self) -> Snapshot:
+        groups = tuple(
+            GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
+            for g in self._fleet.groups
+        )
+        return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)
+
+
+def _two_smallest(snapshot: Snapshot) -> list[int]:
+    """Ids of the groups that are the cheapest to merge."""
+    smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
+    return [group.group_id for group in smallest[:2]]
+
+
+def _view(request: Request) -> RequestView:
+    num_tokens = len(request.token_ids)
+    num_output_tokens = num_tokens - len(request.prompt_token_ids)
+    return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(request.table.blocks))

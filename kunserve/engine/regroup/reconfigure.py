@@ -1,0 +1,357 @@
+"""Reconfigure: the one place that applies plans. Drops weights and merges groups; brings weights back and splits.
+
+A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or rolls
+back to the old one. One runs at a time; a restore gives way to a new burst at any point before its split.
+
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import structlog
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.regroup.boundary import Boundary
+from kunserve.engine.regroup.exchange import Exchange, Moving
+from kunserve.engine.regroup.remap import Layouts, NoWayBackError, Remap
+from kunserve.engine.regroup.transition import HISTORY, Transition
+from kunserve.engine.regroup.weight_loader import WeightLoader
+from kunserve.engine.request import Request
+from kunserve.engine.schedule.scheduler import Scheduler
+from kunserve.engine.signals import Signals, loop_time
+from kunserve.errors import ConflictError
+from kunserve.gpu.queue import gather_all
+from kunserve.planner.exchange import LiveRequest, plan_exchange
+from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
+from kunserve.planner.restore import HeldRequest, assign_requests
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
+
+log = structlog.get_logger()
+
+_MergeStep = tuple[Merge, list[Group], ExchangePlan]
+
+
+class _CancelledError(Exception):
+    """A new burst came before the weights were back."""
+
+
+class Reconfigure:
+    """Applies plans to the fleet, its devices and its requests.
+
+    `halt` stops the engine at once. `clock` measures how long its steps take: finer than the loop's clock, which may
+    count whole milliseconds.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        boundary: Boundary,
+        remap: Remap,
+        exchange: Exchange,
+        loader: WeightLoader,
+        signals: Signals,
+        halt: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
+        self.exchange, self.loader = exchange, loader
+        self._signals, self._halt, self._clock = signals, halt, clock
+        self._shape = remap.shape
+        self.transitions: list[Transition] = []
+        self.current: Transition | None = None
+        self._is_cancelled = False
+
+    # --- drop ---------------------------------------------------------------------------------------------------
+
+    async def drop(
+        self, snapshot: Snapshot, plan: DropPlan, on_commit: Callable[[Transition], None] | None = None
+    ) -> Transition:
+        """Apply a drop plan; returns when every request has arrived. `on_commit` is called when the epoch is new.
+
+        Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
+        """
+        group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
+        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self.boundary.paused(old):
+            transition.planned_bytes = plan.freed_bytes
+            with self._step(transition, "boundary"):  # 2
+                await self.boundary.reached(old)
+                await self._settle(old)
+            steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
+            modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
+            transition.exchange_mode = ", ".join(sorted(modes)) or None
+            with self._step(transition, "remap"):  # 3
+                await self._remap.apply(self._remap.planned(layout for _, _, e in steps for layout in e.layouts))
+            transition.weight_bytes = plan.freed_bytes
+            merged = [self._merge(*step) for step in steps]
+            self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
+            with self._step(transition, "exchange"), self._exchanged(transition):  # 5, 6
+                await gather_all(self._exchange_after_merge(*step) for step in merged)
+        return transition
+
+    def would_drop(self, plan: DropPlan) -> dict[int, list[str]]:
+        """Return the weight units that a drop would unmap, by device; without those that it would not."""
+        dropped = {stage.device: self._remap.units_beyond(stage) for merge in plan.merges for stage in merge.stages}
+        return {device: units for device, units in dropped.items() if units}
+
+    def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
+        """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
+
+        By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
+        """
+        groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
+        exchange = plan_exchange(snapshot, merge, _live(groups))
+        if exchange.mode is ExchangeMode.BY_LAYER:
+            self._recompute(groups, lambda request: request.num_output_tokens == 0)
+            exchange = plan_exchange(snapshot, merge, _live(groups))
+        if exchange.mode is ExchangeMode.INFEASIBLE:
+            self._recompute(groups, lambda _: True)
+        return merge, groups, exchange
+
+    def _recompute(self, groups: Sequence[Group], is_meant: Callable[[Request], bool]) -> None:
+        """Preempt some of the requests of these groups; the last admitted first, so that the first is back first."""
+        for request, group in reversed(_by_admission(groups)):
+            if is_meant(request):
+                self._scheduler.preempt(group, request)
+
+    def _merge(
+        self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan
+    ) -> tuple[Group, list[Moving], ExchangePlan]:
+        """Make the merged group and bind all requests to it, in the order in which they were admitted."""
+        new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
+        for stage in new.stages:
+            mapped = self._remap.num_blocks(stage)
+            self._fleet.grow(stage.device, mapped)
+            if by_layer:  # and ids of blocks that are mapped layer by layer
+                self._fleet.grow(stage.device, by_layer[stage.device].num_blocks)
+                self._fleet.limit(stage.device, mapped)
+        moving = [self.exchange.begin(request, group, new) for request, group in _by_admission(groups)]
+        order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
+        moving.sort(key=lambda m: order.get(m.request.request_id, -1))
+        self.exchange.reserve(moving, is_beyond_limit=bool(by_layer))
+        return new, moving, exchange
+
+    async def _exchange_after_merge(self, group: Group, moving: list[Moving], exchange: ExchangePlan) -> None:
+        if exchange.mode is ExchangeMode.BY_LAYER:
+            await self.exchange.by_layer(group, moving, exchange)
+        else:
+            await self.exchange.by_request(moving)
+        await self._remap.settle(group.stages)
+        self._signals.wake()
+
+    async def _settle(self, groups: Sequence[Group]) -> None:
+        """Bring devices to their groups' layouts, if an earlier transition failed to."""
+        await self._remap.settle(stage for group in groups for stage in group.stages)
+
+    # --- restore ------------------------------------------------------------------------------------------------
+
+    async def restore(self, plan: RestorePlan, on_commit: Callable[[Transition], None] | None = None) -> Transition:
+        """Apply a restore plan; returns when every request has arrived in its new group. `on_commit` as in `drop`.
+
+        Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
+        If a new burst cancels it before the split, the old grouping is back and the outcome says so.
+        """
+        group_ids = [split.group_id for split in plan.splits]
+        with self._transition("restore", plan.epoch, group_ids) as (transition, old), ExitStack() as pause:
+            transition.planned_bytes = self._bytes_to_load(old, plan)
+            await self._settle(old)
+            before = self._remap.now(old)
+            try:
+                await self._bring_weights_back(transition, old, plan, before)
+                with self._step(transition, "split"):
+                    pause.enter_context(self.boundary.paused(old))
+                    await self.boundary.reached(old)
+                self._give_way()
+            except BaseException as error:
+                await self._back_to_chain(old, before)
+                if isinstance(error, _CancelledError):
+                    transition.outcome = "cancelled"
+                    return transition
+                raise
+            new, moving = self._split(old, plan.splits)
+            self._commit(transition, old, new, on_commit)
+            with self._step(transition, "exchange"), self._exchanged(transition):
+                await self.exchange.by_request(moving)
+        return transition
+
+    def cancel_restore(self) -> None:
+        """A new burst came: give up a restore that has not split yet. Nothing happens if there is none."""
+        if self.is_cancellable:
+            self._is_cancelled = True
+            self._signals.progress()
+
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether `cancel_restore` would do something that it has not done yet."""
+        current = self.current
+        return current is not None and current.kind == "restore" and current.epoch is None and not self._is_cancelled
+
+    def _bytes_to_load(self, old: Sequence[Group], plan: RestorePlan) -> int:
+        """Return the bytes of weights that the parts of a restore hold more than the chains they are made of."""
+        after = [stage for split in plan.splits for part in split.into for stage in part.stages]
+        before = [stage.view for group in old for stage in group.stages]
+        chunks = [sum(self._shape.weight_chunks(s.first_layer, s.last_layer) for s in of) for of in (after, before)]
+        return (chunks[0] - chunks[1]) * self._shape.chunk_bytes
+
+    def _give_way(self) -> None:
+        if self._is_cancelled:
+            raise _CancelledError
+
+    async def _bring_weights_back(
+        self, transition: Transition, old: Sequence[Group], plan: RestorePlan, before: Layouts
+    ) -> None:
+        """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
+        parts = [part for split in plan.splits for part in split.into]
+        targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
+        with ExitStack() as pause:
+            with self._step(transition, "shrink"):
+                for device, num_blocks in targets.items():
+                    self._fleet.limit(device, num_blocks)
+                pause.enter_context(self.boundary.paused(old))
+                await self.boundary.reached(old)
+                while not await self._empty_tails(old, targets):
+                    pause.close()  # not enough room in front yet: somebody has to finish first
+                    await self._signals.next_commit()
+                    self._give_way()
+                    pause.enter_context(self.boundary.paused(old))
+                    await self.boundary.reached(old)
+            with self._step(transition, "remap"):
+                for device, num_blocks in targets.items():
+                    self._fleet.shrink(device, num_blocks)
+                await self._remap.apply(self._remap.planned(layout for part in parts for layout in part.layouts))
+        with self._step(transition, "load"):
+            transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
+        self._give_way()
+
+    async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, int]) -> bool:
+        """Move live blocks from beyond the targets to free ones before them; False if these are too few."""
+        is_empty = True
+        for group in groups:
+            for stage in group.stages:
+                with self._fleet.emptying(group, stage, targets[stage.device]) as tail:
+                    layers = range(stage.first_layer, stage.last_layer)
+                    await self.exchange.transfers.within(stage.device, layers, tail.moved)
+                is_empty &= tail.is_whole
+        return is_empty
+
+    async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
+        """Undo a restore before its split: drop what came, and give the chunks to KV again."""
+        with self.boundary.paused(groups):
+            await self.boundary.reached(groups)
+            await self._remap.apply(before)
+            for group in groups:
+                for stage in group.stages:
+                    self._fleet.grow(stage.device, self._remap.num_blocks(stage))
+
+    def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
+        """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
+        made, moving = [], []
+        for group, split in zip(old, splits, strict=True):
+            new = [self._new_group(part.stages, part.origin) for part in split.into]
+            held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
+            stages = [stage.view for stage in group.stages]
+            num_seats = [self._scheduler.limits.num_seats(half) for half in new]
+            homes = assign_requests(held, stages, [part.stages for part in split.into], num_seats)
+            home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
+            moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
+            made += new
+        self.exchange.reserve(moving)  # they have blocks everywhere already
+        return made, moving
+
+    # --- both ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transition(
+        self, kind: str, epoch: int, group_ids: Sequence[int]
+    ) -> Iterator[tuple[Transition, Sequence[Group]]]:
+        """One transition at a time, of the present epoch and these groups; recorded whatever becomes of it."""
+        if self.current is not None:
+            raise ConflictError(f"a {self.current.kind} is under way", retry_after_s=1)
+        if epoch != self._fleet.epoch:
+            raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._fleet.epoch}")
+        groups = [self._fleet.group(group_id) for group_id in group_ids]
+        transition = Transition(kind, loop_time(), tuple(group_ids))
+        self.current, self._is_cancelled = transition, False
+        loaded_before = self.loader.num_bytes.copy()
+        self.transitions.append(transition)
+        del self.transitions[:-HISTORY]
+        try:
+            yield transition, groups
+            if transition.outcome == "running":
+                transition.outcome = "done"
+        except NoWayBackError:  # better no server than one that computes with whatever is mapped there now
+            transition.outcome = "lost"
+            self._halt()
+            raise
+        except BaseException:
+            transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
+            raise
+        finally:
+            self.current = None
+            transition.weight_sources = {str(k): n for k, n in (self.loader.num_bytes - loaded_before).items()}
+            transition.seconds["total"] = loop_time() - transition.started_s
+            self._signals.wake()
+            log.info("transition", **transition.state())
+
+    @contextmanager
+    def _step(self, transition: Transition, name: str) -> Iterator[None]:
+        """Add the time of the block to a step."""
+        started, transition.step = self._clock(), name
+        try:
+            yield
+        finally:
+            transition.step = None
+            transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
+
+    @contextmanager
+    def _exchanged(self, transition: Transition) -> Iterator[None]:
+        """Note what the block exchanges, and what it loses, however it ends."""
+        num_bytes, num_lost = self.exchange.num_bytes, self.exchange.num_lost
+        try:
+            yield
+        finally:
+            transition.exchange_bytes = self.exchange.num_bytes - num_bytes
+            transition.num_lost = self.exchange.num_lost - num_lost
+
+    def _commit(
+        self,
+        transition: Transition,
+        old: Sequence[Group],
+        new: Sequence[Group],
+        on_commit: Callable[[Transition], None] | None,
+    ) -> None:
+        """The new grouping is live."""
+        self._fleet.regroup(old, new)
+        transition.epoch, transition.new_groups = self._fleet.epoch, tuple(group.group_id for group in new)
+        transition.seconds["committed"] = loop_time() - transition.started_s
+        for group in new:
+            group.on_first_commit = partial(self._first_token, transition)
+        if on_commit is not None:
+            on_commit(transition)
+        self._signals.wake()
+
+    def _first_token(self, transition: Transition) -> None:
+        transition.seconds.setdefault("first_token", loop_time() - transition.started_s)
+
+    def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
+        return self._fleet.make_group(stages, self._shape.block_size, origin)
+
+
+def _live(groups: Sequence[Group]) -> list[LiveRequest]:
+    """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent."""
+    return [
+        LiveRequest(r.request_id, group.group_id, r.num_blocks, float(r.num_output_tokens == 0))
+        for group in groups
+        for r in group.running
+    ]
+
+
+def _by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:
+    """All requests of these groups, in the order in which they were admitted."""
+    running = [(request, group) for group in groups for request in group.running]
+    return sorted(running, key=lambda pair: (pair[0].admitted_s or 0.0, pair[0].arrival_s))

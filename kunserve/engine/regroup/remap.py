@@ -1,0 +1,144 @@
+"""Remap: applies layouts, to all devices of a transition or to none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import structlog
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.regroup.weight_loader import WeightLoader
+from kunserve.errors import DeviceError
+from kunserve.gpu.device_memory import DeviceMemory, Layout
+from kunserve.gpu.links import Links
+from kunserve.gpu.queue import gather_all
+from kunserve.model.config import ModelConfig
+from kunserve.model.layout import units_of_stage
+from kunserve.planner.layouts import stage_layout
+from kunserve.planner.plan import DeviceLayout
+from kunserve.planner.snapshot import ModelShape, StageView
+
+Layouts = dict[int, Layout]  # by device
+
+log = structlog.get_logger()
+
+ROLLBACK_ATTEMPTS = 3
+
+
+class NoWayBackError(DeviceError):
+    """Weights or KV that groups need are not on their devices any more."""
+
+
+class Remap:
+    """Brings devices to layouts: of a plan, of before, or those that their groups have by themselves."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        model: ModelConfig,
+        shape: ModelShape,
+        memories: Sequence[DeviceMemory],
+        loader: WeightLoader,
+        links: Links,
+    ) -> None:
+        self._fleet, self._model, self.shape, self.memories = fleet, model, shape, memories
+        self._loader, self._links = loader, links
+
+    # --- layouts ------------------------------------------------------------------------------------------------
+
+    def of_stage(self, stage: StageView) -> Layout:
+        """Return the layout of a device that serves one stage and nothing else."""
+        return self._layout(stage_layout(self.shape, self.memories[stage.device].pool.num_chunks, stage))
+
+    def planned(self, layouts: Iterable[DeviceLayout]) -> Layouts:
+        """Return planned layouts as devices take them."""
+        return {planned.stage.device: self._layout(planned) for planned in layouts}
+
+    def _layout(self, planned: DeviceLayout) -> Layout:
+        stage = planned.stage
+        return Layout(units_of_stage(self._model, stage.first_layer, stage.last_layer), planned.kv_chunks)
+
+    def units_beyond(self, stage: StageView) -> list[str]:
+        """Return the weight units that a device holds and `stage` does not need."""
+        kept = units_of_stage(self._model, stage.first_layer, stage.last_layer)
+        return [unit for unit in self.memories[stage.device].weights.present if unit not in kept]
+
+    def num_blocks(self, stage: Stage) -> int:
+        """Return how many blocks the layers of a stage have mapped."""
+        return self.memories[stage.device].kv.num_blocks(stage.first_layer)
+
+    def now(self, groups: Iterable[Group]) -> Layouts:
+        """Return the layouts that the groups' devices have."""
+        return {stage.device: self.memories[stage.device].layout for group in groups for stage in group.stages}
+
+    # --- verbs --------------------------------------------------------------------------------------------------
+
+    async def apply(self, layouts: Layouts) -> None:
+        """Rearrange all devices at once, each on its compute queue.
+
+        If one fails, all go back, with their weights filled again, before the error is raised. NoWayBackError if that
+        fails too: nothing may run on these devices then.
+        """
+        before = {device: self.memories[device].layout for device in layouts}
+        try:
+            await self._rearrange(layouts)
+        except BaseException:
+            await self._go_back(before)
+            raise
+
+    async def _go_back(self, before: Layouts) -> None:
+        for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
+            try:
+                await self._rearrange(before)
+                await self.load(before)
+                return
+            except Exception as error:
+                log.error("rolling back failed", error=repr(error), attempts_left=attempts_left)
+                if not attempts_left:
+                    raise NoWayBackError(f"a transition failed and could not be rolled back: {error}") from error
+
+    async def load(self, devices: Iterable[int], is_cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Fill the units that are mapped but not filled, all devices at once, in the background; returns bytes loaded.
+
+        Each unit takes its turns on the link that it comes over; between two of them it stops if it is cancelled.
+        """
+
+        async def load(device: int) -> int:
+            memory, loaded = self.memories[device], 0
+            for unit in memory.weights.unfilled:
+                if is_cancelled():
+                    break
+                await self._loader.load(device, unit, self._links)
+                loaded += memory.weights.num_chunks(unit) * memory.device.chunk_bytes
+            return loaded
+
+        return sum(await gather_all(load(device) for device in devices))
+
+    async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
+        """Give some layers of a device another number of KV chunks. What others ask for at the same time stands."""
+        memory = self.memories[device]
+
+        def resize() -> None:  # of the layout that is there then: it may change until its turn has come
+            before = memory.layout
+            after = Layout(before.units, tuple(chunks.get(i, n) for i, n in enumerate(before.kv_chunks)))
+            if after != before:
+                memory.rearrange(after)
+
+        await memory.device.run(resize)
+
+    async def settle(self, stages: Iterable[Stage]) -> None:
+        """Unmap KV of layers that are not served here any more, and give the chunks to those that are."""
+        stages = list(stages)
+        await self._rearrange({stage.device: self.of_stage(stage.view) for stage in stages})
+        for stage in stages:
+            self._fleet.grow(stage.device, self.num_blocks(stage))
+
+    async def _rearrange(self, layouts: Layouts) -> None:
+        work = []
+        for device, layout in layouts.items():
+            memory = self.memories[device]
+            if memory.layout != layout:
+                work.append(memory.device.run(partial(memory.rearrange, layout)))
+        await gather_all(work)

@@ -1,0 +1,1 @@
+"""Which tokens of which requests a microbatch has. Pure: no clock, no I/O, no torch."""

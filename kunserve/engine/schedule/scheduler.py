@@ -1,0 +1,255 @@
+"""The scheduler: which tokens go next. It decides, the fleet allocates; neither knows a clock, a task or a tensor.
+
+No prefill or decode phase: each request's scheduled tokens catch up with its tokens, within a budget per step. Tokens
+that finish a request's input (one for a decoding request) go first, so that no prompt delays a running stream by
+more than its share of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kunserve.engine.batch import Microbatch, Span
+from kunserve.engine.block_table import BlockTable
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget, is_schedulable
+from kunserve.engine.schedule.policy import Policy
+from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
+from kunserve.engine.schedule.waiting import WaitingQueue
+from kunserve.planner.microbatch import Lookahead
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one microbatch, and with them of a group."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
+
+    def num_seats(self, group: Group) -> int:
+        """How many requests may run in `group`: a microbatch full for each stage, so that no merge costs a seat."""
+        return self.max_num_seqs * len(group.stages)
+
+
+class Scheduler:
+    """The global waiting queue, and the rule that turns it and a group's running requests into microbatches.
+
+    `num_host_blocks`: room in host memory for the KV of requests that make way; 0: it is recomputed.
+    `lookahead`: chains get microbatches of equal predicted time; without it, of equally many tokens.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        limits: Limits,
+        policy: Policy,
+        num_host_blocks: int = 0,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self.fleet = fleet
+        self.limits = limits
+        self.policy = policy
+        self.lookahead = lookahead
+        self.waiting = WaitingQueue()
+        self.swapped = SwapQueue(fleet, num_host_blocks)
+        self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
+        self.num_preemptions = 0
+        self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
+        self.num_migrations = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests bound to no group."""
+        return len(self.waiting) + len(self.swapped.ready)
+
+    def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
+        """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
+        spans: list[Span] = []
+        num_leaving = self.swapped.num_leaving(group)
+        evictions_before = self._num_evictions
+        for victim in self.policy.make_way(group, num_leaving):
+            self._evict(group, victim)
+        budget = self._budget(group)
+        ready, is_short = self._ready(group)
+        for request, num_pending in ready:
+            if len(spans) == self.limits.max_num_seqs:
+                break
+            if request.group_id != group.group_id:  # preempted meanwhile
+                continue
+            num_tokens = budget.fits(request, num_pending)
+            if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
+                spans.append(self._span(request, num_tokens, budget))
+        if self._num_evictions == evictions_before and not num_leaving and not is_short:
+            while self._bring_back_head(group, groups):
+                pass
+            while len(spans) < self.limits.max_num_seqs and not budget.is_full:
+                if (admitted := self._admit_head(group, groups)) is None:
+                    break
+                if num_tokens := budget.fits(admitted, admitted.num_tokens):
+                    spans.append(self._span(admitted, num_tokens, budget))
+        if not spans:
+            return None
+        batch = Microbatch(group.group_id, epoch, tuple(spans))
+        group.in_flight.append(batch)
+        return batch
+
+    def can_admit(self, group: Group) -> bool:
+        """Whether `group` has room for whoever is next; perhaps another should take it."""
+        head = self.swapped.ready[0] if self.swapped.ready else self.waiting.head
+        return head is not None and self._has_room(group, head)
+
+    def commit(self, group: Group, batch: Microbatch) -> None:
+        """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
+        group.in_flight.remove(batch)
+        is_contended = len(self.waiting) > 0  # else nobody keeps accounts
+        for request, _, end, samples, _ in batch.spans:
+            request.num_in_flight -= 1
+            request.num_sampling -= samples
+            request.num_computed_tokens = end
+            if samples and is_contended:
+                self.waiting.generated(request.owner, 1)
+
+    def preempt(self, group: Group, request: Request) -> None:
+        """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
+        self.fleet.release(request)
+        self._preempted.append((request, request.num_computed_tokens))
+        request.num_computed_tokens = request.num_scheduled_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.preempted_by[request.request_id] = group.group_id
+        if self.policy.is_requeued_last:
+            self.waiting.append(request)
+        else:
+            self.waiting.appendleft(request)
+
+    def take_preempted(self) -> list[tuple[Request, int]]:
+        """Who was preempted since the last call, and how many of its tokens have to be computed again."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that is bound to no group. Nothing happens if it does not wait."""
+        self.waiting.remove(request)
+        self.swapped.remove(request)
+        self.preempted_by.pop(request.request_id, None)
+
+    def end_swap(self, move: SwapMove, *, is_lost: bool = False) -> None:
+        """A copy to the host or back is over, or has failed: then the request is recomputed."""
+        request, group = move.request, move.group
+        is_kept = move.is_out and not is_lost and request.finish_reason is None
+        if is_kept or request.finish_reason is not None:
+            self.fleet.release(request)
+        self.swapped.end(move, is_kept=is_kept)
+        if is_lost and request.finish_reason is None:
+            self.preempt(group, request)
+
+    def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
+        """Bind a settled request to another group, where its KV is in `table` by now."""
+        self.fleet.hand_over(request, destination, table)
+        self.num_migrations += 1
+
+    @property
+    def _num_evictions(self) -> int:
+        return self.num_preemptions + self.swapped.num_swaps
+
+    def _evict(self, group: Group, request: Request) -> None:
+        """To the host if there is room, else to be recomputed."""
+        if not self.swapped.begin_out(group, request):
+            self.preempt(group, request)
+
+    def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
+        """Requests with tokens to schedule, and how many: those with one token first, in order of admission.
+
+        Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
+        must not be in flight, and nobody new comes in.
+        """
+        ahead = _can_run_ahead(group.in_flight[0]) if self.limits.num_ahead and group.in_flight else set()
+        one: list[tuple[Request, int]] = []
+        more: list[tuple[Request, int]] = []
+        for r in group.running:
+            if (r.num_scheduled_tokens < len(r.token_ids) or r in ahead) and is_schedulable(r):
+                num_pending = len(r.token_ids) + r.num_sampling - r.num_scheduled_tokens
+                (more if num_pending > 1 else one).append((r, num_pending))
+        ready = one + more
+        # One block at most is missing to each, so that nobody need count them while more are free.
+        is_short = len(ready) > group.num_free and group.num_free < sum(
+            group.missing_blocks(r, r.num_scheduled_tokens + 1) for r, _ in ready
+        )
+        if is_short:
+            ready = [(r, num_pending) for r, num_pending in ready if r not in ahead]
+        return ready, is_short
+
+    def _budget(self, group: Group) -> Budget:
+        """Room of the group's next microbatch."""
+        if self.lookahead is None or len(group.stages) == 1:
+            return TokenBudget(self.limits.max_num_batched_tokens, group)
+        return TimeBudget(self.lookahead, group, self.waiting, self.limits.num_seats(group))
+
+    @staticmethod
+    def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
+        budget.take(request, num_tokens)
+        start, num_known = request.num_scheduled_tokens, request.num_tokens
+        request.num_scheduled_tokens = end = start + num_tokens
+        samples, is_ahead = end == num_known + request.num_sampling, end > num_known
+        request.num_in_flight += 1
+        request.num_sampling += samples
+        return Span(request, start, end, samples, is_ahead)
+
+    def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
+        """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
+        while not self.fleet.allocate(request, group, num_tokens):
+            victim = self.policy.victim(group, request)
+            if victim is None:
+                return False
+            self.preempt(group, victim)
+            if victim is request:
+                return False
+        return True
+
+    def _bring_back_head(self, group: Group, groups: Sequence[Group]) -> bool:
+        """Begin to copy the first of the swapped back to `group`; False if it should not now."""
+        if not self.swapped.ready or not self._takes(group, groups, self.swapped.ready[0]):
+            return False
+        self.swapped.begin_in(group)
+        return True
+
+    def _admit_head(self, group: Group, groups: Sequence[Group]) -> Request | None:
+        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now.
+
+        Whoever is on the host goes first.
+        """
+        head = self.waiting.head
+        if head is None or self.swapped.ready or not self._takes(group, groups, head):
+            return None
+        self.waiting.popleft()
+        self.preempted_by.pop(head.request_id, None)
+        self.fleet.admit(head, group)
+        return head
+
+    def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
+        """Whether `group` has room for `head`, and no less loaded group has.
+
+        The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
+        """
+        if not self._has_room(group, head):
+            return False
+        load = self.policy.load
+        others = (g for g in groups if g is not group and not g.is_paused and load(g) < load(group))
+        return not any(self._has_room(other, head) for other in others)
+
+    def _has_room(self, group: Group, head: Request) -> bool:
+        has_seat = group.is_admitting and len(group.running) < self.limits.num_seats(group)
+        return has_seat and self.policy.may_admit(group, head)
+
+
+def _can_run_ahead(oldest: Microbatch) -> set[Request]:
+    """Whose last token is sampled by the oldest microbatch in flight, and will not be the last of all.
+
+    Only by the oldest: whatever waits for a younger one would hold up those between.
+    """
+    sampling = (span.request for span in oldest.spans if span.samples)
+    return {r for r in sampling if r.num_sampling == 1 and r.num_expected_tokens < r.max_num_tokens}

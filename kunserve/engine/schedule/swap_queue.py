@@ -1,0 +1,99 @@
+"""The swap queue: requests whose KV is in host memory, or on its way there or back. engine/regroup/swap.py copies.
+
+A request that moves is suspended: it holds its blocks on the device and in the host's space, and is not scheduled.
+Once its KV is on the host it belongs to no group: any that has room may take it back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SwapMove:
+    """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers."""
+
+    request: Request
+    group: Group
+    num_blocks: int
+    is_out: bool  # to the host; else back
+
+
+class SwapQueue:
+    """Who is on the host in order of arrival, who is moving, and how much of a bounded host space that takes."""
+
+    def __init__(self, fleet: Fleet, num_blocks: int) -> None:
+        self._fleet = fleet
+        self.num_blocks = num_blocks  # of all layers, in host memory
+        self.ready: deque[Request] = deque()  # on the host
+        self.num_swaps = 0  # requests that began to leave
+        self._held: dict[str, int] = {}  # request id -> blocks of host space
+        self._leaving = defaultdict[int, dict[str, int]](dict)  # group id -> request id -> blocks that come free
+        self._moving: dict[str, SwapMove] = {}  # by request id
+        self._begun: list[SwapMove] = []
+
+    @property
+    def num_free(self) -> int:
+        """Blocks of host space that nobody holds."""
+        return self.num_blocks - sum(self._held.values())
+
+    def num_leaving(self, group: Group) -> int:
+        """Blocks of a group that come free when their copies to the host are done."""
+        return sum(self._leaving[group.group_id].values())
+
+    def begin_out(self, group: Group, request: Request) -> bool:
+        """Send a settled request to the host; False, and no change, if it has no KV or the space is full."""
+        num_blocks = group.blocks_for(request.num_computed_tokens)
+        if not 0 < num_blocks <= self.num_free:
+            return False
+        self._held[request.request_id] = num_blocks
+        self._leaving[group.group_id][request.request_id] = request.num_blocks
+        self.num_swaps += 1
+        self._begin(SwapMove(request, group, num_blocks, is_out=True))
+        return True
+
+    def begin_in(self, group: Group) -> None:
+        """Bring the head back to `group`, which has blocks for its whole input."""
+        request = self.ready.popleft()
+        self._fleet.admit(request, group)
+        self._begin(SwapMove(request, group, self._held[request.request_id], is_out=False))
+
+    def take_begun(self) -> list[SwapMove]:
+        """Moves that began since the last call, in order: the caller copies them, and ends each."""
+        begun, self._begun = self._begun, []
+        return begun
+
+    def end(self, move: SwapMove, *, is_kept: bool) -> None:
+        """The copy is over. `is_kept`: the host has the KV now, and the request has left its group."""
+        del self._moving[move.request.request_id]
+        if move.is_out:
+            del self._leaving[move.group.group_id][move.request.request_id]
+        self._fleet.resume(move.request)
+        if not is_kept:
+            del self._held[move.request.request_id]
+            return
+        later = (i for i, other in enumerate(self.ready) if other.arrival_s > move.request.arrival_s)
+        self.ready.insert(next(later, len(self.ready)), move.request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that is on the host. Nothing happens if it is not."""
+        if request in self.ready:
+            self.ready.remove(request)
+            del self._held[request.request_id]
+
+    def check(self) -> None:
+        """Assert that space is held by exactly those that are on the host or moving, within its bound."""
+        assert self._held.keys() == {r.request_id for r in self.ready} | self._moving.keys()
+        assert self.num_free >= 0
+        assert all(r.group_id is None and not r.is_moving and not r.block_tables for r in self.ready)
+        assert all(m.request.is_moving and m.request in m.group.running for m in self._moving.values())
+
+    def _begin(self, move: SwapMove) -> None:
+        self._fleet.suspend(move.request)
+        self._moving[move.request.request_id] = move
+        self._begun.append(move)

@@ -1,0 +1,1 @@
+"""One microbatch on its way through a chain of devices."""

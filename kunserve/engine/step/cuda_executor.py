@@ -1,0 +1,151 @@
+"""Takes a microbatch through a chain of CUDA devices: stages are launched at once, ordered by events on the GPUs.
+
+The host waits for nothing but the tokens at the end, so that launches run ahead of the devices; several microbatches
+are on their way through a chain, and none leaves a gap between its stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.sampling import PendingTokens, is_plain, launch_sample, sampled
+from kunserve.compute.sampler import SampledToken, SamplingRow, reads_output, sample
+from kunserve.engine.group import Group
+from kunserve.engine.occupancy import Passage
+from kunserve.engine.step.executor import Executor
+from kunserve.engine.step.microbatch import StepInputs, fill_sampling
+from kunserve.engine.step.stage import has_scored_rows, run_stage, sample_in_slices
+from kunserve.gpu.cuda.device import CudaDevice
+from kunserve.gpu.cuda.stream import Launched
+from kunserve.gpu.queue import to_the_end
+
+_Fed = Launched[PendingTokens] | None
+
+
+class CudaExecutor(Executor):
+    """`Executor` on CUDA devices."""
+
+    def __init__(self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder]) -> None:
+        self.devices, self.decoders = devices, decoders
+        self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
+
+    async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        """See `Executor.pass_through`. A cancelled caller waits: requests' blocks must not change under the work."""
+        return await to_the_end(self._pass(group, inputs, passage))
+
+    async def _pass(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        last = self.devices[group.stages[-1].device]
+        seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
+
+        def see(position: int, launched: Launched[Any]) -> None:
+            nonlocal seen
+            device = self.devices[group.stages[position].device]
+            seen = asyncio.ensure_future(_finish(device, launched, passage.at(position), seen))
+
+        try:
+            async with self._turns[group.stages[0].device]:
+                fed = await _fed(inputs)
+                launched = await self._launch(group, 0, inputs, fed)
+            if fed is not None and len(group.stages) > 1:
+                # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
+                # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
+                seen = asyncio.ensure_future(last.sampling.finish(fed))
+            see(0, launched)
+            for position in range(1, len(group.stages)):
+                launched = await self._launch(group, position, inputs, fed, launched)
+                see(position, launched)
+            if not is_plain(inputs.sampling):
+                decoder = self.decoders[group.stages[-1].device]
+                work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
+                launched = await last.sampling.launch(work, [launched.ready])
+                see(len(group.stages) - 1, launched)
+            inputs.sampled.set_result(launched)
+        except BaseException:
+            inputs.sampled.cancel()
+            if seen is not None:  # what earlier stages still do with the requests' blocks
+                await asyncio.wait([seen])
+                seen.exception()  # nobody else asks for it
+            raise
+        assert seen is not None
+        pending: PendingTokens = await seen
+        return pending.tokens()
+
+    async def _launch(
+        self, group: Group, position: int, inputs: StepInputs, fed: _Fed, before: Launched[Tensor] | None = None
+    ) -> Launched[Any]:
+        """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with.
+
+        The last returns tokens, or where the host has to look at them, logits; where prompts are scored, hidden states.
+        """
+        stage = group.stages[position]
+        decoder, is_last = self.decoders[stage.device], position + 1 == len(group.stages)
+
+        def work() -> Any:
+            x = before.value if before else _feed(decoder, inputs, fed)
+            with_head = not (is_last and has_scored_rows(inputs.sampling))
+            y = run_stage(decoder, stage, position, inputs, x, with_head=with_head)
+            return launch_sample(y, inputs.sampling) if is_last and is_plain(inputs.sampling) else y
+
+        needed = before or fed
+        return await self.devices[stage.device].launch(work, [needed.ready] if needed else ())
+
+
+async def _finish(
+    device: CudaDevice,
+    launched: Launched[Any],
+    at_stage: AbstractContextManager[None],
+    before: asyncio.Future[Any] | None,
+) -> Any:
+    """Wait for what was launched: work of its stage from when `before` is done. Raises what failed first."""
+    error = None
+    if before is not None:
+        await asyncio.wait([before])
+        error = before.exception()
+    with at_stage:
+        value = await device.finish(launched)  # even if one before has failed: it uses the requests' blocks
+    if error is not None:
+        raise error
+    return value
+
+
+async def _fed(inputs: StepInputs) -> _Fed:
+    """What the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
+    if inputs.ahead_of is None:
+        return None
+    pending = asyncio.wrap_future(inputs.ahead_of)
+    await asyncio.wait([pending])
+    return None if pending.cancelled() else pending.result()
+
+
+def _feed(decoder: CudaDecoder, inputs: StepInputs, fed: _Fed) -> Tensor:
+    """Token ids (T,), and what their placeholders stand for given to the decoder. What failed needs no tokens."""
+    if fed is None:
+        return inputs.token_ids.clamp(min=0)
+    decoder.feed(fed.value.on_device)
+    return inputs.token_ids
+
+
+def _sample_on_host(
+    device: CudaDevice, decoder: CudaDecoder, y: Tensor, inputs: StepInputs, fed: _Fed
+) -> PendingTokens:
+    """Tokens of a batch of which a row asks for more than `launch_sample` does; y: logits, or hidden states."""
+    rows = _rows(device, inputs, fed)
+    return sampled(sample_in_slices(decoder, y, rows) if has_scored_rows(rows) else sample(y, rows), y.device)
+
+
+def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:
+    """Sampling rows. Waits for the tokens before only if a row depends on which they are."""
+    if inputs.ahead_of is None or not any(reads_output(row.params) for row in inputs.sampling):
+        return inputs.sampling
+    token_ids: list[int] | None = None
+    if fed is not None:
+        device.driver.synchronize_event(fed.ready)
+        token_ids = [token.token_id for token in fed.value.tokens()]
+    return fill_sampling(inputs.sampling, token_ids)

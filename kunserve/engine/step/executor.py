@@ -1,0 +1,137 @@
+"""Takes a microbatch through its chain: device after device, without ever blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar, final
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from kunserve.compute.decoder import Decoder
+from kunserve.compute.sampler import SampledToken
+from kunserve.engine.batch import Microbatch
+from kunserve.engine.group import Group
+from kunserve.engine.occupancy import Passage
+from kunserve.engine.step.microbatch import StepInputs, step_inputs
+from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage
+from kunserve.gpu.device import Device
+
+T = TypeVar("T")
+
+
+class Executor(ABC):
+    """Runs microbatches; the engine knows nothing else of how."""
+
+    def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
+        """What `execute` needs of a microbatch, taken now: its requests may change later."""
+        return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0])
+
+    @final
+    async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
+        """Pass a microbatch through all stages of `group`; one token, or its error, per sampled row, in their order.
+
+        Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
+        Keeps the group's occupancy: an executor that does not say where a microbatch is fails its first step, as
+        bubbles that nobody measured would look like none.
+        """
+        passage = Passage(group.occupancy, asyncio.get_running_loop().time)
+        tokens = await self.pass_through(group, inputs, passage)
+        passage.check()
+        return tokens
+
+    @abstractmethod
+    async def pass_through(self, group: Group, inputs: Any, passage: Passage) -> list[SampledToken]:
+        """Do what `execute` promises, and tell `passage` while the microbatch is work of a stage.
+
+        Tokens that `inputs` lacks are taken from `inputs.ahead_of`, and what is sampled is put into `inputs.sampled`,
+        without waiting for the caller.
+        """
+
+
+class DeviceExecutor(Executor):
+    """Runs stages on real devices, each on its compute queue.
+
+    `shares_head`: both ends of a chain hold the head (tied embeddings) and compute it, each for half of the rows. In a
+    small model it costs as much as many layers, and at one end alone it would unbalance the chain.
+    """
+
+    def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
+        self._devices, self._decoders, self._shares_head = devices, decoders, shares_head
+        self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
+
+    async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        """See `Executor.pass_through`."""
+        take = self._pass_chain if len(group.stages) > 1 else self._run_alone
+        try:
+            return await take(group, inputs, passage)
+        except BaseException:
+            inputs.sampled.cancel()  # somebody may be waiting for it
+            raise
+
+    async def _run_alone(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        """On one device the queue keeps the order: what the microbatch before has sampled is there in time."""
+        [stage] = group.stages
+        work = partial(run_last_stage, self._decoders[stage.device], stage, 0, inputs, None)
+        return await self._run(group, 0, passage, work)
+
+    async def _pass_chain(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
+        x = await self._enter(group, inputs, passage)
+        *between, last = list(enumerate(group.stages))[1:]
+        for position, stage in between:
+            decoder = self._decoders[stage.device]
+            x = await self._run(group, position, passage, partial(run_stage, decoder, stage, position, inputs, x))
+        if self._shares_head and len(inputs.sampling) > 1:
+            return await self._end_at_both_ends(group, inputs, x, passage)
+        position, stage = last
+        decoder = self._decoders[stage.device]
+        return await self._run(group, position, passage, partial(run_last_stage, decoder, stage, position, inputs, x))
+
+    async def _enter(self, group: Group, inputs: StepInputs, passage: Passage) -> Tensor:
+        """The first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
+        stage = group.stages[0]
+        async with self._entrances.setdefault(group, asyncio.Lock()):
+            if inputs.ahead_of is not None:
+                await asyncio.wait([asyncio.wrap_future(inputs.ahead_of)])
+            work = partial(run_stage, self._decoders[stage.device], stage, 0, inputs, None)
+            running = asyncio.ensure_future(self._run(group, 0, passage, work))  # queued before the next one enters
+        return await running
+
+    async def _end_at_both_ends(
+        self, group: Group, inputs: StepInputs, x: Tensor, passage: Passage
+    ) -> list[SampledToken]:
+        """The last stage, and tokens of half of the rows from each end of the chain."""
+        half, hidden = len(inputs.sampling) // 2, Future[Tensor]()
+        last, stage = len(group.stages) - 1, group.stages[-1]
+
+        async def others() -> list[SampledToken]:
+            await asyncio.wait([asyncio.wrap_future(hidden)])
+            if hidden.cancelled():  # the last stage failed, and says why
+                return []
+            first = self._decoders[group.stages[0].device]
+            work = partial(run_head, first, hidden.result(), inputs, slice(half, None))
+            return await self._run(group, 0, passage, work)
+
+        decoder, own = self._decoders[stage.device], slice(half)
+        work = partial(run_last_stage_sharing, decoder, stage, last, inputs, x, own, hidden)
+        rest = asyncio.ensure_future(others())
+        try:
+            tokens = await self._run(
+                group, last, passage, work
+            )  # queued in this very step: no microbatch overtakes another
+        except BaseException:
+            rest.cancel()
+            await asyncio.wait([rest])
+            raise
+        tokens += await rest
+        inputs.sampled.set_result([token.token_id for token in tokens])
+        return tokens
+
+    async def _run(self, group: Group, position: int, passage: Passage, work: Callable[[], T]) -> T:
+        """Run work of one stage on its device."""
+        with passage.at(position):
+            return await self._devices[group.stages[position].device].run(work)

@@ -1,0 +1,65 @@
+"""Results: what a microbatch brought to each of its requests, and what their grammars say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kunserve.compute.sampler import SampledToken
+from kunserve.engine.batch import Microbatch, scored_positions
+from kunserve.engine.request import Constraint, Request
+
+
+@dataclass(slots=True)
+class Result:
+    """What one step brought to one request."""
+
+    request: Request
+    scored: list[tuple[int, SampledToken]]  # positions of its prompt, and how likely their next tokens were
+    token: SampledToken | None  # the next one, if the step reached its last
+    error: BaseException | None  # what went wrong in the work for it alone
+
+    def add_prompt_logprobs(self) -> None:
+        """Give the request what it lacks: a preempted prompt is scored again."""
+        known = self.request.prompt_logprobs
+        for position, scored in self.scored:
+            if scored.logprobs and position == len(known):
+                known.append(scored.logprobs)
+
+
+def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result]:
+    """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
+    sampled, results = iter(tokens), []
+    for span in batch.spans:
+        scored = [(position, next(sampled)) for position in scored_positions(span)]
+        token = next(sampled) if span.samples else None
+        rows = [row for _, row in scored] if token is None else [*(row for _, row in scored), token]
+        error = next((row.error for row in rows if row.error is not None), None)
+        results.append(Result(span.request, scored, token, error))
+    return results
+
+
+async def judge(results: Sequence[Result]) -> None:
+    """Give the tokens of a microbatch to the grammars of their requests, all at once; return when all have judged them.
+
+    That is in other processes: meanwhile the loop runs, and requests may end. What a grammar raises is its result's
+    error.
+    """
+    judging = list[tuple[Result, Constraint]]()
+    for result in results:
+        request, token = result.request, result.token
+        if request.constraint is None or token is None or token.error is not None or request.finish_reason is not None:
+            continue
+        try:
+            request.constraint.accept(token.token_id)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+            result.error = error
+        else:
+            judging.append((result, request.constraint))
+    for result, constraint in judging:
+        try:
+            await constraint.settled()
+        except Exception as error:
+            result.error = error

@@ -1,0 +1,1 @@
+"""Texts of requests: tokens to text and back, stop strings, grammars, the stream to the client."""

@@ -1,0 +1,1 @@
+"""GPUs as devices: driver calls, streams, copies between them, pinned host memory."""

@@ -1,0 +1,72 @@
+"""From one CUDA device to another: directly where GPUs reach each other, through pinned host memory elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kunserve.gpu.copies import BlockCopy, copy_blocks
+from kunserve.gpu.cuda.driver import Driver
+from kunserve.gpu.cuda.stream import Launched, StreamQueue
+
+SLICE_BYTES = 8 << 20
+NUM_BUFFERS = 2  # one filled while the other is emptied
+
+
+class CopyEnd(Protocol):
+    """What one end of a copy is: a CUDA device's driver, and its streams for copies."""
+
+    driver: Driver
+    torch_device: torch.device
+    copy_in: StreamQueue
+    copy_out: StreamQueue
+    peer: StreamQueue
+
+
+async def copy_between(source: CopyEnd, target: CopyEnd, copies: Sequence[BlockCopy]) -> None:
+    """Copy blocks: on one GPU at once, else gathered on the one, taken over as a whole, and put down on the other."""
+    if source.driver.ordinal == target.driver.ordinal:
+        await target.peer.run(partial(copy_blocks, copies))
+        return
+    blocks = await source.copy_out.run(lambda: torch.cat([copy.gather() for copy in copies]))
+    arrived = await target.copy_in.run(lambda: torch.empty_like(blocks, device=target.torch_device))
+    await transfer(source, blocks, target, arrived)
+
+    def put_down() -> None:
+        pieces = torch.split(arrived, [len(copy.source_ids) for copy in copies])
+        for copy, piece in zip(copies, pieces, strict=True):
+            copy.scatter(piece)
+
+    await target.copy_in.run(put_down)
+
+
+async def transfer(source: CopyEnd, src: Tensor, target: CopyEnd, dst: Tensor, slice_bytes: int = SLICE_BYTES) -> None:
+    """Copy `src` on `source` into `dst` on `target`: same shape and dtype, contiguous. Returns when it is there.
+
+    Nobody else touches both meanwhile, and it must not be cancelled (`to_the_end`): it waits for what it has launched
+    only when an error ends it. Where the hardware has no peer access, the copy out of one slice overlaps the copy in
+    of the one before.
+    """
+    assert src.shape == dst.shape and src.dtype == dst.dtype
+    if target.driver.can_access(source.driver.ordinal):
+        await target.peer.run(partial(dst.copy_, src, non_blocking=True))
+        return
+    from_bytes, to_bytes = src.view(-1).view(torch.uint8), dst.view(-1).view(torch.uint8)
+    buffers = [source.driver.pinned(min(slice_bytes, len(from_bytes))) for _ in range(NUM_BUFFERS)]
+    copies: list[tuple[StreamQueue, Launched[Tensor]]] = []  # out, in, out, in, ...
+    try:
+        for i, start in enumerate(range(0, len(from_bytes), slice_bytes)):
+            piece = slice(start, start + slice_bytes)
+            buffer = buffers[i % NUM_BUFFERS][: len(from_bytes[piece])]
+            emptied = [copies[2 * (i - NUM_BUFFERS) + 1][1].ready] if i >= NUM_BUFFERS else []
+            fill = partial(buffer.copy_, from_bytes[piece], non_blocking=True)
+            copies.append((source.copy_out, await source.copy_out.launch(fill, emptied)))
+            empty = partial(to_bytes[piece].copy_, buffer, non_blocking=True)
+            copies.append((target.copy_in, await target.copy_in.launch(empty, [copies[-1][1].ready])))
+    finally:
+        for queue, launched in copies[-2:]:
+            await queue.finish(launched)

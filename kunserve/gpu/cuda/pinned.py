@@ -1,0 +1,74 @@
+"""A host copy of all weights in memory of the process: every device fills and restores its chunks from it at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kunserve.errors import ConfigError, DeviceError
+from kunserve.gpu.cuda.driver import Driver
+from kunserve.model.checkpoint import WeightSource
+from kunserve.model.layout import ALIGNMENT, WeightUnit
+from kunserve.sizes import format_size
+
+
+class PinnedSource:
+    """A `WeightSource` that reads each tensor once from another one, into pinned memory in the weights' dtype.
+
+    Tensors are read when they are first asked for; whoever else asks meanwhile waits for that one read. Copies out of
+    it go asynchronously on the caller's stream. `close` after all devices are done. Without a driver there is nothing
+    to pin: devices in host memory copy from any memory.
+    """
+
+    def __init__(
+        self, source: WeightSource, units: Sequence[WeightUnit], dtype: torch.dtype, driver: Driver | None
+    ) -> None:
+        """DeviceError if the host cannot pin so much."""
+        self._source, self._driver = source, driver
+        specs = [spec for unit in units for spec in unit.tensors]
+        offsets, end = [], 0
+        for spec in specs:
+            offsets.append(end)
+            end += -(-prod(spec.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._memory = torch.empty(end, dtype=torch.uint8)
+        if driver is not None:
+            try:
+                driver.pin(self._memory.data_ptr(), end)
+            except DeviceError as error:
+                text = f"cannot pin {format_size(end)} of host memory for the weights ({error.message})"
+                raise DeviceError(text) from None
+        self._is_pinned = driver is not None
+        self._tensors: dict[str, Tensor] = {}
+        for spec, offset in zip(specs, offsets, strict=True):
+            flat = self._memory[offset : offset + prod(spec.shape) * dtype.itemsize]
+            self._tensors[spec.name] = flat.view(dtype).view(spec.shape)
+        self._locks = {name: threading.Lock() for name in self._tensors}
+        self._read: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of host memory that it owns."""
+        return self._memory.nbytes
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """See `WeightSource.copy_into`. `out` is complete when the current stream gets there."""
+        pinned = self._tensors.get(name)
+        if pinned is None:
+            raise ConfigError(f"the model has no tensor {name}")
+        if pinned.shape != out.shape:
+            raise ConfigError(f"{name} has shape {list(pinned.shape)}, not {list(out.shape)}")
+        with self._locks[name]:
+            if name not in self._read:
+                self._source.copy_into(name, pinned)
+                self._read.add(name)
+        out.copy_(pinned, non_blocking=True)
+
+    def close(self) -> None:
+        """Unpin the host copy. Idempotent."""
+        if self._is_pinned and self._driver is not None:
+            self._is_pinned = False
+            self._driver.unpin(self._memory.data_ptr())

@@ -1,0 +1,91 @@
+"""A CUDA stream as a work queue: one thread launches, another waits for events, and the event loop never does.
+
+Prior art: vLLM and SGLang launch from the thread that schedules. Here that thread is the event loop's, and a launch
+may block (a full stream queue, a plan, a compilation), so that each stream has a launcher. Completion is seen by a
+thread that sleeps in cuEventSynchronize; a host callback (cuLaunchHostFunc) would need the interpreter lock inside the
+driver's own thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+from kunserve.errors import DeviceError, DeviceLostError
+from kunserve.gpu.cuda.driver import Driver, Event, Stream
+from kunserve.gpu.queue import WorkQueue, to_the_end
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Launched(Generic[T]):
+    """What launched work returned. Tensors in it may be used on other streams after `ready`, on the host too."""
+
+    value: T
+    ready: Event
+
+
+class StreamQueue:
+    """Work in order on one stream. `launch` returns when work is on its way, `run` when its results are there."""
+
+    def __init__(self, driver: Driver, name: str) -> None:
+        self._driver = driver
+        self.stream: Stream = driver.create_stream()
+        self._launcher, self._waiter = WorkQueue(f"{name}-launch"), WorkQueue(f"{name}-wait")
+        self._launching = threading.RLock()  # whoever holds it is the only one to launch
+
+    async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
+        """Launch `work` behind everything launched before, and behind `after`, events of any stream.
+
+        What `work` raises comes out when whatever it had launched is done: nothing runs on behind the error.
+        """
+
+        def launch_now() -> Launched[T]:
+            with self._launching, self._driver.on(self.stream):
+                for event in after:
+                    self._driver.wait(self.stream, event)
+                try:
+                    value = work()
+                except BaseException:
+                    self._driver.synchronize(self.stream)
+                    raise
+                return Launched(value, self._driver.record(self.stream))
+
+        return await self._launcher.run(launch_now)
+
+    async def finish(self, launched: Launched[T]) -> T:
+        """Wait for what was launched here. DeviceLostError if a kernel has faulted."""
+        try:
+            await self._waiter.run(partial(self._driver.synchronize_event, launched.ready))
+        except DeviceError as error:
+            raise DeviceLostError(error.message) from error
+        return launched.value
+
+    async def run(self, work: Callable[[], T], after: Sequence[Event] = ()) -> T:
+        """Launch and finish. A cancelled caller waits: the memory in use must not change under the work."""
+
+        async def launch_and_finish() -> T:
+            return await self.finish(await self.launch(work, after))
+
+        return await to_the_end(launch_and_finish())
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, the stream is idle and nothing is launched. Blocks until what runs is done."""
+        with self._launching:
+            self._driver.synchronize(self.stream)
+            yield
+
+    def close(self) -> None:
+        """Wait for everything and end the threads and the stream."""
+        self._launcher.close()
+        self._waiter.close()
+        try:
+            self._driver.synchronize(self.stream)
+        finally:
+            self._driver.destroy_stream(self.stream)

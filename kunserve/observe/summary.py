@@ -1,0 +1,50 @@
+"""Every ten seconds, the line that operators know from vLLM; only while something happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from kunserve.observe.metrics import EngineStats, Metrics
+
+log = structlog.get_logger()
+
+
+class Summary:
+    """What was done since the line before."""
+
+    def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
+        self._metrics, self._stats = metrics, stats
+        self._num_prompt = metrics.num_prompt_tokens
+        self._num_generated = metrics.num_generation_tokens
+        self._was_busy = False
+
+    def line(self, seconds: float) -> str | None:
+        """The line for the last `seconds`; None if nothing happened, then or just before."""
+        stats, metrics = self._stats(), self._metrics
+        num_prompt = metrics.num_prompt_tokens - self._num_prompt
+        num_generated = metrics.num_generation_tokens - self._num_generated
+        self._num_prompt, self._num_generated = metrics.num_prompt_tokens, metrics.num_generation_tokens
+        is_busy = bool(num_prompt or num_generated or stats.num_running or stats.num_waiting)
+        was_busy, self._was_busy = self._was_busy, is_busy
+        if not is_busy and not was_busy:
+            return None
+        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        groups = "+".join(str(group.num_stages) for group in stats.groups) or "0"
+        return (
+            f"Engine 000: Avg prompt throughput: {num_prompt / seconds:.1f} tokens/s, "
+            f"Avg generation throughput: {num_generated / seconds:.1f} tokens/s, "
+            f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
+            f"GPU KV cache usage: {usage:.1%}, Prefix cache hit rate: 0.0%, "
+            f"Groups: {groups} devices, Weights dropped: {stats.weights_dropped_bytes >> 20} MiB"
+        )
+
+
+async def log_summary(summary: Summary, interval_s: float) -> None:
+    """Write the line every `interval_s`, until cancelled."""
+    while True:
+        await asyncio.sleep(interval_s)
+        if (line := summary.line(interval_s)) is not None:
+            log.info(line)

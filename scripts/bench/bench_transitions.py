@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""What transitions cost a server: throughput of a chain beside that of the groups it was made of, and drift.
+
+    python scripts/bench/bench_transitions.py --rounds 3 --cycles 10
+
+`throughput`: a load that fits without a drop, on two groups and on the chain they make when an operator asks, by turns;
+and the latency of a single request before the first drop and after the last restore. `alone`: the same load without a
+server and a client, which take turns on the virtual devices' own cores: whom they keep waiting, a chain waits for.
+`drift`: a burst that makes the
+server drop, quiet until it has restored, and again: throughput, memory of the process and free chunks of each cycle.
+Needs a machine with nothing else to do. The last line of stdout is one JSON object; the rest goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from statistics import median
+from typing import Any
+
+import psutil
+from compare_policies import Burst, measure
+from own_server import Server, post_json, running_server
+
+from kunserve.config import EngineConfig, parse_devices
+from kunserve.engine.launch.launch import launch
+from kunserve.engine.request import Request
+from kunserve.sampling import SamplingParams
+
+ADMIN_KEY = "bench"
+ONE = Burst(1, 1000.0, 64, 64)
+LOAD = Burst(40, 1000.0, 64, 128)  # all at once: 7,680 tokens of KV
+BURST = Burst(48, 16.0, 64, 128)  # 9,216 tokens of KV
+
+
+async def tokens_per_s(server: Server, load: Burst, seed: int) -> float:
+    """Of one load."""
+    result = await measure((server.url,), load, seed)
+    rate: float = result["summary"]["output_tokens_per_s"]
+    return rate
+
+
+async def latency(server: Server) -> dict[str, float]:
+    """Of one request on an idle server: medians of five."""
+    results = [(await measure((server.url,), ONE, seed))["summary"] for seed in range(5)]
+    return {name: median(r[name]["p50"] for r in results) for name in ("ttft_s", "tpot_s")}
+
+
+async def regroup(server: Server, verb: str) -> None:
+    """Drop or restore, as an operator, and wait until it is over."""
+    await post_json(f"{server.url}/kunserve/{verb}", {}, ADMIN_KEY)
+    while (await server.state())["transitions"][-1]["outcome"] == "running":
+        await asyncio.sleep(0.2)
+
+
+async def throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Undropped and dropped by turns."""
+    flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
+    undropped, dropped = [], []
+    async with running_server(*flags, "--pin", "--admin-key", ADMIN_KEY) as server:
+        await measure((server.url,), ONE, 0)
+        before = await latency(server)
+        for seed in range(args.rounds):
+            undropped.append(await tokens_per_s(server, LOAD, seed))
+            await regroup(server, "drop")
+            dropped.append(await tokens_per_s(server, LOAD, seed))
+            await regroup(server, "restore")
+            print(f"undropped {undropped[-1]:.1f}, dropped {dropped[-1]:.1f} tokens/s", file=sys.stderr)
+        after = await latency(server)
+    ratios = [d / u for d, u in zip(dropped, undropped, strict=True)]
+    return {
+        "undropped_tokens_per_s": undropped,
+        "dropped_tokens_per_s": dropped,
+        "median_ratio": median(ratios),
+        "idle_before": before,
+        "idle_after": after,
+    }
+
+
+async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """As `throughput`, of an engine in this process."""
+    config = EngineConfig(args.model, parse_devices(args.devices), num_blocks_override=args.blocks, is_pinned=True)
+    served = await launch(config, "bench", lambda text, share: None)
+    engine, rates = served.engine, dict[str, list[float]](undropped=[], dropped=[])
+
+    async def run(seed: int) -> float:
+        rng, started_s = random.Random(seed), time.perf_counter()
+        params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
+        prompts = [rng.choices(range(1000, 40_000), k=LOAD.num_prompt_tokens) for _ in range(LOAD.num_requests)]
+        streams = [engine.submit(Request(f"{seed}-{i}", prompt, params)) for i, prompt in enumerate(prompts)]
+        for stream in streams:
+            async for _ in stream:
+                pass
+        return LOAD.num_requests * LOAD.num_output_tokens / (time.perf_counter() - started_s)
+
+    async def settled() -> None:
+        while served.control.reconfigure.current is not None:
+            await asyncio.sleep(0.05)
+
+    await engine.start()
+    await run(args.rounds)
+    for seed in range(args.rounds):
+        rates["undropped"].append(await run(seed))
+        await engine.drop()
+        await settled()
+        rates["dropped"].append(await run(seed))
+        await engine.restore()
+        await settled()
+        print({name: round(values[-1], 1) for name, values in rates.items()}, file=sys.stderr)
+    await engine.stop()
+    await served.close()
+    ratios = [d / u for d, u in zip(rates["dropped"], rates["undropped"], strict=True)]
+    return {"tokens_per_s": rates, "median_ratio": median(ratios)}
+
+
+async def drift(args: argparse.Namespace) -> dict[str, Any]:
+    """Burst and quiet, over and over."""
+    flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
+    cycles = []
+    async with running_server(*flags, "--restore-hold", "2") as server:
+        process = psutil.Process(server.pid)
+        num_groups = len((await server.state())["groups"])
+        for seed in range(args.cycles):
+            rate = await tokens_per_s(server, BURST, seed)
+            while len((state := await server.state())["groups"]) < num_groups:
+                await asyncio.sleep(0.5)
+            cycle = {
+                "tokens_per_s": rate,
+                "rss_mib": process.memory_info().rss / 2**20,
+                "free_chunks": [device["chunks"]["free"] for device in state["devices"]],
+                "used_blocks": [group["blocks"]["used"] for group in state["groups"]],
+                "transitions": len(state["transitions"]),
+                "preemptions": state["requests"]["preemptions"],
+            }
+            print(cycle, file=sys.stderr)
+            cycles.append(cycle)
+    return {"cycles": cycles}
+
+
+async def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--devices", default="cpu:2")
+    parser.add_argument("--blocks", type=int, default=256, help="KV blocks of 16 tokens on each device")
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput; 0: not measured")
+    parser.add_argument("--cycles", type=int, default=10, help="of drift; 0: not measured")
+    args = parser.parse_args()
+    report: dict[str, Any] = {}
+    if args.rounds:
+        report["alone"] = await engine_throughput(args)
+        report["throughput"] = await throughput(args)
+    if args.cycles:
+        report["drift"] = await drift(args)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from api_fakes import FakeEngine, error_of, serving
+from structures import EOS, VOCABULARY
+
+from kunserve.api.wire.grammars import MAX_CHARS, Grammars
+from kunserve.engine.request import Output, Request
+from kunserve.errors import EngineError
+from kunserve.sampling import FinishReason
+
+
+def grammars() -> Grammars:
+    return Grammars(VOCABULARY)
+
+
+async def accepts(request: Request, text: str) -> bool:
+    """Whether the request's constraint allows `text` as the whole output."""
+    assert request.constraint is not None
+    place = request.constraint.copy()  # type: ignore[attr-defined]
+    for byte in text.encode():
+        place.accept(byte)
+        await place.settled()
+    if not place.is_finished:
+        place.accept(EOS)
+        await place.settled()
+    place.close()
+    assert place.error is None or isinstance(place.error, EngineError)
+    return place.error is None
+
+
+OPTIONAL = {
+    "type": "object",
+    "properties": {f"p{i}": {"type": "integer"} for i in range(500)},
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"x": [1]}', "[1]"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+            '{"a": 1}',
+            '{"a": "1"}',
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, '{"a":1}', "{}"),
+        ({"structured_outputs": {"json": '{"type": "integer"}'}}, "12", "x"),
+        ({"structured_outputs": {"json_object": True}}, "{}", "1"),
+        ({"structured_outputs": {"regex": "a+b"}}, "aab", "b"),
+        ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'n"o', "maybe"),
+        ({"structured_outputs": {"choice": [f"choice {i}" for i in range(4000)]}}, "choice 3999", "choice 4000"),
+        ({"structured_outputs": {"choice": ["a", "ab"]}}, "ab", "b"),
+        ({"structured_outputs": {"json": OPTIONAL}}, '{"p3": 1, "p499": 2}', '{"p500": 1}'),
+        ({"structured_outputs": {"grammar": 'start: "x" | "y" "z"'}}, "yz", "z"),
+        ({"structured_outputs": {"grammar": 'root ::= "x" | "y"'}}, "y", "xy"),
+        ({"guided_json": SCHEMA}, '{"a": 2}', "1"),
+        ({"guided_regex": "[0-9]{2}"}, "42", "4"),
+        ({"guided_choice": ["a", "b"]}, "b", "c"),
+        ({"guided_grammar": 'start: "x"'}, "x", "y"),
+    ],
+)
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/chat/completions"])
+async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -> None:
+    engine = FakeEngine()
+    prompt = {"prompt": "hi"} if url == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    async with serving(engine, grammars=grammars()) as client:
+        response = await client.post(url, json={**prompt, **body, "n": 2})
+        assert response.status == 200, await response.text()
+        first, second = engine.requests
+        assert first.constraint is not second.constraint
+        for request in engine.requests:
+            assert await accepts(request, good)
+            assert not await accepts(request, bad)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"$ref": "#/nowhere"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
+        ({"structured_outputs": {"grammar": "start"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [98]}, "allowed_token_ids"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+    ],
+)
+async def test_structures_that_cannot_be(body: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", **body})
+        error = await error_of(response)
+    assert (response.status, error["param"]) == (400, param)
+    assert len(error["message"]) < 400 and "\n" not in error["message"]
+    assert engine.requests == []
+
+
+async def test_blanks_have_an_end() -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        await client.post("/v1/completions", json={"prompt": "hi", "structured_outputs": {"json": SCHEMA}})
+        assert await accepts(engine.requests[0], '{\n  "a": 1\n}')
+        assert not await accepts(engine.requests[0], '{   "a": 1}')
+
+
+async def test_a_reasoning_model_may_think_before() -> None:
+    own = Grammars(VOCABULARY, reasoning_end=270)
+    engine = FakeEngine(lambda _: [Output("x", (1,), (), FinishReason.STOP)])
+    from kunserve.api.wire.backend import ApiSettings
+
+    async with serving(engine, ApiSettings(reasoning_parser="qwen3"), grammars=own) as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "json_object"}}
+        assert (await client.post("/v1/chat/completions", json=body)).status == 200
+        constraint = engine.requests[0].constraint
+        assert constraint is not None
+        assert constraint.mask(0)() is None
+        for token in (*b"free text", 270, *b"{}"):
+            constraint.accept(token)
+            await constraint.settled()
+            assert constraint.error is None
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+WAYS_IN: dict[str, Any] = {
+    "response_format": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}},
+    ),
+    "tool_choice required": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        | {"tool_choice": "required"},
+    ),
+    "tool_choice named": lambda schema: (
+        "/v1/chat/completions",
+        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        | {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    ),
+    "guided_json": lambda schema: ("/v1/completions", {"prompt": "hi", "guided_json": schema}),
+    "guided_json as text": lambda schema: ("/v1/completions", {"prompt": "hi", "guided_json": json.dumps(schema)}),
+    "structured_outputs": lambda schema: ("/v1/completions", {"prompt": "hi", "structured_outputs": {"json": schema}}),
+    "messages": lambda schema: (
+        "/v1/messages",
+        {**HI, "tools": [{"name": "f", "input_schema": schema}], "tool_choice": {"type": "any"}},
+    ),
+    "messages, output_config": lambda schema: (
+        "/v1/messages",
+        {**HI, "output_config": {"format": {"type": "json_schema", "schema": schema}}},
+    ),
+    "responses": lambda schema: (
+        "/v1/responses",
+        {"input": "hi", "text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}},
+    ),
+    "responses, tools": lambda schema: (
+        "/v1/responses",
+        {"input": "hi", "tools": [{"type": "function", "name": "f", "parameters": schema}], "tool_choice": "required"},
+    ),
+}
+ITSELF: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "required": ["next"]}
+CHAIN = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1500)}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a chain of references": ({"$ref": "#/$defs/0", "$defs": {**CHAIN, "1500": {"type": "null"}}}, "nested too deeply"),
+    "too long": ({"description": "x" * MAX_CHARS}, "at most 65536 characters"),
+    "no end": ({"$ref": "#/$defs/n", "$defs": {"n": ITSELF}}, "ever ends"),
+    "150 levels": (nested(150), "cannot be used"),
+    "199 levels": (nested(190), "cannot be used"),
+    "260 levels": (nested(260), "deep"),
+    "900 levels": (nested(900), "deep"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+async def test_the_same_is_refused_whatever_way_it_comes_in(way: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        for name, (schema, reason) in REFUSED.items():
+            url, body = WAYS_IN[way](schema)
+            response = await client.post(url, json=body)
+            text = await response.text()
+            assert response.status == 400 and reason in text, (name, text)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param"),
+    [
+        ("/v1/responses", {"input": "hi", "metadata": nested(260)}, "metadata"),
+        ("/v1/completions", {"prompt": "hi", "nothing_we_know": nested(900)}, "nothing_we_know"),
+        ("/v1/chat/completions", {**HI, "chat_template_kwargs": nested(260)}, "chat_template_kwargs"),
+        (
+            "/v1/messages",
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "x", "name": "f", "input": nested(260)}],
+                    }
+                ],
+                "max_tokens": 2,
+            },
+            "messages",
+        ),
+    ],
+)
+async def test_nested_too_deeply_anywhere(url: str, body: dict[str, Any], param: str) -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post(url, json=body)
+        text = await response.text()
+    assert response.status == 400
+    assert f"`{param}` is nested more than 200 levels deep" in text
+
+
+async def test_what_is_as_deep_as_may_be_is_echoed() -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        metadata = nested(198)
+        response = await client.post("/v1/responses", json={"input": "hi", "metadata": metadata})
+        assert response.status == 200 and (await response.json())["metadata"] == metadata
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "a"',
+        'start: start "a"',
+        'root ::= "a" root',
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(30)) + '\nr30: "a"',
+    ],
+)
+@pytest.mark.parametrize("field", ["guided_grammar", "structured_outputs"])
+async def test_grammars_that_cannot_be(grammar: str, field: str) -> None:
+    value: Any = grammar if field == "guided_grammar" else {"grammar": grammar}
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True, field: value})
+        assert response.status == 400 and "cannot be used" in (await error_of(response))["message"]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from api_fakes import FakeEngine, make_app, say
+
+from kunserve.api.say.generation import SLICE, Delivery, submitted
+from kunserve.api.wire.backend import ApiSettings
+from kunserve.api.wire.context import API, Api
+from kunserve.engine.request import Output, Request
+from kunserve.engine.schedule.waiting import Waiting
+from kunserve.errors import EngineError, OverloadedError
+from kunserve.sampling import FinishReason, SamplingParams
+
+
+def requests(num: int) -> list[Request]:
+    return [Request(f"r{i}", [i + 1], SamplingParams(max_tokens=4)) for i in range(num)]
+
+
+@asynccontextmanager
+async def generating(engine: FakeEngine, num: int) -> AsyncIterator[AsyncIterator[Delivery]]:
+    api = make_app(engine)[API]
+    with api.admission.accepted("", num, num) as place:
+        async with submitted(api, place, requests(num)) as outputs:
+            yield outputs
+
+
+async def read_all(engine: FakeEngine, num: int) -> None:
+    async with generating(engine, num) as outputs:
+        async for _ in outputs:
+            pass
+
+
+def aborted(engine: FakeEngine) -> list[str]:
+    return [engine.aborted.get_nowait() for _ in range(engine.aborted.qsize())]
+
+
+@pytest.mark.parametrize("num", [1, 3])
+async def test_each_stream_comes_whole_and_in_order(num: int) -> None:
+    engine = FakeEngine(lambda request: say("abcd"[: request.prompt_token_ids[0]]))
+    texts = [""] * num
+    async with generating(engine, num) as outputs:
+        async for index, output in outputs:
+            texts[index] += output.text
+    assert texts == ["a", "ab", "abc"][:num]
+
+
+async def test_a_refusal_takes_back_what_was_submitted() -> None:
+    class Narrow(FakeEngine):
+        def submit(self, request: Request):  # type: ignore[no-untyped-def]
+            if len(self.requests) == 2:
+                raise OverloadedError("full")
+            return super().submit(request)
+
+    engine = Narrow()
+    with pytest.raises(OverloadedError):
+        await read_all(engine, 3)
+    assert aborted(engine) == ["r0", "r1"]
+
+
+async def test_cancellation_aborts_before_anything_is_awaited() -> None:
+    engine = FakeEngine(lambda _: say("a", None))
+    started = asyncio.Event()
+
+    async def consume() -> None:
+        async with generating(engine, 2) as outputs:
+            async for _ in outputs:
+                started.set()
+
+    task = asyncio.create_task(consume())
+    await started.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert aborted(engine) == ["r0", "r1"]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("error", [EngineError("boom"), RuntimeError("boom")])
+async def test_a_failed_stream_leaves_no_task_behind(error: Exception) -> None:
+    engine = FakeEngine(lambda r: [error] if r.request_id == "r1" else say("a", None))
+    with pytest.raises(type(error), match="boom"):
+        await read_all(engine, 3)
+    assert aborted(engine) == ["r0", "r1", "r2"]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("num", [1, 2])
+async def test_an_engine_that_ends_without_a_final_output(num: int) -> None:
+    class Hasty(FakeEngine):
+        async def _outputs(self, request: Request):  # type: ignore[no-untyped-def]
+            yield Output("a", (97,))
+
+    with pytest.raises(EngineError, match="final output"):
+        await read_all(Hasty(), num)
+
+
+async def test_nothing_is_read_after_the_final_output() -> None:
+    engine = FakeEngine(lambda _: [*say("a", FinishReason.STOP), EngineError("too late")])
+    async with generating(engine, 1) as outputs:
+        assert [output.text async for _, output in outputs] == ["a"]
+
+
+class CountingEngine(FakeEngine):
+    """Nobody it was given leaves its queue."""
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        return Waiting(len(self.requests), len(self.requests))
+
+
+def counted(engine: CountingEngine, api: Api) -> int:
+    """How many sequences count as waiting: so many fewer than the bound can still come."""
+    for num in range(api.settings.max_num_queued_reqs, 0, -1):
+        try:
+            api.admission.check("", num)
+        except OverloadedError:
+            continue
+        return api.settings.max_num_queued_reqs - num
+    return api.settings.max_num_queued_reqs
+
+
+async def test_many_sequences_are_submitted_in_turns_and_all_count_from_the_first_to_the_last() -> None:
+    num = 2 * SLICE + 5
+    engine = CountingEngine()
+    api = make_app(engine, ApiSettings(max_num_queued_reqs=num + 1))[API]
+
+    async def consume() -> None:
+        with api.admission.accepted("", num, num) as place:
+            await api.turns.take()  # that of its body
+            async with submitted(api, place, requests(num)):
+                pass
+
+    task = asyncio.create_task(consume())
+    seen = [0]
+    while not task.done():
+        await asyncio.sleep(0)
+        if len(engine.requests) != seen[-1]:
+            seen.append(len(engine.requests))
+        assert counted(engine, api) == num
+    assert seen == [0, SLICE, 2 * SLICE, num]
+
+
+async def test_whoever_leaves_half_submitted_leaves_nothing() -> None:
+    engine = CountingEngine()
+    api = make_app(engine, ApiSettings(max_num_queued_reqs=999))[API]
+
+    async def consume() -> None:
+        with api.admission.accepted("", 5 * SLICE, 5 * SLICE) as place:
+            async with submitted(api, place, requests(5 * SLICE)):
+                raise AssertionError("all were submitted")
+
+    task = asyncio.create_task(consume())
+    while len(engine.requests) < 2 * SLICE:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    while engine.aborted.qsize() < len(engine.requests):
+        await asyncio.sleep(0)
+    assert aborted(engine) == [request.request_id for request in engine.requests]
+    engine.requests.clear()
+    assert counted(engine, api) == 0

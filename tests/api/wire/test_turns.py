@@ -1,0 +1,53 @@
+"""Turns in the rounds of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from kunserve.api.wire.turns import Turns
+
+
+@pytest.mark.parametrize("per_round", [1, 2])
+async def test_so_many_turns_a_round_in_order(per_round: int) -> None:
+    turns, now, taken = Turns(per_round), 0, list[tuple[str, int]]()
+
+    async def take(name: str) -> None:
+        await turns.take()
+        taken.append((name, now))
+
+    tasks = [asyncio.create_task(take(name)) for name in "abcde"]
+    await asyncio.sleep(0)
+    tasks[2].cancel()  # its client has left
+    while not all(task.done() for task in tasks):
+        now += 1
+        await asyncio.sleep(0)
+    assert [name for name, _ in taken] == ["a", "b", "d", "e"]
+    rounds = [at for _, at in taken]
+    assert rounds == sorted(rounds) and max(Counter(rounds).values()) == per_round
+
+
+async def test_a_turn_is_there_at_once_if_nobody_else_wants_it() -> None:
+    turns = Turns()
+    for _ in range(3):
+        taking = turns.take()
+        try:
+            taking.send(None)
+        except StopIteration:
+            await asyncio.sleep(0)
+            continue
+        raise AssertionError("it waited")
+
+
+async def test_slices_take_turns_but_for_the_first() -> None:
+    turns, seen = Turns(), list[tuple[str, list[int]]]()
+
+    async def work(name: str) -> None:
+        await turns.take()
+        async for some in turns.slices(range(5), 2):
+            seen.append((name, list(some)))
+
+    await asyncio.gather(work("a"), work("b"))
+    assert seen == [*(("a", [0, 1]), ("a", [2, 3]), ("b", [0, 1])), *(("a", [4]), ("b", [2, 3]), ("b", [4]))]

@@ -1,0 +1,162 @@
+"""FlashInfer is called as its rules want it, at stable addresses; host arrays are not overwritten before they left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
+
+import fake_flashinfer
+import pytest
+import torch
+from cuda_parts import CPU, cuda_decoder_on_cpu
+from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on, step
+
+from kunserve.compute.cuda import decoder as cuda_decoder
+from kunserve.compute.cuda.attention import (
+    MIN_FLOAT_WORKSPACE_BYTES,
+    FlashInferAttention,
+    Planner,
+    Staged,
+    StepBuffers,
+    float_workspace_bytes,
+)
+from kunserve.compute.cuda.ops import TorchKernels
+from kunserve.compute.decoder import Decoder
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.gpu.host import HostDevice
+from kunserve.model.card import load_card
+
+NUM_SMS = 132  # of an H100
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> FlashInferAttention:
+    for name, module in fake_flashinfer.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=NUM_SMS))
+    return FlashInferAttention(CONFIG, BLOCK, DTYPE, StepBuffers(LIMITS, CPU), LIMITS.max_num_seqs)
+
+
+@pytest.fixture
+def pair(attention: FlashInferAttention) -> Iterator[Pair]:
+    """The plain decoder, and one that attends with FlashInfer, or what stands for it."""
+    devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
+    plain, cuda = (memory_on(device) for device in devices)
+    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)
+    decoder._buffers, decoder._planner = attention._buffers, Planner(attention._buffers, attention)
+    layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
+    yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
+    for device in devices:
+        device.close()
+
+
+def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
+    pair: Pair, attention: FlashInferAttention
+) -> None:
+    for i, spans in enumerate(PROMPTS):
+        assert_same(pair, spans, i)
+    sequences, cuts = [[0, 1, 2], [0, 1, 2], [2, 1], [1], [1, 2, 0], [2, 0]], [(), (), (), (2,), (1, 4), (4,)]
+    for i, (which, cut) in enumerate(zip(sequences, cuts, strict=True)):
+        assert_same(pair, decode(i, which), 10 + i, cut)
+    buckets = attention._buckets
+    assert set(buckets) == {1, 2, 4}
+    assert [buckets[n].num_plans for n in (1, 2, 4)] == [1 + 2, 1 + 2, 2 + 3]  # once per step and stage
+    for wrapper in buckets.values():
+        assert wrapper.workspaces == [attention._floats, attention._ints]  # one of each for all
+    addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
+    assert len(addresses) == 1
+
+
+def test_a_bucket_is_captured_when_it_first_comes_and_never_again(pair: Pair) -> None:
+    graphs = pair.cuda.graphs
+    assert graphs is not None
+    for i, spans in enumerate(PROMPTS[:2]):
+        assert_same(pair, spans, i)
+    seen = []
+    for i, sequences in enumerate([[0, 1, 2], [2], [1, 0, 2], [0], [1, 2], [2, 1]]):
+        assert_same(pair, decode(i, sequences), 10 + i)
+        seen.append(sorted({bucket for _, bucket in graphs._graphs}))
+    assert seen == [[4], [1, 4], [1, 4], [1, 4], [1, 2, 4], [1, 2, 4]]
+    assert graphs.num_captures == 3 * (LAYERS // graphs.run_layers)
+
+
+class CapturableKernels(TorchKernels):
+    is_capturable = True
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_graphs_are_made_unless_flags_say_no(
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
+) -> None:
+    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (CapturableKernels(), "some kernels"))
+    with closing(HostDevice(0, 30, 64 << 10)) as device:
+        memory = memory_on(device)
+        decoder, note = cuda_decoder.cuda_decoder(
+            CONFIG, memory.weights, memory.kv, 64, LIMITS,
+            block_size=BLOCK, dtype=torch.bfloat16, device=CPU, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        assert note == f"some kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
+        assert (decoder.graphs is None) == enforce_eager
+        assert decoder.graphs is None or decoder.graphs.buckets == (1, 2, 4, 6)
+        del decoder, memory
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [(TorchKernels(), torch.bfloat16), (CapturableKernels(), torch.float32)])
+def test_no_graphs_are_made_of_what_cannot_be_captured(
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, kernels: TorchKernels, dtype: torch.dtype
+) -> None:
+    """FlashInfer has no kernels for float32: then attention is the reference, which reads lengths on the host."""
+    monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (kernels, "Triton kernels, as a log would say"))
+    with closing(HostDevice(0, 30, 64 << 10)) as device:
+        memory = memory_on(device)
+        decoder, note = cuda_decoder.cuda_decoder(
+            CONFIG, memory.weights, memory.kv, 64, LIMITS,
+            block_size=BLOCK, dtype=dtype, device=CPU, enforce_eager=False,
+        )  # fmt: skip
+        assert decoder.graphs is None and note.endswith("eager")
+        del decoder, memory
+
+
+def test_arrays_are_not_overwritten_before_they_have_left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    put = Staged.put
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self) -> None:
+            log.append("on their way")
+
+        def synchronize(self) -> None:
+            log.append("have left")
+
+    def logged(self: Staged, values: object) -> torch.Tensor:
+        log.append("write")
+        return put(self, values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Staged, "put", logged)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pair.cuda._buffers.torch_device = torch.device("cuda")
+    batch, rows = step(PROMPTS[0])
+    for _ in range(2):
+        pair.cuda.forward(0, LAYERS, torch.zeros(6, dtype=torch.int32), batch, rows)
+    writes = ["write"] * log.index("on their way")
+    assert writes and log == [*writes, "on their way", "have left", *writes, "on their way"]
+
+
+def test_workspace_for_partial_results() -> None:
+    small, large = load_card("llama-8b").config, load_card("llama-70b").config
+    assert float_workspace_bytes(small, 256, NUM_SMS) == MIN_FLOAT_WORKSPACE_BYTES  # 319 tiles of 16 rows: 80 MiB
+    rows = (512 // 4 + 511) * 16
+    assert float_workspace_bytes(small, 512, NUM_SMS) == rows * 32 * (128 + 1) * 4 + 64
+    rows = (256 // 2 + 255) * 16
+    assert float_workspace_bytes(large, 256, NUM_SMS) == rows * 64 * (128 + 1) * 4 + 64
+    split = 2 * NUM_SMS // 8 * 128  # few prompts after long contexts: more than 128 MiB as well
+    assert float_workspace_bytes(large, 1, NUM_SMS) == split * 64 * (128 + 1) * 4 + 64
+    many_heads = replace(small, num_heads=48, num_kv_heads=2)  # 24 of a group: tiles of 64 rows
+    rows = (-(-256 * 24 // 64) + 255) * 64
+    assert float_workspace_bytes(many_heads, 256, NUM_SMS) == rows * 48 * (128 + 1) * 4 + 64

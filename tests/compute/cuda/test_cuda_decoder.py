@@ -1,0 +1,157 @@
+"""The CUDA decoder's planning, padding, graphs and token feedback, against the plain decoder in float64, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cuda_parts import cuda_decoder_on_cpu
+from torch import Tensor
+
+from kunserve.compute.cuda.attention import StepLimits, step_arrays
+from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.decoder import Decoder
+from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host import HostDevice
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.model.checkpoint import DummySource
+from kunserve.model.config import ModelConfig
+from kunserve.model.layout import weight_units
+
+BLOCK, LAYERS = 4, 5
+CONFIG = ModelConfig("qwen3", 50, 16, 24, LAYERS, 4, 2, 8, 64, qkv_bias=True, qk_norm=True)
+LIMITS = StepLimits(32, 6, 64)
+DTYPE = torch.float64
+LENGTHS = [7, 1, 9, 4]
+TABLES = [[11, 3, 8], [5], [9, 0, 7, 2], [1, 4]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same weights behind both decoders, and KV for each."""
+
+    plain: Decoder
+    plain_kv: list[Tensor]
+    cuda: CudaDecoder
+    cuda_kv: list[Tensor]
+
+
+def memory_on(device: HostDevice) -> DeviceMemory:
+    memory = DeviceMemory(device, weight_units(CONFIG, DTYPE.itemsize), LAYERS, KVShape.of(CONFIG, BLOCK, DTYPE), DTYPE)
+    for unit in ("embed", *(f"layers.{i}" for i in range(LAYERS)), "head"):
+        memory.weights.map(unit)
+        memory.weights.fill(unit, DummySource(CONFIG))
+    for layer in range(LAYERS):
+        memory.kv.resize(layer, 1)
+    return memory
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
+    plain, cuda = (memory_on(device) for device in devices)
+    yield Pair(
+        Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64),
+        [kv[:12] for kv in plain.kv.layers],
+        cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS),
+        [kv[:12] for kv in cuda.kv.layers],
+    )
+    for device in devices:
+        device.close()
+
+
+def step(spans: list[tuple[int, int, int]]) -> tuple[AttentionBatch, Tensor]:
+    """A host batch of (sequence, first token, one past the last), and the rows at the spans' ends."""
+    lens = torch.tensor([end - start for _, start, end in spans])
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    width = max(-(-end // BLOCK) for _, _, end in spans)
+    tables = torch.zeros(len(spans), width, dtype=torch.int32)
+    for row, (sequence, _, end) in zip(tables, spans, strict=True):
+        held = TABLES[sequence][: -(-end // BLOCK)]
+        row[: len(held)] = torch.tensor(held)
+    contexts = torch.tensor([end for _, _, end in spans])
+    return AttentionBatch(positions.int(), ends.int(), contexts.int(), tables, BLOCK), ends[1:] - 1
+
+
+PROMPTS = [[(0, 0, 5), (1, 0, 1)], [(2, 0, 9), (0, 5, 7), (3, 0, 3)], [(3, 3, 4)]]
+
+
+def decode(i: int, sequences: list[int]) -> list[tuple[int, int, int]]:
+    return [(s, LENGTHS[s] + i, LENGTHS[s] + i + 1) for s in sequences]
+
+
+def ids_of(batch: AttentionBatch, seed: int) -> Tensor:
+    return torch.randint(0, 50, batch.positions.shape, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def assert_same(pair: Pair, spans: list[tuple[int, int, int]], seed: int, cuts: tuple[int, ...] = ()) -> None:
+    """Run a step through both, stage by stage, and compare logits and all KV."""
+    batch, rows = step(spans)
+    x = y = ids_of(batch, seed)
+    for first, last in zip((0, *cuts), (*cuts, LAYERS), strict=True):
+        x = pair.plain.forward(first, last, x, batch, rows)
+        y = pair.cuda.forward(first, last, y, batch, rows)
+    torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-11)
+    for a, b in zip(pair.plain_kv, pair.cuda_kv, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+def test_mixed_and_decode_steps_match_the_plain_decoder(pair: Pair) -> None:
+    for i, spans in enumerate(PROMPTS):
+        assert_same(pair, spans, i)
+    for i, sequences in enumerate([[0, 1, 2], [0, 1, 2], [2, 1], [1]]):
+        assert_same(pair, decode(i, sequences), 10 + i)
+    graphs = pair.cuda.graphs
+    assert graphs is not None and graphs.num_replays > 0
+
+
+def test_a_drop_captures_nothing_new(pair: Pair) -> None:
+    graphs = pair.cuda.graphs
+    assert graphs is not None
+    for i, spans in enumerate(PROMPTS):
+        assert_same(pair, spans, i)
+    assert_same(pair, decode(0, [0, 1, 2]), 10)
+    captures = graphs.num_captures
+    assert captures == 2 * (LAYERS // graphs.run_layers)  # two buckets: PROMPTS ends with a single token
+    chains = [(2,), (4,), (3,), (1, 4)]  # of any grouping, with ragged ends as well
+    for i, cuts in enumerate(chains):
+        replays = graphs.num_replays
+        assert_same(pair, decode(1 + i, [1] if i == 3 else [1, 2, 0] if i < 2 else [2, 1, 0]), 20 + i, cuts)
+        assert graphs.num_replays > replays
+    assert graphs.num_captures == captures
+
+
+def test_ids_below_zero_are_those_that_were_fed(pair: Pair) -> None:
+    for i, spans in enumerate(PROMPTS):
+        assert_same(pair, spans, i)
+    batch, rows = step(decode(0, [0, 1, 2]))
+    expected = pair.plain.forward(0, LAYERS, torch.tensor([7, 30, 12], dtype=torch.int32), batch, rows)
+    pair.cuda.feed(torch.tensor([12, 7, 49]))
+    actual = pair.cuda.forward(0, LAYERS, torch.tensor([-2, 30, -1], dtype=torch.int32), batch, rows)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_arrays_of_a_mixed_batch() -> None:
+    batch, _ = step([(2, 3, 9), (0, 6, 7)])
+    arrays = step_arrays(batch)
+    assert arrays.positions.tolist() == [3, 4, 5, 6, 7, 8, 6]
+    assert arrays.slots.tolist() == [9 * 4 + 3, 0, 1, 2, 3, 7 * 4, 3 * 4 + 2]
+    assert arrays.kv_indptr.tolist() == [0, 3, 5]
+    assert arrays.kv_indices.tolist() == [9, 0, 7, 11, 3]
+    assert arrays.last_block_len.tolist() == [1, 3]
+    assert all(a.dtype.name == "int32" for a in (arrays.slots, arrays.kv_indptr, arrays.cu_seqlens_q))
+
+
+def test_padding_writes_nothing_and_reads_a_block_that_is_there() -> None:
+    batch, _ = step([(0, 6, 7), (3, 3, 4)])
+    arrays = step_arrays(batch, 4)
+    assert arrays.slots.tolist() == [3 * 4 + 2, 1 * 4 + 3, -1, -1]
+    assert arrays.kv_indptr.tolist() == [0, 2, 3, 4, 5]
+    assert arrays.kv_indices.tolist() == [11, 3, 1, 11, 11]
+    assert arrays.last_block_len.tolist() == [3, 4, 1, 1]
+    assert arrays.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]

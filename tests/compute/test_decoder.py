@@ -1,0 +1,148 @@
+"""The decoder's logits against transformers', for every family: in one pass, in chunks, as stages, after a remap."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, load_reference, make_tiny_model
+from torch import Tensor
+
+from kunserve.compute.cpu_ops import cpu_ops_or_reference
+from kunserve.compute.decoder import Decoder
+from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.torch_ops import TorchOps
+from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.host import HostDevice
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.model.checkpoint import SafetensorsSource
+from kunserve.model.hf_config import load_hf_config
+from kunserve.model.layout import layer_name, units_of_stage, weight_units
+
+BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 64, 1 << 16, 256
+NUM_LAYERS = 3
+
+
+class TinyDecoder:
+    """A decoder with all its weights on a device of its own, and one sequence in scattered blocks."""
+
+    def __init__(self, folder: Path, memory: DeviceMemory, dtype: torch.dtype, is_reference: bool) -> None:
+        self.memory = memory
+        self.source = SafetensorsSource(folder, load_hf_config(folder))
+        for unit in units_of_stage(load_hf_config(folder), 0, NUM_LAYERS):
+            memory.weights.map(unit)
+            memory.weights.fill(unit, self.source)
+        for layer in range(NUM_LAYERS):
+            memory.kv.resize(layer, 2)
+        ops = TorchOps() if is_reference else cpu_ops_or_reference(dtype, 16)[0]
+        self.decoder = Decoder(load_hf_config(folder), ops, memory.weights, memory.kv, MAX_MODEL_LEN)
+        blocks = list(range(memory.kv.num_blocks(0)))
+        random.Random(1).shuffle(blocks)
+        self.block_table = torch.tensor([blocks], dtype=torch.int32)
+
+    def logits(self, ids: list[int], start: int, stages: tuple[int, ...] = (NUM_LAYERS,)) -> Tensor:
+        """Logits after each of `ids`, which stand at `start` and on; the layers cut at `stages`."""
+        x = torch.tensor(ids, dtype=torch.int32)
+        end, first_layer = start + len(ids), 0
+        batch = AttentionBatch(
+            positions=torch.arange(start, end, dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, len(ids)], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            block_tables=self.block_table[:, : -(-end // BLOCK_SIZE)].contiguous(),
+            block_size=BLOCK_SIZE,
+        )
+        for last_layer in stages:
+            x = self.decoder.forward(first_layer, last_layer, x, batch, torch.arange(len(ids)))
+            first_layer = last_layer
+        return x
+
+
+@contextmanager
+def tiny_decoder(folder: Path, dtype: torch.dtype, is_reference: bool = False) -> Iterator[TinyDecoder]:
+    config = load_hf_config(folder)
+    device = HostDevice(0, NUM_CHUNKS, CHUNK_BYTES)
+    try:
+        shape = KVShape.of(config, BLOCK_SIZE, dtype)
+        memory = DeviceMemory(device, weight_units(config, dtype.itemsize), NUM_LAYERS, shape, dtype)
+        yield TinyDecoder(folder, memory, dtype, is_reference)
+        memory.check()
+    finally:
+        device.close()
+
+
+def prompt(length: int = 70) -> list[int]:
+    return random.Random(length).choices(range(VOCAB_SIZE), k=length)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As when serving; and threads cost more than they give where matrices are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: make_tiny_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, Tensor]:
+    """transformers' logits of `prompt()`."""
+    with torch.inference_mode():
+        return {
+            family: load_reference(folder)(torch.tensor([prompt()])).logits[0] for family, folder in folders.items()
+        }
+
+
+WAYS = [(torch.float32, False), (torch.float32, True), (torch.float64, True)]
+
+
+@pytest.mark.parametrize(("dtype", "is_reference"), WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_transformers(
+    family: str, dtype: torch.dtype, is_reference: bool, folders: dict[str, Path], expected: dict[str, Tensor]
+) -> None:
+    with tiny_decoder(folders[family], dtype, is_reference) as tiny:
+        whole = tiny.logits(prompt(), 0)
+        assert whole.dtype is dtype
+        torch.testing.assert_close(whole.float(), expected[family], atol=2e-4, rtol=1e-4)
+
+
+WAYS_TO_CUT = [([7] * 10, (1, 3)), ([64, 1, 5], (2, 3)), ([8, 8, 54], (1, 2, 3)), ([1] * 20 + [50], (3,))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_and_stages_change_nothing(family: str, folders: dict[str, Path]) -> None:
+    with tiny_decoder(folders[family], torch.float64) as tiny:
+        whole = tiny.logits(prompt(), 0)
+    for sizes, stages in WAYS_TO_CUT:
+        with tiny_decoder(folders[family], torch.float64) as tiny:  # a new one: its KV is empty
+            start, parts = 0, []
+            for size in sizes:
+                parts.append(tiny.logits(prompt()[start : start + size], start, stages))
+                start += size
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-tied"])
+def test_views_survive_drop_and_restore(family: str, folders: dict[str, Path]) -> None:
+    """A layer's weights leave, its chunks go elsewhere and other chunks come: the same logits at the same addresses."""
+    with tiny_decoder(folders[family], torch.float32) as tiny:
+        before = tiny.logits(prompt(), 0)
+        memory = tiny.memory
+        for unit in (layer_name(1), layer_name(0), "embed"):
+            memory.weights.drop(unit)
+        for layer in range(NUM_LAYERS):
+            memory.kv.resize(layer, 3)
+        for unit in ("embed", layer_name(0), layer_name(1)):
+            memory.weights.map(unit)
+            memory.weights.fill(unit, tiny.source)
+        assert torch.equal(tiny.logits(prompt(), 0), before)

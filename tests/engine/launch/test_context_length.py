@@ -1,0 +1,54 @@
+"""The longest request that is served, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_model
+
+from kunserve.config import EngineConfig
+from kunserve.engine.launch.context_length import reason_for_max_model_len, wanted_max_model_len
+from kunserve.errors import ConfigError
+from kunserve.model.card import ModelFiles, resolve_model
+
+
+@pytest.fixture
+def windowed(tmp_path: Path) -> ModelFiles:
+    """A Mistral with 512 positions and a sliding window of 100."""
+    folder = make_tiny_model("mistral", tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"sliding_window": 100}))
+    return resolve_model(str(folder))
+
+
+def test_the_flag_goes_before_the_card_and_the_card_before_the_default() -> None:
+    card = resolve_model("llama-8b", load_format="dummy")  # 131,072 positions, 32,768 by its card
+    assert wanted_max_model_len(card, EngineConfig("m", max_model_len=50_000)) == 50_000
+    assert wanted_max_model_len(card, EngineConfig("m")) == 32_768
+    nobodys = ModelFiles("m", None, card.config)
+    assert wanted_max_model_len(nobodys, EngineConfig("m")) == 8192
+
+
+def test_what_shortens_requests_is_said(tmp_path: Path) -> None:
+    card, config = resolve_model("llama-8b", load_format="dummy"), EngineConfig("m")
+    assert (
+        reason_for_max_model_len(card, config, 32_768)
+        == "it is the card's default; --max-model-len allows up to 131072"
+    )
+    nobodys = ModelFiles("m", None, card.config)
+    assert reason_for_max_model_len(nobodys, config, 8192) == "it is the default; --max-model-len allows up to 131072"
+    memory = "KV memory holds no more of the 32768 tokens; raise --device-memory or use more devices"
+    assert reason_for_max_model_len(card, config, 4096) == memory
+    assert reason_for_max_model_len(card, EngineConfig("m", max_model_len=99), 99) is None
+    whole = resolve_model(str(make_tiny_model("llama", tmp_path)))
+    assert reason_for_max_model_len(whole, config, 512) is None
+
+
+def test_a_sliding_window_that_shortens_requests_is_said(windowed: ModelFiles) -> None:
+    reason = "the model has 512 positions, but a sliding window of 100: longer requests are not supported"
+    assert wanted_max_model_len(windowed, EngineConfig("m")) == 100
+    assert reason_for_max_model_len(windowed, EngineConfig("m"), 100) == reason
+    with pytest.raises(ConfigError, match=f"--max-model-len 200 is more than 100: {reason}"):
+        wanted_max_model_len(windowed, EngineConfig("m", max_model_len=200))

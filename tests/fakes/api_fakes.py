@@ -1,0 +1,191 @@
+"""A scripted engine, tokenizer and template behind the real HTTP application on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import orjson
+from aiohttp import ClientResponse, web
+from aiohttp.test_utils import TestClient, TestServer
+
+from kunserve.api.app import create_app
+from kunserve.api.wire.backend import ApiSettings, ModelInfo, Template, TextTokenizer
+from kunserve.api.wire.grammars import Grammars
+from kunserve.engine.request import Output, Request
+from kunserve.engine.schedule.waiting import Waiting
+from kunserve.errors import InvalidRequestError, KunServeError
+from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.sampling import FinishReason
+
+MODEL = ModelInfo(served_names=("tiny", "org/tiny"), max_model_len=64, root="/models/tiny", created=1234)
+BOS = 1
+STATS = EngineStats(num_running=2, num_waiting=3, num_blocks=40, num_used_blocks=10, block_size=16)
+
+Client = TestClient[web.Request, web.Application]
+
+
+class Waited(Protocol):
+    """What a script waits for: an event, for instance."""
+
+    async def wait(self) -> object:
+        """Return when it has happened."""
+
+
+Script = Callable[[Request], Iterable[Output | BaseException | Waited]]
+
+
+class CharTokenizer:
+    """A token is an ASCII character; 1 begins a text."""
+
+    vocab_size = 128
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + [min(ord(c), 127) for c in text]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(i) for i in ids if i != BOS or not skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+
+class BracketTemplate:
+    """`[role:content]` for each message, and what else it was given."""
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        if any(message["role"] == "alien" for message in messages):
+            raise InvalidRequestError("unknown role: alien", param="messages")
+        text = "".join(f"[{m['role'][0]}:{m['content']}]" for m in messages)
+        return text + "".join(map(str, kwargs.values())) + ">" * add_generation_prompt
+
+
+BRACKETS = BracketTemplate()
+
+
+def say(text: str, reason: FinishReason | None = FinishReason.LENGTH) -> list[Output]:
+    """One output per character, the last with `reason`."""
+    last = len(text) - 1
+    return [Output(c, (ord(c),), (), reason if i == last else None) for i, c in enumerate(text)]
+
+
+class FakeEngine:
+    """Gives each request what `script` says (an event: wait for it), then waits for ever."""
+
+    def __init__(self, script: Script = lambda request: say("ok")) -> None:
+        self.script = script
+        self.requests: list[Request] = []
+        self.submitted: asyncio.Queue[str] = asyncio.Queue()
+        self.aborted: asyncio.Queue[str] = asyncio.Queue()
+        self.refusal: KunServeError | None = None
+        self.is_ready = True
+        self.illness: str | None = None
+
+    def submit(self, request: Request) -> AsyncIterator[Output]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        self.submitted.put_nowait(request.request_id)
+        return self._outputs(request)
+
+    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
+        for item in self.script(request):
+            await asyncio.sleep(0)
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, Output):
+                yield item
+            else:
+                await item.wait()
+        await asyncio.Event().wait()
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.put_nowait(request_id)
+
+    def stats(self) -> EngineStats:
+        return STATS
+
+    def waiting(self, owner: str | None = None) -> Waiting:
+        return Waiting(STATS.num_waiting) if owner is None else Waiting()
+
+    def state(self, num_transitions: int | None = None) -> dict[str, Any]:
+        return {"epoch": 0, "groups": [{"id": 0, "stages": [[0, 30]]}]}
+
+    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        return {"dropped": group_ids}
+
+    async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+        return {"restored": group_ids}
+
+    def health(self) -> str | None:
+        return self.illness
+
+
+class PlainServer(TestServer):
+    """As in production: an AppRunner without further arguments (aiohttp's own test server adds some)."""
+
+    async def _make_runner(self, **kwargs: Any) -> web.AppRunner:
+        return web.AppRunner(self.app, access_log=None)
+
+
+def make_app(
+    engine: FakeEngine,
+    settings: ApiSettings | None = None,
+    model: ModelInfo = MODEL,
+    tokenizer: TextTokenizer | None = None,
+    template: Template | None = BRACKETS,
+    grammars: Grammars | None = None,
+) -> web.Application:
+    """The application on `engine`."""
+    metrics = Metrics(model.name, model.max_model_len, engine.stats)
+    tokenizer = tokenizer or CharTokenizer()
+    return create_app(engine, tokenizer, template, model, metrics, settings or ApiSettings(), grammars)
+
+
+@asynccontextmanager
+async def serving(
+    engine: FakeEngine,
+    settings: ApiSettings | None = None,
+    model: ModelInfo = MODEL,
+    tokenizer: TextTokenizer | None = None,
+    template: Template | None = BRACKETS,
+    grammars: Grammars | None = None,
+) -> AsyncIterator[Client]:
+    """A client of the application on `engine`."""
+    app = make_app(engine, settings, model, tokenizer, template, grammars)
+    async with TestClient(PlainServer(app)) as client:
+        yield client
+
+
+async def error_of(response: ClientResponse) -> dict[str, Any]:
+    """The error object, after checking that it is shaped like OpenAI's."""
+    assert response.content_type == "application/json"
+    body = orjson.loads(await response.read())
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == response.status
+    return error
+
+
+async def events_of(response: ClientResponse) -> list[Any]:
+    """All events of a stream, JSON parsed; the end mark checked and left out."""
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    text = (await response.read()).decode()
+    lines = text.split("\n\n")
+    assert lines.pop() == ""
+    assert lines.pop() == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+    return [orjson.loads(line.removeprefix("data: ")) for line in lines]
