@@ -158,6 +158,13 @@ async def scripted_engine(
         await engine.close()
 
 
+def assert_idle(engine: Engine) -> None:
+    """No request is anywhere, and every block is free."""
+    assert engine.num_running == 0 and not engine.scheduler.waiting
+    assert [group.num_used for group in engine.groups] == [0] * len(engine.groups)
+    engine.check()
+
+
 def make_request(name: str = "r", num_prompt: int = 5, max_tokens: int = 3, **params: Any) -> Request:
     """A request for some tokens."""
     return Request(name, list(range(1, num_prompt + 1)), SamplingParams(max_tokens=max_tokens, **params))
