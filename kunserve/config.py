@@ -47,6 +47,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 128
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
+    enable_prefix_caching: bool = True  # requests that begin alike share KV
     async_scheduling: bool = True  # plan the next step while the current one runs
     pipeline_parallel_size: int | None = None
     microbatching: str = "lookahead"  # of chains: equal predicted time; "tokens": equally many tokens

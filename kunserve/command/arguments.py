@@ -107,6 +107,7 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         max_num_queued_reqs=args.max_num_queued_reqs,
+        enable_prefix_caching=args.enable_prefix_caching,
         async_scheduling=args.async_scheduling,
         pipeline_parallel_size=args.pipeline_parallel_size,
         microbatching=args.microbatching,
@@ -252,6 +253,12 @@ def _add_batching_flags(group: Group) -> None:
         choices=("fcfs", "priority"),
         default="fcfs",
         help="priority: requests with a lower `priority` go first; fcfs: `priority` is ignored",
+    )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=DEFAULTS.enable_prefix_caching,
+        help="keep the KV of prompts and answers for requests that begin alike, as long as nobody needs its memory",
     )
     add(
         "--async-scheduling",

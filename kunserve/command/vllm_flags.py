@@ -16,9 +16,8 @@ IGNORED = {
         *("--tensor-parallel-size", "--data-parallel-size", "--data-parallel-size-local", "--data-parallel-backend"),
         *("--distributed-executor-backend", "--disable-custom-all-reduce"),
     ),
-    "there is no prefix cache": (
-        *("--enable-prefix-caching", "--prefix-caching-hash-algo", "--enable-prompt-tokens-details"),
-        "--disable-cascade-attn",
+    "the prefix cache is what it is (--enable-prefix-caching)": (
+        *("--prefix-caching-hash-algo", "--enable-prompt-tokens-details", "--disable-cascade-attn"),
     ),
     "prompts are always computed in pieces": ("--enable-chunked-prefill", "--scheduler-reserve-full-isl"),
     "no code of a model's repository is run": ("--trust-remote-code",),
@@ -46,7 +45,7 @@ IGNORED = {
 # Those of them that have no value, and so a `--no-` form.
 _SWITCHES = frozenset(
     (
-        *("--disable-custom-all-reduce", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
+        *("--disable-custom-all-reduce", "--enable-prompt-tokens-details"),
         *("--disable-cascade-attn", "--enable-chunked-prefill", "--scheduler-reserve-full-isl", "--trust-remote-code"),
         *("--disable-frontend-multiprocessing", "--enable-request-id-headers", "--enable-auto-tool-choice"),
         *("--enable-log-requests", "--use-tqdm-on-load", "--disable-log-requests", "--enable-server-load-tracking"),

@@ -7,7 +7,7 @@ writes what is here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -16,6 +16,8 @@ class Block:
     """One logical block: its id on each device that holds layers of it. The id is the same in all these layers."""
 
     ids: dict[int, int]  # device -> id
+    num_refs: int = 1  # tables that hold it; with none it is cached
+    key: bytes | None = None  # of its content (prefix_cache.py), once all of it is computed and others may find it
 
 
 @dataclass(slots=True, eq=False)
@@ -28,36 +30,28 @@ class BlockTable:
 
     blocks: list[Block] = field(default_factory=list)
     ids: dict[int, list[int]] = field(default_factory=dict)
+    num_indexed: int = 0  # of the first blocks: others may find them
 
-    def append(self, ids: dict[int, Sequence[int]]) -> None:
-        """Add as many logical blocks as each device of the chain has ids for."""
+    def append(self, ids: Mapping[int, Sequence[int]]) -> None:
+        """Add new logical blocks, as many as each device of the chain has ids for."""
         for device, new in ids.items():
             self.ids.setdefault(device, []).extend(new)
         self.blocks += [Block(dict(zip(ids, row, strict=True))) for row in zip(*ids.values(), strict=True)]
 
-    def spread(self, device: int, ids: Sequence[int]) -> None:
-        """Give every block an id on one more device."""
-        self.ids[device] = list(ids)
-        for block, block_id in zip(self.blocks, ids, strict=True):
-            block.ids[device] = block_id
+    def share(self, blocks: Sequence[Block], devices: Iterable[int]) -> None:
+        """Begin with blocks that are there already; the table is empty."""
+        for block in blocks:
+            block.num_refs += 1
+        self.blocks = list(blocks)
+        self.ids = {device: [block.ids[device] for block in blocks] for device in devices}
+        self.num_indexed = len(blocks)
 
-    def leave(self, device: int) -> list[int]:
-        """Forget the ids on a device; returns them."""
-        for block in self.blocks:
-            del block.ids[device]
-        return self.ids.pop(device)
-
-    def rename(self, device: int, renamed: dict[int, int]) -> set[int]:
-        """Replace some ids on a device, old to new; returns the new ones that are in use now."""
-        ids, used = self.ids[device], set[int]()
-        for position, block_id in enumerate(ids):
-            if (new := renamed.get(block_id)) is not None:
-                ids[position] = self.blocks[position].ids[device] = new
-                used.add(new)
-        return used
+    def read_ids(self, devices: Iterable[int]) -> None:
+        """Say by device what the blocks say now."""
+        self.ids = {device: [block.ids[device] for block in self.blocks] for device in devices}
 
     def check(self) -> None:
         """Assert that blocks and lists say the same."""
         for device, ids in self.ids.items():
             assert ids == [block.ids[device] for block in self.blocks]
-        assert all(block.ids.keys() == self.ids.keys() for block in self.blocks)
+        assert all(block.num_refs > 0 for block in self.blocks)

@@ -209,6 +209,8 @@ class Engine:
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
+                if self.fleet.prefixes is not None:
+                    self.metrics.prefix_cache(span.request.num_prompt_tokens, span.request.num_cached_tokens)
         inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
         self._tasks.create_task(self._step(group, batch, self.executor.execute(group, inputs)))
 
@@ -265,8 +267,10 @@ class Engine:
             result.add_prompt_logprobs()
             if result.request.finish_reason is not None:
                 continue
+            self.fleet.computed(result.request, group)
             live = self._live[result.request.request_id]
             if result.error is not None:
+                self.fleet.distrust(result.request, group)
                 self._fail_alone(live, result.error)
             elif result.token is not None:
                 num_generated += 1

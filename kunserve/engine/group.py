@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.block_table import Block
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
@@ -42,6 +44,7 @@ class Group:
     stages: tuple[Stage, ...]
     block_size: int
     running: list[Request] = field(default_factory=list)  # in order of admission
+    idle: OrderedDict[Block, None] = field(default_factory=OrderedDict)  # cached blocks; the first is the oldest
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
     origin: Origin | None = None  # how it was launched or merged
@@ -70,13 +73,13 @@ class Group:
 
     @property
     def num_free(self) -> int:
-        """Blocks that a request could get now."""
-        return min(stage.pool.num_free for stage in self.stages)
+        """Blocks that a request could get now: nobody's, or cached for whoever may need them again."""
+        return min(stage.pool.num_free for stage in self.stages) + len(self.idle)
 
     @property
     def num_used(self) -> int:
-        """Blocks in use on the fullest stage."""
-        return max(stage.pool.num_used for stage in self.stages)
+        """Blocks in use by requests on the fullest stage."""
+        return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` of one request."""

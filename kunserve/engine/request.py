@@ -66,6 +66,7 @@ class Request:
     priority: int = 0  # lower goes first
     owner: str = ""  # whose it is, where several share the server (engine/schedule/waiting.py)
     constraint: Constraint | None = None
+    cache_salt: str = ""  # its prefix is shared with requests of the same salt only
 
     token_ids: list[int] = field(init=False)  # prompt, then everything generated
     num_computed_tokens: int = 0
@@ -75,6 +76,8 @@ class Request:
     max_num_tokens: int = sys.maxsize  # it ends when it has so many; set by the engine
     group_id: int | None = None  # while admitted
     table: BlockTable = field(default_factory=BlockTable)  # what it holds in its group
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    num_cached_tokens: int = 0  # that it found in the prefix cache when it was admitted first
     admitted_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0
@@ -100,6 +103,11 @@ class Request:
     def num_blocks(self) -> int:
         """Logical blocks that it holds in its group: as many on each device of the chain."""
         return len(self.table.blocks)
+
+    @property
+    def num_own_blocks(self) -> int:
+        """Of those, the ones that no other request holds: they come free when it leaves."""
+        return sum(block.num_refs == 1 for block in self.table.blocks)
 
     @property
     def block_tables(self) -> list[list[int]]:

@@ -69,7 +69,7 @@ class View:
 
     def _device(self, index: int, home: Sequence[str]) -> dict[str, Any]:
         """`home`: the weight units that it was launched with."""
-        memory, pool = self._memories[index], self._fleet.pools[index]
+        memory, fleet = self._memories[index], self._fleet
         counts = memory.counts
         return {
             "name": memory.device.name,
@@ -77,7 +77,7 @@ class View:
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
             "weights": memory.weights.present,
             "home": home,
-            "blocks": {"total": pool.limit, "used": pool.num_used},
+            "blocks": {"total": fleet.pools[index].limit, "used": fleet.num_used(index)},
         }
 
     def _group(self, group: Group) -> dict[str, Any]:

@@ -110,9 +110,11 @@ def _token_buckets(max_tokens: int) -> list[int]:
 class _Gauges(Collector):
     """Gauges made from `EngineStats` at the moment of the scrape."""
 
-    def __init__(self, labels: dict[str, str], stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, labels: dict[str, str], stats: Callable[[], EngineStats], prefix_hit_rate: Callable[[], float]
+    ) -> None:
         self._labels = labels
-        self._stats = stats
+        self._stats, self._prefix_hit_rate = stats, prefix_hit_rate
 
     def _gauge(self, name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> Metric:
         family = GaugeMetricFamily(name, text)
@@ -134,7 +136,12 @@ class _Gauges(Collector):
             ("vllm:num_requests_waiting", "Requests waiting to be admitted.", {}, stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Used fraction (0..1) of the KV blocks mapped now.", {}, usage),
             ("vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage_perc.", {}, usage),
-            ("vllm:gpu_prefix_cache_hit_rate", "Old name; there is no prefix cache.", {}, 0.0),
+            (
+                "vllm:gpu_prefix_cache_hit_rate",
+                "Old name; hits by queries so far.",
+                {},
+                self._prefix_hit_rate(),
+            ),
             ("vllm:cache_config_info", "Size of the KV cache as mapped now.", cache, 1.0),
         ]
         for name, text, labels, value in single:
@@ -174,11 +181,12 @@ class Metrics:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._registry = CollectorRegistry()
         self._gauges = CollectorRegistry()
-        self._gauges.register(_Gauges(self._labels, stats))
+        self._gauges.register(_Gauges(self._labels, stats, lambda: self.prefix_hit_rate))
         self._now = now
         self._counters_text = b""
         self._counters_text_s = -inf
         self.num_prompt_tokens = self.num_generation_tokens = 0  # since start
+        self._num_looked_for_tokens = self._num_cached_tokens = 0  # in the prefix cache
         self._make_counters()
         self._make_histograms(_token_buckets(max_model_len))
         self.recent = Recent()
@@ -199,9 +207,13 @@ class Metrics:
         self._preemptions = self._counter("vllm:num_preemptions", "Requests whose KV was given up to others.")
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed, each once.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
-        for name in ("prefix_cache_queries", "prefix_cache_hits"):  # read by routers; stay at zero
-            for prefix in ("vllm:", "vllm:gpu_"):
-                self._counter(prefix + name, "There is no prefix cache.")
+        self._prefix_cache = [
+            (
+                self._counter(prefix + "prefix_cache_queries", "Prompt tokens looked for in the prefix cache."),
+                self._counter(prefix + "prefix_cache_hits", "Of those, tokens whose KV was there."),
+            )
+            for prefix in ("vllm:", "vllm:gpu_")  # the second: old names, which routers read
+        ]
         text = "Requests that ended, by reason."
         self._finished = self._counter_by("finished_reason", "vllm:request_success", text, FinishReason)
         text = "Requests turned away, by reason."
@@ -249,6 +261,19 @@ class Metrics:
         self._loop_lag_max = lag_max.labels(**self._labels)
         body_bytes = Gauge("kunserve:body_bytes", "Of bodies that are no requests yet.", names, registry=self._registry)
         self._body_bytes = body_bytes.labels(**self._labels)
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Return the share of prompt tokens whose KV was in the prefix cache, since the start."""
+        return self._num_cached_tokens / max(1, self._num_looked_for_tokens)
+
+    def prefix_cache(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Count a prompt that was looked for in the prefix cache, and how much of it was there."""
+        self._num_looked_for_tokens += num_tokens
+        self._num_cached_tokens += num_cached_tokens
+        for queries, hits in self._prefix_cache:
+            queries.inc(num_tokens)
+            hits.inc(num_cached_tokens)
 
     def first_token(self, request: Counted, now_s: float) -> None:
         """Count the first token of a request, at `now_s` on the engine's clock."""

@@ -123,6 +123,7 @@ def simulate(options: Options) -> dict[str, Any]:
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
         restore_hold_s=options.restore_hold_s,
+        enable_prefix_caching=False,  # tokens of simulated prompts are all alike
         async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
     )
     if not options.is_restoring:

@@ -166,7 +166,9 @@ class Checked:
                 mapped = self.engine.memories[stage.device].layout
                 assert mapped == self.reconfigure._remap.of_stage(stage.view)
                 pool, kv = stage.pool, self.engine.memories[stage.device].kv
-                assert pool.num_used == 0 and pool.limit == pool.num_blocks == kv.num_blocks(stage.first_layer)
+                assert self.engine.fleet.num_used(stage.device) == 0 and pool.limit == pool.num_blocks == kv.num_blocks(
+                    stage.first_layer
+                )
 
     def assert_no_failure(self) -> None:
         """No check has failed so far; else its own traceback."""

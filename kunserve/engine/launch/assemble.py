@@ -78,7 +78,8 @@ async def assemble(
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
     links, signals = machine.links(), Signals()
-    fleet = Fleet(_groups(placement.groups, memories, config.block_size))
+    groups = _groups(placement.groups, memories, config.block_size)
+    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching)
     engine = Engine(
         model,
         ServingLimits(placement.max_model_len, config.max_num_queued_reqs),

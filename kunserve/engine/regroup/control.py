@@ -240,11 +240,12 @@ class OverloadControl:
         return self._demand(1.0)
 
     def _demand(self, headroom: float) -> int:
-        """Blocks that all requests need, if outputs are `headroom` times as long as expected."""
+        """Blocks that all requests need, if outputs are `headroom` times as long as expected; shared ones once."""
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
         running: Iterator[RequestView] = (_view(r) for group in self._fleet.groups for r in group.running)
         waiting = map(_view, self._waiting)
-        return measure_demand(running, waiting, estimate, self._shape.block_size).blocks
+        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
+        return blocks - self._fleet.num_shared
 
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
         return round(of_arrivals * self._demand(of_lengths))

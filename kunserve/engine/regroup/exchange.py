@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.block_table import Block, BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.refusal import log_failure
@@ -102,6 +102,7 @@ class Exchange:
         not held up by the last; those that take others, as from the other side of a merge, go at the same time.
         """
         lanes = defaultdict[frozenset[tuple[int, int]], asyncio.Lock](asyncio.Lock)
+        there = defaultdict[LayerMove, set[Block]](set)
         try:
             async with asyncio.TaskGroup() as tasks:
                 under_way: list[asyncio.Task[None]] = []
@@ -111,7 +112,7 @@ class Exchange:
                     if self._is_moving(m) and await self._has_blocks(m):
                         links = frozenset((move.source, move.destination) for move in m.moves)
                         lane = lanes[links] if self.transfers.is_coordinated else asyncio.Lock()
-                        under_way.append(tasks.create_task(self._bring(m, lane)))
+                        under_way.append(tasks.create_task(self._bring(m, lane, there)))
         finally:
             self._end_all(moving)
 
@@ -158,13 +159,14 @@ class Exchange:
         await self._grow(move)
         promised -= growth
         step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
-        there = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made
+        present = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made
+        there = set[Block]()
         async with lane:
             if self.transfers.is_coordinated:
-                for m in there:
-                    await self._copy(m, step)
+                for m in present:
+                    await self._copy(m, step, there)
             else:
-                await gather_all(self._copy(m, step) for m in there)
+                await gather_all(self._copy(m, step, there) for m in present)
         await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
 
     async def _has_blocks(self, moving: Moving) -> bool:
@@ -178,13 +180,13 @@ class Exchange:
             self._end(moving, is_lost=True)
         return False
 
-    async def _bring(self, moving: Moving, lane: asyncio.Lock) -> None:
+    async def _bring(self, moving: Moving, lane: asyncio.Lock, there: Mapping[LayerMove, set[Block]]) -> None:
         """Copy one request's layers when its turn has come; if that fails, it is recomputed."""
         is_lost = True
         try:
             async with lane:
                 for move in moving.moves:
-                    await self._copy(moving, move)
+                    await self._copy(moving, move, there[move])
             is_lost = False
         except Exception as error:
             log_failure("exchange failed, recomputing", error, request=moving.request.request_id)
@@ -220,18 +222,23 @@ class Exchange:
         moving.has_blocks = self._fleet.reserve(moving.request, moving.group, is_beyond_limit=is_beyond_limit)
         return moving.has_blocks
 
-    async def _copy(self, moving: Moving, move: LayerMove) -> None:
-        """Copy one request's KV of some layers. Nothing is copied for a request that has ended."""
-        request, ids = moving.request, moving.table.ids
-        used = moving.group.blocks_for(request.num_computed_tokens)
-        await self.transfers.between(
+    async def _copy(self, moving: Moving, move: LayerMove, there: set[Block]) -> None:
+        """Copy one request's KV of some layers. Nothing is copied for a request that has ended.
+
+        Blocks in `there` have been copied, for another request that shares them; those that are copied now join them.
+        """
+        request = moving.request
+        used = moving.table.blocks[: moving.group.blocks_for(request.num_computed_tokens)]
+        blocks = [block for block in used if block not in there]
+        if await self.transfers.between(
             move.source,
             move.destination,
             range(move.first_layer, move.last_layer),
-            ids[move.source][:used],
-            ids[move.destination][:used],
+            [block.ids[move.source] for block in blocks],
+            [block.ids[move.destination] for block in blocks],
             is_wanted=lambda: request.finish_reason is None,
-        )
+        ):
+            there.update(blocks)
 
     def _is_moving(self, moving: Moving) -> bool:
         return self._moving.get(moving.request.request_id) is moving
@@ -258,14 +265,18 @@ class Exchange:
         del self._moving[request.request_id]
         for device in moving.devices:
             del self._moving_at[device][request.request_id]
-        left = self._fleet.arrive(request, group)
+        devices = {stage.device for stage in group.stages}
         if request.finish_reason is not None:
-            self._fleet.release(request)
+            self._fleet.lose(request)
         elif is_lost:
             self.num_lost += 1
             self._metrics.exchange_lost_request()
-            self._scheduler.preempt(group, request)
-        self._signals.wake(None if left else group)  # after a split, another group has the blocks
+            self._fleet.lose(request)
+            self._scheduler.requeue(group, request)
+        else:
+            self._fleet.arrive(request, group)
+        # After a split, another group has the blocks.
+        self._signals.wake(group if devices.issuperset(stage.device for stage in moving.left) else None)
 
     async def _make_room(self, group: Group) -> bool:
         """Give the KV of layers that everybody has left to those that stay; False if there is none."""
@@ -303,6 +314,6 @@ class Exchange:
     def _missing_chunks(self, move: KvMove) -> int:
         """Chunks by which each layer's range at the destination has to grow; all of them have as many."""
         kv = self._memories[move.destination].kv
-        tables = [m.table.ids.get(move.destination, ()) for m in self._moving_at[move.destination].values()]
-        last = max((block for ids in tables for block in ids), default=-1)
+        blocks = (block for m in self._moving_at[move.destination].values() for block in m.table.blocks)
+        last = max((block.ids.get(move.destination, -1) for block in blocks), default=-1)
         return max(0, kv.chunks_for(last + 1) - kv.num_chunks(move.first_layer))

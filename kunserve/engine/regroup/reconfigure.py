@@ -14,6 +14,7 @@ from functools import partial
 
 import structlog
 
+from kunserve.engine.block_table import Block
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.regroup.boundary import Boundary
@@ -124,6 +125,8 @@ class Reconfigure:
     ) -> tuple[Group, list[Moving], ExchangePlan]:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
         new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
+        for group in groups:
+            self._fleet.forget_idle(group)
         for stage in new.stages:
             mapped = self._remap.num_blocks(stage)
             self._fleet.grow(stage.device, mapped)
@@ -252,6 +255,7 @@ class Reconfigure:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
         made, moving = [], []
         for group, split in zip(old, splits, strict=True):
+            self._fleet.forget_idle(group)
             new = [self._new_group(part.stages, part.origin) for part in split.into]
             held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
@@ -343,12 +347,18 @@ class Reconfigure:
 
 
 def _live(groups: Sequence[Group]) -> list[LiveRequest]:
-    """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent."""
-    return [
-        LiveRequest(r.request_id, group.group_id, r.num_blocks, float(r.num_output_tokens == 0))
-        for group in groups
-        for r in group.running
-    ]
+    """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent.
+
+    A shared block counts once, for the first that holds it.
+    """
+    live, seen = [], set[Block]()
+    for group in groups:
+        for request in group.running:
+            num_new = sum(block not in seen for block in request.table.blocks)
+            seen.update(request.table.blocks)
+            urgency = float(request.num_output_tokens == 0)
+            live.append(LiveRequest(request.request_id, group.group_id, max(1, num_new), urgency))
+    return live
 
 
 def _by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:

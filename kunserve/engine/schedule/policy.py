@@ -31,6 +31,9 @@ class Policy(ABC):
     """Decisions at the edge of memory, for one group at a time."""
 
     is_requeued_last = False  # a preempted request goes to the tail of the queue, not to its head
+    # What a token that need not be computed is worth, in the unit of `load`: a request that runs costs its group a row
+    # in each of its steps, so it is worth as many tokens of a prompt as it is expected to generate (Lookahead's guess).
+    load_per_cached_token = 1 / 128
 
     @abstractmethod
     def may_admit(self, group: Group, request: Request) -> bool:
@@ -177,6 +180,8 @@ class Migrate(Recompute):
     admitted: strictly better than moving it once it has been bound to the wrong one.
     """
 
+    load_per_cached_token = 0.0  # Llumnix dispatches by freeness alone
+
     def load(self, group: Group) -> float:
         """Fewer remaining steps are more load. What waits is nobody's yet."""
         return -remaining_steps(group.num_free, len(group.running))
@@ -219,7 +224,7 @@ def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -
         if short <= 0:
             break
         victims.append(request)
-        short -= group.missing_blocks(request, request.num_tokens) + request.num_blocks
+        short -= group.missing_blocks(request, request.num_tokens) + request.num_own_blocks
     return victims
 
 

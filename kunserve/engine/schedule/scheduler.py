@@ -89,7 +89,7 @@ class Scheduler:
             while len(spans) < self.limits.max_num_seqs and not budget.is_full:
                 if (admitted := self._admit_head(group, groups)) is None:
                     break
-                if num_tokens := budget.fits(admitted, admitted.num_tokens):
+                if num_tokens := budget.fits(admitted, admitted.num_tokens - admitted.num_scheduled_tokens):
                     spans.append(self._span(admitted, num_tokens, budget))
         if not spans:
             return None
@@ -116,6 +116,10 @@ class Scheduler:
     def preempt(self, group: Group, request: Request) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
         self.fleet.release(request)
+        self.requeue(group, request)
+
+    def requeue(self, group: Group, request: Request) -> None:
+        """Let a request that has lost its KV in a group wait again, to be recomputed."""
         self._preempted.append((request, request.num_computed_tokens))
         request.num_computed_tokens = request.num_scheduled_tokens = 0
         request.num_preemptions += 1
@@ -227,19 +231,27 @@ class Scheduler:
             return None
         self.waiting.popleft()
         self.preempted_by.pop(head.request_id, None)
-        self.fleet.admit(head, group)
+        self.fleet.admit(head, group, finds_prefix=True)
         return head
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
-        """Whether `group` has room for `head`, and no less loaded group has.
+        """Whether `group` has room for `head`, and no other that has room is better for it.
 
-        The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones.
+        The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones. A group that has
+        its first blocks already takes it even if it is more loaded, by as much as computing them costs; it may be busy
+        now, and the head waits for the end of its step.
         """
         if not self._has_room(group, head):
             return False
-        load = self.policy.load
-        others = (g for g in groups if g is not group and not g.is_paused and load(g) < load(group))
-        return not any(self._has_room(other, head) for other in others)
+        lengths = self.fleet.prefix_lengths(head)
+        worth = self.policy.load_per_cached_token * group.block_size
+
+        def cost(g: Group) -> float:
+            return self.policy.load(g) - worth * lengths.get(g.group_id, 0)
+
+        own, holders = cost(group), {self.fleet.group(group_id): None for group_id in lengths} if worth else {}
+        others = (g for g in {**dict.fromkeys(groups), **holders} if g is not group and not g.is_paused)
+        return not any(cost(other) < own and self._has_room(other, head) for other in others)
 
     def _has_room(self, group: Group, head: Request) -> bool:
         has_seat = group.is_admitting and len(group.running) < self.limits.num_seats(group)

@@ -52,7 +52,7 @@ class SwapQueue:
         if not 0 < num_blocks <= self.num_free:
             return False
         self._held[request.request_id] = num_blocks
-        self._leaving[group.group_id][request.request_id] = request.num_blocks
+        self._leaving[group.group_id][request.request_id] = request.num_own_blocks
         self.num_swaps += 1
         self._begin(SwapMove(request, group, num_blocks, is_out=True))
         return True

@@ -204,7 +204,9 @@ async def _move_to_tail(checked: Checked, stage: Stage, table: BlockTable) -> No
     pool.free(tail[:-number])
     layers = range(stage.first_layer, stage.last_layer)
     await checked.reconfigure.exchange.transfers.within(stage.device, layers, moved)
-    table.rename(stage.device, moved)
+    for block in table.blocks:
+        block.ids[stage.device] = moved[block.ids[stage.device]]
+    table.read_ids(list(table.ids))
     pool.free(front)
 
 

@@ -1,0 +1,85 @@
+"""The prefix cache: finds blocks by what is in them, on whichever group they are.
+
+The key of a full block is a hash over its tokens and the key of the block before it, so that equal keys mean equal
+tokens from the beginning on. Blocks that requests use and blocks that nobody uses any more are found alike; the
+latter are idle: the fleet counts them as free, and takes the one that was not used for longest when it needs one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from kunserve.engine.block_table import Block
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+
+KEY_BYTES = 16  # two different prefixes with one key would give a client another one's KV: not in the age of the world
+
+
+def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
+    """Return the keys of all full blocks of a request's tokens; each is made once."""
+    keys, tokens = request.block_keys, request.token_ids
+    for start in range(len(keys) * block_size, len(tokens) - block_size + 1, block_size):
+        before = keys[-1] if keys else _digest(b"salt " + request.cache_salt.encode())
+        keys.append(_digest(before + array("I", tokens[start : start + block_size]).tobytes()))
+    return keys
+
+
+def _digest(content: bytes) -> bytes:
+    return blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+class PrefixCache:
+    """Knows which groups hold the block of a key. It holds nothing itself: the fleet does."""
+
+    def __init__(self) -> None:
+        self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
+        self.version = 0  # of what can be found
+
+    def add(self, group: Group, block: Block, key: bytes) -> None:
+        """Let a block of a group be found by its key, unless another one of that group is."""
+        homes = self._homes.setdefault(key, {})
+        if homes.setdefault(group.group_id, block) is block:
+            block.key = key
+            self.version += 1
+
+    def remove(self, group: Group, block: Block) -> None:
+        """Let a block of a group be found no more."""
+        if block.key is None:
+            return
+        homes = self._homes[block.key]
+        del homes[group.group_id]
+        if not homes:
+            del self._homes[block.key]
+        block.key = None
+        self.version += 1
+
+    def find(self, group: Group, keys: Sequence[bytes]) -> list[Block]:
+        """Return the blocks of a group with these keys, up to the first that it has not got."""
+        found = []
+        for key in keys:
+            block = self._homes.get(key, {}).get(group.group_id)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def lengths(self, keys: Sequence[bytes]) -> dict[int, int]:
+        """Return how many blocks each group has of the front of these keys, by group id; without those with none."""
+        lengths: dict[int, int] = {}
+        holding: set[int] | None = None
+        for number, key in enumerate(keys, 1):
+            homes = self._homes.get(key, {})
+            holding = set(homes) if holding is None else holding & homes.keys()
+            if not holding:
+                break
+            lengths.update(dict.fromkeys(holding, number))
+        return lengths
+
+    def check(self, groups: Sequence[Group]) -> None:
+        """Assert that a key leads to blocks that are there, and know it."""
+        there = {g.group_id: {*g.idle, *(b for r in g.running for b in r.table.blocks)} for g in groups}
+        for key, homes in self._homes.items():
+            assert homes and all(block.key == key and block in there[i] for i, block in homes.items())
