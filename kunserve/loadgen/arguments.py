@@ -28,6 +28,8 @@ examples:
   three minutes of Azure's code trace, thinned to 200 requests, twice as slow:
     %(prog)s --trace AzureLLMInferenceTrace_code.csv --trace-window 600:780 --limit 200 --time-scale 2 \\
                --max-input 1024 --max-output 64
+  four chats of five turns, all with the same system prompt of 400 words:
+    %(prog)s --prompt-mode chat --num-requests 4 --turns 5 --system-len 400 --input-len 30 --output-len 64
   lengths of real conversations; a third of the clients hang up:
     %(prog)s --arrival fixed --rate 2 --num-requests 60 --lengths-csv sharegpt.csv --cancel-fraction 0.33
 """
@@ -99,6 +101,9 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add("--time-scale", type=_positive, default=1.0, help="multiplies arrival times: 2 is half the rate (default 1)")
     add("--max-input", type=_count, help="clip prompts to so many tokens")
     add("--max-output", type=_count, help="clip outputs to so many tokens")
+    add("--turns", type=_count, default=1, help="turns of a chat; --num-requests counts chats (default 1)")
+    add("--system-len", type=_count, help="tokens of the system prompt that each chat begins with (default: none)")
+    add("--num-systems", type=_count, default=1, help="different system prompts, by turns (default 1)")
     add("--cancel-fraction", type=_fraction, default=0.0, help="share of streams closed at a random token (default 0)")
     add("--seed", type=int, default=0, help="same seed, same load (default 0)")
 

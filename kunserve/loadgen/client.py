@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import aiohttp
 import orjson
+from numpy.random import Generator
 
 from kunserve.command.server_url import connection_reason
 from kunserve.loadgen.metrics import MetricSeries, poll
 from kunserve.loadgen.workload import Job, Span, stream_of
 
-PROMPT_PURPOSE = 9  # stream of random numbers that prompts are drawn from
+PROMPT_PURPOSE, SYSTEM_PURPOSE = 9, 10  # streams of random numbers that prompts are drawn from
 COMMON_WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work number night point home water room mother area"
@@ -55,6 +56,8 @@ class Stream:
     token_s: array[float] = field(default_factory=lambda: array("d"))  # arrival of each chunk that brought tokens
     num_prompt_tokens: int | None = None  # as the server counts
     num_output_tokens: int = 0  # as the server counts, else the number of chunks
+    num_cached_tokens: int | None = None  # of the prompt, as the server counts
+    text: str = ""  # of the answer, in a chat of several turns
 
 
 @dataclass(slots=True)
@@ -68,7 +71,8 @@ class Recording:
     @classmethod
     def of(cls, jobs: Sequence[Job], urls: Sequence[str]) -> Recording:
         """Return the recording of a run that has not begun: the jobs, dealt to the URLs in turn."""
-        streams = [Stream(job, urls[i % len(urls)]) for i, job in enumerate(jobs)]
+        places = [i if job.chat is None else job.chat for i, job in enumerate(jobs)]
+        streams = [Stream(job, urls[place % len(urls)]) for place, job in zip(places, jobs, strict=True)]
         return cls(streams, [MetricSeries(url) for url in urls])
 
 
@@ -88,9 +92,11 @@ async def run(recording: Recording, target: Target) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for index, stream in enumerate(recording.streams):
+                    if stream.job.turn:
+                        continue  # it follows the one before it
                     if (delay_s := stream.job.at_s - clock()) > 0:
                         await asyncio.sleep(delay_s)
-                    group.create_task(_send(session, target, stream, index, slots, clock))
+                    group.create_task(_send_chat(session, target, recording.streams, index, slots, clock))
         finally:
             recording.elapsed_s = clock()
             for poller in pollers:
@@ -116,8 +122,8 @@ async def first_model(url: str, headers: dict[str, str]) -> str:
         raise ValueError(f"no list of models at {url}/v1/models but {reason}: name one with --model") from error
 
 
-def request_body(target: Target, job: Job, index: int) -> bytes:
-    """Return the JSON of one request; its prompt follows from the seed and the index."""
+def request_body(target: Target, job: Job, index: int, history: Sequence[dict[str, str]] = ()) -> bytes:
+    """Return the JSON of one request; its prompt follows from the seed and the index, and its history from before."""
     rng = stream_of(target.seed, PROMPT_PURPOSE, index)
     body: dict[str, Any] = {
         "model": target.model,
@@ -131,23 +137,52 @@ def request_body(target: Target, job: Job, index: int) -> bytes:
         low, high = target.vocabulary.low, target.vocabulary.high
         body["prompt"] = rng.integers(low, high, size=job.num_prompt_tokens, endpoint=True).tolist()
     else:  # a common word is one token in most vocabularies
-        text = " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=job.num_prompt_tokens))
+        text = _words(rng, job.num_prompt_tokens)
         is_chat = target.prompt_mode == "chat"
-        body |= {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
+        body |= {"messages": [*history, {"role": "user", "content": text}]} if is_chat else {"prompt": text}
     return orjson.dumps(body | target.extra_body)
+
+
+def _words(rng: Generator, number: int) -> str:
+    return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=number))
+
+
+async def _send_chat(
+    session: aiohttp.ClientSession,
+    target: Target,
+    streams: Sequence[Stream],
+    first: int,
+    slots: asyncio.Semaphore,
+    clock: Callable[[], float],
+) -> None:
+    """Run a job, and all turns of its chat after it as long as they are answered."""
+    job, history = streams[first].job, list[dict[str, str]]()
+    if job.num_system_tokens:
+        rng = stream_of(target.seed, SYSTEM_PURPOSE, job.system)
+        history.append({"role": "system", "content": _words(rng, job.num_system_tokens)})
+    for index in range(first, len(streams)):
+        stream = streams[index]
+        if index > first and (job.chat is None or stream.job.chat != job.chat):
+            return
+        body = request_body(target, stream.job, index, history)
+        await _send(session, target, stream, body, slots, clock)
+        if stream.status != "completed":
+            return
+        messages = orjson.loads(body)["messages"] if target.prompt_mode == "chat" else []
+        history = [*messages, {"role": "assistant", "content": stream.text}]
 
 
 async def _send(
     session: aiohttp.ClientSession,
     target: Target,
     stream: Stream,
-    index: int,
+    body: bytes,
     slots: asyncio.Semaphore,
     clock: Callable[[], float],
 ) -> None:
     """Run one job to its end, whatever it is; only cancellation escapes."""
     async with slots:
-        body, url = request_body(target, stream.job, index), stream.url + ROUTES[target.prompt_mode]
+        url = stream.url + ROUTES[target.prompt_mode]
         stream.status, stream.sent_s = "running", clock()
         try:
             async with (
@@ -188,10 +223,13 @@ async def _read(response: aiohttp.ClientResponse, stream: Stream, clock: Callabl
         if usage := event.get("usage"):
             stream.num_prompt_tokens = usage.get("prompt_tokens")
             stream.num_output_tokens = usage.get("completion_tokens") or 0
+            stream.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         for choice in event.get("choices") or ():
             finish_reason = choice.get("finish_reason") or finish_reason
             if _has_token(choice) or (finish_reason and not stream.token_s):
                 stream.token_s.append(clock())
+            if stream.job.chat is not None:
+                stream.text += (choice.get("delta") or {}).get("content") or ""
         if finish_reason in ("error", "abort"):
             return f"finish_reason {finish_reason}"
         if stream.job.cancel_after is not None and len(stream.token_s) >= stream.job.cancel_after:

@@ -30,6 +30,7 @@ from kunserve.loadgen.workload import (
     burst_arrivals,
     draw_lengths,
     fixed_arrivals,
+    in_turns,
     make_jobs,
     poisson_arrivals,
     stream_of,
@@ -62,7 +63,12 @@ def make_workload(args: argparse.Namespace) -> list[Job]:
         else:
             lengths = draw_lengths(args.input_len, args.output_len, len(times), stream_of(seed, 1))
     times = [at_s * args.time_scale for at_s in times]
-    return make_jobs(times, lengths, (args.max_input, args.max_output), args.cancel_fraction, stream_of(seed, 2))
+    jobs = make_jobs(times, lengths, (args.max_input, args.max_output), args.cancel_fraction, stream_of(seed, 2))
+    if args.turns == 1 and args.system_len is None:
+        return jobs
+    if args.prompt_mode != "chat":
+        raise ValueError("--turns and --system-len need --prompt-mode chat")
+    return in_turns(jobs, args.turns, args.system_len or 0, args.num_systems)
 
 
 def _arrivals(

@@ -60,8 +60,20 @@ def summarize(recording: Recording) -> dict[str, Any]:
         "longest_gap_s": max(gaps, default=0.0),
         "longest_gap_request": int(np.argmax(gaps)) if gaps else None,
         "stream_gap_s": percentiles([g for g, s in zip(gaps, streams, strict=True) if s.token_s]),
+        "cached_prompt_tokens": sum(s.num_cached_tokens or 0 for s in sent),
+        "ttft_p50_by_turn_s": _by_turn(streams),
         "latest_send_s": max((s.sent_s - s.job.at_s for s in sent if s.sent_s is not None), default=0.0),
     }
+
+
+def _by_turn(streams: Sequence[Stream]) -> list[float | None]:
+    """Return the median time to the first token of each turn of a chat; of requests that are none: the one there is."""
+    num_turns = 1 + max((stream.job.turn for stream in streams), default=0)
+    times: list[list[float]] = [[] for _ in range(num_turns)]
+    for stream in streams:
+        if (seconds := time_to_first_token(stream)) is not None:
+            times[stream.job.turn].append(seconds)
+    return [float(np.median(of_turn)) if of_turn else None for of_turn in times]
 
 
 def details(recording: Recording) -> dict[str, Any]:
@@ -85,10 +97,18 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"time       {summary['elapsed_s']:.2f} s, {summary['requests_per_s']:.2f} completed requests/s",
         f"output     {summary['output_tokens']} tokens, {summary['output_tokens_per_s']:.1f} tokens/s",
         f"TTFT       {_row(summary['ttft_s'])}",
+        *_turn_lines(summary),
         f"per token  {_row(summary['tpot_s'])}",
         f"longest gap inside a stream  {gap:.3f} s (request {summary['longest_gap_request']})",
         *(f"failed     {count} x {reason}" for reason, count in list(summary["failures"].items())[:10]),
     ]
+
+
+def _turn_lines(summary: dict[str, Any]) -> list[str]:
+    by_turn = summary["ttft_p50_by_turn_s"]
+    cached, prompts = summary["cached_prompt_tokens"], summary["prompt_tokens"]
+    lines = [f"  by turn  {'  '.join(map(_time, by_turn))} (p50)"] if len(by_turn) > 1 else []
+    return [*lines, f"cached     {cached} of {prompts} prompt tokens"] if cached else lines
 
 
 def _row(values: dict[str, float | None]) -> str:
@@ -110,6 +130,9 @@ def _request(stream: Stream) -> dict[str, Any]:
         "status": stream.status,
         "failure": stream.failure,
         "prompt_tokens": stream.num_prompt_tokens or stream.job.num_prompt_tokens,
+        "cached_tokens": stream.num_cached_tokens,
+        "chat": stream.job.chat,
+        "turn": stream.job.turn,
         "max_tokens": stream.job.num_output_tokens,
         "output_tokens": stream.num_output_tokens,
         "ttft_s": time_to_first_token(stream),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numpy.random import Generator, default_rng
 
@@ -20,6 +20,10 @@ class Job:
     num_prompt_tokens: int
     num_output_tokens: int
     cancel_after: int | None = None  # close the connection when this many tokens have come
+    chat: int | None = None  # of several turns: the one that it belongs to
+    turn: int = 0  # it is sent with all turns before it and their answers, as soon as the last has come
+    num_system_tokens: int = 0  # of the prompt that the chat begins with
+    system: int = 0  # which of the system prompts that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,15 @@ def draw_lengths(prompt: Span, output: Span, count: int, rng: Generator) -> list
     prompts = rng.integers(prompt.low, prompt.high, size=count, endpoint=True).tolist()
     outputs = rng.integers(output.low, output.high, size=count, endpoint=True).tolist()
     return list(zip(prompts, outputs, strict=True))
+
+
+def in_turns(jobs: Sequence[Job], num_turns: int, num_system_tokens: int, num_systems: int) -> list[Job]:
+    """Return the jobs of chats that begin as `jobs` say: each has so many turns, and one of so many system prompts."""
+    return [
+        replace(job, chat=chat, turn=turn, num_system_tokens=num_system_tokens, system=chat % num_systems)
+        for chat, job in enumerate(jobs)
+        for turn in range(num_turns)
+    ]
 
 
 def make_jobs(

@@ -63,14 +63,19 @@ def test_summary_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_of_vllm_that_change_nothing() -> None:
-    text = "m --trust-remote-code --cpu-offload-gb 0 --no-enable-prefix-caching -tp 2 --seed 3 --trust-remote-code"
+    text = "m --trust-remote-code --cpu-offload-gb 0 --disable-cascade-attn -tp 2 --seed 3 --trust-remote-code"
     config = parse(text + " --cudagraph-capture-sizes 1 2 4 --port 99")
     assert list(config.http.ignored) == [
-        *("--trust-remote-code", "--cpu-offload-gb", "--no-enable-prefix-caching", "-tp"),
+        *("--trust-remote-code", "--cpu-offload-gb", "--disable-cascade-attn", "-tp"),
         "--cudagraph-capture-sizes",
     ]
-    assert config.http.ignored["--no-enable-prefix-caching"] == "there is no prefix cache"
+    assert config.http.ignored["--disable-cascade-attn"].startswith("the prefix cache")
     assert (config.engine.model, config.engine.seed, config.port) == ("m", 3, 99)
+
+
+def test_the_prefix_cache_is_on_unless_it_is_turned_off() -> None:
+    assert parse("m").engine.enable_prefix_caching
+    assert not parse("m --no-enable-prefix-caching").engine.enable_prefix_caching
 
 
 # Every flag of vLLM's that people have in their command lines (facts: CLI conventions), with a value that is common.

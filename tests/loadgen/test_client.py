@@ -12,7 +12,7 @@ from scripted_server import ScriptedServer, answer_all, hang, scripted_server, s
 
 from kunserve.loadgen import metrics, report
 from kunserve.loadgen.client import Recording, Target, first_model, run
-from kunserve.loadgen.workload import Job
+from kunserve.loadgen.workload import Job, in_turns
 
 
 @pytest.fixture
@@ -47,6 +47,31 @@ async def test_chat_streams_start_at_their_first_content(server: ScriptedServer)
     recording = await record(server, jobs_of(5), prompt_mode="chat")
     assert [len(s.token_s) for s in recording.streams] == [5]
     assert "messages" in server.bodies[0]
+
+
+async def test_a_chat_goes_on_with_all_turns_before_it_and_their_answers(server: ScriptedServer) -> None:
+    jobs = in_turns([Job(0.0, 5, 2), Job(0.0, 6, 3)], 3, num_system_tokens=7, num_systems=1)
+    recording = await record(server, jobs, prompt_mode="chat")
+    assert [stream.status for stream in recording.streams] == ["completed"] * 6
+    for number in (2, 3):  # each chat asks for another number of tokens
+        first, second, third = (body["messages"] for body in server.bodies if body["max_tokens"] == number)
+        assert [message["role"] for message in first] == ["system", "user"] and len(first[0]["content"].split()) == 7
+        for before, after in ((first, second), (second, third)):
+            assert after[: len(before)] == before
+            assert [message["role"] for message in after[len(before) :]] == ["assistant", "user"]
+            assert after[len(before)]["content"]
+    assert len({body["messages"][0]["content"] for body in server.bodies}) == 1
+    assert len(report.summarize(recording)["ttft_p50_by_turn_s"]) == 3
+
+
+async def test_a_chat_ends_at_a_turn_that_failed(server: ScriptedServer) -> None:
+    async def script(request: web.Request, response: web.StreamResponse) -> None:
+        await send_event(response, {"error": {"message": "no"}})
+
+    server.scripts[4] = script
+    recording = await record(server, in_turns([Job(0.0, 5, 4)], 3, 0, 1), prompt_mode="chat")
+    assert [stream.status for stream in recording.streams] == ["failed", "pending", "pending"]
+    assert report.summarize(recording)["unfinished"] == 2
 
 
 async def test_without_usage_chunks_are_counted(server: ScriptedServer) -> None:

@@ -164,6 +164,22 @@ def test_workload_from_flags(tmp_path: Path) -> None:
     assert [j.at_s for j in longer] == [j.at_s for j in workload("--rate", "1")]
 
 
+def test_chats_have_turns_and_share_system_prompts() -> None:
+    asked = ("--prompt-mode", "chat", "--num-requests", "3", "--turns", "2", "--system-len", "40", "--num-systems", "2")
+    jobs = workload(*asked)
+    assert [(j.chat, j.turn, j.system) for j in jobs] == [
+        (0, 0, 0),
+        (0, 1, 0),
+        (1, 0, 1),
+        (1, 1, 1),
+        (2, 0, 0),
+        (2, 1, 0),
+    ]
+    assert {j.num_system_tokens for j in jobs} == {40}
+    with pytest.raises(ValueError, match="need --prompt-mode chat"):
+        workload("--turns", "2")
+
+
 @pytest.mark.parametrize("kind", ["trace", "burst", "fixed", "poisson"])
 def test_an_arrival_without_its_flag(kind: str) -> None:
     with pytest.raises(ValueError, match=f"--arrival {kind} needs --"):
