@@ -54,6 +54,13 @@ class CharTokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        return b"" if skip_special_tokens and token_id == BOS else self.token_bytes(token_id)
+
+    @property
+    def strips_space(self) -> bool:
+        return False
+
 
 class BracketTemplate:
     """`[role:content]` for each message, and what else it was given."""

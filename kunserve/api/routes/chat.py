@@ -31,7 +31,7 @@ class ChatFormat(AnswerFormat):
         data = self.tokenizer.token_bytes(token_id)
         return {"token": self.token_text(token_id), "logprob": logprob, "bytes": list(data)}
 
-    def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
+    def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """One object per token, with as many of the most likely ones as asked for."""
         content = [
             fragment(
@@ -61,7 +61,7 @@ class ChatFormat(AnswerFormat):
         events = [self.event([{"index": choice.index, "delta": delta, **nothing}]) for delta in first]
         ending: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason(choice, output)}
         if output.logprobs:
-            ending["logprobs"] = self.logprobs_json(output.logprobs, choice.text_length)
+            ending["logprobs"] = self.logprobs_json(choice, output.logprobs)
         if output.finish_reason is not None:
             ending["stop_reason"] = output.stop_reason
         if self.call.return_token_ids:
@@ -72,7 +72,7 @@ class ChatFormat(AnswerFormat):
     def choice_json(self, choice: Choice) -> dict[str, Any]:
         """The message, its log-probabilities, and the token ids if asked for."""
         asked = self.call.params.num_logprobs is not None
-        logprobs = self.logprobs_json(choice.logprobs, 0) if asked else None
+        logprobs = self.logprobs_json(choice, choice.logprobs) if asked else None
         ids = {"token_ids": choice.token_ids} if self.call.return_token_ids else {}
         return {"message": message_json(read_message(choice)), "logprobs": logprobs, **ids}
 

@@ -14,6 +14,7 @@ from kunserve.api.ask.protocol import CompletionCall, Prompt, read_completion
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.say.answering import answer, make_choices
 from kunserve.api.say.answers import AnswerFormat, Choice, usage_json
+from kunserve.api.say.echo import Echo, echo_of, positions_of_answer
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.admission import estimated_tokens
 from kunserve.api.wire.body import read_body
@@ -37,50 +38,56 @@ class CompletionFormat(AnswerFormat):
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token_id))
 
-    def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
+    def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """Four parallel lists; the most likely tokens of a position always include the one that was taken."""
-        tokens = [self._token_name(entry.token_id) for entry in entries]
-        offsets = []
-        for entry in entries:
-            offsets.append(text_offset)
-            text_offset += len(self.tokenizer.token_text(entry.token_id))
+        if choice.positions is None:
+            choice.positions = positions_of_answer(self.tokenizer, choice.request)
+        start, take = len(choice.echo.text) if choice.echo else 0, choice.positions.take
+        skips = choice.request.params.skip_special_tokens
+        offsets = [start + take(self.tokenizer.shown_bytes(entry.token_id, skips)) for entry in entries]
+        return self._lists(entries, offsets)
+
+    def _lists(self, entries: Sequence[TokenLogprobs], offsets: list[int]) -> dict[str, Any]:
         name = self._token_name
+        tokens = [name(entry.token_id) for entry in entries]
         top = [fragment({name(i): p for i, p in ((entry.token_id, entry.logprob), *entry.top)}) for entry in entries]
         logprobs = [entry.logprob for entry in entries]
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
-    def _prompt_logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _prompt_logprobs(self, choice: Choice, echo: Echo, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """Of an echoed prompt; its first token has none."""
-        first = choice.request.prompt_token_ids[0]
-        length = len(self.tokenizer.token_text(first))
-        shown = self.logprobs_json(_cut(entries, self.call.params.num_logprobs), length)
-        nothing = {"text_offset": 0, "token_logprobs": None, "tokens": self._token_name(first), "top_logprobs": None}
+        first = self._token_name(choice.request.prompt_token_ids[0])
+        shown = self._lists(_cut(entries, self.call.params.num_logprobs), list(echo.offsets[1:]))
+        nothing = {"text_offset": echo.offsets[0], "token_logprobs": None, "tokens": first, "top_logprobs": None}
         return {name: [nothing[name], *values] for name, values in shown.items()}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
         """The prompt, to clients that want it back."""
-        if choice.echo is None and not self.call.return_token_ids:
+        echo = choice.echo
+        if echo is None and not self.call.return_token_ids:
             return b""
-        first = {"index": choice.index, "text": choice.echo or "", "logprobs": None, "finish_reason": None}
-        if choice.echo is not None and self.call.params.num_logprobs is not None:
-            first["logprobs"] = self._prompt_logprobs(choice, output.prompt_logprobs)
+        text = "" if echo is None else echo.text
+        first = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
+        if echo is not None and self.call.params.num_logprobs is not None:
+            first["logprobs"] = self._prompt_logprobs(choice, echo, output.prompt_logprobs)
         if self.call.return_token_ids:
             first |= {"prompt_token_ids": long_list(choice.request.prompt_token_ids), "token_ids": []}
         return self.event([first])
 
     def choice_json(self, choice: Choice) -> dict[str, Any]:
         """Text, its log-probabilities, and the token ids if asked for."""
+        echo = choice.echo
         asked = self.call.params.num_logprobs is not None
-        logprobs = self.logprobs_json(choice.logprobs, len(choice.echo or "")) if asked else None
-        if logprobs is not None and choice.echo is not None:
-            prompt = self._prompt_logprobs(choice, choice.prompt_logprobs)
+        logprobs = self.logprobs_json(choice, choice.logprobs) if asked else None
+        if logprobs is not None and echo is not None:
+            prompt = self._prompt_logprobs(choice, echo, choice.prompt_logprobs)
             logprobs = {name: prompt[name] + values for name, values in logprobs.items()}
         ids: dict[str, Any] = {}
         if self.call.return_token_ids:
             ids = {"token_ids": choice.token_ids, "prompt_token_ids": long_list(choice.request.prompt_token_ids)}
         if self.call.prompt_logprobs is not None:
             ids["prompt_logprobs"] = self.prompt_logprobs_json(choice)
-        return {"text": (choice.echo or "") + choice.text, "logprobs": logprobs, **ids}
+        return {"text": (echo.text if echo else "") + choice.text, "logprobs": logprobs, **ids}
 
 
 class EchoFormat(CompletionFormat):
@@ -121,13 +128,15 @@ def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLog
 
 async def _echoes(
     api: Api, call: CompletionCall, tokenized: Sequence[list[int]], fitted: Sequence[tuple[list[int], SamplingParams]]
-) -> list[str | None]:
+) -> list[Echo | None]:
     """What each answer begins with: the prompt's text, or that of the tokens that are left of it."""
     if not call.echo:
         return [None] * len(call.prompts)
+    wants_offsets = call.generation.params.num_logprobs is not None
 
-    def echo(prompt: Prompt, whole: list[int], ids: list[int]) -> str:
-        return prompt if isinstance(prompt, str) and len(ids) == len(whole) else api.tokenizer.decode(ids)
+    def echo(prompt: Prompt, whole: list[int], ids: list[int]) -> Echo:
+        text = prompt if isinstance(prompt, str) and len(ids) == len(whole) else None
+        return echo_of(api.tokenizer, ids, text, wants_offsets)
 
     given = [(prompt, whole, ids) for prompt, whole, (ids, _) in zip(call.prompts, tokenized, fitted, strict=True)]
     num_tokens = sum(len(ids) + CALL_CHARS for _, _, ids in given)

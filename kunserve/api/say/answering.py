@@ -13,6 +13,7 @@ from aiohttp import web
 from kunserve.api.ask.prompts import CALL_CHARS
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.answers import Choice
+from kunserve.api.say.echo import Echo
 from kunserve.api.say.generation import SLICE, submitted
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.wire.admission import Place
@@ -38,7 +39,7 @@ async def make_choices(
     answer_id: str,
     call: GenerationCall,
     owner: str,
-    prompts: Sequence[tuple[list[int], SamplingParams, str | None]],
+    prompts: Sequence[tuple[list[int], SamplingParams, Echo | None]],
     constraint: GrammarConstraint | None = None,
     new_parser: Callable[[], MessageParser] | None = None,
 ) -> list[Choice]:

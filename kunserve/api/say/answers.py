@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import orjson
 
 from kunserve.api.ask.protocol import GenerationCall
+from kunserve.api.say.echo import Echo
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.wire.backend import TextTokenizer
 from kunserve.api.wire.context import fragment
 from kunserve.api.wire.errors import error_event
 from kunserve.api.wire.sse import DONE
 from kunserve.engine.request import Output, Request
+from kunserve.engine.text.positions import Positions
 from kunserve.errors import KunServeError
 from kunserve.sampling import FinishReason, TokenLogprobs
 
@@ -26,11 +28,12 @@ class Choice:
 
     index: int
     request: Request
-    echo: str | None = None  # the prompt, if the answer begins with it
+    echo: Echo | None = None  # the prompt, if the answer begins with it
     parser: MessageParser | None = None  # None: the text is the message
     num_tokens: int = 0
     text_length: int = 0
     outputs: list[Output] = field(default_factory=list)  # kept for an answer in one piece only
+    positions: Positions | None = None  # of its tokens in its text, once somebody has asked
 
     def advance(self, output: Output) -> None:
         """Count what came."""
@@ -91,8 +94,8 @@ class AnswerFormat(ABC):
         self._tail = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
 
     @abstractmethod
-    def logprobs_json(self, entries: Sequence[TokenLogprobs], text_offset: int) -> dict[str, Any]:
-        """Log-probabilities of some tokens; the first begins `text_offset` characters into the choice's text."""
+    def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Log-probabilities of the next tokens of a choice."""
 
     @abstractmethod
     def choice_json(self, choice: Choice) -> dict[str, Any]:
@@ -112,8 +115,7 @@ class AnswerFormat(ABC):
         """The event for a delta, not yet counted into `choice`."""
         parts = [self._head, b"%d" % choice.index, self.text_open, orjson.dumps(output.text), self.text_close]
         if output.logprobs:
-            logprobs = self.logprobs_json(output.logprobs, len(choice.echo or "") + choice.text_length)
-            parts += b',"logprobs":', orjson.dumps(logprobs)
+            parts += b',"logprobs":', orjson.dumps(self.logprobs_json(choice, output.logprobs))
         else:
             parts.append(b',"logprobs":null')
         if output.finish_reason is None:

@@ -31,6 +31,13 @@ class TextTokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, special tokens included; half a character is U+FFFD."""
 
+    def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """What a token adds to the text of an answer: as `token_bytes`, nothing for a special one that is skipped."""
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether the first blank of a text is the tokenizer's own, and not part of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenIdsOnly:
@@ -53,6 +60,15 @@ class TokenIdsOnly:
     def token_text(self, token_id: int) -> str:
         """A name for the token."""
         return f"token_id:{token_id}"
+
+    def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """No text."""
+        return b""
+
+    @property
+    def strips_space(self) -> bool:
+        """There is no text that it could be stripped from."""
+        return False
 
 
 class Template(Protocol):

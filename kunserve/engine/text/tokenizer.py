@@ -134,6 +134,15 @@ class Tokenizer:
         """Text of one token on its own, special tokens included; half a character is U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """What a token adds to the text of an answer: as `token_bytes`, nothing for a special one that is skipped."""
+        return b"" if skip_special_tokens and token_id in self.special_ids else self.token_bytes(token_id)
+
+    @property
+    def strips_space(self) -> bool:
+        """Whether the first blank of a text is the tokenizer's own, and not part of it."""
+        return self.form.strips_space
+
     def _to_bytes(self, token: str) -> bytes:
         if self.form.is_byte_level:
             try:

@@ -59,11 +59,12 @@ async def test_logprobs_of_half_characters_stay_apart(more: dict[str, Any], name
 
 async def test_stream_logprobs_offsets_go_on() -> None:
     outputs = [
-        Output("ab", (97,), (TokenLogprobs(97, -1.0, ()),)),
+        Output("", (97,), (TokenLogprobs(97, -1.0, ()),)),  # held back: a stop string may begin like that
+        Output("ab", (98,), (TokenLogprobs(98, -1.0, ()),)),
         Output("c", (99,), (TokenLogprobs(99, -2.0, ()),), FinishReason.LENGTH),
     ]
     events = await stream(FakeEngine(lambda _: outputs), logprobs=0)
-    assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [2]]
+    assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [1], [2]]
 
 
 SCORES = (TokenLogprobs(104, -1.0, ((5, -0.5),), 2), TokenLogprobs(105, -2.0, ((6, -0.25),), 7))
@@ -82,7 +83,7 @@ async def test_echo_with_logprobs() -> None:
         "tokens": [chr(BOS), "h", "i", "o"],
         "token_logprobs": [None, -1.0, -2.0, -3.0],
         "top_logprobs": [None, {"h": -1.0, chr(5): -0.5}, {"i": -2.0, chr(6): -0.25}, {"o": -3.0, chr(7): -0.1}],
-        "text_offset": [0, 1, 2, 2],
+        "text_offset": [0, 0, 1, 2],  # the text does not show the token that begins it
     }
     events = await stream(FakeEngine(scoring), echo=True, logprobs=1, max_tokens=1)
     assert events[0]["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
