@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kunserve.api.ask.protocol import ChatCall, GenerationCall, Prompt, check_text, too_long
+from kunserve.api.wire.backend import Template
 from kunserve.api.wire.context import Api
 from kunserve.errors import InvalidRequestError
 from kunserve.sampling import SamplingParams
@@ -51,10 +54,7 @@ async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
         raise InvalidRequestError("The model has no chat template: use /v1/completions.", param="messages")
 
     def encode() -> ChatPrompt:
-        tools = call.tools.definitions or None
-        text = template.render(call.messages, tools, call.add_generation_prompt, **call.template_kwargs)
-        if call.continue_final_message:
-            text = _until_final_message(text, call.messages[-1]["content"])
+        text = _continued(template, call) if call.continue_final_message else _render(template, call, call.messages)
         check_text(text, call.generation, api.model.max_model_len, "messages")
         ids = _encode(api, text, call.generation.add_special_tokens, "messages")
         return ChatPrompt(ids, text[-ENDING_CHARS:])
@@ -65,14 +65,26 @@ async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
     return await api.offload(num_chars, encode)
 
 
-def _until_final_message(text: str, content: str | None) -> str:
-    """The prompt up to the end of the final message, without what the template closes it with."""
-    final = (content or "").strip()
-    place = text.rfind(final) if final else -1
-    if place < 0:
-        message = "`continue_final_message` needs a final message that the chat template shows as it is."
+def _render(template: Template, call: ChatCall, messages: list[dict[str, Any]]) -> str:
+    return template.render(messages, call.tools.definitions or None, call.add_generation_prompt, **call.template_kwargs)
+
+
+def _continued(template: Template, call: ChatCall) -> str:
+    """Return the prompt up to the last character of the final message, without what the template closes it with.
+
+    A mark behind the message tells where that is. Looked for as text, a short message would be found in what the
+    template writes after it, and templates may cut off the blanks that a message ends with.
+    """
+    *before, final = call.messages
+    if final.get("tool_calls"):
+        message = "`continue_final_message` needs a final message without tool calls: they end it."
         raise InvalidRequestError(message, param="continue_final_message")
-    return text[: place + len(final)]
+    mark = f"END{random.getrandbits(128):032x}"  # nobody's text has it
+    text, found, _ = _render(template, call, [*before, {**final, "content": final["content"] + mark}]).rpartition(mark)
+    if not found:
+        message = "`continue_final_message` needs a chat template that shows the final message as it is."
+        raise InvalidRequestError(message, param="continue_final_message")
+    return text
 
 
 def fit(

@@ -26,6 +26,7 @@ _OWN = frozenset(
     {
         *("system", "messages", "tools", "tool_choice", "stop_sequences", "max_tokens", "thinking", "metadata"),
         *("n", "stop", "max_completion_tokens", "stream_options", "logprobs", "prompt_logprobs", "response_format"),
+        *("add_generation_prompt", "continue_final_message"),
         *("user", "service_tier", "container", "context_management", "output_config", "chat_template_kwargs"),
     }
 )
@@ -45,7 +46,11 @@ def chat_values(values: dict[str, Any]) -> dict[str, Any]:
     fields = Fields(values)
     fields.unsupported("mcp_servers")
     chat = {name: value for name, value in values.items() if name not in _OWN}
-    chat["messages"] = _messages(fields)
+    messages = chat["messages"] = _messages(fields)
+    # Clients put their beginning of an answer and what comes together: the answer goes on where it ends.
+    chat["continue_final_message"] = bool(
+        messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
+    )
     chat["max_tokens"] = values.get("max_tokens")
     chat["response_format"] = _response_format(fields.object("output_config").object("format"))
     chat["stop"] = fields.any("stop_sequences")

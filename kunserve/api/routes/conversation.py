@@ -12,7 +12,7 @@ from kunserve.api.ask.protocol import ChatCall
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.ask.tools import Tools
 from kunserve.api.say.answering import Form, answer, make_choices
-from kunserve.api.say.reasoning import MessageParser, ThinkSplitter
+from kunserve.api.say.reasoning import END, START, MessageParser, ThinkSplitter
 from kunserve.api.say.tool_parsers import TOOL_PARSERS, JsonCalls, NamedCall, ToolParser
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.admission import CHARS_PER_TOKEN
@@ -47,7 +47,7 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
     _tool_parser(call.tools, api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
-    think = _splitter(api, prompt)
+    think = _splitter(api, prompt, call)
     structure = call.generation.structure or call.tools.structure
     constraint = await compile_structure(request, api, structure, call.generation.user, think is not None)
     bad_words = await spell(api, call.generation.bad_words)
@@ -63,12 +63,20 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
     return Conversation(ids, params, constraint, new_parser if needs_parser else None)
 
 
-def _splitter(api: Api, prompt: ChatPrompt) -> Callable[[], ThinkSplitter] | None:
-    """None if the model does not reason, or the template has closed the reasoning already (Qwen3 without thinking)."""
+def _splitter(api: Api, prompt: ChatPrompt, call: ChatCall) -> Callable[[], ThinkSplitter] | None:
+    """Return what takes reasoning apart, None where none can come.
+
+    None can come if the model does not reason, if the template has closed the reasoning already (Qwen3 without
+    thinking), or if the answer goes on with a message that is past it.
+    """
     name, ending = api.settings.reasoning_parser, prompt.ending.rstrip()
-    if name is None or ending.endswith("</think>"):
+    if name is None or ending.endswith(END):
         return None
-    is_open = name == "deepseek_r1" or ending.endswith("<think>")
+    is_open = name == "deepseek_r1" or ending.endswith(START)
+    if call.continue_final_message and (begun := call.messages[-1]["content"]).strip():
+        if begun.rfind(START) <= begun.rfind(END):
+            return None
+        is_open = True
     return lambda: ThinkSplitter(is_open)
 
 

@@ -233,7 +233,7 @@ async def test_a_final_message_goes_on() -> None:
     async with serving(engine) as client:
         messages = [*HI, {"role": "assistant", "content": "Sure: "}]
         await client.post(URL, json={"messages": messages, "continue_final_message": True})
-        assert bytes(engine.requests[0].prompt_token_ids) == b"[u:hi][a:Sure:"
+        assert bytes(engine.requests[0].prompt_token_ids) == b"[u:hi][a:Sure: "
         body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": True}
         assert (await error_of(await client.post(URL, json=body)))["param"] == "continue_final_message"
 

@@ -152,3 +152,15 @@ async def test_errors_in_anthropic_words() -> None:
             with pytest.raises(ServerError, match="overloaded_error") as caught:
                 await client.messages.create(model="tiny", max_tokens=2, messages=HI)
             assert caught.value.response.headers["Retry-After"] == "3"
+
+
+@pytest.mark.parametrize("begun", ["The capital is", "{", "It is ", "|"])
+async def test_the_answer_goes_on_where_the_client_began_it(begun: str) -> None:
+    engine = talking("x")
+    for content in (begun, [{"type": "text", "text": begun}]):
+        await post(engine, messages=[*HI, {"role": "assistant", "content": content}])
+        assert bytes(engine.requests[-1].prompt_token_ids).decode() == f"[u:hi][a:{begun}"
+    async with serving(engine) as client:
+        body = {"messages": [*HI, {"role": "assistant", "content": begun}]}
+        count = await (await client.post(f"{URL}/count_tokens", json=body)).json()
+    assert count["input_tokens"] == len(f"[u:hi][a:{begun}")
