@@ -21,7 +21,7 @@ class ConfigError(KunServeError):
 
 
 class InvalidRequestError(KunServeError):
-    """The request can never succeed as it is: malformed JSON, a value out of range, a prompt too long."""
+    """The request can never succeed as it is: malformed JSON, a wrong type or value, a prompt too long."""
 
     status = 400
     type = "BadRequestError"
@@ -60,13 +60,6 @@ class PayloadTooLargeError(KunServeError):
 
     status = 413
     type = "PayloadTooLargeError"
-
-
-class UnprocessableError(KunServeError):
-    """Well-formed JSON whose fields have the wrong type."""
-
-    status = 422
-    type = "UnprocessableEntityError"
 
 
 class OverloadedError(KunServeError):

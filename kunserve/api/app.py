@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from kunserve.api.operate.admin import drop, restore
 from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
 from kunserve.api.operate.feed import FEED, Feed, events
 from kunserve.api.operate.page import PAGE, page_files, show_page
-from kunserve.api.routes import anthropic
+from kunserve.api.routes import anthropic, anthropic_errors
 from kunserve.api.routes.chat import chat_completions
 from kunserve.api.routes.completions import completions
 from kunserve.api.routes.operations import (
@@ -36,7 +37,7 @@ from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.wire.body_memory import BodyMemory
 from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
-from kunserve.api.wire.errors import error_response, http_error_response, internal_error
+from kunserve.api.wire.errors import ErrorJson, error_of_http, error_response, internal_error, openai_error
 from kunserve.api.wire.grammars import Grammars
 from kunserve.api.wire.sse import send_response
 from kunserve.api.wire.turns import Turns
@@ -86,23 +87,51 @@ async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse
     except KunServeError as error:
         if error.status >= 500 and error.status != 503:
             log.error("request failed", path=request.path, error=error.message)
-        return error_response(error)
+        return _refusal(request, error)
     except web.HTTPException as error:
-        return http_error_response(error)
+        response = _refusal(request, error_of_http(error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except Exception:
         log.exception("request failed", path=request.path)
-        return error_response(internal_error())
+        return _refusal(request, internal_error())
+
+
+async def _with_tidy_path(request: web.Request, handler: Handler) -> tuple[web.Request, Handler]:
+    """Return the request and its handler as if its path had no slash too many, if there is a route for that.
+
+    Clients put a base address and a path together without looking at the slashes between them; a redirect would lose
+    the body of some.
+    """
+    path = re.sub("/{2,}", "/", request.path).rstrip("/") or "/"
+    if path == request.path:
+        return request, handler
+    tidy = request.clone(rel_url=request.rel_url.with_path(path).with_query(request.rel_url.query))
+    found = await request.app.router.resolve(tidy)
+    if isinstance(found.http_exception, web.HTTPNotFound):
+        return request, handler
+    found.add_app(request.app)
+    found.freeze()
+    tidy._match_info = found  # as aiohttp's own application does after resolving
+    return tidy, found.handler
+
+
+def _refusal(request: web.Request, error: KunServeError) -> web.Response:
+    """Return an error in the shape that this client reads."""
+    write: ErrorJson = anthropic_errors.error_json if anthropic_errors.is_ours(request) else openai_error
+    return error_response(error, write(error, request[REQUEST_ID]))
 
 
 @web.middleware
 async def answer_always(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Name the request, turn whatever goes wrong into an OpenAI-shaped error, and see the answer off."""
+    """Name the request, turn whatever goes wrong into an error that its client reads, and see the answer off."""
     request[REQUEST_ID] = new_request_id(request)
+    if request.match_info.http_exception is not None:
+        request, handler = await _with_tidy_path(request, handler)
     response = await _respond(request, handler)
     if not request.content.is_eof():  # what is still to come of its body is thrown away, for a while
         response.force_close()
-    if request.path.startswith(anthropic.PREFIX) and response.status >= 400 and isinstance(response, web.Response):
-        anthropic.reworded(response)
     if not response.prepared:
         try:
             await send_response(request, response, request.app[API].settings.write_timeout_s)

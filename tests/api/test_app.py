@@ -11,6 +11,8 @@ from io import BytesIO
 import orjson
 import pytest
 import uvloop
+import yarl
+from aiohttp import ClientSession
 from api_fakes import Client, FakeEngine, error_of, events_of, say, serving
 
 from kunserve.api.wire.backend import ApiSettings
@@ -142,9 +144,9 @@ async def test_a_client_that_never_finishes_its_body_gets_an_error() -> None:
         (b'{"prompt": "\xff\xfe"}', 400),
         (b'{"prompt": "\\ud800"}', 400),
         (b"[" * 100_000, 400),
-        (b"[]", 422),
-        (b'"prompt"', 422),
-        (b'{"prompt": 1, "messages": 2, "tokens": "x"}', 422),
+        (b"[]", 400),
+        (b'"prompt"', 400),
+        (b'{"prompt": 1, "messages": 2, "tokens": "x"}', 400),
     ],
 )
 async def test_bodies_that_are_no_request(body: bytes, status: int) -> None:
@@ -191,7 +193,7 @@ async def test_every_answer_has_the_id_of_its_request() -> None:
             ("POST", "/v1/chat/completions", {**chat, "stream": True}, key, 200),
             ("POST", "/v1/responses", {"input": "x", "stream": True}, key, 200),
             ("POST", "/v1/messages", {**chat, "max_tokens": 1, "stream": True}, key, 200),
-            ("POST", URL, {"prompt": 5}, key, 422),
+            ("POST", URL, {"prompt": 5}, key, 400),
             ("POST", URL, {"prompt": "x"}, {}, 401),
             ("GET", "/v1/models", None, key, 200),
             ("GET", "/health", None, {}, 200),
@@ -206,10 +208,38 @@ async def test_every_answer_has_the_id_of_its_request() -> None:
     [
         ({"prompt": "x", "n": 0}, 400, "BadRequestError"),
         ({"prompt": "x", "model": "other"}, 404, "NotFoundError"),
-        ({"prompt": "x", "n": "one"}, 422, "UnprocessableEntityError"),
+        ({"prompt": "x", "n": "one"}, 400, "BadRequestError"),
     ],
 )
 async def test_errors_are_typed_as_clients_know_them(body: dict[str, object], status: int, kind: str) -> None:
     async with serving(FakeEngine()) as client:
         error = await error_of(await client.post(URL, json=body))
     assert (error["code"], error["type"]) == (status, kind)
+
+
+@pytest.mark.parametrize("path", [f"{URL}/", f"/{URL}", URL.replace("/", "//"), f"{URL}//"])
+async def test_slashes_too_many_lead_to_the_same_route(path: str) -> None:
+    async with serving(FakeEngine(), ApiSettings(api_keys=("k",))) as client:
+        address, headers = f"http://{client.host}:{client.port}{path}", {"Authorization": "Bearer k"}
+        async with ClientSession(headers=headers) as session:
+            for _ in range(2):  # on one connection
+                async with session.post(yarl.URL(address, encoded=True), json={"prompt": "x"}) as response:
+                    assert response.status == 200
+                    assert (await response.json())["choices"][0]["text"] == "ok"
+        async with ClientSession() as session, session.post(yarl.URL(address, encoded=True), json={}) as response:
+            assert response.status == 401
+
+
+async def test_slashes_do_not_make_a_route() -> None:
+    async with serving(FakeEngine()) as client:
+        assert (await client.get("/no/such/route/")).status == 404
+        assert (await client.get(f"{URL}/")).status == 405
+        assert (await client.get("/v1/models/org/tiny/?x=1")).status == 200
+
+
+@pytest.mark.parametrize("padding", ["", " " * 200_000])
+async def test_a_byte_order_mark_is_no_part_of_the_body(padding: str) -> None:
+    body = b"\xef\xbb\xbf" + b'{"prompt": "x"}' + padding.encode()
+    async with serving(FakeEngine()) as client:
+        response = await client.post(URL, data=body, headers={"Content-Type": "application/json"})
+        assert response.status == 200, await response.text()

@@ -96,7 +96,8 @@ def fit(
     """
     max_model_len = api.model.max_model_len
     if call.truncate_prompt_tokens is not None:
-        ids = ids[-call.truncate_prompt_tokens :]
+        kept = call.truncate_prompt_tokens
+        ids = ids[:kept] if call.keeps_begin else ids[-kept:]
     if not ids:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param=param)
     room = max_model_len - len(ids)
@@ -104,8 +105,8 @@ def fit(
         raise too_long(f"the prompt has {len(ids)} and needs room for one more", param, max_model_len)
     max_tokens = call.params.max_tokens
     if max_tokens > room and call.has_max_tokens:
-        what = f"the prompt has {len(ids)} and `max_tokens` asks for {max_tokens} more"
-        raise too_long(what, "max_tokens", max_model_len)
+        what = f"the prompt has {len(ids)} and `{call.max_tokens_param}` asks for {max_tokens} more"
+        raise too_long(what, call.max_tokens_param, max_model_len)
     max_tokens = min(max_tokens, room)
     if call.params.min_tokens > max_tokens:
         text = f"`min_tokens` must be at most the {max_tokens} tokens that may be generated."

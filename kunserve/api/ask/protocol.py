@@ -9,7 +9,17 @@ from kunserve.api.ask.messages import read_messages
 from kunserve.api.ask.structured import read_structure
 from kunserve.api.ask.tools import Tools, read_tools
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
-from kunserve.api.wire.fields import INT64_MAX, Fields, is_int_list, is_str_list, pieces, wrong_type, wrong_value
+from kunserve.api.wire.fields import (
+    INT64_MAX,
+    Fields,
+    is_int_list,
+    is_str_list,
+    pieces,
+    show,
+    wrong_items,
+    wrong_type,
+    wrong_value,
+)
 from kunserve.api.wire.grammars import Structure
 from kunserve.errors import InvalidRequestError, NotFoundError
 from kunserve.sampling import SamplingParams
@@ -36,12 +46,14 @@ class GenerationCall:
     model: str
     params: SamplingParams  # its max_tokens: as asked, or the default, which `prompts.fit` cuts to what fits
     has_max_tokens: bool
+    max_tokens_param: str  # the field that says it
     n: int
     is_stream: bool
     include_usage: bool
     continuous_usage: bool
     add_special_tokens: bool
-    truncate_prompt_tokens: int | None  # keep the last so many tokens
+    truncate_prompt_tokens: int | None  # keep so many tokens
+    keeps_begin: bool  # of a prompt that is truncated; else its end is kept
     return_token_ids: bool
     priority: int
     request_id: str | None
@@ -92,9 +104,17 @@ def read_prompts(value: object) -> tuple[Prompt, ...]:
         wrong_value("prompt", "a prompt", value)
     if is_int_list(value):
         return (value,)
-    if not is_str_list(value) and not (isinstance(value, list) and all(map(is_int_list, value))):
+    if is_str_list(value) or (isinstance(value, list) and all(map(is_int_list, value))):
+        return tuple(value)
+    if not isinstance(value, list):
         wrong_type("prompt", expected, value)
-    return tuple(value)
+    if not isinstance(value[0], list):
+        kind = str if isinstance(value[0], str) else int
+        wrong_items("prompt", expected, "a string" if kind is str else "a token id", kind, value)
+    for index, prompt in enumerate(value):
+        if not is_int_list(prompt):
+            wrong_items(f"prompt[{index}]", "a list of token ids", "a token id", int, prompt)
+    raise AssertionError("one of them is wrong")
 
 
 def _read_max_tokens(fields: Fields, least: int = 1) -> int | None:
@@ -107,7 +127,7 @@ def _read_stop(fields: Fields) -> tuple[str, ...]:
         return ()
     stops = [stop] if isinstance(stop, str) else stop
     if not is_str_list(stops):
-        wrong_type("stop", "a string or a list of strings", stop)
+        wrong_items("stop", "a string or a list of strings", "a string", str, stop)
     if len(stops) > MAX_STOPS:
         raise InvalidRequestError(f"`stop` must have at most {MAX_STOPS} strings.", param="stop")
     if "" in stops:
@@ -120,7 +140,7 @@ def _read_token_ids(fields: Fields, name: str, vocab_size: int) -> list[int] | N
     if ids is None:
         return None
     if not is_int_list(ids):
-        wrong_type(name, "a list of token ids", ids)
+        wrong_items(name, "a list of token ids", "a token id", int, ids)
     check_token_ids(ids, vocab_size, name)
     return ids
 
@@ -137,7 +157,7 @@ def _read_bad_words(fields: Fields) -> tuple[str, ...]:
     if words is None:
         return ()
     if not is_str_list(words):
-        wrong_type("bad_words", "a list of strings", words)
+        wrong_items("bad_words", "a list of strings", "a string", str, words)
     if len(words) > MAX_BAD_WORDS or any(not 0 < len(word) <= MAX_BAD_WORD_CHARS for word in words):
         text = f"`bad_words` must be at most {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_CHARS} characters."
         raise InvalidRequestError(text, param="bad_words")
@@ -172,7 +192,8 @@ def _read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float]
     reader = Fields(values, "logit_bias.")
     for key in values:
         if not key.isdecimal() or not key.isascii() or len(key) > 10:
-            wrong_value("logit_bias", "an object from token ids to numbers", values)
+            text = f"`logit_bias` has the key {show(key)}, which is no token id."
+            raise InvalidRequestError(text, param="logit_bias")
         biases.append((int(key), reader.number(key, 0.0, -100.0, 100.0)))
     check_token_ids([token_id for token_id, _ in biases], vocab_size, "logit_bias")
     return tuple(biases)
@@ -226,8 +247,16 @@ def _read_n(fields: Fields) -> int:
     return n
 
 
+def _read_choice(fields: Fields, name: str, choices: tuple[str, ...], default: str) -> str:
+    value = fields.string(name, default)
+    if value not in choices:
+        fields.wrong_value(name, f"{', '.join(choices[:-1])} or {choices[-1]}")
+    return value
+
+
 def _refuse_unsupported(fields: Fields) -> None:
-    fields.unsupported("use_beam_search", "logits_processors")
+    fields.unsupported("use_beam_search", "logits_processors", "logprob_token_ids", "thinking_token_budget")
+    fields.unsupported("repetition_detection", "vllm_xargs", "kv_transfer_params")
     if fields.boolean("stream") and fields.any("prompt_logprobs") is not None:
         raise InvalidRequestError("`prompt_logprobs` is not supported together with `stream`.", param="prompt_logprobs")
 
@@ -256,12 +285,14 @@ def _read_generation(
         model=read_model(fields, model),
         params=params,
         has_max_tokens=has_max_tokens,
+        max_tokens_param="max_tokens" if fields.any("max_completion_tokens") is None else "max_completion_tokens",
         n=_read_n(fields),
         is_stream=fields.boolean("stream"),
         include_usage=include_usage,
         continuous_usage=include_usage and options.boolean("continuous_usage_stats"),
         add_special_tokens=fields.boolean("add_special_tokens", add_special_tokens),
         truncate_prompt_tokens=_read_truncation(fields, room),
+        keeps_begin=_read_choice(fields, "truncation_side", ("left", "right"), "left") == "right",
         return_token_ids=fields.boolean("return_token_ids"),
         priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
         request_id=fields.string("request_id", None),
@@ -316,9 +347,33 @@ def _read_template_kwargs(fields: Fields, model: ModelInfo) -> dict[str, Any]:
     return {**model.template_kwargs, **kwargs}
 
 
+def _with_allowed_tools(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the body with only those tools that a `tool_choice` of allowed tools leaves."""
+    choice = values.get("tool_choice")
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return values
+    allowed, tools = Fields(choice, "tool_choice.").object("allowed_tools"), values.get("tools")
+    mode = _read_choice(allowed, "mode", ("auto", "required"), "auto")
+    if not isinstance(named := allowed.required("tools"), list):
+        wrong_type("tool_choice.allowed_tools.tools", "a list of tools", named)
+    if not isinstance(tools, list) or not named:
+        raise InvalidRequestError("`tool_choice` must allow at least one function of `tools`.", param="tool_choice")
+    names = {_tool_name(tool) for tool in named}
+    if unknown := names - {_tool_name(tool) for tool in tools} | names & {None}:
+        text = f"`tool_choice` allows {show(sorted(map(str, unknown))[0])}, which is not in `tools`."
+        raise InvalidRequestError(text, param="tool_choice")
+    return {**values, "tools": [tool for tool in tools if _tool_name(tool) in names], "tool_choice": mode}
+
+
+def _tool_name(tool: object) -> str | None:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> ChatCall:
     """Check the body of POST /v1/chat/completions."""
-    fields = _with_defaults(values, model)
+    fields = _with_defaults(_with_allowed_tools(values), model)
     asked = _read_max_tokens(fields)
     top_logprobs = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     wants_logprobs = fields.boolean("logprobs")

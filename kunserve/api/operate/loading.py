@@ -8,7 +8,8 @@ import orjson
 from aiohttp import web
 
 from kunserve.api.operate.page import page_files, page_response
-from kunserve.api.wire.errors import error_response
+from kunserve.api.routes import anthropic_errors
+from kunserve.api.wire.errors import error_response, openai_error
 from kunserve.errors import OverloadedError
 
 LOADING = OverloadedError("The server is loading its model.", retry_after_s=5)
@@ -39,6 +40,7 @@ def loading_handler(newest: Newest) -> Callable[[web.BaseRequest], Awaitable[web
             body = orjson.dumps({"text": text, "share": round(share, 4)})
             headers = {"Cache-Control": "no-store"}
             return web.Response(body=body, content_type="application/json", headers=headers)
-        return error_response(LOADING)
+        is_anthropic = anthropic_errors.is_ours(request)
+        return error_response(LOADING, anthropic_errors.error_json(LOADING) if is_anthropic else openai_error(LOADING))
 
     return answer

@@ -2,159 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 from aiohttp import web
 
+from kunserve.api.ask.anthropic import chat_values
 from kunserve.api.ask.prompts import tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, GenerationCall, read_chat
+from kunserve.api.routes.anthropic_errors import error_details
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.body import read_body
-from kunserve.api.wire.context import API, choose_request_id, json_response
-from kunserve.api.wire.fields import Fields, wrong_type
+from kunserve.api.wire.context import API, Api, choose_request_id, json_response
+from kunserve.api.wire.fields import Fields
+from kunserve.api.wire.naming import FieldNames
 from kunserve.engine.request import Output
-from kunserve.errors import InvalidRequestError, KunServeError
+from kunserve.errors import KunServeError
 from kunserve.sampling import FinishReason
-
-PREFIX = "/v1/messages"
-_OWN = frozenset(
-    {
-        *("system", "messages", "tools", "tool_choice", "stop_sequences", "max_tokens", "thinking", "metadata"),
-        *("n", "stop", "max_completion_tokens", "stream_options", "logprobs", "prompt_logprobs", "response_format"),
-        *("add_generation_prompt", "continue_final_message"),
-        *("user", "service_tier", "container", "context_management", "output_config", "chat_template_kwargs"),
-    }
-)
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    422: "invalid_request_error",
-    503: "overloaded_error",
-}
-
-
-def chat_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The body of the chat request that means the same. Raises KunServeError."""
-    fields = Fields(values)
-    fields.unsupported("mcp_servers")
-    chat = {name: value for name, value in values.items() if name not in _OWN}
-    messages = chat["messages"] = _messages(fields)
-    # Clients put their beginning of an answer and what comes together: the answer goes on where it ends.
-    chat["continue_final_message"] = bool(
-        messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
-    )
-    chat["max_tokens"] = values.get("max_tokens")
-    chat["response_format"] = _response_format(fields.object("output_config").object("format"))
-    chat["stop"] = fields.any("stop_sequences")
-    chat["user"] = fields.object("metadata").any("user_id")
-    kwargs = dict(fields.mapping("chat_template_kwargs"))
-    if (thinking := fields.object("thinking").string("type", None)) is not None:
-        kwargs.setdefault("enable_thinking", thinking != "disabled")
-    chat["chat_template_kwargs"] = kwargs
-    chat["tools"] = _tools(fields.any("tools"))
-    choice = fields.object("tool_choice")
-    match choice.string("type", "auto"):
-        case "any":
-            chat["tool_choice"] = "required"
-        case "tool":
-            chat["tool_choice"] = {"type": "function", "function": {"name": choice.required("name")}}
-        case other:
-            chat["tool_choice"] = other
-    chat["parallel_tool_calls"] = not choice.boolean("disable_parallel_tool_use")
-    return chat
-
-
-def _response_format(form: Fields) -> dict[str, Any] | None:
-    """What the answer must be: a schema or nothing."""
-    if (kind := form.string("type", None)) is None:
-        return None
-    if kind != "json_schema":
-        raise InvalidRequestError("`output_config.format` must have type json_schema.", param="output_config.format")
-    return {"type": "json_schema", "json_schema": {"schema": form.required("schema")}}
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    given = fields.required("messages")
-    if not isinstance(given, list):
-        wrong_type("messages", "a list of messages", given)
-    system = fields.any("system")
-    messages: list[dict[str, Any]] = [{"role": "system", "content": _text(system, "system")}] if system else []
-    for index, item in enumerate(given):
-        param = f"messages[{index}]"
-        if not isinstance(item, dict):
-            wrong_type(param, "an object", item)
-        content = item.get("content")
-        if isinstance(content, list):
-            _add_blocks(messages, item.get("role"), content, f"{param}.content")
-        else:
-            messages.append({"role": item.get("role"), "content": content})
-    return messages
-
-
-def _add_blocks(messages: list[dict[str, Any]], role: object, blocks: list[Any], param: str) -> None:
-    """A message of blocks; the results of tools in it become messages of their own, before its text."""
-    texts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    for index, block in enumerate(blocks):
-        where = f"{param}[{index}]"
-        if not isinstance(block, dict):
-            wrong_type(where, "an object", block)
-        fields = Fields(block, f"{where}.")
-        match block.get("type"):
-            case "text":
-                texts.append(fields.string("text", ""))
-            case "tool_use":
-                arguments = orjson.dumps(fields.mapping("input")).decode()
-                function = {"name": fields.string("name", ""), "arguments": arguments}
-                calls.append({"id": fields.string("id", ""), "type": "function", "function": function})
-            case "tool_result":
-                content = _text(block.get("content") or "", f"{where}.content")
-                result = {"role": "tool", "tool_call_id": fields.string("tool_use_id", ""), "content": content}
-                messages.append(result)
-            case "thinking" | "redacted_thinking":
-                pass  # templates leave out what was thought before
-            case _:
-                raise InvalidRequestError(f"`{where}` has a type that is not supported.", param=param)
-    if calls:
-        messages.append({"role": role, "content": "\n".join(texts) or None, "tool_calls": calls})
-    elif texts:
-        messages.append({"role": role, "content": "\n".join(texts)})
-
-
-def _text(content: object, param: str) -> str:
-    """Text of a string or of text blocks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        wrong_type(param, "a string or a list of text blocks", content)
-    texts = []
-    for index, block in enumerate(content):
-        if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
-            raise InvalidRequestError(f"`{param}[{index}]` is not text; nothing else is supported.", param=param)
-        texts.append(block["text"])
-    return "\n".join(texts)
-
-
-def _tools(tools: object) -> object:
-    if not isinstance(tools, list):
-        return tools
-    shown: list[object] = []
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, dict):
-            wrong_type(f"tools[{index}]", "an object", tool)
-        if tool.get("type", "custom") != "custom":
-            raise InvalidRequestError(f"`tools[{index}]` has a type that is not supported.", param="tools")
-        function = {name: tool[name] for name in ("name", "description") if name in tool}
-        shown.append({"type": "function", "function": {**function, "parameters": tool.get("input_schema")}})
-    return shown
 
 
 class MessageParts(PartStream):
@@ -199,8 +67,10 @@ def block_json(part: Part, is_new: bool = False) -> dict[str, Any]:
 class MessageFormat:
     """Anthropic's `message` and the events that build it. Implements `answering.Form` for one choice."""
 
-    def __init__(self, message_id: str, call: GenerationCall) -> None:
+    def __init__(self, message_id: str, call: GenerationCall, names: FieldNames) -> None:
+        """`names`: what the client calls the fields of the request."""
         self.call = call
+        self._names = names
         self._parts = MessageParts()
         self._identity = {"id": message_id, "type": "message", "role": "assistant", "model": call.model}
         self._last = Output()
@@ -218,7 +88,7 @@ class MessageFormat:
 
     def opening(self, choice: Choice, output: Output) -> bytes:
         """See `Form`."""
-        usage = {"input_tokens": choice.request.num_prompt_tokens, "output_tokens": 0}
+        usage = usage_json(choice.request.num_prompt_tokens, 0)
         message: dict[str, Any] = {
             **self._identity,
             "content": [],
@@ -235,53 +105,58 @@ class MessageFormat:
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `Form`."""
-        usage = {"input_tokens": choices[0].request.num_prompt_tokens, "output_tokens": choices[0].num_tokens}
+        usage = usage_json(choices[0].request.num_prompt_tokens, choices[0].num_tokens)
         delta = named_event("message_delta", {"delta": self._stop(self._last), "usage": usage})
         return self._parts.close() + delta + named_event("message_stop", {})
 
     def error(self, error: KunServeError) -> bytes:
         """See `Form`."""
-        return named_event("error", {"error": error_details(error.status, error.message)})
+        return named_event("error", {"error": error_details(self._names.reworded(error))})
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """See `Form`."""
         [choice] = choices
         self._parts.push(deltas_of(choice, choice.text, is_last=True))
-        usage = {"input_tokens": choice.request.num_prompt_tokens, "output_tokens": choice.num_tokens}
+        usage = usage_json(choice.request.num_prompt_tokens, choice.num_tokens)
         content = [block_json(part) for part in self._parts.parts]
         return {**self._identity, "content": content, **self._stop(choice.outputs[-1]), "usage": usage}
 
 
-def error_details(status: int, message: str) -> dict[str, str]:
-    """An error in Anthropic's words."""
-    return {"type": _ERROR_TYPES.get(status, "api_error"), "message": message}
+def usage_json(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+    """Return the `usage` object. Nothing is kept between requests, so no token comes out of a cache or goes there."""
+    cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    return {"input_tokens": num_prompt_tokens, **cached, "output_tokens": num_tokens}
 
 
-def reworded(response: web.Response) -> web.Response:
-    """An error response of ours in Anthropic's shape."""
-    assert isinstance(response.body, bytes)
-    message = orjson.loads(response.body)["error"]["message"]
-    response.body = orjson.dumps({"type": "error", "error": error_details(response.status, message)})
-    return response
+Call = tuple[ChatCall, FieldNames]
+
+
+def _reader(api: Api, required: tuple[str, ...] = ()) -> Callable[[dict[str, Any]], Call]:
+    """Return what makes a call of a body."""
+
+    def read(values: dict[str, Any]) -> Call:
+        for name in required:
+            Fields(values).required(name)
+        chat, names = chat_values(values)
+        with names.told():
+            return read_chat(chat, api.model, api.tokenizer.vocab_size), names
+
+    return read
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
-    """The route of /v1/messages."""
+    """Answer POST /v1/messages."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-
-    def read(values: dict[str, Any]) -> ChatCall:
-        Fields(values).required("max_tokens")
-        return read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
-
-    call = await read_body(request, api, read)
+    call, names = await read_body(request, api, _reader(api, ("max_tokens",)))
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
-    return await converse(request, api, call, MessageFormat(answer_id, call.generation), answer_id)
+    with names.told():
+        return await converse(request, api, call, MessageFormat(answer_id, call.generation, names), answer_id)
 
 
 async def count_tokens(request: web.Request) -> web.Response:
-    """The route of /v1/messages/count_tokens."""
+    """Answer POST /v1/messages/count_tokens."""
     api = request.app[API]
-    vocab_size = api.tokenizer.vocab_size
-    call = await read_body(request, api, lambda values: read_chat(chat_values(values), api.model, vocab_size))
-    return json_response({"input_tokens": len((await tokenize_chat(api, call)).ids)})
+    call, names = await read_body(request, api, _reader(api))
+    with names.told():
+        return json_response({"input_tokens": len((await tokenize_chat(api, call)).ids)})

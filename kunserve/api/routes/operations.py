@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -10,11 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.ask.prompts import tokenize, tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, check_token_ids, read_chat, read_model
+from kunserve.api.routes import anthropic_errors
 from kunserve.api.routes.openapi import openapi_document
 from kunserve.api.wire.backend import ModelInfo
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response, long_list, long_text, to_json
-from kunserve.api.wire.fields import Fields, is_int_list, wrong_type
+from kunserve.api.wire.fields import Fields, is_int_list, wrong_items
 from kunserve.errors import NotFoundError, OverloadedError
 
 
@@ -67,18 +69,42 @@ def _card(model: ModelInfo, name: str) -> dict[str, Any]:
     }
 
 
+def _anthropic_card(model: ModelInfo, name: str) -> dict[str, Any]:
+    created = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+
+
 async def list_models(request: web.Request) -> web.Response:
-    """GET /v1/models: one card for each name of the model."""
+    """Answer GET /v1/models: one card for each name of the model, in Anthropic's form for its clients."""
     model = request.app[API].model
-    return json_response({"object": "list", "data": [_card(model, name) for name in model.served_names]})
+    if not anthropic_errors.is_ours(request):
+        return json_response({"object": "list", "data": [_card(model, name) for name in model.served_names]})
+    ends = {"first_id": model.served_names[0], "last_id": model.served_names[-1], "has_more": False}
+    return json_response({"data": [_anthropic_card(model, name) for name in model.served_names], **ends})
 
 
 async def show_model(request: web.Request) -> web.Response:
-    """GET /v1/models/{name}; names may have slashes."""
-    model, name = request.app[API].model, request.match_info["name"]
+    """Answer GET /v1/models/{name}; names may have slashes."""
+    model, name = request.app[API].model, request.match_info["name"].rstrip("/")
     if name not in model.served_names:
         raise NotFoundError(f"The model `{name[:200]}` does not exist.", param="model")
-    return json_response(_card(model, name))
+    card = _anthropic_card if anthropic_errors.is_ours(request) else _card
+    return json_response(card(model, name))
+
+
+async def show_load(request: web.Request) -> web.Response:
+    """Answer GET /load: how many requests there are, waiting ones included, as vLLM counts them."""
+    stats = request.app[API].backend.stats()
+    return json_response({"server_load": stats.num_running + stats.num_waiting})
+
+
+async def show_tokenizer(request: web.Request) -> web.Response:
+    """Answer GET /tokenizer_info: what clients that make prompts themselves ask for."""
+    api = request.app[API]
+    if not api.model.tokenizer:
+        raise NotFoundError("The model has no tokenizer.")
+    known = {"model_max_length": api.model.max_model_len, "vocab_size": api.tokenizer.vocab_size}
+    return json_response({"tokenizer_class": "PreTrainedTokenizerFast", **api.model.tokenizer, **known})
 
 
 async def tokenize_text(request: web.Request) -> web.Response:
@@ -117,7 +143,7 @@ async def detokenize(request: web.Request) -> web.Response:
         read_model(fields, api.model)
         tokens = fields.required("tokens")
         if not is_int_list(tokens):
-            wrong_type("tokens", "a list of token ids", tokens)
+            wrong_items("tokens", "a list of token ids", "a token id", int, tokens)
         check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
         return tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from kunserve.engine.request import Output, Request
@@ -129,6 +130,7 @@ class ModelInfo:
     created: int  # seconds since 1970
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # likewise, for the chat template
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)  # its special tokens and the chat template's source
 
     @property
     def name(self) -> str:
@@ -145,6 +147,8 @@ class ApiSettings:
 
     max_body_bytes: int = 8 << 20
     max_body_memory_bytes: int = 512 << 20  # of all bodies that are no requests yet
+    max_response_bytes: int = 64 << 20  # of stored responses; 0: none is stored
+    response_file: Path | None = None  # where they are kept beyond the life of the server
     body_timeout_s: float = 60.0  # from the headers to the body's last byte
     idle_timeout_s: float = 75.0  # for a connection to come up with (all) the headers of its next request
     write_timeout_s: float = 30.0  # without one byte taken by the client

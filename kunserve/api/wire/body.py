@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from json import JSONDecoder
 from math import isinf
@@ -22,7 +23,7 @@ from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.body_memory import Body, too_large
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.fields import pieces
-from kunserve.errors import InvalidRequestError, UnprocessableError
+from kunserve.errors import InvalidRequestError
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ async def _receive(request: web.Request, body: Body) -> None:
 
 def _object(body: bytes, values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise UnprocessableError("The body must be a JSON object.")
+        raise InvalidRequestError("The body must be a JSON object.")
     if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces(body)) > MAX_DEPTH:
         for name, value in values.items():
             _check_depth(value, name)
@@ -104,7 +105,7 @@ def _check_depth(value: object, name: str) -> None:
 
 def _small(body: bytes) -> object:
     try:
-        return orjson.loads(body)
+        return orjson.loads(body.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
 
@@ -123,7 +124,7 @@ def _large(body: bytes) -> object:
     if may_have_halves and _SURROGATE.search(body):
         return _small(body)
     try:
-        return _DECODER.decode(body.decode())
+        return _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
 

@@ -1,6 +1,11 @@
-"""How an error looks on the wire: the JSON body, the response, the server-sent event."""
+"""How an error looks on the wire: the response and, in OpenAI's words, its JSON and the server-sent event.
+
+Families of routes whose clients read errors otherwise have a shape of their own (`ErrorJson`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import orjson
 from aiohttp import web
@@ -13,48 +18,40 @@ from kunserve.errors import (
     NotFoundError,
     PayloadTooLargeError,
     UnauthorizedError,
-    UnprocessableError,
 )
 
-_TYPES = {
-    error.status: error.type
-    for error in (
-        InvalidRequestError,
-        UnauthorizedError,
-        NotFoundError,
-        ConflictError,
-        PayloadTooLargeError,
-        UnprocessableError,
-    )
+ErrorJson = Callable[[KunServeError, str], bytes]  # the body of an error answer; it may name the request's id
+
+_KNOWN = {
+    error.status: error
+    for error in (InvalidRequestError, UnauthorizedError, NotFoundError, ConflictError, PayloadTooLargeError)
 }
 
 
-def error_json(message: str, type_: str, param: str | None, code: int) -> bytes:
-    """The body of every error answer, as OpenAI clients read it."""
-    return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})
+def openai_error(error: KunServeError, request_id: str = "") -> bytes:
+    """Return the body of an error answer, as OpenAI clients read it."""
+    details = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
+    return orjson.dumps({"error": details})
 
 
 def error_event(error: KunServeError) -> bytes:
-    """An error after the answer has begun: one server-sent event."""
-    return b"data: " + error_json(error.message, error.type, error.param, error.status) + b"\n\n"
+    """Return an error after the answer has begun: one server-sent event."""
+    return b"data: " + openai_error(error) + b"\n\n"
 
 
-def error_response(error: KunServeError) -> web.Response:
-    """An error before the answer has begun. Every 503 says when to come back."""
-    body = error_json(error.message, error.type, error.param, error.status)
+def error_response(error: KunServeError, body: bytes) -> web.Response:
+    """Return an error before the answer has begun. Every 503 says when to come back."""
     response = web.Response(status=error.status, body=body, content_type="application/json")
     if error.status == 503:
         response.headers["Retry-After"] = str(error.retry_after_s or 1)
     return response
 
 
-def http_error_response(error: web.HTTPException) -> web.Response:
-    """An answer that aiohttp made (no such route, wrong method), in our words."""
-    body = error_json(error.reason, _TYPES.get(error.status, InvalidRequestError.type), None, error.status)
-    response = web.Response(status=error.status, body=body, content_type="application/json")
-    if "Allow" in error.headers:
-        response.headers["Allow"] = error.headers["Allow"]
-    return response
+def error_of_http(error: web.HTTPException) -> KunServeError:
+    """Return what aiohttp refuses (no such route, wrong method) as an error of ours."""
+    ours = _KNOWN.get(error.status, InvalidRequestError)(error.reason)
+    ours.status = error.status
+    return ours
 
 
 def internal_error() -> KunServeError:

@@ -1,6 +1,6 @@
 """Reading a JSON object: each field checked, and named in the error with what was expected and what came.
 
-A null counts as absent. A wrong type is UnprocessableError (422), a wrong value InvalidRequestError (400).
+A null counts as absent. A wrong type is InvalidRequestError as a wrong value is: clients expect 400 for both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import orjson
 
-from kunserve.errors import InvalidRequestError, UnprocessableError
+from kunserve.errors import InvalidRequestError
 
 T = TypeVar("T")
 
@@ -30,7 +30,15 @@ def show(value: object) -> str:
 
 def wrong_type(param: str, expected: str, value: object) -> NoReturn:
     """Raise the error for a field of the wrong type."""
-    raise UnprocessableError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
+    raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
+
+
+def wrong_items(param: str, expected: str, item: str, of: type, value: object) -> NoReturn:
+    """Raise the error for a field that must be a list of `item`s, all `of` one type: for the first that is none."""
+    if isinstance(value, list):
+        index, wrong = next((index, each) for index, each in enumerate(value) if type(each) is not of)
+        raise InvalidRequestError(f"`{param}[{index}]` must be {item}, not {show(wrong)}.", param=param)
+    wrong_type(param, expected, value)
 
 
 def wrong_value(param: str, expected: str, value: object) -> NoReturn:
@@ -131,6 +139,10 @@ class Fields:
         if not isinstance(value, dict):
             wrong_type(self._prefix + name, "an object", value)
         return value
+
+    def wrong_value(self, name: str, expected: str) -> NoReturn:
+        """Raise the error for a field out of range."""
+        wrong_value(self._prefix + name, expected, self._values.get(name))
 
     def unsupported(self, *names: str) -> None:
         """Refuse the fields of features that are not there; null, false and empty ask for nothing."""

@@ -121,6 +121,16 @@ async def test_echo_of_a_truncated_prompt_is_what_is_left() -> None:
     assert answer["choices"][0]["text"] == "look"
 
 
+async def test_the_beginning_is_left_if_the_right_side_is_cut_off() -> None:
+    engine = FakeEngine()
+    more = {"truncate_prompt_tokens": 3, "truncation_side": "right"}
+    answer = await post(engine, prompt="hello", echo=True, logprobs=0, **more)
+    assert engine.requests[0].prompt_token_ids == [BOS, ord("h"), ord("e")]
+    assert answer["choices"][0]["text"] == chr(BOS) + "heok"
+    await post(engine, prompt=[5, 6, 7], truncate_prompt_tokens=2, truncation_side="left")
+    assert engine.requests[1].prompt_token_ids == [6, 7]
+
+
 async def test_return_token_ids() -> None:
     answer = await post(FakeEngine(), return_token_ids=True)
     assert answer["choices"][0]["token_ids"] == [ord("o"), ord("k")]
@@ -156,11 +166,11 @@ async def test_request_ids() -> None:
     ("body", "status", "param"),
     [
         ({"prompt": None}, 400, "prompt"),
-        ({"prompt": 5}, 422, "prompt"),
+        ({"prompt": 5}, 400, "prompt"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [[]]}, 400, "prompt"),
-        ({"prompt": ["a", 1]}, 422, "prompt"),
-        ({"prompt": [True]}, 422, "prompt"),
+        ({"prompt": ["a", 1]}, 400, "prompt"),
+        ({"prompt": [True]}, 400, "prompt"),
         ({"prompt": [128]}, 400, "prompt"),
         ({"prompt": [-1]}, 400, "prompt"),
         ({"prompt": "x" * 64}, 400, "prompt"),

@@ -164,7 +164,7 @@ async def test_every_way_out_gives_the_bytes_back() -> None:
         assert "took longer than 0.5 s" in (await error_of(response))["message"] and response.status == 400
         while bytes_held(client):
             await asyncio.sleep(0.001)
-        for data, status in ((b"no JSON", 400), (b" " * 200_000 + b"no JSON", 400), (b"[1]", 422), (SMALL, 200)):
+        for data, status in ((b"no JSON", 400), (b" " * 200_000 + b"no JSON", 400), (b"[1]", 400), (SMALL, 200)):
             assert (await client.post("/v1/completions", data=data)).status == status
             assert bytes_held(client) == 0
         assert (await client.post("/v1/completions", data=b" " * (MIB * 3 // 4 + 1))).status == 413
