@@ -22,8 +22,10 @@ from kunserve.api.routes.operations import (
     health,
     list_models,
     ready,
+    show_load,
     show_model,
     show_openapi,
+    show_tokenizer,
     show_version,
     state,
     tokenize_text,
@@ -31,7 +33,9 @@ from kunserve.api.routes.operations import (
 from kunserve.api.routes.operations import (
     metrics as show_metrics,
 )
-from kunserve.api.routes.responses import responses
+from kunserve.api.routes.responses import count_input_tokens
+from kunserve.api.routes.responses import responses as create_response
+from kunserve.api.routes.stored_responses import delete_response, list_input_items, show_response
 from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_access, preflight_response
 from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
@@ -39,6 +43,7 @@ from kunserve.api.wire.body_memory import BodyMemory
 from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
 from kunserve.api.wire.errors import ErrorJson, error_of_http, error_response, internal_error, openai_error
 from kunserve.api.wire.grammars import Grammars
+from kunserve.api.wire.response_store import ResponseStore
 from kunserve.api.wire.sse import send_response
 from kunserve.api.wire.turns import Turns
 from kunserve.errors import KunServeError
@@ -53,13 +58,19 @@ READ_BYTES = 16 << 10  # of a body may wait twice so many, and one read of the s
 ROUTES = (
     web.post("/v1/completions", completions),
     web.post("/v1/chat/completions", chat_completions),
-    web.post("/v1/responses", responses),
+    web.post("/v1/responses", create_response),
+    web.post("/v1/responses/input_tokens", count_input_tokens),
+    web.get("/v1/responses/{id}", show_response),
+    web.delete("/v1/responses/{id}", delete_response),
+    web.get("/v1/responses/{id}/input_items", list_input_items),
     web.post("/v1/messages", anthropic.messages),
     web.post("/v1/messages/count_tokens", anthropic.count_tokens),
     web.get("/v1/models", list_models),
     web.get("/v1/models/{name:.+}", show_model),
     web.post("/tokenize", tokenize_text),
     web.post("/detokenize", detokenize),
+    web.get("/tokenizer_info", show_tokenizer),
+    web.get("/load", show_load),
     web.get("/health", health),
     web.get("/ping", health),
     web.get("/ready", ready),
@@ -168,7 +179,9 @@ def create_app(
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
     admission = Admission(backend.waiting, metrics, settings)
     bodies = BodyMemory(metrics, settings)
-    shared = (settings, threads, Turns(), Turns(DELIVERIES_PER_ROUND), admission, bodies, grammars, itertools.count())
+    responses = ResponseStore(settings.max_response_bytes, settings.response_file)
+    turns = (Turns(), Turns(DELIVERIES_PER_ROUND))
+    shared = (settings, threads, *turns, admission, bodies, grammars, responses, itertools.count())
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()
@@ -179,6 +192,7 @@ def create_app(
             await grammars.open()
         yield
         threads.shutdown(wait=False, cancel_futures=True)
+        app[API].responses.close()
         if grammars is not None:
             await grammars.close()
 

@@ -51,6 +51,8 @@ class HttpConfig:
     admin_keys: tuple[str, ...]
     max_num_queued_tokens: int
     max_body_memory_bytes: int
+    max_response_bytes: int
+    response_file: Path | None
     uses_priority: bool
     uds: Path | None
     ssl_keyfile: Path | None
@@ -125,6 +127,13 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
         help="bytes of unfinished request bodies that the server holds, of all clients; it answers 503 to more",
     )
     add(
+        "--max-response-memory",
+        default="64MiB",
+        metavar="SIZE",
+        help="bytes of the responses that /v1/responses stores, the oldest make room; 0 stores none",
+    )
+    add("--response-store", type=_path, metavar="FILE", help="SQLite file that keeps stored responses; as large, too")
+    add(
         "--allowed-origins",
         type=_origins,
         default=("*",),
@@ -158,11 +167,16 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
     if (max_body_memory_bytes := parse_size(args.max_body_memory)) < LEAST_BODY_MEMORY_BYTES:
         raise ConfigError(f"--max-body-memory {args.max_body_memory}: must be at least 1MiB")
+    max_response_bytes = 0 if args.max_response_memory == "0" else parse_size(args.max_response_memory)
+    if args.response_store is not None and max_response_bytes == 0:
+        raise ConfigError("--response-store needs a --max-response-memory above 0, which bounds the file, too")
     return HttpConfig(
         api_keys=tuple(keys),
         admin_keys=tuple(admin_keys),
         max_num_queued_tokens=args.max_num_queued_tokens,
         max_body_memory_bytes=max_body_memory_bytes,
+        max_response_bytes=max_response_bytes,
+        response_file=args.response_store,
         uses_priority=args.scheduling_policy == "priority",
         uds=args.uds,
         ssl_keyfile=args.ssl_keyfile,

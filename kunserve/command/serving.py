@@ -161,7 +161,8 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         log.warning("settings of generation_config.json that are not obeyed", **ignored)
     max_model_len = served.engine.limits.max_model_len
     kwargs = config.http.chat_template_kwargs
-    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs)
+    told = {**tokenizer.special_tokens, "chat_template": source}
+    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs, told)
     settings = ApiSettings(
         api_keys=config.http.api_keys,
         admin_keys=config.http.admin_keys,
@@ -169,6 +170,8 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         max_num_queued_reqs=config.engine.max_num_queued_reqs,
         max_num_queued_tokens=config.http.max_num_queued_tokens,
         max_body_memory_bytes=config.http.max_body_memory_bytes,
+        max_response_bytes=config.http.max_response_bytes,
+        response_file=config.http.response_file,
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
         tool_call_parser=config.http.tool_call_parser or parser_of_template(source),

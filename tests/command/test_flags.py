@@ -213,6 +213,7 @@ def test_config_files_that_cannot_be(content: str | None, message: str, tmp_path
         ("m --api-key=", "must not be empty"),
         ("m --max-body-memory 5", "--max-body-memory 5: must be at least 1MiB"),
         ("m --max-body-memory much", "not a size: 'much'"),
+        ("m --response-store x.db --max-response-memory 0", "--response-store needs a --max-response-memory above 0"),
     ],
 )
 def test_values_that_cannot_be(flags: str, message: str) -> None:

@@ -12,9 +12,10 @@ from kunserve.api.ask.protocol import read_chat
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import AnswerFormat, Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
+from kunserve.api.say.token_logprobs import token_logprobs
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.body import read_body
-from kunserve.api.wire.context import API, choose_request_id, fragment, long_list
+from kunserve.api.wire.context import API, choose_request_id, long_list
 from kunserve.engine.request import Output
 from kunserve.sampling import TokenLogprobs
 
@@ -27,27 +28,17 @@ class ChatFormat(AnswerFormat):
     text_open = b',"delta":{"content":'
     text_close = b"}"
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self.tokenizer.token_bytes(token_id)
-        return {"token": self.token_text(token_id), "logprob": logprob, "bytes": list(data)}
-
     def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """One object per token, with as many of the most likely ones as asked for."""
-        content = [
-            fragment(
-                {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*t) for t in entry.top]}
-            )
-            for entry in entries
-        ]
-        return {"content": content}
+        """Return one object per token, with as many of the most likely ones as asked for."""
+        return {"content": token_logprobs(self.tokenizer, self.token_text, entries)}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
         """The role, and the prompt's token ids once."""
         delta = {"role": "assistant", "content": ""}
         first = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
         if self.call.return_token_ids:
-            return self.event([first], prompt_token_ids=long_list(choice.request.prompt_token_ids))
-        return self.event([first])
+            return self.event_of(choice, first, prompt_token_ids=long_list(choice.request.prompt_token_ids))
+        return self.event_of(choice, first)
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
         """One event per part of the message, the last with all that is not text; nothing while a part is unclear."""
@@ -58,7 +49,7 @@ class ChatFormat(AnswerFormat):
             return b""
         *first, last = [delta_json(delta) for delta in deltas] or [{}]
         nothing = {"logprobs": None, "finish_reason": None}
-        events = [self.event([{"index": choice.index, "delta": delta, **nothing}]) for delta in first]
+        events = [self.event_of(choice, {"index": choice.index, "delta": delta, **nothing}) for delta in first]
         ending: dict[str, Any] = {"logprobs": None, "finish_reason": self.finish_reason(choice, output)}
         if output.logprobs:
             ending["logprobs"] = self.logprobs_json(choice, output.logprobs)

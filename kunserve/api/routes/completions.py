@@ -72,7 +72,7 @@ class CompletionFormat(AnswerFormat):
             first["logprobs"] = self._prompt_logprobs(choice, echo, output.prompt_logprobs)
         if self.call.return_token_ids:
             first |= {"prompt_token_ids": long_list(choice.request.prompt_token_ids), "token_ids": []}
-        return self.event([first])
+        return self.event_of(choice, first)
 
     def choice_json(self, choice: Choice) -> dict[str, Any]:
         """Text, its log-probabilities, and the token ids if asked for."""
@@ -97,7 +97,7 @@ class EchoFormat(CompletionFormat):
         """The end."""
         return super().chunk(choice, _without_tokens(output))
 
-    def usage_of(self, choice: Choice, output: Output) -> dict[str, int]:
+    def usage_of(self, choice: Choice, output: Output | None = None) -> dict[str, Any]:
         """Nothing was generated."""
         return usage_json(choice.request.num_prompt_tokens, 0)
 

@@ -30,6 +30,7 @@ class Conversation:
     params: SamplingParams
     constraint: GrammarConstraint | None
     new_parser: Callable[[], MessageParser] | None
+    reasons: bool | None  # whether the prompt has begun the reasoning; None if none can come
 
 
 async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, answer_id: str) -> web.StreamResponse:
@@ -39,7 +40,8 @@ async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, a
     with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as place:
         talk = await prepare(request, api, call)
         prompts = [(talk.ids, talk.params, None)]
-        choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, talk.new_parser)
+        parsing = (talk.new_parser, talk.reasons)
+        choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, *parsing)
         return await answer(request, api, form, choices, place)
 
 
@@ -47,9 +49,9 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
     _tool_parser(call.tools, api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
-    think = _splitter(api, prompt, call)
+    reasons = _reasons(api, prompt, call)
     structure = call.generation.structure or call.tools.structure
-    constraint = await compile_structure(request, api, structure, call.generation.user, think is not None)
+    constraint = await compile_structure(request, api, structure, call.generation.user, reasons is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
     if _marks_calls_by_special_tokens(call.tools, api.settings.tool_call_parser):
@@ -57,14 +59,15 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
 
     def new_parser() -> MessageParser:
         tools = _tool_parser(call.tools, api.settings.tool_call_parser)
-        return MessageParser(think and think(), tools, call.tools.is_parallel)
+        think = None if reasons is None else ThinkSplitter(is_open=reasons)
+        return MessageParser(think, tools, call.tools.is_parallel)
 
-    needs_parser = think is not None or call.tools.mode != "none"
-    return Conversation(ids, params, constraint, new_parser if needs_parser else None)
+    needs_parser = reasons is not None or call.tools.mode != "none"
+    return Conversation(ids, params, constraint, new_parser if needs_parser else None, reasons)
 
 
-def _splitter(api: Api, prompt: ChatPrompt, call: ChatCall) -> Callable[[], ThinkSplitter] | None:
-    """Return what takes reasoning apart, None where none can come.
+def _reasons(api: Api, prompt: ChatPrompt, call: ChatCall) -> bool | None:
+    """Return whether the prompt has begun the reasoning, None where none can come.
 
     None can come if the model does not reason, if the template has closed the reasoning already (Qwen3 without
     thinking), or if the answer goes on with a message that is past it.
@@ -72,12 +75,9 @@ def _splitter(api: Api, prompt: ChatPrompt, call: ChatCall) -> Callable[[], Thin
     name, ending = api.settings.reasoning_parser, prompt.ending.rstrip()
     if name is None or ending.endswith(END):
         return None
-    is_open = name == "deepseek_r1" or ending.endswith(START)
     if call.continue_final_message and (begun := call.messages[-1]["content"]).strip():
-        if begun.rfind(START) <= begun.rfind(END):
-            return None
-        is_open = True
-    return lambda: ThinkSplitter(is_open)
+        return True if begun.rfind(START) > begun.rfind(END) else None
+    return name == "deepseek_r1" or ending.endswith(START)
 
 
 def _tool_parser(tools: Tools, parser: str | None) -> ToolParser | None:

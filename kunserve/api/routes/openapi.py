@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Schema = dict[str, Any]
@@ -62,6 +63,7 @@ GENERATION: dict[str, Schema] = {
     "allowed_token_ids": TOKEN_IDS,
     "prompt_logprobs": _integer(0, 20),
     "truncate_prompt_tokens": _integer(-1),
+    "truncation_side": {"enum": ["left", "right"]},
     "return_token_ids": BOOLEAN,
     "priority": _integer(-(2**31), 2**31 - 1),
     "request_id": STRING,
@@ -121,6 +123,14 @@ RESPONSE = _fields(
     reasoning=_fields((), effort=STRING),
     metadata=OBJECT,
     store=BOOLEAN,
+    previous_response_id=STRING,
+    include=STRINGS,
+    top_logprobs=_integer(0, 20),
+    truncation={"enum": ["auto", "disabled"]},
+    max_tool_calls=_integer(1),
+    safety_identifier=STRING,
+    prompt_cache_key=STRING,
+    service_tier=STRING,
     stream=BOOLEAN,
 )
 _ANTHROPIC: dict[str, Schema] = {
@@ -164,13 +174,19 @@ GROUPS = _fields((), groups={"type": "array", "items": {"type": "integer"}})
 ROUTES: tuple[tuple[str, str, str, Schema | None], ...] = (
     ("/v1/completions", "post", "Continue a prompt", COMPLETION),
     ("/v1/chat/completions", "post", "Answer a conversation", CHAT),
-    ("/v1/responses", "post", "Answer a conversation, as OpenAI's Responses; nothing is stored", RESPONSE),
+    ("/v1/responses", "post", "Answer a conversation, as OpenAI's Responses", RESPONSE),
+    ("/v1/responses/input_tokens", "post", "Tokens of a conversation", RESPONSE),
+    ("/v1/responses/{id}", "get", "A stored response", None),
+    ("/v1/responses/{id}", "delete", "Forget a stored response", None),
+    ("/v1/responses/{id}/input_items", "get", "What a stored response answered", None),
     ("/v1/messages", "post", "Answer a conversation, as Anthropic's Messages", MESSAGES),
     ("/v1/messages/count_tokens", "post", "Tokens of a conversation", COUNT_TOKENS),
     ("/v1/models", "get", "Names of the model", None),
     ("/v1/models/{name}", "get", "One name of the model", None),
     ("/tokenize", "post", "Text or a conversation to token ids", TOKENIZE),
     ("/detokenize", "post", "Token ids to text", DETOKENIZE),
+    ("/tokenizer_info", "get", "Special tokens and the chat template", None),
+    ("/load", "get", "How many requests there are", None),
     ("/health", "get", "200 while the engine makes progress", None),
     ("/ping", "get", "As /health", None),
     ("/ready", "get", "200 while new requests are welcome", None),
@@ -186,13 +202,12 @@ ROUTES: tuple[tuple[str, str, str, Schema | None], ...] = (
     ("/kunserve/restore", "post", "Split groups; needs the admin key", GROUPS),
 )
 _ERRORS = {
-    "400": "A value that cannot be; the error names the field",
+    "400": "A wrong type or value; the error names the field",
     "401": "The key is missing or wrong",
     "403": "Nobody may do this",
     "404": "No such model",
     "409": "Not now: another transition runs",
     "413": "The body is too large",
-    "422": "A field of the wrong type",
     "500": "A step failed",
     "503": "The queue is full, or the server loads or stops; Retry-After says when to come back",
 }
@@ -222,6 +237,6 @@ def _operation(path: str, summary: str, body: Schema | None) -> dict[str, Any]:
     if body is not None:
         is_required = bool(body["required"])
         operation["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": body}}}
-    if "{name}" in path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": STRING}]
+    if names := re.findall("{(.+?)}", path):
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in names]
     return operation

@@ -1,116 +1,35 @@
-"""POST /v1/responses: OpenAI's newer API over the same chat, without memory: nothing is stored between requests."""
+"""POST /v1/responses: OpenAI's newer API over the same chat; what is stored of it is in stored_responses.py."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import orjson
 from aiohttp import web
 
-from kunserve.api.ask.protocol import ChatCall, GenerationCall, read_chat
+from kunserve.api.ask.prompts import tokenize_chat
+from kunserve.api.ask.protocol import ChatCall, read_chat
+from kunserve.api.ask.responses import chat_values, input_items
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.deltas import Text
 from kunserve.api.say.parts import Part, PartStream, deltas_of_output, named_event
-from kunserve.api.wire.access import owner_of
+from kunserve.api.say.reasoning_tokens import ReasoningTokens
+from kunserve.api.say.token_logprobs import token_logprobs
+from kunserve.api.wire.access import keeper_of, owner_of
+from kunserve.api.wire.backend import TextTokenizer
 from kunserve.api.wire.body import read_body
-from kunserve.api.wire.context import API, choose_request_id
-from kunserve.api.wire.fields import Fields, wrong_type
+from kunserve.api.wire.context import API, Api, choose_request_id, json_response
+from kunserve.api.wire.fields import Fields
+from kunserve.api.wire.naming import FieldNames
+from kunserve.api.wire.response_store import Stored
 from kunserve.engine.request import Output
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.sampling import FinishReason
-
-_OWN = frozenset(
-    {
-        *("input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "stream_options"),
-        *("metadata", "store", "include", "truncation", "top_logprobs", "max_tool_calls", "service_tier", "n"),
-        *("messages", "max_tokens", "max_completion_tokens", "response_format", "logprobs", "prompt_logprobs"),
-    }
-)
-_ECHOED = ("instructions", "max_output_tokens", "metadata", "tool_choice", "tools", "user")
-
-
-def chat_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The body of the chat request that means the same. Raises KunServeError."""
-    fields = Fields(values)
-    fields.unsupported("previous_response_id", "conversation", "background", "prompt", "top_logprobs")
-    chat = {name: value for name, value in values.items() if name not in _OWN}
-    chat["messages"] = _messages(fields)
-    chat["max_completion_tokens"] = values.get("max_output_tokens")
-    chat["reasoning_effort"] = fields.object("reasoning").string("effort", None)
-    chat["tools"] = _tools(fields.any("tools"))
-    choice = fields.any("tool_choice")
-    is_named = isinstance(choice, dict) and "name" in choice
-    chat["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}} if is_named else choice
-    form = fields.object("text").mapping("format")
-    if form.get("type") == "json_schema":
-        form = {"type": "json_schema", "json_schema": form}
-    chat["response_format"] = form or None
-    return chat
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if instructions := fields.string("instructions", None):
-        messages.append({"role": "system", "content": instructions})
-    given = fields.required("input")
-    if isinstance(given, str):
-        return [*messages, {"role": "user", "content": given}]
-    if not isinstance(given, list):
-        wrong_type("input", "a string or a list of items", given)
-    for index, item in enumerate(given):
-        if not isinstance(item, dict):
-            wrong_type(f"input[{index}]", "an object", item)
-        _add_item(messages, item, f"input[{index}]")
-    return messages
-
-
-def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) -> None:
-    fields = Fields(item, f"{param}.")
-    match item.get("type", "message"):
-        case "message":
-            role = fields.string("role", "user")
-            content = _content(item.get("content"), f"{param}.content")
-            messages.append({"role": "system" if role == "developer" else role, "content": content})
-        case "function_call":
-            function = {"name": fields.string("name", ""), "arguments": fields.string("arguments", "{}")}
-            call = {"id": fields.string("call_id", ""), "type": "function", "function": function}
-            if not messages or not messages[-1].get("tool_calls"):
-                messages.append({"role": "assistant", "content": None, "tool_calls": []})
-            messages[-1]["tool_calls"].append(call)
-        case "function_call_output":
-            content = _content(item.get("output"), f"{param}.output")
-            messages.append({"role": "tool", "tool_call_id": fields.string("call_id", ""), "content": content})
-        case "reasoning":
-            pass  # templates leave out what was thought before
-        case _:
-            raise InvalidRequestError(f"`{param}` has a type that is not supported.", param="input")
-
-
-def _content(content: object, param: str) -> object:
-    """Text of a message; its parts in the words of chat."""
-    if not isinstance(content, list):
-        return content
-    parts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict):
-            wrong_type(f"{param}[{index}]", "an object", part)
-        if part.get("type") not in ("input_text", "output_text", "text"):
-            raise InvalidRequestError(f"`{param}[{index}]` is not text; nothing else is supported.", param="input")
-        parts.append({"type": "text", "text": part.get("text")})
-    return parts
-
-
-def _tools(tools: object) -> object:
-    if not isinstance(tools, list):
-        return tools
-    return [
-        {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-        if isinstance(tool, dict) and tool.get("type") == "function" and "function" not in tool
-        else tool
-        for tool in tools
-    ]
 
 
 class ResponseParts(PartStream):
@@ -118,6 +37,7 @@ class ResponseParts(PartStream):
 
     def __init__(self, response_id: str) -> None:
         super().__init__()
+        self.waiting_logprobs: list[Any] = []  # of tokens whose text is still to come
         self._response_id, self._number = response_id, 0
 
     def event(self, name: str, /, **values: Any) -> bytes:
@@ -126,10 +46,11 @@ class ResponseParts(PartStream):
         return named_event(name, {"sequence_number": self._number - 1, **values})
 
     def _place(self, part: Part) -> dict[str, Any]:
-        return {"item_id": self.item(part, "")["id"], "output_index": part.index}
+        return {"item_id": self.item(part)["id"], "output_index": part.index}
 
-    def item(self, part: Part, status: str) -> dict[str, Any]:
-        """A part as an item of `output`."""
+    def item(self, part: Part, status: str = "") -> dict[str, Any]:
+        """Return a part as an item of `output`."""
+        status = status or ("incomplete" if part.is_cut else "completed")
         number = f"{self._response_id.removeprefix('resp_')}_{part.index}"
         match part.kind:
             case "text":
@@ -153,9 +74,12 @@ class ResponseParts(PartStream):
     def more(self, part: Part, text: str) -> bytes:
         """See `PartStream`."""
         place = self._place(part)
+        logprobs, self.waiting_logprobs = self.waiting_logprobs, []  # other parts tell none
         match part.kind:
             case "text":
-                return self.event("response.output_text.delta", **place, content_index=0, delta=text, logprobs=[])
+                part.logprobs += logprobs
+                told = {"delta": text, "logprobs": logprobs}
+                return self.event("response.output_text.delta", **place, content_index=0, **told)
             case "reasoning":
                 return self.event("response.reasoning_text.delta", **place, content_index=0, delta=text)
         return self.event("response.function_call_arguments.delta", **place, delta=text)
@@ -165,7 +89,8 @@ class ResponseParts(PartStream):
         place = self._place(part)
         match part.kind:
             case "text":
-                done = self.event("response.output_text.done", **place, content_index=0, text=part.text, logprobs=[])
+                told = {"text": part.text, "logprobs": part.logprobs}
+                done = self.event("response.output_text.done", **place, content_index=0, **told)
             case "reasoning":
                 done = self.event("response.reasoning_text.done", **place, content_index=0, text=part.text)
             case "call":
@@ -173,44 +98,55 @@ class ResponseParts(PartStream):
                 done = self.event(name, **place, name=part.name, arguments=part.text)
         if part.kind != "call":
             done += self.event("response.content_part.done", **place, content_index=0, part=_text_part(part))
-        item = self.item(part, "completed")
-        return done + self.event("response.output_item.done", output_index=part.index, item=item)
+        return done + self.event("response.output_item.done", output_index=part.index, item=self.item(part))
 
 
 def _text_part(part: Part) -> dict[str, Any]:
     if part.kind == "reasoning":
         return {"type": "reasoning_text", "text": part.text}
-    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": part.logprobs}
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseCall:
+    """A body of /v1/responses that has been read."""
+
+    values: dict[str, Any]
+    chat: ChatCall
+    names: FieldNames
+    before: list[Any]  # items of the responses that it goes on with
 
 
 class ResponseFormat:
     """OpenAI's `response` object and the events that build it. Implements `answering.Form` for one choice."""
 
-    def __init__(self, response_id: str, created: int, call: GenerationCall, values: dict[str, Any]) -> None:
-        self.call = call
-        self._id = response_id
+    def __init__(
+        self,
+        response_id: str,
+        created: int,
+        asked: ResponseCall,
+        tokenizer: TextTokenizer,
+        store: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        """`store` is given the response before its client has all of it; None: it is not kept."""
+        self.call = asked.chat.generation
+        self._names, self._tokenizer, self._store = asked.names, tokenizer, store
         self._parts = ResponseParts(response_id)
         self._last = Output()
-        self._num_reasoning_tokens = 0
-        echoed = {name: values.get(name) for name in _ECHOED}
+        self._reasoning: ReasoningTokens | None = None  # as far as log-probabilities have come
+        self._has_logprobs = self.call.params.num_logprobs is not None
         self._constant = {
             "id": response_id,
             "object": "response",
             "created_at": created,
-            "model": call.model,
-            **echoed,
-            "metadata": values.get("metadata") or {},
-            "tools": values.get("tools") or [],
-            "tool_choice": values.get("tool_choice") or "auto",
-            "parallel_tool_calls": values.get("parallel_tool_calls") is not False,
-            "temperature": call.params.temperature,
-            "top_p": call.params.top_p,
-            "text": values.get("text") or {"format": {"type": "text"}},
-            "reasoning": values.get("reasoning") or {"effort": None, "summary": None},
-            "store": False,
+            "model": self.call.model,
+            **_echoed(asked.values),
+            "temperature": self.call.params.temperature,
+            "top_p": self.call.params.top_p,
+            "presence_penalty": self.call.params.presence_penalty,
+            "frequency_penalty": self.call.params.frequency_penalty,
+            "store": store is not None,
             "background": False,
-            "previous_response_id": None,
-            "truncation": "disabled",
         }
 
     def _response(
@@ -223,17 +159,24 @@ class ResponseFormat:
                 "input_tokens": num_prompt,
                 "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens": choice.num_tokens,
-                "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
+                "output_tokens_details": {"reasoning_tokens": choice.num_reasoning_tokens},
                 "total_tokens": num_prompt + choice.num_tokens,
             }
         return {
             **self._constant,
             "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "error": None if error is None else {"code": "server_error", "message": error.message},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": [self._parts.item(part, "completed") for part in self._parts.parts] if usage else [],
+            "output": [self._parts.item(part) for part in self._parts.parts] if usage else [],
             "usage": usage,
         }
+
+    def _finished(self, choice: Choice, last: Output) -> dict[str, Any]:
+        response = self._response(_status(last), choice)
+        if self._store is not None:
+            self._store(response)
+        return response
 
     def opening(self, choice: Choice, output: Output) -> bytes:
         """See `Form`."""
@@ -244,46 +187,132 @@ class ResponseFormat:
     def chunk(self, choice: Choice, output: Output) -> bytes:
         """See `Form`."""
         self._last = output
-        events = self._parts.push(deltas_of_output(choice, output))
-        if self._parts.parts and self._parts.parts[-1].kind == "reasoning":
-            self._num_reasoning_tokens += len(output.token_ids)
-        return events
+        self._wait(choice, output)
+        return self._parts.push(deltas_of_output(choice, output))
+
+    def _wait(self, choice: Choice, output: Output) -> None:
+        """Keep log-probabilities until their text comes; reasoning has none."""
+        if not self._has_logprobs:
+            return
+        waiting = self._parts.waiting_logprobs
+        waiting += token_logprobs(self._tokenizer, self._tokenizer.token_text, output.logprobs)
+        if choice.reasoning is None:
+            return
+        if self._reasoning is None:
+            self._reasoning = ReasoningTokens(self._tokenizer, choice.reasoning.is_open)
+        num_before = self._reasoning.num_tokens
+        self._reasoning.take(output.token_ids)
+        del waiting[: self._reasoning.num_tokens - num_before]
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `Form`."""
-        closed, status = self._parts.close(), _status(self._last)
-        return closed + self._parts.event(f"response.{status}", response=self._response(status, choices[0]))
+        closed = self._parts.close(is_cut=_is_cut(self._last))
+        response = self._finished(choices[0], self._last)
+        return closed + self._parts.event(f"response.{response['status']}", response=response)
 
     def error(self, error: KunServeError) -> bytes:
         """See `Form`."""
-        event = self._parts.event
+        event, error = self._parts.event, self._names.reworded(error)
         details = {"code": str(error.status), "message": error.message, "param": error.param}
         return event("error", **details) + event("response.failed", response=self._response("failed", error=error))
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """See `Form`."""
         [choice] = choices
+        last = choice.outputs[-1]
         if choice.parser is None:
+            self._wait(choice, last._replace(logprobs=tuple(choice.logprobs)))
             self._parts.push([Text(choice.text)])
-        else:  # one after the other, to count the tokens of the reasoning
+        else:  # one after the other, to know which tokens are the text's
             for output in choice.outputs:
                 self.chunk(choice, output)
-        return self._response(_status(choice.outputs[-1]), choice)
+        self._parts.close(is_cut=_is_cut(last))
+        return self._finished(choice, last)
+
+
+def _echoed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a response repeats of its request, with what is so where it does not say."""
+    names = ("instructions", "max_output_tokens", "max_tool_calls", "user", "previous_response_id")
+    texts = ("safety_identifier", "prompt_cache_key")
+    form = (values.get("text") or {}).get("format") or {"type": "text"}
+    if form.get("type") == "json_schema":
+        form = {"name": None, "description": None, "strict": None, **form}
+    reasoning = values.get("reasoning") or {}
+    return {
+        **{name: values.get(name) for name in (*names, *texts)},
+        "metadata": values.get("metadata") or {},
+        "tools": [_tool(tool) for tool in values.get("tools") or []],
+        "tool_choice": values.get("tool_choice") or "auto",
+        "parallel_tool_calls": values.get("parallel_tool_calls") is not False,
+        "text": {**(values.get("text") or {}), "format": form},
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "top_logprobs": values.get("top_logprobs") or 0,
+        "truncation": values.get("truncation") or "disabled",
+        "service_tier": "default",
+    }
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if "function" in tool:  # as chat writes it
+        tool = {"type": "function", **tool["function"]}
+    return {"description": None, "parameters": None, "strict": None, **tool}
+
+
+def _is_cut(last: Output) -> bool:
+    return last.finish_reason is FinishReason.LENGTH
 
 
 def _status(last: Output) -> str:
-    return "incomplete" if last.finish_reason is FinishReason.LENGTH else "completed"
+    return "incomplete" if _is_cut(last) else "completed"
+
+
+async def _read(request: web.Request, api: Api) -> ResponseCall:
+    """Read a body. With the responses that it goes on with, which take a look into the store."""
+
+    def read(values: dict[str, Any], before: list[Any]) -> ResponseCall:
+        chat, names = chat_values(values, before)
+        with names.told():
+            return ResponseCall(values, read_chat(chat, api.model, api.tokenizer.vocab_size), names, before)
+
+    def read_alone(values: dict[str, Any]) -> ResponseCall | dict[str, Any]:
+        previous = Fields(values).string("previous_response_id", None)
+        return read(values, []) if previous is None else values
+
+    found = await read_body(request, api, read_alone)
+    if isinstance(found, ResponseCall):
+        return found
+    previous = found["previous_response_id"]
+    stored = await api.responses.load(previous, keeper_of(request)) if api.responses.is_on else None
+    if stored is None:
+        kept = "is not (or no longer) stored" if api.responses.is_on else "cannot be: this server stores none"
+        text = f"`previous_response_id` {previous[:100]} {kept}; send all items as `input`."
+        raise InvalidRequestError(text, param="previous_response_id")
+    return await api.on_thread(lambda: read(found, orjson.loads(stored.items)))
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """Answer POST /v1/responses."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
+    asked = await _read(request, api)
+    answer_id = f"resp_{choose_request_id(request, asked.chat.generation.request_id)}"
+    keeps = api.responses.is_on and asked.values.get("store") is not False
+    store = partial(_store, api, answer_id, keeper_of(request), asked) if keeps else None
+    form = ResponseFormat(answer_id, int(time.time()), asked, api.tokenizer, store)
+    with asked.names.told():
+        return await converse(request, api, asked.chat, form, answer_id)
 
-    def read(values: dict[str, Any]) -> tuple[dict[str, Any], ChatCall]:
-        return values, read_chat(chat_values(values), api.model, api.tokenizer.vocab_size)
 
-    values, call = await read_body(request, api, read)
-    answer_id = f"resp_{choose_request_id(request, call.generation.request_id)}"
-    form = ResponseFormat(answer_id, int(time.time()), call.generation, values)
-    return await converse(request, api, call, form, answer_id)
+def _store(api: Api, response_id: str, owner: str, asked: ResponseCall, response: dict[str, Any]) -> None:
+    given = [*asked.before, *input_items(asked.values)]
+    items = orjson.dumps([*given, *response["output"]])
+    api.responses.put(response_id, owner, Stored(orjson.dumps(response), items, len(given)))
+
+
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """Answer POST /v1/responses/input_tokens."""
+    api = request.app[API]
+    asked = await _read(request, api)
+    with asked.names.told():
+        num_tokens = len((await tokenize_chat(api, asked.chat)).ids)
+    return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})

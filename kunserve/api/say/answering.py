@@ -16,6 +16,7 @@ from kunserve.api.say.answers import Choice
 from kunserve.api.say.echo import Echo
 from kunserve.api.say.generation import SLICE, submitted
 from kunserve.api.say.reasoning import MessageParser
+from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.admission import Place
 from kunserve.api.wire.context import Api, json_response, to_json
 from kunserve.api.wire.errors import internal_error
@@ -42,8 +43,12 @@ async def make_choices(
     prompts: Sequence[tuple[list[int], SamplingParams, Echo | None]],
     constraint: GrammarConstraint | None = None,
     new_parser: Callable[[], MessageParser] | None = None,
+    reasons: bool | None = None,
 ) -> list[Choice]:
-    """`n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n."""
+    """Return `n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n.
+
+    `reasons`: whether the prompt has begun the model's reasoning; None if none can come.
+    """
     choices: list[Choice] = []
     priority = call.priority if api.settings.uses_priority else 0
     async for some in api.turns.slices(range(len(prompts) * call.n), SLICE):
@@ -56,7 +61,9 @@ async def make_choices(
             request_id = f"{answer_id}-{next(api.serials)}"
             own = None if constraint is None else constraint.copy()
             request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own)
-            choices.append(Choice(index, request, echo, new_parser() if new_parser else None))
+            choice = Choice(index, request, echo, new_parser() if new_parser else None)
+            choice.reasoning = None if reasons is None else ReasoningTokens(api.tokenizer, reasons)
+            choices.append(choice)
     return choices
 
 

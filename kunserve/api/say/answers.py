@@ -12,6 +12,7 @@ import orjson
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.echo import Echo
 from kunserve.api.say.reasoning import MessageParser
+from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.backend import TextTokenizer
 from kunserve.api.wire.context import fragment
 from kunserve.api.wire.errors import error_event
@@ -34,11 +35,19 @@ class Choice:
     text_length: int = 0
     outputs: list[Output] = field(default_factory=list)  # kept for an answer in one piece only
     positions: Positions | None = None  # of its tokens in its text, once somebody has asked
+    reasoning: ReasoningTokens | None = None  # if the model may reason
 
     def advance(self, output: Output) -> None:
         """Count what came."""
         self.num_tokens += len(output.token_ids)
+        if self.reasoning is not None:
+            self.reasoning.take(output.token_ids)
         self.text_length += len(output.text)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many of its tokens are reasoning."""
+        return 0 if self.reasoning is None else self.reasoning.num_tokens
 
     @property
     def text(self) -> str:
@@ -61,19 +70,23 @@ class Choice:
         return [entry for output in self.outputs for entry in output.logprobs]
 
 
-def usage_json(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
-    """The `usage` object."""
+def usage_json(num_prompt_tokens: int, num_tokens: int, num_reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """Return the `usage` object. `num_reasoning_tokens`: None where the model does not reason."""
+    details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens}}
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        **({} if num_reasoning_tokens is None else details),
     }
 
 
-def total_usage(choices: Sequence[Choice], n: int) -> dict[str, int]:
-    """The `usage` of an answer: a prompt counts once, however many choices it has."""
+def total_usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """Return the `usage` of an answer: a prompt counts once, however many choices it has."""
     num_prompt_tokens = sum(choice.request.num_prompt_tokens for choice in choices[::n])
-    return usage_json(num_prompt_tokens, sum(choice.num_tokens for choice in choices))
+    reasons = any(choice.reasoning is not None for choice in choices)
+    num_reasoning_tokens = sum(choice.num_reasoning_tokens for choice in choices) if reasons else None
+    return usage_json(num_prompt_tokens, sum(choice.num_tokens for choice in choices), num_reasoning_tokens)
 
 
 class AnswerFormat(ABC):
@@ -105,6 +118,11 @@ class AnswerFormat(ABC):
         """Events before a choice's first chunk, which is for `output`."""
         return b""
 
+    def event_of(self, choice: Choice, shown: dict[str, Any], **more: Any) -> bytes:
+        """Return a chunk of one choice that brings no tokens."""
+        usage = {"usage": self.usage_of(choice)} if self.call.continuous_usage else {}
+        return self.event([shown], **usage, **more)
+
     def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         """A chunk that is not worth prebuilding."""
         usage = {"usage": None} if self.call.include_usage else {}
@@ -131,9 +149,10 @@ class AnswerFormat(ABC):
             parts.append(self._tail)
         return b"".join(parts)
 
-    def usage_of(self, choice: Choice, output: Output) -> dict[str, int]:
-        """The `usage` of one choice after a delta not yet counted into it."""
-        return usage_json(choice.request.num_prompt_tokens, choice.num_tokens + len(output.token_ids))
+    def usage_of(self, choice: Choice, output: Output | None = None) -> dict[str, Any]:
+        """Return the `usage` of one choice, after a delta that is not yet counted into it if there is one."""
+        num_new = 0 if output is None else len(output.token_ids)
+        return usage_json(choice.request.num_prompt_tokens, choice.num_tokens + num_new)
 
     def finish_reason(self, choice: Choice, output: Output) -> str | None:
         """Why a choice ended; the message has been parsed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import orjson
@@ -23,6 +23,8 @@ class Part:
     text: str = ""
     call_id: str = ""
     name: str = ""
+    logprobs: list[Any] = field(default_factory=list)  # of the tokens of a text, if asked for
+    is_cut: bool = False  # the output ended inside it
 
 
 class PartStream(ABC):
@@ -65,10 +67,13 @@ class PartStream(ABC):
             events.append(self.more(part, delta.text))
         return b"".join(events)
 
-    def close(self) -> bytes:
-        """Close the open part, if one is."""
+    def close(self, is_cut: bool = False) -> bytes:
+        """Close the open part, if one is; `is_cut` if it has not come to its end."""
         was_open, self._is_open = self._is_open, False
-        return self.end(self.parts[-1]) if was_open else b""
+        if not was_open:
+            return b""
+        self.parts[-1].is_cut = is_cut
+        return self.end(self.parts[-1])
 
     def _open(self, part: Part) -> bytes:
         closed = self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
 from hmac import compare_digest
 
 import structlog
@@ -17,7 +18,9 @@ log = structlog.get_logger()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Probes and scrapers bring no key, and come too often to be worth a line.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/load"})
+# What the server is able to do is no secret either.
+DOCUMENT_PATHS = frozenset({"/openapi.json", "/docs"})
 PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show asks for the key
 ADMIN_PATHS = frozenset(
     {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}
@@ -42,7 +45,7 @@ def _bytes(text: str) -> bytes:
 
 def needs_key(path: str) -> bool:
     """Whether the API key is asked for there, if there is one."""
-    return path not in OPEN_PATHS | ADMIN_PATHS and path != "/" and not path.startswith(PAGE_PREFIX)
+    return path not in OPEN_PATHS | ADMIN_PATHS | DOCUMENT_PATHS and path != "/" and not path.startswith(PAGE_PREFIX)
 
 
 def check_key(request: web.Request) -> None:
@@ -59,6 +62,15 @@ def owner_of(request: web.Request, user: str = "") -> str:
     """
     keys, key = request.app[API].settings.api_keys, bearer(request)
     return f"key {keys.index(key)}" if len(keys) > 1 and key in keys else user  # an admin's is none of them
+
+
+def keeper_of(request: web.Request) -> str:
+    """Return under whose name something of a client's is kept beyond its request, perhaps beyond the server's life.
+
+    Not by the number of the key: with other keys, at the next start, it would be somebody else's.
+    """
+    keys, key = request.app[API].settings.api_keys, bearer(request)
+    return sha256(_bytes(key)).hexdigest() if len(keys) > 1 else ""
 
 
 def is_preflight(request: web.Request) -> bool:

@@ -18,6 +18,7 @@ from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template,
 from kunserve.api.wire.body_memory import BodyMemory
 from kunserve.api.wire.fields import pieces
 from kunserve.api.wire.grammars import Grammars
+from kunserve.api.wire.response_store import ResponseStore
 from kunserve.api.wire.turns import Turns
 from kunserve.observe.metrics import Metrics
 
@@ -44,6 +45,7 @@ class Api:
     admission: Admission
     bodies: BodyMemory
     grammars: Grammars | None
+    responses: ResponseStore
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ import pytest
 from api_fakes import MODEL, FakeEngine, error_of, events_of, say, serving
 from openai import AsyncOpenAI, NotFoundError
 
-from kunserve.api.wire.backend import TokenIdsOnly
+from kunserve.api.wire.backend import ApiSettings, TokenIdsOnly
 from kunserve.engine.request import Output
 from kunserve.sampling import FinishReason, TokenLogprobs
 
@@ -100,7 +100,7 @@ async def test_return_token_ids() -> None:
     ("body", "status", "param"),
     [
         ({"messages": None}, 400, "messages"),
-        ({"messages": "hi"}, 422, "messages"),
+        ({"messages": "hi"}, 400, "messages"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "alien", "content": ""}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 80}]}, 400, "messages"),
@@ -166,3 +166,40 @@ async def test_the_openai_client_is_happy() -> None:
         assert [choice.text for choice in completion.choices] == ["ok", "ok"]
         with pytest.raises(NotFoundError, match="does not exist"):
             await client.completions.create(model="gpt", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "num_tokens"),
+    [
+        ("qwen3", "<think>hm</think>yes", len("<think>hm</think>")),
+        ("qwen3", "yes", 0),
+        ("qwen3", "<thin ice", 0),
+        ("qwen3", "<think>never", len("<think>never")),
+        ("deepseek_r1", "hm</think>yes", len("hm</think>")),
+    ],
+)
+async def test_reasoning_tokens_are_counted_streamed_or_not(parser: str, text: str, num_tokens: int) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    async with serving(FakeEngine(lambda _: say(text)), ApiSettings(reasoning_parser=parser)) as client:
+        answer = await (await client.post(URL, json=body)).json()
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        events = await events_of(await client.post(URL, json=asked))
+    for usage in (answer["usage"], events[-1]["usage"]):
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": num_tokens}
+        assert usage["completion_tokens"] == len(text)
+
+
+@pytest.mark.parametrize(("path", "asked"), [(URL, "messages"), ("/v1/completions", "prompt")])
+async def test_continuous_usage_is_on_every_chunk(path: str, asked: str) -> None:
+    call = '<think>hm</think>Well.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    settings = ApiSettings(tool_call_parser="hermes", reasoning_parser="qwen3")
+    tool = {"type": "function", "function": {"name": "f"}}
+    text = "hi" if asked == "prompt" else [{"role": "user", "content": "hi"}]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    async with serving(FakeEngine(lambda _: say(call)), settings) as client:
+        for more in ({}, {"tools": [tool]} if asked == "messages" else {"echo": True}):
+            body = {asked: text, "stream": True, "stream_options": options, **more}
+            events = await events_of(await client.post(path, json=body))
+            counts = [event["usage"]["completion_tokens"] for event in events]
+            assert counts == sorted(counts) and counts[-1] == len(call)
+            assert all(event["usage"]["prompt_tokens"] > 0 for event in events)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from api_fakes import BOS, FakeEngine, error_of, serving
+from api_fakes import BOS, MODEL, FakeEngine, error_of, serving
 
 from kunserve.api.ask import prompts
 from kunserve.api.wire.fields import PIECE
@@ -69,10 +70,10 @@ async def test_long_lists_of_tokens_are_whole() -> None:
     ("url", "body", "status", "param"),
     [
         ("/tokenize", {}, 400, "prompt"),
-        ("/tokenize", {"prompt": ["hi"]}, 422, "prompt"),
+        ("/tokenize", {"prompt": ["hi"]}, 400, "prompt"),
         ("/tokenize", {"prompt": "hi", "model": "other"}, 404, "model"),
         ("/detokenize", {}, 400, "tokens"),
-        ("/detokenize", {"tokens": "hi"}, 422, "tokens"),
+        ("/detokenize", {"tokens": "hi"}, 400, "tokens"),
         ("/detokenize", {"tokens": [128]}, 400, "tokens"),
     ],
 )
@@ -110,3 +111,18 @@ async def test_metrics_state_version() -> None:
         assert (await client.head("/metrics")).status == 200
         assert (await (await client.get("/kunserve/state")).json())["epoch"] == 0
         assert set(await (await client.get("/version")).json()) == {"version"}
+
+
+async def test_what_clients_ask_of_the_tokenizer() -> None:
+    model = replace(MODEL, tokenizer={"eos_token": "<e>", "chat_template": "{{ x }}"})
+    async with serving(FakeEngine(), model=model) as client:
+        info = await (await client.get("/tokenizer_info")).json()
+    assert (info["eos_token"], info["chat_template"], info["vocab_size"]) == ("<e>", "{{ x }}", 128)
+    assert info["model_max_length"] == 64 and info["tokenizer_class"]
+    async with serving(FakeEngine()) as client:
+        assert (await client.get("/tokenizer_info")).status == 404
+
+
+async def test_the_load_is_all_requests() -> None:
+    async with serving(FakeEngine()) as client:
+        assert await (await client.get("/load")).json() == {"server_load": 5}

@@ -97,15 +97,31 @@ async def test_items_of_the_input() -> None:
     [
         ({}, "input"),
         ({"input": 5}, "input"),
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
         ({"input": [5]}, "input[0]"),
-        ({"input": [{"type": "image"}]}, "input"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+        ({"input": [{"type": "image"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": "x", "previous_response_id": "r"}, "previous_response_id"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
         ({"input": "x", "temperature": -1}, "temperature"),
-        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "response_format.json_schema.schema"),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "max_output_tokens": 60}, "max_output_tokens"),
+        ({"input": "x", "reasoning": {"effort": 5}}, "reasoning.effort"),
+        ({"input": "x", "instructions": 5}, "instructions"),
+        ({"input": "x", "instructions": "i" * 70}, "input"),
+        ({"input": [{"role": "user", "content": 5}], "instructions": "i"}, "input[0].content"),
+        ({"input": [{"type": "function_call_output", "output": 5}]}, "input[0].output"),
+        ({"input": "x", "tools": [{**TIME, "parameters": 5}]}, "tools[0].parameters"),
+        ({"input": "x", "tools": [TIME], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+        ({"input": "x", "tools": [TIME], "tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice"),
+        ({"input": "x", "tools": [TIME], "tool_choice": {"type": "allowed_tools", "tools": 5}}, "tool_choice.tools"),
+        ({"input": "x", "include": ["all"]}, "include"),
+        ({"input": "x", "include": "all"}, "include"),
+        ({"input": "x", "top_logprobs": 21}, "top_logprobs"),
+        ({"input": "x", "truncation": "yes"}, "truncation"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     ],
 )
 async def test_bad_requests(body: dict[str, Any], param: str) -> None:
@@ -113,7 +129,7 @@ async def test_bad_requests(body: dict[str, Any], param: str) -> None:
     async with serving(engine, BOTH) as client:
         response = await client.post(URL, json=body)
         error = await error_of(response)
-    assert response.status in (400, 422) and error["param"] == param
+    assert response.status == 400 and error["param"] == param
     assert engine.requests == []
 
 

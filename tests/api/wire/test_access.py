@@ -91,10 +91,10 @@ async def test_every_route_is_guarded_but_those_of_probes() -> None:
             assert (response.status == 401) is (needs_key(path) or path in ADMIN_PATHS), path
             is_open += response.status != 401
             checked += 1
-        assert checked > 15 and is_open < 16  # probes and the page, with HEAD
-        for path in ("/openapi.json", "/version", "/kunserve/state", "/v1/models", "/tokenize"):
+        assert checked > 15 and is_open < 24  # probes and the page, with HEAD
+        for path in ("/v1/responses/x", "/version", "/kunserve/state", "/v1/models", "/tokenize"):
             assert needs_key(path), path
-        assert [needs_key(path) for path in ("/health", "/ping", "/ready", "/metrics")] == [False] * 4
+        assert [needs_key(path) for path in ("/health", "/ping", "/ready", "/metrics", "/openapi.json")] == [False] * 5
         assert (await client.get("/no/such/route")).status == 401
         for path in ADMIN_PATHS:
             assert (await client.post(path, headers={"Authorization": "Bearer first"})).status == 401
