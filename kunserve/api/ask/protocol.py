@@ -220,7 +220,7 @@ def read_params(fields: Fields, max_tokens: int, num_logprobs: int | None, vocab
         max_tokens=max_tokens,
         min_tokens=fields.integer("min_tokens", 0, 0),
         temperature=fields.number("temperature", 1.0, 0.0),
-        top_p=fields.number("top_p", 1.0, 0.0, 1.0, above_low=True),
+        top_p=fields.number("top_p", 1.0, 0.0, 1.0),
         top_k=_read_top_k(fields),
         min_p=fields.number("min_p", 0.0, 0.0, 1.0),
         seed=_read_seed(fields),

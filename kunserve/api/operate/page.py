@@ -9,7 +9,7 @@ from aiohttp import web
 from kunserve.errors import NotFoundError
 
 # Everything from here and nothing inline, so that nothing that a user or a model wrote can become code.
-_HEADERS = {
+PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -43,4 +43,4 @@ def page_response(files: dict[str, str], name: str) -> web.Response:
     """Return the answer that holds one of the page's files. NotFoundError if there is no such file."""
     if (text := files.get(name)) is None:
         raise NotFoundError(f"The page has no file `{name[:100]}`.")
-    return web.Response(text=text, content_type=_type(name), charset="utf-8", headers=_HEADERS)
+    return web.Response(text=text, content_type=_type(name), charset="utf-8", headers=PAGE_HEADERS)

@@ -11,7 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.ask.prompts import tokenize, tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, check_token_ids, read_chat, read_model
+from kunserve.api.operate.page import PAGE_HEADERS
 from kunserve.api.routes import anthropic_errors
+from kunserve.api.routes.docs import docs_page
 from kunserve.api.routes.openapi import openapi_document
 from kunserve.api.wire.backend import ModelInfo
 from kunserve.api.wire.body import read_body
@@ -54,6 +56,12 @@ async def show_version(request: web.Request) -> web.Response:
 async def show_openapi(request: web.Request) -> web.Response:
     """GET /openapi.json."""
     return json_response(openapi_document(version("kunserve")))
+
+
+async def show_docs(request: web.Request) -> web.Response:
+    """Answer GET /docs: the same, to read."""
+    text = docs_page(openapi_document(version("kunserve")))
+    return web.Response(text=text, content_type="text/html", charset="utf-8", headers=PAGE_HEADERS)
 
 
 def _card(model: ModelInfo, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class ResponseCall:
     values: dict[str, Any]
     chat: ChatCall
     names: FieldNames
-    before: list[Any]  # items of the responses that it goes on with
+    items: bytes  # of the responses that it goes on with, and its own: a list in JSON
+    num_items: int
 
 
 class ResponseFormat:
@@ -272,7 +274,9 @@ async def _read(request: web.Request, api: Api) -> ResponseCall:
     def read(values: dict[str, Any], before: list[Any]) -> ResponseCall:
         chat, names = chat_values(values, before)
         with names.told():
-            return ResponseCall(values, read_chat(chat, api.model, api.tokenizer.vocab_size), names, before)
+            call = read_chat(chat, api.model, api.tokenizer.vocab_size)
+        items = [*before, *input_items(values)] if _keeps(api, values) else []
+        return ResponseCall(values, call, names, orjson.dumps(items), len(items))
 
     def read_alone(values: dict[str, Any]) -> ResponseCall | dict[str, Any]:
         previous = Fields(values).string("previous_response_id", None)
@@ -296,17 +300,30 @@ async def responses(request: web.Request) -> web.StreamResponse:
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
     asked = await _read(request, api)
     answer_id = f"resp_{choose_request_id(request, asked.chat.generation.request_id)}"
-    keeps = api.responses.is_on and asked.values.get("store") is not False
-    store = partial(_store, api, answer_id, keeper_of(request), asked) if keeps else None
+    loop = asyncio.get_running_loop()
+    store = partial(_store, api, loop, answer_id, keeper_of(request), asked) if _keeps(api, asked.values) else None
     form = ResponseFormat(answer_id, int(time.time()), asked, api.tokenizer, store)
     with asked.names.told():
         return await converse(request, api, asked.chat, form, answer_id)
 
 
-def _store(api: Api, response_id: str, owner: str, asked: ResponseCall, response: dict[str, Any]) -> None:
-    given = [*asked.before, *input_items(asked.values)]
-    items = orjson.dumps([*given, *response["output"]])
-    api.responses.put(response_id, owner, Stored(orjson.dumps(response), items, len(given)))
+def _keeps(api: Api, values: dict[str, Any]) -> bool:
+    return api.responses.is_on and values.get("store") is not False
+
+
+def _store(
+    api: Api,
+    loop: asyncio.AbstractEventLoop,
+    response_id: str,
+    owner: str,
+    asked: ResponseCall,
+    response: dict[str, Any],
+) -> None:
+    """Store a response, from any thread: before the loop does anything else, and so before its client has it."""
+    given, output = asked.items[:-1], orjson.dumps(response["output"])[1:]
+    items = given + (b"," if len(output) > 1 and asked.num_items else b"") + output
+    stored = Stored(orjson.dumps(response), items, asked.num_items)
+    loop.call_soon_threadsafe(api.responses.put, response_id, owner, stored)
 
 
 async def count_input_tokens(request: web.Request) -> web.Response:

@@ -103,7 +103,7 @@ def test_nulls_and_unknown_fields_ask_for_nothing() -> None:
         ("temperature", -0.1, 400),
         ("temperature", "hot", 400),
         ("temperature", True, 400),
-        ("top_p", 0, 400),
+        ("top_p", -0.1, 400),
         ("top_p", 1.01, 400),
         ("top_k", -2, 400),
         ("min_p", 1.5, 400),

@@ -145,7 +145,7 @@ FIELDS: list[tuple[str, Json, int, str | None]] = [
     (COMPLETIONS, {"prompt": ["a"] * 5000}, 400, "prompt"),
     (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature"),
     (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
-    (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p"),
+    (COMPLETIONS, {"prompt": "a", "top_p": -0.1}, 400, "top_p"),
     (COMPLETIONS, {"prompt": "a", "top_p": 1.1}, 400, "top_p"),
     (COMPLETIONS, {"prompt": "a", "top_k": -2}, 400, "top_k"),
     (COMPLETIONS, {"prompt": "a", "seed": "lucky"}, 400, "seed"),
