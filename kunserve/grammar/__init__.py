@@ -16,7 +16,8 @@ therefore end at any time: killed by somebody, ended because it was idle, or to 
 | `pool` | in the server: compiles on request, in fair turns; remembers what was refused |
 | `compiled` | in the server: one structure that was compiled, and the processes that hold it |
 | `matcher`, `process`, `fork_server` | in the server: one request's place, one process, what forks them |
-| `fork_main`, `child`, `source`, `finite_schema`, `finite_lark` | in the processes: no torch, no asyncio |
+| `fork_main`, `vocabulary` | in the fork server: no torch, no asyncio, nothing of a client's |
+| `child`, `source`, `finite_schema`, `finite_lark` | in a structure's process: likewise |
 | `wire` | what they say to each other |
 
 Rejected: threads (a crash is the server's); one process for all structures (who is guilty?); a pool of workers that

@@ -18,9 +18,8 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-import llguidance
-
 from kunserve.grammar import child
+from kunserve.grammar.vocabulary import read_vocabulary
 from kunserve.grammar.wire import EXIT, EXITED, FAILED, FORK, ORDER, READY
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,7 +45,7 @@ def main() -> None:
 
 def _read_tokenizer(descriptor: int, vocab_size: int, eos_token_ids: list[int]) -> Any:
     with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as text:
-        return llguidance.LLTokenizer(text[:].decode(), n_vocab=vocab_size, eos_token=eos_token_ids or None)
+        return read_vocabulary(text[:].decode(), vocab_size, eos_token_ids)
 
 
 class ForkServer:
