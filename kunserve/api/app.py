@@ -14,7 +14,7 @@ from kunserve.api.operate.admin import drop, restore
 from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
 from kunserve.api.operate.feed import FEED, Feed, events
 from kunserve.api.operate.page import PAGE, page_files, show_page
-from kunserve.api.routes import anthropic, anthropic_errors
+from kunserve.api.routes import anthropic
 from kunserve.api.routes.chat import chat_completions
 from kunserve.api.routes.completions import completions
 from kunserve.api.routes.operations import (
@@ -37,6 +37,7 @@ from kunserve.api.routes.operations import (
 from kunserve.api.routes.responses import count_input_tokens
 from kunserve.api.routes.responses import responses as create_response
 from kunserve.api.routes.stored_responses import delete_response, list_input_items, show_response
+from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_access, preflight_response
 from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer

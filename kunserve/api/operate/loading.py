@@ -8,7 +8,7 @@ import orjson
 from aiohttp import web
 
 from kunserve.api.operate.page import page_files, page_response
-from kunserve.api.routes import anthropic_errors
+from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.errors import error_response, openai_error
 from kunserve.errors import OverloadedError
 

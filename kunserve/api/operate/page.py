@@ -6,18 +6,9 @@ from importlib.resources import files
 
 from aiohttp import web
 
+from kunserve.api.wire.page_headers import PAGE_HEADERS
 from kunserve.errors import NotFoundError
 
-# Everything from here and nothing inline, so that nothing that a user or a model wrote can become code.
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 

@@ -11,11 +11,11 @@ from aiohttp import web
 from kunserve.api.ask.anthropic import chat_values
 from kunserve.api.ask.prompts import tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, GenerationCall, read_chat
-from kunserve.api.routes.anthropic_errors import error_details
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
 from kunserve.api.wire.access import owner_of
+from kunserve.api.wire.anthropic_errors import error_details
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
 from kunserve.api.wire.fields import Fields

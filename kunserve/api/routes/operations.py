@@ -11,14 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kunserve.api.ask.prompts import tokenize, tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, check_token_ids, read_chat, read_model
-from kunserve.api.operate.page import PAGE_HEADERS
-from kunserve.api.routes import anthropic_errors
 from kunserve.api.routes.docs import docs_page
 from kunserve.api.routes.openapi import openapi_document
+from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.backend import ModelInfo
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response, long_list, long_text, to_json
 from kunserve.api.wire.fields import Fields, is_int_list, wrong_items
+from kunserve.api.wire.page_headers import PAGE_HEADERS
 from kunserve.errors import NotFoundError, OverloadedError
 
 
