@@ -53,6 +53,7 @@ class HttpConfig:
     max_body_memory_bytes: int
     max_response_bytes: int
     response_file: Path | None
+    shares_prefixes: bool
     uses_priority: bool
     uds: Path | None
     ssl_keyfile: Path | None
@@ -119,6 +120,11 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for keys and browsers' origins."""
     add = group.add_argument
     add("--api-key", action="append", metavar="KEY", help="key that clients must bring; may be given several times")
+    add(
+        "--share-prefixes",
+        action="store_true",
+        help="with several API keys: let a key's requests find the cached prefixes of other keys",
+    )
     add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop and /kunserve/restore")
     add(
         "--max-body-memory",
@@ -177,6 +183,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         max_body_memory_bytes=max_body_memory_bytes,
         max_response_bytes=max_response_bytes,
         response_file=args.response_store,
+        shares_prefixes=args.share_prefixes,
         uses_priority=args.scheduling_policy == "priority",
         uds=args.uds,
         ssl_keyfile=args.ssl_keyfile,

@@ -172,6 +172,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         max_body_memory_bytes=config.http.max_body_memory_bytes,
         max_response_bytes=config.http.max_response_bytes,
         response_file=config.http.response_file,
+        shares_prefixes=config.http.shares_prefixes,
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
         tool_call_parser=config.http.tool_call_parser or parser_of_template(source),

@@ -87,6 +87,13 @@ def say(text: str, reason: FinishReason | None = FinishReason.LENGTH) -> list[Ou
     return [Output(c, (ord(c),), (), reason if i == last else None) for i, c in enumerate(text)]
 
 
+def usage_of(num_prompt_tokens: int, num_tokens: int) -> dict[str, Any]:
+    """What OpenAI's clients are told of an answer without a cached prefix."""
+    total = num_prompt_tokens + num_tokens
+    usage: dict[str, Any] = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
+    return {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
 class FakeEngine:
     """Gives each request what `script` says (an event: wait for it), then waits for ever."""
 

@@ -62,6 +62,7 @@ class GenerationCall:
     prompt_logprobs: int | None  # as asked for; params has more if `echo` needs more
     tokens_as_ids: bool  # log-probabilities name tokens by their ids
     user: str  # whom the client asks for; "": it does not say
+    cache_salt: str  # its prefix is shared with requests of the same salt only
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +302,15 @@ def _read_generation(
         prompt_logprobs=params.num_prompt_logprobs,
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids"),
         user=fields.string("safety_identifier", fields.string("user", ""))[:MAX_USER_CHARS],
+        cache_salt=_read_cache_salt(fields),
     )
+
+
+def _read_cache_salt(fields: Fields) -> str:
+    salt: str = fields.string("cache_salt", "")
+    if len(salt) > MAX_USER_CHARS:
+        wrong_value("cache_salt", f"at most {MAX_USER_CHARS} characters", salt[:20] + "...")
+    return salt
 
 
 def _read_truncation(fields: Fields, room: int) -> int | None:

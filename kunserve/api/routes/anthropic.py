@@ -88,7 +88,7 @@ class MessageFormat:
 
     def opening(self, choice: Choice, output: Output) -> bytes:
         """See `Form`."""
-        usage = usage_json(choice.request.num_prompt_tokens, 0)
+        usage = _usage(choice, 0)
         message: dict[str, Any] = {
             **self._identity,
             "content": [],
@@ -105,7 +105,7 @@ class MessageFormat:
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `Form`."""
-        usage = usage_json(choices[0].request.num_prompt_tokens, choices[0].num_tokens)
+        usage = _usage(choices[0], choices[0].num_tokens)
         delta = named_event("message_delta", {"delta": self._stop(self._last), "usage": usage})
         return self._parts.close() + delta + named_event("message_stop", {})
 
@@ -117,15 +117,17 @@ class MessageFormat:
         """See `Form`."""
         [choice] = choices
         self._parts.push(deltas_of(choice, choice.text, is_last=True))
-        usage = usage_json(choice.request.num_prompt_tokens, choice.num_tokens)
+        usage = _usage(choice, choice.num_tokens)
         content = [block_json(part) for part in self._parts.parts]
         return {**self._identity, "content": content, **self._stop(choice.outputs[-1]), "usage": usage}
 
 
-def usage_json(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
-    """Return the `usage` object. Nothing is kept between requests, so no token comes out of a cache or goes there."""
-    cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-    return {"input_tokens": num_prompt_tokens, **cached, "output_tokens": num_tokens}
+def _usage(choice: Choice, num_tokens: int) -> dict[str, int]:
+    """Return the `usage` object, in which input tokens are those that were not in the cache."""
+    request = choice.request
+    cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": request.num_cached_tokens}
+    num_computed = request.num_prompt_tokens - request.num_cached_tokens
+    return {"input_tokens": num_computed, **cached, "output_tokens": num_tokens}
 
 
 Call = tuple[ChatCall, FieldNames]

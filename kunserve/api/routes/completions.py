@@ -99,7 +99,7 @@ class EchoFormat(CompletionFormat):
 
     def usage_of(self, choice: Choice, output: Output | None = None) -> dict[str, Any]:
         """Nothing was generated."""
-        return usage_json(choice.request.num_prompt_tokens, 0)
+        return usage_json(choice.request.num_prompt_tokens, 0, choice.request.num_cached_tokens)
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `AnswerFormat`."""

@@ -66,6 +66,7 @@ GENERATION: dict[str, Schema] = {
     "truncation_side": {"enum": ["left", "right"]},
     "return_token_ids": BOOLEAN,
     "priority": _integer(-(2**31), 2**31 - 1),
+    "cache_salt": STRING,
     "request_id": STRING,
     "user": STRING,
     "safety_identifier": STRING,

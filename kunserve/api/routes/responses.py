@@ -159,7 +159,7 @@ class ResponseFormat:
             num_prompt = choice.request.num_prompt_tokens
             usage = {
                 "input_tokens": num_prompt,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": choice.request.num_cached_tokens},
                 "output_tokens": choice.num_tokens,
                 "output_tokens_details": {"reasoning_tokens": choice.num_reasoning_tokens},
                 "total_tokens": num_prompt + choice.num_tokens,

@@ -50,7 +50,7 @@ async def make_choices(
     `reasons`: whether the prompt has begun the model's reasoning; None if none can come.
     """
     choices: list[Choice] = []
-    priority = call.priority if api.settings.uses_priority else 0
+    priority, salt = call.priority if api.settings.uses_priority else 0, _cache_salt(api, call, owner)
     async for some in api.turns.slices(range(len(prompts) * call.n), SLICE):
         for index in some:
             (ids, params, echo), i = prompts[index // call.n], index % call.n
@@ -60,11 +60,17 @@ async def make_choices(
                 params = replace(params, seed=(params.seed + i) & (2**63 - 1))
             request_id = f"{answer_id}-{next(api.serials)}"
             own = None if constraint is None else constraint.copy()
-            request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own)
+            request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own, cache_salt=salt)
             choice = Choice(index, request, echo, new_parser() if new_parser else None)
             choice.reasoning = None if reasons is None else ReasoningTokens(api.tokenizer, reasons)
             choices.append(choice)
     return choices
+
+
+def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
+    """Return who may find the prefix of a request. Hits can be timed: one key's prompts are no other key's business."""
+    is_apart = len(api.settings.api_keys) > 1 and not api.settings.shares_prefixes
+    return f"{owner if is_apart else ''}\n{call.cache_salt}"
 
 
 class Form(Protocol):

@@ -70,13 +70,16 @@ class Choice:
         return [entry for output in self.outputs for entry in output.logprobs]
 
 
-def usage_json(num_prompt_tokens: int, num_tokens: int, num_reasoning_tokens: int | None = None) -> dict[str, Any]:
+def usage_json(
+    num_prompt_tokens: int, num_tokens: int, num_cached_tokens: int, num_reasoning_tokens: int | None = None
+) -> dict[str, Any]:
     """Return the `usage` object. `num_reasoning_tokens`: None where the model does not reason."""
     details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens}}
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         **({} if num_reasoning_tokens is None else details),
     }
 
@@ -84,9 +87,11 @@ def usage_json(num_prompt_tokens: int, num_tokens: int, num_reasoning_tokens: in
 def total_usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     """Return the `usage` of an answer: a prompt counts once, however many choices it has."""
     num_prompt_tokens = sum(choice.request.num_prompt_tokens for choice in choices[::n])
+    num_cached_tokens = sum(choice.request.num_cached_tokens for choice in choices[::n])
     reasons = any(choice.reasoning is not None for choice in choices)
     num_reasoning_tokens = sum(choice.num_reasoning_tokens for choice in choices) if reasons else None
-    return usage_json(num_prompt_tokens, sum(choice.num_tokens for choice in choices), num_reasoning_tokens)
+    num_tokens = sum(choice.num_tokens for choice in choices)
+    return usage_json(num_prompt_tokens, num_tokens, num_cached_tokens, num_reasoning_tokens)
 
 
 class AnswerFormat(ABC):
@@ -152,7 +157,8 @@ class AnswerFormat(ABC):
     def usage_of(self, choice: Choice, output: Output | None = None) -> dict[str, Any]:
         """Return the `usage` of one choice, after a delta that is not yet counted into it if there is one."""
         num_new = 0 if output is None else len(output.token_ids)
-        return usage_json(choice.request.num_prompt_tokens, choice.num_tokens + num_new)
+        request = choice.request
+        return usage_json(request.num_prompt_tokens, choice.num_tokens + num_new, request.num_cached_tokens)
 
     def finish_reason(self, choice: Choice, output: Output) -> str | None:
         """Why a choice ended; the message has been parsed."""

@@ -159,6 +159,7 @@ class ApiSettings:
     allowed_origins: tuple[str, ...] = ()  # of browsers; "*" is any
     max_num_queued_reqs: int = 1024  # sequences waiting, accepted ones included
     max_num_queued_tokens: int = 4 << 20  # of their prompts: 64 MiB of them
+    shares_prefixes: bool = False  # with several API keys: one key's requests find the prefixes of others
     uses_priority: bool = False  # requests may say theirs (`--scheduling-policy priority`)
     logs_access: bool = True
     tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS

@@ -198,7 +198,7 @@ def test_chat_errors_name_the_field(field: str, value: Any) -> None:
 
 def test_what_changes_nothing_here_is_ignored() -> None:
     """Hints and isolation of caches that there are not."""
-    hints = {"cache_salt": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}, "service_tier": "auto", "store": False}
+    hints = {"prompt_cache_key": "k", "metadata": {"a": "b"}, "service_tier": "auto", "store": False}
     assert completion(**hints) == completion()
     assert chat(**hints, verbosity="low", prediction={"type": "content"}, modalities=["text"]) == chat()
 

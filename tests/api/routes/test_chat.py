@@ -38,7 +38,12 @@ async def test_whole_answer() -> None:
     assert answer.pop("created") > 0
     message = {"role": "assistant", "content": "yes"}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
-    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer == {"object": "chat.completion", "model": "tiny", "choices": [choice], "usage": usage}
     [request] = engine.requests
     assert text_of(request.prompt_token_ids) == "[u:hi]>"  # and no BOS: that is the template's business

@@ -31,7 +31,12 @@ async def test_whole_answer() -> None:
     assert answer.pop("id").startswith("cmpl-")
     assert answer.pop("created") > 0
     choice = {"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop", "stop_reason": 2}
-    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer == {"object": "text_completion", "model": "org/tiny", "choices": [choice], "usage": usage}
     assert engine.requests[0].prompt_token_ids == [BOS, ord("h"), ord("i")]
     assert engine.requests[0].params.max_tokens == 16
@@ -60,7 +65,12 @@ async def test_n_choices_are_seeded_apart_and_count_the_prompt_once() -> None:
     assert [request.params.seed for request in engine.requests] == [7, 8, 7, 8]
     assert len({request.request_id for request in engine.requests}) == 4
     assert [len(choice["text"]) for choice in answer["choices"]] == [8, 9, 8, 9]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 34, "total_tokens": 38}
+    assert answer["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 34,
+        "total_tokens": 38,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_stream_is_one_chunk_per_token() -> None:
@@ -89,7 +99,12 @@ async def test_coalesced_delta_is_one_chunk() -> None:
 async def test_usage_comes_last_when_asked_for() -> None:
     events = await stream(FakeEngine(), stream_options={"include_usage": True})
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert events[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert [event["usage"] for event in events[:-1]] == [None, None]
 
 
@@ -104,7 +119,12 @@ async def test_stream_of_several_choices() -> None:
     events = await stream(engine, prompt=[[1], [3], [2]], stream_options={"include_usage": True})
     counts = [sum(e["choices"][0]["index"] == i for e in events[:-1]) for i in range(3)]
     assert counts == [1, 3, 2]
-    assert events[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert events[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 6,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 async def test_echo() -> None:
