@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kunserve.api.ask.allowed_tools import with_allowed_tools
 from kunserve.api.ask.messages import read_messages
 from kunserve.api.ask.structured import read_structure
 from kunserve.api.ask.tools import Tools, read_tools
@@ -248,13 +249,6 @@ def _read_n(fields: Fields) -> int:
     return n
 
 
-def _read_choice(fields: Fields, name: str, choices: tuple[str, ...], default: str) -> str:
-    value = fields.string(name, default)
-    if value not in choices:
-        fields.wrong_value(name, f"{', '.join(choices[:-1])} or {choices[-1]}")
-    return value
-
-
 def _refuse_unsupported(fields: Fields) -> None:
     fields.unsupported("use_beam_search", "logits_processors", "logprob_token_ids", "thinking_token_budget")
     fields.unsupported("repetition_detection", "vllm_xargs", "kv_transfer_params")
@@ -293,7 +287,7 @@ def _read_generation(
         continuous_usage=include_usage and options.boolean("continuous_usage_stats"),
         add_special_tokens=fields.boolean("add_special_tokens", add_special_tokens),
         truncate_prompt_tokens=_read_truncation(fields, room),
-        keeps_begin=_read_choice(fields, "truncation_side", ("left", "right"), "left") == "right",
+        keeps_begin=fields.choice("truncation_side", ("left", "right")) == "right",
         return_token_ids=fields.boolean("return_token_ids"),
         priority=fields.integer("priority", 0, -(2**31), 2**31 - 1),
         request_id=fields.string("request_id", None),
@@ -356,33 +350,9 @@ def _read_template_kwargs(fields: Fields, model: ModelInfo) -> dict[str, Any]:
     return {**model.template_kwargs, **kwargs}
 
 
-def _with_allowed_tools(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the body with only those tools that a `tool_choice` of allowed tools leaves."""
-    choice = values.get("tool_choice")
-    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
-        return values
-    allowed, tools = Fields(choice, "tool_choice.").object("allowed_tools"), values.get("tools")
-    mode = _read_choice(allowed, "mode", ("auto", "required"), "auto")
-    if not isinstance(named := allowed.required("tools"), list):
-        wrong_type("tool_choice.allowed_tools.tools", "a list of tools", named)
-    if not isinstance(tools, list) or not named:
-        raise InvalidRequestError("`tool_choice` must allow at least one function of `tools`.", param="tool_choice")
-    names = {_tool_name(tool) for tool in named}
-    if unknown := names - {_tool_name(tool) for tool in tools} | names & {None}:
-        text = f"`tool_choice` allows {show(sorted(map(str, unknown))[0])}, which is not in `tools`."
-        raise InvalidRequestError(text, param="tool_choice")
-    return {**values, "tools": [tool for tool in tools if _tool_name(tool) in names], "tool_choice": mode}
-
-
-def _tool_name(tool: object) -> str | None:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else None
-
-
 def read_chat(values: dict[str, Any], model: ModelInfo, vocab_size: int) -> ChatCall:
     """Check the body of POST /v1/chat/completions."""
-    fields = _with_defaults(_with_allowed_tools(values), model)
+    fields = _with_defaults(with_allowed_tools(values), model)
     asked = _read_max_tokens(fields)
     top_logprobs = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
     wants_logprobs = fields.boolean("logprobs")

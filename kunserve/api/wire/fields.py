@@ -140,9 +140,12 @@ class Fields:
             wrong_type(self._prefix + name, "an object", value)
         return value
 
-    def wrong_value(self, name: str, expected: str) -> NoReturn:
-        """Raise the error for a field out of range."""
-        wrong_value(self._prefix + name, expected, self._values.get(name))
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """Return one of some words, the first if it is absent."""
+        value = self.string(name, choices[0])
+        if value not in choices:
+            wrong_value(self._prefix + name, f"{', '.join(choices[:-1])} or {choices[-1]}", value)
+        return value
 
     def unsupported(self, *names: str) -> None:
         """Refuse the fields of features that are not there; null, false and empty ask for nothing."""
