@@ -66,6 +66,7 @@ class HttpConfig:
     sampling: Mapping[str, Any]  # goes before it
     tool_call_parser: str | None
     reasoning_parser: str | None
+    closes_objects: bool
     chat_template_kwargs: Mapping[str, Any]  # of requests that bring none
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
@@ -114,6 +115,12 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
         help="how the model writes tool calls (default: as its template does)",
     )
     add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
+    add(
+        "--open-objects",
+        action="store_true",
+        help="objects of a schema may have properties that it does not name (default: only if it says so: "
+        "small models never finish such objects)",
+    )
 
 
 def add_access_flags(group: argparse._ArgumentGroup) -> None:
@@ -196,6 +203,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         sampling=args.override_generation_config,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
+        closes_objects=not args.open_objects,
         chat_template_kwargs=args.default_chat_template_kwargs,
         ignored=args.ignored_flags or {},
     )

@@ -183,6 +183,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
         tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
         served.metrics.structure_process_died,
+        config.http.closes_objects,
     )
     return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
 

@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from kunserve.grammar.finite_lark import check_lark
 from kunserve.grammar.finite_schema import check_schema
 from kunserve.grammar.limits import CPU_S, RefusedError
+from kunserve.grammar.plain_schema import calls_schema, plain_schema
 
 # Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
 LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}
@@ -87,9 +88,11 @@ def _grammar(kind: str, value: str) -> str:
     """Return the structure as the library reads it. Raises ValueError."""
     match kind:
         case "json":
-            check_schema(json.loads(value))
-            options = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
-            return str(LLMatcher.grammar_from_json_schema(value, defaults=options))
+            return _json_grammar(plain_schema(json.loads(value), closes=True))
+        case "open_json":
+            return _json_grammar(plain_schema(json.loads(value), closes=False))
+        case "calls" | "open_calls":
+            return _json_grammar(calls_schema(json.loads(value), closes=kind == "calls"))
         case "regex":
             return str(LLMatcher.grammar_from_regex(value))
         case "choice":
@@ -98,3 +101,9 @@ def _grammar(kind: str, value: str) -> str:
     grammar = str(grammar_from("grammar", value))
     check_lark(grammar)
     return grammar
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    check_schema(schema)
+    options = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options))

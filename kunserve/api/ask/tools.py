@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kunserve.api.ask.structured import json_structure
+from kunserve.api.ask.structured import calls_structure, json_structure
 from kunserve.api.wire.fields import Fields, wrong_type, wrong_value
 from kunserve.api.wire.grammars import Structure
 from kunserve.errors import InvalidRequestError
@@ -31,26 +31,14 @@ class Tools:
         if self.mode != "required":
             return None
         names = [str(tool["function"]["name"]) for tool in self.definitions]
-        definitions: dict[str, Any] = {}
-        items = []
-        for name in names:
-            parameters = dict(self._parameters(name))
-            definitions |= parameters.pop("$defs", {})  # references start at the root
-            properties = {"name": {"const": name}, "parameters": parameters}
-            # Nothing beside the two: models like to add descriptions, which nobody would see and which may not end.
-            closed = {"required": list(properties), "additionalProperties": False}
-            items.append({"type": "object", "properties": properties, **closed})
-        schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": items}}
-        if definitions:
-            schema["$defs"] = definitions
-        if not self.is_parallel:
-            schema["maxItems"] = 1
-        return json_structure(schema, "tool_choice")
+        functions = [{"name": name, "parameters": self._parameters(name)} for name in names]
+        return calls_structure({"functions": functions, "is_parallel": self.is_parallel}, "tool_choice")
 
     def _parameters(self, name: str) -> dict[str, Any]:
+        """Return the schema of a function's arguments: an object's, whether it says so or not."""
         function = next(tool["function"] for tool in self.definitions if tool["function"]["name"] == name)
-        parameters: dict[str, Any] = function.get("parameters") or {"type": "object"}
-        return parameters
+        parameters: dict[str, Any] = function.get("parameters") or {"properties": {}}
+        return parameters | {"type": "object"}
 
 
 def read_tools(fields: Fields) -> Tools:
@@ -98,7 +86,5 @@ def _read_definitions(tools: object) -> list[dict[str, Any]]:
         name = function.string("name", None)
         if name is None or not _NAME.fullmatch(name):
             raise InvalidRequestError(f"`{param}.function.name` must be a word.", param="tools")
-        parameters = function.mapping("parameters")
-        if not isinstance(parameters.get("$defs", {}), dict):
-            wrong_type(f"{param}.function.parameters.$defs", "an object", parameters["$defs"])
+        function.mapping("parameters")
     return tools

@@ -71,7 +71,9 @@ GENERATION: dict[str, Schema] = {
     "user": STRING,
     "safety_identifier": STRING,
     "return_tokens_as_token_ids": BOOLEAN,
-    "response_format": _fields(("type",), type={"enum": ["text", "json_object", "json_schema"]}, json_schema=OBJECT),
+    "response_format": _fields(
+        ("type",), type={"enum": ["text", "json_object", "json_schema", "regex", "grammar"]}, json_schema=OBJECT
+    ),
     "structured_outputs": _fields(
         (), json=_any_of(OBJECT, STRING), regex=STRING, choice=STRINGS, grammar=STRING, json_object=BOOLEAN
     ),

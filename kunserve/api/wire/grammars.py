@@ -12,14 +12,17 @@ from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.limits import RefusedError
 from kunserve.grammar.pool import Pool
 
-MAX_CHARS = 1 << 16  # of a schema or grammar: compiling is not linear
+# Compiling is not linear, and least so of grammars and regexes. A large form is a schema of a hundred thousand.
+MAX_CHARS, MAX_GRAMMAR_CHARS = 1 << 18, 1 << 16
 
-Kind = Literal["json", "regex", "choice", "grammar"]
+Kind = Literal["json", "calls", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
     """What an output must be. `value`: JSON schema as JSON, regex, choices as a JSON list, Lark or GBNF grammar.
+
+    Of `calls`, a list of calls of tools, it is what `kunserve.grammar.plain_schema.calls_schema` takes, as JSON.
 
     Whatever way it came in, InvalidRequestError if it is too long.
     """
@@ -29,8 +32,9 @@ class Structure:
     param: str  # the field it came from
 
     def __post_init__(self) -> None:
-        if len(self.value) > MAX_CHARS:
-            text = f"`{self.param}` must have at most {MAX_CHARS} characters; it has {len(self.value)}."
+        most = MAX_GRAMMAR_CHARS if self.kind in ("regex", "grammar") else MAX_CHARS
+        if len(self.value) > most:
+            text = f"`{self.param}` must have at most {most} characters; it has {len(self.value)}."
             raise InvalidRequestError(text, param=self.param)
 
 
@@ -42,12 +46,15 @@ class Grammars:
         vocabulary: Vocabulary,
         reasoning_end: int | None = None,
         on_death: Callable[[str], None] = lambda reason: None,
+        closes_objects: bool = True,
     ) -> None:
         """`reasoning_end`: id of the token that ends reasoning; structures hold for what follows it.
 
-        `on_death` is told why, in a word, when a structure's process ends that should not have.
+        `on_death` is told why, in a word, when a structure's process ends that should not have. `closes_objects`: an
+        object has no other properties than those that its schema names, if it does not speak of others.
         """
         self._pool, self._reasoning_end = Pool(vocabulary, on_death), reasoning_end
+        self._prefix = "" if closes_objects else "open_"
 
     async def open(self) -> None:
         """Get ready before there are streams."""
@@ -63,8 +70,9 @@ class Grammars:
         Owners take turns. Raises InvalidRequestError when the structure cannot be used, OverloadedError when it
         cannot be compiled now.
         """
+        kind = f"{self._prefix}{structure.kind}" if structure.kind in ("json", "calls") else structure.kind
         try:
-            compiled = await self._pool.compile((structure.kind, structure.value), owner)
+            compiled = await self._pool.compile((kind, structure.value), owner)
         except RefusedError as error:
             text = f"`{structure.param}` cannot be used: {' '.join(str(error).split())[:300]}"
             raise InvalidRequestError(text, param=structure.param) from None

@@ -59,7 +59,20 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ({"structured_outputs": {"json": OPTIONAL}}, '{"p3": 1, "p499": 2}', '{"p500": 1}'),
         ({"structured_outputs": {"grammar": 'start: "x" | "y" "z"'}}, "yz", "z"),
         ({"structured_outputs": {"grammar": 'root ::= "x" | "y"'}}, "y", "xy"),
-        ({"guided_json": SCHEMA}, '{"a": 2}', "1"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, '{"a": 1}', '{"b": 1}'),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": SCHEMA}}}, '{"a": 1}', '{"b": 1}'),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, '{"a": 1}', '{"b": 1}'),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA}}, '{"a": 1}', '{"b": 1}'),
+        ({"response_format": {"type": "json", "value": SCHEMA}}, '{"a": 1}', '{"b": 1}'),
+        ({"response_format": {"type": "regex", "value": "a+"}}, "aa", "b"),
+        ({"response_format": {"type": "grammar", "grammar": 'root ::= "x"'}}, "x", "b"),
+        ({"json_schema": SCHEMA}, '{"a": 1}', '{"b": 1}'),
+        ({"json_schema": json.dumps(SCHEMA)}, '{"a": 1}', '{"b": 1}'),
+        ({"regex": "a+"}, "aa", "b"),
+        ({"grammar": 'root ::= "x" | "y"'}, "y", "b"),
+        ({"ebnf": 'root ::= "x" | "y"'}, "y", "b"),
+        ({"structured_outputs": {"json": True}}, "[1]", "x"),
+        ({"guided_json": SCHEMA}, '{"a": 2}', '{"a": 2, "b": 3}'),
         ({"guided_regex": "[0-9]{2}"}, "42", "4"),
         ({"guided_choice": ["a", "b"]}, "b", "c"),
         ({"guided_grammar": 'start: "x"'}, "x", "y"),
@@ -89,6 +102,11 @@ async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -
         ({"structured_outputs": {"grammar": "start"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [98]}, "allowed_token_ids"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA, "json_schema": SCHEMA}}, "response_format"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
+        ({"json_schema": SCHEMA, "regex": "x"}, "regex"),
+        ({"regex": "("}, "regex"),
+        ({"grammar": "start"}, "grammar"),
     ],
 )
 async def test_structures_that_cannot_be(body: dict[str, Any], param: str) -> None:
@@ -99,6 +117,14 @@ async def test_structures_that_cannot_be(body: dict[str, Any], param: str) -> No
     assert (response.status, error["param"]) == (400, param)
     assert len(error["message"]) < 400 and "\n" not in error["message"]
     assert engine.requests == []
+
+
+async def test_objects_stay_open_where_the_server_is_told_so() -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=Grammars(VOCABULARY, closes_objects=False)) as client:
+        await client.post("/v1/completions", json={"prompt": "hi", "json_schema": SCHEMA})
+        assert await accepts(engine.requests[0], '{"a": 1, "b": 2}')
+        assert not await accepts(engine.requests[0], '{"b": 2}')
 
 
 async def test_blanks_have_an_end() -> None:
@@ -171,14 +197,23 @@ WAYS_IN: dict[str, Any] = {
 }
 ITSELF: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "required": ["next"]}
 CHAIN = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1500)}
+
+
+def having(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a chain of references": ({"$ref": "#/$defs/0", "$defs": {**CHAIN, "1500": {"type": "null"}}}, "nested too deeply"),
-    "too long": ({"description": "x" * MAX_CHARS}, "at most 65536 characters"),
+    "a chain of references": (
+        {**having({"$ref": "#/$defs/0"}), "$defs": {**CHAIN, "1500": {"type": "null"}}},
+        "nested too deeply",
+    ),
+    "too long": ({"description": "x" * MAX_CHARS}, f"at most {MAX_CHARS} characters"),
     "no end": ({"$ref": "#/$defs/n", "$defs": {"n": ITSELF}}, "ever ends"),
-    "150 levels": (nested(150), "cannot be used"),
-    "199 levels": (nested(190), "cannot be used"),
-    "260 levels": (nested(260), "deep"),
-    "900 levels": (nested(900), "deep"),
+    "150 levels": (having(nested(150)), "cannot be used"),
+    "190 levels": (having(nested(190)), "cannot be used"),
+    "260 levels": (having(nested(260)), "deep"),
+    "900 levels": (having(nested(900)), "deep"),
 }
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import orjson
 import pytest
 from api_fakes import FakeEngine, error_of, events_of, say, serving
 from openai import AsyncOpenAI
@@ -184,6 +183,38 @@ async def test_a_required_call_has_nothing_that_nobody_would_see() -> None:
     await made.close()
 
 
+FEW = {"a": {"enum": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        ({"properties": FEW, "required": ["a"]}, '{"a": 1}', '"SmolLM"'),
+        ({"properties": FEW}, "{}", '{"b": 1}'),
+        ({"type": ["object", "null"], "properties": FEW}, "{}", "null"),
+        ({"$ref": "#/$defs/P", "$defs": {"P": {"properties": FEW, "required": ["a"]}}}, '{"a": 1}', "1"),
+        ({"anyOf": [{"properties": FEW, "required": ["a"]}, {"type": "string"}]}, '{"a": 1}', '"x"'),
+        ({"type": "object"}, '{"x": 1}', "1"),
+        ({}, "{}", '{"x": 1}'),
+        (None, "{}", '{"x": 1}'),
+    ],
+)
+async def test_arguments_are_an_object(parameters: dict[str, Any] | None, good: str, bad: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    made = grammars()
+    for mode, shown in (("named", "@"), ("required", '[{"name": "f", "parameters": @}]')):
+        structure = Tools([tool], mode, "f").structure  # type: ignore[arg-type]
+        assert structure is not None
+        for text, is_allowed in ((good, True), (bad, False)):
+            constraint = await made.compile(structure, reasons=False)
+            await take(constraint, shown.replace("@", text).encode())
+            if not constraint.is_finished and not constraint.error:
+                await take(constraint, b"", 299)
+            assert (constraint.error is None) is is_allowed, (mode, text)
+            constraint.close()
+    await made.close()
+
+
 async def test_a_named_call() -> None:
     async with serving(obeying('{"city": "Bern"}'), grammars=grammars()) as client:
         body = {
@@ -196,15 +227,6 @@ async def test_a_named_call() -> None:
     assert choice["finish_reason"] == "stop" and choice["message"]["content"] is None
     [call] = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Bern"}'}
-
-
-def test_definitions_of_parameters_move_to_the_root() -> None:
-    parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "integer"}}}
-    tools = Tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}], "required", "", False)
-    assert tools.structure is not None
-    schema = orjson.loads(tools.structure.value)
-    assert schema["$defs"] == {"A": {"type": "integer"}} and schema["maxItems"] == 1
-    assert "$defs" in parameters  # the template sees them as they came
 
 
 async def test_reasoning() -> None:
