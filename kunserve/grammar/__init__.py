@@ -17,8 +17,8 @@ therefore end at any time: killed by somebody, ended because it was idle, or to 
 | `compiled` | in the server: one structure that was compiled, and the processes that hold it |
 | `matcher`, `process`, `fork_server` | in the server: one request's place, one process, what forks them |
 | `fork_main`, `vocabulary` | in the fork server: no torch, no asyncio, nothing of a client's |
-| `child`, `source`, `finite_schema`, `finite_lark` | in a structure's process: likewise |
-| `plain_schema`, `merged_schema`, `schema_parts`, `patterns`, `references` | there, too: schemas as people write them |
+| `child`, `source`, `schema.finite`, `finite_lark` | in a structure's process: likewise |
+| `schema` | there, too: schemas as people write them |
 | `wire` | what they say to each other |
 
 Rejected: threads (a crash is the server's); one process for all structures (who is guilty?); a pool of workers that

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from kunserve.grammar.finite_schema import check_schema
 from kunserve.grammar.limits import RefusedError
+from kunserve.grammar.schema.finite import check_schema
 
 _TOKEN = re.compile(
     r"""(?P<blank>[^\S\n]+|//[^\n]*|\#[^\n]*|\\\n)|(?P<newline>\n)

@@ -9,9 +9,9 @@ from typing import Any, Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from kunserve.grammar.finite_lark import check_lark
-from kunserve.grammar.finite_schema import check_schema
 from kunserve.grammar.limits import CPU_S, RefusedError
-from kunserve.grammar.plain_schema import calls_schema, plain_schema
+from kunserve.grammar.schema.finite import check_schema
+from kunserve.grammar.schema.plain import calls_schema, plain_schema
 
 # Enough for an object of a thousand optional properties, whose masks take up to 25 ms.
 LIMITS: Final = {"max_items_in_row": 4096, "step_max_items": 100_000, "verbose_errors": False}

@@ -61,7 +61,7 @@ def _of_json_format(form: Fields, kind: str) -> Structure:
     """Read a schema in any of the places where servers look for it: OpenAI's, or beside the type."""
     inner = form.any("json_schema")
     places = {"response_format.schema": form.any("schema"), "response_format.value": form.any("value")}
-    if isinstance(inner, dict) and inner.keys() & _SCHEMA_WORDS and "schema" not in inner:
+    if isinstance(inner, dict) and "schema" not in inner and _is_schema(inner):
         places["response_format.json_schema"] = inner
     elif inner is not None:
         places["response_format.json_schema.schema"] = form.object("json_schema").any("schema")
@@ -75,6 +75,11 @@ def _of_json_format(form: Fields, kind: str) -> Structure:
     if not isinstance(schema, dict | bool):
         wrong_type(place, "a JSON schema", schema)
     return json_structure(schema, "response_format")
+
+
+def _is_schema(inner: dict[str, object]) -> bool:
+    """Whether what should hold a schema is one. /v1/responses repeats the format's own type there."""
+    return bool(inner.keys() & _SCHEMA_WORDS) and inner.get("type") != "json_schema"
 
 
 _SCHEMA_WORDS = frozenset({"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const", "items"})

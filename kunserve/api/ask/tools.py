@@ -86,5 +86,8 @@ def _read_definitions(tools: object) -> list[dict[str, Any]]:
         name = function.string("name", None)
         if name is None or not _NAME.fullmatch(name):
             raise InvalidRequestError(f"`{param}.function.name` must be a word.", param="tools")
-        function.mapping("parameters")
+        parameters = function.mapping("parameters")
+        for place in ("$defs", "definitions", "properties"):
+            if not isinstance(parameters.get(place, {}), dict):
+                wrong_type(f"{param}.function.parameters.{place}", "an object", parameters[place])
     return tools

@@ -22,7 +22,7 @@ Kind = Literal["json", "calls", "regex", "choice", "grammar"]
 class Structure:
     """What an output must be. `value`: JSON schema as JSON, regex, choices as a JSON list, Lark or GBNF grammar.
 
-    Of `calls`, a list of calls of tools, it is what `kunserve.grammar.plain_schema.calls_schema` takes, as JSON.
+    Of `calls`, a list of calls of tools, it is what `kunserve.grammar.schema.plain.calls_schema` takes, as JSON.
 
     Whatever way it came in, InvalidRequestError if it is too long.
     """

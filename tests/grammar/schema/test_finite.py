@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from kunserve.grammar.finite_schema import check_schema
 from kunserve.grammar.limits import RefusedError
+from kunserve.grammar.schema.finite import check_schema
 
 ROOT = {"$ref": "#"}
 NULL = {"type": "null"}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from kunserve.grammar.limits import RefusedError
-from kunserve.grammar.patterns import FORMATS, KNOWN_FORMATS, plain_patterns
-from kunserve.grammar.schema_parts import Resolve, Schema, dict_of, list_of, values_of
+from kunserve.grammar.schema.parts import Resolve, Schema, dict_of, list_of, values_of
+from kunserve.grammar.schema.patterns import FORMATS, KNOWN_FORMATS, plain_patterns
 
 # Of an object's other properties, by one who has spoken of them.
 SPOKEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"})

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kunserve.grammar.finite_schema import check_schema
 from kunserve.grammar.limits import RefusedError
-from kunserve.grammar.merged_schema import (
+from kunserve.grammar.schema.finite import check_schema
+from kunserve.grammar.schema.merged import (
     OBJECT,
     SPOKEN,
     UnsupportedTextError,
@@ -25,8 +25,8 @@ from kunserve.grammar.merged_schema import (
     merged_object,
     merged_values,
 )
-from kunserve.grammar.references import REFERENCES, References
-from kunserve.grammar.schema_parts import Schema, dict_of, expanded, list_of
+from kunserve.grammar.schema.parts import Schema, dict_of, expanded, list_of
+from kunserve.grammar.schema.references import REFERENCES, References
 
 _KIND = frozenset({"type", "enum", "const"})
 _MAX_OPTIONS = 64  # that are merged with what is beside them
