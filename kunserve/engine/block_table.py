@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(slots=True, eq=False)
@@ -55,3 +56,10 @@ class BlockTable:
         for device, ids in self.ids.items():
             assert ids == [block.ids[device] for block in self.blocks]
         assert all(block.num_refs > 0 for block in self.blocks)
+
+
+class Tail(NamedTuple):
+    """Blocks of one stage that go from beyond a limit to free ones before it."""
+
+    moved: dict[int, int]  # id -> id
+    is_whole: bool  # there was a free one for each

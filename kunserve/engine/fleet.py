@@ -18,21 +18,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.block_table import Block, BlockTable
+from kunserve.engine.block_table import Block, BlockTable, Tail
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.prefix_cache import PrefixCache, extend_keys
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
-
-
-class Tail(NamedTuple):
-    """Blocks of one stage that go from beyond a limit to free ones before it."""
-
-    moved: dict[int, int]  # id -> id
-    is_whole: bool  # there was a free one for each
 
 
 class Fleet:
@@ -46,6 +39,7 @@ class Fleet:
         self.pools: dict[int, BlockPool] = {stage.device: stage.pool for group in groups for stage in group.stages}
         self._epoch = 0
         self._by_id: dict[int, Group] = {}  # filled as asked
+        self._by_device: dict[int, Group] = {}  # likewise
         self._next_group_id = 1 + max((group.group_id for group in groups), default=-1)
         self.prefixes = PrefixCache() if has_prefix_cache else None
         self.num_shared = 0  # blocks that requests would hold more if each had blocks of its own
@@ -86,6 +80,7 @@ class Fleet:
         gone = set(old)
         assert not any(group.idle for group in old), "cached blocks of a group that goes"
         self._epoch += 1
+        self._by_device.clear()
         self._went.clear()
         self._twins.clear()
         self.groups[:] = [group for group in self.groups if group not in gone] + list(new)
@@ -287,9 +282,9 @@ class Fleet:
     def limit(self, device: int, num_blocks: int) -> None:
         """Hand out only ids below `num_blocks` on a device from now on. Idle blocks beyond are forgotten."""
         self.pools[device].set_limit(num_blocks)
-        for group in self.groups:
-            for block in [b for b in group.idle if b.ids.get(device, 0) >= num_blocks]:
-                self._forget(group, block)
+        group = self._group_on(device)
+        for block in [block for block in group.idle if block.ids[device] >= num_blocks]:
+            self._forget(group, block)
 
     def shrink(self, device: int, num_blocks: int) -> None:
         """Forget ids from `num_blocks` on, which nobody uses: they are about to be unmapped."""
@@ -297,8 +292,12 @@ class Fleet:
 
     def num_used(self, device: int) -> int:
         """Return how many blocks requests use on a device."""
-        idle = sum(len(group.idle) for group in self.groups if any(s.device == device for s in group.stages))
-        return self.pools[device].num_used - idle
+        return self.pools[device].num_used - len(self._group_on(device).idle)
+
+    def _group_on(self, device: int) -> Group:
+        if not self._by_device:  # the grouping is new
+            self._by_device = {stage.device: group for group in self.groups for stage in group.stages}
+        return self._by_device[device]
 
     def forget_idle(self, group: Group) -> None:
         """Free all cached blocks of a group that nobody uses."""
