@@ -86,6 +86,8 @@ class Reconfigure:
             steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
             modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
             transition.exchange_mode = ", ".join(sorted(modes)) or None
+            for group in old:  # remapping gives the KV of layers that go and that nobody uses away, even if it fails
+                self._fleet.forget_idle(group)
             with self._step(transition, "remap"):  # 3
                 await self._remap.apply(self._remap.planned(layout for _, _, e in steps for layout in e.layouts))
             transition.weight_bytes = plan.freed_bytes
@@ -126,7 +128,7 @@ class Reconfigure:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
         new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
         for group in groups:
-            self._fleet.forget_idle(group)
+            self._fleet.forget_idle(group)  # of requests that have ended since then
         for stage in new.stages:
             mapped = self._remap.num_blocks(stage)
             self._fleet.grow(stage.device, mapped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transition_harness import (
     BLOCK_SIZE,
     Answer,
     Checked,
+    Failures,
     answer_while,
     checked_engine,
     regroup_forever,
@@ -22,6 +23,7 @@ from transition_harness import (
 )
 
 from kunserve.engine.request import Request
+from kunserve.errors import DeviceError
 from kunserve.sampling import SamplingParams
 
 NUM_PREFIXES, NUM_REQUESTS = 4, 120
@@ -178,3 +180,33 @@ async def test_a_request_that_was_preempted_finds_its_own_prefix(tiny64: Path) -
         assert request.num_preemptions == 1 and request.num_computed_tokens >= 40
         expected = (await answers_without_cache(tiny64, copies([request])))[0]
         (await answering).assert_same(expected)
+
+
+async def test_after_a_drop_that_was_rolled_back_nobody_finds_what_is_not_there_any_more(tiny64: Path) -> None:
+    """Where no request runs, a drop gives the KV of the layers that go to others, and rolling it back is too late."""
+    prompts = [
+        Request(f"p{i}", [40 * i + j for j in range(3, 36)], SamplingParams(max_tokens=6, temperature=0.0))
+        for i in range(6)
+    ]
+    expected = await answers_without_cache(tiny64, copies(prompts))
+    outcomes = set[str]()
+    async with engine_of(tiny64, "cpu:2", 64) as checked:
+        failures = Failures(checked.engine)
+        for fail_at in range(1, 60, 2):
+            await checked.answer_all(copies(prompts))
+            await checked.until_no_step_runs()
+            assert sum(len(group.idle) for group in checked.engine.groups) > 0
+            failures.arm(fail_at)
+            with suppress(DeviceError, OSError):
+                await checked.control.drop()
+            [transition] = await checked.settled()
+            outcomes.add(transition.outcome)
+            if transition.outcome == "rolled back" and "remap" in transition.seconds:
+                assert not any(group.idle for group in checked.engine.groups)
+            failures.arm(None)
+            for answer, its in zip(await checked.answer_all(copies(prompts)), expected, strict=True):
+                answer.assert_same(its)
+            await checked.undo_drops()
+            if not failures.failed and "done" in outcomes:
+                break
+    assert outcomes >= {"rolled back", "done"}
