@@ -44,7 +44,7 @@ class BlockTable:
         for block in blocks:
             block.num_refs += 1
         self.blocks = list(blocks)
-        self.ids = {device: [block.ids[device] for block in blocks] for device in devices}
+        self.read_ids(devices)
         self.num_indexed = len(blocks)
 
     def read_ids(self, devices: Iterable[int]) -> None:

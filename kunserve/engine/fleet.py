@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kunserve.engine.block_pool import BlockPool
 from kunserve.engine.block_table import Block, BlockTable, Tail
@@ -43,7 +42,8 @@ class Fleet:
         self._next_group_id = 1 + max((group.group_id for group in groups), default=-1)
         self.prefixes = PrefixCache() if has_prefix_cache else None
         self.num_shared = 0  # blocks that requests would hold more if each had blocks of its own
-        self._lengths: tuple[Any, dict[int, int]] = None, {}  # what `prefix_lengths` was asked for last
+        # What `prefix_lengths` was asked for last, and the cache's version then: all groups ask for one head.
+        self._lengths: tuple[tuple[Request, int] | None, dict[int, int]] = None, {}
         self._departed: dict[Request, BlockTable] = {}
         self._went: dict[Block, Group] = {}  # shared blocks whose first holder has departed, since the last `regroup`
         self._twins: dict[tuple[Block, int], Block] = {}  # of those, for holders that depart to another group
@@ -388,7 +388,7 @@ class Fleet:
         return True
 
     def _free(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
-        """Let go of a table's blocks. If `is_kept`, those that can be found stay idle, the first of a prefix longer."""
+        """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
         freed = defaultdict[int, list[int]](list)
         for block in reversed(table.blocks):
             block.num_refs -= 1

@@ -23,11 +23,15 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+_OVERHEAD_BYTES = 1000  # of a stored response, besides its JSON
 _TABLE = """
     create table if not exists responses (
         number integer primary key, key text unique, response blob, items blob, num_input_items integer
     )
 """
+
+
+_SIZE = f"length(response) + length(items) + {_OVERHEAD_BYTES}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Stored:
     @property
     def num_bytes(self) -> int:
         """What it takes in memory."""
-        return len(self.response) + len(self.items) + 1000
+        return len(self.response) + len(self.items) + _OVERHEAD_BYTES
 
 
 class ResponseStore:
@@ -110,7 +114,7 @@ class _File:
             self._database.execute("pragma journal_mode = wal")
             self._database.execute("pragma synchronous = normal")
             self._database.execute(_TABLE)
-            sizes = "select coalesce(sum(length(response) + length(items) + 1000), 0) from responses"
+            sizes = f"select coalesce(sum({_SIZE}), 0) from responses"
             [self._num_bytes] = self._database.execute(sizes).fetchone()
         except sqlite3.Error as error:
             raise ConfigError(f"the response store {path} cannot be used: {error}") from None
@@ -150,7 +154,7 @@ class _File:
         return None if row is None else Stored(*row)
 
     def _delete(self, where: str, *values: str) -> None:
-        returning = "returning length(response) + length(items) + 1000"
+        returning = f"returning {_SIZE}"
         for [num_bytes] in self._database.execute(
             f"delete from responses where {where} {returning}", values
         ).fetchall():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.block_table import BlockTable
@@ -249,8 +250,8 @@ class Scheduler:
         def cost(g: Group) -> float:
             return self.policy.load(g) - worth * lengths.get(g.group_id, 0)
 
-        own, holders = cost(group), {self.fleet.group(group_id): None for group_id in lengths} if worth else {}
-        others = (g for g in {**dict.fromkeys(groups), **holders} if g is not group and not g.is_paused)
+        own, holders = cost(group), (self.fleet.group(group_id) for group_id in lengths if worth)
+        others = (g for g in chain(groups, holders) if g is not group and not g.is_paused)
         return not any(cost(other) < own and self._has_room(other, head) for other in others)
 
     def _has_room(self, group: Group, head: Request) -> bool:

@@ -138,7 +138,7 @@ def step_inputs(
     token_ids = np.concatenate([np.array(_token_ids(span, places), np.int32) for span in spans])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     width = -(-int((starts + lens).max()) // block_size)
-    tables = zip(*(span.request.table.ids.values() for span in spans), strict=True)  # by stage
+    tables = zip(*(span.request.block_tables for span in spans), strict=True)  # by stage
     sampled = list(_sampled(batch, places, eos_token_ids))
     return StepInputs(
         token_ids=torch.from_numpy(token_ids),

@@ -8,10 +8,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from answers import allows, answer, byte_vocabulary, compiled
+from answers import allows, answer, compiled
 from llguidance import LLTokenizer
 
-from kunserve.grammar import source
 from kunserve.grammar.limits import RefusedError
 
 INT = {"type": "integer"}
@@ -19,17 +18,6 @@ INT = {"type": "integer"}
 
 def requires(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-@pytest.fixture(scope="module")
-def vocabulary() -> LLTokenizer:
-    return byte_vocabulary()
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has used more CPU than a structure's may; what is tried must not depend on it."""
-    monkeypatch.setattr(source, "TRY_CPU_S", float("inf"))
 
 
 A = requires(a=INT)

@@ -8,27 +8,14 @@ from typing import Any, Literal
 
 import jsonschema
 import pytest
-from answers import answer, byte_vocabulary, compiled
+from answers import answer, compiled
 from llguidance import LLTokenizer
 from pydantic import BaseModel, ValidationError
 from pydantic_models import MODELS
 
-from kunserve.grammar import source
-
 NUM_ANSWERS = 6
 # What pydantic means by these is more than their schema says: a Decimal is any text there, for instance.
 _MORE = {"Formats", "Invoice", "Numbers", "Scores", "Times"}
-
-
-@pytest.fixture(scope="module")
-def vocabulary() -> LLTokenizer:
-    return byte_vocabulary()
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has used more CPU than a structure's may; what is tried must not depend on it."""
-    monkeypatch.setattr(source, "TRY_CPU_S", float("inf"))
 
 
 @pytest.mark.parametrize("mode", ["validation", "serialization"])
