@@ -20,6 +20,7 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = (SOURCE, Path(__file__).with_name("cpu_attention.c"))  # the second is included by the first
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 
@@ -79,7 +80,8 @@ def _build(library: Path, flags: tuple[str, ...]) -> None:
 
 def library_path(flags: tuple[str, ...] = FLAGS, environment: Mapping[str, str] = os.environ) -> Path:
     """Return where the compiled kernels are, or will be, in the cache."""
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, environment.get("CC", ""), _cpu_flags()])
+    sources = (source.read_text(encoding="utf-8") for source in SOURCES)
+    key = "\0".join([*sources, *flags, environment.get("CC", ""), _cpu_flags()])
     root = environment.get("KUNSERVE_CACHE") or Path.home() / ".cache" / "kunserve"
     return Path(root, "kernels", f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so")
 

@@ -1,0 +1,257 @@
+/* Included by cpu_kernels.c, whose rules and vectors these are: rotation, the KV blocks, and attention over them. */
+
+/* ---- the KV blocks ------------------------------------------------------------------------------------------- */
+
+/* `kv` of one layer, (num_blocks, 2, num_kv_heads, block_size, head_dim), and the width of the block tables. */
+typedef struct {
+  int64_t num_blocks, num_kv_heads, block_size, head_dim, W;
+} Blocks;
+
+INLINE void rotate(const float *x, const float *rope, float *y, int64_t half) {
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half], cos = rope[i], sin = rope[i + half];
+    y[i] = a * cos - b * sin;
+    y[i + half] = b * cos + a * sin;
+  }
+}
+
+/* Norm (if given) and rotate q in place; norm, rotate and append k; append v. -> 0, or 1 + the first bad token. */
+EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const float *q_norm, const float *k_norm,
+                                 const int32_t *positions, const int32_t *cu_seqlens_q, const int32_t *block_tables,
+                                 int64_t B, int64_t W, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size,
+                                 int64_t head_dim, int64_t num_heads, int64_t max_positions, float eps) {
+  const int64_t D = head_dim, KH = num_kv_heads, H = num_heads, head = block_size * D;
+  float t[DMAX];
+  for (int64_t b = 0; b < B; b++) {
+    for (int64_t i = cu_seqlens_q[b]; i < cu_seqlens_q[b + 1]; i++) {
+      const int64_t position = positions[i], block = position / block_size;
+      if (position < 0 || position >= max_positions || block >= W) return i + 1;
+      const int64_t id = block_tables[b * W + block];
+      if (id < 0 || id >= num_blocks) return i + 1;
+      float *x = qkv + i * (H + 2 * KH) * D;
+      float *keys = kv + id * 2 * KH * head + position % block_size * D;
+      for (int64_t h = 0; h < H + KH; h++) {
+        const float *norm = h < H ? q_norm : k_norm;
+        if (norm) norm_row(x + h * D, norm, t, D, eps);
+        else memcpy(t, x + h * D, 4 * D);
+        rotate(t, rope + position * D, h < H ? x + h * D : keys + (h - H) * head, D / 2);
+      }
+      for (int64_t h = 0; h < KH; h++) memcpy(keys + (KH + h) * head, x + (H + KH + h) * D, 4 * D);
+    }
+  }
+  return 0;
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------- */
+
+/* Query rows (token by token, head by head) that share a KV head, and what online softmax keeps of them. */
+typedef struct {
+  int64_t stride;                     /* of the rows of q, out and values: head_dim, rounded up to VL */
+  int64_t position[RR];
+  float q[RR * DMAX], out[RR * DMAX]; /* scaled queries; weighted sums of values */
+  float p[RR][TT];                    /* scores, then weights, of the tile at hand */
+  float keys[DMAX][TT];               /* the tile's keys, transposed */
+  float values[TT * DMAX];            /* the tile's values, only if head_dim is no multiple of VL */
+  float sum[RR][VL];                  /* lane sums of the weights */
+  float max[RR + VL], scale[RR + VL]; /* largest score so far; what this tile multiplies out and sum with */
+} Rows;
+
+INLINE void transpose4(const float *const *row, int64_t d, float (*out)[TT], int64_t t) {
+  v4 a = load4(row[t] + d), b = load4(row[t + 1] + d), c = load4(row[t + 2] + d), e = load4(row[t + 3] + d);
+  v4 ab = SHUFFLE4(a, b, 0, 4, 1, 5), ce = SHUFFLE4(c, e, 0, 4, 1, 5);
+  v4 ab2 = SHUFFLE4(a, b, 2, 6, 3, 7), ce2 = SHUFFLE4(c, e, 2, 6, 3, 7);
+  store4(&out[d][t], SHUFFLE4(ab, ce, 0, 1, 4, 5));
+  store4(&out[d + 1][t], SHUFFLE4(ab, ce, 2, 3, 6, 7));
+  store4(&out[d + 2][t], SHUFFLE4(ab2, ce2, 0, 1, 4, 5));
+  store4(&out[d + 3][t], SHUFFLE4(ab2, ce2, 2, 3, 6, 7));
+}
+
+INLINE void score_tile(const int mr, Rows *s, int64_t r, int64_t t, int64_t D) {
+  vf acc[SR][2];
+  UNROLL for (int i = 0; i < mr; i++) acc[i][0] = acc[i][1] = (vf){0};
+  for (int64_t d = 0; d < D; d++) {
+    vf k0, k1;
+    KEEP(k0, load(&s->keys[d][t]));
+    KEEP(k1, load(&s->keys[d][t + VL]));
+    UNROLL for (int i = 0; i < mr; i++) {
+      vf q = splat(s->q[(r + i) * s->stride + d]);
+      acc[i][0] = fma_(q, k0, acc[i][0]);
+      acc[i][1] = fma_(q, k1, acc[i][1]);
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++) {
+    store(&s->p[r + i][t], acc[i][0]);
+    store(&s->p[r + i][t + VL], acc[i][1]);
+  }
+}
+
+static void scores(Rows *s, int64_t r, int64_t end, int64_t D) {
+  for (; r + SR <= end; r += SR)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(SR, s, r, t, D);
+  for (; r + 3 <= end; r += 3)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(3, s, r, t, D);
+  for (; r < end; r++)
+    for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(1, s, r, t, D);
+}
+
+/* Scores of rows [r, end) -> weights; maximum, sum and scale follow. `first` is the tile's first position. */
+static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
+  static const int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vi lane;
+  memcpy(&lane, lanes, sizeof lane);
+  const vf minus_inf = splat(-__builtin_inff());
+  float old[RR + VL];
+  memcpy(old, s->max, sizeof old);
+  for (int64_t i = r; i < end; i++) {
+    const int32_t seen = (int32_t)min_(s->position[i] + 1 - first, TT);
+    vf top = splat(s->max[i]);
+    for (int32_t t = 0; t < TT; t += VL) {
+      vf x = load(&s->p[i][t]);
+      if (seen < t + VL) store(&s->p[i][t], x = select_(lane + t < seen - (vi){0}, x, minus_inf));
+      top = select_(x > top, x, top);
+    }
+    s->max[i] = largest(top);
+  }
+  for (int64_t i = r; i < end; i += VL) store(s->scale + i, exp_(load(old + i) - load(s->max + i)));
+  for (int64_t i = r; i < end; i++) {
+    vf m = splat(s->max[i]), total = {0};
+    for (int64_t t = 0; t < TT; t += VL) {
+      vf p = exp_(load(&s->p[i][t]) - m);
+      store(&s->p[i][t], p);
+      total = total + p;
+    }
+    store(s->sum[i], fma_(load(s->sum[i]), splat(s->scale[i]), total));
+  }
+}
+
+INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
+  vf acc[PR][4];
+  UNROLL for (int i = 0; i < mr; i++)
+    UNROLL for (int j = 0; j < nv; j++) acc[i][j] = load(&s->out[(r + i) * s->stride + d + j * VL]) * s->scale[r + i];
+  for (int64_t t = 0; t < n; t++) {
+    vf v[4];
+    UNROLL for (int j = 0; j < nv; j++) {
+      if (j * VL % 16 == 0) __builtin_prefetch(ahead[t] + ahead_at + d + j * VL, 0, L2);
+      v[j] = load(row[t] + d + j * VL);
+    }
+    UNROLL for (int i = 0; i < mr; i++) {
+      vf p = splat(s->p[r + i][t]);
+      UNROLL for (int j = 0; j < nv; j++) acc[i][j] = fma_(p, v[j], acc[i][j]);
+    }
+  }
+  UNROLL for (int i = 0; i < mr; i++)
+    UNROLL for (int j = 0; j < nv; j++) store(&s->out[(r + i) * s->stride + d + j * VL], acc[i][j]);
+}
+
+INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row,
+                       const float *const *ahead, int64_t ahead_at, int64_t n) {
+  int64_t d = 0;
+  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, ahead, ahead_at, n);
+  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, ahead, ahead_at, n);
+}
+
+static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, const float *const *ahead,
+                   int64_t ahead_at, int64_t n) {
+  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, ahead, ahead_at, n);
+#if PR > 3
+  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, ahead, ahead_at, n);
+#endif
+  for (; r < end; r++) value_rows(1, s, r, D, row, ahead, ahead_at, n);
+}
+
+/* Keys of KV head h at positions [first, first + TT), those from `end` on repeating the last. -> 0, or 1 if unnamed. */
+INLINE int locate(const Blocks *c, const int32_t *table, const float *kv, int64_t h, int64_t first, int64_t end,
+                  const float **row) {
+  const int64_t head = c->block_size * c->head_dim, n = min_(TT, end - first);
+  if (n <= 0) return 1;
+  int64_t i = first / c->block_size, o = first % c->block_size;
+  for (int64_t t = 0; t < n; i++, o = 0) {
+    if (i >= c->W || table[i] < 0 || table[i] >= c->num_blocks) return 1;
+    const float *keys = kv + (table[i] * 2 * c->num_kv_heads + h) * head;
+    for (; t < n && o < c->block_size; t++, o++) row[t] = keys + o * c->head_dim;
+  }
+  for (int64_t t = n; t < TT; t++) row[t] = row[n - 1];
+  return 0;
+}
+
+/* A sequence's keys of one KV head that some rows pass over: positions [0, end) of a block table. */
+typedef struct {
+  const int32_t *table;
+  int64_t h, end;
+} Span;
+
+/* `num` rows over their span; of `next`, the first tile is fetched at the end. -> 0, or 1 if a block is not named. */
+static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span span, Span next) {
+  const int64_t D = c->head_dim, values_at = c->num_kv_heads * c->block_size * D; /* from a key to its value */
+  const float *tiles[2][TT]; /* the tile at hand and the one to fetch meanwhile, by turns */
+  for (int64_t i = 0; i < num; i++) {
+    memset(s->out + i * s->stride, 0, 4 * s->stride);
+    memset(s->sum[i], 0, sizeof s->sum[i]);
+    s->max[i] = -__builtin_inff();
+  }
+  if (locate(c, span.table, kv, span.h, 0, span.end, tiles[0])) return 1;
+  for (int64_t first = 0, r = 0; first < span.end; first += TT) {
+    const int64_t n = min_(TT, span.end - first);
+    const float **row = tiles[first / TT % 2], **ahead = tiles[1 - first / TT % 2];
+    if (first + TT < span.end) {
+      if (locate(c, span.table, kv, span.h, first + TT, span.end, ahead)) return 1;
+    } else if (next.end <= 0 || locate(c, next.table, kv, next.h, 0, next.end, ahead)) {
+      ahead = row;
+    }
+    while (s->position[r] < first) r++; /* these rows see nothing of this tile, nor of later ones */
+    for (int64_t t = 0; t < TT; t += 4)
+      for (int64_t d = 0; d < D; d += 4) {
+        __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15), 0, L2);
+        transpose4(row, d, s->keys, t);
+      }
+    scores(s, r, num, D);
+    softmax(s, r, num, first);
+    for (int64_t t = 0; t < n; t++) row[t] += values_at;
+    if (D % VL)
+      for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
+    values(s, r, num, D, row, ahead, ahead == row ? 0 : values_at, n);
+  }
+  return 0;
+}
+
+/* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence. */
+EXPORT int64_t attention(const float *qkv, const float *kv, float *out, const int32_t *positions,
+                         const int32_t *cu_seqlens_q, const int32_t *block_tables, int64_t B, int64_t W,
+                         int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim,
+                         int64_t num_heads) {
+  const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W};
+  const int64_t D = head_dim, stride = (num_heads + 2 * num_kv_heads) * D;
+  const int64_t group = num_heads / num_kv_heads, heads = min_(group, RR), tokens = RR / heads;
+  const float scale = 1.0f / __builtin_sqrtf((float)D);
+  Rows s;
+  s.stride = (D + VL - 1) / VL * VL;
+  if (D % VL) memset(s.values, 0, sizeof s.values); /* the padding of rows stays zero */
+  for (int64_t b = 0; b < B; b++) {
+    for (int64_t i = cu_seqlens_q[b], last; i < cu_seqlens_q[b + 1]; i = last) {
+      last = min_(i + tokens, cu_seqlens_q[b + 1]);
+      for (int64_t q = 0; q < num_heads; q += min_(heads, group - q % group)) {
+        const int64_t num_q = min_(heads, group - q % group), num = (last - i) * num_q;
+        for (int64_t r = 0; r < num; r++) {
+          const float *x = qkv + (i + r / num_q) * stride + (q + r % num_q) * D;
+          for (int64_t d = 0; d < D; d++) s.q[r * s.stride + d] = x[d] * scale;
+          s.position[r] = positions[i + r / num_q];
+        }
+        const Span span = {block_tables + b * W, q / group, positions[last - 1] + 1};
+        Span next = {span.table, (q + num_q) / group, span.end};
+        if (q + num_q == num_heads) { /* the next tokens: of this sequence or of the next */
+          next.h = 0;
+          if (last == cu_seqlens_q[b + 1]) next.table += W;
+          next.end = last < cu_seqlens_q[B] && next.table < block_tables + B * W ? positions[last] + 1 : 0;
+        }
+        if (attend(&s, num, &c, kv, span, next)) return i + 1;
+        for (int64_t r = 0; r < num; r++) {
+          float *y = out + ((i + r / num_q) * num_heads + q + r % num_q) * D;
+          const float total = sum(load(s.sum[r]));
+          for (int64_t d = 0; d < D; d++) y[d] = s.out[r * s.stride + d] / total;
+        }
+      }
+    }
+  }
+  return 0;
+}
