@@ -87,12 +87,15 @@ class Compiled:
             self._starting = self._pool.spawn(self._start_shared())
 
     async def _start_shared(self) -> None:
-        process, entering = await self._pool.start(self.key), self._entering
-        self._entering = []
-        if isinstance(process, Process):
-            self.processes.append(process)
-        for matcher in entering:
-            _enter(matcher, process, is_alone=False)
+        while True:
+            process, entering = await self._pool.start(self.key), self._entering
+            self._entering = []
+            if isinstance(process, Process):
+                self.processes.append(process)
+            for matcher in entering:
+                _enter(matcher, process, is_alone=False)
+            if not self._entering:
+                return  # else the process has died already, and its matchers wait for the next: nobody else starts it
 
     async def _start_alone(self, matcher: Matcher) -> None:
         _enter(matcher, await self._pool.start(self.key), is_alone=True)

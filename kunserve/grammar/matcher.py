@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
-from kunserve.grammar.process import Death, Process
+from kunserve.grammar.process import KILLED, Death, Process
 from kunserve.grammar.wire import Kind
 
 Mask = Future["NDArray[np.uint32] | None"]
@@ -104,6 +104,9 @@ class Matcher:
         if not self.is_waiting:
             if is_alone:
                 process.end()
+            return
+        if not process.is_alive:  # nobody would be told any more that it has died
+            self.not_followed(KILLED)
             return
         self._process, self._is_alone = process, is_alone
         process.advance(self, len(self.token_ids), self.token_ids.tobytes())

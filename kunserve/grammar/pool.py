@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from kunserve.errors import KunServeError, OverloadedError
+from kunserve.errors import EngineError, KunServeError, OverloadedError
 from kunserve.grammar.compiled import STOPPING, Compiled, Key
 from kunserve.grammar.fair_queue import FairQueue
 from kunserve.grammar.fork_server import ForkServer, Vocabulary
@@ -121,6 +121,9 @@ class Pool:
             return KILLED
         except KunServeError as error:
             return error
+        except Exception as error:  # whoever waits for the process has to be told
+            log.exception("a structure's process cannot be started")
+            return EngineError(f"the structure's process cannot be started: {error!r}")
 
     def refuse(self, key: Key, text: str) -> None:
         """See `Processes.refuse`."""
