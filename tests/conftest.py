@@ -23,6 +23,12 @@ settings.register_profile("kunserve", deadline=None, derandomize=True, database=
 settings.load_profile("kunserve")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name what failed at once: a run that is ended later would not say it any more."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def fresh_logging() -> Iterator[None]:
     """What a test sets up for the log (a command that it runs does) is nobody else's."""
