@@ -281,3 +281,11 @@ asyncio.run(main())
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+async def test_structures_run_below_the_server() -> None:
+    async with open_pool() as pool:
+        await pool.compile(("regex", "a"), "x")
+        [pid] = processes_of(pool)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, own + 10)
