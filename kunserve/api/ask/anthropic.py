@@ -124,8 +124,8 @@ class _Messages:
                     function = {"name": fields.string("name", ""), "arguments": arguments}
                     calls.append({"id": fields.string("id", ""), "type": "function", "function": function})
                 case "tool_result":
-                    content = _text(block.get("content") or "", f"{where}.content")
-                    result = {"role": "tool", "tool_call_id": fields.string("tool_use_id", ""), "content": content}
+                    content, tool_use_id = block.get("content") or "", fields.string("tool_use_id", "")
+                    result = {"role": "tool", "tool_call_id": tool_use_id, "content": content}
                     self._add(result, where)
                 case "thinking" | "redacted_thinking":
                     pass  # templates leave out what was thought before

@@ -172,7 +172,8 @@ def _content(content: object, param: str) -> object:
             case "refusal":
                 text = part.get("refusal")
             case _:
-                raise InvalidRequestError(f"`{where}` is not text; nothing else is supported.", param=where)
+                parts.append(part)  # the results of tools may have others
+                continue
         parts.append({"type": "text", "text": text})
     return parts
 
