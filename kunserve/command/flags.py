@@ -16,8 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kunserve.api.say.reasoning import REASONING_PARSERS
-from kunserve.api.say.tool_parsers import TOOL_PARSERS
+from kunserve.api.say.calls.formats import TOOL_FORMATS
+from kunserve.api.say.reasoning import REASONING_FORMATS
 from kunserve.command.command_line import OneLineParser
 from kunserve.errors import ConfigError
 from kunserve.sizes import parse_size
@@ -111,10 +111,10 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--tool-call-parser",
-        choices=tuple(TOOL_PARSERS),
+        choices=tuple(TOOL_FORMATS),
         help="how the model writes tool calls (default: as its template does)",
     )
-    add("--reasoning-parser", choices=REASONING_PARSERS, help="take <think> out of the content")
+    add("--reasoning-parser", choices=tuple(REASONING_FORMATS), help="take <think> out of the content")
     add(
         "--open-objects",
         action="store_true",

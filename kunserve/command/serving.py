@@ -20,8 +20,8 @@ from kunserve.api.app import create_app
 from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.ask.defaults import sampling_defaults, settings_not_obeyed
 from kunserve.api.operate.loading import loading_handler
-from kunserve.api.say.reasoning import END as REASONING_END
-from kunserve.api.say.tool_parsers import parser_of_template
+from kunserve.api.say.calls.formats import format_of_template
+from kunserve.api.say.reasoning import REASONING_FORMATS
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
 from kunserve.api.wire.grammars import Grammars
 from kunserve.command.arguments import ServerConfig
@@ -175,13 +175,13 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         shares_prefixes=config.http.shares_prefixes,
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
-        tool_call_parser=config.http.tool_call_parser or parser_of_template(source),
+        tool_call_parser=config.http.tool_call_parser or format_of_template(source),
         reasoning_parser=config.http.reasoning_parser,
     )
     model = served.engine.model
     grammars = Grammars(
         Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
-        tokenizer.token_id(REASONING_END) if config.http.reasoning_parser else None,
+        tokenizer.token_id(REASONING_FORMATS[parser].ends[0]) if (parser := config.http.reasoning_parser) else None,
         served.metrics.structure_process_died,
         config.http.closes_objects,
     )

@@ -13,7 +13,7 @@ from kunserve.api.ask.prompts import tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, GenerationCall, read_chat
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import Choice
-from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event
+from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event, was_cut
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.anthropic_errors import error_details
 from kunserve.api.wire.body import read_body
@@ -116,7 +116,7 @@ class MessageFormat:
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """See `Form`."""
         [choice] = choices
-        self._parts.push(deltas_of(choice, choice.text, is_last=True))
+        self._parts.push(deltas_of(choice, choice.text, True, was_cut(choice.outputs[-1])))
         usage = _usage(choice, choice.num_tokens)
         content = [block_json(part) for part in self._parts.parts]
         return {**self._identity, "content": content, **self._stop(choice.outputs[-1]), "usage": usage}

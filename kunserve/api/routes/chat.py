@@ -12,6 +12,7 @@ from kunserve.api.ask.protocol import read_chat
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import AnswerFormat, Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
+from kunserve.api.say.parts import deltas_of, deltas_of_output, was_cut
 from kunserve.api.say.token_logprobs import token_logprobs
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.body import read_body
@@ -44,7 +45,7 @@ class ChatFormat(AnswerFormat):
         """One event per part of the message, the last with all that is not text; nothing while a part is unclear."""
         if choice.parser is None:
             return super().chunk(choice, output)
-        deltas = choice.parser.push(output.text, is_last=output.finish_reason is not None)
+        deltas = deltas_of_output(choice, output)
         if not deltas and output.finish_reason is None and not output.logprobs and not self.call.return_token_ids:
             return b""
         *first, last = [delta_json(delta) for delta in deltas] or [{}]
@@ -65,7 +66,8 @@ class ChatFormat(AnswerFormat):
         asked = self.call.params.num_logprobs is not None
         logprobs = self.logprobs_json(choice, choice.logprobs) if asked else None
         ids = {"token_ids": choice.token_ids} if self.call.return_token_ids else {}
-        return {"message": message_json(read_message(choice)), "logprobs": logprobs, **ids}
+        shown = message_json(read_message(choice), has_tools=choice.parser is not None and choice.parser.has_tools)
+        return {"message": shown, "logprobs": logprobs, **ids}
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece; all choices have the same prompt."""
@@ -79,16 +81,18 @@ class ChatFormat(AnswerFormat):
 
 def read_message(choice: Choice) -> Message:
     """What a finished choice says."""
-    if choice.parser is None:
-        return Message(choice.text)
     message = Message()
-    message.add(choice.parser.push(choice.text, is_last=True))
+    message.add(deltas_of(choice, choice.text, True, was_cut(choice.outputs[-1])))
     return message
 
 
-def message_json(message: Message) -> dict[str, Any]:
-    """An assistant's message. Reasoning stands under vLLM's name and DeepSeek's."""
-    content = None if message.calls and not message.text.strip() else message.text
+def message_json(message: Message, has_tools: bool) -> dict[str, Any]:
+    """Return an assistant's message, its content null if it is empty and calls were possible.
+
+    Reasoning stands under vLLM's name and DeepSeek's.
+    """
+    is_blank = not message.text.strip() if message.calls else has_tools and not message.text
+    content = None if is_blank else message.text
     shown: dict[str, Any] = {"role": "assistant", "content": content}
     if message.reasoning:
         shown |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}

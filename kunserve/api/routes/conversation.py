@@ -12,8 +12,10 @@ from kunserve.api.ask.protocol import ChatCall
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.ask.tools import Tools
 from kunserve.api.say.answering import Form, answer, make_choices
-from kunserve.api.say.reasoning import END, START, MessageParser, ThinkSplitter
-from kunserve.api.say.tool_parsers import TOOL_PARSERS, JsonCalls, NamedCall, ToolParser
+from kunserve.api.say.calls.formats import BARE, TOOL_FORMATS, CallFormat
+from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser
+from kunserve.api.say.reasoning import REASONING_FORMATS, MessageParser, ReasoningFormat, ThinkSplitter
+from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.admission import CHARS_PER_TOKEN
 from kunserve.api.wire.context import Api
@@ -30,7 +32,7 @@ class Conversation:
     params: SamplingParams
     constraint: GrammarConstraint | None
     new_parser: Callable[[], MessageParser] | None
-    reasons: bool | None  # whether the prompt has begun the reasoning; None if none can come
+    reasoning: ReasoningTokens | None  # None if none can come
 
 
 async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, answer_id: str) -> web.StreamResponse:
@@ -40,61 +42,77 @@ async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, a
     with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as place:
         talk = await prepare(request, api, call)
         prompts = [(talk.ids, talk.params, None)]
-        parsing = (talk.new_parser, talk.reasons)
+        parsing = (talk.new_parser, talk.reasoning)
         choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, *parsing)
         return await answer(request, api, form, choices, place)
 
 
 async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversation:
     """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
-    _tool_parser(call.tools, api.settings.tool_call_parser)  # refuse before any work
+    calls = _call_format(call.tools, api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
-    reasons = _reasons(api, prompt, call)
+    thoughts = REASONING_FORMATS.get(api.settings.reasoning_parser or "")
+    reasons = None if thoughts is None else _reasons(thoughts, prompt, call)
     structure = call.generation.structure or call.tools.structure
     constraint = await compile_structure(request, api, structure, call.generation.user, reasons is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
-    if _marks_calls_by_special_tokens(call.tools, api.settings.tool_call_parser):
+    if _marks_by_special_tokens(call.tools, calls, None if reasons is None else thoughts):
         params = replace(params, skip_special_tokens=False)
 
     def new_parser() -> MessageParser:
-        tools = _tool_parser(call.tools, api.settings.tool_call_parser)
-        think = None if reasons is None else ThinkSplitter(is_open=reasons)
-        return MessageParser(think, tools, call.tools.is_parallel)
+        think = None if reasons is None or thoughts is None else ThinkSplitter(reasons, thoughts)
+        return MessageParser(think, _tool_parser(call.tools, calls), call.tools.is_parallel)
 
     needs_parser = reasons is not None or call.tools.mode != "none"
-    return Conversation(ids, params, constraint, new_parser if needs_parser else None, reasons)
+    counter = None if reasons is None or thoughts is None else ReasoningTokens(api.tokenizer, reasons, thoughts)
+    return Conversation(ids, params, constraint, new_parser if needs_parser else None, counter)
 
 
-def _reasons(api: Api, prompt: ChatPrompt, call: ChatCall) -> bool | None:
+def _reasons(thoughts: ReasoningFormat, prompt: ChatPrompt, call: ChatCall) -> bool | None:
     """Return whether the prompt has begun the reasoning, None where none can come.
 
-    None can come if the model does not reason, if the template has closed the reasoning already (Qwen3 without
-    thinking), or if the answer goes on with a message that is past it.
+    None can come if the template has closed the reasoning already (Qwen3 without thinking), or if the answer goes on
+    with a message that is past it.
     """
-    name, ending = api.settings.reasoning_parser, prompt.ending.rstrip()
-    if name is None or ending.endswith(END):
+    ending = prompt.ending.rstrip()
+    if ending.endswith(thoughts.ends):
         return None
     if call.continue_final_message and (begun := call.messages[-1]["content"]).strip():
-        return True if begun.rfind(START) > begun.rfind(END) else None
-    return name == "deepseek_r1" or ending.endswith(START)
+        return True if _last(begun, thoughts.starts) > _last(begun, thoughts.ends) else None
+    return thoughts.is_open or ending.endswith(thoughts.starts)
 
 
-def _tool_parser(tools: Tools, parser: str | None) -> ToolParser | None:
-    """Return what takes calls out of one choice's text. `parser`: of the model's own format, used for `auto`."""
+def _last(text: str, marks: tuple[str, ...]) -> int:
+    return max(text.rfind(mark) for mark in marks)
+
+
+def _call_format(tools: Tools, parser: str | None) -> CallFormat | None:
+    """Return the model's own format of calls. Raises InvalidRequestError if it is needed, and not known."""
+    if tools.mode == "auto" and parser is None:
+        text = "`tools` needs a server that knows the model's format of calls: start it with --tool-call-parser."
+        raise InvalidRequestError(text, param="tools")
+    return None if parser is None else TOOL_FORMATS[parser]
+
+
+def _tool_parser(tools: Tools, calls: CallFormat | None) -> ToolParser | None:
+    """Return what takes calls out of one choice's text: in the model's own format, or as `Tools.structure` forces it.
+
+    The ids of calls are of the model's form in either case: templates may refuse others.
+    """
+    new_id = (calls or BARE).new_id
     match tools.mode:
         case "none":
             return None
         case "named":
-            return NamedCall(tools.name)
+            return NamedCall(tools.name, new_id)
         case "required":
-            return JsonCalls()
-    if parser is None:
-        text = "`tools` needs a server that knows the model's format of calls: start it with --tool-call-parser."
-        raise InvalidRequestError(text, param="tools")
-    return TOOL_PARSERS[parser]()
+            return CallsParser(replace(BARE, new_id=new_id), tools.definitions)
+    assert calls is not None
+    return CallsParser(calls, tools.definitions)
 
 
-def _marks_calls_by_special_tokens(tools: Tools, parser: str | None) -> bool:
-    """Return whether calls are marked by special tokens, in the model's own format: then the text must show them."""
-    return tools.mode == "auto" and parser is not None and TOOL_PARSERS[parser].has_special_marks
+def _marks_by_special_tokens(tools: Tools, calls: CallFormat | None, thoughts: ReasoningFormat | None) -> bool:
+    """Return whether special tokens mark calls or reasoning in the model's own format: the text must show them then."""
+    has_calls = tools.mode == "auto" and calls is not None and calls.has_special_marks
+    return has_calls or (thoughts is not None and thoughts.has_special_marks)

@@ -9,14 +9,13 @@ from typing import Any
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.deltas import Text
-from kunserve.api.say.parts import Part, PartStream, deltas_of_output, named_event
+from kunserve.api.say.parts import Part, PartStream, deltas_of_output, named_event, was_cut
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.say.token_logprobs import token_logprobs
 from kunserve.api.wire.backend import TextTokenizer
 from kunserve.api.wire.naming import FieldNames
 from kunserve.engine.request import Output
 from kunserve.errors import KunServeError
-from kunserve.sampling import FinishReason
 
 
 class ResponseParts(PartStream):
@@ -181,14 +180,14 @@ class ResponseFormat:
         if choice.reasoning is None:
             return
         if self._reasoning is None:
-            self._reasoning = ReasoningTokens(self._tokenizer, choice.reasoning.is_open)
+            self._reasoning = choice.reasoning.fresh()
         num_before = self._reasoning.num_tokens
         self._reasoning.take(output.token_ids)
         del waiting[: self._reasoning.num_tokens - num_before]
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
         """See `Form`."""
-        closed = self._parts.close(is_cut=_is_cut(self._last))
+        closed = self._parts.close(is_cut=was_cut(self._last))
         response = self._finished(choices[0], self._last)
         return closed + self._parts.event(f"response.{response['status']}", response=response)
 
@@ -208,7 +207,7 @@ class ResponseFormat:
         else:  # one after the other, to know which tokens are the text's
             for output in choice.outputs:
                 self.chunk(choice, output)
-        self._parts.close(is_cut=_is_cut(last))
+        self._parts.close(is_cut=was_cut(last))
         return self._finished(choice, last)
 
 
@@ -240,9 +239,5 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"description": None, "parameters": None, "strict": None, **tool}
 
 
-def _is_cut(last: Output) -> bool:
-    return last.finish_reason is FinishReason.LENGTH
-
-
 def _status(last: Output) -> str:
-    return "incomplete" if _is_cut(last) else "completed"
+    return "incomplete" if was_cut(last) else "completed"

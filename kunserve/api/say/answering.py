@@ -43,11 +43,11 @@ async def make_choices(
     prompts: Sequence[tuple[list[int], SamplingParams, Echo | None]],
     constraint: GrammarConstraint | None = None,
     new_parser: Callable[[], MessageParser] | None = None,
-    reasons: bool | None = None,
+    reasoning: ReasoningTokens | None = None,
 ) -> list[Choice]:
     """Return `n` sequences per prompt (ids, params, echo), each seeded apart; choice i belongs to prompt i // n.
 
-    `reasons`: whether the prompt has begun the model's reasoning; None if none can come.
+    `reasoning`: what counts the tokens of it in one of them; None if none can come.
     """
     choices: list[Choice] = []
     priority, salt = call.priority if api.settings.uses_priority else 0, _cache_salt(api, call, owner)
@@ -62,7 +62,7 @@ async def make_choices(
             own = None if constraint is None else constraint.copy()
             request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own, cache_salt=salt)
             choice = Choice(index, request, echo, new_parser() if new_parser else None)
-            choice.reasoning = None if reasons is None else ReasoningTokens(api.tokenizer, reasons)
+            choice.reasoning = None if reasoning is None else reasoning.fresh()
             choices.append(choice)
     return choices
 

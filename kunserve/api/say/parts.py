@@ -12,6 +12,7 @@ import orjson
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
 from kunserve.engine.request import Output
+from kunserve.sampling import FinishReason
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class PartStream(ABC):
         was_open, self._is_open = self._is_open, False
         if not was_open:
             return b""
-        self.parts[-1].is_cut = is_cut
+        self.parts[-1].is_cut = is_cut and not _is_whole(self.parts[-1])
         return self.end(self.parts[-1])
 
     def _open(self, part: Part) -> bytes:
@@ -82,16 +83,32 @@ class PartStream(ABC):
         return closed + self.begin(part)
 
 
-def deltas_of(choice: Choice, text: str, is_last: bool) -> list[Delta]:
-    """What more text of a choice says."""
+def _is_whole(part: Part) -> bool:
+    """Whether a part is a call that has all its arguments."""
+    if part.kind != "call":
+        return False
+    try:
+        orjson.loads(part.text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def deltas_of(choice: Choice, text: str, is_last: bool, is_cut: bool = False) -> list[Delta]:
+    """Return what more text of a choice says; `is_cut`: it ends because there was no room for more."""
     if choice.parser is not None:
-        return choice.parser.push(text, is_last=is_last)
+        return choice.parser.push(text, is_last, is_cut)
     return [Text(text)] if text else []
 
 
 def deltas_of_output(choice: Choice, output: Output) -> list[Delta]:
     """What a delta of the engine says."""
-    return deltas_of(choice, output.text, output.finish_reason is not None)
+    return deltas_of(choice, output.text, output.finish_reason is not None, was_cut(output))
+
+
+def was_cut(output: Output) -> bool:
+    """Whether an output ends although the model has not ended it."""
+    return output.finish_reason is FinishReason.LENGTH
 
 
 def named_event(name: str, values: dict[str, Any]) -> bytes:

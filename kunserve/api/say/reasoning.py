@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
-from kunserve.api.say.tool_parsers import ToolParser, held_back
+from dataclasses import dataclass, replace
 
-START, END = "<think>", "</think>"
-REASONING_PARSERS = ("deepseek_r1", "qwen3")
+from kunserve.api.say.calls.marks import first_mark, held_back, mark_at
+from kunserve.api.say.calls.parser import ToolParser
+from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """What reasoning stands between, at the beginning of an output."""
+
+    starts: tuple[str, ...]
+    ends: tuple[str, ...]
+    stops: tuple[str, ...] = ()  # end it as well, and belong to the answer
+    is_open: bool = False  # every output begins inside of it, whatever the prompt ends with
+    has_special_marks: bool = False  # as of `CallFormat`
+
+
+THINK = ReasoningFormat(("<think>",), ("</think>",))
+
+REASONING_FORMATS = {
+    "deepseek_r1": replace(THINK, is_open=True),
+    "qwen3": THINK,
+}
 
 
 class ThinkSplitter:
-    """`<think>...</think>` at the beginning of the output is reasoning; what follows is the answer.
+    """Tells reasoning at the beginning of the output from what follows, the answer."""
 
-    `is_open`: the template has written `<think>` already (DeepSeek-R1, Qwen3-Thinking).
-    """
-
-    def __init__(self, is_open: bool) -> None:
+    def __init__(self, is_open: bool, form: ReasoningFormat = THINK) -> None:
+        """`is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
+        self._form = form
         self._is_open, self._is_over = is_open, False
-        self._has_begun = False
+        self._has_begun = self._strips = False
         self._buffer = ""
 
     def push(self, text: str) -> tuple[str, str]:
@@ -29,31 +47,33 @@ class ThinkSplitter:
             return "", ""
         if not self._is_open:
             return self._end_of_reasoning("", self._buffer)
-        place = self._buffer.find(END)
-        if place >= 0:
-            return self._end_of_reasoning(self._buffer[:place], self._buffer[place + len(END) :])
-        cut = len(self._buffer) - held_back(self._buffer, END)
-        reasoning, self._buffer = self._buffer[:cut], self._buffer[cut:]
+        marks = self._form.ends + self._form.stops
+        place, mark = first_mark(self._buffer, marks)
+        if mark:
+            answer = self._buffer[place if mark in self._form.stops else place + len(mark) :]
+            return self._end_of_reasoning(self._buffer[:place], answer)
+        place -= held_back(self._buffer, marks)
+        reasoning, self._buffer = self._buffer[:place], self._buffer[place:]
         return reasoning, ""
 
-    def finish(self) -> tuple[str, str]:
-        """The output has ended."""
-        rest, self._buffer = self._buffer, ""
+    def finish(self, is_cut: bool) -> tuple[str, str]:
+        """Return what is left at the end of the output; what may be the beginning of a mark is, if it `is_cut`."""
+        rest, self._buffer = "" if is_cut else self._buffer, ""
         return (rest, "") if self._is_open and not self._is_over else ("", rest)
 
     def _begin(self) -> bool:
         """Whether it is clear by now if the output begins with reasoning."""
         begin = self._buffer.lstrip()
-        if len(begin) < len(START) and START.startswith(begin):
+        if (mark := mark_at(begin, 0, self._form.starts)) is None:
             return False
         self._has_begun = True
-        if begin.startswith(START):
-            self._is_open, self._buffer = True, begin[len(START) :]
+        if mark:
+            self._is_open, self._buffer = True, begin[len(mark) :]
         return True
 
     def _end_of_reasoning(self, reasoning: str, answer: str) -> tuple[str, str]:
         self._is_over, self._buffer = True, ""
-        self._strips = bool(reasoning) or self._is_open
+        self._strips = self._is_open
         return reasoning, self._answer(answer)
 
     def _answer(self, text: str) -> str:
@@ -70,18 +90,26 @@ class MessageParser:
         self.num_calls = 0
         self._think, self._tools, self._is_parallel = think, tools, is_parallel
 
-    def push(self, text: str, is_last: bool = False) -> list[Delta]:
-        """Take more text; deltas that are certain by now, all of them if it `is_last`."""
+    @property
+    def has_tools(self) -> bool:
+        """Whether there may be calls."""
+        return self._tools is not None
+
+    def push(self, text: str, is_last: bool = False, is_cut: bool = False) -> list[Delta]:
+        """Take more text; return deltas that are certain by now, all of them if it `is_last`.
+
+        `is_cut`: it is the last because there was no room for more; what had begun is not complete.
+        """
         reasoning, answer = ("", text) if self._think is None else self._think.push(text)
         if is_last and self._think is not None:
-            more_reasoning, more_answer = self._think.finish()
+            more_reasoning, more_answer = self._think.finish(is_cut)
             reasoning, answer = reasoning + more_reasoning, answer + more_answer
         deltas: list[Delta] = [Reasoning(reasoning)] if reasoning else []
         if self._tools is None:
             return [*deltas, Text(answer)] if answer else deltas
         found = self._tools.push(answer)
         if is_last:
-            found += self._tools.finish()
+            found += self._tools.finish(is_cut)
         for delta in found:
             if isinstance(delta, CallBegin):
                 self.num_calls += self._is_parallel or delta.index == 0

@@ -162,8 +162,8 @@ class ApiSettings:
     shares_prefixes: bool = False  # with several API keys: one key's requests find the prefixes of others
     uses_priority: bool = False  # requests may say theirs (`--scheduling-policy priority`)
     logs_access: bool = True
-    tool_call_parser: str | None = None  # see tool_parsers.TOOL_PARSERS
-    reasoning_parser: str | None = None  # see reasoning.REASONING_PARSERS
+    tool_call_parser: str | None = None  # see say.calls.formats.TOOL_FORMATS
+    reasoning_parser: str | None = None  # see say.reasoning.REASONING_FORMATS
     inline_chars: int = 2048  # text up to this size is tokenized on the event loop: about 1 ms
 
     @property

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 from structures import VOCABULARY
 
 from kunserve.api.ask.tools import Tools
-from kunserve.api.say.tool_parsers import TOOL_PARSERS, TaggedCalls
+from kunserve.api.say.calls.formats import TOOL_FORMATS, CallFormat
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Constraint, Output, Request
@@ -93,8 +93,8 @@ async def test_special_tokens_are_shown_where_they_mark_calls() -> None:
 async def test_a_parser_that_is_added_says_itself_whether_its_marks_are_special_tokens(
     has_special_marks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    marks = {"start": "<call>", "end": "</call>", "has_special_marks": has_special_marks}
-    monkeypatch.setitem(TOOL_PARSERS, "added", type("Added", (TaggedCalls,), marks))
+    added = CallFormat(("<call>",), ("</call>",), has_special_marks=has_special_marks)
+    monkeypatch.setitem(TOOL_FORMATS, "added", added)
     engine = talking('<call>{"name": "time", "arguments": {}}</call>')
     async with serving(engine, ApiSettings(tool_call_parser="added")) as client:
         answer = await (await client.post(URL, json={"messages": HI, "tools": [TIME]})).json()

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
+from kunserve.api.say.calls.formats import TOOL_FORMATS, format_of_template
+from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser
 from kunserve.api.say.deltas import Message
 from kunserve.api.say.reasoning import MessageParser, ThinkSplitter
-from kunserve.api.say.tool_parsers import TOOL_PARSERS, NamedCall, ToolParser, parser_of_template
 
 WEATHER = ("weather", '{"city": "Bern", "deep": {"a": [1, "}{\\""]}}')
 TIME = ("time", "{}")
@@ -46,6 +47,29 @@ CASES = [
     ("mistral", '[TOOL_CALLS][{"name":"time","arguments":{}},{"name":"time","arguments":{}}]', "", [TIME, TIME]),
     ("mistral", "Well.[TOOL_CALLS]weather[ARGS]@[TOOL_CALLS]time{}".replace("@", WEATHER[1]), "Well.", [WEATHER, TIME]),
     ("mistral", "no calls [TOOL", "no calls [TOOL", []),
+    # what is no call is text
+    ("hermes", 'So.<tool_call>\nf(city="Bern")\n</tool_call> Done.', 'So.f(city="Bern")\n Done.', []),
+    ("hermes", "<tool_call><function=f><parameter=a>1</tool_call>", "<function=f><parameter=a>1", []),
+    ("hermes", "<tool_call>{'name': 'f'}</tool_call>", "{'name': 'f'}", []),
+    ("hermes", '<tool_call>[1, {"name": "time"}]</tool_call>', '[1, {"name": "time"}]', []),
+    ("hermes", '<tool_call>f()</tool_call><tool_call>{"name": "time"}</tool_call>', "f()", [TIME]),
+    ("llama3_json", '[{"a": 1}, {"b": 2}]', '[{"a": 1}, {"b": 2}]', []),
+    ("llama3_json", "[Docs](x)", "[Docs](x)", []),
+    ("llama3_json", "[", "[", []),
+    ("mistral", "[TOOL_CALLS]I cannot {do} that", "I cannot {do} that", []),
+    ("mistral", "[TOOL_CALLS]" + "long " * 200 + "{", "long " * 200 + "{", []),
+    # arguments are an object
+    ("hermes", '<tool_call>{"name": "time", "arguments": null}</tool_call>', "", [TIME]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": ""}</tool_call>', "", [TIME]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": " null "}</tool_call>', "", [TIME]),
+    ("hermes", '<tool_call>{"arguments": [], "name": "time"}</tool_call>', "", [TIME]),
+    ("llama3_json", '{"name": "time", "parameters": null}; {"name": "time"}', "", [TIME, TIME]),
+    # braces too few or too many, blanks in the text behind a call
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}</tool_call> ok', "ok", [TIME]),
+    ("hermes", '<tool_call>{"name": "time"</tool_call>', "", [TIME]),
+    ("hermes", '<tool_call>{"name": "time", "arguments": {}}}</tool_call>', "", [TIME]),
+    ("hermes", '<tool_call>{"name": "time"}</tool_call>\n\nIt is  noon. \n', "It is  noon. \n", [TIME]),
+    ("hermes", '<tool_call>{"name": "time"}</tool_', "", [TIME]),
 ]
 
 
@@ -64,21 +88,21 @@ def read(parser: ToolParser, text: str, cut: Callable[[], int]) -> Message:
 def test_calls_however_the_text_is_cut(name: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
     rng = random.Random(text)
     for cut in (lambda: 1, lambda: len(text), *[lambda: rng.randrange(1, 9)] * 20):
-        message = read(TOOL_PARSERS[name](), text, cut)
+        message = read(CallsParser(TOOL_FORMATS[name]), text, cut)
         assert [(call.name, call.arguments) for call in message.calls] == calls
         assert message.text == content
         assert len({call.call_id for call in message.calls}) == len(calls)
 
 
 def test_arguments_go_out_before_they_are_complete() -> None:
-    parser = TOOL_PARSERS["hermes"]()
+    parser = CallsParser(TOOL_FORMATS["hermes"])
     message = Message()
     message.add(parser.push('<tool_call>{"name": "weather", "arguments": {"city": "Be'))
     assert (message.calls[0].name, message.calls[0].arguments) == ("weather", '{"city": "Be')
 
 
 def test_mistral_ids_are_nine_characters() -> None:
-    message = read(TOOL_PARSERS["mistral"](), "[TOOL_CALLS]time{}", lambda: 3)
+    message = read(CallsParser(TOOL_FORMATS["mistral"]), "[TOOL_CALLS]time{}", lambda: 3)
     assert len(message.calls[0].call_id) == 9 and message.calls[0].call_id.isalnum()
 
 
@@ -88,7 +112,7 @@ def test_a_named_call_is_all_arguments() -> None:
 
 
 def test_only_the_first_call_if_not_parallel() -> None:
-    parser, message = MessageParser(None, TOOL_PARSERS["mistral"](), is_parallel=False), Message()
+    parser, message = MessageParser(None, CallsParser(TOOL_FORMATS["mistral"]), is_parallel=False), Message()
     message.add(parser.push("[TOOL_CALLS]weather{}[TOOL_CALLS]time{}", is_last=True))
     assert [call.name for call in message.calls] == ["weather"]
     assert parser.num_calls == 1
@@ -117,7 +141,7 @@ def test_reasoning_however_the_text_is_cut(is_open: bool, text: str, reasoning: 
 
 
 def test_calls_after_reasoning() -> None:
-    parser, message = MessageParser(ThinkSplitter(False), TOOL_PARSERS["hermes"]()), Message()
+    parser, message = MessageParser(ThinkSplitter(False), CallsParser(TOOL_FORMATS["hermes"])), Message()
     message.add(parser.push('<think><tool_call></think>\n<tool_call>{"name": "time"}</tool_call>', is_last=True))
     assert message.reasoning == "<tool_call>" and [call.name for call in message.calls] == ["time"]
 
@@ -133,4 +157,4 @@ def test_calls_after_reasoning() -> None:
     ],
 )
 def test_the_template_tells_the_parser(source: str | None, name: str | None) -> None:
-    assert parser_of_template(source) == name
+    assert format_of_template(source) == name

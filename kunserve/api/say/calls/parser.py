@@ -1,0 +1,247 @@
+"""Tool calls out of the text of one choice: `push` takes text and returns what is certain by now, `finish` the rest.
+
+What stands where a call should, but is none, comes back as text, without the marks around it. No part of a mark or of
+a call does, even if the output was cut inside it.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from kunserve.api.say.calls.formats import CallFormat, new_call_id
+from kunserve.api.say.calls.json_reader import JsonReader
+from kunserve.api.say.calls.marks import first_mark, held_back, mark_at
+from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Text
+
+_BETWEEN = " \t\r\n,;]}"  # calls; models write a brace too many
+MAX_HEAD_CHARS = 512  # longer ones name no function
+
+
+class ToolParser(Protocol):
+    """See the module."""
+
+    def push(self, text: str) -> list[Delta]:
+        """Take more text."""
+
+    def finish(self, is_cut: bool) -> list[Delta]:
+        """Return what is left at the end of the output; `is_cut`: which the model did not end itself."""
+
+
+class Reader(Protocol):
+    """What reads one call, from its arguments on. `rest` is what follows, once it `is_done`."""
+
+    is_done: bool
+    is_call: bool
+    rest: str
+
+    def push(self, text: str) -> list[Delta]:
+        """Take more text."""
+
+    def finish(self, is_cut: bool) -> list[Delta]:
+        """See `ToolParser`."""
+
+
+class _Place(enum.Enum):
+    UNDECIDED = enum.auto()  # whether the answer begins with a call
+    TEXT = enum.auto()
+    HEAD = enum.auto()  # inside of the marks, before a call
+    CALL = enum.auto()
+
+
+class CallsParser:
+    """Reads one format."""
+
+    def __init__(self, form: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`tools`: of the request, for what only they can tell."""
+        self._form = form
+        self._names = {tool["function"]["name"] for tool in tools}
+        self._place = _Place.UNDECIDED if form.is_bare else _Place.TEXT
+        self._buffer = ""
+        self._reader: Reader | None = None
+        self._num_calls = 0
+        self._brackets = ""  # that have been passed over, text if no call follows
+        self._is_raw = False  # the text is inside of marks, because it is no call
+        self._is_behind_call = False  # what closes it is still to come
+        self._strips_text = False  # blanks between calls say nothing
+
+    def push(self, text: str) -> list[Delta]:
+        """See `ToolParser`."""
+        self._buffer += text
+        deltas: list[Delta] = []
+        before = None
+        while self._buffer and before != (before := (len(self._buffer), self._place)):
+            deltas += self._step()
+        return joined(deltas)
+
+    def finish(self, is_cut: bool) -> list[Delta]:
+        """See `ToolParser`."""
+        deltas: list[Delta] = []
+        if self._reader is not None:
+            deltas = self._reader.finish(is_cut)
+            if self._brackets and not self._reader.is_call and deltas:
+                deltas = [Text(self._brackets), *deltas]
+        elif self._place is _Place.HEAD and not is_cut:
+            deltas = self._finish_head()
+        elif not is_cut and self._buffer.strip():
+            deltas = [Text(self._buffer)]
+        self._buffer, self._reader = "", None
+        return joined(deltas)
+
+    def _step(self) -> list[Delta]:
+        match self._place:
+            case _Place.UNDECIDED:
+                if begin := self._buffer.lstrip():
+                    self._place = _Place.HEAD if begin[0] in "{[" else _Place.TEXT
+                return []
+            case _Place.TEXT:
+                return self._read_text()
+            case _Place.HEAD:
+                return self._read_head()
+            case _Place.CALL:
+                return self._read_call()
+
+    def _read_text(self) -> list[Delta]:
+        marks = self._form.marks if self._is_raw else self._form.starts
+        place, mark = first_mark(self._buffer, marks)
+        if not mark:
+            place -= held_back(self._buffer, marks)
+        text, self._buffer = self._buffer[:place], self._buffer[place + len(mark) :]
+        if mark in self._form.starts:
+            self._place = _Place.HEAD
+        self._is_raw = self._is_raw and mark not in (*self._form.starts, *self._form.ends)
+        if self._strips_text:
+            text = text.lstrip()
+            self._strips_text = not text
+        return [Text(text)] if text else []
+
+    def _read_head(self) -> list[Delta]:
+        form = self._form
+        if self._is_behind_call and not self._skip_to_mark():
+            return []
+        rest = self._buffer = self._buffer.lstrip(_BETWEEN)
+        mark = mark_at(rest, 0, form.marks)
+        if mark is None or not rest:
+            return []
+        if mark and (form.head is None or mark not in form.call_marks[:-1]):
+            self._buffer, self._brackets = rest[len(mark) :], ""
+            if mark in form.ends:
+                self._place = _Place.TEXT
+            return []
+        if rest[0] == "[":
+            self._buffer, self._brackets = rest[1:], self._brackets + "["
+            return []
+        if rest[0] == "{":
+            return self._begin(JsonReader(self._num_calls, form.new_id(), None, form.marks))
+        return self._read_name() if form.head is not None else self._as_text()
+
+    def _skip_to_mark(self) -> bool:
+        """Leave out what closes a call (a fence); False if the mark behind it has not come."""
+        place, mark = first_mark(self._buffer, self._form.marks)
+        self._is_behind_call = not mark
+        self._buffer = self._buffer[place if mark else len(self._buffer) - held_back(self._buffer, self._form.marks) :]
+        return bool(mark)
+
+    def _read_name(self) -> list[Delta]:
+        """Read a head, up to the arguments."""
+        form, rest = self._form, self._buffer
+        stops = (*form.ends, *form.starts, *form.call_marks[-1:])
+        stop, mark = first_mark(rest, stops)
+        brace = rest.find("{", 0, stop)
+        if brace >= 0:
+            if (match := self._match(rest[:brace])) is None:
+                return self._as_text()
+            self._buffer = rest[brace:]
+            call_id = match.groupdict().get("id") or form.new_id()
+            return self._begin(JsonReader(self._num_calls, call_id, match["name"], form.marks))
+        if mark:
+            return self._without_arguments(stop)
+        return self._as_text() if len(rest) > MAX_HEAD_CHARS else []
+
+    def _match(self, head: str) -> re.Match[str] | None:
+        return None if self._form.head is None or len(head) > MAX_HEAD_CHARS else self._form.head.search(head)
+
+    def _without_arguments(self, stop: int) -> list[Delta]:
+        """Return the call that has only a head, which reaches to `stop`; text if it names no tool."""
+        match = self._match(self._buffer[:stop])
+        if match is None or (self._names and match["name"] not in self._names):
+            return self._as_text()
+        self._buffer = self._buffer[stop:]
+        call_id = match.groupdict().get("id") or self._form.new_id()
+        begin = CallBegin(self._num_calls, call_id, match["name"])
+        self._end_call()
+        return [begin, CallArguments(begin.index, "{}")]
+
+    def _as_text(self) -> list[Delta]:
+        """Go on with what should have been a call as text."""
+        self._buffer, self._brackets = self._brackets + self._buffer, ""
+        self._place, self._is_raw = _Place.TEXT, True
+        return self._read_text()
+
+    def _begin(self, reader: Reader) -> list[Delta]:
+        self._reader, self._place = reader, _Place.CALL
+        return []
+
+    def _read_call(self) -> list[Delta]:
+        reader = self._reader
+        assert reader is not None
+        deltas = reader.push(self._buffer)
+        self._buffer = ""
+        if not reader.is_done:
+            return deltas
+        self._buffer, self._reader = reader.rest, None
+        if reader.is_call:
+            self._end_call()
+            return deltas
+        brackets, self._brackets = self._brackets, ""
+        self._place, self._is_raw = _Place.TEXT, True
+        return [Text(brackets), *deltas] if brackets else deltas
+
+    def _end_call(self) -> None:
+        self._num_calls += 1
+        self._place, self._brackets, self._strips_text = _Place.HEAD, "", True
+        self._is_behind_call = bool(self._form.call_marks)
+
+    def _finish_head(self) -> list[Delta]:
+        """Return what the beginning of a call says that did not go on."""
+        if self._is_behind_call or (self._buffer and mark_at(self._buffer, 0, self._form.marks) is None):
+            return []
+        if self._match(self._buffer) is not None:
+            return self._without_arguments(len(self._buffer))
+        text = self._brackets + self._buffer
+        return [Text(text)] if text else []
+
+
+class NamedCall:
+    """The whole output is the arguments of one function, whose name the client gave."""
+
+    def __init__(self, name: str, new_id: Callable[[], str] = new_call_id) -> None:
+        self._name, self._new_id, self._has_begun = name, new_id, False
+
+    def push(self, text: str) -> list[Delta]:
+        """See `ToolParser`."""
+        if not text:
+            return []
+        begin: list[Delta] = [] if self._has_begun else [CallBegin(0, self._new_id(), self._name)]
+        self._has_begun = True
+        return [*begin, CallArguments(0, text)]
+
+    def finish(self, is_cut: bool) -> list[Delta]:
+        """See `ToolParser`."""
+        return []
+
+
+def joined(deltas: list[Delta]) -> list[Delta]:
+    """Return the same with neighbours of a kind in one."""
+    result: list[Delta] = []
+    for delta in deltas:
+        last = result[-1] if result else None
+        if isinstance(delta, CallArguments) and isinstance(last, CallArguments) and last.index == delta.index:
+            result[-1] = CallArguments(delta.index, last.text + delta.text)
+        elif isinstance(delta, Text) and isinstance(last, Text):
+            result[-1] = Text(last.text + delta.text)
+        else:
+            result.append(delta)
+    return result
