@@ -19,6 +19,19 @@ _RESULTS = ("tool", "function")  # roles of what tools have answered
 RAW_ARGUMENTS = "raw_arguments"  # the only argument of a call whose arguments were no object
 
 
+class Arguments(dict[str, Any]):
+    """The arguments of a call: an object for templates that walk through it, JSON for those that write it as text."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, after: str) -> str:
+        return str(self) + after
+
+    def __radd__(self, before: str) -> str:
+        return before + str(self)
+
+
 def _content(content: object, param: str, role: str) -> str | None:
     """Return the text of a string, of null (an assistant that only called tools) or of a list of parts."""
     if content is None or isinstance(content, str):
@@ -58,16 +71,16 @@ def _tool_calls(calls: object, param: str) -> list[dict[str, Any]]:
     return parsed
 
 
-def _arguments(given: object) -> dict[str, Any]:
-    """Return arguments as an object, which templates walk through: those that are none are its only value."""
+def _arguments(given: object) -> Arguments:
+    """Return arguments as an object; those that are none are its only value."""
     value = given
     for _ in range(2):  # some clients write JSON in a string of JSON
         if isinstance(value, str):
             value = _parsed(value)
     if isinstance(value, dict):
-        return value
+        return Arguments(value)
     is_empty = value is None or value == [] or (isinstance(value, str) and not value.strip())
-    return {} if is_empty else {RAW_ARGUMENTS: given}
+    return Arguments() if is_empty else Arguments({RAW_ARGUMENTS: given})
 
 
 def _parsed(text: str) -> object:

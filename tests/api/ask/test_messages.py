@@ -89,6 +89,14 @@ def test_arguments_that_are_no_object_become_one(arguments: object, parsed: dict
     assert template.render([message]) == str(list(parsed.items()))
 
 
+def test_templates_may_write_arguments_as_they_like() -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": "é"}'}}
+    messages = read_messages([{"role": "assistant", "tool_calls": [call]}])
+    for written in ("a | tojson", "'' + a", "a + ''", "'' ~ a", "a"):
+        source = "{% set a = messages[0].tool_calls[0].function.arguments %}{{ " + written + " }}"
+        assert ChatTemplate(source).render(messages) == '{"a": "é"}', written
+
+
 def test_images_in_the_results_of_tools_are_named() -> None:
     parts = [{"type": "text", "text": "seen:"}, {"type": "image_url", "image_url": {"url": "data:"}}, {"type": "image"}]
     for role in ("tool", "function"):
