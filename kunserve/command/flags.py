@@ -29,6 +29,8 @@ LEAST_BODY_MEMORY_BYTES = 1 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
 STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTERVAL")
 
+NO_FORMAT = "none"  # of tool calls, of reasoning: they are text
+
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -111,10 +113,14 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--tool-call-parser",
-        choices=tuple(TOOL_FORMATS),
+        choices=(*TOOL_FORMATS, NO_FORMAT),
         help="how the model writes tool calls (default: as its template does)",
     )
-    add("--reasoning-parser", choices=tuple(REASONING_FORMATS), help="take <think> out of the content")
+    add(
+        "--reasoning-parser",
+        choices=(*REASONING_FORMATS, NO_FORMAT),
+        help="how the model writes its reasoning, which is told apart from the content (default: as its template does)",
+    )
     add(
         "--open-objects",
         action="store_true",

@@ -21,11 +21,11 @@ from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.ask.defaults import sampling_defaults, settings_not_obeyed
 from kunserve.api.operate.loading import loading_handler
 from kunserve.api.say.calls.formats import format_of_template
-from kunserve.api.say.reasoning import REASONING_FORMATS
+from kunserve.api.say.reasoning import REASONING_FORMATS, reasoning_of_template
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
 from kunserve.api.wire.grammars import Grammars
 from kunserve.command.arguments import ServerConfig
-from kunserve.command.flags import HttpConfig
+from kunserve.command.flags import NO_FORMAT, HttpConfig
 from kunserve.command.listen import Listener
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
@@ -175,17 +175,24 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         shares_prefixes=config.http.shares_prefixes,
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
-        tool_call_parser=config.http.tool_call_parser or format_of_template(source),
-        reasoning_parser=config.http.reasoning_parser,
+        tool_call_parser=_chosen(config.http.tool_call_parser, format_of_template(source)),
+        reasoning_parser=_chosen(config.http.reasoning_parser, reasoning_of_template(source)),
     )
+    log.info("formats", tool_call_parser=settings.tool_call_parser, reasoning_parser=settings.reasoning_parser)
+    thoughts = REASONING_FORMATS.get(settings.reasoning_parser or "")
     model = served.engine.model
     grammars = Grammars(
         Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
-        tokenizer.token_id(REASONING_FORMATS[parser].ends[0]) if (parser := config.http.reasoning_parser) else None,
+        tokenizer.token_id(thoughts.ends[0]) if thoughts is not None and thoughts.is_before_structure else None,
         served.metrics.structure_process_died,
         config.http.closes_objects,
     )
     return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
+
+
+def _chosen(asked: str | None, shown: str | None) -> str | None:
+    """Return the name of a format: the one that was asked for, else what the template shows."""
+    return None if asked == NO_FORMAT else asked or shown
 
 
 async def _watch_loop(metrics: Metrics) -> None:

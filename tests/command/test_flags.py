@@ -284,3 +284,12 @@ def test_values_that_nobody_can_mean(flag: str, message: str) -> None:
 def test_nothing_where_something_is_needed(flag: str) -> None:
     with pytest.raises(SystemExit):
         parse(f"m {flag}")
+
+
+def test_an_unknown_format_is_told_with_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, known in (("--tool-call-parser", "kimi_k2"), ("--reasoning-parser", "openai_gptoss")):
+        with pytest.raises(SystemExit):
+            parse_args(["m", flag, "hermis"])
+        [line] = capsys.readouterr().err.splitlines()
+        assert flag in line and "hermis" in line and known in line and "none" in line
+        assert getattr(parse_args(["m", flag, "none"]).http, flag[2:].replace("-", "_")) == "none"

@@ -12,9 +12,10 @@ from kunserve.api.ask.protocol import ChatCall
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.ask.tools import Tools
 from kunserve.api.say.answering import Form, answer, make_choices
-from kunserve.api.say.calls.formats import BARE, TOOL_FORMATS, CallFormat
+from kunserve.api.say.calls.formats import BARE, HARMONY, TOOL_FORMATS, CallFormat
+from kunserve.api.say.calls.harmony import Channels
 from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser
-from kunserve.api.say.reasoning import REASONING_FORMATS, MessageParser, ReasoningFormat, ThinkSplitter
+from kunserve.api.say.reasoning import ANALYSIS, REASONING_FORMATS, MessageParser, ReasoningFormat, ThinkSplitter
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.admission import CHARS_PER_TOKEN
@@ -57,14 +58,17 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
     constraint = await compile_structure(request, api, structure, call.generation.user, reasons is not None)
     bad_words = await spell(api, call.generation.bad_words)
     ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
-    if _marks_by_special_tokens(call.tools, calls, None if reasons is None else thoughts):
+    has_channels = ANALYSIS is thoughts or HARMONY is calls
+    if has_channels or _marks_by_special_tokens(call.tools, calls, None if reasons is None else thoughts):
         params = replace(params, skip_special_tokens=False)
 
     def new_parser() -> MessageParser:
+        if has_channels:
+            return MessageParser(None, _channels_parser(call.tools, calls, reasons is True), call.tools.is_parallel)
         think = None if reasons is None or thoughts is None else ThinkSplitter(reasons, thoughts)
         return MessageParser(think, _tool_parser(call.tools, calls), call.tools.is_parallel)
 
-    needs_parser = reasons is not None or call.tools.mode != "none"
+    needs_parser = has_channels or reasons is not None or call.tools.mode != "none"
     counter = None if reasons is None or thoughts is None else ReasoningTokens(api.tokenizer, reasons, thoughts)
     return Conversation(ids, params, constraint, new_parser if needs_parser else None, counter)
 
@@ -110,6 +114,13 @@ def _tool_parser(tools: Tools, calls: CallFormat | None) -> ToolParser | None:
             return CallsParser(replace(BARE, new_id=new_id), tools.definitions)
     assert calls is not None
     return CallsParser(calls, tools.definitions)
+
+
+def _channels_parser(tools: Tools, calls: CallFormat | None, is_open: bool) -> ToolParser | None:
+    """As `_tool_parser`, of a model that writes harmony: reasoning and answer are told apart there as well."""
+    if tools.mode in ("named", "required"):  # the structure leaves no room for channels
+        return _tool_parser(tools, calls)
+    return Channels(tools.definitions, is_open, reads_calls=tools.mode == "auto")
 
 
 def _marks_by_special_tokens(tools: Tools, calls: CallFormat | None, thoughts: ReasoningFormat | None) -> bool:

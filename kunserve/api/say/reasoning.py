@@ -18,14 +18,50 @@ class ReasoningFormat:
     stops: tuple[str, ...] = ()  # end it as well, and belong to the answer
     is_open: bool = False  # every output begins inside of it, whatever the prompt ends with
     has_special_marks: bool = False  # as of `CallFormat`
+    repeats: bool = False  # the output may come back to it
+    is_before_structure: bool = True  # a structure holds for what follows it; else for the whole output
 
 
 THINK = ReasoningFormat(("<think>",), ("</think>",))
 
-REASONING_FORMATS = {
+# `calls.harmony.Channels` reads it. A structure would have to allow the headers behind it.
+ANALYSIS = ReasoningFormat(
+    ("<|channel|>analysis<|message|>",), ("<|end|>",), has_special_marks=True, repeats=True, is_before_structure=False
+)
+GRANITE = ReasoningFormat(
+    ("Here is my thought process:", "Here's my thought process:"),
+    ("Here is my response:", "Here's my response:"),
+    is_before_structure=False,
+)
+
+REASONING_FORMATS = {  # by vLLM's names
     "deepseek_r1": replace(THINK, is_open=True),
+    "deepseek_v3": THINK,
+    "glm45": THINK,
+    "granite": GRANITE,
+    "kimi_k2": replace(THINK, stops=("<|tool_calls_section_begin|>",), has_special_marks=True),
+    "mistral": ReasoningFormat(("[THINK]",), ("[/THINK]",), has_special_marks=True),
+    "openai_gptoss": ANALYSIS,
     "qwen3": THINK,
 }
+
+# What a template shows -> the format it shows, the first that fits.
+_SHOWN = (
+    (("<|channel|>", "<|message|>"), "openai_gptoss"),
+    (("Here is my thought process:",), "granite"),
+    (("<think>", "<|im_middle|>"), "kimi_k2"),
+    (("<think>", "<｜Assistant｜>"), "deepseek_v3"),
+    (("<think>", "<arg_key>"), "glm45"),
+    (("<think>",), "qwen3"),
+    (("[THINK]",), "mistral"),
+)
+
+
+def reasoning_of_template(source: str | None) -> str | None:
+    """Return the name of the format that a chat template shows of reasoning; None if it shows none."""
+    if source is None:
+        return None
+    return next((name for marks, name in _SHOWN if all(mark in source for mark in marks)), None)
 
 
 class ThinkSplitter:

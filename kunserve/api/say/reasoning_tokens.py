@@ -9,56 +9,65 @@ from kunserve.api.wire.backend import TextTokenizer
 
 
 class ReasoningTokens:
-    """The count of one choice, the mark of its end included; 0 if its output does not begin with reasoning."""
+    """The count of one choice, marks included; 0 if its output does not begin with reasoning."""
 
     __slots__ = (
         "_bytes",
         "_ends",
         "_form",
-        "_has_begun",
+        "_is_first",
+        "_is_inside",
         "_is_open",
         "_is_over",
-        "_num_taken",
+        "_num_before",
         "_starts",
         "_tokenizer",
+        "num_tokens",
     )
 
     def __init__(self, tokenizer: TextTokenizer, is_open: bool, form: ReasoningFormat) -> None:
         """`is_open`: the prompt has begun the reasoning."""
+        self.num_tokens = 0  # of the tokens so far
         self._form, self._is_open = form, is_open
         self._starts = tuple(mark.encode() for mark in form.starts)
         self._ends = tuple(mark.encode() for mark in form.ends + form.stops)
-        self._tokenizer, self._has_begun = tokenizer, is_open
-        self._is_over = False
+        self._tokenizer = tokenizer
+        self._is_first, self._is_inside, self._is_over = not is_open, is_open, False
         self._bytes = b""
-        self._num_taken = 0
+        self._num_before = 0  # of tokens that may be a mark, while it is not clear if the output begins with one
 
     def fresh(self) -> ReasoningTokens:
         """Return the count of another look at the same choice."""
         return ReasoningTokens(self._tokenizer, self._is_open, self._form)
-
-    @property
-    def num_tokens(self) -> int:
-        """How many of the tokens so far are reasoning."""
-        return self._num_taken if self._has_begun else 0
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Count what came."""
         for token_id in token_ids:
             if self._is_over:
                 return
-            self._num_taken += 1
             self._bytes += self._tokenizer.token_bytes(token_id)
-            if not self._has_begun:
+            if self._is_inside:
+                self.num_tokens += 1
+                self._look_for(self._ends)
+            elif self._is_first:
+                self._num_before += 1
                 self._begin()
-            elif any(end in self._bytes for end in self._ends):
-                self._is_over = True
             else:
-                self._bytes = self._bytes[-max(map(len, self._ends)) :]
+                self._look_for(self._starts)
+
+    def _look_for(self, marks: tuple[bytes, ...]) -> None:
+        """Change sides if one of `marks` has come."""
+        if not any(mark in self._bytes for mark in marks):
+            self._bytes = self._bytes[-max(map(len, marks)) :]
+            return
+        self._bytes = b""
+        self._is_inside = not self._is_inside
+        self._is_over = not self._is_inside and not self._form.repeats
 
     def _begin(self) -> None:
         begin = self._bytes.lstrip()
         if begin.startswith(self._starts):
-            self._has_begun = True
+            self._is_first, self._is_inside = False, True
+            self.num_tokens = self._num_before
         elif not any(start.startswith(begin) for start in self._starts):
-            self._is_over = True
+            self._is_first, self._is_over = False, not self._form.repeats

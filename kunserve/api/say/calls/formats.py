@@ -65,22 +65,82 @@ MISTRAL = CallFormat(
     has_special_marks=True,
     new_id=new_mistral_call_id,
 )
+GRANITE = CallFormat(("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>", "</tool_call>"), has_special_marks=True)
+GRANITE_20B = CallFormat(("<function_call>",))
+QWEN3_CODER = CallFormat(
+    ("<tool_call>", "<function="),  # models forget the former
+    ("</tool_call>",),
+    tags=Tags(("<function=", ">"), ("<parameter=", ">"), ("", "</parameter>"), "</function>", pads_values=True),
+)
+GLM = CallFormat(
+    ("<tool_call>",),
+    ("</tool_call>",),
+    tags=Tags(("", ""), ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")),
+    has_special_marks=True,
+)
+KIMI = CallFormat(
+    ("<|tool_calls_section_begin|>",),
+    ("<|tool_calls_section_end|>",),
+    ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    # The template writes the id back, so it has to be the model's own.
+    re.compile(
+        r"<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>[\w.:/-]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>"
+    ),
+    has_special_marks=True,
+)
+DEEPSEEK = CallFormat(
+    ("<｜tool▁calls▁begin｜>",),
+    ("<｜tool▁calls▁end｜>",),
+    ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    # V3.1 writes the name, V3 the type before it and a fence around the arguments.
+    re.compile(
+        rf"<｜tool▁call▁begin｜>\s*(?:function\s*<｜tool▁sep｜>\s*)?{_NAME}\s*(?:<｜tool▁sep｜>\s*)?(?:```(?:json)?\s*)?$"
+    ),
+    has_special_marks=True,
+)
+HARMONY = CallFormat(has_special_marks=True)  # `harmony.Channels` reads it
 
-TOOL_FORMATS: dict[str, CallFormat] = {
+TOOL_FORMATS: dict[str, CallFormat] = {  # by vLLM's names
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v31": DEEPSEEK,
+    "glm45": GLM,
+    "glm47": GLM,
+    "granite": GRANITE,
+    "granite-20b-fc": GRANITE_20B,
+    "granite4": GRANITE,
     "hermes": HERMES,
+    "kimi_k2": KIMI,
+    "llama3": LLAMA,
+    "llama3_json": LLAMA,
+    "llama4_json": LLAMA,
+    "mistral": MISTRAL,
+    "openai": HARMONY,
     "qwen": HERMES,
     "qwen2_5": HERMES,
-    "llama3_json": LLAMA,
-    "llama3": LLAMA,
-    "mistral": MISTRAL,
+    "qwen3_coder": QWEN3_CODER,
+    "qwen3_xml": QWEN3_CODER,
 }
+
+# What a template shows -> the format it shows, the first that fits: several have <tool_call>.
+_SHOWN = (
+    (("<|channel|>", "<|message|>"), "openai"),
+    (("<arg_key>",), "glm45"),
+    (("<function=", "<parameter="), "qwen3_coder"),
+    (("<|tool_call_begin|>",), "kimi_k2"),
+    (("<|im_middle|>",), "kimi_k2"),  # older templates show the tools, and no calls
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
+    (("<|tool_call|>",), "granite"),
+    (("<function_call>",), "granite-20b-fc"),
+    (("<tool_call>",), "hermes"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<|python_tag|>",), "llama3_json"),
+    (("<|start_header_id|>",), "llama3_json"),
+)
 
 
 def format_of_template(source: str | None) -> str | None:
     """Return the name of the format that a chat template shows of calls; None if it shows none."""
     if source is None or "tools" not in source:
         return None
-    for mark, name in (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json")):
-        if mark in source:
-            return name
-    return "llama3_json" if "<|start_header_id|>" in source else None
+    return next((name for marks, name in _SHOWN if all(mark in source for mark in marks)), None)

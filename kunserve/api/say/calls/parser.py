@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from kunserve.api.say.calls.formats import CallFormat, new_call_id
+from kunserve.api.say.calls.formats import CallFormat, Tags, new_call_id
 from kunserve.api.say.calls.json_reader import JsonReader
 from kunserve.api.say.calls.marks import first_mark, held_back, mark_at
+from kunserve.api.say.calls.tag_reader import TagReader
+from kunserve.api.say.calls.values import ArgumentTypes
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Text
 
+_NAME = re.compile(r"[\w.:/-]+")
 _BETWEEN = " \t\r\n,;]}"  # calls; models write a brace too many
 MAX_HEAD_CHARS = 512  # longer ones name no function
 
@@ -57,7 +60,8 @@ class CallsParser:
     def __init__(self, form: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """`tools`: of the request, for what only they can tell."""
         self._form = form
-        self._names = {tool["function"]["name"] for tool in tools}
+        self._opening = "" if form.tags is None else form.tags.name[0]  # of a name: nothing to leave out
+        self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         self._place = _Place.UNDECIDED if form.is_bare else _Place.TEXT
         self._buffer = ""
         self._reader: Reader | None = None
@@ -108,7 +112,7 @@ class CallsParser:
         place, mark = first_mark(self._buffer, marks)
         if not mark:
             place -= held_back(self._buffer, marks)
-        text, self._buffer = self._buffer[:place], self._buffer[place + len(mark) :]
+        text, self._buffer = self._buffer[:place], self._buffer[place + (len(mark) if mark != self._opening else 0) :]
         if mark in self._form.starts:
             self._place = _Place.HEAD
         self._is_raw = self._is_raw and mark not in (*self._form.starts, *self._form.ends)
@@ -125,7 +129,7 @@ class CallsParser:
         mark = mark_at(rest, 0, form.marks)
         if mark is None or not rest:
             return []
-        if mark and (form.head is None or mark not in form.call_marks[:-1]):
+        if mark and mark != self._opening and (form.head is None or mark not in form.call_marks[:-1]):
             self._buffer, self._brackets = rest[len(mark) :], ""
             if mark in form.ends:
                 self._place = _Place.TEXT
@@ -135,7 +139,9 @@ class CallsParser:
             return []
         if rest[0] == "{":
             return self._begin(JsonReader(self._num_calls, form.new_id(), None, form.marks))
-        return self._read_name() if form.head is not None else self._as_text()
+        if form.head is not None:
+            return self._read_name()
+        return self._read_tagged_name(form.tags) if form.tags is not None else self._as_text()
 
     def _skip_to_mark(self) -> bool:
         """Leave out what closes a call (a fence); False if the mark behind it has not come."""
@@ -160,13 +166,34 @@ class CallsParser:
             return self._without_arguments(stop)
         return self._as_text() if len(rest) > MAX_HEAD_CHARS else []
 
+    def _read_tagged_name(self, tags: Tags) -> list[Delta]:
+        """Read a name that tags with arguments follow."""
+        opening, closing = tags.name
+        if opening and (mark := mark_at(self._buffer, 0, (opening,))) != opening:
+            return [] if mark is None else self._as_text()
+        rest = self._buffer[len(opening) :].lstrip()
+        name = _NAME.match(rest)
+        if name is None or name.end() > MAX_HEAD_CHARS:
+            return self._as_text() if rest else []
+        follows = (closing,) if closing else (tags.key[0], *self._form.ends)
+        rest = rest[name.end() :].lstrip()
+        if (mark := mark_at(rest, 0, follows)) is None:
+            return []
+        is_other = mark in self._form.ends and self._schemas and name[0] not in self._schemas
+        if not mark or is_other:
+            return self._as_text()
+        self._buffer = rest[len(closing) :]
+        begin = CallBegin(self._num_calls, self._form.new_id(), name[0])
+        types = ArgumentTypes(self._schemas.get(name[0], {}))
+        return self._begin(TagReader(begin, tags, (*self._form.ends, *self._form.starts), types))
+
     def _match(self, head: str) -> re.Match[str] | None:
         return None if self._form.head is None or len(head) > MAX_HEAD_CHARS else self._form.head.search(head)
 
     def _without_arguments(self, stop: int) -> list[Delta]:
         """Return the call that has only a head, which reaches to `stop`; text if it names no tool."""
         match = self._match(self._buffer[:stop])
-        if match is None or (self._names and match["name"] not in self._names):
+        if match is None or (self._schemas and match["name"] not in self._schemas):
             return self._as_text()
         self._buffer = self._buffer[stop:]
         call_id = match.groupdict().get("id") or self._form.new_id()
@@ -176,9 +203,12 @@ class CallsParser:
 
     def _as_text(self) -> list[Delta]:
         """Go on with what should have been a call as text."""
-        self._buffer, self._brackets = self._brackets + self._buffer, ""
+        text, self._brackets = self._brackets, ""
+        if self._opening and self._buffer.startswith(self._opening):  # would be taken for the beginning of a call again
+            text, self._buffer = text + self._opening, self._buffer[len(self._opening) :]
         self._place, self._is_raw = _Place.TEXT, True
-        return self._read_text()
+        self._strips_text = self._strips_text and not text
+        return [Text(text), *self._read_text()] if text else self._read_text()
 
     def _begin(self, reader: Reader) -> list[Delta]:
         self._reader, self._place = reader, _Place.CALL

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kunserve.api.say.calls.formats import TOOL_FORMATS, format_of_template
+from kunserve.api.say.calls.formats import TOOL_FORMATS
 from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser
 from kunserve.api.say.deltas import Message
-from kunserve.api.say.reasoning import MessageParser, ThinkSplitter
+from kunserve.api.say.reasoning import MessageParser
 
 WEATHER = ("weather", '{"city": "Bern", "deep": {"a": [1, "}{\\""]}}')
 TIME = ("time", "{}")
@@ -73,6 +73,90 @@ CASES = [
 ]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "deep": {"type": "object"},
+        "unit": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "time"}},
+]
+TAGGED = [
+    (
+        "qwen3_coder",
+        "Well.\n\n<tool_call>\n<function=weather>\n<parameter=city>\nBern\n</parameter>\n<parameter=days>\n5\n"
+        "</parameter>\n<parameter=unit>\nnull\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=time>\n"
+        "</function>\n</tool_call>",
+        "Well.\n\n",
+        [("weather", '{"city": "Bern", "days": 5, "unit": null}'), ("time", "{}")],
+    ),
+    (
+        "qwen3_coder",
+        "<function=weather>\n<parameter=city>\n\n<b>\n\n</parameter>\n</function>\n</tool_call>\n\nDone.",
+        "Done.",
+        [("weather", '{"city": "\\n<b>\\n"}')],
+    ),
+    ("qwen3_coder", "<function=weather><parameter=city>Bern", "", [("weather", '{"city": "Bern"}')]),
+    ("qwen3_coder", '<tool_call>{"name": "time", "arguments": {}}</tool_call>', "", [("time", "{}")]),
+    (
+        "qwen3_coder",
+        "In C, <function= is no call, <tool_call>nor this</tool_call>.",
+        "In C, <function= is no call, nor this.",
+        [],
+    ),
+    (
+        "glm45",
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bern\n</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>x</arg_value>\n</tool_call>\n<tool_call>time</tool_call>",
+        "",
+        [("weather", '{"city": "Bern\\n", "days": "x"}'), ("time", "{}")],
+    ),
+    (
+        "glm47",
+        "<tool_call>other<arg_key>a</arg_key><arg_value>[1]</arg_value><arg_key>b</arg_key></tool_call>",
+        "",
+        [("other", '{"a": "[1]"}')],
+    ),
+    ("glm45", "<tool_call>sorry</tool_call> no", "sorry no", []),
+    ("glm45", "<tool_call>I am sorry</tool_call>", "I am sorry", []),
+    (
+        "kimi_k2",
+        "Well.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        '{"city": "Bern"}<|tool_call_end|><|tool_call_begin|>functions.time:1<|tool_call_argument_begin|>null'
+        "<|tool_call_end|><|tool_calls_section_end|>",
+        "Well.",
+        [("weather", '{"city": "Bern"}'), ("time", "{}")],
+    ),
+    (
+        "kimi_k2",
+        "<|tool_calls_section_begin|><|tool_call_begin|>so?<|tool_call_end|><|tool_calls_section_end|>!",
+        "so?!",
+        [],
+    ),
+    (
+        "deepseek_v3",
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Bern"}\n```'
+        "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>time\n```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
+        "",
+        [("weather", '{"city": "Bern"}'), ("time", "{}")],
+    ),
+    (
+        "deepseek_v31",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "",
+        [("function", "{}")],
+    ),
+    ("granite", '<|tool_call|>[{"name": "time", "arguments": {}}]\nDone.', "Done.", [("time", "{}")]),
+    ("granite", '<tool_call>[{"name": "time"}, {"name": "time"}]', "", [("time", "{}"), ("time", "{}")]),
+]
+
+
 def read(parser: ToolParser, text: str, cut: Callable[[], int]) -> Message:
     whole, message = MessageParser(None, parser), Message()
     while text:
@@ -92,6 +176,27 @@ def test_calls_however_the_text_is_cut(name: str, text: str, content: str, calls
         assert [(call.name, call.arguments) for call in message.calls] == calls
         assert message.text == content
         assert len({call.call_id for call in message.calls}) == len(calls)
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), TAGGED)
+def test_calls_of_other_families(name: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    rng = random.Random(text)
+    for cut in (lambda: 1, lambda: len(text), *[lambda: rng.randrange(1, 9)] * 20):
+        message = read(CallsParser(TOOL_FORMATS[name], TOOLS), text, cut)
+        assert [(call.name, call.arguments) for call in message.calls] == calls
+        assert message.text == content
+
+
+def test_kimi_keeps_the_ids_that_the_model_writes() -> None:
+    head = "<|tool_calls_section_begin|><|tool_call_begin|>functions.time:3<|tool_call_argument_begin|>"
+    message = read(CallsParser(TOOL_FORMATS["kimi_k2"]), head + "{}<|tool_call_end|>", lambda: 5)
+    assert message.calls[0].call_id == "functions.time:3"
+
+
+def test_strings_between_tags_go_out_before_they_are_complete() -> None:
+    parser, message = CallsParser(TOOL_FORMATS["qwen3_coder"], TOOLS), Message()
+    message.add(parser.push("<tool_call><function=weather><parameter=days>5</parameter><parameter=city>\nBe"))
+    assert (message.calls[0].name, message.calls[0].arguments) == ("weather", '{"days": 5, "city": "Be')
 
 
 def test_arguments_go_out_before_they_are_complete() -> None:
@@ -116,45 +221,3 @@ def test_only_the_first_call_if_not_parallel() -> None:
     message.add(parser.push("[TOOL_CALLS]weather{}[TOOL_CALLS]time{}", is_last=True))
     assert [call.name for call in message.calls] == ["weather"]
     assert parser.num_calls == 1
-
-
-@pytest.mark.parametrize(
-    ("is_open", "text", "reasoning", "answer"),
-    [
-        (False, "<think>\nhm</think>\n\nyes", "\nhm", "yes"),
-        (False, "yes <think>no</think>", "", "yes <think>no</think>"),
-        (False, "<th", "", "<th"),
-        (False, "<think>endless", "endless", ""),
-        (False, "<think></think>yes", "", "yes"),
-        (True, "hm</think>yes", "hm", "yes"),
-        (True, "<think>hm</think> yes </think>", "hm", "yes </think>"),
-        (True, "hm</thin", "hm</thin", ""),
-    ],
-)
-def test_reasoning_however_the_text_is_cut(is_open: bool, text: str, reasoning: str, answer: str) -> None:
-    for size in range(1, len(text) + 1):
-        parser, message = MessageParser(ThinkSplitter(is_open), None), Message()
-        for start in range(0, len(text), size):
-            message.add(parser.push(text[start : start + size]))
-        message.add(parser.push("", is_last=True))
-        assert (message.reasoning, message.text) == (reasoning, answer), size
-
-
-def test_calls_after_reasoning() -> None:
-    parser, message = MessageParser(ThinkSplitter(False), CallsParser(TOOL_FORMATS["hermes"])), Message()
-    message.add(parser.push('<think><tool_call></think>\n<tool_call>{"name": "time"}</tool_call>', is_last=True))
-    assert message.reasoning == "<tool_call>" and [call.name for call in message.calls] == ["time"]
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        (None, None),
-        ("{% for m in messages %}", None),
-        ("{{ tools }} <tool_call>", "hermes"),
-        ("{{ tools }} [TOOL_CALLS]", "mistral"),
-        ("{{ tools }} <|python_tag|>", "llama3_json"),
-    ],
-)
-def test_the_template_tells_the_parser(source: str | None, name: str | None) -> None:
-    assert format_of_template(source) == name
