@@ -28,7 +28,7 @@ from kunserve.command.arguments import ServerConfig
 from kunserve.command.flags import NO_FORMAT, HttpConfig
 from kunserve.command.listen import Listener
 from kunserve.config import EngineConfig
-from kunserve.errors import ConfigError
+from kunserve.errors import ConfigError, InvalidRequestError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.observe.metrics import Metrics
 from kunserve.observe.summary import Summary, log_summary
@@ -176,7 +176,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         uses_priority=config.http.uses_priority,
         logs_access=config.http.logs_access,
         tool_call_parser=_chosen(config.http.tool_call_parser, format_of_template(source)),
-        reasoning_parser=_chosen(config.http.reasoning_parser, reasoning_of_template(source)),
+        reasoning_parser=_chosen(config.http.reasoning_parser, reasoning_of_template(source, _new_turn(template))),
     )
     log.info("formats", tool_call_parser=settings.tool_call_parser, reasoning_parser=settings.reasoning_parser)
     thoughts = REASONING_FORMATS.get(settings.reasoning_parser or "")
@@ -188,6 +188,14 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         config.http.closes_objects,
     )
     return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
+
+
+def _new_turn(template: ChatTemplate | None) -> str:
+    """Return what a template makes of a new conversation; "" if it refuses it."""
+    try:
+        return "" if template is None else template.render([{"role": "user", "content": "Hi"}])
+    except InvalidRequestError:
+        return ""
 
 
 def _chosen(asked: str | None, shown: str | None) -> str | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
 from kunserve.api.wire.fields import Fields, wrong_type, wrong_value
 from kunserve.api.wire.naming import FieldNames
 from kunserve.errors import InvalidRequestError
@@ -120,8 +118,7 @@ class _Messages:
                 case "text":
                     texts.append(fields.string("text", ""))
                 case "tool_use":
-                    arguments = orjson.dumps(fields.mapping("input")).decode()
-                    function = {"name": fields.string("name", ""), "arguments": arguments}
+                    function = {"name": fields.string("name", ""), "arguments": block.get("input")}
                     calls.append({"id": fields.string("id", ""), "type": "function", "function": function})
                 case "tool_result":
                     content, tool_use_id = block.get("content") or "", fields.string("tool_use_id", "")

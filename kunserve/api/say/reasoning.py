@@ -55,13 +55,22 @@ _SHOWN = (
     (("<think>",), "qwen3"),
     (("[THINK]",), "mistral"),
 )
+_SURE = ("openai_gptoss", "granite", "kimi_k2")  # whose template shows it only if the model reasons, or does no harm
 
 
-def reasoning_of_template(source: str | None) -> str | None:
-    """Return the name of the format that a chat template shows of reasoning; None if it shows none."""
+def reasoning_of_template(source: str | None, turn: str = "") -> str | None:
+    """Return the name of the format that a chat template shows of reasoning; None if the model does not reason.
+
+    `turn`: what the template makes of a new conversation. Templates of models that do not reason may show how others'
+    turns are written, and a structure would wait for the end of a reasoning that never comes.
+    """
     if source is None:
         return None
-    return next((name for marks, name in _SHOWN if all(mark in source for mark in marks)), None)
+    name = next((name for marks, name in _SHOWN if all(mark in source for mark in marks)), None)
+    if name is None or name in _SURE or "enable_thinking" in source:
+        return name
+    form = REASONING_FORMATS[name]
+    return name if any(mark in turn for mark in form.starts + form.ends) else None
 
 
 class ThinkSplitter:

@@ -34,13 +34,13 @@ def in_responses(result: Any, arguments: str = "{}") -> dict[str, Any]:
     }
 
 
-def in_anthropic(result: Any) -> dict[str, Any]:
+def in_anthropic(result: Any, arguments: Any = None) -> dict[str, Any]:
     return {
         "max_tokens": 1,
         "messages": [
             {"role": "user", "content": "q"},
             {"role": "assistant", "content": "w"},
-            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": arguments}]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": result}]},
         ],
     }
@@ -71,5 +71,10 @@ async def test_images_in_results_are_named_in_every_api() -> None:
 
 @pytest.mark.parametrize("arguments", ['{"city": "Be', "null", "f(x)", '{"text": "a\nb"}'])
 async def test_a_broken_call_does_not_end_the_conversation(arguments: str) -> None:
-    for url, body in ((CHAT, in_chat("r", arguments)), (RESPONSES, in_responses("r", arguments))):
+    bodies = {
+        CHAT: in_chat("r", arguments),
+        RESPONSES: in_responses("r", arguments),
+        ANTHROPIC: in_anthropic("r", arguments),
+    }
+    for url, body in bodies.items():
         assert await prompt_of(url, body) == "[u:q][a:w][t:r]>"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.say.calls.formats import TOOL_FORMATS
 from kunserve.api.say.calls.parser import CallsParser
 from kunserve.api.say.deltas import Message
@@ -73,20 +74,25 @@ def test_reasoning_that_is_cut_leaves_no_mark(name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        (None, None),
         ("{{ messages }}", None),
-        ("{% if '</think>' in content %}", None),
-        ("{% if enable_thinking is false %}<think>\\n\\n</think>", "qwen3"),
+        ("{% if '</think>' in messages[0].content %}no{% endif %}", None),
+        ("{% if enable_thinking is false %}<think>\\n\\n</think>{% endif %}", "qwen3"),
         ("<|im_assistant|>assistant<|im_middle|><think></think>", "kimi_k2"),
         ("<｜Assistant｜><think>", "deepseek_v3"),
-        ("<|assistant|>\\n<think></think> <arg_key>", "glm45"),
+        ("<｜Assistant｜>{% if thinking %}<think>{% else %}</think>{% endif %}", "deepseek_v3"),
+        ("{% if enable_thinking is false %}<|assistant|>\\n<think></think>{% endif %} <arg_key>", "glm45"),
+        ("{% for m in messages if m.role == 'assistant' %}<think>{{ m.reasoning_content }}</think>{% endfor %}", None),
         ("Write your thoughts after 'Here is my thought process:'", "granite"),
-        ("[THINK]{{ thinking }}[/THINK]", "mistral"),
+        ("[SYSTEM]Think in [THINK][/THINK] first.", "mistral"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "openai_gptoss"),
     ],
 )
-def test_the_template_tells_the_reasoning(source: str | None, name: str | None) -> None:
-    assert reasoning_of_template(source) == name
+def test_the_template_tells_the_reasoning(source: str, name: str | None) -> None:
+    assert reasoning_of_template(source, ChatTemplate(source).render([{"role": "user", "content": "Hi"}])) == name
+
+
+def test_without_a_template_there_is_no_reasoning() -> None:
+    assert reasoning_of_template(None) is None
 
 
 class Words:

@@ -79,8 +79,8 @@ GLM = CallFormat(
     has_special_marks=True,
 )
 KIMI = CallFormat(
-    ("<|tool_calls_section_begin|>",),
-    ("<|tool_calls_section_end|>",),
+    ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),  # models write both
+    ("<|tool_calls_section_end|>", "<|tool_call_section_end|>"),
     ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     # The template writes the id back, so it has to be the model's own.
     re.compile(
