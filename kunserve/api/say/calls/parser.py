@@ -241,6 +241,8 @@ class CallsParser:
         if self._match(self._buffer) is not None:
             return self._without_arguments(len(self._buffer))
         text = self._brackets + self._buffer
+        for mark in self._form.call_marks:
+            text = text.replace(mark, "")
         return [Text(text)] if text else []
 
 

@@ -138,6 +138,13 @@ TAGGED = [
         "so?!",
         [],
     ),
+    ("kimi_k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.time", "functions.time", []),
+    (
+        "kimi_k2",
+        '<|tool_call_section_begin|><|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1',
+        "",
+        [("f", '{"a": 1')],
+    ),
     (
         "deepseek_v3",
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Bern"}\n```'
