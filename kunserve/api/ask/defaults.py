@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kunserve.api.ask.protocol import read_params
-from kunserve.api.wire.fields import Fields
+from kunserve.api.ask.declared.check import read
+from kunserve.api.ask.declared.generation import Sampling
 from kunserve.errors import ConfigError, KunServeError
 from kunserve.model.card import CardSampling
 from kunserve.model.hf_config import read_json
@@ -84,6 +84,6 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(values: Mapping[str, Any], where: str) -> None:
     try:
-        read_params(Fields(_known(values)), 1, None, 1)
+        read(_known(values), Sampling)
     except KunServeError as error:
         raise ConfigError(f"{where}: {error.message}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kunserve.api.ask.protocol import MAX_LOGPROBS
+from kunserve.api.ask.declared.values import MAX_LOGPROBS
 from kunserve.api.wire.fields import Fields, is_str_list, wrong_items, wrong_type, wrong_value
 from kunserve.api.wire.naming import FieldNames
 from kunserve.errors import InvalidRequestError

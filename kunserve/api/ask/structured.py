@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import orjson
 from aiohttp import web
 
+from kunserve.api.ask.declared.generation import Generation, ResponseFormat, StructuredOutputs
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.context import Api
-from kunserve.api.wire.fields import Fields, is_str_list, wrong_type
+from kunserve.api.wire.fields import wrong_type
 from kunserve.api.wire.grammars import Structure
 from kunserve.engine.text.constraint import GrammarConstraint
 from kunserve.errors import InvalidRequestError
@@ -30,46 +33,62 @@ def _json(value: object, param: str) -> str:
         raise InvalidRequestError(f"`{param}` is nested too deeply.", param=param) from None
 
 
-def read_structure(fields: Fields) -> Structure | None:
-    """The structure that `response_format`, `structured_outputs` or the older `guided_*` ask for, if one does."""
-    found = [*_of_response_format(fields), *_of_options(fields.object("structured_outputs"), "structured_outputs.", "")]
-    found += [*_of_options(fields, "", "guided_"), *_of_other_servers(fields)]
+def read_structure(asked: Generation) -> Structure | None:
+    """The structure that one of the fields for it asks for, if one does."""
+    form, options = asked.response_format, asked.structured_outputs
+    found = [] if form is None else _of_response_format(form)
+    found += [] if options is None else _of_options(options)
+    found += [
+        _of_option(kind, value, name)
+        for name, kind in PLACES.items()
+        if (value := getattr(asked, name)) is not None and value != ""
+    ]
     if len(found) > 1:
         params = " and ".join(f"`{structure.param}`" for structure in found[:2])
         raise InvalidRequestError(f"{params} exclude each other.", param=found[1].param)
     return found[0] if found else None
 
 
-def _of_response_format(fields: Fields) -> list[Structure]:
-    form = fields.object("response_format")
-    match form.string("type", "text"):
-        case "text":
+Kind = Literal["json", "regex", "choice", "grammar"]
+KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
+# Fields beside the messages, or the prompt: of older vLLM, of SGLang and of llama.cpp.
+PLACES: dict[str, Kind] = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "grammar": "grammar",
+}
+
+
+def _of_response_format(form: ResponseFormat) -> list[Structure]:
+    match form.type:
+        case "text" | None:
             return []
-        case "json_object" | "json_schema" | "json" as kind:
-            return [_of_json_format(form, kind)]
-        case "regex" | "grammar" as kind:  # TGI and others
-            text = form.string("value", None) or form.string(kind, None) or form.string("pattern", None)
-            if text is None:
-                wrong_type(f"response_format.{kind}", "a string", None)
-            return [Structure(kind, text, "response_format")]
-    raise InvalidRequestError(
-        "`response_format` must have type text, json_object, json_schema, regex or grammar.", param="response_format"
-    )
+        case "json_object" | "json_schema" | "json":
+            return [_of_json_format(form)]
+    text = form.value or (form.regex if form.type == "regex" else form.grammar) or form.pattern
+    if not isinstance(text, str):
+        wrong_type(f"response_format.{form.type}", "a string", text)
+    return [Structure(form.type, text, "response_format")]
 
 
-def _of_json_format(form: Fields, kind: str) -> Structure:
+def _of_json_format(form: ResponseFormat) -> Structure:
     """Read a schema in any of the places where servers look for it: OpenAI's, or beside the type."""
-    inner = form.any("json_schema")
-    places = {"response_format.schema": form.any("schema"), "response_format.value": form.any("value")}
-    if isinstance(inner, dict) and "schema" not in inner and _is_schema(inner):
+    inner = form.json_schema
+    places: dict[str, object] = {"response_format.schema": form.schema, "response_format.value": form.value}
+    if inner is not None and "schema" not in inner and _is_schema(inner):
         places["response_format.json_schema"] = inner
     elif inner is not None:
-        places["response_format.json_schema.schema"] = form.object("json_schema").any("schema")
+        places["response_format.json_schema.schema"] = inner.get("schema")
     given = {place: schema for place, schema in places.items() if schema is not None}
     if len(given) > 1:
         text = f"{' and '.join(f'`{place}`' for place in given)} exclude each other."
         raise InvalidRequestError(text, param="response_format")
-    if not given and kind == "json_object":
+    if not given and form.type == "json_object":
         return json_structure({"type": "object"}, "response_format")
     place, schema = next(iter(given.items()), ("response_format.json_schema.schema", None))
     if not isinstance(schema, dict | bool):
@@ -77,44 +96,29 @@ def _of_json_format(form: Fields, kind: str) -> Structure:
     return json_structure(schema, "response_format")
 
 
-def _is_schema(inner: dict[str, object]) -> bool:
+def _is_schema(inner: dict[str, Any]) -> bool:
     """Whether what should hold a schema is one. /v1/responses repeats the format's own type there."""
     return bool(inner.keys() & _SCHEMA_WORDS) and inner.get("type") != "json_schema"
 
 
 _SCHEMA_WORDS = frozenset({"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const", "items"})
-_OTHERS = {"json_schema": "json", "regex": "regex", "ebnf": "grammar", "grammar": "grammar"}  # SGLang, llama.cpp
 
 
-def _of_other_servers(fields: Fields) -> list[Structure]:
-    """Return what stands where SGLang and llama.cpp look for it: beside the messages, or the prompt."""
-    return [
-        _of_option(kind, value, name) for name, kind in _OTHERS.items() if (value := fields.any(name)) not in (None, "")
+def _of_options(options: StructuredOutputs) -> list[Structure]:
+    found = [
+        _of_option(kind, value, f"structured_outputs.{kind}")
+        for kind in KINDS
+        if (value := getattr(options, kind)) is not None
     ]
-
-
-def _of_options(options: Fields, prefix: str, name_prefix: str) -> list[Structure]:
-    found = []
-    for kind in ("json", "regex", "choice", "grammar"):
-        if (value := options.any(name_prefix + kind)) is not None:
-            found.append(_of_option(kind, value, prefix + name_prefix + kind))
-    if name_prefix == "":
-        options.unsupported("structural_tag")
-        if options.boolean("json_object"):
-            found.append(json_structure({"type": "object"}, prefix + "json_object"))
+    if options.json_object:
+        found.append(json_structure({"type": "object"}, "structured_outputs.json_object"))
     return found
 
 
-def _of_option(kind: str, value: object, param: str) -> Structure:
+def _of_option(kind: Kind, value: Any, param: str) -> Structure:
     if kind == "json":
         return _of_schema(value, param)
-    if kind == "choice":
-        if not is_str_list(value) or not value:
-            wrong_type(param, "a list of strings", value)
-        return Structure("choice", orjson.dumps(value).decode(), param)
-    if not isinstance(value, str):
-        wrong_type(param, "a string", value)
-    return Structure("regex" if kind == "regex" else "grammar", value, param)
+    return Structure(kind, orjson.dumps(value).decode() if kind == "choice" else value, param)
 
 
 def _of_schema(value: object, param: str) -> Structure:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from kunserve.api.ask.declared.check import read
+from kunserve.api.ask.declared.others import Groups
 from kunserve.api.wire.access import bearer, is_key
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response
-from kunserve.api.wire.fields import Fields, is_int_list, wrong_type
 from kunserve.errors import ForbiddenError, UnauthorizedError
 
 
@@ -35,9 +36,4 @@ async def restore(request: web.Request) -> web.Response:
 async def _groups(request: web.Request) -> list[int] | None:
     if not request.can_read_body:
         return None
-    groups = await read_body(request, request.app[API], lambda values: Fields(values).any("groups"))
-    if groups is None:
-        return None
-    if not is_int_list(groups):
-        wrong_type("groups", "a list of group ids", groups)
-    return [int(group) for group in groups]
+    return (await read_body(request, request.app[API], lambda values: read(values, Groups))).groups

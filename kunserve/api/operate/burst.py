@@ -13,17 +13,18 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from kunserve.api.ask.declared import others as declared
+from kunserve.api.ask.declared.check import read
 from kunserve.api.operate.admin import check_admin
 from kunserve.api.say.generation import submitted
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, REQUEST_ID, Api, json_response
-from kunserve.api.wire.fields import Fields
+from kunserve.api.wire.fields import wrong_value
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.sampling import SamplingParams
 
-MAX_REQUESTS = 1000
-MAX_RATE = 1000.0
+PROMPT_TOKENS, OUTPUT_TOKENS = 64, 256  # where nothing is said and the model has room
 OWNER = "burst"  # of its requests: everybody else has a share of the queue as large
 
 
@@ -31,10 +32,10 @@ OWNER = "burst"  # of its requests: everybody else has a share of the queue as l
 class Burst:
     """What a burst is, and what became of it so far. Lengths in tokens."""
 
-    num_requests: int = 48
-    rate: float = 16.0  # requests per second, Poisson arrivals
-    num_prompt_tokens: int = 64
-    num_output_tokens: int = 256
+    num_requests: int
+    rate: float  # requests per second
+    num_prompt_tokens: int
+    num_output_tokens: int
     num_completed: int = 0
     num_refused: int = 0
     num_failed: int = 0
@@ -54,8 +55,10 @@ async def start_burst(request: web.Request) -> web.Response:
     """Run `{requests, rate, prompt_tokens, output_tokens}`; answers when the last request has ended."""
     check_admin(request)
     api, bursts = request.app[API], request.app[BURSTS]
-    fields = await read_body(request, api, Fields) if request.can_read_body else Fields({})
-    burst = _read(fields, api)
+    asked = declared.Burst()
+    if request.can_read_body:
+        asked = await read_body(request, api, lambda values: read(values, declared.Burst))
+    burst = _read(asked, api)
     if bursts.is_running:
         raise ConflictError("A burst is under way.", retry_after_s=5)
     bursts.is_running = True
@@ -74,16 +77,14 @@ async def start_burst(request: web.Request) -> web.Response:
     )
 
 
-def _read(fields: Fields, api: Api) -> Burst:
-    default, room = Burst(), api.model.max_model_len
-    num_prompt_tokens = fields.integer("prompt_tokens", min(default.num_prompt_tokens, room // 2), 1, room - 1)
+def _read(asked: declared.Burst, api: Api) -> Burst:
+    room = api.model.max_model_len
+    num_prompt_tokens = min(PROMPT_TOKENS, room // 2) if asked.prompt_tokens is None else asked.prompt_tokens
+    if num_prompt_tokens >= room:
+        wrong_value("prompt_tokens", f"between 1 and {room - 1}", num_prompt_tokens)
     least = room - num_prompt_tokens
-    burst = Burst(
-        fields.integer("requests", default.num_requests, 1, MAX_REQUESTS),
-        fields.number("rate", default.rate, 0.01, MAX_RATE),
-        num_prompt_tokens,
-        fields.integer("output_tokens", min(default.num_output_tokens, least), 1, room),
-    )
+    num_output_tokens = min(OUTPUT_TOKENS, least) if asked.output_tokens is None else asked.output_tokens
+    burst = Burst(asked.requests, asked.rate, num_prompt_tokens, num_output_tokens)
     if burst.num_output_tokens > least:
         text = f"{num_prompt_tokens} + {burst.num_output_tokens} tokens are more than max_model_len {room}."
         raise InvalidRequestError(text, param="output_tokens")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from kunserve.api.ask.declared.fields import NOT_TAKEN
+
 _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>KunServe's API</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="/page/page.css">
 </head><body><main><h1>KunServe's API</h1>
@@ -50,13 +52,17 @@ def _object_in(schema: dict[str, Any]) -> dict[str, Any] | None:
 
 def type_of(schema: dict[str, Any]) -> str:
     """Return what a schema allows, in words."""
+    if schema.get("description", "").startswith(NOT_TAKEN):
+        return str(schema["description"])
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(type_of(each) for each in schema["anyOf"] if each != {"type": "null"}))
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    if schema["type"] == "array":
+    if schema.get("type") == "array":
         return f"list of {type_of(schema['items'])}" if "items" in schema else "list"
+    if "type" not in schema:
+        return "anything"
     bounds = [f"{word} {schema[name]:g}" for name, word in (("minimum", "from"), ("maximum", "to")) if name in schema]
     return " ".join([schema["type"], *bounds])

@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from kunserve.api.ask.declared.chat import Chat, Tokenize
+from kunserve.api.ask.declared.fields import body_schema
+from kunserve.api.ask.declared.generation import Completion
+from kunserve.api.ask.declared.others import Burst, Detokenize, Groups
+
 Schema = dict[str, Any]
 
 STRING: Schema = {"type": "string"}
@@ -35,82 +40,8 @@ def _fields(required: tuple[str, ...], **properties: Schema) -> Schema:
     return {"type": "object", "required": list(required), "properties": shown}
 
 
-_STREAM = {"stream": BOOLEAN, "stream_options": _fields((), include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN)}
-
-GENERATION: dict[str, Schema] = {
-    "model": STRING,
-    "max_tokens": _integer(0),
-    "max_completion_tokens": _integer(0),
-    "min_tokens": _integer(0),
-    "n": _integer(1, 128),
-    "best_of": _integer(1),
-    "temperature": _number(0),
-    "top_p": _number(0, 1),
-    "top_k": _integer(-1),
-    "min_p": _number(0, 1),
-    "seed": _integer(),
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "repetition_penalty": _number(0.01, 100),
-    "logit_bias": {"type": "object", "additionalProperties": _number(-100, 100)},
-    "stop": _any_of(STRING, STRINGS),
-    "stop_token_ids": TOKEN_IDS,
-    "include_stop_str_in_output": BOOLEAN,
-    "ignore_eos": BOOLEAN,
-    "skip_special_tokens": BOOLEAN,
-    "add_special_tokens": BOOLEAN,
-    "bad_words": STRINGS,
-    "allowed_token_ids": TOKEN_IDS,
-    "prompt_logprobs": _integer(0, 20),
-    "truncate_prompt_tokens": _integer(-1),
-    "truncation_side": {"enum": ["left", "right"]},
-    "return_token_ids": BOOLEAN,
-    "priority": _integer(-(2**31), 2**31 - 1),
-    "cache_salt": STRING,
-    "request_id": STRING,
-    "user": STRING,
-    "safety_identifier": STRING,
-    "return_tokens_as_token_ids": BOOLEAN,
-    "response_format": _fields(
-        ("type",), type={"enum": ["text", "json_object", "json_schema", "regex", "grammar"]}, json_schema=OBJECT
-    ),
-    "structured_outputs": _fields(
-        (), json=_any_of(OBJECT, STRING), regex=STRING, choice=STRINGS, grammar=STRING, json_object=BOOLEAN
-    ),
-    **_STREAM,
-}
-COMPLETION = _fields(
-    ("prompt",),
-    prompt=_any_of(STRING, STRINGS, TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}),
-    echo=BOOLEAN,
-    logprobs=_integer(0, 20),
-    **GENERATION,
-)
-_MESSAGE = _fields(
-    ("role",),
-    role=STRING,
-    content=_any_of(STRING, {"type": "array"}),
-    tool_calls={"type": "array"},
-    tool_call_id=STRING,
-)
-_FUNCTION = _fields(("name",), name=STRING, description=STRING, parameters=OBJECT)
-_TOOL = _fields(("type", "function"), type={"const": "function"}, function=_FUNCTION)
-_MESSAGES = {"type": "array", "items": _MESSAGE, "minItems": 1}
-CHAT = _fields(
-    ("messages",),
-    messages=_MESSAGES,
-    tools={"type": "array", "items": _TOOL},
-    tool_choice=_any_of({"enum": ["none", "auto", "required"]}, OBJECT),
-    parallel_tool_calls=BOOLEAN,
-    logprobs=BOOLEAN,
-    top_logprobs=_integer(0, 20),
-    add_generation_prompt=BOOLEAN,
-    continue_final_message=BOOLEAN,
-    chat_template_kwargs=OBJECT,
-    reasoning_effort=STRING,
-    modalities={"const": ["text"]},
-    **GENERATION,
-)
+_TOP_P = _number(0, 1)
+COMPLETION, CHAT = body_schema(Completion), body_schema(Chat)
 RESPONSE = _fields(
     ("input",),
     input=_any_of(STRING, {"type": "array", "items": OBJECT}),
@@ -118,7 +49,7 @@ RESPONSE = _fields(
     max_output_tokens=_integer(1),
     model=STRING,
     temperature=_number(0),
-    top_p=GENERATION["top_p"],
+    top_p=_TOP_P,
     tools={"type": "array", "items": OBJECT},
     tool_choice=_any_of(STRING, OBJECT),
     parallel_tool_calls=BOOLEAN,
@@ -152,7 +83,7 @@ MESSAGES = _fields(
     max_tokens=_integer(1),
     stop_sequences=STRINGS,
     temperature=_number(0),
-    top_p=GENERATION["top_p"],
+    top_p=_TOP_P,
     top_k=_integer(-1),
     stream=BOOLEAN,
     metadata=OBJECT,
@@ -160,18 +91,7 @@ MESSAGES = _fields(
     **_ANTHROPIC,
 )
 COUNT_TOKENS = _fields(("messages",), **_ANTHROPIC)
-TOKENIZE = _fields(
-    (), prompt=STRING, messages=_MESSAGES, model=STRING, add_special_tokens=BOOLEAN, return_token_strs=BOOLEAN
-)
-DETOKENIZE = _fields(("tokens",), tokens=TOKEN_IDS, model=STRING)
-BURST = _fields(
-    (),
-    requests=_integer(1, 1000),
-    rate={"type": "number", "minimum": 0.01, "maximum": 1000},
-    prompt_tokens=_integer(1),
-    output_tokens=_integer(1),
-)
-GROUPS = _fields((), groups={"type": "array", "items": {"type": "integer"}})
+TOKENIZE, DETOKENIZE, BURST, GROUPS = map(body_schema, (Tokenize, Detokenize, Burst, Groups))
 
 # path -> method, summary, body
 ROUTES: tuple[tuple[str, str, str, Schema | None], ...] = (

@@ -9,15 +9,18 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from kunserve.api.ask.declared.chat import Tokenize
+from kunserve.api.ask.declared.check import read
+from kunserve.api.ask.declared.faults import raise_missing
+from kunserve.api.ask.declared.others import Detokenize
 from kunserve.api.ask.prompts import tokenize, tokenize_chat
-from kunserve.api.ask.protocol import ChatCall, check_token_ids, read_chat, read_model
+from kunserve.api.ask.protocol import ChatCall, chat_call, check_token_ids, read_model
 from kunserve.api.routes.docs import docs_page
 from kunserve.api.routes.openapi import openapi_document
 from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.backend import ModelInfo
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response, long_list, long_text, to_json
-from kunserve.api.wire.fields import Fields, is_int_list, wrong_items
 from kunserve.api.wire.page_headers import PAGE_HEADERS
 from kunserve.errors import NotFoundError, OverloadedError
 
@@ -119,23 +122,23 @@ async def tokenize_text(request: web.Request) -> web.Response:
     """POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
     api = request.app[API]
 
-    def read(values: dict[str, Any]) -> tuple[ChatCall | str, bool, bool]:
-        fields = Fields(values)
-        wants = (fields.boolean("add_special_tokens", True), fields.boolean("return_token_strs"))
-        if fields.any("messages") is not None:
-            return read_chat(values, api.model, api.tokenizer.vocab_size), *wants
-        read_model(fields, api.model)
-        fields.required("prompt")
-        return fields.string("prompt", ""), *wants
+    def read_asked(values: dict[str, Any]) -> tuple[ChatCall | str, Tokenize]:
+        asked = read(values, Tokenize, api.model.sampling)
+        if asked.messages is not None:
+            return chat_call(asked, asked.messages, api.model, api.tokenizer.vocab_size), asked
+        read_model(asked.model, api.model)
+        if asked.prompt is None:
+            raise_missing("prompt")
+        return asked.prompt, asked
 
-    asked, add_special_tokens, wants_strings = await read_body(request, api, read)
-    if isinstance(asked, ChatCall):
-        tokens = (await tokenize_chat(api, asked)).ids
+    text, asked = await read_body(request, api, read_asked)
+    if isinstance(text, ChatCall):
+        tokens = (await tokenize_chat(api, text)).ids
     else:
-        [tokens] = await tokenize(api, [asked], add_special_tokens)
+        [tokens] = await tokenize(api, [text], asked.add_special_tokens is not False)
 
     def write() -> bytes:
-        strings = long_list(list(map(api.tokenizer.token_text, tokens))) if wants_strings else None
+        strings = long_list(list(map(api.tokenizer.token_text, tokens))) if asked.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": api.model.max_model_len, "tokens": long_list(tokens)}
         return to_json({**answer, "token_strs": strings})
 
@@ -146,16 +149,13 @@ async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize: {tokens} to {prompt}, special tokens included."""
     api = request.app[API]
 
-    def read(values: dict[str, Any]) -> list[int]:
-        fields = Fields(values)
-        read_model(fields, api.model)
-        tokens = fields.required("tokens")
-        if not is_int_list(tokens):
-            wrong_items("tokens", "a list of token ids", "a token id", int, tokens)
-        check_token_ids(tokens, api.tokenizer.vocab_size, "tokens")
-        return tokens
+    def read_tokens(values: dict[str, Any]) -> list[int]:
+        asked = read(values, Detokenize)
+        read_model(asked.model, api.model)
+        check_token_ids(asked.tokens, api.tokenizer.vocab_size, "tokens")
+        return asked.tokens
 
-    tokens = await read_body(request, api, read)
+    tokens = await read_body(request, api, read_tokens)
 
     def write() -> bytes:
         return to_json({"prompt": long_text(api.tokenizer.decode(tokens, skip_special_tokens=False))})

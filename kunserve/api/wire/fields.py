@@ -46,9 +46,9 @@ def wrong_value(param: str, expected: str, value: object) -> NoReturn:
     raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
 
 
-def pieces(values: Sequence[T]) -> Iterator[Sequence[T]]:
+def pieces(values: Sequence[T], size: int = PIECE) -> Iterator[Sequence[T]]:
     """Slices that C code works through in a millisecond; between them other threads get their turn."""
-    return (values[i : i + PIECE] for i in range(0, len(values), PIECE))
+    return (values[i : i + size] for i in range(0, len(values), size))
 
 
 def is_str_list(value: object) -> TypeGuard[list[str]]:

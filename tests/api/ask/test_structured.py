@@ -103,7 +103,7 @@ async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -
         ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [98]}, "allowed_token_ids"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
         ({"response_format": {"type": "json_object", "schema": SCHEMA, "json_schema": SCHEMA}}, "response_format"),
-        ({"response_format": {"type": "structural_tag"}}, "response_format"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
         ({"json_schema": SCHEMA, "regex": "x"}, "regex"),
         ({"regex": "("}, "regex"),
         ({"grammar": "start"}, "grammar"),

@@ -112,7 +112,7 @@ async def test_thinking_is_for_the_template() -> None:
         ({"tools": [{"name": "f", "input_schema": "no"}]}, "`tools[0].input_schema` must be an object"),
         ({"tools": [{"name": "f g"}]}, "`tools[0].name`"),
         ({"tools": [{"name": "f", "input_schema": {"$defs": 5}}]}, "`tools[0].input_schema.$defs`"),
-        ({"stop_sequences": ["a", ""]}, "`stop_sequences`"),
+        ({"stop_sequences": ["a", ""]}, "`stop_sequences[1]`"),
         ({"stop_sequences": ["a", 5]}, "`stop_sequences[1]`"),
         ({"system": "s", "messages": [{"role": "user", "content": 5}]}, "`messages[0].content`"),
         ({"system": [{"type": "text", "text": 5}]}, "`system[0]`"),

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import asyncio
 from typing import Any
 
 import pytest
 from aiohttp import web
 from api_fakes import FakeEngine, serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schema_values import fitting, near
 
-from kunserve.api.ask import protocol
+from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.routes.openapi import CHAT, COMPLETION, openapi_document
+from kunserve.api.wire.backend import ApiSettings
+
+TEMPLATE = ChatTemplate("{% for message in messages %}[{{ message.role }}:{{ message.content }}]{% endfor %}")
+BOTH = ApiSettings(tool_call_parser="hermes", reasoning_parser="qwen3", max_sequences=256)
 
 EXAMPLES: dict[str, Any] = {
     "/v1/completions": {"prompt": "hi"},
@@ -71,9 +77,18 @@ def test_every_parameter_that_clients_rely_on_is_documented() -> None:
     assert {*SAMPLING, *OF_CHAT} <= CHAT["properties"].keys()
 
 
-def test_every_field_that_is_read_is_documented() -> None:
-    source = Path(protocol.__file__).read_text()
-    reads = r'fields\.(?:string|boolean|integer|number|object|any|mapping|required)\("(\w+)"'
-    names = set(re.findall(reads, source))
-    assert len(names) > 30
-    assert names <= COMPLETION["properties"].keys() | CHAT["properties"].keys()
+@pytest.mark.parametrize("path", EXAMPLES)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_comes_is_answered_or_refused(path: str, data: st.DataObject) -> None:
+    """As schemathesis would send it: bodies that fit the document, and others that nearly do."""
+    schema = openapi_document("1")["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    bodies = st.one_of(fitting(schema), near(schema), fitting(schema).map(lambda body: EXAMPLES[path] | body))
+
+    async def send() -> None:
+        async with serving(FakeEngine(), BOTH, template=TEMPLATE) as client:
+            for body in data.draw(st.lists(bodies, min_size=12, max_size=12)):
+                response = await client.post(path, json=body)
+                assert response.status in (200, 400, 404), (body, await response.text())
+
+    asyncio.run(send())

@@ -1,0 +1,102 @@
+"""The body of POST /v1/chat/completions, and that of POST /tokenize, which may be a conversation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from kunserve.api.ask.declared.fields import Kept
+from kunserve.api.ask.declared.generation import Generation
+from kunserve.api.ask.declared.values import AtLeastOne, Logprobs, Unsupported
+
+
+class Part(Struct):
+    """A part."""
+
+    type: str | None = None
+    text: str | None = None
+
+
+class CalledFunction(Struct):
+    """What a call calls."""
+
+    name: str | None = None
+    arguments: Any = None
+
+
+class ToolCall(Struct):
+    """A call."""
+
+    id: str | None = None
+    type: str | None = None
+    function: CalledFunction | None = None
+
+
+class Message(Struct):
+    """A message."""
+
+    role: str
+    content: str | list[str | Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Struct):
+    """What a model may call."""
+
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct):
+    """A tool."""
+
+    type: str | None = None
+    function: Function | None = None
+
+
+Object = dict[str, Any]
+Messages = Annotated[list[Object], Kept(Annotated[list[Message], Meta(min_length=1)])]
+Tools = Annotated[list[Object] | None, Kept(list[Tool])]
+ToolChoice = Literal["none", "auto", "required"] | Object
+
+
+class ChatOptions(Generation, kw_only=True):
+    """What a chat request says beside its messages."""
+
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: AtLeastOne | None = None
+    tools: Tools = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    logprobs: bool = False
+    top_logprobs: Logprobs | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Object | None = None
+    reasoning_effort: str | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(min_length=1)] | None = None
+    chat_template: Unsupported = None
+    echo: Unsupported = None
+    audio: Unsupported = None
+    functions: Unsupported = None
+    documents: Unsupported = None
+    web_search_options: Unsupported = None
+
+
+class Chat(ChatOptions, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+
+
+class Tokenize(ChatOptions, kw_only=True):
+    """POST /tokenize."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Object] | None, Kept(Annotated[list[Message], Meta(min_length=1)])] = None
+    return_token_strs: bool = False

@@ -1,0 +1,141 @@
+"""A body that has been parsed to its declared values; whatever does not fit is an InvalidRequestError that names it.
+
+Null counts as absent, unknown fields are ignored, and 16.0 is an integer. msgspec keeps the GIL while it works, so that
+long lists and large objects pass through it in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from kunserve.api.ask.declared.faults import raise_fault, raise_missing, raise_unfit
+from kunserve.api.ask.declared.fields import Alternative, Field, fields_of
+from kunserve.api.wire.fields import PIECE, pieces, show
+from kunserve.errors import InvalidRequestError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+FEW, FEW_OBJECTS = PIECE, PIECE >> 5  # of one piece: a millisecond at most
+SCALARS = frozenset({"string", "integer", "number"})
+
+
+def read(values: Mapping[str, Any], declared: type[T], defaults: Mapping[str, Any] | None = None) -> T:
+    """Return the body that `values` are. `defaults`: of fields that are absent, checked as if they had been sent."""
+    asked: dict[str, Any] = {}
+    for field in fields_of(declared):
+        name = field.name
+        value = values.get(name)
+        if value is None and defaults:
+            value = defaults.get(name)
+        if value is not None:
+            asked[name] = _read_field(value, field)
+        elif field.is_required:
+            raise_missing(name)
+    return declared(**asked)
+
+
+def _read_field(value: object, field: Field) -> Any:
+    if field.refused is not None:
+        if value is not False and not (isinstance(value, str | list | dict) and not value):
+            raise InvalidRequestError(f"`{field.name}` {field.refused.reason}.", param=field.name)
+        return None
+    if field.type is not None and not (isinstance(value, list | dict) and len(value) > FEW_OBJECTS):
+        try:
+            quick = msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            pass  # it may still be right, with 16.0 for 16
+        else:
+            return value if field.keeps else quick
+    slow = _read_value(value, _alternative_for(value, field), field.name)
+    return value if field.keeps else slow
+
+
+def _alternative_for(value: object, field: Field) -> Alternative:
+    """Return the one that a value of its type can be; of several lists, by the first item."""
+    fitting = [each for each in field.alternatives if each.has_kind(value)]
+    if not fitting:
+        raise_unfit(value, [each.schema for each in field.alternatives], field.name)
+    if len(fitting) > 1 and isinstance(value, list) and value:
+        first = value[0]
+        return next((each for each in fitting if each.item is None or each.item.has_kind(first)), fitting[0])
+    return fitting[0]
+
+
+def _read_value(value: Any, alternative: Alternative, param: str) -> Any:
+    if alternative.item is None:
+        return _convert(value, alternative.type, alternative.schema, param)
+    if not alternative.has_kind(value):
+        raise_unfit(value, [alternative.schema], param)
+    if alternative.key is not None:
+        return _read_object(value, alternative, param)
+    schema = alternative.schema
+    if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+        raise_unfit(value, [schema], param)
+    if alternative.item.item is not None:
+        return [_read_value(each, alternative.item, f"{param}[{index}]") for index, each in enumerate(value)]
+    return _read_items(value, alternative.item, param)
+
+
+def _read_items(items: list[Any], item: Alternative, param: str) -> list[Any]:
+    """Return a list of values of one type."""
+    whole: list[Any] = []
+    start = 0
+    for piece in pieces(items, FEW if item.schema.get("type") in SCALARS else FEW_OBJECTS):
+        try:
+            whole += msgspec.convert(piece, list[item.type])  # type: ignore[name-defined]
+        except msgspec.ValidationError:
+            for index, each in enumerate(piece):
+                whole.append(_convert(each, item.type, item.schema, f"{param}[{start + index}]"))
+        start += len(piece)
+    return whole
+
+
+def _read_object(values: dict[str, Any], alternative: Alternative, param: str) -> dict[str, Any]:
+    """Return an object whose keys and values are of one type each."""
+    assert alternative.key is not None and alternative.item is not None
+    names = list(values)
+    try:
+        _read_items(names, alternative.key, param)
+    except InvalidRequestError:
+        wrong = next(name for name in names if not _fits(name, alternative.key.type))
+        noun = alternative.key.schema.get("description", "a key").removeprefix("a ")
+        raise InvalidRequestError(f"`{param}` has the key {show(wrong)}, which is no {noun}.", param=param) from None
+    try:
+        return dict(zip(names, _read_items(list(values.values()), alternative.item, param), strict=True))
+    except InvalidRequestError:
+        for name, value in values.items():
+            _convert(value, alternative.item.type, alternative.item.schema, f"{param}.{name}")
+        raise
+
+
+def _fits(value: object, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _convert(value: Any, kind: Any, schema: dict[str, Any], param: str) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        pass
+    try:
+        return msgspec.convert(_with_integers(value), kind)
+    except msgspec.ValidationError as error:
+        raise_fault(error, value, schema, param)
+
+
+def _with_integers(value: Any) -> Any:
+    """Return a value in which 16.0 is 16; what is beyond 64 bits stays."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and -(2.0**63) <= value < 2.0**64 else value
+    if isinstance(value, list):
+        return list(map(_with_integers, value))
+    if isinstance(value, dict):
+        return {name: _with_integers(each) for name, each in value.items()}
+    return value
