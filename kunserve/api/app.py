@@ -14,7 +14,7 @@ from kunserve.api.operate.admin import drop, restore
 from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
 from kunserve.api.operate.feed import FEED, Feed, events
 from kunserve.api.operate.page import PAGE, page_files, show_page
-from kunserve.api.routes import anthropic
+from kunserve.api.routes import anthropic, openapi
 from kunserve.api.routes.chat import chat_completions
 from kunserve.api.routes.completions import completions
 from kunserve.api.routes.operations import (
@@ -189,6 +189,7 @@ def create_app(
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()
     app[PAGE] = page_files()
+    openapi.prepare()
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
         if grammars is not None:

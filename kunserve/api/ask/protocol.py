@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from kunserve.api.ask.allowed_tools import with_allowed_tools
 from kunserve.api.ask.declared.chat import Chat, ChatOptions
 from kunserve.api.ask.declared.check import read
-from kunserve.api.ask.declared.generation import Completion, Generation
+from kunserve.api.ask.declared.generation import Completion
 from kunserve.api.ask.declared.values import MAX_USER_CHARS
 from kunserve.api.ask.messages import read_messages
 from kunserve.api.ask.structured import read_structure
@@ -27,6 +27,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 TEMPLATE_FIELDS = ("messages", "tools", "add_generation_prompt")  # of a request, not of its template's arguments
 
 Prompt = str | list[int]
+Asked = Completion | ChatOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,13 @@ def too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
     return InvalidRequestError(f"This model's maximum context length is {max_model_len} tokens; {what}.", param=param)
 
 
-def _read_logit_bias(biases: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    values = [(int(key), bias) for key, bias in biases.items()]
+def _read_logit_bias(biases: Mapping[str, float | None], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    values = [(int(key), float(bias)) for key, bias in biases.items() if bias is not None]
     check_token_ids([token_id for token_id, _ in values], vocab_size, "logit_bias")
     return tuple(values)
 
 
-def read_params(asked: Generation, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+def read_params(asked: Asked, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
     """How tokens are chosen, and when to stop."""
     for name in ("stop_token_ids", "allowed_token_ids"):
         check_token_ids(getattr(asked, name) or [], vocab_size, name)
@@ -151,7 +152,7 @@ def _check_restrictions(params: SamplingParams, structure: Structure | None) -> 
 
 
 def _read_generation(
-    asked: Completion | ChatOptions,
+    asked: Asked,
     model: ModelInfo,
     params: SamplingParams,
     has_max_tokens: bool,
@@ -198,7 +199,7 @@ def _read_truncation(kept: int | None, room: int) -> int | None:
     return max(room, 1) if kept == -1 else kept
 
 
-def _max_tokens(asked: Completion | ChatOptions) -> int | None:
+def _max_tokens(asked: Asked) -> int | None:
     return asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
 
 

@@ -1,91 +1,62 @@
-"""The words of Responses to those of chat: the body of /v1/responses, and what its fields are called in errors."""
+"""The words of Responses to those of chat: a conversation, and what its parts are called in errors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kunserve.api.ask.declared.values import MAX_LOGPROBS
-from kunserve.api.wire.fields import Fields, is_str_list, wrong_items, wrong_type, wrong_value
+import msgspec
+
+from kunserve.api.ask.declared.chat import Chat, common_fields
+from kunserve.api.ask.declared.check import read
+from kunserve.api.ask.declared.generation import ResponseFormat
+from kunserve.api.ask.declared.responses import LOGPROBS, Item, ItemPart, Response, TextFormat
+from kunserve.api.wire.fields import wrong_type
 from kunserve.api.wire.naming import FieldNames
 from kunserve.errors import InvalidRequestError
 
-LOGPROBS = "message.output_text.logprobs"
-# What else `include` may ask for: details of items that never come from here.
-_INCLUDES = frozenset(
-    {
-        *(LOGPROBS, "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results"),
-        *("web_search_call.action.sources", "message.input_image.image_url", "code_interpreter_call.outputs"),
-        "computer_call_output.output.image_url",
-    }
-)
-_OWN = frozenset(
-    {
-        *("input", "instructions", "max_output_tokens", "text", "reasoning", "tools", "tool_choice", "stream_options"),
-        *("metadata", "store", "include", "truncation", "top_logprobs", "max_tool_calls", "service_tier", "n"),
-        *("messages", "max_tokens", "max_completion_tokens", "response_format", "logprobs", "prompt_logprobs"),
-        *("previous_response_id", "continue_final_message", "add_generation_prompt", "reasoning_effort"),
-    }
-)
+# Of what is checked when the conversation is made: types and bounds are complained about by their own names.
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
-    "reasoning_effort": "reasoning.effort",
     "tool_choice.function": "tool_choice",
     "tool_choice.allowed_tools": "tool_choice",
     "truncate_prompt_tokens": "truncation",
 }
 
 
-def chat_values(values: dict[str, Any], before: list[Any]) -> tuple[dict[str, Any], FieldNames]:
-    """Return the body of the chat request that means the same, and names for its errors. Raises KunServeError.
+def chat_of(asked: Response, before: list[Any]) -> tuple[Chat, FieldNames]:
+    """Return the chat request that means the same as a body, and names for its errors. Raises KunServeError.
 
     `before`: the items of the responses that this one goes on with.
     """
-    fields, names = Fields(values), FieldNames(_NAMES)
-    fields.unsupported("conversation", "background", "prompt")
-    _check_echoed(fields)
-    chat = {name: value for name, value in values.items() if name not in _OWN}
-    chat["messages"] = _Messages(names).read(fields, before)
-    chat["max_completion_tokens"] = values.get("max_output_tokens")
-    chat["reasoning_effort"] = fields.object("reasoning").string("effort", None)
-    chat["tools"] = _tools(fields.any("tools"), names)
-    chat["tool_choice"] = _tool_choice(fields.any("tool_choice"))
-    form = fields.object("text").mapping("format")
-    if form.get("type") == "json_schema":
-        form = {"type": "json_schema", "json_schema": form}
-    chat["response_format"] = form or None
-    top_logprobs = fields.integer("top_logprobs", 0, 0, MAX_LOGPROBS)
-    if top_logprobs or LOGPROBS in read_includes(fields):
-        chat |= {"logprobs": True, "top_logprobs": top_logprobs}
-    if fields.any("truncation") == "auto":
-        chat["truncate_prompt_tokens"] = -1
+    names, common = FieldNames(_NAMES), common_fields(asked)
+    if asked.truncation == "auto":
+        common["truncate_prompt_tokens"] = -1
+    chat = Chat(
+        **common,
+        messages=_Messages(names).read(asked, before),
+        max_tokens=asked.max_output_tokens,
+        reasoning_effort=None if asked.reasoning is None else asked.reasoning.effort,
+        tools=None if asked.tools is None else _tools(asked.tools, names),
+        tool_choice=_tool_choice(asked.tool_choice),
+        parallel_tool_calls=asked.parallel_tool_calls,
+        response_format=None if asked.text is None else _response_format(asked.text.format),
+        logprobs=bool(asked.top_logprobs) or LOGPROBS in (asked.include or ()),
+        top_logprobs=asked.top_logprobs,
+        stop=asked.stop,
+        user=asked.user,
+        safety_identifier=asked.safety_identifier,
+    )
     return chat, names
 
 
-def read_includes(fields: Fields) -> list[str]:
-    """Return what `include` asks for."""
-    includes = fields.any("include")
-    if includes is None:
-        return []
-    if not is_str_list(includes):
-        wrong_items("include", "a list of strings", "a string", str, includes)
-    if unknown := next((name for name in includes if name not in _INCLUDES), None):
-        wrong_value("include", "made of the names that Responses knows", unknown)
-    return includes
-
-
-def _check_echoed(fields: Fields) -> None:
-    """Check what comes back in the answer as it is."""
-    for name in ("safety_identifier", "prompt_cache_key", "service_tier", "user", "previous_response_id"):
-        fields.string(name, None)
-    fields.mapping("metadata")
-    fields.boolean("store")
-    fields.integer("max_tool_calls", None, 1)
-    if (truncation := fields.string("truncation", "disabled")) not in ("auto", "disabled"):
-        wrong_value("truncation", "auto or disabled", truncation)
+def _response_format(form: TextFormat | None) -> ResponseFormat | None:
+    """Return what chat calls it: a schema stands in an object of its own there."""
+    if form is None or form.type != "json_schema" or form.schema is None:
+        return form
+    return msgspec.structs.replace(form, schema=None, json_schema={"schema": form.schema})
 
 
 def input_items(values: dict[str, Any]) -> list[Any]:
@@ -103,51 +74,43 @@ class _Messages:
         self._names = names
         self._made: list[dict[str, Any]] = []
 
-    def read(self, fields: Fields, before: list[Any]) -> list[dict[str, Any]]:
+    def read(self, asked: Response, before: list[Any]) -> list[dict[str, Any]]:
         """Return the messages of chat: instructions, what was `before`, the input."""
-        if instructions := fields.string("instructions", None):
-            self._add({"role": "system", "content": instructions}, "instructions")
+        if asked.instructions:
+            self._add({"role": "system", "content": asked.instructions}, "instructions")
         for index, item in enumerate(before):
-            self._add_item(item, f"previous_response_id[{index}]")
-        given = fields.required("input")
-        if isinstance(given, str):
-            self._add({"role": "user", "content": given}, "input")
+            self._add_item(read(item, Item), f"previous_response_id[{index}]")
+        if isinstance(asked.input, str):
+            self._add({"role": "user", "content": asked.input}, "input")
             return self._made
-        if not isinstance(given, list):
-            wrong_type("input", "a string or a list of items", given)
-        for index, item in enumerate(given):
-            if not isinstance(item, dict):
-                wrong_type(f"input[{index}]", "an object", item)
-            self._add_item(item, f"input[{index}]")
+        for index, item in enumerate(asked.input):
+            self._add_item(msgspec.convert(item, Item), f"input[{index}]")
         return self._made
 
     def _add(self, message: dict[str, Any], own: str) -> None:
         self._names.add(f"messages[{len(self._made)}]", own, is_whole=own == "instructions")
         self._made.append(message)
 
-    def _add_item(self, item: dict[str, Any], param: str) -> None:
-        fields = Fields(item, f"{param}.")
-        match item.get("type") or "message":
+    def _add_item(self, item: Item, param: str) -> None:
+        match item.type or "message":
             case "message":
-                role = fields.string("role", "user")
-                content = _content(item.get("content"), f"{param}.content")
-                self._add({"role": "system" if role == "developer" else role, "content": content}, param)
+                role = "system" if item.role == "developer" else item.role or "user"
+                self._add({"role": role, "content": _content(item.content)}, param)
             case "function_call":
-                self._add_call(fields, param)
+                self._add_call(item, param)
             case "function_call_output":
-                content = _content(item.get("output"), f"{param}.output")
-                message = {"role": "tool", "tool_call_id": fields.string("call_id", ""), "content": content}
-                self._add(message, param)
+                content = _content(item.output)
+                self._add({"role": "tool", "tool_call_id": item.call_id or "", "content": content}, param)
                 self._names.add(f"messages[{len(self._made) - 1}].content", f"{param}.output")
             case "reasoning":
                 pass  # templates leave out what was thought before
             case _:
                 raise InvalidRequestError(f"`{param}` has a type that is not supported.", param=param)
 
-    def _add_call(self, fields: Fields, param: str) -> None:
+    def _add_call(self, item: Item, param: str) -> None:
         """Add a call to the assistant's message: what it said before and its calls are one turn."""
-        function = {"name": fields.string("name", ""), "arguments": fields.string("arguments", "{}")}
-        call = {"id": fields.string("call_id", ""), "type": "function", "function": function}
+        function = {"name": item.name or "", "arguments": "{}" if item.arguments is None else item.arguments}
+        call = {"id": item.call_id or "", "type": "function", "function": function}
         if not self._made or self._made[-1]["role"] != "assistant":
             self._add({"role": "assistant", "content": None}, param)
         calls = self._made[-1].setdefault("tool_calls", [])
@@ -157,40 +120,34 @@ class _Messages:
         self._names.add(f"messages[{index}].tool_calls", param, is_whole=True)
 
 
-def _content(content: object, param: str) -> object:
+def _content(content: str | list[ItemPart] | None) -> object:
     """Return the text of a message; its parts in the words of chat."""
     if not isinstance(content, list):
         return content
-    parts = []
-    for index, part in enumerate(content):
-        where = f"{param}[{index}]"
-        if not isinstance(part, dict):
-            wrong_type(where, "an object", part)
-        match part.get("type"):
-            case "input_text" | "output_text" | "text" | "reasoning_text":
-                text = part.get("text")
-            case "refusal":
-                text = part.get("refusal")
-            case _:
-                parts.append(part)  # the results of tools may have others
-                continue
-        parts.append({"type": "text", "text": text})
-    return parts
+    return [_part(part) for part in content]
 
 
-def _tools(tools: object, names: FieldNames) -> object:
-    if not isinstance(tools, list):
-        return tools
-    shown: list[object] = []
+def _part(part: ItemPart) -> dict[str, Any]:
+    match part.type:
+        case "input_text" | "output_text" | "text" | "reasoning_text":
+            return {"type": "text", "text": part.text}
+        case "refusal":
+            return {"type": "text", "text": part.refusal}
+        case _:  # results of tools may have others
+            return {"type": part.type}
+
+
+def _tools(tools: list[dict[str, Any]], names: FieldNames) -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
-        if isinstance(tool, dict) and tool.get("type") == "function" and "function" not in tool:
+        if tool.get("type") == "function" and "function" not in tool:
             tool = {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
             names.add(f"tools[{index}].function", f"tools[{index}]")
         shown.append(tool)
     return shown
 
 
-def _tool_choice(choice: object) -> object:
+def _tool_choice(choice: Any) -> Any:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") == "allowed_tools":

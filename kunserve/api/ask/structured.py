@@ -7,7 +7,8 @@ from typing import Any, Literal
 import orjson
 from aiohttp import web
 
-from kunserve.api.ask.declared.generation import Generation, ResponseFormat, StructuredOutputs
+from kunserve.api.ask.declared.chat import ChatOptions
+from kunserve.api.ask.declared.generation import Completion, ResponseFormat, StructuredOutputs
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.fields import wrong_type
@@ -33,7 +34,7 @@ def _json(value: object, param: str) -> str:
         raise InvalidRequestError(f"`{param}` is nested too deeply.", param=param) from None
 
 
-def read_structure(asked: Generation) -> Structure | None:
+def read_structure(asked: Completion | ChatOptions) -> Structure | None:
     """The structure that one of the fields for it asks for, if one does."""
     form, options = asked.response_format, asked.structured_outputs
     found = [] if form is None else _of_response_format(form)

@@ -8,9 +8,10 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from kunserve.api.ask.anthropic import chat_values
+from kunserve.api.ask.anthropic import chat_of
+from kunserve.api.ask.declared.anthropic import AnthropicMessages, Counted
 from kunserve.api.ask.prompts import tokenize_chat
-from kunserve.api.ask.protocol import ChatCall, GenerationCall, read_chat
+from kunserve.api.ask.protocol import ChatCall, GenerationCall, chat_call
 from kunserve.api.routes.conversation import converse
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event, was_cut
@@ -18,7 +19,6 @@ from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.anthropic_errors import error_details
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
-from kunserve.api.wire.fields import Fields
 from kunserve.api.wire.naming import FieldNames
 from kunserve.engine.request import Output
 from kunserve.errors import KunServeError
@@ -133,15 +133,13 @@ def _usage(choice: Choice, num_tokens: int) -> dict[str, int]:
 Call = tuple[ChatCall, FieldNames]
 
 
-def _reader(api: Api, required: tuple[str, ...] = ()) -> Callable[[dict[str, Any]], Call]:
+def _reader(api: Api, declared: type[AnthropicMessages | Counted]) -> Callable[[dict[str, Any]], Call]:
     """Return what makes a call of a body."""
 
     def read(values: dict[str, Any]) -> Call:
-        for name in required:
-            Fields(values).required(name)
-        chat, names = chat_values(values)
+        chat, names = chat_of(values, declared, api.model.sampling)
         with names.told():
-            return read_chat(chat, api.model, api.tokenizer.vocab_size), names
+            return chat_call(chat, chat.messages, api.model, api.tokenizer.vocab_size), names
 
     return read
 
@@ -150,7 +148,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     """Answer POST /v1/messages."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    call, names = await read_body(request, api, _reader(api, ("max_tokens",)))
+    call, names = await read_body(request, api, _reader(api, AnthropicMessages))
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
     with names.told():
         return await converse(request, api, call, MessageFormat(answer_id, call.generation, names), answer_id)
@@ -159,6 +157,6 @@ async def messages(request: web.Request) -> web.StreamResponse:
 async def count_tokens(request: web.Request) -> web.Response:
     """Answer POST /v1/messages/count_tokens."""
     api = request.app[API]
-    call, names = await read_body(request, api, _reader(api))
+    call, names = await read_body(request, api, _reader(api, Counted))
     with names.told():
         return json_response({"input_tokens": len((await tokenize_chat(api, call)).ids)})

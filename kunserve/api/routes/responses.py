@@ -11,18 +11,19 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from kunserve.api.ask.declared.check import read as read_declared
+from kunserve.api.ask.declared.responses import Response
 from kunserve.api.ask.prompts import tokenize_chat
-from kunserve.api.ask.protocol import ChatCall, read_chat
-from kunserve.api.ask.responses import chat_values, input_items
+from kunserve.api.ask.protocol import ChatCall, chat_call
+from kunserve.api.ask.responses import chat_of, input_items
 from kunserve.api.routes.conversation import converse
+from kunserve.api.routes.earlier_items import items_before, references_of, with_referred_items
 from kunserve.api.routes.response_format import ResponseFormat
 from kunserve.api.wire.access import keeper_of, owner_of
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
-from kunserve.api.wire.fields import Fields
 from kunserve.api.wire.naming import FieldNames
 from kunserve.api.wire.response_store import Stored
-from kunserve.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +41,23 @@ async def _read(request: web.Request, api: Api) -> ResponseCall:
     """Read a body, and the items of the responses that it goes on with, which are in the store."""
 
     def read(values: dict[str, Any], before: list[Any]) -> ResponseCall:
-        chat, names = chat_values(values, before)
+        chat, names = chat_of(read_declared(values, Response, api.model.sampling), before)
         with names.told():
-            call = read_chat(chat, api.model, api.tokenizer.vocab_size)
+            call = chat_call(chat, chat.messages, api.model, api.tokenizer.vocab_size)
         items = [*before, *input_items(values)] if _keeps(api, values) else []
         return ResponseCall(values, call, names, orjson.dumps(items), len(items))
 
     def read_alone(values: dict[str, Any]) -> ResponseCall | dict[str, Any]:
-        previous = Fields(values).string("previous_response_id", None)
-        return read(values, []) if previous is None else values
+        asked = read_declared(values, Response, api.model.sampling)
+        needs_store = asked.previous_response_id is not None or references_of(asked.input)
+        return values if needs_store else read(values, [])
 
     found = await read_body(request, api, read_alone)
     if isinstance(found, ResponseCall):
         return found
-    previous = found["previous_response_id"]
-    stored = await api.responses.load(previous, keeper_of(request)) if api.responses.is_on else None
-    if stored is None:
-        kept = "is not (or no longer) stored" if api.responses.is_on else "cannot be: this server stores none"
-        text = f"`previous_response_id` {previous[:100]} {kept}; send all items as `input`."
-        raise InvalidRequestError(text, param="previous_response_id")
-    return await api.on_thread(lambda: read(found, orjson.loads(stored.items)))
+    keeper = keeper_of(request)
+    values, before = await with_referred_items(api, keeper, found), await items_before(api, keeper, found)
+    return await api.on_thread(lambda: read(values, before))
 
 
 async def responses(request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""Reading a JSON object: each field checked, and named in the error with what was expected and what came.
+"""Reading what is declared as an object of any fields: each checked, and named in the error with what came.
 
 A null counts as absent. A wrong type is InvalidRequestError as a wrong value is: clients expect 400 for both.
 """
@@ -6,8 +6,7 @@ A null counts as absent. A wrong type is InvalidRequestError as a wrong value is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import inf
-from typing import Any, NoReturn, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import orjson
 
@@ -33,14 +32,6 @@ def wrong_type(param: str, expected: str, value: object) -> NoReturn:
     raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
 
 
-def wrong_items(param: str, expected: str, item: str, of: type, value: object) -> NoReturn:
-    """Raise the error for a field that must be a list of `item`s, all `of` one type: for the first that is none."""
-    if isinstance(value, list):
-        index, wrong = next((index, each) for index, each in enumerate(value) if type(each) is not of)
-        raise InvalidRequestError(f"`{param}[{index}]` must be {item}, not {show(wrong)}.", param=param)
-    wrong_type(param, expected, value)
-
-
 def wrong_value(param: str, expected: str, value: object) -> NoReturn:
     """Raise the error for a field out of range."""
     raise InvalidRequestError(f"`{param}` must be {expected}, not {show(value)}.", param=param)
@@ -49,16 +40,6 @@ def wrong_value(param: str, expected: str, value: object) -> NoReturn:
 def pieces(values: Sequence[T], size: int = PIECE) -> Iterator[Sequence[T]]:
     """Slices that C code works through in a millisecond; between them other threads get their turn."""
     return (values[i : i + size] for i in range(0, len(values), size))
-
-
-def is_str_list(value: object) -> TypeGuard[list[str]]:
-    """Whether `value` is a list of nothing but strings."""
-    return isinstance(value, list) and all(set(map(type, piece)) <= {str} for piece in pieces(value))
-
-
-def is_int_list(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of nothing but integers (true and false are not)."""
-    return isinstance(value, list) and all(set(map(type, piece)) <= {int} for piece in pieces(value))
 
 
 class Fields:
@@ -100,33 +81,6 @@ class Fields:
             wrong_type(self._prefix + name, "true or false", value)
         return value
 
-    def integer(self, name: str, default: T, low: int, high: int = INT64_MAX) -> int | T:
-        """An integer in `low..high`, both included; 16.0 counts as 16."""
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int:
-            wrong_type(self._prefix + name, "an integer", value)
-        if not low <= value <= high:
-            expected = f"at least {low}" if high == INT64_MAX else f"between {low} and {high}"
-            wrong_value(self._prefix + name, expected, self._values[name])
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float = inf, *, above_low: bool = False) -> float:
-        """A finite number in `low..high`, `low` left out if `above_low`."""
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if type(value) not in (int, float):
-            wrong_type(self._prefix + name, "a number", value)
-        if not low <= value <= high or (above_low and value == low):
-            bound = f"above {low:g}" if above_low else f"at least {low:g}"
-            expected = bound if high == inf else f"{bound} and at most {high:g}"
-            wrong_value(self._prefix + name, expected, value)
-        return float(value)
-
     def object(self, name: str) -> Fields:
         """The fields of an object within this one; absent counts as empty."""
         return Fields(self.mapping(name), f"{self._prefix}{name}.")
@@ -146,12 +100,3 @@ class Fields:
         if value not in choices:
             wrong_value(self._prefix + name, f"{', '.join(choices[:-1])} or {choices[-1]}", value)
         return value
-
-    def unsupported(self, *names: str) -> None:
-        """Refuse the fields of features that are not there; null, false and empty ask for nothing."""
-        for name in names:
-            value = self._values.get(name)
-            is_empty = isinstance(value, str | list | dict) and not value
-            if value is not None and value is not False and not is_empty:
-                param = self._prefix + name
-                raise InvalidRequestError(f"`{param}` is not supported.", param=param)

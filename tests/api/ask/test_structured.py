@@ -92,6 +92,120 @@ async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -
             assert not await accepts(request, bad)
 
 
+REGEX = "[0-9]{2}"
+PLACES: dict[str, Any] = {
+    "guided_json": {"enum": [42]},
+    "json_schema": {"enum": [42]},
+    "guided_regex": REGEX,
+    "regex": REGEX,
+    "guided_choice": ["42", "43"],
+    "guided_grammar": 'start: "42"',
+    "grammar": 'root ::= "42"',
+    "ebnf": 'root ::= "42"',
+    "structured_outputs": {"regex": REGEX},
+}
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("url", ROUTES)
+async def test_a_structure_in_another_servers_place_is_enforced_on_every_route(url: str, place: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine, grammars=grammars()) as client:
+        response = await client.post(url, json={**ROUTES[url], place: PLACES[place]})
+        assert response.status == 200, await response.text()
+        assert await accepts(engine.requests[0], "42")
+        assert not await accepts(engine.requests[0], "x")
+
+
+@pytest.mark.parametrize("url", ROUTES)
+@pytest.mark.parametrize("field", ["guided_whitespace_pattern", "structural_tag"])
+async def test_what_is_no_structure_here_is_refused_by_name(url: str, field: str) -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post(url, json={**ROUTES[url], field: "x"})
+        assert response.status == 400 and f"`{field}` is not supported" in await response.text()
+
+
+@pytest.mark.parametrize(
+    ("url", "field", "value", "own"),
+    [
+        ("/v1/responses", "response_format", {"type": "json_object"}, "`text.format`"),
+        ("/v1/responses", "max_tokens", 5, "`max_output_tokens`"),
+        ("/v1/responses", "max_completion_tokens", 5, "`max_output_tokens`"),
+        ("/v1/responses", "reasoning_effort", "low", "`reasoning.effort`"),
+        ("/v1/responses", "messages", [{"role": "user", "content": "hi"}], "`input`"),
+        ("/v1/responses", "logprobs", True, "`include`"),
+        ("/v1/responses", "n", 2, "`n` must be 1"),
+        ("/v1/responses", "prompt_logprobs", 1, "not supported"),
+        ("/v1/messages", "response_format", {"type": "json_object"}, "`output_config.format`"),
+        ("/v1/messages", "stop", ["x"], "`stop_sequences`"),
+        ("/v1/messages", "max_completion_tokens", 5, "`max_tokens`"),
+        ("/v1/messages", "reasoning_effort", "low", "`output_config.effort`"),
+        ("/v1/messages", "logprobs", True, "not supported"),
+        ("/v1/messages", "n", 2, "`n` must be 1"),
+    ],
+)
+async def test_another_apis_field_is_refused_with_the_name_it_has_here(
+    url: str, field: str, value: Any, own: str
+) -> None:
+    async with serving(FakeEngine(), grammars=grammars()) as client:
+        response = await client.post(url, json={**ROUTES[url], field: value})
+        text = await response.text()
+        assert response.status == 400 and f"`{field}`" in text and own in text
+        assert (await client.post(url, json={**ROUTES[url], field: None})).status == 200
+
+
+@pytest.mark.parametrize("place", ["output_config", "output_format"])
+async def test_the_format_of_messages_is_enforced_where_it_was_and_where_it_is(place: str) -> None:
+    engine, form = FakeEngine(), {"type": "json_schema", "schema": {"enum": [42]}}
+    body = {**ROUTES["/v1/messages"], place: form if place == "output_format" else {"format": form}}
+    async with serving(engine, grammars=grammars()) as client:
+        assert (await client.post("/v1/messages", json=body)).status == 200
+        assert await accepts(engine.requests[0], "42") and not await accepts(engine.requests[0], "43")
+        both = {**body, "output_format": form, "output_config": {"format": form}}
+        assert (await client.post("/v1/messages", json=both)).status == 400
+
+
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.25,
+    "top_p": 0.5,
+    "top_k": 7,
+    "min_p": 0.125,
+    "seed": 18446744073709551615,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"5": 2},
+    "min_tokens": 3,
+    "stop_token_ids": [4],
+    "ignore_eos": True,
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+    "allowed_token_ids": [5, 6],
+}
+
+
+@pytest.mark.parametrize("url", ROUTES)
+async def test_sampling_is_obeyed_on_every_route(url: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as client:
+        response = await client.post(url, json={**ROUTES[url], **SAMPLING})
+        assert response.status == 200, await response.text()
+    params = engine.requests[0].params
+    own = {
+        "seed": (1 << 63) - 1,
+        "logit_bias": ((5, 2.0),),
+        "stop_token_ids": frozenset({4}),
+        "allowed_token_ids": (5, 6),
+    }
+    assert {name: getattr(params, name) for name in SAMPLING} == {**SAMPLING, **own}
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -245,6 +245,30 @@ async def test_a_response_goes_on_with_another() -> None:
     assert page["data"] == items["data"][-1:] and page["has_more"]
 
 
+@pytest.mark.parametrize("kind", [{"type": "item_reference"}, {}, {"type": None}])
+async def test_an_item_may_be_referred_to(kind: dict[str, Any]) -> None:
+    engine = talking(CALL)
+    async with serving(engine, BOTH) as client:
+        first = await create(client, input="a", tools=[TIME])
+        text, call = (item for item in first["output"] if item["type"] != "reasoning")
+        given = [
+            {"role": "user", "content": "a"},
+            *({**kind, "id": item["id"]} for item in (text, call)),
+            {"type": "function_call_output", "call_id": call["call_id"], "output": "noon"},
+        ]
+        second = await create(client, input=given)
+        items = await (await client.get(f"{URL}/{second['id']}/input_items?order=asc")).json()
+        unknown = [{"type": "item_reference", "id": "msg_none_0"}]
+        response = await client.post(URL, json={"input": unknown})
+        error = await error_of(response)
+    assert bytes(engine.requests[1].prompt_token_ids) == b"[u:a][a:Well.][t:noon]>"
+    assert [item["type"] for item in items["data"]] == ["message", "message", "function_call", "function_call_output"]
+    assert (response.status, error["param"]) == (404, "input[0]") and "msg_none_0" in error["message"]
+    async with serving(engine, ApiSettings(max_response_bytes=0)) as client:
+        error = await error_of(await client.post(URL, json={"input": unknown}))
+    assert "stores none" in error["message"]
+
+
 async def test_what_is_deleted_or_not_stored_is_not_found() -> None:
     async with serving(talking("yes")) as client:
         kept, unkept = await create(client, input="a"), await create(client, input="a", store=False)

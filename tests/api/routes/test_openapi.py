@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from schema_values import fitting, near
 
 from kunserve.api.ask.chat_template import ChatTemplate
-from kunserve.api.routes.openapi import CHAT, COMPLETION, openapi_document
+from kunserve.api.ask.declared.chat import Chat
+from kunserve.api.ask.declared.fields import body_schema
+from kunserve.api.ask.declared.generation import Completion
+from kunserve.api.routes.openapi import openapi_document
 from kunserve.api.wire.backend import ApiSettings
 
 TEMPLATE = ChatTemplate("{% for message in messages %}[{{ message.role }}:{{ message.content }}]{% endfor %}")
@@ -73,8 +76,8 @@ OF_CHAT = (
 
 
 def test_every_parameter_that_clients_rely_on_is_documented() -> None:
-    assert {*SAMPLING, *OF_COMPLETIONS} <= COMPLETION["properties"].keys()
-    assert {*SAMPLING, *OF_CHAT} <= CHAT["properties"].keys()
+    assert {*SAMPLING, *OF_COMPLETIONS} <= body_schema(Completion)["properties"].keys()
+    assert {*SAMPLING, *OF_CHAT} <= body_schema(Chat)["properties"].keys()
 
 
 @pytest.mark.parametrize("path", EXAMPLES)

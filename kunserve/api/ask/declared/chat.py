@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from kunserve.api.ask.declared.fields import Kept
-from kunserve.api.ask.declared.generation import Generation
-from kunserve.api.ask.declared.values import AtLeastOne, Logprobs, Unsupported
+from kunserve.api.ask.declared.generation import ResponseFormat, Sampling, StreamOptions
+from kunserve.api.ask.declared.values import AtLeastOne, Choices, Logprobs, Object, Stop, Unsupported
 
 
 class Part(Struct):
@@ -59,15 +59,41 @@ class Tool(Struct):
     function: Function | None = None
 
 
-Object = dict[str, Any]
 Messages = Annotated[list[Object], Kept(Annotated[list[Message], Meta(min_length=1)])]
 Tools = Annotated[list[Object] | None, Kept(list[Tool])]
 ToolChoice = Literal["none", "auto", "required"] | Object
 
 
-class ChatOptions(Generation, kw_only=True):
+class Talk(Sampling, kw_only=True):
+    """What all routes take that answer a conversation, whatever their words."""
+
+    chat_template_kwargs: Object | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template: Unsupported = None
+    echo: Unsupported = None
+    audio: Unsupported = None
+    functions: Unsupported = None
+    documents: Unsupported = None
+    web_search_options: Unsupported = None
+
+
+def common_fields(asked: Talk) -> dict[str, Any]:
+    """Return what a request of another API says in the words of chat."""
+    return {name: getattr(asked, name) for name in Talk.__struct_fields__}
+
+
+class ChatOptions(Talk, kw_only=True):
     """What a chat request says beside its messages."""
 
+    n: Choices = 1
+    best_of: AtLeastOne | None = None
+    stop: Stop | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Logprobs | None = None
+    response_format: ResponseFormat | None = None
+    user: str = ""
+    safety_identifier: str | None = None
     max_tokens: AtLeastOne | None = None
     max_completion_tokens: AtLeastOne | None = None
     tools: Tools = None
@@ -75,17 +101,8 @@ class ChatOptions(Generation, kw_only=True):
     parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: Logprobs | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    chat_template_kwargs: Object | None = None
     reasoning_effort: str | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1)] | None = None
-    chat_template: Unsupported = None
-    echo: Unsupported = None
-    audio: Unsupported = None
-    functions: Unsupported = None
-    documents: Unsupported = None
-    web_search_options: Unsupported = None
 
 
 class Chat(ChatOptions, kw_only=True):

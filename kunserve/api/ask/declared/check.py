@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kunserve.api.ask.declared.faults import raise_fault, raise_missing, raise_unfit
-from kunserve.api.ask.declared.fields import Alternative, Field, fields_of
+from kunserve.api.ask.declared.fields import Alternative, Field, convert, fields_of, required_of
 from kunserve.api.wire.fields import PIECE, pieces, show
 from kunserve.errors import InvalidRequestError
 
@@ -24,15 +24,15 @@ SCALARS = frozenset({"string", "integer", "number"})
 
 def read(values: Mapping[str, Any], declared: type[T], defaults: Mapping[str, Any] | None = None) -> T:
     """Return the body that `values` are. `defaults`: of fields that are absent, checked as if they had been sent."""
-    asked: dict[str, Any] = {}
-    for field in fields_of(declared):
-        name = field.name
-        value = values.get(name)
-        if value is None and defaults:
-            value = defaults.get(name)
-        if value is not None:
+    fields, asked = fields_of(declared), dict[str, Any]()
+    for name, value in values.items():
+        if value is not None and (field := fields.get(name)) is not None:
             asked[name] = _read_field(value, field)
-        elif field.is_required:
+    for name, value in (defaults or {}).items():
+        if values.get(name) is None:
+            asked[name] = _read_field(value, fields[name])
+    for name in required_of(declared):
+        if name not in asked:
             raise_missing(name)
     return declared(**asked)
 
@@ -42,9 +42,9 @@ def _read_field(value: object, field: Field) -> Any:
         if value is not False and not (isinstance(value, str | list | dict) and not value):
             raise InvalidRequestError(f"`{field.name}` {field.refused.reason}.", param=field.name)
         return None
-    if field.type is not None and not (isinstance(value, list | dict) and len(value) > FEW_OBJECTS):
+    if field.holder is not None and not (isinstance(value, list | dict) and len(value) > FEW_OBJECTS):
         try:
-            quick = msgspec.convert(value, field.type)
+            quick = convert(value, field.holder)
         except msgspec.ValidationError:
             pass  # it may still be right, with 16.0 for 16
         else:
@@ -66,11 +66,12 @@ def _alternative_for(value: object, field: Field) -> Alternative:
 
 def _read_value(value: Any, alternative: Alternative, param: str) -> Any:
     if alternative.item is None:
-        return _convert(value, alternative.type, alternative.schema, param)
+        return _convert(value, alternative, param)
     if not alternative.has_kind(value):
         raise_unfit(value, [alternative.schema], param)
     if alternative.key is not None:
-        return _read_object(value, alternative, param)
+        _check_object(value, alternative, param)
+        return value
     schema = alternative.schema
     if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
         raise_unfit(value, [schema], param)
@@ -85,49 +86,51 @@ def _read_items(items: list[Any], item: Alternative, param: str) -> list[Any]:
     start = 0
     for piece in pieces(items, FEW if item.schema.get("type") in SCALARS else FEW_OBJECTS):
         try:
-            whole += msgspec.convert(piece, list[item.type])  # type: ignore[name-defined]
+            whole += convert(piece, item.list_holder)
         except msgspec.ValidationError:
             for index, each in enumerate(piece):
-                whole.append(_convert(each, item.type, item.schema, f"{param}[{start + index}]"))
+                whole.append(_convert(each, item, f"{param}[{start + index}]"))
         start += len(piece)
     return whole
 
 
-def _read_object(values: dict[str, Any], alternative: Alternative, param: str) -> dict[str, Any]:
-    """Return an object whose keys and values are of one type each."""
+def _check_object(values: dict[str, Any], alternative: Alternative, param: str) -> None:
+    """Check an object whose keys and values are of one type each."""
     assert alternative.key is not None and alternative.item is not None
+    if len(values) > alternative.schema.get("maxProperties", len(values)):
+        raise_unfit(values, [alternative.schema], param)
     names = list(values)
     try:
         _read_items(names, alternative.key, param)
     except InvalidRequestError:
-        wrong = next(name for name in names if not _fits(name, alternative.key.type))
+        wrong = next(name for name in names if not _fits(name, alternative.key))
         noun = alternative.key.schema.get("description", "a key").removeprefix("a ")
         raise InvalidRequestError(f"`{param}` has the key {show(wrong)}, which is no {noun}.", param=param) from None
     try:
-        return dict(zip(names, _read_items(list(values.values()), alternative.item, param), strict=True))
+        _read_items(list(values.values()), alternative.item, param)
     except InvalidRequestError:
         for name, value in values.items():
-            _convert(value, alternative.item.type, alternative.item.schema, f"{param}.{name}")
+            _convert(value, alternative.item, f"{param}.{name}")
         raise
 
 
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: object, alternative: Alternative) -> bool:
     try:
-        msgspec.convert(value, kind)
+        convert(value, alternative.holder)
     except msgspec.ValidationError:
         return False
     return True
 
 
-def _convert(value: Any, kind: Any, schema: dict[str, Any], param: str) -> Any:
+def _convert(value: Any, alternative: Alternative, param: str) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        return convert(value, alternative.holder)
     except msgspec.ValidationError:
         pass
     try:
-        return msgspec.convert(_with_integers(value), kind)
+        return convert(_with_integers(value), alternative.holder)
     except msgspec.ValidationError as error:
-        raise_fault(error, value, schema, param)
+        raise_fault(error, value, alternative.schema, param)
 
 
 def _with_integers(value: Any) -> Any:

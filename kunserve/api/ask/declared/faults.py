@@ -10,13 +10,18 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from kunserve.api.ask.declared.fields import Schema, has_kind
+from kunserve.api.ask.declared.fields import HELD, Schema, has_kind
 from kunserve.api.wire.fields import INT64_MAX, show
 from kunserve.errors import InvalidRequestError
 
-_PATH = re.compile(r" - at `\$(.*)`$")
+_PATH = re.compile(rf" - at `\$\.{HELD}(.*)`$")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _INDEXES = re.compile(r"(\[\d+\])+$")
+_SIZES = (
+    ("minLength", "maxLength", "character"),
+    ("minItems", "maxItems", ""),
+    ("minProperties", "maxProperties", "field"),
+)
 _MISSING = re.compile(r"^Object missing required field `(.+?)`")
 _WORDS = {
     "string": "a string",
@@ -58,7 +63,8 @@ def raise_unfit(value: object, schemas: list[Schema], param: str) -> NoReturn:
     # Plain values in lists are no fields: what is complained about is their list.
     is_field = any(each.get("type") == "object" for schema in schemas for each in alternatives_of(schema))
     field = param if is_field else _INDEXES.sub("", param)
-    raise InvalidRequestError(f"`{param}` must {expected}, not {show(value)}.", param=field)
+    came = str(len(value)) if isinstance(value, str | list | dict) and "at most" in expected else show(value)
+    raise InvalidRequestError(f"`{param}` must {expected}, not {came}.", param=field)
 
 
 def _bounds(schema: Schema, value: Any) -> str | None:
@@ -66,8 +72,8 @@ def _bounds(schema: Schema, value: Any) -> str | None:
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and (value < low or value > schema.get("maximum", value)):
         return _range(low, high, schema["type"] == "integer", value < low)
-    for least, most, item in (("minLength", "maxLength", "character"), ("minItems", "maxItems", "")):
-        count = len(value) if isinstance(value, str | list) else 0
+    for least, most, item in _SIZES:
+        count = len(value) if isinstance(value, str | list | dict) else 0
         if count < schema.get(least, 0):
             return f"have at least {_count(schema[least], item or _item_noun(schema))}"
         if schema.get(most) == 0 < count:
@@ -111,7 +117,8 @@ def _each(schema: Schema, is_item: bool = False) -> list[str]:
     if "enum" in schema or "const" in schema:
         return [str(each) for each in schema.get("enum") or [schema["const"]]]
     if schema.get("type") == "array" and schema.get("items"):
-        return [f"a list of {' or '.join(map(_plural, _each(schema['items'], is_item=True)))}"]
+        items = [_WORDS["string"]] if "enum" in schema["items"] else _each(schema["items"], is_item=True)
+        return [f"a list of {' or '.join(map(_plural, items))}"]
     return [_WORDS[schema["type"]]]
 
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from kunserve.api.ask.declared.fields import in_order
 from kunserve.api.ask.declared.values import (
-    MAX_N,
     AtLeastOne,
     BadWords,
     Biases,
+    Choices,
     Count,
     JsonSchema,
     Logprobs,
@@ -50,7 +51,7 @@ class Sampling(Struct, kw_only=True):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
-    logit_bias: Biases | None = None
+    logit_bias: Biases = None
     min_tokens: Count = 0
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool = False
@@ -94,29 +95,22 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = None
 
 
+FormatType = Annotated[
+    Literal["text", "json_object", "json_schema", "json", "regex", "grammar"],
+    in_order("text", "json_object", "json_schema", "json", "regex", "grammar"),
+]
+
+
 class ResponseFormat(Struct):
     """What an output must be, as OpenAI's clients ask for it, and those of llama.cpp and TGI."""
 
-    type: Literal["text", "json_object", "json_schema", "json", "regex", "grammar"] | None = None
+    type: FormatType | None = None
     json_schema: dict[str, Any] | None = None
     schema: JsonSchema | None = None
     value: JsonSchema | str | None = None
     regex: str | None = None
     grammar: str | None = None
     pattern: str | None = None
-
-
-class Generation(Sampling, kw_only=True):
-    """What completions and chat have in common."""
-
-    n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
-    best_of: AtLeastOne | None = None
-    stop: Stop | None = None
-    stream_options: StreamOptions | None = None
-    prompt_logprobs: Logprobs | None = None
-    response_format: ResponseFormat | None = None
-    user: str = ""
-    safety_identifier: str | None = None
 
 
 Prompts = (
@@ -127,10 +121,18 @@ Prompts = (
 )
 
 
-class Completion(Generation, kw_only=True):
+class Completion(Sampling, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Prompts
+    n: Choices = 1
+    best_of: AtLeastOne | None = None
+    stop: Stop | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Logprobs | None = None
+    response_format: ResponseFormat | None = None
+    user: str = ""
+    safety_identifier: str | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     echo: bool = False

@@ -6,17 +6,19 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from kunserve.api.ask.declared.fields import Refused
+from kunserve.api.ask.declared.fields import Kept, Refused
 from kunserve.api.wire.fields import INT64_MAX
 
 MAX_N = 128
 MAX_STOPS = 16
+MAX_BIASES = 1 << 18
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_USER_CHARS = 256
 
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_N)]
 AtLeastOne = Annotated[int, Meta(ge=1, le=INT64_MAX)]
 MinusOneOrMore = Annotated[int, Meta(ge=-1, le=INT64_MAX)]
 # msgspec knows no bound beyond int64; a larger integer than this comes out of the JSON reader as a float.
@@ -27,13 +29,17 @@ Positive = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=INT64_MAX, description="a token id")]
-TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$", description="a token id")]
+# In Python's regexes `$` is before a last line break as well.
+TokenKey = Annotated[str, Meta(pattern=r"^[0-9]{1,10}$(?!\n)", description="a token id")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-Biases = dict[TokenKey, Bias]
+# No vocabulary has more tokens, and an object of more takes long to make and to forget.
+AllBiases = Annotated[dict[TokenKey, Bias | None], Meta(max_length=MAX_BIASES)]
+Biases = Annotated[dict[str, float | None] | None, Kept(AllBiases)]
 NonEmpty = Annotated[str, Meta(min_length=1)]
 Stop = NonEmpty | Annotated[list[NonEmpty], Meta(max_length=MAX_STOPS)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 BadWords = Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)]
 Salt = Annotated[str, Meta(max_length=MAX_USER_CHARS)]
-JsonSchema = dict[str, Any] | bool
+Object = dict[str, Any]
+JsonSchema = Object | bool
 Unsupported = Annotated[Any, Refused()]

@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schema_values import near
 
+from kunserve.api.ask.declared.anthropic import AnthropicMessages, Counted
 from kunserve.api.ask.declared.chat import Chat, Tokenize
 from kunserve.api.ask.declared.check import FEW_OBJECTS, read
 from kunserve.api.ask.declared.fields import body_schema, fields_of
 from kunserve.api.ask.declared.generation import Completion
 from kunserve.api.ask.declared.others import Burst, Detokenize, Groups
+from kunserve.api.ask.declared.responses import Response
+from kunserve.api.ask.declared.values import MAX_BIASES
 from kunserve.api.wire.fields import PIECE
 from kunserve.errors import InvalidRequestError
 
@@ -23,13 +26,18 @@ LEAST: dict[type[msgspec.Struct], dict[str, Any]] = {
     Completion: {"prompt": "x"},
     Chat: {"messages": [{"role": "user", "content": "x"}]},
     Tokenize: {},
+    Response: {"input": "x"},
+    AnthropicMessages: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5},
+    Counted: {"messages": [{"role": "user", "content": "x"}]},
     Detokenize: {"tokens": [1]},
     Burst: {},
     Groups: {},
 }
 # Each field once: most are the same ones in several bodies.
 FIELDS = {
-    (field.name, str(field.schema)): (declared, field.name) for declared in LEAST for field in fields_of(declared)
+    (field.name, str(field.schema)): (declared, field.name)
+    for declared in LEAST
+    for field in fields_of(declared).values()
 }.values()
 WRONG: list[Any] = [True, -2, 5, 1.5, "\u00e9", [True], {"role": 5}, [{"role": 5}]]
 
@@ -43,7 +51,7 @@ def fault_of(declared: type[msgspec.Struct], body: dict[str, Any]) -> InvalidReq
 
 
 @pytest.mark.parametrize(("declared", "name"), FIELDS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_field_takes_exactly_what_its_schema_allows(
     declared: type[msgspec.Struct], name: str, data: st.DataObject
@@ -81,7 +89,7 @@ def test_null_is_absent_and_what_is_unknown_is_ignored(declared: type[msgspec.St
         (Completion, {"max_tokens": 1e30}, "`max_tokens` must be at most 9223372036854775807, not 1e+30."),
         (Completion, {"top_p": 7}, "`top_p` must be at least 0 and at most 1, not 7."),
         (Completion, {"stop": 5}, "`stop` must be a string or a list of strings, not 5."),
-        (Completion, {"stop": ["x"] * 17}, "`stop` must have at most 16 strings, not a list."),
+        (Completion, {"stop": ["x"] * 17}, "`stop` must have at most 16 strings, not 17."),
         (Completion, {"stop": ["a", ""]}, '`stop[1]` must have at least one character, not "".'),
         (Completion, {"logit_bias": {"5": "up"}}, '`logit_bias.5` must be a number, not "up".'),
         (
@@ -139,6 +147,11 @@ def test_long_lists_are_read_in_pieces_and_are_whole() -> None:
     ):
         error = fault_of(Completion, body)
         assert error is not None and place in error.message
+    error = fault_of(Completion, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(MAX_BIASES + 1)), 1)})
+    assert (
+        error is not None
+        and error.message == f"`logit_bias` must have at most {MAX_BIASES} fields, not {MAX_BIASES + 1}."
+    )
     error = fault_of(Chat, {"messages": [*messages, {"role": 5}]})
     assert error is not None and error.param == f"messages[{len(messages)}].role"
 
