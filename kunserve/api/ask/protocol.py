@@ -266,6 +266,9 @@ def chat_call(asked: ChatOptions, given: list[dict[str, Any]], model: ModelInfo,
     if asked.continue_final_message and asked.add_generation_prompt:
         text = "`continue_final_message` and `add_generation_prompt` exclude each other."
         raise InvalidRequestError(text, param="continue_final_message")
+    if not asked.include_reasoning:
+        text = "`include_reasoning` must be true: reasoning is always told apart, and may be left alone."
+        raise InvalidRequestError(text, param="include_reasoning")
     choice = {"tools": asked.tools, "tool_choice": asked.tool_choice}
     tools = read_tools(Fields({**with_allowed_tools(choice), "parallel_tool_calls": asked.parallel_tool_calls}))
     if generation.structure is not None and tools.structure is not None:

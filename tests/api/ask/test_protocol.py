@@ -180,6 +180,7 @@ def test_errors_name_the_field(field: str, value: Any, status: int) -> None:
         ("logprob_token_ids", [5]),
         ("thinking_token_budget", 5),
         ("truncation_side", "middle"),
+        ("include_reasoning", False),
         ("logprobs", 5),
         ("top_logprobs", 5),
         ("parallel_tool_calls", "no"),

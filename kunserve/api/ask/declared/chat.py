@@ -70,6 +70,7 @@ class Talk(Sampling, kw_only=True):
     chat_template_kwargs: Object | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    include_reasoning: bool = True
     chat_template: Unsupported = None
     echo: Unsupported = None
     audio: Unsupported = None
