@@ -27,6 +27,10 @@ class InvalidRequestError(KunServeError):
     type = "BadRequestError"
 
 
+class UnsupportedThreadError(InvalidRequestError):
+    """The server is to keep the messages of a thread, and keeps none; clients that read this send them all instead."""
+
+
 class UnauthorizedError(KunServeError):
     """The key is missing or wrong."""
 

@@ -18,7 +18,7 @@ from kunserve.api.ask.declared.check import read
 from kunserve.api.ask.declared.faults import raise_missing
 from kunserve.api.ask.declared.generation import ResponseFormat
 from kunserve.api.wire.naming import FieldNames
-from kunserve.errors import InvalidRequestError
+from kunserve.errors import InvalidRequestError, UnsupportedThreadError
 
 # Of what is checked when the conversation is made: types and bounds are complained about by their own names.
 _NAMES = {
@@ -34,6 +34,8 @@ def chat_of(
     values: dict[str, Any], declared: type[AnthropicMessages | Counted], defaults: Mapping[str, Any]
 ) -> tuple[Chat, FieldNames]:
     """Return the chat request that means the same as a body, and names for its errors. Raises KunServeError."""
+    if values.get("thread") is not None:  # later requests would bring the newest messages alone, and no tools
+        raise UnsupportedThreadError("`thread` is not supported: send all messages.", param="thread")
     asked, names = read(values, declared, defaults), FieldNames(_NAMES)
     common = common_fields(asked)
     messages = _Messages(names).read(asked)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 from aiohttp import web
 
-from kunserve.errors import KunServeError
+from kunserve.errors import KunServeError, UnsupportedThreadError
 
 PREFIX = "/v1/messages"
 _ERROR_TYPES = {
@@ -18,9 +20,12 @@ _ERROR_TYPES = {
 }
 
 
-def error_details(error: KunServeError) -> dict[str, str]:
+def error_details(error: KunServeError) -> dict[str, Any]:
     """Return an error in Anthropic's words."""
-    return {"type": _ERROR_TYPES.get(error.status, "api_error"), "message": error.message}
+    shown: dict[str, Any] = {"type": _ERROR_TYPES.get(error.status, "api_error"), "message": error.message}
+    if isinstance(error, UnsupportedThreadError):  # by this code the client knows that it has to go on without one
+        shown["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return shown
 
 
 def error_json(error: KunServeError, request_id: str = "") -> bytes:

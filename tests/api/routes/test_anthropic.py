@@ -136,6 +136,15 @@ async def test_bad_requests(body: dict[str, Any], word: str) -> None:
     assert engine.requests == []
 
 
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+async def test_a_thread_is_refused_in_the_words_by_which_clients_send_all_messages_instead(thread: Any) -> None:
+    async with serving(FakeEngine(), BOTH) as client:
+        response = await client.post(URL, json={"messages": HI, "max_tokens": 20, "thread": thread})
+        error = (await response.json())["error"]
+    assert (response.status, error["type"]) == (400, "invalid_request_error")
+    assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 async def test_the_anthropic_client_is_happy() -> None:
     async with (
         serving(talking(CALL), BOTH) as server,
