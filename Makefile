@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit paper bench-overload clean
+.PHONY: install serve test lint unit test-clients paper bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -34,6 +34,22 @@ unit: $(VENV)/.installed-test
 
 test: lint unit
 
+# Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
+CLIENTS := scripts/clients
+CLIENT_ENVIRONMENTS := $(patsubst $(CLIENTS)/requirements/%.txt,.clients/%/.installed,$(wildcard $(CLIENTS)/requirements/*.txt))
+
+test-clients: $(VENV)/.installed $(CLIENT_ENVIRONMENTS) $(CLIENTS)/ai_sdk/node_modules/.installed
+	$(BIN)/python $(CLIENTS)/run_clients.py --page docs/clients.md
+
+.clients/%/.installed: $(CLIENTS)/requirements/%.txt
+	$(PYTHON) -m venv .clients/$*
+	.clients/$*/bin/pip install --quiet --requirement $<
+	touch $@
+
+$(CLIENTS)/ai_sdk/node_modules/.installed: $(CLIENTS)/ai_sdk/package-lock.json
+	npm ci --no-audit --no-fund --prefix $(CLIENTS)/ai_sdk
+	touch $@
+
 paper: $(VENV)/.installed-test
 	$(BIN)/python scripts/figures/paper.py
 
@@ -41,4 +57,4 @@ bench-overload: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench/compare_policies.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .clients $(CLIENTS)/ai_sdk/node_modules build *.egg-info

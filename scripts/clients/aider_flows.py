@@ -1,0 +1,65 @@
+"""aider: its command line, on a folder of one file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from flows import Place, run
+
+GREETING = "def greet():\n    print('hello')\n"
+PARTING = GREETING.replace("hello", "goodbye")
+QUIET = ("--yes-always", "--no-git", "--no-pretty", "--no-check-update", "--no-show-release-notes", "--no-analytics")
+SMALL = ("--no-show-model-warnings", "--map-tokens", "0", "--no-detect-urls", "--no-gitignore", "--no-auto-lint")
+COSTS = {"input_cost_per_token": 0, "output_cost_per_token": 0, "litellm_provider": "openai", "mode": "chat"}
+
+
+def ask(place: Place, message: str, *flags: str, said: str = "") -> tuple[str, str]:
+    """Return what aider prints and what it leaves of the file. `said`: what the model has to answer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), f"openai/{place.model}"
+        (folder / "greet.py").write_text(GREETING)
+        # Without it aider looks for the model's size and price in the network.
+        sizes = {"max_input_tokens": 4096, "max_output_tokens": 1024, **COSTS}
+        (folder / ".aider.model.metadata.json").write_text(json.dumps({model: sizes}))
+        body = {"structured_outputs": {"choice": [said]}} if said else {}
+        extra = {"max_tokens": 100, "extra_body": body}
+        settings = [{"name": model, "extra_params": extra, "use_temperature": False}]
+        (folder / ".aider.model.settings.yml").write_text(json.dumps(settings))
+        server = ("--openai-api-base", place.openai_url, "--openai-api-key", place.key)
+        command = [sys.executable, "-m", "aider", "--model", model, *server, *QUIET, *SMALL, *flags]
+        done = subprocess.run(
+            [*command, "--message", message, "greet.py"], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and "Error" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return done.stdout, (folder / "greet.py").read_text()
+
+
+def question(place: Place) -> None:
+    printed, left = ask(place, "What is the capital of France?", "--chat-mode", "ask", "--no-stream")
+    assert "Tokens:" in printed and left == GREETING, printed
+
+
+def question_stream(place: Place) -> None:
+    printed, left = ask(place, "What is the capital of France?", "--chat-mode", "ask", "--stream")
+    assert "Tokens:" in printed and left == GREETING, printed
+
+
+def edit_of_whole_file(place: Place) -> None:
+    said = f"greet.py\n```\n{PARTING}```"
+    printed, left = ask(place, "Say goodbye instead.", "--edit-format", "whole", said=said)
+    assert left == PARTING, printed
+
+
+def edit_by_blocks(place: Place) -> None:
+    old, new = "    print('hello')", "    print('goodbye')"
+    said = f"greet.py\n```\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE\n```"
+    printed, left = ask(place, "Say goodbye instead.", "--edit-format", "diff", said=said)
+    assert left == PARTING, printed
+
+
+if __name__ == "__main__":
+    run("aider", question, question_stream, edit_of_whole_file, edit_by_blocks, package="aider-chat")

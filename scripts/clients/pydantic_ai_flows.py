@@ -1,0 +1,132 @@
+"""pydantic-ai: agents on its OpenAI chat, OpenAI Responses and Anthropic models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from flows import Place, run
+from pydantic import BaseModel, Field
+from pydantic_ai import Agent, NativeOutput
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.openai import OpenAIProvider
+
+QUESTION = "What is the capital of France?"
+DESCRIBE = "Describe a ship's cook named Ann."
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str = Field(max_length=12)
+    role: Literal["captain", "cook"]
+
+
+def get_weather(city: Literal["Paris", "Rome"]) -> str:
+    """Tell the weather of a city."""
+    return f"18 degrees in {city}"
+
+
+def chat_model(place: Place) -> Any:
+    return OpenAIChatModel(place.model, provider=OpenAIProvider(base_url=place.openai_url, api_key=place.key))
+
+
+def responses_model(place: Place) -> Any:
+    return OpenAIResponsesModel(place.model, provider=OpenAIProvider(base_url=place.openai_url, api_key=place.key))
+
+
+def anthropic_model(place: Place) -> Any:
+    return AnthropicModel(place.model, provider=AnthropicProvider(base_url=place.url, api_key=place.key))
+
+
+def agent_of(model: Any, **fields: Any) -> Agent[None, Any]:
+    settings = {"max_tokens": 100, "parallel_tool_calls": False}
+    return Agent(model, model_settings=settings, **fields)
+
+
+def _chat_and_go_on(model: Any) -> None:
+    agent = agent_of(model, instructions="Answer in one sentence.")
+    first = agent.run_sync(QUESTION)
+    assert "Paris" in first.output, first
+    second = agent.run_sync("And what is the capital of Italy?", message_history=first.all_messages())
+    assert "Rome" in second.output, second
+
+
+async def _stream(model: Any) -> None:
+    async with agent_of(model).run_stream(QUESTION) as streamed:
+        text = "".join([piece async for piece in streamed.stream_text(delta=True, debounce_by=None)])
+    assert "Paris" in text, text
+
+
+def _call_and_answer(model: Any) -> None:
+    """Force a call of the tool; afterwards the model may only answer with a person."""
+    agent = agent_of(model, tools=[get_weather], output_type=Person)
+    result = agent.run_sync("Ask for the weather of Paris, then describe a ship's cook named Ann.")
+    assert isinstance(result.output, Person), result
+
+
+def _describe(model: Any, output_type: Any) -> None:
+    assert isinstance(agent_of(model, output_type=output_type).run_sync(DESCRIBE).output, Person)
+
+
+def chat_multi_turn(place: Place) -> None:
+    _chat_and_go_on(chat_model(place))
+
+
+async def chat_stream(place: Place) -> None:
+    await _stream(chat_model(place))
+
+
+def chat_tools(place: Place) -> None:
+    _call_and_answer(chat_model(place))
+
+
+def chat_structured_output(place: Place) -> None:
+    _describe(chat_model(place), Person)
+
+
+def chat_native_output(place: Place) -> None:
+    _describe(chat_model(place), NativeOutput(Person))
+
+
+def responses_multi_turn(place: Place) -> None:
+    _chat_and_go_on(responses_model(place))
+
+
+async def responses_stream(place: Place) -> None:
+    await _stream(responses_model(place))
+
+
+def responses_structured_output(place: Place) -> None:
+    _describe(responses_model(place), Person)
+
+
+def anthropic_multi_turn(place: Place) -> None:
+    _chat_and_go_on(anthropic_model(place))
+
+
+async def anthropic_stream(place: Place) -> None:
+    await _stream(anthropic_model(place))
+
+
+def anthropic_structured_output(place: Place) -> None:
+    _describe(anthropic_model(place), Person)
+
+
+if __name__ == "__main__":
+    run(
+        "pydantic-ai",
+        chat_multi_turn,
+        chat_stream,
+        chat_tools,
+        chat_structured_output,
+        chat_native_output,
+        responses_multi_turn,
+        responses_stream,
+        responses_structured_output,
+        anthropic_multi_turn,
+        anthropic_stream,
+        anthropic_structured_output,
+        package="pydantic-ai-slim",
+    )
