@@ -5,8 +5,7 @@ It is the only writer of these: of `Group.running`, `is_admitting` and `num_paus
 Nothing here waits or copies: whoever moves KV (engine/regroup/: exchange.py, migrate.py, swap.py) reserves room here,
 has it copied, and then says how it ended.
 
-A block is free, in use by the tables that name it, or idle: nobody uses it, but its KV is complete, and a request that
-begins with the same tokens takes it over (prefix_cache.py). Idle blocks count as free everywhere but in the pools.
+The block store (block_store.py), which nobody else uses, has the blocks that they hold, and those that are cached.
 
 A request is in one of four states. It waits: it belongs to no group and holds nothing. It runs. It is suspended: it
 belongs to its group and holds its blocks, but is not scheduled, because a copy reads or writes them. Or it has
@@ -16,11 +15,12 @@ departed: it belongs to another group than its KV is in, until it arrives.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
-from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.block_table import Block, BlockTable, Tail
+from kunserve.engine.block_store import BlockStore, Convoy
+from kunserve.engine.blocks.block_pool import BlockPool
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.prefix_cache import PrefixCache, extend_keys
 from kunserve.engine.request import Request
@@ -35,20 +35,17 @@ class Fleet:
 
     def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False) -> None:
         self.groups = list(groups)
-        self.pools: dict[int, BlockPool] = {stage.device: stage.pool for group in groups for stage in group.stages}
+        self.prefixes = PrefixCache() if has_prefix_cache else None
+        self._blocks = BlockStore(groups, self.prefixes)
+        self.pools: Mapping[int, BlockPool] = self._blocks.pools
         self._epoch = 0
         self._by_id: dict[int, Group] = {}  # filled as asked
         self._by_device: dict[int, Group] = {}  # likewise
         self._next_group_id = 1 + max((group.group_id for group in groups), default=-1)
-        self.prefixes = PrefixCache() if has_prefix_cache else None
-        self.num_shared = 0  # blocks that requests would hold more if each had blocks of its own
         # What `prefix_lengths` was asked for last, and the cache's version then: all groups ask for one head.
         self._lengths: tuple[tuple[Request, int] | None, dict[int, int]] = None, {}
         self._departed: dict[Request, BlockTable] = {}
-        self._went: dict[Block, Group] = {}  # shared blocks whose first holder has departed, since the last `regroup`
-        self._twins: dict[tuple[Block, int], Block] = {}  # of those, for holders that depart to another group
         self._expected: list[tuple[Group, BlockTable]] = []  # tables that requests of other groups are to get
-        self._fronts: list[tuple[int, list[int]]] = []  # device, blocks that its tail is copied to now
 
     # --- groups -------------------------------------------------------------------------------------------------
 
@@ -78,11 +75,9 @@ class Fleet:
     def regroup(self, old: Sequence[Group], new: Sequence[Group]) -> None:
         """Put `new` in the place of `old`, and begin a new epoch."""
         gone = set(old)
-        assert not any(group.idle for group in old), "cached blocks of a group that goes"
         self._epoch += 1
         self._by_device.clear()
-        self._went.clear()
-        self._twins.clear()
+        self._blocks.regrouped(old)
         self.groups[:] = [group for group in self.groups if group not in gone] + list(new)
 
     @contextlib.contextmanager
@@ -111,7 +106,7 @@ class Fleet:
         request.group_id = group.group_id
         group.running.append(request)
         if finds_prefix and self.prefixes is not None:
-            self._take_prefix(request, group, self.prefixes)
+            self._begin_with_prefix(request, group)
         is_allocated = self.allocate(request, group, request.num_tokens)
         assert is_allocated, "admitted what does not fit"
 
@@ -120,33 +115,37 @@ class Fleet:
         table = request.table
         if num_tokens <= len(table.blocks) * group.block_size:
             return True
-        return self._append(table, group, group.missing_blocks(request, num_tokens))
+        return self._blocks.append(table, group, group.missing_blocks(request, num_tokens))
 
     def release(self, request: Request) -> None:
         """Take a request out of its group. Its blocks are idle or free then, unless others use them."""
         assert request.group_id is not None
         group = self.group(request.group_id)
         group.running.remove(request)
-        self._free(request.table, group, is_kept=True)
+        self._blocks.release(request.table, group, is_kept=True)
         request.table, request.group_id = BlockTable(), None
 
     def computed(self, request: Request, group: Group) -> None:
         """Let others find the blocks that a running request has filled: a step has computed more of its tokens."""
-        num_tokens = min(request.num_computed_tokens, len(request.token_ids))
-        if self.prefixes is None or num_tokens < (request.table.num_indexed + 1) * group.block_size:
-            return
-        keys, table, num_full = extend_keys(request, group.block_size), request.table, num_tokens // group.block_size
-        for block, key in zip(table.blocks[table.num_indexed : num_full], keys[table.num_indexed :], strict=False):
-            if block.key is None:
-                self.prefixes.add(group, block, key)
-        table.num_indexed = num_full
+        if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
+            self._blocks.index(request.table, group, self._keys(request, group))
+
+    @staticmethod
+    def _keys(request: Request, group: Group) -> Sequence[bytes]:
+        """Return the keys of the blocks that it has filled."""
+        return extend_keys(request, group.block_size)[: _num_full(request, group)]
+
+    def _begin_with_prefix(self, request: Request, group: Group) -> None:
+        """Let a request begin with the blocks that its group has of its tokens."""
+        keys = extend_keys(request, group.block_size)[: self._most_found(request)]
+        num_tokens = self._blocks.begin(request.table, group, keys) * group.block_size
+        request.num_computed_tokens = request.num_scheduled_tokens = num_tokens
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = num_tokens
 
     def distrust(self, request: Request, group: Group) -> None:
         """Let nobody find the blocks of a running request: what was computed for it was wrong."""
-        if self.prefixes is not None:
-            for block in request.table.blocks:
-                self.prefixes.remove(group, block)
-        request.table.num_indexed = len(request.table.blocks)
+        self._blocks.distrust(request.table, group)
 
     def prefix_lengths(self, request: Request) -> dict[int, int]:
         """Return how many blocks of a waiting request's tokens groups have, by group id; without those with none."""
@@ -157,6 +156,13 @@ class Fleet:
             keys = extend_keys(request, self.groups[0].block_size)[: self._most_found(request)]
             self._lengths = asked, self.prefixes.lengths(keys)
         return self._lengths[1]
+
+    def shared_blocks(self, request: Request, group: Group) -> int:
+        """Return how many blocks that others use now a waiting request would use, too, in `group`."""
+        num_found = self.prefix_lengths(request).get(group.group_id, 0)
+        if not num_found or self.prefixes is None:
+            return 0
+        return sum(block.num_refs > 0 for block in self.prefixes.find(group, request.block_keys[:num_found]))
 
     def _most_found(self, request: Request) -> int:
         """Blocks that it may find: its last token has to be computed, or all of them if their logits are asked for."""
@@ -182,63 +188,21 @@ class Fleet:
         source.running.remove(request)
         destination.running.append(request)
         table = self._departed[request] = request.table
-        for position, block in enumerate(table.blocks):
-            if self.prefixes is not None:
-                self.prefixes.remove(source, block)
-            if block.num_refs > 1:
-                table.blocks[position] = self._of_group(block, destination)
-        table.num_indexed = 0
+        self._blocks.depart(table, source, destination)
         request.table, request.group_id, request.is_moving = BlockTable(), destination.group_id, True
         return table
-
-    def _of_group(self, block: Block, destination: Group) -> Block:
-        """Return what a shared block is in a group that one of its holders departs to.
-
-        Holders that go to different groups, after a split, share no logical block any more. But its ids have to stay
-        until the last of them has arrived: each group's block names them, and needs the KV that the other one's has.
-        """
-        if self._went.setdefault(block, destination) is destination:
-            return block
-        place = block, destination.group_id
-        if (twin := self._twins.get(place)) is None:
-            twin = self._twins[place] = Block(dict(block.ids), num_refs=0)
-            for device, block_id in block.ids.items():
-                self.pools[device].share([block_id])
-        self.num_shared += (twin.num_refs > 0) - 1
-        block.num_refs -= 1
-        twin.num_refs += 1
-        return twin
 
     def reserve(self, request: Request, group: Group, *, is_beyond_limit: bool = False) -> bool:
         """Give a request that departed blocks on every device of `group`; False, and nothing taken, if one lacks them.
 
         `is_beyond_limit`: the last ids, which are not mapped so far.
         """
-        table = self._departed[request]
-        taken: list[tuple[int, list[Block], list[int]]] = []
-        for stage in group.stages:
-            lacking = [block for block in table.blocks if stage.device not in block.ids]
-            while not is_beyond_limit and len(lacking) > stage.pool.num_free and group.idle:
-                self._forget_oldest(group)
-            ids = stage.pool.alloc(len(lacking), is_beyond_limit=is_beyond_limit)
-            if ids is None:
-                for device, _, their_ids in taken:
-                    self.pools[device].free(their_ids)
-                return False
-            taken.append((stage.device, lacking, ids))
-        for device, lacking, ids in taken:
-            for block, block_id in zip(lacking, ids, strict=True):
-                block.ids[device] = block_id
-        return True
+        return self._blocks.reserve(self._departed[request], group, is_beyond_limit=is_beyond_limit)
 
     def arrive(self, request: Request, group: Group) -> None:
         """Let a request that departed, and whose KV is all there, run on in `group`; free what it has elsewhere."""
         table = self._departed.pop(request)
-        devices = [stage.device for stage in group.stages]
-        left = {device for block in table.blocks for device in block.ids}.difference(devices)
-        for device in left:  # of a shared block, who arrives first leaves the old place for all
-            self.pools[device].free(block.ids.pop(device) for block in table.blocks if device in block.ids)
-        table.read_ids(devices)
+        self._blocks.arrive(table, group, self._keys(request, group) if self.prefixes is not None else ())
         request.table, request.is_moving = table, False
         self.computed(request, group)
 
@@ -247,7 +211,7 @@ class Fleet:
         assert request.group_id is not None
         group = self.group(request.group_id)
         group.running.remove(request)
-        self._free(self._departed.pop(request), group, is_kept=False)
+        self._blocks.release(self._departed.pop(request), group, is_kept=False)
         request.group_id, request.is_moving = None, False
 
     def expect(self, group: Group) -> BlockTable:
@@ -258,7 +222,7 @@ class Fleet:
 
     def extend(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let an expected table have so many blocks in all; False, and no change, if `group` has not got them."""
-        return self._append(table, group, num_blocks - len(table.blocks))
+        return self._blocks.append(table, group, num_blocks - len(table.blocks))
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
         """Bind a settled request to another group, where its KV is in an expected table by now."""
@@ -271,7 +235,7 @@ class Fleet:
     def expect_no_more(self, group: Group, table: BlockTable) -> None:
         """Free an expected table: its request does not come."""
         self._expected.remove((group, table))
-        self._free(table, group, is_kept=False)
+        self._blocks.release(table, group, is_kept=False)
 
     # --- block pools --------------------------------------------------------------------------------------------
 
@@ -280,15 +244,17 @@ class Fleet:
         self.pools[device].grow(num_blocks)
 
     def limit(self, device: int, num_blocks: int) -> None:
-        """Hand out only ids below `num_blocks` on a device from now on. Idle blocks beyond are forgotten."""
-        self.pools[device].set_limit(num_blocks)
-        group = self._group_on(device)
-        for block in [block for block in group.idle if block.ids[device] >= num_blocks]:
-            self._forget(group, block)
+        """Hand out only ids below `num_blocks` on a device from now on; what is beyond is to be moved (`emptying`)."""
+        self._blocks.limit(device, num_blocks, self._group_on(device))
 
     def shrink(self, device: int, num_blocks: int) -> None:
         """Forget ids from `num_blocks` on, which nobody uses: they are about to be unmapped."""
         self.pools[device].shrink(num_blocks)
+
+    @property
+    def num_shared(self) -> int:
+        """Return how many blocks more requests would hold if each had blocks of its own."""
+        return self._blocks.num_shared
 
     def num_used(self, device: int) -> int:
         """Return how many blocks requests use on a device."""
@@ -299,40 +265,42 @@ class Fleet:
             self._by_device = {stage.device: group for group in self.groups for stage in group.stages}
         return self._by_device[device]
 
-    def forget_idle(self, group: Group) -> None:
-        """Free all cached blocks of a group that nobody uses."""
-        while group.idle:
-            self._forget_oldest(group)
-
-    @contextlib.contextmanager
-    def emptying(self, group: Group, stage: Stage, limit: int) -> Iterator[Tail]:
+    def emptying(self, group: Group, stage: Stage, limit: int) -> AbstractContextManager[Tail]:
         """Move blocks of a stage from beyond `limit` to free ones before it: the caller copies their KV inside.
 
         On leaving, requests hold the new ones, and the old are free; after an error it is the other way round. The
         group is paused, but requests may end meanwhile.
         """
-        pool, device = stage.pool, stage.device
-        used = pool.used_beyond(limit)
-        while len(used) > pool.num_free and group.idle:
-            self._forget_oldest(group)
-        front = pool.alloc(min(len(used), pool.num_free)) or []
-        entry = (device, front)
-        self._fronts.append(entry)
-        try:
-            yield (tail := Tail(dict(zip(used, front, strict=False)), len(front) == len(used)))
-        except BaseException:
-            pool.free(front)
-            raise
-        finally:
-            self._fronts.remove(entry)
-        kept = set[int]()
-        for block in {block for request in group.running for block in request.table.blocks}:
-            if (new := tail.moved.get(block.ids[device])) is not None:
-                block.ids[device] = new
-                kept.add(new)
-        for request in group.running:
-            request.table.read_ids(list(request.table.ids))
-        pool.free(old if new in kept else new for old, new in tail.moved.items())  # new: its request has ended
+        return self._blocks.emptying(group, stage, limit)
+
+    # --- cached blocks that nobody uses -------------------------------------------------------------------------
+
+    def forget_idle(self, group: Group) -> None:
+        """Free all cached blocks of a group that nobody uses."""
+        self._blocks.forget_idle(group)
+
+    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]]) -> None:
+        """Send idle blocks of a group, the hottest first, to other groups. They set out by `take_convoy`."""
+        self._blocks.follow(source, homes)
+
+    def take_convoy(self, group: Group, most: int) -> Convoy | None:
+        """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
+
+        Where there is no room for them, they and all colder ones are given up.
+        """
+        return self._blocks.take_convoy(group, most)
+
+    def end_convoy(self, convoy: Convoy, *, is_lost: bool = False) -> None:
+        """Let others find the blocks of a convoy: its KV has arrived. Or free them: it is lost."""
+        self._blocks.end(convoy, is_lost=is_lost)
+
+    def settle_followers(self, group: Group) -> None:
+        """Let others find blocks of a group again that were beyond a limit."""
+        self._blocks.settle(group)
+
+    def give_up_followers(self, group: Group) -> bool:
+        """Free cached blocks that follow, from or to devices of a group; False if there were none."""
+        return self._blocks.give_up(group)
 
     # --- checks -------------------------------------------------------------------------------------------------
 
@@ -340,80 +308,15 @@ class Fleet:
         """Assert that groups are complete, and that each block is named by the tables that hold it, idle, or free."""
         tables = [request.table for group in self.groups for request in group.running]
         tables += [*(table for _, table in self._expected), *self._departed.values()]
-        num_refs = Counter(block for table in tables for block in table.blocks)
-        idle = [block for group in self.groups for block in group.idle]
-        assert all(block.num_refs == number for block, number in num_refs.items())
-        assert self.num_shared == sum(number - 1 for number in num_refs.values())
-        assert all(block.num_refs == 0 and block.key is not None for block in idle)
-        named = defaultdict[int, list[list[int]]](list)  # by device
-        for block in [*num_refs, *idle]:
-            for device, block_id in block.ids.items():
-                named[device].append([block_id])
-        for device, front in self._fronts:
-            named[device].append(front)
-        for device, pool in self.pools.items():
-            pool.check(named[device])
+        self._blocks.check(tables, self.groups)
         for request in self._departed:
             assert request.is_moving and not request.table.blocks
         for table in tables[: -len(self._departed) or None]:
             table.check()
         for group in self.groups:
             group.check(num_layers)
-        if self.prefixes is not None:
-            self.prefixes.check(self.groups)
 
-    # --- blocks -------------------------------------------------------------------------------------------------
 
-    def _take_prefix(self, request: Request, group: Group, prefixes: PrefixCache) -> None:
-        """Let a request begin with the blocks that its group has of its tokens."""
-        most = self._most_found(request)
-        found = prefixes.find(group, extend_keys(request, group.block_size)[:most])
-        for block in found:
-            if block.num_refs == 0:
-                del group.idle[block]
-            else:
-                self.num_shared += 1
-        request.table.share(found, [stage.device for stage in group.stages])
-        num_tokens = len(found) * group.block_size
-        request.num_computed_tokens = request.num_scheduled_tokens = num_tokens
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = num_tokens
-
-    def _append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
-        if num_blocks > group.num_free:
-            return False
-        while group.idle and any(stage.pool.num_free < num_blocks for stage in group.stages):
-            self._forget_oldest(group)
-        table.append({stage.device: stage.pool.alloc(num_blocks) or [] for stage in group.stages})
-        return True
-
-    def _free(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
-        """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
-        freed = defaultdict[int, list[int]](list)
-        for block in reversed(table.blocks):
-            block.num_refs -= 1
-            if block.num_refs:
-                self.num_shared -= 1
-            elif is_kept and block.key is not None and self._is_below_limits(block):
-                group.idle[block] = None
-            else:
-                if self.prefixes is not None:
-                    self.prefixes.remove(group, block)
-                for device, block_id in block.ids.items():
-                    freed[device].append(block_id)
-        for device, ids in freed.items():
-            self.pools[device].free(ids)
-
-    def _is_below_limits(self, block: Block) -> bool:
-        """Whether its ids could be handed out again: others are about to be unmapped."""
-        return all(block_id < self.pools[device].limit for device, block_id in block.ids.items())
-
-    def _forget_oldest(self, group: Group) -> None:
-        self._forget(group, next(iter(group.idle)))
-
-    def _forget(self, group: Group, block: Block) -> None:
-        del group.idle[block]
-        if self.prefixes is not None:
-            self.prefixes.remove(group, block)
-        for device, block_id in block.ids.items():
-            self.pools[device].free([block_id])
+def _num_full(request: Request, group: Group) -> int:
+    """Return how many of its blocks a request has filled."""
+    return min(request.num_computed_tokens, len(request.token_ids)) // group.block_size

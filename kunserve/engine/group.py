@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.block_table import Block
+from kunserve.engine.blocks.block_pool import BlockPool
+from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView

@@ -8,10 +8,10 @@ latter are idle: the fleet counts them as free, and takes the one that was not u
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
-from kunserve.engine.block_table import Block
+from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 
@@ -38,12 +38,17 @@ class PrefixCache:
         self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
         self.version = 0  # of what can be found
 
-    def add(self, group: Group, block: Block, key: bytes) -> None:
-        """Let a block of a group be found by its key, unless another one of that group is."""
+    def add(self, group: Group, block: Block, key: bytes, parent: bytes | None) -> bool:
+        """Let a block of a group be found by its key; False, and no change, if another one of that group is.
+
+        `parent`: the key of the block before it.
+        """
         homes = self._homes.setdefault(key, {})
-        if homes.setdefault(group.group_id, block) is block:
-            block.key = key
-            self.version += 1
+        if homes.setdefault(group.group_id, block) is not block:
+            return False
+        block.key, block.parent = key, parent
+        self.version += 1
+        return True
 
     def remove(self, group: Group, block: Block) -> None:
         """Let a block of a group be found no more."""
@@ -53,15 +58,18 @@ class PrefixCache:
         del homes[group.group_id]
         if not homes:
             del self._homes[block.key]
-        block.key = None
+        block.key = block.parent = None
         self.version += 1
+
+    def get(self, group: Group, key: bytes) -> Block | None:
+        """Return the block of a group with this key."""
+        return self._homes.get(key, {}).get(group.group_id)
 
     def find(self, group: Group, keys: Sequence[bytes]) -> list[Block]:
         """Return the blocks of a group with these keys, up to the first that it has not got."""
         found = []
         for key in keys:
-            block = self._homes.get(key, {}).get(group.group_id)
-            if block is None:
+            if (block := self.get(group, key)) is None:
                 break
             found.append(block)
         return found
@@ -78,8 +86,8 @@ class PrefixCache:
             lengths.update(dict.fromkeys(holding, number))
         return lengths
 
-    def check(self, groups: Sequence[Group]) -> None:
-        """Assert that a key leads to blocks that are there, and know it."""
-        there = {g.group_id: {*g.idle, *(b for r in g.running for b in r.table.blocks)} for g in groups}
+    def check(self, groups: Sequence[Group], blocks: Collection[Block]) -> None:
+        """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""
+        devices = {group.group_id: {stage.device for stage in group.stages} for group in groups}
         for key, homes in self._homes.items():
-            assert homes and all(block.key == key and block in there[i] for i, block in homes.items())
+            assert homes and all(b.key == key and b in blocks and b.ids.keys() >= devices[i] for i, b in homes.items())

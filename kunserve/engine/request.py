@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.errors import KunServeError
 from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs, TokenMask
 

@@ -1,4 +1,4 @@
-"""Links between devices: one transfer at a time on each, activations first, then KV, then weights."""
+"""Links between devices: one transfer at a time on each, activations first, then KV, weights, cached KV."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Priority(enum.IntEnum):
     ACTIVATION = 0
     KV = 1
     WEIGHTS = 2
+    CACHED_KV = 3  # that no request uses
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ beyond that is for new requests at once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,23 +55,28 @@ def layer_moves(before: Sequence[StageView], after: Sequence[StageView]) -> tupl
     return tuple(moves)
 
 
-def plan_exchange(snapshot: Snapshot, merge: Merge, requests: Sequence[LiveRequest]) -> ExchangePlan:
+def plan_exchange(
+    snapshot: Snapshot, merge: Merge, requests: Sequence[LiveRequest], cached_groups: frozenset[int] = frozenset()
+) -> ExchangePlan:
     """Order the moves of all live requests of the merged groups; `snapshot` is from before the merge.
+
+    `cached_groups` have cached blocks that are to follow, which takes room for as long: if there is none, they do not.
 
     By request if that fits (urgent first, then small; or one group after the other), else by layer, else
     `INFEASIBLE` without moves: then all of them are recomputed, and the layouts keep no KV of theirs. Exact in chunks:
     each move fits once the moves before it are done, if after each the ranges are unmapped whose last request left.
     """
     live = [request for request in requests if request.num_blocks > 0]
-    scene = _Scene.after_drop(snapshot, merge, live)
     live_groups = {request.group_id for request in live}
-    kindest = sorted(live, key=lambda request: (-request.urgency, request.num_blocks, request.request_id))
-    by_group = sorted(kindest, key=lambda request: (scene.used[request.group_id], request.group_id))
-    for wanted in (kindest, by_group):
-        if (order := _order_requests(scene, wanted)) is not None:
-            moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
-            layouts = merged_layouts(snapshot, merge, live_groups)
-            return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves), layouts=layouts)
+    for staying in (cached_groups, frozenset[int]()) if cached_groups else (cached_groups,):
+        scene = _Scene.after_drop(snapshot, merge, live, staying)
+        kindest = sorted(live, key=lambda request: (-request.urgency, request.num_blocks, request.request_id))
+        by_group = sorted(kindest, key=lambda request: (scene.used[request.group_id], request.group_id))
+        for wanted in (kindest, by_group):
+            if (order := _order_requests(scene, wanted)) is not None:
+                moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
+                layouts = merged_layouts(snapshot, merge, live_groups | staying)
+                return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves), (), layouts, staying)
     steps, rooms = _order_layers(scene, most := _most_rooms(scene)), most
     if steps is None:
         steps, rooms = _order_layers(scene, none := dict.fromkeys(most, 0)), none
@@ -98,8 +103,10 @@ class _Scene:
     free: dict[int, int]  # device -> chunks of nobody
 
     @staticmethod
-    def after_drop(snapshot: Snapshot, merge: Merge, requests: Sequence[LiveRequest]) -> _Scene:
-        """Unmap the dropped weights of `merge`."""
+    def after_drop(
+        snapshot: Snapshot, merge: Merge, requests: Sequence[LiveRequest], cached_groups: Container[int]
+    ) -> _Scene:
+        """Unmap the dropped weights of `merge`. Layers of `cached_groups` stay, too: cached blocks are there."""
         model, budgets = snapshot.model, snapshot.budgets()
         groups = [group for group in snapshot.groups if group.group_id in merge.group_ids]
         scene = _Scene(model, {}, {group.group_id: 0 for group in groups}, {}, {}, {}, {}, {})
@@ -112,7 +119,8 @@ class _Scene:
                 device, stage = old.device, new[old.device]
                 chunks = model.kv_chunks(budgets[device], old.first_layer, old.last_layer)
                 kept = stage.last_layer - stage.first_layer
-                leaving = old.last_layer - old.first_layer - kept if scene.used[group.group_id] else 0
+                has_kv = scene.used[group.group_id] or group.group_id in cached_groups
+                leaving = old.last_layer - old.first_layer - kept if has_kv else 0
                 weights = model.weight_chunks(stage.first_layer, stage.last_layer)
                 scene.group_of[device], scene.range_chunks[device] = group.group_id, chunks
                 scene.kept[device], scene.leaving[device] = kept, leaving

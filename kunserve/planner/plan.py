@@ -109,3 +109,4 @@ class ExchangePlan:
     rooms: tuple[Room, ...] = ()  # by layer: of every device
     # Of every device right after the drop, before any KV has left. They follow from the merge and from the rest here.
     layouts: tuple[DeviceLayout, ...] = field(default=(), compare=False)
+    cached_groups: frozenset[int] = frozenset()  # whose cached blocks, which no request uses, can follow after that

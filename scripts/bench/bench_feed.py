@@ -28,7 +28,7 @@ from kunserve.api.app import create_app
 from kunserve.api.operate.feed import FEED
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
 from kunserve.config import EngineConfig, parse_devices
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.launch.launch import launch
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.batch import Microbatch, Span
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage

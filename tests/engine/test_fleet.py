@@ -11,7 +11,7 @@ import pytest
 from groups import LAYERS, make_group, make_request
 
 import kunserve
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
@@ -183,4 +183,5 @@ def test_nobody_else_writes_where_a_request_is() -> None:
         for path in sorted((package / "engine").rglob("*.py"))
         if (found := sorted(set(writes(ast.parse(path.read_text())))))
     }
-    assert {Path(path).name for path in written} == {"fleet.py"}, written
+    assert {Path(path).name for path in written} == {"fleet.py", "block_store.py"}, written
+    assert not any("running" in what or what.split(".")[-1] in OWNED for what in written["engine/block_store.py"])

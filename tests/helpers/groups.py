@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from kunserve.engine.batch import Microbatch
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request

@@ -10,7 +10,7 @@ from functools import partial
 import structlog
 
 from kunserve.config import EngineConfig
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage

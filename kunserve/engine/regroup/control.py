@@ -174,12 +174,19 @@ class OverloadControl:
     def _is_tight(self, changed: Sequence[Group]) -> bool:
         """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
-        groups, waiting = self._fleet.groups, self._waiting
         per_request = 1 + horizon // self._shape.block_size
         if any(group.num_free < len(group.running) * per_request for group in changed):
             return True
-        head = waiting.head
-        return head is not None and all(g.num_free < g.blocks_for(head.num_tokens) for g in groups)
+        head = self._waiting.head
+        return head is not None and self._has_to_wait(head)
+
+    def _has_to_wait(self, head: Request) -> bool:
+        """Whether no group has blocks for a request: those that it would share with others, it does not take."""
+        num_blocks = self._fleet.groups[0].blocks_for(head.num_tokens)
+        groups = self._fleet.groups
+        if any(group.num_free >= num_blocks for group in groups):
+            return False
+        return all(group.num_free < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
 
     def _is_dropped(self) -> bool:
         """Whether any group can be split."""
@@ -221,7 +228,7 @@ class OverloadControl:
             return False
         blocks_for = groups[0].blocks_for
         head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
-        has_to_wait = head_blocks is not None and all(group.num_free < head_blocks for group in groups)
+        has_to_wait = waiting.head is not None and self._has_to_wait(waiting.head)
         if has_to_wait:
             self._calm_until_s = now + CALM_S
         return is_overloaded(

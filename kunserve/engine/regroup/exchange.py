@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kunserve.engine.block_table import Block, BlockTable
+from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.refusal import log_failure
@@ -280,6 +280,7 @@ class Exchange:
 
     async def _make_room(self, group: Group) -> bool:
         """Give the KV of layers that everybody has left to those that stay; False if there is none."""
+        self._fleet.give_up_followers(group)  # they may be in what is given away
         needed = {
             (move.source, layer)
             for stage in group.stages

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.refusal import log_failure

@@ -14,11 +14,12 @@ from functools import partial
 
 import structlog
 
-from kunserve.engine.block_table import Block
+from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.exchange import Exchange, Moving
+from kunserve.engine.regroup.followers import Followers
 from kunserve.engine.regroup.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.regroup.transition import HISTORY, Transition
 from kunserve.engine.regroup.weight_loader import WeightLoader
@@ -62,6 +63,7 @@ class Reconfigure:
     ) -> None:
         self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
         self.exchange, self.loader = exchange, loader
+        self._followers = Followers(fleet, exchange.transfers)
         self._signals, self._halt, self._clock = signals, halt, clock
         self._shape = remap.shape
         self.transitions: list[Transition] = []
@@ -86,8 +88,10 @@ class Reconfigure:
             steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
             modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
             transition.exchange_mode = ", ".join(sorted(modes)) or None
+            staying = {group_id for _, _, exchange in steps for group_id in exchange.cached_groups}
             for group in old:  # remapping gives the KV of layers that go and that nobody uses away, even if it fails
-                self._fleet.forget_idle(group)
+                if group.group_id not in staying:
+                    self._fleet.forget_idle(group)
             with self._step(transition, "remap"):  # 3
                 await self._remap.apply(self._remap.planned(layout for _, _, e in steps for layout in e.layouts))
             transition.weight_bytes = plan.freed_bytes
@@ -108,13 +112,19 @@ class Reconfigure:
         By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
         """
         groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
-        exchange = plan_exchange(snapshot, merge, _live(groups))
+        cached_groups = frozenset(group.group_id for group in groups if group.idle and self._has_room())
+        exchange = plan_exchange(snapshot, merge, _live(groups), cached_groups)
         if exchange.mode is ExchangeMode.BY_LAYER:
             self._recompute(groups, lambda request: request.num_output_tokens == 0)
             exchange = plan_exchange(snapshot, merge, _live(groups))
         if exchange.mode is ExchangeMode.INFEASIBLE:
             self._recompute(groups, lambda _: True)
         return merge, groups, exchange
+
+    def _has_room(self) -> bool:
+        """Whether nobody waits for the memory that cached blocks on their way would occupy."""
+        head = self._scheduler.waiting.head
+        return head is None or any(g.num_free >= g.blocks_for(head.num_tokens) for g in self._fleet.groups)
 
     def _recompute(self, groups: Sequence[Group], is_meant: Callable[[Request], bool]) -> None:
         """Preempt some of the requests of these groups; the last admitted first, so that the first is back first."""
@@ -128,7 +138,9 @@ class Reconfigure:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
         new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
         for group in groups:
-            self._fleet.forget_idle(group)  # of requests that have ended since then
+            if group.group_id not in exchange.cached_groups:
+                self._fleet.forget_idle(group)  # of requests that have ended since then
+        self._followers.merge(groups, new)
         for stage in new.stages:
             mapped = self._remap.num_blocks(stage)
             self._fleet.grow(stage.device, mapped)
@@ -146,6 +158,7 @@ class Reconfigure:
             await self.exchange.by_layer(group, moving, exchange)
         else:
             await self.exchange.by_request(moving)
+        await self._followers.bring(group)
         await self._remap.settle(group.stages)
         self._signals.wake()
 
@@ -182,6 +195,7 @@ class Reconfigure:
             self._commit(transition, old, new, on_commit)
             with self._step(transition, "exchange"), self._exchanged(transition):
                 await self.exchange.by_request(moving)
+                await gather_all(self._followers.bring(group) for group in new)
         return transition
 
     def cancel_restore(self) -> None:
@@ -225,6 +239,8 @@ class Reconfigure:
                     self._give_way()
                     pause.enter_context(self.boundary.paused(old))
                     await self.boundary.reached(old)
+                for group in old:
+                    self._fleet.settle_followers(group)
             with self._step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, num_blocks)
@@ -252,19 +268,21 @@ class Reconfigure:
             for group in groups:
                 for stage in group.stages:
                     self._fleet.grow(stage.device, self._remap.num_blocks(stage))
+                self._fleet.settle_followers(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
         made, moving = [], []
         for group, split in zip(old, splits, strict=True):
-            self._fleet.forget_idle(group)
             new = [self._new_group(part.stages, part.origin) for part in split.into]
             held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
             num_seats = [self._scheduler.limits.num_seats(half) for half in new]
             homes = assign_requests(held, stages, [part.stages for part in split.into], num_seats)
-            home = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
-            moving += [self.exchange.begin(r, group, home[r.request_id]) for r in list(group.running)]
+            by_id = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
+            home = {request: by_id[request.request_id] for request in group.running}
+            self._followers.split(group, home, new)
+            moving += [self.exchange.begin(request, group, to) for request, to in home.items()]
             made += new
         self.exchange.reserve(moving)  # they have blocks everywhere already
         return made, moving
@@ -317,12 +335,13 @@ class Reconfigure:
     @contextmanager
     def _exchanged(self, transition: Transition) -> Iterator[None]:
         """Note what the block exchanges, and what it loses, however it ends."""
-        num_bytes, num_lost = self.exchange.num_bytes, self.exchange.num_lost
+        num_bytes, num_lost, num_cached = self.exchange.num_bytes, self.exchange.num_lost, self._followers.num_blocks
         try:
             yield
         finally:
             transition.exchange_bytes = self.exchange.num_bytes - num_bytes
             transition.num_lost = self.exchange.num_lost - num_lost
+            transition.num_cached_blocks = self._followers.num_blocks - num_cached
 
     def _commit(
         self,

@@ -28,6 +28,7 @@ class Transfer:
     num_blocks: int
     copies: Callable[[range], list[BlockCopy]]  # of some of the layers; asked for before each slice
     is_wanted: Callable[[], bool]
+    priority: Priority = Priority.KV
 
 
 class Pace(Protocol):
@@ -52,6 +53,10 @@ class Transfers:
         """Return whether links carry one transfer after the other, in slices (see `Links`)."""
         return self._links.is_coordinated
 
+    def blocks_in_turn(self, device: int) -> int:
+        """Return how many blocks of one layer go in one turn on a link: one at least."""
+        return self._links.layers_in_turn(self._memories[device].kv.shape.block_bytes)
+
     async def run(self, transfer: Transfer, pace: Pace | None = None) -> bool:
         """Return True when all has arrived, False if it was given up because nobody wants it. Raises as `Device.copy`.
 
@@ -67,7 +72,7 @@ class Transfers:
             if pace is not None:
                 num_layers = await pace.grant(layer_bytes, num_layers)
             copies, num_bytes = transfer.copies(range(first, first + num_layers)), num_layers * layer_bytes
-            async with self._links.turn(transfer.source, transfer.destination, Priority.KV, num_bytes):
+            async with self._links.turn(transfer.source, transfer.destination, transfer.priority, num_bytes):
                 started = loop_time()
                 await self._copy(transfer, copies)
                 if pace is not None:
@@ -91,6 +96,7 @@ class Transfers:
         read: Sequence[int],
         write: Sequence[int],
         is_wanted: Callable[[], bool],
+        priority: Priority = Priority.KV,
     ) -> bool:
         """Run a transfer of blocks `read` of a device to blocks `write` of another; as `run`."""
         kv, target = self.kv(source), self.kv(destination)
@@ -98,7 +104,7 @@ class Transfers:
         def copies(some: range) -> list[BlockCopy]:
             return layer_copies(kv, read, target, write, some)
 
-        return await self.run(Transfer(source, destination, layers, len(read), copies, is_wanted))
+        return await self.run(Transfer(source, destination, layers, len(read), copies, is_wanted, priority))
 
     async def within(self, device: int, layers: range, moved: Mapping[int, int]) -> None:
         """Copy blocks of a device to other ids there, in each of `layers`: no link is in the way."""

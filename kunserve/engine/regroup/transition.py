@@ -21,6 +21,7 @@ class Transition:
     exchange_mode: str | None = None
     exchange_bytes: int = 0
     num_lost: int = 0  # requests whose KV should have followed its layers but did not arrive: they are recomputed
+    num_cached_blocks: int = 0  # that no request used, and that followed
     weight_bytes: int = 0  # dropped, or loaded
     weight_sources: dict[str, int] = field(default_factory=dict)  # bytes of tensors loaded, by where they came from
     seconds: dict[str, float] = field(default_factory=dict)  # by step

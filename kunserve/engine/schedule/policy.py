@@ -31,13 +31,11 @@ class Policy(ABC):
     """Decisions at the edge of memory, for one group at a time."""
 
     is_requeued_last = False  # a preempted request goes to the tail of the queue, not to its head
-    # What a token that need not be computed is worth, in the unit of `load`: a request that runs costs its group a row
-    # in each of its steps, so it is worth as many tokens of a prompt as it is expected to generate (Lookahead's guess).
-    load_per_cached_token = 1 / 128
+    seeks_prefixes = True  # a group that has the first blocks of a request takes it even if it is more loaded
 
     @abstractmethod
-    def may_admit(self, group: Group, request: Request) -> bool:
-        """Whether `request`, now waiting, may join `group`."""
+    def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
+        """Whether `request`, now waiting, may join `group`, where others use `num_shared` blocks that it needs, too."""
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
         """Whom to take out before a step, so that all others get their blocks; `num_leaving` come free anyway."""
@@ -75,10 +73,10 @@ class Recompute(Policy):
     def __init__(self, watermark: float = 0.0) -> None:
         self.watermark = watermark
 
-    def may_admit(self, group: Group, request: Request) -> bool:
+    def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """The whole input fits, above the watermark."""
         kept = int(self.watermark * group.num_blocks) if group.running else 0
-        return group.blocks_for(request.num_tokens) <= group.num_free - kept
+        return group.blocks_for(request.num_tokens) - num_shared <= group.num_free - kept
 
     def victim(self, group: Group, request: Request) -> Request | None:
         """Of the last priority, the tail. Nobody on the move: it may be waiting for the blocks of those that run."""
@@ -89,7 +87,7 @@ class Recompute(Policy):
 class Queue(Policy):
     """Admit only what surely fits: input and every token it may still ask for. Never preempts."""
 
-    def may_admit(self, group: Group, request: Request) -> bool:
+    def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """The longest that all of them can get fits in the group."""
         return sum(self._most_blocks(group, r) for r in (*group.running, request)) <= group.num_blocks
 
@@ -114,11 +112,11 @@ class Retract(Policy):
         """Share of the tokens still asked for that is reserved for decoding requests."""
         return self._ratios.get(group, INIT_NEW_TOKEN_RATIO)
 
-    def may_admit(self, group: Group, request: Request) -> bool:
+    def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
         if not group.running:
             return group.blocks_for(request.num_tokens) <= group.num_free
-        budget = group.num_free * group.block_size - self._reserved(group)
+        budget = (group.num_free + num_shared) * group.block_size - self._reserved(group)
         return request.num_tokens + _most_new_tokens(request) + group.block_size < budget
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
@@ -180,7 +178,7 @@ class Migrate(Recompute):
     admitted: strictly better than moving it once it has been bound to the wrong one.
     """
 
-    load_per_cached_token = 0.0  # Llumnix dispatches by freeness alone
+    seeks_prefixes = False  # Llumnix dispatches by freeness alone
 
     def load(self, group: Group) -> float:
         """Fewer remaining steps are more load. What waits is nobody's yet."""

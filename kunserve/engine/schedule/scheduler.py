@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from kunserve.engine.batch import Microbatch, Span
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
@@ -20,7 +20,10 @@ from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget, is_
 from kunserve.engine.schedule.policy import Policy
 from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
 from kunserve.engine.schedule.waiting import WaitingQueue
+from kunserve.planner.cost import Chunk
 from kunserve.planner.microbatch import Lookahead
+
+TYPICAL_OUTPUT = 128  # tokens that a request is expected to generate, if it may: between those of published chat traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,19 +247,36 @@ class Scheduler:
         """
         if not self._has_room(group, head):
             return False
-        lengths = self.fleet.prefix_lengths(head)
-        worth = self.policy.load_per_cached_token * group.block_size
+        lengths = self.fleet.prefix_lengths(head) if self.policy.seeks_prefixes else {}
 
         def cost(g: Group) -> float:
-            return self.policy.load(g) - worth * lengths.get(g.group_id, 0)
+            num_cached = lengths.get(g.group_id, 0) * g.block_size
+            return self.policy.load(g) - (self._worth(head, num_cached) if num_cached else 0.0)
 
-        own, holders = cost(group), (self.fleet.group(group_id) for group_id in lengths if worth)
+        own, holders = cost(group), map(self.fleet.group, lengths)
         others = (g for g in chain(groups, holders) if g is not group and not g.is_paused)
         return not any(cost(other) < own and self._has_room(other, head) for other in others)
 
+    def _worth(self, head: Request, num_tokens: int) -> float:
+        """Return what not computing the first tokens of a request is worth, in the unit of `Policy.load`.
+
+        One more request that runs costs its group a row in each step that a new one takes part in.
+        """
+        num_rows = max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
+        if self.lookahead is None:
+            return num_tokens / num_rows
+        row_s = self.lookahead.added_time(Chunk(head.num_tokens, 1, 1))
+        return self.lookahead.added_time(Chunk(0, num_tokens)) / (num_rows * row_s)
+
     def _has_room(self, group: Group, head: Request) -> bool:
-        has_seat = group.is_admitting and len(group.running) < self.limits.num_seats(group)
-        return has_seat and self.policy.may_admit(group, head)
+        if not group.is_admitting or len(group.running) >= self.limits.num_seats(group):
+            return False
+        if self.policy.may_admit(group, head):
+            return True
+        if (num_shared := self.fleet.shared_blocks(head, group)) and self.policy.may_admit(group, head, num_shared):
+            return True
+        # Nobody waits for memory that only cached blocks on their way hold.
+        return self.fleet.give_up_followers(group) and self.policy.may_admit(group, head)
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from crowd import PLENTY, CopyGate, make_crowd, make_request, read, read_all, serving, until
 
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage

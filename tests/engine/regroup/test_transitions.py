@@ -12,7 +12,7 @@ import pytest
 import torch
 from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests
 
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.group import Stage
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, DeviceError, EngineError, OverloadedError

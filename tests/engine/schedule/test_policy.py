@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from crowd import PLENTY, make_crowd, make_request, read_all, serving
 
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request

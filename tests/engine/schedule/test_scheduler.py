@@ -6,7 +6,7 @@ import random
 from collections import deque
 
 import pytest
-from groups import check, commit, make_group, make_request, make_scheduler
+from groups import LAYERS, check, commit, make_group, make_request, make_scheduler
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
@@ -323,3 +323,25 @@ def test_a_retracted_request_goes_to_the_tail_of_the_queue() -> None:
     assert [r.request_id for r in scheduler.waiting] == ["b", "a"] and scheduler.preempted_by == {"a": 0}
     scheduler.remove(a)
     assert [r.request_id for r in scheduler.waiting] == ["b"] and not scheduler.preempted_by
+
+
+@pytest.mark.parametrize("policy", [OverloadPolicy.RECOMPUTE, OverloadPolicy.RETRACT, OverloadPolicy.SWAP])
+def test_a_head_is_admitted_without_blocks_for_what_it_shares(policy: OverloadPolicy) -> None:
+    group = make_group(num_blocks=10)
+    fleet = Fleet([group], has_prefix_cache=True)
+    scheduler = Scheduler(fleet, Limits(64, 64), make_policy(policy, 0))
+    first, second, other = make_request("a", 25, 2), make_request("b", 26, 2), make_request("c", 26, 2)
+    other.token_ids = [token + 1 for token in other.token_ids]
+    scheduler.waiting.append(first)
+    batch = scheduler.schedule(group, [group], 0)
+    assert batch is not None and group.num_free == 3
+    commit(scheduler, group, batch)
+    fleet.computed(first, group)
+    scheduler.waiting.append(other)
+    assert not scheduler.can_admit(group)
+    scheduler.remove(other)
+    scheduler.waiting.append(second)
+    assert scheduler.can_admit(group)
+    assert scheduler.schedule(group, [group], 0) is not None
+    assert second.num_blocks == 7 and second.table.blocks[:6] == first.table.blocks[:6]
+    fleet.check(LAYERS)

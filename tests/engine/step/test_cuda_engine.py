@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda
 
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.sampler import SamplingRow
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.step.executor import DeviceExecutor
 from kunserve.engine.step.microbatch import StepInputs

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kunserve.engine.batch import Microbatch, Span
-from kunserve.engine.block_pool import BlockPool
-from kunserve.engine.block_table import BlockTable
+from kunserve.engine.blocks.block_pool import BlockPool
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.group import Stage
 from kunserve.engine.request import Request
 from kunserve.engine.step.microbatch import step_inputs

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kunserve.engine.block_pool import BlockPool
+from kunserve.engine.blocks.block_pool import BlockPool
 
 
 @pytest.mark.parametrize("seed", range(20))

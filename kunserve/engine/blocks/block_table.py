@@ -19,6 +19,7 @@ class Block:
     ids: dict[int, int]  # device -> id
     num_refs: int = 1  # tables that hold it; with none it is cached
     key: bytes | None = None  # of its content (prefix_cache.py), once all of it is computed and others may find it
+    parent: bytes | None = None  # the key of the block before it then, if there is one
 
 
 @dataclass(slots=True, eq=False)

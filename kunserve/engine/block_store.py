@@ -1,0 +1,375 @@
+"""Block store: gives tables blocks on all devices of their group, and keeps those that others may find.
+
+A block is in one of four states. It is free. It is in use by the tables that name it. Or it is cached: nobody uses it,
+but its KV is complete, and a request that begins with the same tokens takes it over (prefix_cache.py). A cached block
+is idle, at rest in its group, or follows: it is on its way to where its group went, after the KV of requests. Idle
+blocks count as free everywhere but in the pools. Blocks that follow are given up before anybody lacks a block.
+
+Only the fleet (fleet.py) asks for changes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+from kunserve.engine.blocks.block_pool import BlockPool
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.prefix_cache import PrefixCache
+from kunserve.planner.snapshot import StageView
+
+
+class Follower(NamedTuple):
+    """A cached block on its way: where it was, and what is in it."""
+
+    block: Block
+    key: bytes
+    parent: bytes | None
+    left: tuple[StageView, ...]  # stages that it was on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Convoy:
+    """Cached blocks that go together: from the same stages to the same group, the hottest first."""
+
+    group: Group
+    followers: tuple[Follower, ...]
+    table: BlockTable  # the same blocks
+
+    @property
+    def left(self) -> tuple[StageView, ...]:
+        """Return the stages that all of them were on."""
+        return self.followers[0].left
+
+
+class BlockStore:
+    """Owns the block pools of all devices and the cached blocks of all groups; both are for reading."""
+
+    def __init__(self, groups: Iterable[Group], prefixes: PrefixCache | None) -> None:
+        self.pools: dict[int, BlockPool] = {stage.device: stage.pool for group in groups for stage in group.stages}
+        self.prefixes = prefixes
+        self.num_shared = 0  # blocks that tables would hold more if each had blocks of its own
+        self._went: dict[Block, Group] = {}  # shared blocks whose first holder has departed, since the last `regrouped`
+        self._twins: dict[tuple[Block, int], Block] = {}  # of those, for holders that depart to another group
+        self._fronts: list[tuple[int, list[int]]] = []  # device, blocks that its tail is copied to now
+        self._followers: defaultdict[Group, deque[Follower]] = defaultdict(deque)  # of a group; the hottest first
+        self._convoys: list[Convoy] = []  # under way
+
+    # --- tables of a group --------------------------------------------------------------------------------------
+
+    def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
+        """Let an empty table begin with the blocks that its group has of these keys; returns how many."""
+        assert self.prefixes is not None
+        found = self.prefixes.find(group, keys)
+        for block in found:
+            if block.num_refs == 0:
+                del group.idle[block]
+            else:
+                self.num_shared += 1
+        table.share(found, [stage.device for stage in group.stages])
+        return len(found)
+
+    def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
+        """Let a table have so many blocks more; False, and no change, if its group has not got them."""
+        while num_blocks > group.num_free:
+            if not self._give_up_coldest(group):
+                return False
+        while group.idle and any(stage.pool.num_free < num_blocks for stage in group.stages):
+            self._forget_oldest(group)
+        table.append({stage.device: stage.pool.alloc(num_blocks) or [] for stage in group.stages})
+        return True
+
+    def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
+        """Let others find the first blocks of a table by their keys."""
+        assert self.prefixes is not None
+        for position in range(table.num_indexed, len(keys)):
+            if table.blocks[position].key is None:
+                parent = keys[position - 1] if position else None
+                self.prefixes.add(group, table.blocks[position], keys[position], parent)
+        table.num_indexed = max(table.num_indexed, len(keys))
+
+    def distrust(self, table: BlockTable, group: Group) -> None:
+        """Let nobody find the blocks of a table, now or later."""
+        if self.prefixes is not None:
+            for block in table.blocks:
+                self.prefixes.remove(group, block)
+        table.num_indexed = len(table.blocks)
+
+    def release(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
+        """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
+        freed = list[Block]()
+        for block in reversed(table.blocks):
+            block.num_refs -= 1
+            if block.num_refs:
+                self.num_shared -= 1
+            elif is_kept and block.key is not None and self._is_below_limits(block):
+                group.idle[block] = None
+            else:
+                if self.prefixes is not None:
+                    self.prefixes.remove(group, block)
+                freed.append(block)
+        self._free(freed)
+
+    # --- tables on their way to another group -------------------------------------------------------------------
+
+    def depart(self, table: BlockTable, source: Group, destination: Group) -> None:
+        """Let a table keep its blocks, but be of another group: nobody finds them until it has arrived there."""
+        for position, block in enumerate(table.blocks):
+            if self.prefixes is not None:
+                self.prefixes.remove(source, block)
+            if block.num_refs > 1:
+                table.blocks[position] = self._of_group(block, destination)
+        table.num_indexed = 0
+
+    def _of_group(self, block: Block, destination: Group) -> Block:
+        """Return what a shared block is in a group that one of its holders departs to.
+
+        Holders that go to different groups, after a split, share no logical block any more. But its ids have to stay
+        until the last of them has arrived: each group's block names them, and needs the KV that the other one's has.
+        """
+        if self._went.setdefault(block, destination) is destination:
+            return block
+        place = block, destination.group_id
+        if (twin := self._twins.get(place)) is None:
+            twin = self._twins[place] = Block(dict(block.ids), num_refs=0)
+            for device, block_id in block.ids.items():
+                self.pools[device].share([block_id])
+        self.num_shared += (twin.num_refs > 0) - 1
+        block.num_refs -= 1
+        twin.num_refs += 1
+        return twin
+
+    def reserve(self, table: BlockTable, group: Group, *, is_beyond_limit: bool = False) -> bool:
+        """Give a table that departed blocks on every device of `group`; False, and nothing taken, if one lacks them.
+
+        `is_beyond_limit`: the last ids, which are not mapped so far.
+        """
+        return self._reserve(table, group, is_beyond_limit=is_beyond_limit, is_reclaiming=not is_beyond_limit)
+
+    def _reserve(self, table: BlockTable, group: Group, *, is_beyond_limit: bool, is_reclaiming: bool) -> bool:
+        taken: list[tuple[int, list[Block], list[int]]] = []
+        for stage in group.stages:
+            lacking = [block for block in table.blocks if stage.device not in block.ids]
+            while is_reclaiming and len(lacking) > stage.pool.num_free and self._reclaim(group):
+                pass
+            ids = stage.pool.alloc(len(lacking), is_beyond_limit=is_beyond_limit)
+            if ids is None:
+                for device, _, their_ids in taken:
+                    self.pools[device].free(their_ids)
+                return False
+            taken.append((stage.device, lacking, ids))
+        for device, lacking, ids in taken:
+            for block, block_id in zip(lacking, ids, strict=True):
+                block.ids[device] = block_id
+        return True
+
+    def arrive(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
+        """Free what a table holds outside its group. `keys`: of its full blocks; those that are there already go."""
+        self._leave(table.blocks, group)
+        for position, key in enumerate(keys):
+            block, there = table.blocks[position], self.prefixes and self.prefixes.get(group, key)
+            if there and there is not block:
+                table.blocks[position] = self._join(block, there, group)
+        table.read_ids([stage.device for stage in group.stages])
+
+    def _leave(self, blocks: Iterable[Block], group: Group) -> None:
+        """Free the ids of blocks on devices outside their group; of a shared one, who comes first does so for all."""
+        devices, left = {stage.device for stage in group.stages}, defaultdict[int, list[int]](list)
+        for block in blocks:
+            for device in block.ids.keys() - devices:
+                left[device].append(block.ids.pop(device))
+        for device, ids in left.items():
+            self.pools[device].free(ids)
+
+    def _join(self, block: Block, there: Block, group: Group) -> Block:
+        """Let a holder of a block hold another one with the same content instead."""
+        if there.num_refs == 0:
+            del group.idle[there]
+        else:
+            self.num_shared += 1
+        there.num_refs += 1
+        block.num_refs -= 1
+        if block.num_refs:
+            self.num_shared -= 1
+        else:
+            self._free([block])
+        return there
+
+    # --- cached blocks that follow ------------------------------------------------------------------------------
+
+    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]]) -> None:
+        """Send idle blocks of a group, the hottest first, to others, or to free ids of their own (`settle`)."""
+        left = tuple(stage.view for stage in source.stages)
+        for block, home in homes:
+            assert self.prefixes is not None and block.key is not None
+            self._followers[home].append(Follower(block, block.key, block.parent, left))
+            del source.idle[block]
+            self.prefixes.remove(source, block)
+
+    def take_convoy(self, group: Group, most: int) -> Convoy | None:
+        """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
+
+        What finds no room is given up, and everything colder with it.
+        """
+        waiting = self._followers.get(group)
+        if not waiting:
+            return None
+        same = [f for f in islice(waiting, most) if f.left == waiting[0].left]
+        taken = tuple(waiting.popleft() for _ in same)
+        table = BlockTable([follower.block for follower in taken])
+        convoy = Convoy(group, taken, table)
+        if not self._reserve(table, group, is_beyond_limit=False, is_reclaiming=False):
+            self._free(table.blocks)
+            self.give_up(group)
+            return None
+        self._convoys.append(convoy)
+        return convoy
+
+    def end(self, convoy: Convoy, *, is_lost: bool = False) -> None:
+        """Let the blocks of a convoy be idle in their group: they have arrived. Or free them: they are lost."""
+        self._convoys.remove(convoy)
+        if is_lost:
+            self._free(convoy.table.blocks)
+        else:
+            self._leave(convoy.table.blocks, convoy.group)
+            self._rest(convoy.group, convoy.followers)
+
+    def settle(self, group: Group) -> None:
+        """Let the blocks that follow to where they are be idle again."""
+        self._rest(group, self._followers.pop(group, ()))
+
+    def _rest(self, group: Group, followers: Iterable[Follower]) -> None:
+        """Let blocks be idle, colder than those that are by now."""
+        for block, key, parent, _ in followers:
+            if self.prefixes is not None and self.prefixes.add(group, block, key, parent):
+                group.idle[block] = None
+                group.idle.move_to_end(block, last=False)
+            else:
+                self._free([block])
+
+    def give_up(self, group: Group) -> bool:
+        """Free blocks that follow, from or to devices of a group, and have not set out; False if there were none."""
+        has_any = False
+        while self._give_up_coldest(group):
+            has_any = True
+        return has_any
+
+    def _give_up_coldest(self, group: Group) -> bool:
+        """Free one block that follows: to this group, or to another part of the one that it was split from."""
+        for followers in self._followers.values():
+            if followers and any(stage.device in followers[-1].block.ids for stage in group.stages):
+                self._free([followers.pop().block])
+                return True
+        return False
+
+    # --- idle blocks --------------------------------------------------------------------------------------------
+
+    def forget_idle(self, group: Group) -> None:
+        """Free all idle blocks of a group."""
+        while group.idle:
+            self._forget_oldest(group)
+
+    def _forget_oldest(self, group: Group) -> None:
+        block, _ = group.idle.popitem(last=False)
+        if self.prefixes is not None:
+            self.prefixes.remove(group, block)
+        self._free([block])
+
+    def _reclaim(self, group: Group) -> bool:
+        """Free one cached block of a group, if there is any: an idle one first."""
+        if group.idle:
+            self._forget_oldest(group)
+            return True
+        return self._give_up_coldest(group)
+
+    # --- pools --------------------------------------------------------------------------------------------------
+
+    def limit(self, device: int, num_blocks: int, group: Group) -> None:
+        """Hand out only ids below `num_blocks` on a device of `group`.
+
+        Of its idle blocks the hottest are kept, as far as there is room; those beyond the limit follow: see `emptying`.
+        """
+        pool = self.pools[device]
+        pool.set_limit(num_blocks)
+        num_others = pool.num_used - len(group.idle)
+        while len(group.idle) > max(0, num_blocks - num_others):
+            self._forget_oldest(group)
+        beyond = [block for block in reversed(group.idle) if block.ids[device] >= num_blocks]
+        self.follow(group, [(block, group) for block in beyond])
+
+    @contextlib.contextmanager
+    def emptying(self, group: Group, stage: Stage, limit: int) -> Iterator[Tail]:
+        """Move blocks of a stage from beyond `limit` to free ones before it: the caller copies their KV inside.
+
+        On leaving, tables name the new ones, and the old are free; after an error it is the other way round. The
+        group is paused, but requests may end meanwhile.
+        """
+        pool, device = stage.pool, stage.device
+        for _ in range(len(pool.used_beyond(limit)) - pool.num_free):
+            self._reclaim(group)  # a block in front, or one beyond: one less is lacking
+        used = pool.used_beyond(limit)
+        front = pool.alloc(min(len(used), pool.num_free)) or []
+        entry = (device, front)
+        self._fronts.append(entry)
+        try:
+            yield (tail := Tail(dict(zip(used, front, strict=False)), len(front) == len(used)))
+        except BaseException:
+            pool.free(front)
+            raise
+        finally:
+            self._fronts.remove(entry)
+        kept = set[int]()
+        held = {block for request in group.running for block in request.table.blocks}
+        for block in held.union(follower.block for follower in self._followers.get(group, ())):
+            if (new := tail.moved.get(block.ids[device])) is not None:
+                block.ids[device] = new
+                kept.add(new)
+        for request in group.running:
+            request.table.read_ids(list(request.table.ids))
+        pool.free(old if new in kept else new for old, new in tail.moved.items())  # new: its request has ended
+
+    def _is_below_limits(self, block: Block) -> bool:
+        """Whether its ids could be handed out again: others are about to be unmapped."""
+        return all(block_id < self.pools[device].limit for device, block_id in block.ids.items())
+
+    def _free(self, blocks: Iterable[Block]) -> None:
+        freed = defaultdict[int, list[int]](list)
+        for block in blocks:
+            for device, block_id in block.ids.items():
+                freed[device].append(block_id)
+        for device, ids in freed.items():
+            self.pools[device].free(ids)
+
+    # --- both ---------------------------------------------------------------------------------------------------
+
+    def regrouped(self, old: Iterable[Group]) -> None:
+        """Forget how blocks of these groups were shared: the groups are gone."""
+        assert not any(group.idle or self._followers.get(group) for group in old), "cached blocks of a group that goes"
+        self._went.clear()
+        self._twins.clear()
+
+    def check(self, tables: Iterable[BlockTable], groups: Sequence[Group]) -> None:
+        """Assert that each block is named by the tables that hold it, cached, or free."""
+        num_refs = Counter(block for table in tables for block in table.blocks)
+        assert all(block.num_refs == number for block, number in num_refs.items())
+        assert self.num_shared == sum(number - 1 for number in num_refs.values())
+        idle = [block for group in groups for block in group.idle]
+        assert all(block.num_refs == 0 and block.key is not None for block in idle)
+        on_the_way = [follower.block for followers in self._followers.values() for follower in followers]
+        on_the_way += [block for convoy in self._convoys for block in convoy.table.blocks]
+        assert all(block.num_refs == 0 and block.key is None for block in on_the_way)
+        named = defaultdict[int, list[list[int]]](list)  # by device
+        for block in [*num_refs, *idle, *on_the_way]:
+            for device, block_id in block.ids.items():
+                named[device].append([block_id])
+        for device, front in self._fronts:
+            named[device].append(front)
+        for device, pool in self.pools.items():
+            pool.check(named[device])
+        if self.prefixes is not None:
+            self.prefixes.check(groups, {*num_refs, *idle})
