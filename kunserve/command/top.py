@@ -67,7 +67,7 @@ class Screen:
         """Everything, at most 80 columns wide."""
         if not self.frame:
             return Text("waiting for the server")
-        parts = [self._head(), Text(), self._devices(), Text(), self._groups(), Text(), self._lines()]
+        parts = [self._head(), Text(), self._devices(), self._cache(), Text(), self._groups(), Text(), self._lines()]
         transitions = list(self.frame["transitions"].values())
         if transitions:
             parts += [Text(), *(_transition(t) for t in reversed(transitions[-4:]))]
@@ -93,16 +93,26 @@ class Screen:
     def _devices(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
         for device in self.frame["devices"].values():
-            used = device["used"] / device["blocks"] * device["kv"] if device["blocks"] else 0.0
-            table.add_row(Text(device["name"], "bold"), _bar(device, used), self._sizes(device, used))
+            used, idle = (device[part] / max(1, device["blocks"]) * device["kv"] for part in ("used", "idle"))
+            table.add_row(Text(device["name"], "bold"), _bar(device, used, idle), self._sizes(device, used))
         legend = Text.assemble(
-            ("█", "blue"), " weights  ", ("▓", "yellow"), " KV used  ", ("░", "yellow"), " KV free  · free"
+            *(("█", "blue"), " weights  ", ("▓", "yellow"), " KV used  "),
+            *(("▒", "yellow"), " KV cached  ", ("░", "yellow"), " KV free  · free"),
         )
         return Group(table, legend)
 
     def _sizes(self, device: Mapping[str, Any], used: float) -> Text:
         mib = self.frame["chunk_bytes"] / 2**20
         return Text(f"KV {used * mib:,.0f}/{device['kv'] * mib:,.0f} MiB", "dim", no_wrap=True)
+
+    def _cache(self) -> RenderableType:
+        """What the prefix cache keeps, and what it is good for."""
+        rates, groups = self.frame["rates"], self.frame["groups"].values()
+        kept = f"prefix cache: keeps {sum(group['idle'] for group in groups) * self.frame['block_size']:,} tokens"
+        if "hit_share" not in rates:
+            return Text(f"{kept}, no prompt so far", "dim")
+        shares = f"had {rates['hit_share']:.0%} of recent prompts, {rates['hit_share_ever']:.0%} since the start"
+        return Text(f"{kept}, {shares}", "dim")
 
     def _groups(self) -> RenderableType:
         lines = []
@@ -144,10 +154,10 @@ class Screen:
         return "".join(row)
 
 
-def _bar(device: Mapping[str, Any], used: float, width: int = 48) -> Text:
+def _bar(device: Mapping[str, Any], used: float, idle: float, width: int = 48) -> Text:
     """The device's memory; each part has its own character, not only its colour."""
-    parts = (device["weights"], used, device["kv"] - used, device["free"])
-    styles = (("█", "blue"), ("▓", "yellow"), ("░", "yellow"), ("·", "dim"))
+    parts = (device["weights"], used, idle, device["kv"] - used - idle, device["free"])
+    styles = (("█", "blue"), ("▓", "yellow"), ("▒", "yellow"), ("░", "yellow"), ("·", "dim"))
     bar, done, total = Text(no_wrap=True), 0, 0.0
     for size, (sign, style) in zip(parts, styles, strict=True):
         total += size

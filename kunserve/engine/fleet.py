@@ -258,7 +258,11 @@ class Fleet:
 
     def num_used(self, device: int) -> int:
         """Return how many blocks requests use on a device."""
-        return self.pools[device].num_used - len(self._group_on(device).idle)
+        return self.pools[device].num_used - self.num_idle(device)
+
+    def num_idle(self, device: int) -> int:
+        """Return how many blocks of a device nobody uses, but the prefix cache keeps."""
+        return len(self._group_on(device).idle)
 
     def _group_on(self, device: int) -> Group:
         if not self._by_device:  # the grouping is new

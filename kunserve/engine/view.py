@@ -34,6 +34,7 @@ class View:
             num_waiting=self._scheduler.num_waiting,
             num_blocks=sum(g.num_blocks for g in self._fleet.groups),
             num_used_blocks=sum(g.num_used for g in self._fleet.groups),
+            num_idle_blocks=sum(len(g.idle) for g in self._fleet.groups),
             block_size=self._fleet.groups[0].block_size,
             devices=tuple(_device_stats(m) for m in self._memories),
             groups=tuple(
@@ -77,7 +78,11 @@ class View:
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
             "weights": memory.weights.present,
             "home": home,
-            "blocks": {"total": fleet.pools[index].limit, "used": fleet.num_used(index)},
+            "blocks": {
+                "total": fleet.pools[index].limit,
+                "used": fleet.num_used(index),
+                "idle": fleet.num_idle(index),
+            },
         }
 
     def _group(self, group: Group) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class View:
                 {"device": self._memories[s.device].device.name, "layers": [s.first_layer, s.last_layer]}
                 for s in group.stages
             ],
-            "blocks": {"total": group.num_blocks, "used": group.num_used},
+            "blocks": {"total": group.num_blocks, "used": group.num_used, "idle": len(group.idle)},
             "running": len(group.running),
             "microbatches_in_flight": group.num_in_flight,
             "bubbles": {

@@ -37,8 +37,7 @@ def frame_of(state: Mapping[str, Any], **more: Any) -> Frame:
 
 def _device(device: Mapping[str, Any], units: Sequence[str]) -> Frame:
     weights = {"units": _runs(device["weights"], units), "home": _runs(device["home"], units)}
-    blocks = {"blocks": device["blocks"]["total"], "used": device["blocks"]["used"]}
-    return {"name": device["name"], **weights, **device["chunks"], **blocks}
+    return {"name": device["name"], **weights, **device["chunks"], **_blocks(device["blocks"])}
 
 
 def _runs(names: Collection[str], units: Sequence[str]) -> list[list[int]]:
@@ -56,11 +55,15 @@ def _runs(names: Collection[str], units: Sequence[str]) -> list[list[int]]:
 def _group(group: Mapping[str, Any]) -> Frame:
     return {
         "stages": [[stage["device"], *stage["layers"]] for stage in group["stages"]],
-        "blocks": group["blocks"]["total"],
-        "used": group["blocks"]["used"],
+        **_blocks(group["blocks"]),
         "running": group["running"],
         "in_flight": group["microbatches_in_flight"],
     }
+
+
+def _blocks(blocks: Mapping[str, int]) -> Frame:
+    """`idle`: blocks that nobody uses, and that keep the prefix cache; they are neither used nor empty."""
+    return {"blocks": blocks["total"], "used": blocks["used"], "idle": blocks["idle"]}
 
 
 def _transition(transition: Mapping[str, Any]) -> Frame:

@@ -80,6 +80,7 @@ class EngineStats:
     devices: tuple[DeviceStats, ...] = ()
     groups: tuple[GroupStats, ...] = ()
     weights_dropped_bytes: int = 0
+    num_idle_blocks: int = 0  # that nobody uses, and that keep the prefix cache
 
 
 class Counted(Protocol):
@@ -129,13 +130,14 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         """All gauges, from one snapshot."""
         stats = self._stats()
-        usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        usage, idle = (number / max(1, stats.num_blocks) for number in (stats.num_used_blocks, stats.num_idle_blocks))
         cache = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.num_blocks)}
         single: list[tuple[str, str, dict[str, str], float]] = [
             ("vllm:num_requests_running", "Requests being computed.", {}, stats.num_running),
             ("vllm:num_requests_waiting", "Requests waiting to be admitted.", {}, stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Used fraction (0..1) of the KV blocks mapped now.", {}, usage),
             ("vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage_perc.", {}, usage),
+            ("kunserve:kv_cache_idle_perc", "Fraction (0..1) of them that nobody uses: the prefix cache.", {}, idle),
             (
                 "vllm:gpu_prefix_cache_hit_rate",
                 "Old name; hits by queries so far.",
@@ -271,6 +273,7 @@ class Metrics:
         """Count a prompt that was looked for in the prefix cache, and how much of it was there."""
         self._num_looked_for_tokens += num_tokens
         self._num_cached_tokens += num_cached_tokens
+        self.recent.prompt(num_tokens, num_cached_tokens)
         for queries, hits in self._prefix_cache:
             queries.inc(num_tokens)
             hits.inc(num_cached_tokens)

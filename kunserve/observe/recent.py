@@ -1,24 +1,42 @@
-"""What histograms cannot give back: the first tokens of the last seconds, and the longest gap since somebody looked."""
+"""What counters cannot give back: the newest first tokens and prompts, and the longest gap since somebody looked."""
 
 from __future__ import annotations
 
 from collections import deque
 
 HISTORY = 512  # first tokens that are remembered
+NUM_PROMPTS = 1000  # whose share of cached tokens is the recent one, as in vLLM
 
 
 class Recent:
     """Fed by metrics at every token, so it does next to nothing; asked by the feed, a few times a second."""
 
-    __slots__ = ("_first_tokens", "gap_s")
+    __slots__ = ("_cached", "_first_tokens", "_looked_for", "_prompts", "gap_s")
 
     def __init__(self) -> None:
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # when, and after how long; seconds
+        self._prompts: deque[tuple[int, int]] = deque()  # tokens, and those of them that were in the prefix cache
+        self._looked_for = self._cached = 0  # tokens of all these
         self.gap_s = 0.0  # the longest between two tokens of a request, since `take_gap`
 
     def first_token(self, at_s: float, ttft_s: float) -> None:
         """A request got its first token at `at_s` on the engine's clock."""
         self._first_tokens.append((at_s, ttft_s))
+
+    def prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Note a prompt that was looked for in the prefix cache."""
+        self._prompts.append((num_tokens, num_cached_tokens))
+        self._looked_for += num_tokens
+        self._cached += num_cached_tokens
+        if len(self._prompts) > NUM_PROMPTS:
+            oldest, its_cached = self._prompts.popleft()
+            self._looked_for -= oldest
+            self._cached -= its_cached
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        """Return which share of the newest prompts' tokens was in the prefix cache; None before the first prompt."""
+        return self._cached / self._looked_for if self._looked_for else None
 
     def ttfts(self, since_s: float) -> list[float]:
         """Times to first token of those that came since then, ascending; of the last `HISTORY` at most."""

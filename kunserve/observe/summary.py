@@ -31,13 +31,14 @@ class Summary:
         was_busy, self._was_busy = self._was_busy, is_busy
         if not is_busy and not was_busy:
             return None
+        hit_rate = metrics.recent.prefix_hit_rate or 0.0  # of the last 1,000 prompts, as vLLM says it
         usage = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
         groups = "+".join(str(group.num_stages) for group in stats.groups) or "0"
         return (
             f"Engine 000: Avg prompt throughput: {num_prompt / seconds:.1f} tokens/s, "
             f"Avg generation throughput: {num_generated / seconds:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
-            f"GPU KV cache usage: {usage:.1%}, Prefix cache hit rate: 0.0%, "
+            f"GPU KV cache usage: {usage:.1%}, Prefix cache hit rate: {hit_rate:.1%}, "
             f"Groups: {groups} devices, Weights dropped: {stats.weights_dropped_bytes >> 20} MiB"
         )
 

@@ -54,7 +54,8 @@ export class Groups {
     const planned = ahead ? `, ${ahead} planned ahead` : "";
     const batches = `${inFlight} of ${slots} ${slots > 1 ? "microbatches" : "microbatch"} in flight${planned}`;
     const tokens = `${count(group.used * frame.block_size)} of ${count(group.blocks * frame.block_size)} tokens of KV`;
-    say(text, `${count(group.running)} running · ${batches} · ${tokens}`);
+    const cached = group.idle ? `, ${count(group.idle * frame.block_size)} cached` : "";
+    say(text, `${count(group.running)} running · ${batches} · ${tokens}${cached}`);
     while (flow.children.length > inFlight) flow.lastChild.remove();
     while (flow.children.length < inFlight) {
       const batch = flow.appendChild(el("i"));

@@ -47,6 +47,7 @@ class Bar {
       this.cells.set(unit, cell);
     }
     this.base = this.bar.appendChild(el("span", "cell kv base"));
+    for (const cell of [...this.cells.values(), this.base]) cell.appendChild(el("i", "cached"));
     this.free = this.bar.appendChild(el("span", "cell free"));
     root.appendChild(this.element);
   }
@@ -57,19 +58,24 @@ class Bar {
     const size = (list) => list.reduce((sum, unit) => sum + this.sizes[unit], 0);
     const away = size(dropped);
     const base = Math.max(0, device.kv - away);
-    const usedChunks = device.blocks ? Math.min(1, device.used / device.blocks) * device.kv : 0;
+    const chunksOf = (number) => (device.blocks ? Math.min(1, number / device.blocks) * device.kv : 0);
+    const usedChunks = chunksOf(device.used);
+    const cachedChunks = Math.min(device.kv - usedChunks, chunksOf(device.idle ?? 0));
     this.base.style.flexGrow = base;
     this.free.style.flexGrow = device.free;
     this.free.hidden = device.free === 0;
-    fill(this.base, base ? usedChunks / base : 0);
-    let rest = usedChunks - base;
+    let start = 0; // of a cell's KV among all of the device's: what is used comes first, then what is cached
+    const fill = (cell, size) => {
+      const used = share(usedChunks - start, size);
+      cell.style.setProperty("--fill", used.toFixed(3));
+      cell.style.setProperty("--cached", (share(usedChunks + cachedChunks - start, size) - used).toFixed(3));
+      start += size;
+    };
+    fill(this.base, base);
     for (const [unit, cell] of this.cells) {
       const isDropped = !here.has(unit);
       cell.classList.toggle("kv", isDropped);
-      if (isDropped) {
-        fill(cell, rest / this.sizes[unit]);
-        rest -= this.sizes[unit];
-      }
+      if (isDropped) fill(cell, this.sizes[unit]);
       const title = `${nameOf(this.names, unit)}: ${isDropped ? "dropped, KV now" : "weights"}`;
       if (cell.title !== title) cell.title = title;
     }
@@ -79,6 +85,7 @@ class Bar {
     const text = [
       `weights ${bytes(device.weights * chunk)} (${whole})`,
       `KV ${bytes(usedChunks * chunk)} of ${bytes(device.kv * chunk)} used`,
+      ...(device.idle ? [`${bytes(cachedChunks * chunk)} cached`] : []),
       `free ${bytes(device.free * chunk)}`,
     ].join(" · ");
     say(this.text, text);
@@ -93,8 +100,9 @@ function nameOf(names, unit) {
   return names[unit].replace("layers.", "layer ");
 }
 
-function fill(cell, share) {
-  cell.style.setProperty("--fill", Math.max(0, Math.min(1, share)).toFixed(3));
+/** Which share of `size` is `part`: from 0 to 1. */
+function share(part, size) {
+  return size ? Math.max(0, Math.min(1, part / size)) : 0;
 }
 
 /** Half-open runs of layer numbers among the units that are here. */

@@ -16,6 +16,7 @@ const FIGURES = [
   ["p99", "TTFT p99", (frame) => shownSeconds(frame.rates.ttft_p99_s), `${TTFT}; 99 of 100 had it sooner`],
   ["gap", "longest gap", (frame) => shownSeconds(frame.rates.gap_s), "The longest time between two tokens of one request, in the last 2 seconds"],
   ["kv", "KV used", (frame) => `${Math.round((100 * tokens(frame).used) / Math.max(1, tokens(frame).room))} %`, "Share of the KV cache that requests hold"],
+  ["hits", "from cache", (frame) => shownShare(frame.rates.hit_share), "Share of the prompt tokens that need not be computed, because an earlier request began alike and its KV is still there: of the last 1,000 prompts. Small: since the server started"],
   ["preempted", "preempted", (frame) => count(frame.requests.preemptions), "How often a request lost its KV because there was no room, and had to be computed again; since the server started"],
 ];
 const TIMES_TO_FIRST_TOKEN = ["p50", "p99"];
@@ -29,6 +30,7 @@ const POLICIES = {
   queue: "Requests wait until all that they may ask for fits into the KV cache",
 };
 
+const shownShare = (value) => (value === undefined ? "–" : `${Math.round(100 * value)} %`);
 const shownSeconds = (value) => (value === undefined ? "–" : seconds(value));
 
 /** All panels but chat and burst. `range()`: the seconds that charts span. */
@@ -43,7 +45,7 @@ export class View {
       const box = byId("figures").appendChild(el("div", "figure", "", { title }));
       const value = el("dd", "", "–", { id: `figure-${id}` });
       box.append(el("dt", "", label), value);
-      if (TIMES_TO_FIRST_TOKEN.includes(id)) box.append(el("dd", "age", "", { id: `age-${id}` }));
+      if ([...TIMES_TO_FIRST_TOKEN, "hits"].includes(id)) box.append(el("dd", "age", "", { id: `age-${id}` }));
       return value;
     });
   }
@@ -56,6 +58,8 @@ export class View {
     say(byId("epoch"), `epoch ${frame.epoch}`);
     for (const [i, [, , figure]] of FIGURES.entries()) say(this.figures[i], figure(frame));
     this.showAge(frame);
+    const { hit_share_ever: ever } = frame.rates;
+    say(byId("age-hits"), ever === undefined ? "" : `${shownShare(ever)} ever`);
     this.memory.update(frame);
     this.groups.update(frame);
     this.charts.update(whole);

@@ -16,7 +16,7 @@ from states import State, state
 from kunserve.api.operate.loading import loading_handler
 from kunserve.api.wire.context import API
 from kunserve.command.listen import Listener
-from kunserve.observe.recent import Recent
+from kunserve.observe.metrics import Metrics
 from kunserve.progress import LoadingProgress
 
 
@@ -50,9 +50,9 @@ class ScriptedServer:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def recent(self) -> Recent:
-        """Return what it remembers of first tokens."""
-        return self._app[API].metrics.recent
+    def metrics(self) -> Metrics:
+        """Return what it counts."""
+        return self._app[API].metrics
 
     def show(self, shown: State) -> None:
         """Let the engine's state be this one."""

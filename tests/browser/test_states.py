@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def test_in_an_overload_the_last_times_to_first_token_stay_and_say_how_old_they_
     live: Page, server: ScriptedServer
 ) -> None:
     figure, age = live.locator("#figure-p99"), live.locator("#age-p99")
-    server.recent.first_token(5.0, 0.25)
+    server.metrics.recent.first_token(5.0, 0.25)
     server.show(state(6.0, used=32, waiting=40))
     expect(figure).to_have_text("250 ms")
     expect(age).to_be_empty()
@@ -182,9 +183,43 @@ def test_in_an_overload_the_last_times_to_first_token_stay_and_say_how_old_they_
     expect(figure).to_have_class("old")
     expect(live.locator(".queue")).to_contain_text("40 waiting")
     take_screenshots(live, "overload")
-    server.recent.first_token(46.0, 41.0)
+    server.metrics.recent.first_token(46.0, 41.0)
     expect(figure).to_have_text("41.0 s")
     expect(figure).not_to_have_class("old")
+
+
+def test_what_the_prefix_cache_keeps_is_told_apart_from_what_is_used_and_what_is_free(
+    live: Page, server: ScriptedServer
+) -> None:
+    figure, ever = live.locator("#figure-hits"), live.locator("#age-hits")
+    expect(figure).to_have_text("–")
+    expect(ever).to_be_empty()
+    server.metrics.prefix_cache(100, 84)
+    server.show(state(2.0, used=8, idle=16))
+    expect(figure).to_have_text("84 %")
+    expect(ever).to_have_text("84 % ever")
+    expect(live.locator(".lane").first).to_contain_text("128 of 512 tokens of KV, 256 cached")
+    device = live.locator(".device").first
+    expect(device.locator(".bar")).to_have_attribute(
+        "aria-label", re.compile(r"KV \S+ MiB of \S+ MiB used · \S+ MiB cached")
+    )
+    widths = """(cell) => [
+      Number(getComputedStyle(cell, "::before").transform.slice(7).split(",")[0]),
+      cell.querySelector(".cached").getBoundingClientRect().width,
+      cell.getBoundingClientRect().width,
+    ]"""
+    live.emulate_media(reduced_motion="reduce")  # nothing glides to where it goes
+    used, cached, whole = device.locator(".base").evaluate(widths)
+    assert used == pytest.approx(0.25, abs=0.01) and cached / whole == pytest.approx(0.5, abs=0.01)
+    take_screenshots(live, "cached")
+    chain = state(3.0, is_dropped=True, used=16, idle=48)  # nothing is free: dropped weights' cells hold cached KV, too
+    server.show(chain)
+    expect(live.locator(".lane")).to_contain_text(["256 of 1,024 tokens of KV, 768 cached"])
+    for cell in live.locator(".device").first.locator(".cell.kv").all():
+        used, cached, whole = cell.evaluate(widths)
+        assert used + cached / whole == pytest.approx(1.0, abs=0.02)
+    server.show(state(4.0))
+    expect(live.locator(".lane").first).not_to_contain_text("cached")
 
 
 def test_where_nothing_can_be_dropped_the_page_says_so_and_what_would_change_it(
@@ -215,6 +250,6 @@ def test_words_are_explained(live: Page) -> None:
     live.locator("#help summary").focus()
     live.keyboard.press("Enter")
     expect(help_text).to_be_visible()
-    for word in ("epoch", "policy", "preempted", "step boundary", "embedding, head", "group"):
+    for word in ("epoch", "policy", "preempted", "from cache", "step boundary", "embedding, head", "group"):
         expect(help_text.locator("dt", has_text=word).first).to_be_visible()
     take_screenshots(live, "help")

@@ -14,7 +14,14 @@ from kunserve.command import top
 from kunserve.command.top import Screen, UnreachableError, events, watch
 from kunserve.observe.frame import delta_of, frame_of
 
-RATES = {"tok_s": 1234.4, "gap_s": 0.25, "ttft_p50_s": 0.0421, "ttft_p99_s": 2.5}
+RATES = {
+    "tok_s": 1234.4,
+    "gap_s": 0.25,
+    "ttft_p50_s": 0.0421,
+    "ttft_p99_s": 2.5,
+    "hit_share": 0.841,
+    "hit_share_ever": 0.5,
+}
 
 
 def shown(screen: Screen, width: int = 80) -> list[str]:
@@ -29,7 +36,7 @@ def shown(screen: Screen, width: int = 80) -> list[str]:
 def after_a_drop(**more: object) -> Screen:
     screen = Screen()
     before = frame_of(state(1.0, used=30, waiting=4), model="m", rates={"tok_s": 0.0})
-    after = frame_of(state(3.5, is_dropped=True, used=32), model="m", rates=RATES)
+    after = frame_of(state(3.5, is_dropped=True, used=32, idle=8), model="m", rates=RATES)
     screen.take("snapshot", before)
     screen.take("delta", delta_of(before, {**after, **more}))
     return screen
@@ -54,17 +61,23 @@ def test_a_transition_that_lost_kv_says_of_how_many() -> None:
     assert not any("lost" in line for line in shown(after_a_drop()))
 
 
-def test_a_bar_is_the_devices_memory_in_four_signs() -> None:
+def test_a_bar_is_the_devices_memory_in_five_signs() -> None:
     bar = next(line for line in shown(after_a_drop()) if line.startswith("cpu:0"))
-    signs = "".join(c for c in bar if c in "█▓░·")
-    assert (len(signs), signs) == (48, "█" * 11 + "▓" * 17 + "░" * 17 + "·" * 3)
+    signs = "".join(c for c in bar if c in "█▓▒░·")
+    assert (len(signs), signs) == (48, "█" * 11 + "▓" * 17 + "▒" * 4 + "░" * 13 + "·" * 3)
     assert bar.endswith("KV 21/42 MiB")
+
+
+def test_the_prefix_cache_says_what_it_keeps_and_what_it_is_good_for() -> None:
+    line = "prefix cache: keeps 128 tokens, had 84% of recent prompts, 50% since the start"
+    assert line in shown(after_a_drop())
+    assert "prefix cache: keeps 128 tokens, no prompt so far" in shown(after_a_drop(rates={"tok_s": 0.0}))
 
 
 def test_many_devices_and_long_names_do_not_break_the_lines() -> None:
     transitions = {str(i): {**drop_transition(float(i)), "outcome": "failed after its commit"} for i in range(9)}
     stages = [[f"cuda:{i}", i, i + 1] for i in range(64)]
-    groups = {"2": {"stages": stages, "blocks": 10**6, "used": 10**6, "running": 999, "in_flight": 64}}
+    groups = {"2": {"stages": stages, "blocks": 10**6, "used": 10**6, "idle": 0, "running": 999, "in_flight": 64}}
     screen = after_a_drop(model="\x1b[31mred\x07" + "x" * 300, transitions=transitions, groups=groups)
     lines = shown(screen)
     assert max(map(len, lines)) <= 80
@@ -72,7 +85,7 @@ def test_many_devices_and_long_names_do_not_break_the_lines() -> None:
 
 
 def test_a_microbatch_that_is_planned_ahead_is_not_in_flight() -> None:
-    group = {"stages": [["cpu:0", 0, 4]], "blocks": 32, "used": 4, "running": 1, "in_flight": 2}
+    group = {"stages": [["cpu:0", 0, 4]], "blocks": 32, "used": 4, "idle": 0, "running": 1, "in_flight": 2}
     text = "\n".join(shown(after_a_drop(groups={"2": group})))
     assert "1 running  1/1 +1 in flight" in text
 

@@ -12,12 +12,14 @@ UNITS = {"embed": 3, **{f"layers.{i}": 2 for i in range(LAYERS)}, "head": 3}
 BUDGET = 30
 
 
-def state(now_s: float = 1.0, *, is_dropped: bool = False, used: int = 0, waiting: int = 0, **more: Any) -> State:
+def state(
+    now_s: float = 1.0, *, is_dropped: bool = False, used: int = 0, idle: int = 0, waiting: int = 0, **more: Any
+) -> State:
     """Two groups of one device, or one chain of two."""
     units = list(UNITS)
     halves = (units[:3], units[3:]) if is_dropped else (units, units)
     stages = [[("cpu:0", [0, 2]), ("cpu:1", [2, 4])]] if is_dropped else [[("cpu:0", [0, 4])], [("cpu:1", [0, 4])]]
-    blocks = {"total": 64 if is_dropped else 32, "used": used}
+    blocks = {"total": 64 if is_dropped else 32, "used": used, "idle": idle}
     first_id = 2 if is_dropped else 0
     return {
         "now_s": now_s,

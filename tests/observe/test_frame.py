@@ -28,7 +28,7 @@ def test_a_delta_makes_the_new_frame_of_the_old(old: dict[str, Any], new: dict[s
 
 
 def test_a_frame_of_a_drop() -> None:
-    frame = frame_of(state(is_dropped=True, used=40), model="m")
+    frame = frame_of(state(is_dropped=True, used=40, idle=8), model="m")
     assert frame["devices"]["0"] | {"name": ""} == {
         "name": "",
         "units": [[0, 3]],
@@ -39,6 +39,7 @@ def test_a_frame_of_a_drop() -> None:
         "free": 2,
         "blocks": 64,
         "used": 40,
+        "idle": 8,
     }
     assert frame["devices"]["1"]["units"] == [[3, 6]]
     assert frame["groups"]["2"]["stages"] == [["cpu:0", 0, 2], ["cpu:1", 2, 4]]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from kunserve.observe.recent import HISTORY, Recent, quantile
+import pytest
+
+from kunserve.observe.recent import HISTORY, NUM_PROMPTS, Recent, quantile
 
 
 def test_first_tokens_of_the_last_seconds() -> None:
@@ -24,6 +26,20 @@ def test_the_longest_gap_is_told_once() -> None:
     recent.gap_s = 0.5
     assert recent.take_gap() == 0.5
     assert recent.take_gap() == 0.0
+
+
+def test_the_share_that_the_prefix_cache_had_is_that_of_the_newest_prompts() -> None:
+    recent = Recent()
+    assert recent.prefix_hit_rate is None
+    recent.prompt(1000, 0)
+    assert recent.prefix_hit_rate == 0.0
+    recent.prompt(1000, 500)
+    assert recent.prefix_hit_rate == 0.25
+    for _ in range(NUM_PROMPTS - 1):
+        recent.prompt(10, 9)
+    assert recent.prefix_hit_rate == pytest.approx((500 + 9 * (NUM_PROMPTS - 1)) / (1000 + 10 * (NUM_PROMPTS - 1)))
+    recent.prompt(10, 9)
+    assert recent.prefix_hit_rate == 0.9
 
 
 def test_quantiles() -> None:

@@ -55,7 +55,13 @@ class Rates:
         rates = {"tok_s": round((tokens - first_tokens) / (now_s - first_s), 1) if now_s > first_s else 0.0}
         if gap_s := max(gap_s for at_s, _, gap_s in ticks if at_s > now_s - RATE_S):
             rates["gap_s"] = round(gap_s, 3)
-        return rates | self._ttfts(now_s)
+        return rates | self._hit_rates() | self._ttfts(now_s)
+
+    def _hit_rates(self) -> Frame:
+        """Return which share of prompt tokens the prefix cache had: of the newest prompts, and since the start."""
+        if (recent := self._metrics.recent.prefix_hit_rate) is None:
+            return {}
+        return {"hit_share": round(recent, 3), "hit_share_ever": round(self._metrics.prefix_hit_rate, 3)}
 
     def _ttfts(self, now_s: float) -> Frame:
         """Return the times to first token of the window.
