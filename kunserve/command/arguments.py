@@ -16,6 +16,7 @@ from kunserve.command.flags import (
     add_access_flags,
     add_listen_flags,
     add_request_flags,
+    add_router_flags,
     default_log_level,
     http_config,
     number,
@@ -143,6 +144,7 @@ def make_parser(prog: str) -> FlagParser:
     add_request_flags(parser.add_argument_group("defaults of requests"))
     add_access_flags(parser.add_argument_group("who may send what"))
     add_listen_flags(parser.add_argument_group("listening"))
+    add_router_flags(parser.add_argument_group("routers"))
     _add_process_flags(parser.add_argument_group("log and shutdown"))
     add_vllm_flags(parser)
     return parser

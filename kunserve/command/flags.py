@@ -20,6 +20,7 @@ from kunserve.api.say.calls.formats import TOOL_FORMATS
 from kunserve.api.say.reasoning import REASONING_FORMATS
 from kunserve.command.command_line import OneLineParser
 from kunserve.errors import ConfigError
+from kunserve.observe.kv_events import KVEventsConfig, kv_events_config
 from kunserve.sizes import parse_size
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
@@ -70,6 +71,7 @@ class HttpConfig:
     reasoning_parser: str | None
     closes_objects: bool
     chat_template_kwargs: Mapping[str, Any]  # of requests that bring none
+    kv_events: KVEventsConfig | None  # None: nobody is told what the prefix cache has
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -171,6 +173,19 @@ def add_listen_flags(group: argparse._ArgumentGroup) -> None:
     add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
 
 
+def add_router_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for what routers are told."""
+    group.add_argument(
+        "--kv-events-config",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="tell routers which prefixes are cached, as vLLM does (default: nobody is told), for instance "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557", "topic": "kv@POD@MODEL"}; '
+        "needs the extra kv-events",
+    )
+
+
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
     """Values of the flags, keys of the environment where no flag gives one. Raises ConfigError."""
     keys = args.api_key or [environment[name] for name in API_KEY_VARIABLES if environment.get(name)]
@@ -211,6 +226,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         reasoning_parser=args.reasoning_parser,
         closes_objects=not args.open_objects,
         chat_template_kwargs=args.default_chat_template_kwargs,
+        kv_events=kv_events_config(args.kv_events_config),
         ignored=args.ignored_flags or {},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -36,6 +37,7 @@ from kunserve.progress import LoadingProgress
 
 if TYPE_CHECKING:
     from kunserve.engine.launch.launch import Served
+    from kunserve.observe.kv_publisher import KVPublisher
 
 log = structlog.get_logger()
 
@@ -47,6 +49,15 @@ GIL_SWITCH_S = 0.0005
 async def serve(config: ServerConfig) -> None:
     """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
     _check_files(config.http)
+    with contextlib.ExitStack() as stack:
+        events = _kv_events(config)
+        if events is not None:
+            stack.callback(events.close)
+        await _load_and_serve(config, events)
+    log.info("stopped")
+
+
+async def _load_and_serve(config: ServerConfig, events: KVPublisher | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -57,12 +68,14 @@ async def serve(config: ServerConfig) -> None:
         async with listener.answering_with(loading_handler(lambda: progress.newest)):
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
-        for flag, why in _without_effect(config.engine).items():
+        for flag, why in _without_effect(config).items():
             log.warning("a flag that changes nothing here", flag=flag, because=why)
+        if events is not None and served.engine.fleet.prefixes is not None:
+            served.engine.fleet.prefixes.listener = events
+            events.start()
         await _serve(config, served, listener, stop)
     finally:
         listener.close()
-    log.info("stopped")
 
 
 async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop: asyncio.Event) -> Served:
@@ -212,7 +225,24 @@ async def _watch_loop(metrics: Metrics) -> None:
         metrics.loop_lag(max(0.0, loop.time() - due))
 
 
-def _without_effect(engine: EngineConfig) -> dict[str, str]:
+def _kv_events(config: ServerConfig) -> KVPublisher | None:
+    """Open what tells routers about the prefix cache, if it is wanted. ConfigError if it cannot be."""
+    if config.http.kv_events is None:
+        return None
+    from kunserve.observe.kv_publisher import KVPublisher  # needs the extra kv-events
+
+    return KVPublisher(config.http.kv_events, config.engine.block_size)
+
+
+def _without_effect(config: ServerConfig) -> dict[str, str]:
+    """Flags that were given and do nothing here, and why."""
+    found = {}
+    if config.http.kv_events is not None and not config.engine.enable_prefix_caching:
+        found["--kv-events-config"] = "there is no prefix cache (--enable-prefix-caching)"
+    return found | _of_gpus(config.engine)
+
+
+def _of_gpus(engine: EngineConfig) -> dict[str, str]:
     """Flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.resolved().kind != "cpu":
         return {}

@@ -99,7 +99,7 @@ REFUSED = {
         *("--enable-expert-parallel", "-ep", "--enable-eplb", "--all2all-backend", "--moe-backend"),
     ),
     "KV stays on the devices of this server (see --overload-policy)": (
-        *("--kv-transfer-config", "--kv-events-config", "--kv-offloading-size", "--kv-offloading-backend"),
+        *("--kv-transfer-config", "--kv-offloading-size", "--kv-offloading-backend"),
     ),
     "one machine serves": (
         *("--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless", "--data-parallel-rank"),

@@ -84,14 +84,18 @@ class BlockStore:
         table.append({stage.device: stage.pool.alloc(num_blocks) or [] for stage in group.stages})
         return True
 
-    def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
-        """Let others find the first blocks of a table by their keys."""
+    def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> list[int]:
+        """Let others find the first blocks of a table by their keys; returns the places of those that nobody had."""
         assert self.prefixes is not None
+        new = []
         for position in range(table.num_indexed, len(keys)):
             if table.blocks[position].key is None:
+                if not self.prefixes.has(keys[position]):
+                    new.append(position)
                 parent = keys[position - 1] if position else None
                 self.prefixes.add(group, table.blocks[position], keys[position], parent)
         table.num_indexed = max(table.num_indexed, len(keys))
+        return new
 
     def distrust(self, table: BlockTable, group: Group) -> None:
         """Let nobody find the blocks of a table, now or later."""
@@ -209,7 +213,7 @@ class BlockStore:
             assert self.prefixes is not None and block.key is not None
             self._followers[home].append(Follower(block, block.key, block.parent, left))
             del source.idle[block]
-            self.prefixes.remove(source, block)
+            self.prefixes.leave(source, block)
 
     def take_convoy(self, group: Group, most: int) -> Convoy | None:
         """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
@@ -224,7 +228,7 @@ class BlockStore:
         table = BlockTable([follower.block for follower in taken])
         convoy = Convoy(group, taken, table)
         if not self._reserve(table, group, is_beyond_limit=False, is_reclaiming=False):
-            self._free(table.blocks)
+            self._lose(taken)
             self.give_up(group)
             return None
         self._convoys.append(convoy)
@@ -234,7 +238,7 @@ class BlockStore:
         """Let the blocks of a convoy be idle in their group: they have arrived. Or free them: they are lost."""
         self._convoys.remove(convoy)
         if is_lost:
-            self._free(convoy.table.blocks)
+            self._lose(convoy.followers)
         else:
             self._leave(convoy.table.blocks, convoy.group)
             self._rest(convoy.group, convoy.followers)
@@ -246,11 +250,19 @@ class BlockStore:
     def _rest(self, group: Group, followers: Iterable[Follower]) -> None:
         """Let blocks be idle, colder than those that are by now."""
         for block, key, parent, _ in followers:
-            if self.prefixes is not None and self.prefixes.add(group, block, key, parent):
+            assert self.prefixes is not None
+            if self.prefixes.add(group, block, key, parent):
                 group.idle[block] = None
                 group.idle.move_to_end(block, last=False)
             else:
                 self._free([block])
+            self.prefixes.came(key)
+
+    def _lose(self, followers: Iterable[Follower]) -> None:
+        for follower in followers:
+            assert self.prefixes is not None
+            self._free([follower.block])
+            self.prefixes.came(follower.key)
 
     def give_up(self, group: Group) -> bool:
         """Free blocks that follow, from or to devices of a group, and have not set out; False if there were none."""
@@ -263,7 +275,7 @@ class BlockStore:
         """Free one block that follows: to this group, or to another part of the one that it was split from."""
         for followers in self._followers.values():
             if followers and any(stage.device in followers[-1].block.ids for stage in group.stages):
-                self._free([followers.pop().block])
+                self._lose([followers.pop()])
                 return True
         return False
 

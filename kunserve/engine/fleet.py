@@ -128,7 +128,12 @@ class Fleet:
     def computed(self, request: Request, group: Group) -> None:
         """Let others find the blocks that a running request has filled: a step has computed more of its tokens."""
         if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
-            self._blocks.index(request.table, group, self._keys(request, group))
+            new = self._blocks.index(request.table, group, self._keys(request, group))
+            if self.prefixes.listener is not None:
+                for position in new:
+                    tokens = request.token_ids[position * group.block_size : (position + 1) * group.block_size]
+                    parent = request.block_keys[position - 1] if position else None
+                    self.prefixes.listener.stored(request.block_keys[position], parent, tokens, request.cache_salt)
 
     @staticmethod
     def _keys(request: Request, group: Group) -> Sequence[bytes]:
@@ -258,11 +263,7 @@ class Fleet:
 
     def num_used(self, device: int) -> int:
         """Return how many blocks requests use on a device."""
-        return self.pools[device].num_used - self.num_idle(device)
-
-    def num_idle(self, device: int) -> int:
-        """Return how many blocks of a device nobody uses, but the prefix cache keeps."""
-        return len(self._group_on(device).idle)
+        return self.pools[device].num_used - len(self._group_on(device).idle)
 
     def _group_on(self, device: int) -> Group:
         if not self._by_device:  # the grouping is new

@@ -8,8 +8,10 @@ latter are idle: the fleet counts them as free, and takes the one that was not u
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
+from typing import Protocol
 
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.group import Group
@@ -31,12 +33,29 @@ def _digest(content: bytes) -> bytes:
     return blake2b(content, digest_size=KEY_BYTES).digest()
 
 
+class Listener(Protocol):
+    """Who is told what the server has: all groups together, as requests come to the server and not to a group."""
+
+    def stored(self, key: bytes, parent: bytes | None, token_ids: Sequence[int], salt: str) -> None:
+        """Hear that a first group has this block now. `parent`: the key of the block before it, if there is one."""
+
+    def removed(self, key: bytes) -> None:
+        """Hear that the last group which had this block has it no more."""
+
+
 class PrefixCache:
     """Knows which groups hold the block of a key. It holds nothing itself: the fleet does."""
 
     def __init__(self) -> None:
         self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
         self.version = 0  # of what can be found
+        self.listener: Listener | None = None
+        self._away = Counter[bytes]()  # keys of blocks on their way to a group
+
+    @property
+    def keys(self) -> frozenset[bytes]:
+        """Return the keys of all blocks that can be found in some group, or that are on their way to one."""
+        return frozenset([*self._homes, *self._away])
 
     def add(self, group: Group, block: Block, key: bytes, parent: bytes | None) -> bool:
         """Let a block of a group be found by its key; False, and no change, if another one of that group is.
@@ -58,8 +77,31 @@ class PrefixCache:
         del homes[group.group_id]
         if not homes:
             del self._homes[block.key]
+            self._told(block.key)
         block.key = block.parent = None
         self.version += 1
+
+    def has(self, key: bytes) -> bool:
+        """Return whether any group has a block of a key, or gets one."""
+        return key in self._homes or key in self._away
+
+    def leave(self, group: Group, block: Block) -> None:
+        """Let a block be found no more until it is added to another group: it is on its way, see `came`."""
+        assert block.key is not None
+        self._away[block.key] += 1
+        self.remove(group, block)
+
+    def came(self, key: bytes) -> None:
+        """Note that a block is no more on its way: it was added where it came, or it is gone."""
+        self._away[key] -= 1
+        if not self._away[key]:
+            del self._away[key]
+        self._told(key)
+
+    def _told(self, key: bytes) -> None:
+        """Tell the listener if nobody has the block of a key any more."""
+        if self.listener is not None and key not in self._homes and key not in self._away:
+            self.listener.removed(key)
 
     def get(self, group: Group, key: bytes) -> Block | None:
         """Return the block of a group with this key."""

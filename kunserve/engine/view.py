@@ -72,17 +72,14 @@ class View:
         """`home`: the weight units that it was launched with."""
         memory, fleet = self._memories[index], self._fleet
         counts = memory.counts
+        idle = sum(len(g.idle) for g in fleet.groups if any(stage.device == index for stage in g.stages))
         return {
             "name": memory.device.name,
             "chunk_bytes": memory.device.chunk_bytes,
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
             "weights": memory.weights.present,
             "home": home,
-            "blocks": {
-                "total": fleet.pools[index].limit,
-                "used": fleet.num_used(index),
-                "idle": fleet.num_idle(index),
-            },
+            "blocks": {"total": fleet.pools[index].limit, "used": fleet.num_used(index), "idle": idle},
         }
 
     def _group(self, group: Group) -> dict[str, Any]:

@@ -151,6 +151,34 @@ def test_a_reservation_that_does_not_fit_takes_nothing() -> None:
     assert all(pool.num_used == 0 for pool in fleet.pools.values())
 
 
+def test_a_shared_block_can_be_found_while_all_who_hold_it_are_on_their_way() -> None:
+    """Its KV came with the first of them, which has ended since."""
+    fleet = Fleet([make_group(0), make_group(1)], has_prefix_cache=True)
+    old = list(fleet.groups)
+    requests = [make_request(f"r{i}", 9, 9) for i in range(3)]
+    for request in requests[:2]:
+        fleet.admit(request, old[0], finds_prefix=True)
+        request.num_computed_tokens = request.num_scheduled_tokens = request.num_tokens
+        fleet.computed(request, old[0])
+    assert fleet.num_shared == 2
+    chain = fleet.make_group(chain_of(*old), 4, None)
+    for request in requests[:2]:
+        fleet.depart(request, old[0], chain)
+    fleet.regroup(old, [chain])
+    assert all(fleet.reserve(request, chain) for request in requests[:2])
+    fleet.arrive(requests[0], chain)
+    fleet.release(requests[0])
+    fleet.check(LAYERS)
+    fleet.admit(requests[2], chain, finds_prefix=True)
+    assert requests[2].num_cached_tokens == 8
+    fleet.arrive(requests[1], chain)
+    fleet.check(LAYERS)
+    for request in requests[1:]:
+        fleet.release(request)
+    fleet.check(LAYERS)
+    assert len(chain.idle) == 2 and chain.num_used == 0
+
+
 def test_check_sees_a_block_that_no_table_holds() -> None:
     fleet = Fleet([make_group()])
     fleet.admit(make_request("r", 9, 9), fleet.groups[0])

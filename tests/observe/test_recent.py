@@ -30,7 +30,7 @@ def test_the_longest_gap_is_told_once() -> None:
 
 def test_the_share_that_the_prefix_cache_had_is_that_of_the_newest_prompts() -> None:
     recent = Recent()
-    assert recent.prefix_hit_rate is None
+    assert Recent().prefix_hit_rate is None
     recent.prompt(1000, 0)
     assert recent.prefix_hit_rate == 0.0
     recent.prompt(1000, 500)
