@@ -4,7 +4,8 @@
 
 One engine, in this process and without HTTP; every round decodes the same streams twice. A step is what a device's
 thread computes, a gap what it waits for the next while there is one to come. Probes are short prompts that come in at
-odd moments. Shown are medians over all steps, and of rounds: the speed of a shared core varies. Ends in one JSON line.
+odd moments. Shown are medians over all steps, and of rounds: the speed of a shared core varies. The prefix cache is
+off, as the same prompts come again. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         pipeline_parallel_size=args.pipeline_parallel_size,
         num_blocks_override=args.streams * (2 + (PROMPT_TOKENS + args.tokens) // 16),
         is_pinned=True,
+        enable_prefix_caching=False,
     )
     served = await launch(config, "bench", lambda text, share: None)
     engine = served.engine

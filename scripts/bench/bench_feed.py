@@ -3,7 +3,8 @@
 
 First, in this process: an engine of `--devices` whose state changes at every look, and viewers in another process. The
 event loop's thread is measured with and without them; the difference is all that the feed costs, sockets included.
-Then, with `--rounds N`: burst A of `make bench-overload` against a server, in turns without and with viewers.
+Then, with `--rounds N`: burst A of `make bench-overload` against a server, in turns without and with viewers; the
+prefix cache is off, as the burst comes again and again.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of a burst without and with viewers, in turns on one server."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
     rates: dict[int, list[float]] = {0: [], args.viewers: []}
-    async with running_server(*flags) as server:
+    async with running_server(*flags, "--no-enable-prefix-caching") as server:
         for turn in range(args.rounds):
             order = sorted(rates, reverse=turn % 2 == 1)  # neither always goes first
             for number in order:

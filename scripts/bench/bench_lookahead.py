@@ -4,7 +4,7 @@
 
 Two engines with the same devices, memory and stages, one for each way, serve the same backlog by turns: all requests
 come at once, prompts of 16 to 1,500 tokens (log-uniform), greedy. Shown are medians over the rounds; every answer must
-be the same in both. Ends in one JSON line.
+be the same in both. The prefix cache is off: the same prompts come again. Ends in one JSON line.
 
 Where other work is on the machine, the wall clock says more about that than about bubbles. So the CPU seconds of each
 stage are recorded too, and those of the event loop, and "undisturbed" says how long the same microbatches take in the
@@ -207,6 +207,7 @@ async def serving(args: argparse.Namespace, mode: str, budget: int) -> AsyncIter
         pipeline_parallel_size=len(devices.indices),
         microbatching=mode,
         is_pinned=True,
+        enable_prefix_caching=False,
     )
     served = await launch(config, args.model, lambda text, share: None)
     try:

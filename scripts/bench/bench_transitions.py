@@ -8,6 +8,7 @@ and the latency of a single request before the first drop and after the last res
 server and a client, which take turns on the virtual devices' own cores: whom they keep waiting, a chain waits for.
 `drift`: a burst that makes the
 server drop, quiet until it has restored, and again: throughput, memory of the process and free chunks of each cycle.
+The prefix cache is off: loads that come again, with equal prompts, are to be computed each time.
 Needs a machine with nothing else to do. The last line of stdout is one JSON object; the rest goes to stderr.
 """
 
@@ -32,6 +33,7 @@ from kunserve.engine.request import Request
 from kunserve.sampling import SamplingParams
 
 ADMIN_KEY = "bench"
+NO_CACHE = "--no-enable-prefix-caching"
 ONE = Burst(1, 1000.0, 64, 64)
 LOAD = Burst(40, 1000.0, 64, 128)  # all at once: 7,680 tokens of KV
 BURST = Burst(48, 16.0, 64, 128)  # 9,216 tokens of KV
@@ -61,7 +63,7 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Undropped and dropped by turns."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
     undropped, dropped = [], []
-    async with running_server(*flags, "--pin", "--admin-key", ADMIN_KEY) as server:
+    async with running_server(*flags, NO_CACHE, "--pin", "--admin-key", ADMIN_KEY) as server:
         await measure((server.url,), ONE, 0)
         before = await latency(server)
         for seed in range(args.rounds):
@@ -83,7 +85,13 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
     """As `throughput`, of an engine in this process."""
-    config = EngineConfig(args.model, parse_devices(args.devices), num_blocks_override=args.blocks, is_pinned=True)
+    config = EngineConfig(
+        args.model,
+        parse_devices(args.devices),
+        num_blocks_override=args.blocks,
+        enable_prefix_caching=False,
+        is_pinned=True,
+    )
     served = await launch(config, "bench", lambda text, share: None)
     engine, rates = served.engine, dict[str, list[float]](undropped=[], dropped=[])
 
@@ -121,7 +129,7 @@ async def drift(args: argparse.Namespace) -> dict[str, Any]:
     """Burst and quiet, over and over."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
     cycles = []
-    async with running_server(*flags, "--restore-hold", "2") as server:
+    async with running_server(*flags, NO_CACHE, "--restore-hold", "2") as server:
         process = psutil.Process(server.pid)
         num_groups = len((await server.state())["groups"])
         for seed in range(args.cycles):

@@ -10,7 +10,7 @@ CPU time during three loads of their own, with few rows in a microbatch, with ma
 of it the devices lose is found from how long these three take: they share cores with it, and wait for the interpreter.
 Nothing is fitted to the loads that are compared. Bounds: output tokens per second and mean TTFT within 15 %, P99 TTFT
 within 25 %, as many transitions. Needs a machine with nothing else to do, for about seven minutes. Ends with 1 if a
-bound is missed; the last line is a JSON object.
+bound is missed; the last line is a JSON object. The prefix cache is off in both: each round sends equal prompts.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ CASES = {
 async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, Any]:
     """What the live server does with it: figures, and `transitions` as it tells them."""
     flags = ("--model", MODEL, "--devices", f"cpu:{NUM_DEVICES}", "--num-gpu-blocks-override", str(case.num_blocks))
-    async with running_server(*flags, "--overload-policy", case.policy) as server:
+    async with running_server(*flags, "--no-enable-prefix-caching", "--overload-policy", case.policy) as server:
         recording = Recording.of(jobs, (server.url,))
         target = Target((server.url,), await first_model(server.url, {}), extra_body={"ignore_eos": True})
         before = await spent(server)
@@ -130,7 +130,9 @@ def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
     """What the simulation says."""
     model = load_card(MODEL).config
     cost, _ = cost_model(MODEL, model, "cpu")
-    config = with_policy(EngineConfig(MODEL, num_blocks_override=case.num_blocks), case.policy)
+    config = with_policy(
+        EngineConfig(MODEL, num_blocks_override=case.num_blocks, enable_prefix_caching=False), case.policy
+    )
     shape = model_shape(model, KVShape.of(model, config.block_size, torch.float32), config.chunk_bytes)
     budget = budget_chunks(shape, None, case.num_blocks, 0)
     views = [DeviceView(i, budget) for i in range(NUM_DEVICES)]

@@ -5,6 +5,7 @@
 
 Burst A fills memory by growth (48 requests at 16/s, 64 in / 256 out), burst B by prompts (48 at 4/s, 256 in / 128
 out). A peer that runs already is measured the same way: --peer vllm=http://127.0.0.1:8101,http://127.0.0.1:8102.
+The prefix cache is off: policies are compared by what they do with KV that is in use. Start a peer without one, too.
 The last line of stdout is one JSON object; everything for people goes to stderr.
 """
 
@@ -29,6 +30,7 @@ from kunserve.loadgen.workload import Span, draw_lengths, make_jobs, poisson_arr
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
 PLENTY = "plenty"
 BLOCK_SIZE = 16
+NO_CACHE = "--no-enable-prefix-caching"
 SETTLE_S = 8.0  # after a burst: long enough for the weights to come back
 
 
@@ -78,7 +80,7 @@ def flags_of(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) ->
         tokens = max(b.num_requests * (b.num_prompt_tokens + b.num_output_tokens + BLOCK_SIZE) for b in bursts.values())
         policy, blocks = "queue", -(-tokens // BLOCK_SIZE)
     memory = ("--num-gpu-blocks-override", str(blocks), "--block-size", str(BLOCK_SIZE))
-    return ("--model", args.model, "--devices", args.devices, *memory, "--overload-policy", policy)
+    return ("--model", args.model, "--devices", args.devices, *memory, NO_CACHE, "--overload-policy", policy)
 
 
 async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> dict[str, Any]:

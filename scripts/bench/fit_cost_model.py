@@ -5,7 +5,8 @@
 Random microbatches (decode, prompts in chunks, both) run on random numbers of layers, through the executor that serves.
 All devices run the same one at once: they share the memory's bandwidth, and in serving all decode or all are busy with
 prompts at the same time. A third of the microbatches is held out and says how good the prediction is. The constants go
-to a file where the server finds them: the cache folder, or `--out`.
+to a file where the server finds them: the cache folder, or `--out`. The prefix cache is off, and has no
+part in it: microbatches are made here, not by requests that could find each other's KV.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ async def measure(args: argparse.Namespace) -> Measured:
         load_format="dummy",
         pipeline_parallel_size=1,
         max_model_len=2 * MOST_PREFIX,
+        enable_prefix_caching=False,
     )
     served = await launch(config, args.model, lambda text, share: None)
     try:
