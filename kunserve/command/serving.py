@@ -68,7 +68,7 @@ async def _load_and_serve(config: ServerConfig, events: KVPublisher | None) -> N
         async with listener.answering_with(loading_handler(lambda: progress.newest)):
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
-        for flag, why in _without_effect(config).items():
+        for flag, why in (_without_effect(config.engine) | _without_cache(config)).items():
             log.warning("a flag that changes nothing here", flag=flag, because=why)
         if events is not None and served.engine.fleet.prefixes is not None:
             served.engine.fleet.prefixes.listener = events
@@ -234,15 +234,14 @@ def _kv_events(config: ServerConfig) -> KVPublisher | None:
     return KVPublisher(config.http.kv_events, config.engine.block_size)
 
 
-def _without_effect(config: ServerConfig) -> dict[str, str]:
-    """Flags that were given and do nothing here, and why."""
-    found = {}
-    if config.http.kv_events is not None and not config.engine.enable_prefix_caching:
-        found["--kv-events-config"] = "there is no prefix cache (--enable-prefix-caching)"
-    return found | _of_gpus(config.engine)
+def _without_cache(config: ServerConfig) -> dict[str, str]:
+    """Flags that do nothing where there is no prefix cache, and why."""
+    if config.http.kv_events is None or config.engine.enable_prefix_caching:
+        return {}
+    return {"--kv-events-config": "there is no prefix cache (--enable-prefix-caching)"}
 
 
-def _of_gpus(engine: EngineConfig) -> dict[str, str]:
+def _without_effect(engine: EngineConfig) -> dict[str, str]:
     """Flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.resolved().kind != "cpu":
         return {}

@@ -15,7 +15,7 @@ from kunserve.errors import ConfigError
 
 FLAG = "--kv-events-config"
 PACKAGES = ("zmq", "msgspec")  # as they are imported
-TYPES = {"bool": bool, "str": str, "int": int, "str | None": (str, type(None))}
+TYPES: Mapping[str, type | tuple[type, ...]] = {"bool": bool, "str": str, "int": int, "str | None": (str, type(None))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ decode = msgspec.msgpack.Decoder(VllmBatch).decode
 
 async def replayed(config: KVEventsConfig, first: int = 0) -> list[tuple[int, VllmBatch]]:
     """All batches from a number on that are still kept."""
-    batches = []
+    batches: list[tuple[int, VllmBatch]] = []
     with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
         assert config.replay_endpoint is not None
         socket.linger = 0
