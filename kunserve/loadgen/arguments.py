@@ -94,7 +94,12 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add("--input-len", type=span, default=Span(128, 128), help="tokens, or low:high (default 128)")
     add("--output-len", type=span, default=Span(64, 64), help="tokens, or low:high (default 64)")
     add("--lengths-csv", type=Path, help="lengths of random rows of this file (ShareGPT lengths or Azure format)")
-    add("--trace", type=Path, help="arrivals and lengths of this file (Azure format)")
+    add(
+        "--trace",
+        type=Path,
+        help="arrivals and lengths of this file (Azure, BurstGPT; Mooncake, if called .jsonl: prompts begin alike "
+        "as its hash ids say)",
+    )
     window = checked(_window, "start:end")
     add("--trace-window", type=window, default=(0.0, math.inf), metavar="START:END", help="seconds of the trace")
     add("--limit", type=_count, help="a random choice of so many rows of the trace")

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import orjson
@@ -16,8 +16,11 @@ from numpy.random import Generator
 from kunserve.command.server_url import connection_reason
 from kunserve.loadgen.metrics import MetricSeries, poll
 from kunserve.loadgen.workload import Job, Span, stream_of
+from kunserve.sim.traces import HASHED_TOKENS
 
-PROMPT_PURPOSE, SYSTEM_PURPOSE = 9, 10  # streams of random numbers that prompts are drawn from
+T = TypeVar("T")
+
+PROMPT_PURPOSE, SYSTEM_PURPOSE, HASHED_PURPOSE = 9, 10, 11  # streams of random numbers that prompts are drawn from
 COMMON_WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work number night point home water room mother area"
@@ -134,17 +137,28 @@ def request_body(target: Target, job: Job, index: int, history: Sequence[dict[st
         "stream_options": {"include_usage": True},
     }
     if target.prompt_mode == "ids":
-        low, high = target.vocabulary.low, target.vocabulary.high
-        body["prompt"] = rng.integers(low, high, size=job.num_prompt_tokens, endpoint=True).tolist()
+        span = target.vocabulary
+        body["prompt"] = _draw(
+            target, job, rng, lambda r, n: r.integers(span.low, span.high, n, endpoint=True).tolist()
+        )
     else:  # a common word is one token in most vocabularies
-        text = _words(rng, job.num_prompt_tokens)
+        text = " ".join(_draw(target, job, rng, _words))
         is_chat = target.prompt_mode == "chat"
         body |= {"messages": [*history, {"role": "user", "content": text}]} if is_chat else {"prompt": text}
     return orjson.dumps(body | target.extra_body)
 
 
-def _words(rng: Generator, number: int) -> str:
-    return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=number))
+def _draw(target: Target, job: Job, rng: Generator, draw: Callable[[Generator, int], list[T]]) -> list[T]:
+    """Draw a job's prompt: for equal hash ids of a trace the same, and what these do not cover from `rng`."""
+    prompt: list[T] = []
+    for hash_id in job.hash_ids:
+        prompt += draw(stream_of(target.seed, HASHED_PURPOSE, hash_id), HASHED_TOKENS)
+    prompt += draw(rng, max(0, job.num_prompt_tokens - len(prompt)))
+    return prompt[: job.num_prompt_tokens]
+
+
+def _words(rng: Generator, number: int) -> list[str]:
+    return [WORDS[i] for i in rng.integers(len(WORDS), size=number)]
 
 
 async def _send_chat(
@@ -159,7 +173,7 @@ async def _send_chat(
     job, history = streams[first].job, list[dict[str, str]]()
     if job.num_system_tokens:
         rng = stream_of(target.seed, SYSTEM_PURPOSE, job.system)
-        history.append({"role": "system", "content": _words(rng, job.num_system_tokens)})
+        history.append({"role": "system", "content": " ".join(_words(rng, job.num_system_tokens))})
     for index in range(first, len(streams)):
         stream = streams[index]
         if index > first and (job.chat is None or stream.job.chat != job.chat):

@@ -52,10 +52,12 @@ def make_workload(args: argparse.Namespace) -> list[Job]:
         if arrival == kind and not given:
             raise ValueError(f"--arrival {kind} needs {flag}")
     times: list[float]
+    hash_ids: list[tuple[int, ...]] = []
     if arrival == "trace":
         rows = read_rows(args.trace, needs_times=True)
         rows = pick_rows(rows, args.trace_window, args.limit or args.num_requests, stream_of(seed, 0))
         times, lengths = [r.at_s for r in rows], [(r.num_prompt_tokens, r.num_output_tokens) for r in rows]
+        hash_ids = [row.hash_ids for row in rows]
     else:
         times = _arrivals(arrival, args.rate, args.burst, args.num_requests, seed)
         if args.lengths_csv:
@@ -63,7 +65,8 @@ def make_workload(args: argparse.Namespace) -> list[Job]:
         else:
             lengths = draw_lengths(args.input_len, args.output_len, len(times), stream_of(seed, 1))
     times = [at_s * args.time_scale for at_s in times]
-    jobs = make_jobs(times, lengths, (args.max_input, args.max_output), args.cancel_fraction, stream_of(seed, 2))
+    most = args.max_input, args.max_output
+    jobs = make_jobs(times, lengths, most, args.cancel_fraction, stream_of(seed, 2), hash_ids)
     if args.turns == 1 and args.system_len is None:
         return jobs
     if args.prompt_mode != "chat":

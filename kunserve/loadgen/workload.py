@@ -24,6 +24,7 @@ class Job:
     turn: int = 0  # it is sent with all turns before it and their answers, as soon as the last has come
     num_system_tokens: int = 0  # of the prompt that the chat begins with
     system: int = 0  # which of the system prompts that is
+    hash_ids: tuple[int, ...] = ()  # of a trace: equal ids stand for equal tokens of prompts, 512 each
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +122,17 @@ def make_jobs(
     max_lengths: tuple[int | None, int | None],
     cancel_fraction: float,
     rng: Generator,
+    hash_ids: Sequence[tuple[int, ...]] = (),
 ) -> list[Job]:
-    """Return the jobs, their lengths clipped to 1..max; the share that cancels, rounded, leaves at a random token."""
+    """Return the jobs, their lengths clipped to 1..max; the share that cancels, rounded, leaves at a random token.
+
+    `hash_ids`: of each job's prompt, or none at all.
+    """
     leaving = set(rng.permutation(len(times))[: round(cancel_fraction * len(times))].tolist())
     jobs = []
     for i, (at_s, (num_prompt, num_output)) in enumerate(zip(times, lengths, strict=True)):
         num_prompt = min(max(num_prompt, 1), max_lengths[0] or num_prompt)
         num_output = min(max(num_output, 1), max_lengths[1] or num_output)
         cancel_after = int(rng.integers(1, max(num_output, 2))) if i in leaving else None
-        jobs.append(Job(at_s, num_prompt, num_output, cancel_after))
+        jobs.append(Job(at_s, num_prompt, num_output, cancel_after, hash_ids=hash_ids[i] if hash_ids else ()))
     return jobs

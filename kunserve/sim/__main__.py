@@ -57,6 +57,7 @@ class Options:
     is_looking_ahead: bool = True
     is_restoring: bool = True
     restore_hold_s: float = 5.0
+    has_prefix_cache: bool = False
 
 
 def rows_of(options: Options) -> list[TraceRow]:
@@ -123,7 +124,7 @@ def simulate(options: Options) -> dict[str, Any]:
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
         restore_hold_s=options.restore_hold_s,
-        enable_prefix_caching=False,  # tokens of simulated prompts are all alike
+        enable_prefix_caching=options.has_prefix_cache,
         async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
     )
     if not options.is_restoring:
@@ -183,6 +184,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
     add("--no-lookahead", dest="is_looking_ahead", action="store_false", help="chains count tokens, not time")
+    add(
+        "--enable-prefix-caching",
+        dest="has_prefix_cache",
+        action="store_true",
+        help="requests that begin alike share KV, by the hash ids of a Mooncake trace; the report has prefix_hit_rate",
+    )
     add("--brief", action="store_true", help="without what is kept over time and the transitions")
     values = vars(parser.parse_args(arguments))
     is_brief = values.pop("brief")

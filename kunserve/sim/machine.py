@@ -140,7 +140,7 @@ class SimExecutor(Executor):
             tokens += num_tokens
             samples += has_sample
             is_ahead |= runs_ahead
-            num_begun += start == 0 and request.num_preemptions == 0
+            num_begun += start == request.num_cached_tokens and request.num_preemptions == 0
         work = Work(pairs // 2, keys, tokens, len(batch.spans), samples)
         return Step(work, num_begun, batch.sampled, group.in_flight[0].sampled if is_ahead else None)
 

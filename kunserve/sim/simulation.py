@@ -21,6 +21,7 @@ from kunserve.planner.microbatch import Lookahead
 from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
 from kunserve.sim.machine import NoWeights, SimMachine
+from kunserve.sim.prompts import ANY_TOKEN, make_prompt
 from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize
 from kunserve.sim.traces import TraceRow
 
@@ -122,7 +123,9 @@ class Simulation:
             answer = Answer(loop_time(), num_prompt)
             client = _Client(answer, loop, end)
             self.record.answers.append(answer)
-            request = Request(f"{i}", [1] * num_prompt, SamplingParams(num_output, ignore_eos=True, seed=0))
+            token_ids, keys = self._prompt(row, i, num_prompt)
+            request = Request(f"{i}", token_ids, SamplingParams(num_output, ignore_eos=True, seed=0))
+            request.block_keys = keys
             try:
                 engine.submit_to(request, client)
             except KunServeError as error:
@@ -132,6 +135,12 @@ class Simulation:
         while num_open:
             last_ended.clear()
             await last_ended.wait()
+
+    def _prompt(self, row: TraceRow, number: int, num_tokens: int) -> tuple[list[int], list[bytes]]:
+        """Return token ids and, if anybody looks for them, keys of full blocks."""
+        if not self._config.enable_prefix_caching:
+            return [ANY_TOKEN] * num_tokens, []
+        return make_prompt(row, number, num_tokens, self._config.block_size)
 
     async def _sample(self, engine: Engine) -> None:
         while True:
@@ -158,12 +167,19 @@ class Simulation:
         for transition in transitions:
             del transition["weight_sources"]  # there are no bytes that could come from anywhere
         busy_s, active_s = (sum(seconds) for seconds in zip((0.0, 0.0), *self._stage_seconds.values(), strict=True))
-        return summarize(self.record, self._config.block_size) | {
-            "preemptions": engine.scheduler.num_preemptions,
-            "swaps": engine.scheduler.swapped.num_swaps,
-            "migrations": engine.scheduler.num_migrations,
-            "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
-            "num_transitions": len(transitions),
-            "transitions": transitions,
-            "answers": by_answer(self.record),
-        }
+        cache = {}
+        if self._config.enable_prefix_caching:
+            cache["prefix_hit_rate"] = round(engine.metrics.prefix_hit_rate, 4)  # of all prompt tokens
+        return (
+            summarize(self.record, self._config.block_size)
+            | cache
+            | {
+                "preemptions": engine.scheduler.num_preemptions,
+                "swaps": engine.scheduler.swapped.num_swaps,
+                "migrations": engine.scheduler.num_migrations,
+                "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
+                "num_transitions": len(transitions),
+                "transitions": transitions,
+                "answers": by_answer(self.record),
+            }
+        )

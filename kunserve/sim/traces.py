@@ -1,7 +1,7 @@
 """Trace files: arrival times and lengths, in the formats that are public.
 
 CSV, told by its columns: Azure 2023 and 2024, BurstGPT (failed requests, whose answer is empty, are left out), lengths
-of ShareGPT conversations (no times). JSON lines: Mooncake (milliseconds).
+of ShareGPT conversations (no times). JSON lines: Mooncake (milliseconds; which prompts begin alike).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,8 @@ TIME_COLUMNS = ("TIMESTAMP", "arrived_at", "Timestamp")
 INPUT_COLUMNS = ("ContextTokens", "num_prefill_tokens", "Request tokens")
 OUTPUT_COLUMNS = ("GeneratedTokens", "num_decode_tokens", "Response tokens")
 BURSTGPT_OUTPUT = "Response tokens"
+HASHED_TOKENS = 512  # that one hash id of Mooncake's stands for
+MOST_HASH_ID = (1 << 32) - 1
 MOONCAKE_KEYS = ("timestamp", "input_length", "output_length")
 
 
@@ -32,6 +34,7 @@ class TraceRow:
     at_s: float
     num_prompt_tokens: int
     num_output_tokens: int
+    hash_ids: tuple[int, ...] = ()  # of the prompt's tokens, `HASHED_TOKENS` each: equal ids are equal tokens
 
 
 def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
@@ -49,7 +52,7 @@ def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
     if not rows:
         raise ValueError(f"{path} has no rows")
     first_s = min(row.at_s for row in rows)
-    rows = [TraceRow(r.at_s - first_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows]
+    rows = [replace(row, at_s=row.at_s - first_s) for row in rows]
     return sorted(rows, key=lambda row: row.at_s)
 
 
@@ -61,9 +64,7 @@ def pick_rows(
     Taking rows at random thins the trace and keeps the shape of its bursts.
     """
     start_s, end_s = window
-    rows = [
-        TraceRow(r.at_s - start_s, r.num_prompt_tokens, r.num_output_tokens) for r in rows if start_s <= r.at_s < end_s
-    ]
+    rows = [replace(row, at_s=row.at_s - start_s) for row in rows if start_s <= row.at_s < end_s]
     if not rows:
         raise ValueError(f"the trace has no rows from second {start_s:g} to {end_s:g}")
     if limit is None or limit >= len(rows):
@@ -74,16 +75,23 @@ def pick_rows(
 def upscale(rows: Sequence[TraceRow], scale: float, rng: Generator) -> list[TraceRow]:
     """`scale` times as many rows, bursts kept: each ceil(scale) times, every copy with probability scale / ceil(scale).
 
-    As KunServe's artifact does it (after TraceUpscaler). A scale below 1 thins the trace.
+    As KunServe's artifact does it (after TraceUpscaler). A scale below 1 thins the trace. Copies are of other prompts:
+    the second copies of two rows begin alike as these rows do, but a row and its copy do not.
     """
     copies = math.ceil(scale)
     kept = rng.random((len(rows), copies)) < scale / copies
-    return [row for row, n in zip(rows, kept.sum(axis=1).tolist(), strict=True) for _ in range(n)]
+    numbers = kept.sum(axis=1).tolist()
+    num_ids = 1 + max((max(row.hash_ids, default=0) for row in rows), default=0)
+    return [_copy(row, i * num_ids) for row, number in zip(rows, numbers, strict=True) for i in range(number)]
+
+
+def _copy(row: TraceRow, id_offset: int) -> TraceRow:
+    return replace(row, hash_ids=tuple(hash_id + id_offset for hash_id in row.hash_ids)) if row.hash_ids else row
 
 
 def stretch(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
     """The same rows at `factor` times their times: 2 is half the rate."""
-    return [TraceRow(row.at_s * factor, row.num_prompt_tokens, row.num_output_tokens) for row in rows]
+    return [replace(row, at_s=row.at_s * factor) for row in rows]
 
 
 def sample_lengths(rows: Sequence[TraceRow], count: int, rng: Generator) -> list[tuple[int, int]]:
@@ -126,7 +134,14 @@ def _parse_json(path: Path, file: TextIO) -> Iterator[TraceRow]:
             _seconds(str(at), f"{where}, timestamp") / 1e3,
             _count(str(prompt), f"{where}, input_length"),
             _count(str(output), f"{where}, output_length"),
+            _hash_ids(row.get("hash_ids", []), where),
         )
+
+
+def _hash_ids(values: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v <= MOST_HASH_ID for v in values):
+        raise ValueError(f"{where}: hash_ids is not a list of numbers from 0 to {MOST_HASH_ID}")
+    return tuple(values)
 
 
 def _count(text: str | None, where: str) -> int:

@@ -186,6 +186,30 @@ def test_an_arrival_without_its_flag(kind: str) -> None:
         workload("--arrival", kind)
 
 
+def test_prompts_of_a_mooncake_trace_begin_alike_as_its_hash_ids_say(tmp_path: Path) -> None:
+    path = tmp_path / "mooncake.jsonl"
+    rows = [(1000, [7, 8]), (1300, [7, 8, 9]), (600, [7, 5]), (900, [6])]
+    path.write_text(
+        "\n".join(
+            json.dumps({"timestamp": i, "input_length": length, "output_length": 4, "hash_ids": ids})
+            for i, (length, ids) in enumerate(rows)
+        )
+    )
+    args = build_parser("loadgen", "").parse_args(["--trace", str(path)])
+    jobs = command.make_workload(args)
+    assert [job.hash_ids for job in jobs] == [tuple(ids) for _, ids in rows]
+    for mode, in_words in (("ids", False), ("text", True)):
+        target = Target(("http://x",), "m", mode, seed=3)  # type: ignore[arg-type]
+        prompts = [json.loads(request_body(target, job, i))["prompt"] for i, job in enumerate(jobs)]
+        first, second, third, fourth = (prompt.split() if in_words else prompt for prompt in prompts)
+        assert list(map(len, (first, second, third, fourth))) == [1000, 1300, 600, 900]
+        assert first == second[:1000] and first[:512] == third[:512] and first[512:600] != third[512:]
+        assert fourth[:512] != first[:512]
+        other = json.loads(request_body(target, jobs[3], 9))["prompt"]
+        other = other.split() if in_words else other
+        assert fourth[:512] == other[:512] and fourth[512:] != other[512:]  # what no id covers is nobody else's
+
+
 def test_prompts_are_exact_and_follow_from_seed_and_index() -> None:
     job = Job(0.0, 300, 8)
     target = Target(("http://x",), "m", vocabulary=Span(10, 12), extra_body={"min_tokens": 8, "temperature": 1})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from numpy.random import default_rng
 
-from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
+from kunserve.sim.traces import TraceRow, pick_rows, read_rows, stretch, upscale
 
 FILES = {
     "azure2023.csv": (
@@ -43,6 +43,16 @@ def test_public_formats(name: str, tmp_path: Path) -> None:
     assert [r.at_s for r in rows] == pytest.approx([row[0] for row in expected], abs=1e-6)
 
 
+def test_hash_ids_stay_with_their_rows_and_copies_have_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text(FILES["mooncake.jsonl"][0])
+    rows = read_rows(path, needs_times=True)
+    assert [row.hash_ids for row in rows] == [(46,), (46, 47)]
+    assert [row.hash_ids for row in stretch(rows, 2.0)] == [(46,), (46, 47)]
+    assert [row.hash_ids for row in pick_rows(rows, (1.0, 9.0), None, default_rng(0))] == [(46, 47)]
+    assert [row.hash_ids for row in upscale(rows, 2.0, default_rng(0))] == [(46,), (94,), (46, 47), (94, 95)]
+
+
 def test_lengths_need_no_times(tmp_path: Path) -> None:
     path = tmp_path / "sharegpt.csv"
     path.write_text("num_prefill_tokens,num_decode_tokens\n74,918\n")
@@ -58,6 +68,8 @@ def test_lengths_need_no_times(tmp_path: Path) -> None:
         ("[]", "line 1: no timestamp"),
         ('{"timestamp": 1, "input_length": 3}', "line 1: no output_length"),
         ('{"timestamp": 1, "input_length": "many", "output_length": 1}', "line 1, input_length: 'many'"),
+        ('{"timestamp": 1, "input_length": 3, "output_length": 1, "hash_ids": [-1]}', "line 1: hash_ids is not a list"),
+        ('{"timestamp": 1, "input_length": 3, "output_length": 1, "hash_ids": 7}', "line 1: hash_ids is not a list"),
     ],
 )
 def test_a_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> None:
