@@ -16,7 +16,8 @@ import structlog
 
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.fleet import Fleet
-from kunserve.engine.group import Group
+from kunserve.engine.group import Group, Stage
+from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.exchange import Exchange, Moving
 from kunserve.engine.regroup.followers import Followers
@@ -254,11 +255,21 @@ class Reconfigure:
         is_empty = True
         for group in groups:
             for stage in group.stages:
-                with self._fleet.emptying(group, stage, targets[stage.device]) as tail:
-                    layers = range(stage.first_layer, stage.last_layer)
-                    await self.exchange.transfers.within(stage.device, layers, tail.moved)
-                is_empty &= tail.is_whole
+                is_empty &= await self._empty_tail(group, stage, targets[stage.device])
         return is_empty
+
+    async def _empty_tail(self, group: Group, stage: Stage, limit: int) -> bool:
+        """Move the live blocks of one stage; cached ones with them, unless that fails: they are given up then."""
+        try:
+            with self._fleet.emptying(group, stage, limit) as tail:
+                layers = range(stage.first_layer, stage.last_layer)
+                await self.exchange.transfers.within(stage.device, layers, tail.moved)
+        except Exception as error:
+            if not self._fleet.give_up_followers(group):
+                raise
+            log_failure("cached blocks are lost", error, group=group.group_id)
+            return await self._empty_tail(group, stage, limit)
+        return tail.is_whole
 
     async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
         """Undo a restore before its split: drop what came, and give the chunks to KV again."""
