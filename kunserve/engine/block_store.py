@@ -60,6 +60,12 @@ class BlockStore:
         self._followers: defaultdict[Group, deque[Follower]] = defaultdict(deque)  # of a group; the hottest first
         self._convoys: list[Convoy] = []  # under way
 
+    @property
+    def num_following(self) -> int:
+        """Return how many cached blocks are on their way: they occupy their places until then."""
+        on_the_way = (*self._followers.values(), *(convoy.followers for convoy in self._convoys))
+        return sum(map(len, on_the_way))
+
     # --- tables of a group --------------------------------------------------------------------------------------
 
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:

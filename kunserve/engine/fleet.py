@@ -299,6 +299,11 @@ class Fleet:
         """Let others find the blocks of a convoy: its KV has arrived. Or free them: it is lost."""
         self._blocks.end(convoy, is_lost=is_lost)
 
+    @property
+    def num_following(self) -> int:
+        """Return how many cached blocks are on their way."""
+        return self._blocks.num_following
+
     def settle_followers(self, group: Group) -> None:
         """Let others find blocks of a group again that were beyond a limit."""
         self._blocks.settle(group)
