@@ -260,9 +260,9 @@ class Scheduler:
     def _worth(self, head: Request, num_tokens: int) -> float:
         """Return what not computing the first tokens of a request is worth, in the unit of `Policy.load`.
 
-        One more request that runs costs its group a row in each step that a new one takes part in.
+        Each request that runs costs a new one a row in each step that they share, and the new one costs it as much.
         """
-        num_rows = max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
+        num_rows = 2 * max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
         if self.lookahead is None:
             return num_tokens / num_rows
         row_s = self.lookahead.added_time(Chunk(head.num_tokens, 1, 1))
