@@ -14,7 +14,7 @@ from typing import Any
 from kunserve.api.say.calls.formats import new_call_id
 from kunserve.api.say.calls.json_reader import whole_arguments
 from kunserve.api.say.calls.marks import first_mark, held_back, mark_at
-from kunserve.api.say.calls.parser import joined
+from kunserve.api.say.calls.stepwise import Stepwise, joined
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Reasoning, Text
 
 _MESSAGE = "<|message|>"
@@ -33,30 +33,23 @@ class _Place(enum.Enum):
     CALL = enum.auto()
 
 
-class Channels:
+class Channels(Stepwise):
     """Reads one output. Implements `parser.ToolParser`, and tells the reasoning as well."""
+
+    _place: _Place
 
     def __init__(
         self, tools: Sequence[Mapping[str, Any]] = (), is_open: bool = False, reads_calls: bool = True
     ) -> None:
         """`is_open`: the prompt has begun an analysis. Not `reads_calls`: they are text."""
+        super().__init__()
         self._names = {tool["function"]["name"] for tool in tools}
         self._place = _Place.REASONING if is_open else _Place.UNDECIDED
         self._reads_calls = reads_calls
-        self._buffer = ""
         self._num_calls = 0
         self._arguments: str | None = None  # of this call, as long as they may be no object; then they go out
         self._is_told: set[_Place] = set()  # what has been said of
         self._breaks_line = False  # this message goes on with what one before has said
-
-    def push(self, text: str) -> list[Delta]:
-        """See `ToolParser`."""
-        self._buffer += text
-        deltas: list[Delta] = []
-        before = None
-        while self._buffer and before != (before := (len(self._buffer), self._place)):
-            deltas += self._step()
-        return joined(deltas)
 
     def finish(self, is_cut: bool) -> list[Delta]:
         """See `ToolParser`."""

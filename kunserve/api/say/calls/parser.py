@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from kunserve.api.say.calls.formats import CallFormat, Tags, new_call_id
 from kunserve.api.say.calls.json_reader import JsonReader
 from kunserve.api.say.calls.marks import first_mark, held_back, mark_at
+from kunserve.api.say.calls.stepwise import Stepwise, joined
 from kunserve.api.say.calls.tag_reader import TagReader
 from kunserve.api.say.calls.values import ArgumentTypes
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Text
@@ -54,31 +55,24 @@ class _Place(enum.Enum):
     CALL = enum.auto()
 
 
-class CallsParser:
+class CallsParser(Stepwise):
     """Reads one format."""
+
+    _place: _Place
 
     def __init__(self, form: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """`tools`: of the request, for what only they can tell."""
+        super().__init__()
         self._form = form
         self._opening = "" if form.tags is None else form.tags.name[0]  # of a name: nothing to leave out
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         self._place = _Place.UNDECIDED if form.is_bare else _Place.TEXT
-        self._buffer = ""
         self._reader: Reader | None = None
         self._num_calls = 0
         self._brackets = ""  # that have been passed over, text if no call follows
         self._is_raw = False  # the text is inside of marks, because it is no call
         self._is_behind_call = False  # what closes it is still to come
         self._strips_text = False  # blanks between calls say nothing
-
-    def push(self, text: str) -> list[Delta]:
-        """See `ToolParser`."""
-        self._buffer += text
-        deltas: list[Delta] = []
-        before = None
-        while self._buffer and before != (before := (len(self._buffer), self._place)):
-            deltas += self._step()
-        return joined(deltas)
 
     def finish(self, is_cut: bool) -> list[Delta]:
         """See `ToolParser`."""
@@ -263,17 +257,3 @@ class NamedCall:
     def finish(self, is_cut: bool) -> list[Delta]:
         """See `ToolParser`."""
         return []
-
-
-def joined(deltas: list[Delta]) -> list[Delta]:
-    """Return the same with neighbours of a kind in one."""
-    result: list[Delta] = []
-    for delta in deltas:
-        last = result[-1] if result else None
-        if isinstance(delta, CallArguments) and isinstance(last, CallArguments) and last.index == delta.index:
-            result[-1] = CallArguments(delta.index, last.text + delta.text)
-        elif isinstance(delta, Text) and isinstance(last, Text):
-            result[-1] = Text(last.text + delta.text)
-        else:
-            result.append(delta)
-    return result
