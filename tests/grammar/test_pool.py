@@ -107,11 +107,11 @@ async def test_who_is_killed_goes_on_exactly(kill: Callable[[Pool], None], is_wa
         if is_waiting and kill is crash_process:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
+        await until(lambda: not set(stopped) & set(processes_of(pool)))  # on a busy machine one may answer until then
         found += await spell(first, text[4 + is_waiting :])
         others += await spell(second, text[2:])
         assert found == expected
         assert len(others) == len(text) and first.is_finished and second.is_finished
-        assert not set(stopped) & set(processes_of(pool))
 
 
 async def waiting(pool: Pool, num: int) -> list[GrammarConstraint]:
