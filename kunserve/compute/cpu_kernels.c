@@ -39,7 +39,6 @@
 #endif
 #define NR 4               /* rows of W in a linear tile: four outputs are reduced at once */
 #define KB 2048            /* longest run along K of one tile */
-#define ALONE 2            /* up to so many rows of x, nothing is fetched: the CPU sees one stream and runs ahead */
 #define AHEAD (36 << 8)    /* floats of W from what is read to what is fetched */
 #define XBYTES (256 << 10) /* of x that stay in L2 while W passes */
 #define TT 32              /* positions of keys in an attention tile */
@@ -255,7 +254,7 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
       t.w = w + n * K + k;
       t.bias = bias ? bias + n : 0;
       t.ahead = w + n * K + k * nr + AHEAD; /* in order of address; past the end of W is mostly what is read next */
-      int64_t ahead = M > ALONE ? nr : 0; /* vectors to fetch per step along k, over the last tiles of x */
+      int64_t ahead = nr; /* vectors to fetch per step along k, over the last tiles of x */
       for (int64_t i = 0, m = 0; i < num_tiles; i++) {
         const int64_t tiles_left = num_tiles - i, mr = (M - m + tiles_left - 1) / tiles_left; /* as even as can be */
         t.x = x + m * K + k;
