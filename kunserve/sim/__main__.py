@@ -16,7 +16,7 @@ from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.card import load_card
 from kunserve.sim.cluster import GIB, parse_cluster
-from kunserve.sim.policies import POLICIES, with_policy
+from kunserve.sim.policies import PLENTY, PLENTY_TIMES, POLICIES, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
 from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
 from kunserve.version import add_version_flag
@@ -115,6 +115,8 @@ def simulate(options: Options) -> dict[str, Any]:
     cluster = parse_cluster(options.cluster)
     if options.memory_gib is not None:
         cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
+    if options.policy == PLENTY:
+        cluster = replace(cluster, memory_times=PLENTY_TIMES)
     config = EngineConfig(
         options.model,
         block_size=options.block_size,

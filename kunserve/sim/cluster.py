@@ -33,18 +33,27 @@ class Cluster:
     rdma: float
     pcie: float = 25e9
     memory_bytes: int = 80 * GIB
+    memory_times: int = 1  # each GPU as if it had so many times its memory, in instances of as many GPUs as without
 
 
+# Links as datasheets give them: NVLink in one direction; where there is none, PCIe between two GPUs (a 4090 goes
+# through the host: twice), and a network card of 200 or 400 Gbit/s.
 _KINDS = {
+    "A100-40": Cluster("", 0, "a100-40", 8, 300e9, 25e9, memory_bytes=40 * GIB),
+    "A100-80": Cluster("", 0, "a100-80", 8, 300e9, 25e9),
     "A800": Cluster("", 0, "a800", 1, 200e9, 25e9),
-    "H800": Cluster("", 0, "h800", 8, 300e9, 50e9),
+    "L40S": Cluster("", 0, "l40s", 8, 25e9, 25e9, memory_bytes=48 * GIB),
+    "4090": Cluster("", 0, "rtx-4090", 8, 12e9, 12e9, memory_bytes=24 * GIB),
     "H100": Cluster("", 0, "h100", 8, 450e9, 50e9),
+    "H800": Cluster("", 0, "h800", 8, 300e9, 50e9),
+    "H200": Cluster("", 0, "h200", 8, 450e9, 50e9, pcie=50e9, memory_bytes=141 * GIB),
+    "B200": Cluster("", 0, "b200", 8, 900e9, 50e9, pcie=50e9, memory_bytes=180 * GIB),
 }
 
 
 def parse_cluster(text: str) -> Cluster:
     """`8xA800`: so many GPUs, in servers as the paper has them; ConfigError otherwise."""
-    match = re.fullmatch(r"(\d{1,5})x(\w+)", text.strip())
+    match = re.fullmatch(r"(\d{1,5})x([\w-]+)", text.strip())
     if not match or match[2] not in _KINDS or int(match[1]) < 1:
         raise ConfigError(f"--cluster {text}: write for instance 8xA800; known GPUs are {', '.join(_KINDS)}")
     return replace(_KINDS[match[2]], name=text.strip(), num_gpus=int(match[1]))
@@ -78,7 +87,7 @@ class Instances:
     @property
     def memory_bytes(self) -> int:
         """What each has for weights and KV."""
-        return int(self.cluster.memory_bytes * USABLE) * self.gpus
+        return int(self.cluster.memory_bytes * USABLE) * self.gpus * self.cluster.memory_times
 
     def cost(self, model: ModelConfig) -> CostModel:
         """Predicted times of a model on one of them."""

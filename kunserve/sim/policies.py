@@ -1,4 +1,4 @@
-"""The overload policies that can be simulated: the engine's own, and one more to compare with."""
+"""The overload policies that can be simulated: the engine's own, and two more to compare with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from kunserve.config import EngineConfig
 from kunserve.policies import OverloadPolicy
 
 PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
-POLICIES = (*OverloadPolicy, PIPELINE)
+PLENTY = "plenty"  # memory for KV that never ends: what any policy could reach at best
+POLICIES = (*OverloadPolicy, PIPELINE, PLENTY)
+PLENTY_TIMES = 16  # a GPU's memory
 
 
 def with_policy(config: EngineConfig, policy: str) -> EngineConfig:
     """Return the configuration for one of `POLICIES`."""
     if policy == PIPELINE:
         return replace(config, overload_policy=OverloadPolicy.RECOMPUTE, pipeline_parallel_size=2)
+    if policy == PLENTY:
+        return replace(config, overload_policy=OverloadPolicy.RECOMPUTE)
     return replace(config, overload_policy=OverloadPolicy(policy))

@@ -121,6 +121,22 @@ def test_a_device_is_as_many_gpus_as_the_model_needs() -> None:
         Instances.of(large, parse_cluster("2xH800"))
 
 
+@pytest.mark.parametrize("kind", ["A100-40", "A100-80", "A800", "L40S", "4090", "H100", "H800", "H200", "B200"])
+def test_gpus_that_are_known(kind: str) -> None:
+    model, cluster = load_card("qwen3-8b").config, parse_cluster(f"8x{kind}")
+    instances = Instances.of(model, cluster)
+    cost = instances.cost(model)
+    weights_s = cost.load_s * model.num_layers + cost.head_load_s
+    assert 1e-3 < weights_s < 30e-3  # 16 GB, read at 0.6 to 6 TB/s
+    assert instances.bandwidth(0, 1) > 0 and instances.memory_bytes > 16e9
+
+
+def test_nothing_is_faster_than_plenty(reports: dict[str, dict[str, Any]]) -> None:
+    plenty = reports["plenty"]
+    assert plenty["preemptions"] == 0 and plenty["transitions"] == []
+    assert all(plenty["ttft_s"]["p99"] <= report["ttft_s"]["p99"] for report in reports.values())
+
+
 @pytest.mark.parametrize("text", ["A800", "8xZ9", "0xA800", "-1xA800"])
 def test_a_cluster_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write for instance 8xA800"):
