@@ -22,6 +22,7 @@ from kunserve.grammar.process import KILLED, Death, DiedError, Process
 log = structlog.get_logger()
 
 MAX_PROCESSES, MAX_BYTES = 256, 4 << 30  # beyond, those that nobody waits for end, the longest unused first
+MAX_IDLE = 32  # processes that nobody follows: should the fork server die, all end at once, and keep the cores busy
 IDLE_S = 60.0  # after so long without a request a process ends
 MAX_REFUSED = 4096  # that are remembered
 MAX_KILLED = 3  # processes that somebody else ended while they compiled one structure
@@ -204,13 +205,16 @@ class Pool:
         process.end()
 
     def _make_room(self) -> None:
-        """End processes that nobody waits for until one more fits."""
+        """End processes that nobody waits for until one more fits, and those beyond `MAX_IDLE` that nobody follows."""
         num_bytes = sum(process.memory_bytes for process in self._processes)
+        num_idle = sum(not process.followers for process in self._processes)
         for process in sorted(self._processes, key=lambda process: process.used_s):
-            if len(self._processes) < MAX_PROCESSES and num_bytes < MAX_BYTES:
+            is_full = len(self._processes) >= MAX_PROCESSES or num_bytes >= MAX_BYTES
+            if not is_full and num_idle <= MAX_IDLE:
                 return
-            if not process.is_busy:
+            if not process.is_busy and (is_full or not process.followers):
                 num_bytes -= process.memory_bytes
+                num_idle -= not process.followers
                 self._end(process)
 
     def _sweep(self) -> None:

@@ -239,6 +239,21 @@ async def test_room_is_made_for_new_ones_and_old_ones_come_back(monkeypatch: pyt
             assert (await spell(place, "abc"))[0] == {ord("a")} and place.is_finished
 
 
+async def test_few_processes_that_nobody_follows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "MAX_IDLE", 2)
+    async with open_pool() as pool:
+        followed = await constraint(pool, DIGITS)
+        await spell(followed, "1")
+        [kept] = processes_of(pool)
+        for i in range(6):
+            place = await constraint(pool, ("regex", f"{i}abc"))
+            await spell(place, str(i))
+            place.close()
+        await until(lambda: len(processes_of(pool)) <= 4)  # it, two, and the one that came last
+        assert kept in processes_of(pool)
+        assert await spell(followed, "2z") and followed.is_finished
+
+
 async def test_a_vocabulary_that_cannot_be_used() -> None:
     async with open_pool(Vocabulary(lambda: "no tokenizer", 300, ())) as pool:
         with pytest.raises(KunServeError, match="vocabulary cannot be used"):
