@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
+from kunserve.engine.run_ahead import RunAhead
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals
 
 
 class Dispatch:
-    """Gives every chain as many microbatches as it has stages, and one to go on with while results are looked at."""
+    """Gives every chain as many microbatches as it has stages, and in time one to go on with meanwhile."""
 
     def __init__(self, fleet: Fleet, scheduler: Scheduler, signals: Signals) -> None:
         self._fleet, self._scheduler, self._signals = fleet, scheduler, signals
+        self._run_ahead = RunAhead(scheduler.lookahead, self._due)
         self._free: dict[int, Group] = {}  # groups that have a slot for a microbatch, by id
 
     def take_changed(self) -> list[Group]:
@@ -41,6 +43,8 @@ class Dispatch:
                 batch = self._scheduler.schedule(group, free, self._fleet.epoch)
                 if batch is not None:
                     progress = True
+                    if group.num_in_flight == 1:
+                        self._run_ahead.began(group)
                     if not self._has_slot(group):
                         self._free.pop(group.group_id, None)
                     yield group, batch
@@ -48,8 +52,19 @@ class Dispatch:
 
     def came_back(self, group: Group) -> None:
         """Note that a microbatch of a group has come back, and left its slot."""
-        self._free[group.group_id] = group
+        self._run_ahead.ended(group)
+        if group.in_flight:
+            self._run_ahead.began(group)
+        if self._has_slot(group):
+            self._free[group.group_id] = group
+
+    def _due(self, group: Group) -> None:
+        """Let a group have the microbatch that it goes on with."""
+        if self._has_slot(group):
+            self._free[group.group_id] = group
+            self._signals.wake(group)
 
     def _has_slot(self, group: Group) -> bool:
         """Whether its chain takes one more microbatch."""
-        return group.num_in_flight < len(group.stages) + self._scheduler.limits.num_ahead
+        num_free = len(group.stages) - group.num_in_flight
+        return num_free > 0 or (num_free + self._scheduler.limits.num_ahead > 0 and self._run_ahead.is_due(group))

@@ -1,0 +1,78 @@
+"""Running ahead: when a device gets a microbatch to go on with, while it still works on the one before.
+
+Too late, it waits for the host between two steps. Too early, whoever comes in the meantime waits for two steps instead
+of one. So it gets it shortly before it is predicted to be done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kunserve.engine.batch import Microbatch
+from kunserve.engine.group import Group
+from kunserve.engine.signals import loop_time
+from kunserve.planner.cost import Chunk, Work
+from kunserve.planner.microbatch import Lookahead
+
+# Before the predicted end, the longer of both: what a busy host needs to schedule, and what predictions are wrong by.
+HOST_S, MARGIN = 0.015, 0.25
+LEARNING_RATE = 0.2  # how fast predictions follow what steps take
+
+
+@dataclass(slots=True)
+class _Step:
+    """A microbatch that a device works on, and nothing is queued behind it."""
+
+    started_s: float
+    predicted_s: float
+    timer: asyncio.TimerHandle | None  # None: it is due
+
+
+class RunAhead:
+    """Knows for each group whether it is time for a microbatch to go on with. Used on the event loop.
+
+    Groups of one device only: a chain always has several microbatches on their way, and none of them ends the others.
+    """
+
+    def __init__(self, lookahead: Lookahead | None, on_due: Callable[[Group], None]) -> None:
+        """`on_due` is called when the time has come for a group. Without `lookahead` it always has."""
+        self._lookahead, self._on_due = lookahead, on_due
+        self._steps: dict[int, _Step] = {}  # by group id
+        self._slowness = 1.0  # what steps take of what the cost model predicts
+
+    def is_due(self, group: Group) -> bool:
+        """Return whether a group whose device works may have one more microbatch."""
+        step = self._steps.get(group.group_id)
+        return step is None or step.timer is None
+
+    def began(self, group: Group) -> None:
+        """Note that the device of a group begins with the only microbatch in flight."""
+        if self._lookahead is None or len(group.stages) > 1:
+            return
+        predicted_s = self._lookahead.time(_work(group.in_flight[0]))
+        expected_s = predicted_s * self._slowness
+        delay_s = expected_s - max(HOST_S, MARGIN * expected_s)
+        timer = None
+        if delay_s > 0:
+            timer = asyncio.get_running_loop().call_later(delay_s, self._due, group)
+        self._steps[group.group_id] = _Step(loop_time(), predicted_s, timer)
+
+    def ended(self, group: Group) -> None:
+        """Note that the microbatch that began has come back."""
+        if (step := self._steps.pop(group.group_id, None)) is None:
+            return
+        if step.timer is not None:
+            step.timer.cancel()
+        if step.predicted_s > 0:
+            slowness = (loop_time() - step.started_s) / step.predicted_s
+            self._slowness += LEARNING_RATE * (slowness - self._slowness)
+
+    def _due(self, group: Group) -> None:
+        self._steps[group.group_id].timer = None
+        self._on_due(group)
+
+
+def _work(batch: Microbatch) -> Work:
+    return Work.of(Chunk(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)
