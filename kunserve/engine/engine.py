@@ -21,6 +21,7 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
 from kunserve.engine.request import Constraint, Output, Request
+from kunserve.engine.retries import Retries
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits
@@ -34,6 +35,7 @@ from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.engine.view import View
 from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.refusal import log_failure
 from kunserve.model.config import ModelConfig
 from kunserve.observe.metrics import EngineStats, Metrics
 from kunserve.sampling import FinishReason
@@ -72,6 +74,7 @@ class Engine:
         self._drained: asyncio.Event | None = None  # while draining
         self._last_step_s = 0.0
         self._dispatch = Dispatch(fleet, scheduler, signals)
+        self._retries = Retries(fleet, scheduler, signals, metrics)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -164,13 +167,14 @@ class Engine:
 
     # --- operators ----------------------------------------------------------------------------------------------
 
-    async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+    async def drop(self, group_ids: Sequence[int] | None = None, *, is_forced: bool = False) -> dict[str, Any]:
         """Merge these groups, or the two smallest; the transition's state once its epoch is committed.
 
-        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now.
+        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now, or would take KV
+        from live requests and is not forced.
         """
         assert self.control is not None
-        return await self.control.drop(group_ids)
+        return await self.control.drop(group_ids, is_forced=is_forced)
 
     async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """Split these groups, or the largest, once; as `drop`. A restore that a burst cancelled says so."""
@@ -218,12 +222,11 @@ class Engine:
 
     async def _step(self, group: Group, batch: Microbatch, execution: Coroutine[Any, Any, list[SampledToken]]) -> None:
         """Take a microbatch from its launch to its published tokens: forward, judge, commit, publish."""
-        started, tokens, failure = loop_time(), list[SampledToken](), None
-        results = list[Result]()
+        started, tokens, results, failure = loop_time(), list[SampledToken](), list[Result](), None
         try:
             try:
                 tokens = await execution
-            except Exception as error:  # whatever went wrong on the device ends these requests, not the server
+            except Exception as error:  # whatever went wrong on the device, the server goes on
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.signals.next_commit(group)
@@ -238,11 +241,12 @@ class Engine:
             self._num_in_flight -= 1
         self._commit(group, batch)
         if failure is None:
+            self._retries.came_back(group, batch)
             self._publish(group, batch, results)
             if self.mover is not None:
                 self.mover.stepped(group, group.returned(started, loop_time()))
         else:
-            self._fail_all(group, batch, failure)
+            self._retry(group, batch, failure)
         self._last_step_s = loop_time()
         self._dispatch.came_back(group)
         self.signals.progress(group.group_id)
@@ -265,7 +269,7 @@ class Engine:
         now, num_generated = loop_time(), 0
         for result in results:
             result.add_prompt_logprobs()
-            if result.request.finish_reason is not None:
+            if result.request.is_over_here:
                 continue
             self.fleet.computed(result.request, group)
             live = self._live[result.request.request_id]
@@ -296,14 +300,14 @@ class Engine:
         else:
             self._finish(live, output.finish_reason, output)
 
-    def _fail_all(self, group: Group, batch: Microbatch, error: Exception) -> None:
-        """End the requests of a microbatch that failed; the whole engine if its device is lost."""
-        log.error("step failed", group=group.group_id, requests=len(batch.spans), exc_info=error)
+    def _retry(self, group: Group, batch: Microbatch, error: Exception) -> None:
+        """Let the requests of a microbatch that failed start over; the whole engine ends if its device is lost."""
+        log_failure("step failed", error, group=group.group_id, requests=len(batch.spans))
         message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
-        for span in batch.spans:
-            if span.request.finish_reason is None:
-                self._fail(self._live[span.request.request_id], EngineError(message))
-        if isinstance(error, DeviceLostError):
+        is_lost = isinstance(error, DeviceLostError)
+        for request in self._retries.failed(group, batch, is_lost=is_lost):
+            self._fail(self._live[request.request_id], EngineError(message))
+        if is_lost:
             self.halt()
 
     # --- endings ------------------------------------------------------------------------------------------------
@@ -396,7 +400,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The figures that metrics show."""
-        return self.view.stats()
+        return self.view.stats(self.control.demand_over_undropped() if self.control is not None else 0.0)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """What `/kunserve/state` shows, with the last `num_transitions` or all that are remembered."""

@@ -95,6 +95,10 @@ class Fleet:
         """Let a group take requests from the queue, or keep its blocks for KV that is on its way."""
         group.is_admitting = is_admitting
 
+    def set_suspect(self, group: Group, is_suspect: bool) -> None:
+        """Let a group take no requests while there are others, or take them again."""
+        group.is_suspect = is_suspect
+
     # --- requests in their group --------------------------------------------------------------------------------
 
     def admit(self, request: Request, group: Group, *, finds_prefix: bool = False) -> None:
@@ -168,6 +172,26 @@ class Fleet:
         if not num_found or self.prefixes is None:
             return 0
         return sum(block.num_refs > 0 for block in self.prefixes.find(group, request.block_keys[:num_found]))
+
+    def is_prefix_coming(self, request: Request, group: Group) -> bool:
+        """Return whether the next block that a waiting request would have to compute in `group` is being computed.
+
+        Whoever began with it has the same tokens up to there: one of them computes them for all.
+        """
+        if self.prefixes is None:
+            return False
+        num_found = self.prefix_lengths(request).get(group.group_id, 0)
+        if num_found >= self._most_found(request):
+            return False
+        key = extend_keys(request, group.block_size)[num_found]
+        end = (num_found + 1) * group.block_size
+        return any(
+            r.num_computed_tokens < end <= r.num_tokens
+            and r.finish_reason is None
+            and not (r.is_moving or r.has_failed)
+            and extend_keys(r, group.block_size)[num_found] == key
+            for r in group.running
+        )
 
     def _most_found(self, request: Request) -> int:
         """Blocks that it may find: its last token has to be computed, or all of them if their logits are asked for."""

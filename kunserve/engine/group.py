@@ -50,6 +50,7 @@ class Group:
     origin: Origin | None = None  # how it was launched or merged
     num_pauses: int = 0  # that hold it now: see `Fleet.pause`
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
+    is_suspect: bool = False  # step after step failed: no requests while there are other groups
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
     occupancy: Occupancy = field(init=False)  # of the stages, kept by `Executor.execute`
 

@@ -18,7 +18,7 @@ class Control(Protocol):
     def finished(self, request: Request) -> None:
         """Called when a request has ended."""
 
-    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
+    async def drop(self, group_ids: Sequence[int] | None, *, is_forced: bool) -> dict[str, Any]:
         """As `Engine.drop`."""
 
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
@@ -26,6 +26,9 @@ class Control(Protocol):
 
     def state(self, num_transitions: int | None) -> dict[str, Any]:
         """What `/kunserve/state` shows of it; the last so many transitions, or all."""
+
+    def demand_over_undropped(self) -> float:
+        """Blocks that all requests are expected to need, over those that there are without any drop."""
 
     async def stop(self) -> None:
         """End what is under way."""

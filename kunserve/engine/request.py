@@ -37,6 +37,9 @@ class Constraint(Protocol):
     async def settled(self) -> None:
         """Return when `error` and `is_finished` are known for all accepted tokens: after a bounded time."""
 
+    def release(self) -> None:
+        """The token that was to be accepted next does not come now: who waits for the mask after it may go on."""
+
     def close(self) -> None:
         """Nothing will be accepted any more: whoever waits may go on, with any token."""
 
@@ -83,11 +86,25 @@ class Request:
     num_preemptions: int = 0
     num_in_flight: int = 0  # microbatches that carry it now
     is_moving: bool = False  # its KV is being exchanged: not schedulable
+    has_failed: bool = False  # in a step: not schedulable, it starts over once no microbatch carries it
+    num_failures: int = 0  # steps that failed with it alone, since it came further
+    suspect_until: int = 0  # so many tokens have to be computed until it is no longer suspected: see engine/retries.py
+    avoids: int | None = None  # id of the group in which a step with it failed last
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as they are known
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a step may fail because of it: it goes alone."""
+        return self.num_computed_tokens < self.suspect_until
+
+    @property
+    def is_over_here(self) -> bool:
+        """Whether what a step brings to it is of no use: it has ended, or starts over."""
+        return self.finish_reason is not None or self.has_failed or self.group_id is None
 
     @property
     def num_tokens(self) -> int:

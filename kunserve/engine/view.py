@@ -27,12 +27,13 @@ class View:
         self.overload_policy: OverloadPolicy | None = None  # as the flag names it
         self.no_drop: str | None = None  # why no weights are ever dropped by themselves
 
-    def stats(self) -> EngineStats:
+    def stats(self, demand_over_undropped: float = 0.0) -> EngineStats:
         """The figures that metrics show."""
         return EngineStats(
             num_running=self._fleet.num_running,
             num_waiting=self._scheduler.num_waiting,
-            num_blocks=sum(g.num_blocks for g in self._fleet.groups),
+            # While KV goes by layer, blocks beyond the limit are used, too: they are mapped, layer by layer.
+            num_blocks=sum(max(g.num_blocks, g.num_used) for g in self._fleet.groups),
             num_used_blocks=sum(g.num_used for g in self._fleet.groups),
             num_idle_blocks=sum(len(g.idle) for g in self._fleet.groups),
             block_size=self._fleet.groups[0].block_size,
@@ -41,6 +42,7 @@ class View:
                 GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(loop_time())) for g in self._fleet.groups
             ),
             weights_dropped_bytes=self._launched_weight_bytes - _weight_bytes(self._memories),
+            demand_over_undropped=demand_over_undropped,
         )
 
     def state(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class View:
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
             "weights": memory.weights.present,
             "home": home,
-            "blocks": {"total": fleet.pools[index].limit, "used": fleet.num_used(index), "idle": idle},
+            "blocks": _blocks(fleet.pools[index].limit, fleet.num_used(index), idle),
         }
 
     def _group(self, group: Group) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class View:
                 {"device": self._memories[s.device].device.name, "layers": [s.first_layer, s.last_layer]}
                 for s in group.stages
             ],
-            "blocks": {"total": group.num_blocks, "used": group.num_used, "idle": len(group.idle)},
+            "blocks": _blocks(group.num_blocks, group.num_used, len(group.idle)),
             "running": len(group.running),
             "microbatches_in_flight": group.num_in_flight,
             "bubbles": {
@@ -132,6 +134,10 @@ class View:
                 assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
                 units = units_of_stage(self._model, stage.first_layer, stage.last_layer)
                 assert all(memory.weights.is_filled(unit) for unit in units)
+
+
+def _blocks(num_blocks: int, num_used: int, num_idle: int) -> dict[str, int]:
+    return {"total": max(num_blocks, num_used), "used": num_used, "idle": num_idle}
 
 
 def _weight_bytes(memories: Sequence[DeviceMemory]) -> int:

@@ -81,6 +81,7 @@ class EngineStats:
     groups: tuple[GroupStats, ...] = ()
     weights_dropped_bytes: int = 0
     num_idle_blocks: int = 0  # that nobody uses, and that keep the prefix cache
+    demand_over_undropped: float = 0.0
 
 
 class Counted(Protocol):
@@ -138,6 +139,13 @@ class _Gauges(Collector):
             ("vllm:kv_cache_usage_perc", "Used fraction (0..1) of the KV blocks mapped now.", {}, usage),
             ("vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage_perc.", {}, usage),
             ("kunserve:kv_cache_idle_perc", "Fraction (0..1) of them that nobody uses: the prefix cache.", {}, idle),
+            (
+                "kunserve:demand_over_undropped",
+                "Blocks that all requests, waiting ones too, are expected to need, over those that there are without "
+                "any drop: above 1 the server lives on dropped weights or lets requests wait.",
+                {},
+                stats.demand_over_undropped,
+            ),
             (
                 "vllm:gpu_prefix_cache_hit_rate",
                 "Old name; hits by queries so far.",
@@ -233,6 +241,8 @@ class Metrics:
         self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
         text = "Requests whose KV did not follow its layers, and is computed again."
         self._exchange_lost_requests = self._counter("kunserve:exchange_lost_requests", text)
+        text = "Requests that started over because a step with them failed."
+        self._retried_requests = self._counter("kunserve:retried_requests", text)
 
     def _make_histograms(self, tokens: Sequence[float]) -> None:
         def seconds(name: str, text: str, buckets: Sequence[float] = REQUEST_BUCKETS_S) -> Histogram:
@@ -335,6 +345,10 @@ class Metrics:
     def exchange_lost_request(self) -> None:
         """Count one request whose KV should have followed its layers, but did not arrive."""
         self._exchange_lost_requests.inc()
+
+    def retried_request(self) -> None:
+        """Count one request that starts over because a step with it failed."""
+        self._retried_requests.inc()
 
     def choices_asked(self, n: int) -> None:
         """Count the `n` of one prompt (fed by HTTP: the engine sees n requests)."""

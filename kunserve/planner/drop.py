@@ -255,16 +255,15 @@ def _plan(
     wanted = max(need_blocks, room_blocks)
     rest = wanted - before + sum(node.apart for node in merged)  # what the merged ones must hold
     most = sum(node.blocks for node in merged)
-    merges, after, freed_chunks = [], before, 0
+    merges, chunk_bytes = [], snapshot.model.chunk_bytes
     for node in merged:
         share = node.blocks if rest > most else -(-rest * node.blocks // most)
         cut = shapes.cut(node.shape, min(node.blocks, max(share, node.apart)))
         stages = stages_of(_seated(node.seats, cut), cut.ends)
-        merges.append(Merge(tuple(sorted(node.group_ids)), stages, cut.blocks, node.origin))
-        after += cut.blocks - node.apart
-        freed_chunks += cut.freed_chunks
-    freed_bytes = freed_chunks * snapshot.model.chunk_bytes
-    return DropPlan(snapshot.epoch, tuple(merges), freed_bytes, after - before, after >= need_blocks)
+        ids, freed_bytes, added = tuple(sorted(node.group_ids)), cut.freed_chunks * chunk_bytes, cut.blocks - node.apart
+        merges.append(Merge(ids, stages, cut.blocks, node.origin, freed_bytes, added))
+    meets_need = before + sum(merge.added_blocks for merge in merges) >= need_blocks
+    return DropPlan(snapshot.epoch, tuple(merges), meets_need)
 
 
 def _seated(seats: Iterable[Seat], cut: _Cut) -> list[int]:

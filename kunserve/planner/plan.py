@@ -1,4 +1,4 @@
-"""What the planner answers: frozen plans, which engine/regroup/reconfigure.py applies whole or not at all."""
+"""What the planner answers: frozen plans. engine/regroup/reconfigure.py applies each merge whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ class Merge:
     stages: tuple[StageView, ...]
     capacity_blocks: int  # once the KV of live requests is exchanged
     origin: Origin
+    freed_bytes: int = 0  # of weights
+    added_blocks: int = 0  # capacity after minus before
 
 
 @dataclass(frozen=True, slots=True)
 class DropPlan:
-    """Which groups merge. Without `meets_need` it is the most that can be dropped."""
+    """Which groups merge, each merge by itself. Without `meets_need` it is the most that can be dropped."""
 
     epoch: int
     merges: tuple[Merge, ...]
-    freed_bytes: int  # of weights
-    added_blocks: int  # capacity of the server after minus before
     meets_need: bool
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes of weights that all merges free."""
+        return sum(merge.freed_bytes for merge in self.merges)
+
+    @property
+    def added_blocks(self) -> int:
+        """Capacity of the server after all merges, minus before."""
+        return sum(merge.added_blocks for merge in self.merges)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,9 @@ class Grammar:
     async def settled(self) -> None:
         self._count("settled")
 
+    def release(self) -> None:
+        self._release()
+
     def close(self) -> None:
         self._release()
         self._count("close")

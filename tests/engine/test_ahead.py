@@ -19,7 +19,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.request import Output, Request
 from kunserve.engine.step.microbatch import fill_sampling, fill_token_ids
 from kunserve.engine.text.stream import OutputStream
-from kunserve.errors import DeviceError, EngineError
+from kunserve.errors import DeviceError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.pool import Pool
 from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
@@ -149,20 +149,23 @@ async def test_a_client_that_leaves_is_not_scheduled_again() -> None:
         assert executor.num_pending == 0
 
 
-async def test_a_failed_step_does_not_end_who_only_shares_the_next_one() -> None:
+async def test_who_only_shares_the_step_after_a_failed_one_goes_on_and_the_other_starts_over() -> None:
     async with scripted_engine(num_ahead=1) as (engine, executor):
-        a = engine.submit(make_request("a", 5, 9))
+        a = engine.submit(make_request("a", 5, 4))
         first, second = await executor.next_step(), await executor.next_step()
         first.finish(7)
         b = engine.submit(make_request("b", 4, 1))
         third = await executor.next_step()
         assert third.num_tokens == 5  # a's next token, and b's prompt
         second.fail(DeviceError("broken"))
-        third.finish(8, 9)
-        assert await anext(a) == Output("", (7,))
-        with pytest.raises(EngineError, match="broken"):
-            await until_read(a)
+        third.finish(8, 9)  # the 8 follows a token that nobody knows
         assert token_ids(await until_read(b)) == [9]
+        fourth = await executor.next_step()
+        assert fourth.inputs.token_ids.tolist() == [*range(1, 6), 7]
+        fourth.finish(10)
+        for token_id in (11, 12):
+            (await executor.next_step()).finish(token_id)
+        assert token_ids(await until_read(a)) == [7, 10, 11, 12]
         await assert_idle(engine)
 
 

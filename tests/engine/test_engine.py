@@ -15,6 +15,7 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import Output
+from kunserve.engine.retries import MOST_FAILURES
 from kunserve.engine.step.microbatch import StepInputs
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
@@ -152,8 +153,9 @@ async def test_of_a_prompt_that_was_never_finished_only_what_was_computed_counts
         await engine.signals.next_commit()
         assert engine.metrics.num_prompt_tokens == 16
         failed = engine.submit(make_request("failed", 20, 3))
-        (await executor.next_step()).finish()
-        (await executor.next_step()).fail(DeviceError("broken"))
+        for _ in range(MOST_FAILURES):
+            (await executor.next_step()).finish()
+            (await executor.next_step()).fail(DeviceError("broken"))
         with pytest.raises(EngineError, match="broken"):
             await read(failed)
         assert engine.metrics.num_prompt_tokens == 16 + 8
@@ -183,7 +185,7 @@ async def test_an_id_may_be_used_again_while_its_last_user_is_still_in_flight() 
     ("error", "message"),
     [(DeviceError("cpu:0: broken"), "cpu:0: broken"), (ValueError("what?"), "a step failed: .*what")],
 )
-async def test_a_failed_step_ends_its_requests_and_no_others(error: Exception, message: str) -> None:
+async def test_steps_that_always_fail_end_their_request_and_no_others(error: Exception, message: str) -> None:
     async with scripted_engine(num_groups=2) as (engine, executor):
         streams = {name: engine.submit(make_request(name)) for name in ("a", "b")}
         first, second = await executor.next_step(), await executor.next_step()
@@ -191,13 +193,20 @@ async def test_a_failed_step_ends_its_requests_and_no_others(error: Exception, m
         [name] = [r.request_id for r in first.group.running]
         other = "b" if name == "a" else "a"
         first.fail(error)
+        second.finish(7)
+        num_failed, groups = 1, {first.group.group_id}
+        while num_failed < MOST_FAILURES or engine.num_running:
+            step = await executor.next_step()
+            if [span.request.request_id for span in step.group.in_flight[0].spans] == [name]:
+                step.fail(error)
+                num_failed += 1
+                groups.add(step.group.group_id)
+            else:
+                step.finish(7)
+            await engine.signals.next_commit()
         with pytest.raises(EngineError, match=message):
             await read(streams[name])
-        engine.check()
-        assert first.group.num_used == 0 and not first.group.running
-        second.finish(7)
-        for _ in range(2):
-            (await executor.next_step()).finish(7)
+        assert groups == {0, 1} and num_failed == MOST_FAILURES
         assert token_ids(await read(streams[other])) == [7, 7, 7]
         again = engine.submit(make_request("again", 5, 1))
         (await executor.next_step()).finish(8)
@@ -206,18 +215,25 @@ async def test_a_failed_step_ends_its_requests_and_no_others(error: Exception, m
         assert_idle(engine)
 
 
-async def test_a_failed_chunk_ends_a_request_that_has_another_in_flight() -> None:
+async def test_a_request_with_a_failed_chunk_starts_over_when_the_other_one_is_back() -> None:
     async with scripted_engine(num_stages=2, max_num_batched_tokens=8) as (engine, executor):
         request = make_request(num_prompt=20)
         stream = engine.submit(request)
         first, second = await executor.next_step(), await executor.next_step()
         assert (first.num_tokens, second.num_tokens, request.num_in_flight) == (8, 8, 2)
         first.fail(DeviceError("broken"))
-        with pytest.raises(EngineError, match="broken"):
-            await read(stream)
-        assert engine.groups[0].num_used == 5  # the second chunk still writes
+        await engine.signals.next_commit()
+        assert engine.groups[0].num_used == 5 and request.num_preemptions == 0  # the second chunk still writes
         engine.check()
         second.finish()
+        for num_tokens in (8, 8, 4):
+            step = await executor.next_step()
+            assert step.num_tokens == num_tokens and not request.num_output_tokens
+            step.finish(*[7] * len(step.inputs.sampling))
+        assert request.num_preemptions == 1
+        for _ in range(request.params.max_tokens - 1):
+            (await executor.next_step()).finish(7)
+        assert token_ids(await read(stream)) == [7] * request.params.max_tokens
         follower = engine.submit(make_request("next", 5, 1))
         (await executor.next_step()).finish(7)
         assert token_ids(await read(follower)) == [7]
@@ -313,7 +329,8 @@ async def test_an_executor_that_does_not_say_where_a_microbatch_is_fails_its_fir
     async with scripted_engine(num_stages=2) as (engine, _):
         engine.executor = executor = Forgetful()
         stream = engine.submit(make_request())
-        (await executor.next_step()).finish(7)
+        for _ in range(MOST_FAILURES):
+            (await executor.next_step()).finish(7)
         with pytest.raises(EngineError, match="nobody has said when the microbatch was at stages"):
             await read(stream)
 

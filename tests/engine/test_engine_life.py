@@ -122,6 +122,9 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
         async def settled(self) -> None:
             pass
 
+        def release(self) -> None:
+            pass
+
         def close(self) -> None:
             self.closed.set()
 

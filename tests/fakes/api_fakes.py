@@ -136,8 +136,8 @@ class FakeEngine:
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         return {"epoch": 0, "groups": [{"id": 0, "stages": [[0, 30]]}]}
 
-    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
-        return {"dropped": group_ids}
+    async def drop(self, group_ids: Sequence[int] | None, *, is_forced: bool = False) -> dict[str, Any]:
+        return {"dropped": group_ids, "is_forced": is_forced}
 
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         return {"restored": group_ids}

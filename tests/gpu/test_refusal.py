@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from structlog.testing import capture_logs
 
-from kunserve.engine.refusal import is_refusal, log_failure
 from kunserve.errors import DeviceError, DeviceLostError, EngineError
+from kunserve.gpu.refusal import is_refusal, log_failure
 
 
 @pytest.mark.parametrize(

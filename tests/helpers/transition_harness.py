@@ -237,7 +237,8 @@ async def regroup_forever(checked: Checked, rng: random.Random) -> None:
         with suppress(ConflictError):  # not now: for instance because live requests do not fit without the drop
             if rng.random() < 0.5 and len(checked.engine.groups) > 1:
                 two = [group.group_id for group in rng.sample(checked.engine.groups, 2)]
-                await control.drop(two if rng.random() < 0.3 else None)  # None: the smallest, so 2 + 2 becomes 4
+                asked = two if rng.random() < 0.3 else None  # None: the smallest, so 2 + 2 becomes 4
+                await control.drop(asked, is_forced=True)
             elif rng.random() < 0.5:
                 await control.restore()
             else:
@@ -246,7 +247,7 @@ async def regroup_forever(checked: Checked, rng: random.Random) -> None:
                     await checked.commits(rng.randrange(0, 4))
                     if rng.random() < 0.3:
                         with suppress(ConflictError):
-                            await control.drop()
+                            await control.drop(is_forced=True)
                     checked.reconfigure.cancel_restore()
                     await restore
                 finally:
@@ -260,7 +261,8 @@ async def regroup_in_order(checked: Checked, rng: random.Random) -> None:
     """
     control, engine = checked.control, checked.engine
     while True:
-        for verb in [control.drop] * (len(engine.memories) - 1) + [control.restore] * len(engine.memories):
+        drop = partial(control.drop, is_forced=True)
+        for verb in [drop] * (len(engine.memories) - 1) + [control.restore] * len(engine.memories):
             await checked.commits(rng.randrange(1, 4))
             with suppress(ConflictError):
                 transition = asyncio.create_task(verb())

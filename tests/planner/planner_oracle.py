@@ -118,7 +118,7 @@ def check_drop(snapshot: Snapshot, plan: DropPlan, need_blocks: int) -> None:
     capacity = before = sum(group_blocks(snapshot, group.stages) for group in snapshot.groups)
     merged_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
     assert len(set(merged_ids)) == len(merged_ids)
-    freed = 0
+    freed_before, freed = 0, 0
     for merge in plan.merges:
         parts = [groups[group_id] for group_id in merge.group_ids]
         assert len(parts) >= 2
@@ -132,7 +132,10 @@ def check_drop(snapshot: Snapshot, plan: DropPlan, need_blocks: int) -> None:
         assert merge.capacity_blocks == group_blocks(snapshot, merge.stages)
         apart = sum(group_blocks(snapshot, part.stages) for part in parts)
         assert merge.capacity_blocks >= apart >= sum(part.used_blocks for part in parts)
-        capacity += merge.capacity_blocks - apart
+        assert merge.added_blocks == merge.capacity_blocks - apart
+        assert merge.freed_bytes == (freed - freed_before) * snapshot.model.chunk_bytes
+        freed_before = freed
+        capacity += merge.added_blocks
         launched = sorted(stage for origin in merge.origin.launched() for stage in origin.stages)
         assert launched == sorted(stage for part in parts for origin in origins_of(part) for stage in origin.stages)
     assert plan.freed_bytes == freed * snapshot.model.chunk_bytes

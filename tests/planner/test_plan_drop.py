@@ -50,11 +50,11 @@ def test_a_chain_is_cut_for_more_than_groups_merge_for() -> None:
 
 def test_nothing_to_do() -> None:
     snapshot = smollm2_snapshot(2)
-    assert plan_drop(snapshot, 512) == DropPlan(1, (), 0, 0, meets_need=True)
+    assert plan_drop(snapshot, 512) == DropPlan(1, (), meets_need=True)
 
 
 def test_one_group_cannot_merge() -> None:
-    assert plan_drop(smollm2_snapshot(1), 257) == DropPlan(1, (), 0, 0, meets_need=False)
+    assert plan_drop(smollm2_snapshot(1), 257) == DropPlan(1, (), meets_need=False)
 
 
 def test_too_large_a_need_still_drops_all_it_can() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from aiohttp import web
 
 from kunserve.api.ask.declared.check import read
-from kunserve.api.ask.declared.others import Groups
+from kunserve.api.ask.declared.others import Drop, Groups
 from kunserve.api.wire.access import bearer, is_key
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response
 from kunserve.errors import ForbiddenError, UnauthorizedError
+
+Asked = TypeVar("Asked", bound=Groups)
 
 
 def check_admin(request: web.Request) -> None:
@@ -22,18 +26,23 @@ def check_admin(request: web.Request) -> None:
 
 
 async def drop(request: web.Request) -> web.Response:
-    """POST /kunserve/drop: merge the groups that `groups` names, or the two smallest; answers when committed."""
+    """POST /kunserve/drop: merge the groups that `groups` names, or the two smallest; answers when committed.
+
+    409 if live requests would have to be computed again for it, unless `force` is true.
+    """
     check_admin(request)
-    return json_response(await request.app[API].backend.drop(await _groups(request)))
+    asked = await _read(request, Drop)
+    return json_response(await request.app[API].backend.drop(asked.groups, is_forced=asked.force))
 
 
 async def restore(request: web.Request) -> web.Response:
     """POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
     check_admin(request)
-    return json_response(await request.app[API].backend.restore(await _groups(request)))
+    return json_response(await request.app[API].backend.restore((await _read(request, Groups)).groups))
 
 
-async def _groups(request: web.Request) -> list[int] | None:
+async def _read(request: web.Request, declared: type[Asked]) -> Asked:
+    """Read a body that may be left out."""
     if not request.can_read_body:
-        return None
-    return (await read_body(request, request.app[API], lambda values: read(values, Groups))).groups
+        return declared()
+    return await read_body(request, request.app[API], lambda values: read(values, declared))

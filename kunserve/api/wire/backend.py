@@ -110,8 +110,11 @@ class Backend(Protocol):
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """Everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
 
-    async def drop(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
-        """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed."""
+    async def drop(self, group_ids: Sequence[int] | None, *, is_forced: bool = False) -> dict[str, Any]:
+        """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed.
+
+        `is_forced`: even if live requests are computed again for it.
+        """
 
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """Split these groups, or the largest; the transition as JSON types, once its epoch is committed."""

@@ -13,22 +13,24 @@ import structlog
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.refusal import is_refusal
+from kunserve.engine.regroup.live_kv import loss_of
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.transition import Transition
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
+from kunserve.gpu.refusal import is_refusal
 from kunserve.model.host_copy import WeightOrigin
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
-from kunserve.planner.plan import RestorePlan
+from kunserve.planner.plan import Merge, RestorePlan
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
 from kunserve.sampling import FinishReason
+from kunserve.sizes import format_size
 
 log = structlog.get_logger()
 
@@ -36,7 +38,7 @@ log = structlog.get_logger()
 # chain longer, and one more can follow. But a chain cannot be cut anew, so it is cut for much more.
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
-RETRY_S = 1.0  # after a transition that failed
+RETRY_S = 1.0  # after a transition that failed, or was not worth it
 LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
 CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
 LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
@@ -116,7 +118,7 @@ class OverloadControl:
 
     # --- what operators call ------------------------------------------------------------------------------------
 
-    async def drop(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
+    async def drop(self, group_ids: Sequence[int] | None = None, *, is_forced: bool = False) -> dict[str, Any]:
         """See `Engine.drop`."""
         self._refuse_if_busy()
         snapshot = self._snapshot()
@@ -124,9 +126,16 @@ class OverloadControl:
             if len(snapshot.groups) < 2:
                 raise ConflictError("there is one group only: nothing to merge")
             group_ids = _two_smallest(snapshot)
-        plan = plan_drop_of(snapshot, group_ids, self._need_blocks(*CUT_HEADROOM))
+        [merge] = plan_drop_of(snapshot, group_ids, self._need_blocks(*CUT_HEADROOM)).merges
+        if not is_forced and (loss := loss_of(self._fleet, snapshot, merge)) is not None:
+            raise ConflictError(
+                f"the KV of live requests cannot follow its layers: to free {format_size(merge.freed_bytes)} of "
+                f"weights, {loss.num_tokens} tokens of {loss.num_requests} requests would be computed again; "
+                f'"force": true drops nevertheless'
+            )
         committed = asyncio.get_running_loop().create_future()
-        return await self._until_committed(self.reconfigure.drop(snapshot, plan, committed.set_result), committed)
+        drop = self.reconfigure.drop(snapshot, merge, committed.set_result, may_recompute=is_forced)
+        return await self._until_committed(drop, committed)
 
     def would_drop(self) -> dict[int, list[str]]:
         """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
@@ -134,10 +143,10 @@ class OverloadControl:
         if len(snapshot.groups) < 2:
             return {}
         try:
-            plan = plan_drop_of(snapshot, _two_smallest(snapshot))
+            [merge] = plan_drop_of(snapshot, _two_smallest(snapshot)).merges
         except ConflictError:
             return {}
-        return self.reconfigure.would_drop(plan)
+        return self.reconfigure.would_drop(merge)
 
     async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """See `Engine.restore`."""
@@ -187,6 +196,10 @@ class OverloadControl:
         if any(group.num_free >= num_blocks for group in groups):
             return False
         return all(group.num_free < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+
+    def demand_over_undropped(self) -> float:
+        """See `Control.demand_over_undropped`."""
+        return self._demand(1.0) / max(1, self._snapshot().undropped_blocks())
 
     def _is_dropped(self) -> bool:
         """Whether any group can be split."""
@@ -262,9 +275,20 @@ class OverloadControl:
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
-        if plan.merges:
-            groups = [self._fleet.group(group_id) for merge in plan.merges for group_id in merge.group_ids]
-            self._spawn(self.reconfigure.drop(snapshot, plan), groups)
+        begun = [merge for merge in plan.merges if self._is_worth_it(snapshot, merge)]
+        for merge in begun:
+            groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
+            self._spawn(self.reconfigure.drop(snapshot, merge, may_recompute=True), groups)
+        if plan.merges and not begun:
+            self._look_again_later()
+
+    def _is_worth_it(self, snapshot: Snapshot, merge: Merge) -> bool:
+        """Return whether a merge gives more blocks than it takes from requests whose KV cannot follow its layers.
+
+        Without it, requests that lack a block make others start over: as many as hold what it would have given.
+        """
+        loss = loss_of(self._fleet, snapshot, merge)
+        return loss is None or loss.num_blocks < merge.added_blocks
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self._snapshot(), self._demand(1.0)
@@ -302,9 +326,13 @@ class OverloadControl:
         else:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
             log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
-            self._not_before_s = loop_time() + RETRY_S
-            asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
+            self._look_again_later()
         self._signals.wake()
+
+    def _look_again_later(self) -> None:
+        """Begin nothing for a while: what has just failed, or was not worth it, would be so again."""
+        self._not_before_s = loop_time() + RETRY_S
+        asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
 
     def _snapshot(self) -> Snapshot:
         groups = tuple(

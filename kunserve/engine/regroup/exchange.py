@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.remap import Remap
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.request import Request
@@ -25,6 +24,7 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals
 from kunserve.errors import EngineError
 from kunserve.gpu.queue import gather_all
+from kunserve.gpu.refusal import log_failure
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.exchange import LayerMove, layer_moves
 from kunserve.planner.plan import ExchangePlan, KvMove
@@ -40,6 +40,7 @@ class Moving:
     left: tuple[StageView, ...]  # stages of the old one
     table: BlockTable  # blocks where it was, and where it has got some already
     has_blocks: bool = False  # on all devices of the new group
+    is_lost: bool = False  # its KV did not arrive
 
     @property
     def moves(self) -> tuple[LayerMove, ...]:
@@ -68,12 +69,6 @@ class Exchange:
         self.transfers, self._signals, self._metrics = transfers, signals, metrics
         self._moving: dict[str, Moving] = {}  # by request id
         self._moving_at = defaultdict[int, dict[str, Moving]](dict)  # device -> of those, who leaves it or comes to it
-        self.num_lost = 0  # requests whose KV did not arrive, since the server started
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes that were copied since the server started."""
-        return self.transfers.num_bytes
 
     def begin(self, request: Request, old: Group, new: Group) -> Moving:
         """Bind a request to its new group; until its KV has followed, it is not scheduled."""
@@ -269,7 +264,7 @@ class Exchange:
         if request.finish_reason is not None:
             self._fleet.lose(request)
         elif is_lost:
-            self.num_lost += 1
+            moving.is_lost = True
             self._metrics.exchange_lost_request()
             self._fleet.lose(request)
             self._scheduler.requeue(group, request)

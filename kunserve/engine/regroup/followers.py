@@ -13,10 +13,10 @@ from kunserve.engine.block_store import Convoy
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.request import Request
 from kunserve.gpu.links import Priority
+from kunserve.gpu.refusal import log_failure
 from kunserve.planner.exchange import layer_moves
 
 
@@ -25,7 +25,6 @@ class Followers:
 
     def __init__(self, fleet: Fleet, transfers: Transfers) -> None:
         self._fleet, self._transfers = fleet, transfers
-        self.num_blocks = 0  # that were brought since the server started
 
     def merge(self, groups: Sequence[Group], new: Group) -> None:
         """Let the cached blocks of some groups follow to the one that they become; of equal ones, only one does.
@@ -60,16 +59,22 @@ class Followers:
             following.append((block, home))
         self._fleet.follow(group, following)
 
-    async def bring(self, group: Group) -> None:
-        """Copy what follows to a group, a turn's worth at a time; if that fails, the rest is given up."""
+    async def bring(self, group: Group) -> int:
+        """Copy what follows to a group, a turn's worth at a time; if that fails, the rest is given up.
+
+        Returns how many blocks have arrived.
+        """
+        num_blocks = 0
         try:
             most = self._transfers.blocks_in_turn(group.stages[0].device)
             while (convoy := self._fleet.take_convoy(group, most)) is not None:
                 await self._bring(convoy)
+                num_blocks += len(convoy.followers)
         except Exception as error:
             log_failure("cached blocks are lost", error, group=group.group_id)
         finally:
             self._fleet.give_up_followers(group)
+        return num_blocks
 
     async def _bring(self, convoy: Convoy) -> None:
         is_lost = True
@@ -82,7 +87,6 @@ class Followers:
                 await self._transfers.between(
                     move.source, move.destination, layers, read, write, lambda: True, Priority.CACHED_KV
                 )
-            self.num_blocks += len(blocks)
             is_lost = False
         finally:
             self._fleet.end_convoy(convoy, is_lost=is_lost)

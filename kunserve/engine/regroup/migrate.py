@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import Freeness, pair_groups, remaining_steps, shortest_running
@@ -27,6 +26,7 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.links import Links
+from kunserve.gpu.refusal import log_failure
 
 PAIR_EVERY_S = 0.05
 MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy

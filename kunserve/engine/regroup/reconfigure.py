@@ -1,8 +1,8 @@
 """Reconfigure: the one place that applies plans. Drops weights and merges groups; brings weights back and splits.
 
 A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or rolls
-back to the old one. One runs at a time; a restore gives way to a new burst at any point before its split.
-
+back to the old one. Merges of different groups run side by side; a restore runs alone, and gives way to a new burst at
+any point before its split.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from functools import partial
 
 import structlog
 
-from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.exchange import Exchange, Moving
 from kunserve.engine.regroup.followers import Followers
+from kunserve.engine.regroup.live_kv import by_admission, live_requests
 from kunserve.engine.regroup.remap import Layouts, NoWayBackError, Remap
 from kunserve.engine.regroup.transition import HISTORY, Transition
 from kunserve.engine.regroup.weight_loader import WeightLoader
@@ -29,14 +28,13 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.errors import ConflictError
 from kunserve.gpu.queue import gather_all
-from kunserve.planner.exchange import LiveRequest, plan_exchange
-from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
+from kunserve.gpu.refusal import log_failure
+from kunserve.planner.exchange import plan_exchange
+from kunserve.planner.plan import ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
 log = structlog.get_logger()
-
-_MergeStep = tuple[Merge, list[Group], ExchangePlan]
 
 
 class _CancelledError(Exception):
@@ -68,59 +66,80 @@ class Reconfigure:
         self._signals, self._halt, self._clock = signals, halt, clock
         self._shape = remap.shape
         self.transitions: list[Transition] = []
-        self.current: Transition | None = None
-        self._is_cancelled = False
+        self._running: list[Transition] = []  # one restore, or drops of different groups
+        self._is_cancelled = False  # the restore
+
+    @property
+    def current(self) -> Transition | None:
+        """Return the transition that is under way; of several, the one that began first."""
+        return self._running[0] if self._running else None
 
     # --- drop ---------------------------------------------------------------------------------------------------
 
     async def drop(
-        self, snapshot: Snapshot, plan: DropPlan, on_commit: Callable[[Transition], None] | None = None
+        self,
+        snapshot: Snapshot,
+        merge: Merge,
+        on_commit: Callable[[Transition], None] | None = None,
+        *,
+        may_recompute: bool = False,
     ) -> Transition:
-        """Apply a drop plan; returns when every request has arrived. `on_commit` is called when the epoch is new.
+        """Merge groups into one chain; returns when every request has arrived. `on_commit` is called when it commits.
 
-        Raises ConflictError if the plan is of another epoch or a transition runs, DeviceError after rolling back.
+        Merges of other groups may run at the same time: none waits for another's step boundary. `may_recompute`: even
+        if the KV of live requests cannot follow its layers; all of them are recomputed then.
+
+        Raises ConflictError, and nothing has changed, if a group is gone or in another transition, or KV cannot follow;
+        DeviceError after rolling back.
         """
-        group_ids = [group_id for merge in plan.merges for group_id in merge.group_ids]
-        with self._transition("drop", plan.epoch, group_ids) as (transition, old), self.boundary.paused(old):
-            transition.planned_bytes = plan.freed_bytes
+        with self._transition("drop", merge.group_ids) as (transition, old), self.boundary.paused(old):
+            transition.planned_bytes = merge.freed_bytes
             with self._step(transition, "boundary"):  # 2
                 await self.boundary.reached(old)
                 await self._settle(old)
-            steps = [self._plan_exchange(snapshot, merge) for merge in plan.merges]
-            modes = {str(e.mode) for _, _, e in steps if e.moves or e.mode is ExchangeMode.INFEASIBLE}
-            transition.exchange_mode = ", ".join(sorted(modes)) or None
-            staying = {group_id for _, _, exchange in steps for group_id in exchange.cached_groups}
+            exchange = self._plan_exchange(snapshot, merge, old, may_recompute=may_recompute)
+            if exchange.moves or exchange.mode is ExchangeMode.INFEASIBLE:
+                transition.exchange_mode = str(exchange.mode)
             for group in old:  # remapping gives the KV of layers that go and that nobody uses away, even if it fails
-                if group.group_id not in staying:
+                if group.group_id not in exchange.cached_groups:
                     self._fleet.forget_idle(group)
             with self._step(transition, "remap"):  # 3
-                await self._remap.apply(self._remap.planned(layout for _, _, e in steps for layout in e.layouts))
-            transition.weight_bytes = plan.freed_bytes
-            merged = [self._merge(*step) for step in steps]
-            self._commit(transition, old, [group for group, _, _ in merged], on_commit)  # 4
-            with self._step(transition, "exchange"), self._exchanged(transition):  # 5, 6
-                await gather_all(self._exchange_after_merge(*step) for step in merged)
+                await self._remap.apply(self._remap.planned(exchange.layouts))
+            transition.weight_bytes = merge.freed_bytes
+            new, moving = self._merge(merge, old, exchange)
+            self._commit(transition, old, [new], on_commit)  # 4
+            with self._step(transition, "exchange"), self._exchanged(transition, [new], moving):  # 5, 6
+                if exchange.mode is ExchangeMode.BY_LAYER:
+                    await self.exchange.by_layer(new, moving, exchange)
+                else:
+                    await self.exchange.by_request(moving)
+                transition.num_cached_blocks = await self._followers.bring(new)
+                await self._remap.settle(new.stages)
+                self._signals.wake()
         return transition
 
-    def would_drop(self, plan: DropPlan) -> dict[int, list[str]]:
-        """Return the weight units that a drop would unmap, by device; without those that it would not."""
-        dropped = {stage.device: self._remap.units_beyond(stage) for merge in plan.merges for stage in merge.stages}
+    def would_drop(self, merge: Merge) -> dict[int, list[str]]:
+        """Return the weight units that a merge would unmap, by device; without those that it would not."""
+        dropped = {stage.device: self._remap.units_beyond(stage) for stage in merge.stages}
         return {device: units for device, units in dropped.items() if units}
 
-    def _plan_exchange(self, snapshot: Snapshot, merge: Merge) -> _MergeStep:
-        """How the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
+    def _plan_exchange(
+        self, snapshot: Snapshot, merge: Merge, groups: Sequence[Group], *, may_recompute: bool
+    ) -> ExchangePlan:
+        """Plan how the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
 
         By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
         """
-        groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
         cached_groups = frozenset(group.group_id for group in groups if group.idle and self._has_room())
-        exchange = plan_exchange(snapshot, merge, _live(groups), cached_groups)
+        exchange = plan_exchange(snapshot, merge, live_requests(groups), cached_groups)
+        if exchange.mode is ExchangeMode.INFEASIBLE and not may_recompute:
+            raise ConflictError("the KV of live requests cannot follow its layers any more: nothing was dropped")
         if exchange.mode is ExchangeMode.BY_LAYER:
             self._recompute(groups, lambda request: request.num_output_tokens == 0)
-            exchange = plan_exchange(snapshot, merge, _live(groups))
+            exchange = plan_exchange(snapshot, merge, live_requests(groups))
         if exchange.mode is ExchangeMode.INFEASIBLE:
             self._recompute(groups, lambda _: True)
-        return merge, groups, exchange
+        return exchange
 
     def _has_room(self) -> bool:
         """Whether nobody waits for the memory that cached blocks on their way would occupy."""
@@ -129,13 +148,11 @@ class Reconfigure:
 
     def _recompute(self, groups: Sequence[Group], is_meant: Callable[[Request], bool]) -> None:
         """Preempt some of the requests of these groups; the last admitted first, so that the first is back first."""
-        for request, group in reversed(_by_admission(groups)):
+        for request, group in reversed(by_admission(groups)):
             if is_meant(request):
                 self._scheduler.preempt(group, request)
 
-    def _merge(
-        self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan
-    ) -> tuple[Group, list[Moving], ExchangePlan]:
+    def _merge(self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan) -> tuple[Group, list[Moving]]:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
         new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
         for group in groups:
@@ -148,20 +165,11 @@ class Reconfigure:
             if by_layer:  # and ids of blocks that are mapped layer by layer
                 self._fleet.grow(stage.device, by_layer[stage.device].num_blocks)
                 self._fleet.limit(stage.device, mapped)
-        moving = [self.exchange.begin(request, group, new) for request, group in _by_admission(groups)]
+        moving = [self.exchange.begin(request, group, new) for request, group in by_admission(groups)]
         order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
         moving.sort(key=lambda m: order.get(m.request.request_id, -1))
         self.exchange.reserve(moving, is_beyond_limit=bool(by_layer))
-        return new, moving, exchange
-
-    async def _exchange_after_merge(self, group: Group, moving: list[Moving], exchange: ExchangePlan) -> None:
-        if exchange.mode is ExchangeMode.BY_LAYER:
-            await self.exchange.by_layer(group, moving, exchange)
-        else:
-            await self.exchange.by_request(moving)
-        await self._followers.bring(group)
-        await self._remap.settle(group.stages)
-        self._signals.wake()
+        return new, moving
 
     async def _settle(self, groups: Sequence[Group]) -> None:
         """Bring devices to their groups' layouts, if an earlier transition failed to."""
@@ -176,7 +184,10 @@ class Reconfigure:
         If a new burst cancels it before the split, the old grouping is back and the outcome says so.
         """
         group_ids = [split.group_id for split in plan.splits]
-        with self._transition("restore", plan.epoch, group_ids) as (transition, old), ExitStack() as pause:
+        if plan.epoch != self._fleet.epoch:
+            raise ConflictError(f"the plan is of epoch {plan.epoch}, the server in epoch {self._fleet.epoch}")
+        with self._transition("restore", group_ids) as (transition, old), ExitStack() as pause:
+            self._is_cancelled = False
             transition.planned_bytes = self._bytes_to_load(old, plan)
             await self._settle(old)
             before = self._remap.now(old)
@@ -194,9 +205,9 @@ class Reconfigure:
                 raise
             new, moving = self._split(old, plan.splits)
             self._commit(transition, old, new, on_commit)
-            with self._step(transition, "exchange"), self._exchanged(transition):
+            with self._step(transition, "exchange"), self._exchanged(transition, new, moving):
                 await self.exchange.by_request(moving)
-                await gather_all(self._followers.bring(group) for group in new)
+                transition.num_cached_blocks = sum(await gather_all(self._followers.bring(group) for group in new))
         return transition
 
     def cancel_restore(self) -> None:
@@ -300,18 +311,21 @@ class Reconfigure:
 
     # --- both ---------------------------------------------------------------------------------------------------
 
+    def _groups(self, group_ids: Sequence[int]) -> list[Group]:
+        there = {group.group_id: group for group in self._fleet.groups}
+        if gone := [group_id for group_id in group_ids if group_id not in there]:
+            raise ConflictError(f"group {gone[0]} is not there any more")
+        return [there[group_id] for group_id in group_ids]
+
     @contextmanager
-    def _transition(
-        self, kind: str, epoch: int, group_ids: Sequence[int]
-    ) -> Iterator[tuple[Transition, Sequence[Group]]]:
-        """One transition at a time, of the present epoch and these groups; recorded whatever becomes of it."""
-        if self.current is not None:
-            raise ConflictError(f"a {self.current.kind} is under way", retry_after_s=1)
-        if epoch != self._fleet.epoch:
-            raise ConflictError(f"the plan is of epoch {epoch}, the server in epoch {self._fleet.epoch}")
-        groups = [self._fleet.group(group_id) for group_id in group_ids]
+    def _transition(self, kind: str, group_ids: Sequence[int]) -> Iterator[tuple[Transition, Sequence[Group]]]:
+        """Begin a transition of groups that are there and in no other; it is recorded, whatever becomes of it."""
+        for other in self._running:
+            if "restore" in (kind, other.kind) or not {*other.old_groups, *other.new_groups}.isdisjoint(group_ids):
+                raise ConflictError(f"a {other.kind} is under way", retry_after_s=1)
+        groups = self._groups(group_ids)
         transition = Transition(kind, loop_time(), tuple(group_ids))
-        self.current, self._is_cancelled = transition, False
+        self._running.append(transition)
         loaded_before = self.loader.num_bytes.copy()
         self.transitions.append(transition)
         del self.transitions[:-HISTORY]
@@ -327,7 +341,7 @@ class Reconfigure:
             transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
             raise
         finally:
-            self.current = None
+            self._running.remove(transition)
             transition.weight_sources = {str(k): n for k, n in (self.loader.num_bytes - loaded_before).items()}
             transition.seconds["total"] = loop_time() - transition.started_s
             self._signals.wake()
@@ -344,15 +358,15 @@ class Reconfigure:
             transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
 
     @contextmanager
-    def _exchanged(self, transition: Transition) -> Iterator[None]:
+    def _exchanged(self, transition: Transition, new: Sequence[Group], moving: Sequence[Moving]) -> Iterator[None]:
         """Note what the block exchanges, and what it loses, however it ends."""
-        num_bytes, num_lost, num_cached = self.exchange.num_bytes, self.exchange.num_lost, self._followers.num_blocks
+        devices = [stage.device for group in new for stage in group.stages]  # no other transition copies to them
+        num_bytes = self.exchange.transfers.bytes_to(devices)
         try:
             yield
         finally:
-            transition.exchange_bytes = self.exchange.num_bytes - num_bytes
-            transition.num_lost = self.exchange.num_lost - num_lost
-            transition.num_cached_blocks = self._followers.num_blocks - num_cached
+            transition.exchange_bytes = self.exchange.transfers.bytes_to(devices) - num_bytes
+            transition.num_lost = sum(m.is_lost for m in moving)
 
     def _commit(
         self,
@@ -376,24 +390,3 @@ class Reconfigure:
 
     def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
         return self._fleet.make_group(stages, self._shape.block_size, origin)
-
-
-def _live(groups: Sequence[Group]) -> list[LiveRequest]:
-    """All requests of these groups, as the planner of an exchange sees them; first tokens are urgent.
-
-    A shared block counts once, for the first that holds it.
-    """
-    live, seen = [], set[Block]()
-    for group in groups:
-        for request in group.running:
-            num_new = sum(block not in seen for block in request.table.blocks)
-            seen.update(request.table.blocks)
-            urgency = float(request.num_output_tokens == 0)
-            live.append(LiveRequest(request.request_id, group.group_id, max(1, num_new), urgency))
-    return live
-
-
-def _by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:
-    """All requests of these groups, in the order in which they were admitted."""
-    running = [(request, group) for group in groups for request in group.running]
-    return sorted(running, key=lambda pair: (pair[0].admitted_s or 0.0, pair[0].arrival_s))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.refusal import log_failure
 from kunserve.engine.regroup.transfer import Transfer, Transfers
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
@@ -26,6 +25,7 @@ from kunserve.gpu.copies import BlockCopy, host_blocks
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.links import HOST, Links
 from kunserve.gpu.queue import gather_all
+from kunserve.gpu.refusal import log_failure
 
 SMOOTHING = 0.2  # weight of the newest measurement
 

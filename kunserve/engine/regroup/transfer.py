@@ -6,7 +6,8 @@ ways: all has arrived, nobody wanted it any more, or an error was raised and it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +47,16 @@ class Transfers:
 
     def __init__(self, memories: Sequence[DeviceMemory], links: Links) -> None:
         self._memories, self._links = memories, links
-        self.num_bytes = 0  # copied so far
+        self._bytes_to = Counter[int]()  # copied so far, by where to
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that were copied so far."""
+        return self._bytes_to.total()
+
+    def bytes_to(self, devices: Iterable[int]) -> int:
+        """Return the bytes that were copied to these devices so far."""
+        return sum(self._bytes_to[device] for device in devices)
 
     @property
     def is_coordinated(self) -> bool:
@@ -77,7 +87,7 @@ class Transfers:
                 await self._copy(transfer, copies)
                 if pace is not None:
                     pace.copied(num_bytes, loop_time() - started)
-            self.num_bytes += num_bytes
+            self._bytes_to[transfer.destination] += num_bytes
             first += num_layers
         return True
 

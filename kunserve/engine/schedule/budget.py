@@ -103,8 +103,8 @@ class TimeBudget:
 
 
 def is_schedulable(request: Request) -> bool:
-    """Whether more of it may run: one that has ended only waits for what is in flight."""
-    return not request.is_moving and request.finish_reason is None
+    """Whether more of it may run: one that has ended or failed only waits for what is in flight."""
+    return not request.is_moving and request.finish_reason is None and not request.has_failed
 
 
 def _decodes(request: Request, num_tokens: int) -> bool:

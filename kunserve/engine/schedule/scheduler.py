@@ -61,6 +61,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
+        self._went_alone = set[int]()  # ids of groups whose last microbatch carried one suspected request alone
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
@@ -79,24 +80,22 @@ class Scheduler:
             self._evict(group, victim)
         budget = self._budget(group)
         ready, is_short = self._ready(group)
-        for request, num_pending in ready:
-            if len(spans) == self.limits.max_num_seqs:
-                break
-            if request.group_id != group.group_id:  # preempted meanwhile
-                continue
-            num_tokens = budget.fits(request, num_pending)
-            if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
-                spans.append(self._span(request, num_tokens, budget))
-        if self._num_evictions == evictions_before and not num_leaving and not is_short:
+        may_admit = not (num_leaving or is_short or self._num_evictions > evictions_before)
+        is_turn_of_suspects = group.group_id not in self._went_alone
+        if may_admit and is_turn_of_suspects and self.waiting.head is not None and self.waiting.head.is_suspect:
+            self._admit(group, groups, spans, budget)
+        suspects = [pair for pair in ready if pair[0].suspect_until and pair[0].is_suspect]
+        others = [pair for pair in ready if pair not in suspects] if suspects else ready
+        self._fill(group, suspects + others if is_turn_of_suspects else others, spans, budget)
+        if may_admit and self._num_evictions == evictions_before:
             while self._bring_back_head(group, groups):
                 pass
-            while len(spans) < self.limits.max_num_seqs and not budget.is_full:
-                if (admitted := self._admit_head(group, groups)) is None:
-                    break
-                if num_tokens := budget.fits(admitted, admitted.num_tokens - admitted.num_scheduled_tokens):
-                    spans.append(self._span(admitted, num_tokens, budget))
+            self._admit(group, groups, spans, budget)
+        if not spans:
+            self._fill(group, suspects, spans, budget)
         if not spans:
             return None
+        (self._went_alone.add if _is_alone(spans) else self._went_alone.discard)(group.group_id)
         batch = Microbatch(group.group_id, epoch, tuple(spans))
         group.in_flight.append(batch)
         return batch
@@ -225,18 +224,39 @@ class Scheduler:
         self.swapped.begin_in(group)
         return True
 
-    def _admit_head(self, group: Group, groups: Sequence[Group]) -> Request | None:
-        """Bind the head of the queue to `group`, with blocks for its whole input; None if it should not now.
+    def _fill(self, group: Group, ready: Sequence[tuple[Request, int]], spans: list[Span], budget: Budget) -> None:
+        """Let running requests join a microbatch of `group`, in this order; one that is suspected only alone."""
+        for request, num_pending in ready:
+            if len(spans) == self.limits.max_num_seqs or _is_alone(spans):
+                return
+            if request.group_id != group.group_id or (
+                spans and request.is_suspect
+            ):  # preempted meanwhile, or not alone
+                continue
+            num_tokens = budget.fits(request, num_pending)
+            if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
+                spans.append(self._span(request, num_tokens, budget))
 
-        Whoever is on the host goes first.
+    def _admit(self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget) -> None:
+        """Let requests that wait join a microbatch of `group`, in the order of the queue, as long as there is room."""
+        while len(spans) < self.limits.max_num_seqs and not budget.is_full and not _is_alone(spans):
+            if not self._may_admit_head(group, groups, is_first=not spans):
+                return
+            head = self.waiting.popleft()
+            self.preempted_by.pop(head.request_id, None)
+            self.fleet.admit(head, group, finds_prefix=True)
+            if num_tokens := budget.fits(head, head.num_tokens - head.num_scheduled_tokens):
+                spans.append(self._span(head, num_tokens, budget))
+
+    def _may_admit_head(self, group: Group, groups: Sequence[Group], *, is_first: bool) -> bool:
+        """Whether the head of the queue should join `group` now. Whoever is on the host goes first.
+
+        `is_first`: nobody is in the microbatch yet that it would go with.
         """
         head = self.waiting.head
         if head is None or self.swapped.ready or not self._takes(group, groups, head):
-            return None
-        self.waiting.popleft()
-        self.preempted_by.pop(head.request_id, None)
-        self.fleet.admit(head, group, finds_prefix=True)
-        return head
+            return False
+        return not self.fleet.is_prefix_coming(head, group) and (is_first or not head.is_suspect)
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
         """Whether `group` has room for `head`, and no other that has room is better for it.
@@ -271,12 +291,33 @@ class Scheduler:
     def _has_room(self, group: Group, head: Request) -> bool:
         if not group.is_admitting or len(group.running) >= self.limits.num_seats(group):
             return False
+        if (group.is_suspect or head.avoids == group.group_id) and self._may_go_elsewhere(head):
+            return False
         if self.policy.may_admit(group, head):
             return True
         if (num_shared := self.fleet.shared_blocks(head, group)) and self.policy.may_admit(group, head, num_shared):
             return True
         # Nobody waits for memory that only cached blocks on their way hold.
         return self.fleet.give_up_followers(group) and self.policy.may_admit(group, head)
+
+    def _may_go_elsewhere(self, head: Request) -> bool:
+        """Whether a group can take a request in which no step has failed."""
+        return any(
+            g.is_admitting
+            and not g.is_suspect
+            and g.group_id != head.avoids
+            and g.num_blocks >= self._most_blocks(g, head)
+            for g in self.fleet.groups
+        )
+
+    @staticmethod
+    def _most_blocks(group: Group, head: Request) -> int:
+        return group.blocks_for(min(head.max_num_tokens, head.num_tokens + TYPICAL_OUTPUT))
+
+
+def _is_alone(spans: Sequence[Span]) -> bool:
+    """Whether nobody may join a microbatch, because a step with its only request failed before."""
+    return len(spans) == 1 and spans[0].request.is_suspect
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:

@@ -48,7 +48,7 @@ async def judge(results: Sequence[Result]) -> None:
     judging = list[tuple[Result, Constraint]]()
     for result in results:
         request, token = result.request, result.token
-        if request.constraint is None or token is None or token.error is not None or request.finish_reason is not None:
+        if request.constraint is None or token is None or token.error is not None or request.is_over_here:
             continue
         try:
             request.constraint.accept(token.token_id)

@@ -52,11 +52,15 @@ class GrammarConstraint:
         """See `Constraint.settled`."""
         await self._matcher.settled()
 
-    def close(self) -> None:
-        """See `Constraint.close`."""
+    def release(self) -> None:
+        """See `Constraint.release`."""
         if self._next is not None:
             settle(self._next, None)
             self._next = None
+
+    def close(self) -> None:
+        """See `Constraint.close`."""
+        self.release()
         self._matcher.close()
 
     @property

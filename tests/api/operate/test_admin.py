@@ -12,7 +12,9 @@ HEADERS = {"Authorization": "Bearer root"}
 async def test_operators_bring_the_key() -> None:
     async with serving(FakeEngine(), ADMIN) as client:
         answer = await client.post("/kunserve/drop", headers=HEADERS, json={"groups": [1, 2]})
-        assert await answer.json() == {"dropped": [1, 2]}
+        assert await answer.json() == {"dropped": [1, 2], "is_forced": False}
+        answer = await client.post("/kunserve/drop", headers=HEADERS, json={"force": True})
+        assert await answer.json() == {"dropped": None, "is_forced": True}
         assert await (await client.post("/kunserve/restore", headers=HEADERS)).json() == {"restored": None}
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Bearer \udcff"}):
             assert (await error_of(await client.post("/kunserve/drop", headers=headers)))["code"] == 401

@@ -12,6 +12,7 @@ import pytest
 from transition_harness import Answer, Checked, again, checked_engine
 
 from kunserve.engine.regroup import control as control_module
+from kunserve.engine.regroup.transition import Transition
 from kunserve.engine.request import Request
 from kunserve.engine.signals import loop_time
 from kunserve.errors import ConflictError, DeviceError
@@ -158,10 +159,10 @@ async def test_a_transition_that_failed_is_tried_again(
         for name in ("drop", "restore"):
             begin = getattr(checked.reconfigure, name)
 
-            def fail_once(*arguments: Any, name: str = name, begin: Any = begin) -> Any:
+            def fail_once(*arguments: Any, name: str = name, begin: Any = begin, **more: Any) -> Any:
                 setattr(checked.reconfigure, name, begin)
                 _refuse_once(checked.engine.memories[0].device, failing)
-                return begin(*arguments)
+                return begin(*arguments, **more)
 
             setattr(checked.reconfigure, name, fail_once)
         assert_same(await checked.answer_all(again(BURST)), expected)
@@ -215,12 +216,12 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         control._begin_drop()
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control._tasks
-        if way == "refused":  # the plan is of another epoch by now
-            monkeypatch.setattr(engine.fleet, "_epoch", 7)
+        if way == "refused":  # its groups are in another transition by now
+            monkeypatch.setattr(checked.reconfigure, "_running", [Transition("drop", 0.0, (0,))])
         elif way == "failed":
             _refuse_once(engine.memories[0].device, [])
         elif way == "bug":
-            monkeypatch.setattr(checked.reconfigure, "_plan_exchange", lambda *_: 1 // 0)
+            monkeypatch.setattr(checked.reconfigure, "_plan_exchange", lambda *_, **__: 1 // 0)
         elif way == "cancelled":  # before its first step
             task.cancel()
         elif way == "stopped":

@@ -17,10 +17,10 @@ from transition_harness import Answer, Checked, again, checked_engine
 
 from kunserve.engine.regroup.remap import Layouts
 from kunserve.engine.request import Request
-from kunserve.errors import DeviceError
+from kunserve.errors import ConflictError, DeviceError
 from kunserve.planner.exchange import LiveRequest
 from kunserve.planner.layouts import merged_layouts
-from kunserve.planner.plan import DropPlan, ExchangeMode, ExchangePlan, KvMove, Merge
+from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason, SamplingParams
@@ -169,12 +169,17 @@ async def test_a_client_that_leaves_while_layers_move(
         assert checked.engine.scheduler.num_preemptions == 0  # nobody else noticed
 
 
-async def test_kv_that_fits_in_no_order_is_recomputed(tiny64: Path) -> None:
+async def test_kv_that_fits_in_no_order_is_recomputed_if_an_operator_insists(tiny64: Path) -> None:
     requests = long_requests(8, 370, 26)
     its = await expected(tiny64, requests)
     async with two_devices(tiny64, 384, max_model_len=400) as checked:
         answers = await loaded(checked, requests)
-        await checked.control.drop()
+        with pytest.raises(
+            ConflictError, match=r"to free \d+.* of weights, \d+ tokens of 8 requests .*\"force\": true"
+        ):
+            await checked.control.drop()
+        assert not checked.engine.state()["transitions"] and len(checked.engine.groups) == 2
+        await checked.control.drop(is_forced=True)
         assert_same(await answers, its)
         await checked.settled()
         assert checked.outcomes == {("drop", "done", "infeasible"): 1}
@@ -197,7 +202,7 @@ async def test_a_failed_remap_loses_nothing_of_kv_that_fits_in_no_order(tiny64: 
 
         device.map = refuse_once
         with pytest.raises(DeviceError, match="refused"):
-            await checked.control.drop()
+            await checked.control.drop(is_forced=True)
         assert_same(await answers, its)
         await checked.undo_drops()
         assert checked.num_outcomes("drop", "rolled back") == 1
@@ -281,9 +286,9 @@ async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
     snapshot = checked.control._snapshot()
     stages = (StageView(0, 0, 4), StageView(1, 4, 6))
     origin = Origin((), tuple(group.origin for group in snapshot.groups if group.origin))
-    plan = DropPlan(snapshot.epoch, (Merge((0, 1), stages, 0, origin),), 0, 0, True)
+    merge = Merge((0, 1), stages, 0, origin)
     committed = asyncio.get_running_loop().create_future()
-    task = checked.control._spawn(checked.reconfigure.drop(snapshot, plan, committed.set_result))
+    task = checked.control._spawn(checked.reconfigure.drop(snapshot, merge, committed.set_result))
     await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
     return task
 
@@ -367,6 +372,8 @@ async def test_who_arrived_and_lacks_a_block_that_others_hold(
         long_requests(1, 150, 200, "grows") + long_requests(1, 140, 8, "waits") + long_requests(1, 498, 12, "long")
     )
     its, requests = await expected(tiny64, requests), again(requests)
+    for request in requests:  # they begin alike, and shall not share that
+        request.cache_salt = request.request_id
     monkeypatch.setattr("kunserve.engine.regroup.reconfigure.plan_exchange", one_by_one)
     async with two_devices(tiny64, 128, max_model_len=512, overload_policy=policy) as checked:
         answers = await loaded(checked, requests, 1)

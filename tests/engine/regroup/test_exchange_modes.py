@@ -113,7 +113,7 @@ async def test_a_drop_that_can_exchange_nothing_changes_no_answer(
         requests = await crowd.new(pool)
         answers, copies = await loaded(checked, requests), Copies(checked)
         copies.begin(FAILING["all"])  # there are none
-        await checked.control.drop()
+        await checked.control.drop(is_forced=True)
         (drop,) = await checked.settled()
         assert (drop.outcome, drop.exchange_mode, drop.exchange_bytes) == ("done", "infeasible", 0)
         assert copies.num_copies == 0 and all(request.num_preemptions for request in requests)

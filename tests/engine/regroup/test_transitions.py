@@ -13,11 +13,12 @@ import torch
 from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests
 
 from kunserve.engine.blocks.block_table import BlockTable
-from kunserve.engine.group import Stage
+from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, DeviceError, EngineError, OverloadedError
 from kunserve.gpu.device_memory import Layout
-from kunserve.planner.plan import DropPlan, RestorePlan
+from kunserve.planner.drop import plan_drop_of
+from kunserve.planner.plan import RestorePlan
 
 NUM_REQUESTS = 8
 REQUESTS = make_requests(NUM_REQUESTS, seed=1, longest_prompt=32, most_tokens=16)
@@ -219,12 +220,68 @@ async def test_one_transition_at_a_time_and_of_the_present_epoch(tiny64: Path) -
         with pytest.raises(ConflictError, match="under way"):
             await second
         stale = control._snapshot()
+        [merge] = plan_drop_of(stale, [2, 3]).merges
         await checked.settled()
-        with pytest.raises(ConflictError, match="epoch 0"):
-            await reconfigure.drop(stale, DropPlan(0, (), 0, 0, True))
+        await control.drop([2, 3])
+        await checked.settled()
+        with pytest.raises(ConflictError, match="group 2 is not there any more"):
+            await reconfigure.drop(stale, merge)
         with pytest.raises(ConflictError, match="epoch 7"):
             await reconfigure.restore(RestorePlan(7, ()))
         await checked.undo_drops()
+
+
+async def test_merges_do_not_wait_for_each_others_steps(tiny64: Path, expected: list[Answer]) -> None:
+    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+        engine, reconfigure, held = checked.engine, checked.reconfigure, asyncio.Event()
+        execute: Any = engine.executor.execute
+
+        async def hold(group: Group, inputs: Any) -> Any:
+            if group.group_id == 0:
+                await held.wait()
+            return await execute(group, inputs)
+
+        engine.executor.execute = hold  # type: ignore[method-assign, misc]
+        answers = [asyncio.create_task(checked.answer(request)) for request in again(REQUESTS)]
+        while not (engine.groups[0].num_in_flight and all(group.running for group in engine.groups)):
+            await asyncio.sleep(0)
+        snapshot = checked.control._snapshot()
+        merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
+        slow, fast = [asyncio.create_task(reconfigure.drop(snapshot, merge)) for merge in merges]
+        assert (await fast).old_groups == (2, 3)
+        assert not slow.done() and [len(group.stages) for group in engine.groups] == [1, 1, 2]
+        with pytest.raises(ConflictError, match="under way"):
+            await reconfigure.drop(snapshot, merges[0])
+        with pytest.raises(ConflictError, match="under way"):
+            await checked.control.restore()
+        held.set()
+        assert (await slow).outcome == "done"
+        assert [len(group.stages) for group in engine.groups] == [2, 2]
+        await finish(checked, answers, expected)
+
+
+async def test_one_merge_that_fails_leaves_the_others(tiny64: Path, expected: list[Answer]) -> None:
+    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+        answers = await begin(checked, again(REQUESTS))
+        snapshot = checked.control._snapshot()
+        merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
+        device: Any = checked.engine.memories[0].device
+        map_, num_failed = device.map, 0
+
+        def refuse(*arguments: Any) -> None:
+            nonlocal num_failed
+            num_failed += 1
+            device.map = map_  # its way back is open
+            raise DeviceError("refused")
+
+        device.map = refuse
+        drops = [asyncio.create_task(checked.reconfigure.drop(snapshot, merge)) for merge in merges]
+        failed, done = await asyncio.gather(*drops, return_exceptions=True)
+        assert num_failed == 1 and isinstance(failed, DeviceError) and not isinstance(done, BaseException)
+        states = {state["old_groups"]: state["outcome"] for state in checked.engine.state()["transitions"]}
+        assert states == {(0, 1): "rolled back", (2, 3): "done"}
+        assert sorted(len(group.stages) for group in checked.engine.groups) == [1, 1, 2]
+        await finish(checked, answers, expected)
 
 
 async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path) -> None:

@@ -198,6 +198,9 @@ class HeldGrammar:
     async def settled(self) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -32,6 +32,12 @@ class Burst(Struct, kw_only=True):
 
 
 class Groups(Struct, kw_only=True):
-    """POST /kunserve/drop and /kunserve/restore."""
+    """POST /kunserve/restore."""
 
     groups: list[GroupId] | None = None
+
+
+class Drop(Groups, kw_only=True):
+    """POST /kunserve/drop."""
+
+    force: bool = False  # even if the KV of live requests cannot follow, and they are computed again

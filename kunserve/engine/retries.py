@@ -1,0 +1,88 @@
+"""Retries: requests whose step failed start over from their tokens, elsewhere if possible, and nobody is told.
+
+A step is one piece of work for many requests, and its error does not say whose fault it is. So those that it failed
+with are suspected: each goes alone (scheduler.py) until it has passed where it failed. One that fails alone again and
+again is given up. A group in which step after step fails gets no requests while there are others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import structlog
+
+from kunserve.engine.batch import Microbatch
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+from kunserve.engine.schedule.scheduler import Scheduler
+from kunserve.engine.signals import Signals
+from kunserve.observe.metrics import Metrics
+
+log = structlog.get_logger()
+
+MOST_FAILURES = 5  # of a request alone, at the same place: then it is given up
+SUSPECT_AFTER = 2  # steps of a group that failed, one after the other
+PROBE_S = 10.0  # after which a suspected group gets requests again
+
+
+class Retries:
+    """Decides what becomes of failed steps. Used on the event loop."""
+
+    def __init__(self, fleet: Fleet, scheduler: Scheduler, signals: Signals, metrics: Metrics) -> None:
+        self._fleet, self._scheduler, self._signals, self._metrics = fleet, scheduler, signals, metrics
+        self._num_failed = Counter[int]()  # steps in a row, by group id
+
+    def failed(self, group: Group, batch: Microbatch, *, is_lost: bool = False) -> list[Request]:
+        """Let the requests of a microbatch that came back with an error start over; returns those that shall not.
+
+        A request starts over when no other microbatch carries it: see `came_back`. None does if a device `is_lost`.
+        """
+        if is_lost:
+            return [span.request for span in batch.spans if span.request.finish_reason is None]
+        self._num_failed[group.group_id] += 1
+        if self._num_failed[group.group_id] >= SUSPECT_AFTER:
+            self._suspect(group)
+        given_up, is_alone = list[Request](), len(batch.spans) == 1
+        for request, _, end, _, _ in batch.spans:
+            if request.finish_reason is not None or request.has_failed:
+                continue
+            request.num_failures += is_alone
+            if request.num_failures == MOST_FAILURES:
+                given_up.append(request)
+                continue
+            request.has_failed, request.avoids = True, group.group_id
+            request.suspect_until = max(request.suspect_until, end)
+            if request.constraint is not None:
+                request.constraint.release()
+        self._start_over(group, batch)
+        return given_up
+
+    def came_back(self, group: Group, batch: Microbatch) -> None:
+        """Note that a microbatch came back without an error."""
+        self._num_failed.pop(group.group_id, None)
+        for span in batch.spans:
+            if span.request.num_failures and not span.request.is_suspect:
+                span.request.num_failures = 0  # it has come further
+        self._start_over(group, batch)
+
+    def _start_over(self, group: Group, batch: Microbatch) -> None:
+        for request in reversed([span.request for span in batch.spans]):  # the first is back first
+            if request.has_failed and request.finish_reason is None and request.num_in_flight == 0:
+                request.has_failed = False
+                self._scheduler.preempt(group, request)
+                self._metrics.retried_request()
+
+    def _suspect(self, group: Group) -> None:
+        """Give a group no requests for a while."""
+        if not group.is_suspect:
+            log.warning("steps of a group fail one after the other", group=group.group_id)
+            self._fleet.set_suspect(group, True)
+            asyncio.get_running_loop().call_later(PROBE_S, self._trust, group)
+
+    def _trust(self, group: Group) -> None:
+        """Try a group again: one more failure is enough."""
+        self._fleet.set_suspect(group, False)
+        self._num_failed[group.group_id] = SUSPECT_AFTER - 1
+        self._signals.wake()

@@ -1,0 +1,90 @@
+"""Who may join a microbatch: prefixes that are being computed are waited for, and who is suspected goes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from groups import LAYERS, commit, make_group, make_request
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.schedule.policy import make_policy
+from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.policies import OverloadPolicy
+from kunserve.sampling import FinishReason
+
+
+def sharing_scheduler(budget: int, *groups: Group) -> Scheduler:
+    return Scheduler(Fleet(groups, has_prefix_cache=True), Limits(budget, 64), make_policy(OverloadPolicy.DROP, 0))
+
+
+def run_step(scheduler: Scheduler, group: Group) -> list[str]:
+    """Schedule, compute and commit one step; who was in it."""
+    batch = scheduler.schedule(group, [group], 0)
+    assert batch is not None
+    commit(scheduler, group, batch)
+    for span in batch.spans:
+        if span.request.finish_reason is None:
+            scheduler.fleet.computed(span.request, group)
+    scheduler.fleet.check(LAYERS)
+    return [span.request.request_id for span in batch.spans]
+
+
+def test_a_prefix_that_is_being_computed_is_waited_for() -> None:
+    scheduler = sharing_scheduler(16, group := make_group(num_blocks=60))
+    first, second, other = make_request("a", 41, 9), make_request("b", 41, 9), make_request("c", 41, 9)
+    other.token_ids = [9, *other.token_ids[1:]]
+    scheduler.waiting.extend([first, second, other])
+    steps = [run_step(scheduler, group) for _ in range(4)]
+    assert steps == [["a"], ["a"], ["a"], ["a", "b", "c"]]  # the third has room for others, but not yet for b
+    assert second.num_cached_tokens == 40 and other.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("end", ["leaves", "moves"])
+def test_nobody_waits_for_a_prefix_that_does_not_come(end: str) -> None:
+    scheduler = sharing_scheduler(16, group := make_group(num_blocks=60))
+    first, second = make_request("a", 41, 9), make_request("b", 41, 9)
+    scheduler.waiting.extend([first, second])
+    batch = scheduler.schedule(group, [group], 0)
+    assert batch is not None and [span.request for span in batch.spans] == [first]
+    if end == "leaves":
+        first.finish_reason = FinishReason.ABORT
+    else:
+        scheduler.fleet.suspend(first)
+    late = scheduler.schedule(group, [group], 0)
+    assert late is not None and [span.request for span in late.spans] == [second]
+
+
+def test_who_asks_for_logprobs_of_the_prompt_waits_for_nobody() -> None:
+    scheduler = sharing_scheduler(64, group := make_group(num_blocks=60))
+    second = make_request("b", 21, 9)
+    second.params = replace(second.params, num_prompt_logprobs=1)
+    scheduler.waiting.extend([make_request("a", 21, 9), second])
+    assert run_step(scheduler, group) == ["a", "b"]
+
+
+def test_a_suspected_request_goes_alone_by_turns_with_all_others() -> None:
+    scheduler = sharing_scheduler(8, group := make_group(num_blocks=60))
+    requests = [make_request(name, 20, 4) for name in "abc"]
+    for i, request in enumerate(requests):
+        request.token_ids = [20 * i + token for token in request.token_ids]
+    requests[1].suspect_until = 20
+    scheduler.waiting.extend(requests)
+    steps = [run_step(scheduler, group) for _ in range(7)]
+    # Once b has passed all of its 20 tokens, which takes three steps, it goes with the others.
+    assert steps == [["a"], ["b"], ["a"], ["b"], ["a", "c"], ["b"], ["a", "b", "c"]]
+
+
+def test_a_request_goes_where_no_step_has_failed_if_it_can() -> None:
+    groups = [make_group(i, num_blocks=20) for i in range(2)]
+    scheduler = sharing_scheduler(64, *groups)
+    request = make_request("a", 8, 4)
+    request.avoids = 0
+    scheduler.waiting.append(request)
+    assert not scheduler.can_admit(groups[0]) and scheduler.can_admit(groups[1])
+    request.avoids = None
+    scheduler.fleet.set_suspect(groups[1], True)
+    assert scheduler.can_admit(groups[0]) and not scheduler.can_admit(groups[1])
+    request.avoids = 0  # one is as bad as the other
+    assert scheduler.can_admit(groups[0]) and scheduler.can_admit(groups[1])

@@ -1,0 +1,135 @@
+"""A step that fails costs time and nothing else: its requests start over, elsewhere, and the guilty one ends alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.engines import LAYOUTS, assert_idle, running_engine
+from engine_fakes import read, token_ids
+from structures import constraint, open_pool
+from tiny_models import VOCAB_SIZE
+from transition_harness import again, make_requests
+
+from kunserve.engine import retries
+from kunserve.engine.batch import Microbatch
+from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group
+from kunserve.engine.request import Request
+from kunserve.errors import DeviceError, EngineError
+from kunserve.grammar.fork_server import Vocabulary
+from kunserve.grammar.pool import Pool
+from kunserve.sampling import SamplingParams
+
+REQUESTS = make_requests(10, seed=4, longest_prompt=40, most_tokens=20)
+Fails = Callable[[Group, Microbatch], bool]
+
+
+def fail_if(engine: Engine, fails: Fails) -> list[int]:
+    """Let the steps that `fails` names raise once they were computed; returns their groups, as they come."""
+    failed, execute = list[int](), engine.executor.execute
+
+    async def run(group: Group, inputs: Any, batch: Microbatch) -> Any:
+        tokens = await execute(group, inputs)
+        if fails(group, batch):
+            failed.append(group.group_id)
+            raise DeviceError("the step failed")
+        return tokens
+
+    engine.executor.execute = lambda group, inputs: run(group, inputs, group.in_flight[-1])  # type: ignore[method-assign, misc]
+    return failed
+
+
+async def requests(pool: Pool) -> list[Request]:
+    made = again(REQUESTS)
+    for i, pattern in enumerate(("(ab|ba|c){1,9}", "[a-f]{30}")):
+        params = SamplingParams(40, temperature=0.9, seed=i)
+        request = Request(f"g{i}", [5, 6, 7 + i], params)
+        request.constraint = await constraint(pool, ("regex", pattern))
+        made.append(request)
+    return made
+
+
+async def answers(
+    folder: Path, layout: str, fails: Fails, **settings: Any
+) -> tuple[list[Any], list[int], list[Request]]:
+    """What is answered, which steps failed, and the requests."""
+    settings = {"num_blocks_override": 60, "block_size": 4, "chunk_bytes": 1 << 14, "max_model_len": 128} | settings
+    async with running_engine(
+        folder, **LAYOUTS[layout].settings, dtype="float64", max_num_batched_tokens=16, is_pinned=True, **settings
+    ) as served:
+        vocabulary = Vocabulary(served.tokenizer.to_json, VOCAB_SIZE, served.files.config.eos_token_ids[:1])
+        async with open_pool(vocabulary) as pool:
+            asked, failed = await requests(pool), fail_if(served.engine, fails)
+            found = await asyncio.gather(*(read(served.engine.submit(r)) for r in asked), return_exceptions=True)
+            await assert_idle(served.engine)
+    return [token_ids(o) if isinstance(o, list) else o for o in found], failed, asked
+
+
+@pytest.fixture(scope="module")
+def expected(tiny64: Path) -> list[Any]:
+    return asyncio.run(answers(tiny64, "cpu:1", lambda *_: False, num_blocks_override=600))[0]
+
+
+class Every:
+    """Names every so many steps."""
+
+    def __init__(self, number: int) -> None:
+        self._number, self._count = number, 0
+
+    def __call__(self, group: Group, batch: Microbatch) -> bool:
+        self._count += 1
+        return self._count % self._number == 0
+
+
+@pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
+@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize("every", [4, 8])
+async def test_steps_that_fail_now_and_then_change_no_token(
+    layout: str, is_ahead: bool, every: int, tiny64: Path, expected: list[Any]
+) -> None:
+    found, failed, asked = await answers(tiny64, layout, Every(every), async_scheduling=is_ahead)
+    assert found == expected and len(failed) >= 3
+    assert sum(request.num_preemptions for request in asked) >= 3
+
+
+async def test_a_group_that_always_fails_is_left(
+    tiny64: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PROBE_S", 3600.0)
+    found, failed, asked = await answers(tiny64, "cpu:2", lambda group, _: group.group_id == 0)
+    assert found == expected and set(failed) == {0}
+    assert retries.SUSPECT_AFTER <= len(failed) < len(asked)  # who was there already fails once
+
+
+async def test_a_group_that_failed_for_a_while_serves_again(
+    tiny64: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PROBE_S", 0.05)
+    num_steps = [0, 0]
+
+    def fails(group: Group, _: Microbatch) -> bool:
+        num_steps[group.group_id] += 1
+        return group.group_id == 0 and num_steps[0] <= 4
+
+    found, failed, _ = await answers(tiny64, "cpu:2", fails)
+    assert found == expected and failed == [0] * 4 and num_steps[0] > 4
+
+
+@pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
+@pytest.mark.parametrize("is_ahead", [False, True])
+async def test_what_fails_everywhere_fails_alone(
+    layout: str, is_ahead: bool, tiny64: Path, expected: list[Any]
+) -> None:
+    """One request is poison wherever it is computed; nobody who shared a step with it notices."""
+
+    def fails(_: Group, batch: Microbatch) -> bool:
+        return any(span.request.request_id == "r3" for span in batch.spans)
+
+    found, failed, asked = await answers(tiny64, layout, fails, async_scheduling=is_ahead)
+    assert isinstance(found[3], EngineError) and "the step failed" in found[3].message
+    assert found[:3] + found[4:] == expected[:3] + expected[4:]
+    assert len(failed) >= asked[3].num_failures == retries.MOST_FAILURES
