@@ -123,16 +123,16 @@ def test_a_suspected_group_is_tried_again_after_a_while() -> None:
             scheduler.commit(group, batch)
             assert found.failed(group, batch) == []
 
+        states = list[bool]()
         for _ in range(retries.SUSPECT_AFTER):
-            assert not group.is_suspect
+            states.append(group.is_suspect)
             fail()
-        assert group.is_suspect
-        await asyncio.sleep(retries.PROBE_S / 2)
-        assert group.is_suspect
-        await asyncio.sleep(retries.PROBE_S)
-        assert not group.is_suspect
+        states.append(group.is_suspect)
+        for seconds in (retries.PROBE_S / 2, retries.PROBE_S):
+            await asyncio.sleep(seconds)
+            states.append(group.is_suspect)
         fail()
-        assert group.is_suspect
+        assert [*states, group.is_suspect] == [*[False] * retries.SUSPECT_AFTER, True, True, False, True]
 
     simulate(main())
 
