@@ -31,8 +31,13 @@ def frame_of(state: Mapping[str, Any], **more: Any) -> Frame:
         "groups": {str(group["id"]): _group(group) for group in state["groups"]},
         "requests": state["requests"],
         "copies": {name: value for name, value in state["copies"].items() if value is not None},
-        "transitions": {f"{t['started_s']:.3f}": _transition(t) for t in state.get("transitions", ())},
+        "transitions": {_key(t): _transition(t) for t in state.get("transitions", ())},
     }
+
+
+def _key(transition: Mapping[str, Any]) -> str:
+    """Return what tells a transition from all others: merges of different groups begin at the same time."""
+    return f"{transition['started_s']:.3f} {'+'.join(map(str, transition['old_groups']))}"
 
 
 def _device(device: Mapping[str, Any], units: Sequence[str]) -> Frame:

@@ -31,19 +31,22 @@ const DOING = {
   },
 };
 
+/** What tells a transition from all others: merges of different groups begin at the same time. */
+const keyOf = (transition) => `${transition.started_s} ${transition.old_groups}`;
+
 /** Draws `frame.transitions`, newest first. */
 export class Transitions {
   constructor(list, empty) {
     this.list = list;
     this.empty = empty;
-    this.shown = new Map(); // started_s -> [element, JSON]
+    this.shown = new Map(); // key -> [element, JSON]
   }
 
   update(frame, startS) {
     const transitions = transitionsOf(frame);
     this.empty.hidden = transitions.length > 0;
     say(this.empty, frame.copies?.no_drop ? "None so far." : NONE_YET);
-    const known = new Set(transitions.map((transition) => transition.started_s));
+    const known = new Set(transitions.map(keyOf));
     for (const [key, [element]] of this.shown) {
       if (known.has(key)) continue;
       element.remove();
@@ -51,12 +54,12 @@ export class Transitions {
     }
     for (const transition of transitions) {
       const json = JSON.stringify([transition, startS]);
-      const [old, oldJson] = this.shown.get(transition.started_s) ?? [];
+      const [old, oldJson] = this.shown.get(keyOf(transition)) ?? [];
       if (json === oldJson) continue;
       const element = item(transition, startS, frame);
       if (old) old.replaceWith(element);
       else this.list.prepend(element);
-      this.shown.set(transition.started_s, [element, json]);
+      this.shown.set(keyOf(transition), [element, json]);
     }
   }
 }

@@ -49,6 +49,13 @@ def test_a_frame_of_a_drop() -> None:
     assert frame["copies"] == {"now": 1, "at_launch": 2}
 
 
+def test_merges_that_begin_at_the_same_time_are_told_apart() -> None:
+    [drop] = (before := state(is_dropped=True))["transitions"]
+    before["transitions"] = [drop, drop | {"old_groups": (7, 8)}]
+    shown = frame_of(before)["transitions"].values()
+    assert [list(transition["old_groups"]) for transition in shown] == [list(drop["old_groups"]), [7, 8]]
+
+
 def test_a_step_is_small() -> None:
     before, after = frame_of(state(1.0, used=3)), frame_of(state(1.1, used=4))
     used = {"0": {"used": 4}, "1": {"used": 4}}
