@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -45,6 +46,8 @@ class Remap:
     ) -> None:
         self._fleet, self._model, self.shape, self.memories = fleet, model, shape, memories
         self._loader, self._links = loader, links
+        # Whoever goes back may copy weights from any device that has them: no other merge may drop them meanwhile.
+        self._turn = asyncio.Lock()
 
     # --- layouts ------------------------------------------------------------------------------------------------
 
@@ -81,12 +84,13 @@ class Remap:
         If one fails, all go back, with their weights filled again, before the error is raised. NoWayBackError if that
         fails too: nothing may run on these devices then.
         """
-        before = {device: self.memories[device].layout for device in layouts}
-        try:
-            await self._rearrange(layouts)
-        except BaseException:
-            await self._go_back(before)
-            raise
+        async with self._turn:
+            before = {device: self.memories[device].layout for device in layouts}
+            try:
+                await self._rearrange(layouts)
+            except BaseException:
+                await self._go_back(before)
+                raise
 
     async def _go_back(self, before: Layouts) -> None:
         for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
