@@ -134,7 +134,7 @@ class OverloadControl:
                 f'"force": true drops nevertheless'
             )
         committed = asyncio.get_running_loop().create_future()
-        drop = self.reconfigure.drop(snapshot, merge, committed.set_result, may_recompute=is_forced)
+        drop = self.reconfigure.drop(snapshot, merge, committed.set_result, most_lost_blocks=None if is_forced else 0)
         return await self._until_committed(drop, committed)
 
     def would_drop(self) -> dict[int, list[str]]:
@@ -278,7 +278,7 @@ class OverloadControl:
         begun = [merge for merge in plan.merges if self._is_worth_it(snapshot, merge)]
         for merge in begun:
             groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
-            self._spawn(self.reconfigure.drop(snapshot, merge, may_recompute=True), groups)
+            self._spawn(self.reconfigure.drop(snapshot, merge, most_lost_blocks=merge.added_blocks), groups)
         if plan.merges and not begun:
             self._look_again_later()
 

@@ -82,12 +82,13 @@ class Reconfigure:
         merge: Merge,
         on_commit: Callable[[Transition], None] | None = None,
         *,
-        may_recompute: bool = False,
+        most_lost_blocks: int | None = 0,
     ) -> Transition:
         """Merge groups into one chain; returns when every request has arrived. `on_commit` is called when it commits.
 
-        Merges of other groups may run at the same time: none waits for another's step boundary. `may_recompute`: even
-        if the KV of live requests cannot follow its layers; all of them are recomputed then.
+        Merges of other groups may run at the same time: none waits for another's step boundary. `most_lost_blocks`: if
+        the KV of live requests cannot follow its layers, all of them are recomputed if they hold fewer blocks than
+        that; None: however many.
 
         Raises ConflictError, and nothing has changed, if a group is gone or in another transition, or KV cannot follow;
         DeviceError after rolling back.
@@ -97,7 +98,7 @@ class Reconfigure:
             with self._step(transition, "boundary"):  # 2
                 await self.boundary.reached(old)
                 await self._settle(old)
-            exchange = self._plan_exchange(snapshot, merge, old, may_recompute=may_recompute)
+            exchange = self._plan_exchange(snapshot, merge, old, most_lost_blocks)
             if exchange.moves or exchange.mode is ExchangeMode.INFEASIBLE:
                 transition.exchange_mode = str(exchange.mode)
             for group in old:  # remapping gives the KV of layers that go and that nobody uses away, even if it fails
@@ -124,7 +125,7 @@ class Reconfigure:
         return {device: units for device, units in dropped.items() if units}
 
     def _plan_exchange(
-        self, snapshot: Snapshot, merge: Merge, groups: Sequence[Group], *, may_recompute: bool
+        self, snapshot: Snapshot, merge: Merge, groups: Sequence[Group], most_lost_blocks: int | None
     ) -> ExchangePlan:
         """Plan how the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
 
@@ -132,7 +133,8 @@ class Reconfigure:
         """
         cached_groups = frozenset(group.group_id for group in groups if group.idle and self._has_room())
         exchange = plan_exchange(snapshot, merge, live_requests(groups), cached_groups)
-        if exchange.mode is ExchangeMode.INFEASIBLE and not may_recompute:
+        is_too_much = most_lost_blocks is not None and sum(group.num_used for group in groups) >= most_lost_blocks
+        if exchange.mode is ExchangeMode.INFEASIBLE and is_too_much:
             raise ConflictError("the KV of live requests cannot follow its layers any more: nothing was dropped")
         if exchange.mode is ExchangeMode.BY_LAYER:
             self._recompute(groups, lambda request: request.num_output_tokens == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -284,6 +285,41 @@ async def test_one_merge_that_fails_leaves_the_others(tiny64: Path, expected: li
         await finish(checked, answers, expected)
 
 
+async def test_no_merge_drops_weights_while_another_one_goes_back(tiny64: Path, expected: list[Answer]) -> None:
+    """Without a host copy the way back is over any device that still has the weights."""
+    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+        answers = await begin(checked, again(REQUESTS))
+        snapshot = checked.control._snapshot()
+        merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
+        device: Any = checked.engine.memories[0].device
+        loader, map_ = checked.reconfigure.loader, device.map
+        load, is_loading, may_load = loader.load, asyncio.Event(), asyncio.Event()
+
+        def refuse(*_: Any) -> None:
+            device.map = map_
+            raise DeviceError("refused")
+
+        async def hold(*arguments: Any) -> None:
+            is_loading.set()
+            await may_load.wait()
+            await load(*arguments)
+
+        device.map, loader.load = refuse, hold  # type: ignore[method-assign, assignment]
+        before = layouts(checked)[2:]
+        first = asyncio.create_task(checked.reconfigure.drop(snapshot, merges[0]))
+        await is_loading.wait()
+        second = asyncio.create_task(checked.reconfigure.drop(snapshot, merges[1]))
+        await asyncio.sleep(0)  # it has paused its groups
+        await checked.until_no_step_runs()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert layouts(checked)[2:] == before and not second.done()
+        may_load.set()
+        failed, done = await asyncio.gather(first, second, return_exceptions=True)
+        assert isinstance(failed, DeviceError) and not isinstance(done, BaseException) and done.outcome == "done"
+        await finish(checked, answers, expected)
+
+
 async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path) -> None:
     async with checked_engine(tiny64, "cpu:2", 320) as checked:
         held = asyncio.Event()
@@ -351,6 +387,7 @@ async def watched(checked: Checked, begin: Callable[[], Awaitable[dict[str, Any]
     asked, seen = asyncio.ensure_future(begin()), list[dict[str, Any]]()
     while not seen or seen[-1]["outcome"] == "running":
         await asyncio.sleep(0)
+        time.sleep(0.0001)  # the steps' threads would wait for the interpreter at every operation otherwise
         seen += checked.engine.state()["transitions"][before:]
     await asked
     await checked.settled()
