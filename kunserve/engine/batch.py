@@ -47,11 +47,14 @@ def scored_positions(span: Span) -> Sequence[int]:
 
 
 def count_prompt_tokens(batch: Microbatch) -> int:
-    """Return how many prompt tokens a microbatch has computed that never were before, and count them as computed."""
+    """Return how many prompt tokens a microbatch has computed that never were before, and count them as computed.
+
+    Those of a request that starts over are not: what comes before them may be missing.
+    """
     num_new = 0
     for request, start, end, _, _ in batch.spans:
         counted, end = request.num_counted_tokens, min(end, len(request.prompt_token_ids))
-        if counted < end:
+        if counted < end and not request.has_failed:
             num_new += end - max(start, counted)
             request.num_counted_tokens = end
     return num_new

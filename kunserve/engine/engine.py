@@ -241,8 +241,8 @@ class Engine:
             self._num_in_flight -= 1
         self._commit(group, batch)
         if failure is None:
-            self._retries.came_back(group, batch)
             self._publish(group, batch, results)
+            self._retries.came_back(group, batch)
             if self.mover is not None:
                 self.mover.stepped(group, group.returned(started, loop_time()))
         else:
@@ -268,9 +268,9 @@ class Engine:
             group.on_first_commit = None
         now, num_generated = loop_time(), 0
         for result in results:
-            result.add_prompt_logprobs()
             if result.request.is_over_here:
                 continue
+            result.add_prompt_logprobs()
             self.fleet.computed(result.request, group)
             live = self._live[result.request.request_id]
             if result.error is not None:

@@ -104,7 +104,7 @@ class Request:
     @property
     def is_over_here(self) -> bool:
         """Whether what a step brings to it is of no use: it has ended, or starts over."""
-        return self.finish_reason is not None or self.has_failed or self.group_id is None
+        return self.finish_reason is not None or self.has_failed
 
     @property
     def num_tokens(self) -> int:

@@ -44,11 +44,13 @@ class Retries:
         self._num_failed[group.group_id] += 1
         if self._num_failed[group.group_id] >= SUSPECT_AFTER:
             self._suspect(group)
-        given_up, is_alone = list[Request](), len(batch.spans) == 1
+        # Where step after step fails, one more says nothing of its request: unless it is so everywhere.
+        is_the_groups_fault = group.is_suspect and not all(g.is_suspect for g in self._fleet.groups)
+        given_up, is_to_blame = list[Request](), len(batch.spans) == 1 and not is_the_groups_fault
         for request, _, end, _, _ in batch.spans:
             if request.finish_reason is not None or request.has_failed:
                 continue
-            request.num_failures += is_alone
+            request.num_failures += is_to_blame
             if request.num_failures == MOST_FAILURES:
                 given_up.append(request)
                 continue
@@ -61,16 +63,20 @@ class Retries:
 
     def came_back(self, group: Group, batch: Microbatch) -> None:
         """Note that a microbatch came back without an error."""
-        self._num_failed.pop(group.group_id, None)
-        for span in batch.spans:
-            if span.request.num_failures and not span.request.is_suspect:
-                span.request.num_failures = 0  # it has come further
+        # Who has failed already is in this one because it ran behind: over KV that is not there, which shows nothing.
+        passed = [span.request for span in batch.spans if not span.request.has_failed]
+        if passed:
+            self._num_failed.pop(group.group_id, None)
+        for request in passed:
+            if request.suspect_until and not request.is_suspect:  # it has come further
+                request.num_failures, request.suspect_until, request.avoids = 0, 0, None
         self._start_over(group, batch)
 
     def _start_over(self, group: Group, batch: Microbatch) -> None:
         for request in reversed([span.request for span in batch.spans]):  # the first is back first
             if request.has_failed and request.finish_reason is None and request.num_in_flight == 0:
                 request.has_failed = False
+                self._fleet.resume(request)  # a migration that has stopped it sees that it is gone
                 self._scheduler.preempt(group, request)
                 self._metrics.retried_request()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from kunserve.engine import retries
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.engine import Engine
 from kunserve.engine.group import Group
-from kunserve.engine.request import Request
+from kunserve.engine.request import Output, Request
 from kunserve.engine.signals import Signals
 from kunserve.errors import DeviceError, EngineError
 from kunserve.grammar.fork_server import Vocabulary
@@ -29,6 +31,7 @@ from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
 
 REQUESTS = make_requests(10, seed=4, longest_prompt=40, most_tokens=20)
+LONG = 12  # the last of `requests`, whose prompt takes several steps
 Fails = Callable[[Group, Microbatch], bool]
 
 
@@ -54,7 +57,14 @@ async def requests(pool: Pool) -> list[Request]:
         request = Request(f"g{i}", [5, 6, 7 + i], params)
         request.constraint = await constraint(pool, ("regex", pattern))
         made.append(request)
+    scored = SamplingParams(8, temperature=0.0, ignore_eos=True, num_prompt_logprobs=0)
+    made.append(Request("scored", [(7 * i) % VOCAB_SIZE for i in range(70)], scored))
     return made
+
+
+def seen(outputs: list[Output]) -> tuple[list[int], list[float]]:
+    """Tokens, and logprobs of the prompt but for the last bits, which differ with how it is cut."""
+    return token_ids(outputs), [round(scored.logprob, 6) for o in outputs for scored in o.prompt_logprobs]
 
 
 async def answers(
@@ -70,7 +80,7 @@ async def answers(
             asked, failed = await requests(pool), fail_if(served.engine, fails)
             found = await asyncio.gather(*(read(served.engine.submit(r)) for r in asked), return_exceptions=True)
             await assert_idle(served.engine)
-    return [token_ids(o) if isinstance(o, list) else o for o in found], failed, asked
+    return [seen(o) if isinstance(o, list) else o for o in found], failed, asked
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +88,28 @@ def expected(tiny64: Path) -> list[Any]:
     return asyncio.run(answers(tiny64, "cpu:1", lambda *_: False, num_blocks_override=600))[0]
 
 
-class Every:
-    """Names every so many steps."""
+class Sometimes:
+    """Names one of so many steps at random, but none with a request that it would be given up for."""
 
     def __init__(self, number: int) -> None:
-        self._number, self._count = number, 0
+        self._number, self._random, self._num_failed = number, random.Random(number), Counter[str]()
 
     def __call__(self, group: Group, batch: Microbatch) -> bool:
-        self._count += 1
-        return self._count % self._number == 0
+        names = [span.request.request_id for span in batch.spans]
+        is_spared = any(self._num_failed[name] == retries.MOST_FAILURES - 1 for name in names)
+        if self._random.randrange(self._number) or is_spared:
+            return False
+        self._num_failed.update(names)
+        return True
 
 
 @pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
 @pytest.mark.parametrize("is_ahead", [False, True])
-@pytest.mark.parametrize("every", [4, 8])
+@pytest.mark.parametrize("every", [2, 4, 8])
 async def test_steps_that_fail_now_and_then_change_no_token(
     layout: str, is_ahead: bool, every: int, tiny64: Path, expected: list[Any]
 ) -> None:
-    found, failed, asked = await answers(tiny64, layout, Every(every), async_scheduling=is_ahead)
+    found, failed, asked = await answers(tiny64, layout, Sometimes(every), async_scheduling=is_ahead)
     assert found == expected and len(failed) >= 3
     assert sum(request.num_preemptions for request in asked) >= 3
 
@@ -151,3 +165,19 @@ async def test_what_fails_everywhere_fails_alone(
     assert isinstance(found[3], EngineError) and "the step failed" in found[3].message
     assert found[:3] + found[4:] == expected[:3] + expected[4:]
     assert len(failed) >= asked[3].num_failures == retries.MOST_FAILURES
+
+
+@pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
+@pytest.mark.parametrize("is_ahead", [False, True])
+async def test_what_always_fails_at_its_beginning_ends(
+    layout: str, is_ahead: bool, tiny64: Path, expected: list[Any]
+) -> None:
+    """Its next piece may be in flight behind the one that fails: that this comes back is no progress."""
+
+    def fails(_: Group, batch: Microbatch) -> bool:
+        return any(span.request.request_id == "scored" and span.start == 0 for span in batch.spans)
+
+    found, _, asked = await answers(tiny64, layout, fails, async_scheduling=is_ahead)
+    assert asked[LONG].request_id == "scored"
+    assert isinstance(found[LONG], EngineError) and "the step failed" in found[LONG].message
+    assert found[:LONG] + found[LONG + 1 :] == expected[:LONG] + expected[LONG + 1 :]

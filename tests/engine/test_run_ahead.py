@@ -39,6 +39,12 @@ class Steps:
         self.scheduler.waiting.append(make_request(name, num_prompt, 20))
         self.signals.wake_for_queue()
 
+    def begin(self) -> float:
+        """Launch a first step; returns how long it is expected to take."""
+        self.ask("a")
+        assert self.launched() == [["a"]]
+        return expected_s(self.group.in_flight[0])
+
     def launched(self) -> list[list[str]]:
         """Who is in the microbatches that can go now."""
         batches = self.dispatch.batches(self.dispatch.take_changed())
@@ -63,9 +69,7 @@ async def woken_at(steps: Steps) -> float:
 def test_whoever_comes_while_a_step_runs_is_in_the_next() -> None:
     async def main() -> None:
         steps = Steps()
-        steps.ask("a")
-        assert steps.launched() == [["a"]]
-        step_s = expected_s(steps.group.in_flight[0])
+        step_s = steps.begin()
         assert MARGIN * step_s > HOST_S
         await asyncio.sleep(step_s / 2)
         steps.ask("b")
@@ -82,9 +86,7 @@ def test_whoever_comes_while_a_step_runs_is_in_the_next() -> None:
 def test_steps_that_take_longer_than_predicted_move_the_time() -> None:
     async def main() -> None:
         steps = Steps()
-        steps.ask("a")
-        assert steps.launched() == [["a"]]
-        first_s = expected_s(steps.group.in_flight[0])
+        first_s = steps.begin()
         assert await woken_at(steps) == pytest.approx((1 - MARGIN) * first_s)
         assert steps.launched() == [["a"]]
         await asyncio.sleep(3 * first_s - (1 - MARGIN) * first_s)
@@ -101,9 +103,7 @@ def test_steps_that_take_longer_than_predicted_move_the_time() -> None:
 def test_a_step_that_ends_early_is_followed_at_once() -> None:
     async def main() -> None:
         steps = Steps()
-        steps.ask("a")
-        assert steps.launched() == [["a"]]
-        step_s = expected_s(steps.group.in_flight[0])
+        step_s = steps.begin()
         await asyncio.sleep(step_s / 4)
         steps.ask("b", 60)
         steps.end()

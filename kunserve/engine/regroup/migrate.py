@@ -45,15 +45,16 @@ class Migrating:
     num_copied: int = 0
 
     @property
+    def is_here(self) -> bool:
+        """Whether the request still has its KV at the source."""
+        request = self.request
+        return request.group_id == self.source.group_id and request.num_preemptions == self.num_preemptions
+
+    @property
     def is_wanted(self) -> bool:
         """Whether the request still runs at the source, and no transition waits for either group."""
-        request = self.request
-        return (
-            request.finish_reason is None
-            and request.group_id == self.source.group_id
-            and request.num_preemptions == self.num_preemptions
-            and not (self.source.is_paused or self.destination.is_paused)
-        )
+        is_paused = self.source.is_paused or self.destination.is_paused
+        return self.is_here and self.request.finish_reason is None and not is_paused
 
 
 class Migration:
@@ -115,6 +116,7 @@ class Migration:
             self._timer.cancel()
             self._timer = None
         groups = [g for g in self._fleet.groups if len(g.stages) == 1 and not g.is_paused and g.is_admitting]
+        groups = [g for g in groups if not g.is_suspect]
         by_id = {group.group_id: group for group in groups}
         for source_id, destination_id in pair_groups(self._freeness(groups)):
             source, destination = by_id[source_id], by_id[destination_id]
@@ -170,9 +172,9 @@ class Migration:
 
     async def _stop_and_copy(self, m: Migrating) -> bool:
         self._fleet.suspend(m.request)
-        while m.request.num_in_flight:
+        while m.is_here and m.request.num_in_flight:  # a step that fails takes its KV
             await self._signals.next_commit(m.source)
-        if m.request.finish_reason is not None or not self._allocate(m, m.request.num_blocks):
+        if not m.is_here or m.request.finish_reason is not None or not self._allocate(m, m.request.num_blocks):
             return False
         await self._copy(m, m.source.blocks_for(m.request.num_computed_tokens))
         return m.request.finish_reason is None
@@ -195,8 +197,9 @@ class Migration:
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:
         """The request runs on at the destination, or it stays, or it has ended on the way."""
         del self._migrating[m.source.group_id]
-        is_stopped = m.request.is_moving
-        self._fleet.resume(m.request)
+        is_stopped = m.is_here and m.request.is_moving
+        if is_stopped:
+            self._fleet.resume(m.request)
         if has_arrived:
             self._scheduler.hand_over(m.request, m.destination, m.table)
         else:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
+from kunserve.engine.schedule.budget import is_schedulable
 from kunserve.policies import OverloadPolicy
 
 # SGLang: schedule_conservativeness 1.0, SGLANG_INIT_NEW_TOKEN_RATIO and its companions
@@ -210,7 +211,7 @@ def pair_groups(groups: Iterable[Freeness], threshold: float = MIGRATE_THRESHOLD
 
 def shortest_running(group: Group) -> Request | None:
     """Llumnix's choice of whom to migrate: of the decoding requests the one with the fewest tokens."""
-    decoding = (r for r in group.running if is_decoding(r) and not r.is_moving and r.finish_reason is None)
+    decoding = (r for r in group.running if is_decoding(r) and is_schedulable(r))
     return min(decoding, key=lambda r: r.num_tokens, default=None)
 
 

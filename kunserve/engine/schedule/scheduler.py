@@ -275,7 +275,10 @@ class Scheduler:
 
         own, holders = cost(group), map(self.fleet.group, lengths)
         others = (g for g in chain(groups, holders) if g is not group and not g.is_paused)
-        return not any(cost(other) < own and self._has_room(other, head) for other in others)
+        return not any(
+            cost(other) < own and self._has_room(other, head) and not self.fleet.is_prefix_coming(head, other)
+            for other in others
+        )
 
     def _worth(self, head: Request, num_tokens: int) -> float:
         """Return what not computing the first tokens of a request is worth, in the unit of `Policy.load`.
@@ -291,7 +294,7 @@ class Scheduler:
     def _has_room(self, group: Group, head: Request) -> bool:
         if not group.is_admitting or len(group.running) >= self.limits.num_seats(group):
             return False
-        if (group.is_suspect or head.avoids == group.group_id) and self._may_go_elsewhere(head):
+        if (group.is_suspect or head.avoids == group.group_id) and self._should_go_elsewhere(group, head):
             return False
         if self.policy.may_admit(group, head):
             return True
@@ -300,19 +303,15 @@ class Scheduler:
         # Nobody waits for memory that only cached blocks on their way hold.
         return self.fleet.give_up_followers(group) and self.policy.may_admit(group, head)
 
-    def _may_go_elsewhere(self, head: Request) -> bool:
-        """Whether a group can take a request in which no step has failed."""
-        return any(
-            g.is_admitting
-            and not g.is_suspect
-            and g.group_id != head.avoids
-            and g.num_blocks >= self._most_blocks(g, head)
-            for g in self.fleet.groups
-        )
+    def _should_go_elsewhere(self, group: Group, head: Request) -> bool:
+        """Whether a request had better go to a group in which no step has failed.
 
-    @staticmethod
-    def _most_blocks(group: Group, head: Request) -> int:
-        return group.blocks_for(min(head.max_num_tokens, head.num_tokens + TYPICAL_OUTPUT))
+        To one that has room now, so that nobody waits because of one failure; if step after step fails here, to any
+        that can ever hold it.
+        """
+        num_blocks = group.blocks_for(min(head.max_num_tokens, head.num_tokens + TYPICAL_OUTPUT))
+        others = (g for g in self.fleet.groups if not g.is_suspect and g.group_id != head.avoids and g is not group)
+        return any((group.is_suspect and g.num_blocks >= num_blocks) or self._has_room(g, head) for g in others)
 
 
 def _is_alone(spans: Sequence[Span]) -> bool:

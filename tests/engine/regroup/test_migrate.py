@@ -242,3 +242,26 @@ async def test_chains_do_not_migrate(tiny64: Path) -> None:
         assert not mover(engine).is_busy(engine.groups)
         engine.groups[0].stages[0].pool.set_limit(PLENTY)
         await reader
+
+
+async def test_a_request_whose_step_fails_while_it_stops_starts_over(tiny64: Path) -> None:
+    expected = await alone(tiny64, make_request("long", 101, 50))
+    async with migrating(tiny64) as served:
+        engine, request = served.engine, make_request("long", 101, 50)
+        execute: Any = engine.executor.execute
+        num_failed = 0
+
+        async def fail_once_stopped(group: Any, inputs: Any) -> Any:
+            nonlocal num_failed
+            tokens = await execute(group, inputs)
+            if request.is_moving and not num_failed:
+                num_failed += 1
+                raise DeviceError("the step failed")
+            return tokens
+
+        engine.executor.execute = fail_once_stopped  # type: ignore[method-assign, misc]
+        reader = await begin_one(engine, request)
+        assert await reader == expected
+        assert num_failed == 1 and request.num_preemptions == 1 and mover(engine).num_given_up == 1
+        assert not mover(engine).is_busy(engine.groups) and not request.is_moving
+        engine.check()

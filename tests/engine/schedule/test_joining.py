@@ -88,3 +88,32 @@ def test_a_request_goes_where_no_step_has_failed_if_it_can() -> None:
     assert scheduler.can_admit(groups[0]) and not scheduler.can_admit(groups[1])
     request.avoids = 0  # one is as bad as the other
     assert scheduler.can_admit(groups[0]) and scheduler.can_admit(groups[1])
+
+
+@pytest.mark.parametrize("is_suspect", [False, True])
+def test_only_where_step_after_step_fails_nobody_goes_while_others_are_full(is_suspect: bool) -> None:
+    groups = [make_group(i, num_blocks=20) for i in range(2)]
+    scheduler = sharing_scheduler(80, *groups)
+    scheduler.waiting.append(make_request("full", 80, 1))
+    assert scheduler.schedule(groups[1], [groups[1]], 0) is not None and not groups[1].num_free
+    request = make_request("a", 8, 4)
+    request.token_ids = [9, *request.token_ids[1:]]
+    request.avoids = 0
+    scheduler.fleet.set_suspect(groups[0], is_suspect)
+    scheduler.waiting.append(request)
+    assert scheduler.can_admit(groups[0]) is not is_suspect
+    assert not scheduler.can_admit(groups[1])
+
+
+def test_an_idle_group_does_not_wait_for_a_prefix_that_another_one_computes() -> None:
+    groups = [make_group(i, num_blocks=60) for i in range(2)]
+    scheduler = sharing_scheduler(16, *groups)
+    first, second = make_request("a", 41, 9), make_request("b", 41, 9)
+    scheduler.waiting.append(first)
+    batch = scheduler.schedule(groups[0], groups, 0)
+    assert batch is not None
+    commit(scheduler, groups[0], batch)
+    scheduler.fleet.computed(first, groups[0])
+    scheduler.waiting.append(second)
+    assert scheduler.schedule(groups[1], groups[1:], 0) is not None
+    assert second.group_id == 1 and second.num_cached_tokens == 0
