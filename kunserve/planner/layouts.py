@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 
-from kunserve.planner.plan import DeviceLayout, Merge, Room
-from kunserve.planner.snapshot import ModelShape, Snapshot, StageView
+from kunserve.planner.plan import DeviceLayout, Merge, Part, Room
+from kunserve.planner.snapshot import ModelShape, Origin, Snapshot, StageView, stage_blocks
 
 
 def stage_layout(model: ModelShape, budget_chunks: int, stage: StageView) -> DeviceLayout:
     """Return the layout of a device that serves one stage and nothing else: all other chunks evenly for its KV."""
     chunks = model.kv_chunks(budget_chunks, stage.first_layer, stage.last_layer)
     return _layout(model, stage, dict.fromkeys(range(stage.first_layer, stage.last_layer), chunks))
+
+
+def whole_part(
+    model: ModelShape, budgets: dict[int, int], stages: tuple[StageView, ...], origin: Origin | None
+) -> Part:
+    """Return the part with these stages, each of which gets all chunks of its device."""
+    return Part(
+        stages,
+        tuple(stage_blocks(model, budgets, stage) for stage in stages),
+        tuple(stage_layout(model, budgets[stage.device], stage) for stage in stages),
+        origin,
+    )
 
 
 def merged_layouts(

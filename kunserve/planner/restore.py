@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from kunserve.planner.exchange import layer_moves
 from kunserve.planner.layer_split import Chain, cuts_around, cuts_within, stages_of
-from kunserve.planner.layouts import stage_layout
+from kunserve.planner.layouts import whole_part
 from kunserve.planner.plan import Part, RestorePlan, Split
-from kunserve.planner.snapshot import GroupView, ModelShape, Origin, Snapshot, StageView, capacity_blocks, stage_blocks
+from kunserve.planner.snapshot import GroupView, ModelShape, Origin, Snapshot, StageView, capacity_blocks
 
 
 class HeldRequest(NamedTuple):
@@ -61,14 +61,7 @@ def _part(
     """One half with all layers: as it was launched, or cut anew around what its devices have."""
     kept, origin = half
     stages = origin.stages if origin and not origin.parts else _widened(model, budgets, group, kept, origin)
-    if stages is None:
-        return None
-    return Part(
-        stages,
-        tuple(stage_blocks(model, budgets, stage) for stage in stages),
-        tuple(stage_layout(model, budgets[stage.device], stage) for stage in stages),
-        origin,
-    )
+    return whole_part(model, budgets, stages, origin) if stages else None
 
 
 def _widened(

@@ -1,0 +1,127 @@
+"""Plan a rebuild: what new groups free devices form, once theirs has dissolved because a device left it or came.
+
+Weights that a device lacks are loaded from the host, and all requests of the old group are computed anew: nothing has
+to be kept. What a device already holds only says where in a chain it stands, so that less is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kunserve.planner.layer_split import Chain, cuts_within, free_cuts, split_layers
+from kunserve.planner.layouts import whole_part
+from kunserve.planner.plan import Part
+from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, Snapshot, StageView
+
+
+def plan_rebuild(
+    snapshot: Snapshot,
+    devices: Sequence[DeviceView],
+    held: Mapping[int, StageView],
+    need_blocks: int,
+    least_blocks: int,
+) -> tuple[Part, ...] | None:
+    """Form new groups of free devices, which each hold all layers; None if they cannot hold all, with a block of KV.
+
+    As many groups as hold `least_blocks` (the longest request) each; or all devices in one chain, if only that keeps
+    the server as a whole holding `need_blocks`, or holds more at least. A restore can split that chain again.
+    `snapshot.groups` are those that go on; `held`: the weights that each device has now, if any.
+
+    If no grouping of all devices holds `least_blocks`, they are one chain nevertheless; a device idles (the poorest
+    first) only if no chain can be made with it.
+    """
+    rest = max(0, need_blocks - snapshot.capacity_blocks())
+    richest_first = sorted(devices, key=lambda view: (-view.budget_chunks, view.device))
+    for num_used in range(len(devices), 0, -1):
+        used = richest_first[:num_used]
+        if apart := _apart(snapshot.model, used, held, rest, max(1, least_blocks)):
+            return _merged(snapshot.model, used, held, rest, apart) or apart
+    return None
+
+
+def _apart(
+    model: ModelShape, devices: Sequence[DeviceView], held: Mapping[int, StageView], need_blocks: int, least_blocks: int
+) -> tuple[Part, ...] | None:
+    """Make as many chains of all devices as hold `least_blocks` each; else one that holds less; None if that cannot be.
+
+    Each is cut for its share of `need_blocks`, or for `least_blocks` if that is more.
+    """
+    choices = [(num_chains, least_blocks) for num_chains in range(len(devices), 0, -1)]
+    for num_chains, least in (*choices, (1, 1)):
+        row = _in_a_row(model, devices, held, num_chains)
+        # Neighbours go apart: they hold much the same.
+        chains = [_in_order(model, row[i::num_chains], least) for i in range(num_chains)]
+        most = [_most_blocks(model, chain) for chain in chains]
+        if min(most) < least:
+            continue
+        budgets = {view.device: view.budget_chunks for view in devices}
+        parts = []
+        for chain, blocks in zip(chains, most, strict=True):
+            stages = split_layers(model, chain, max(least_blocks, -(-need_blocks * blocks // sum(most))))
+            assert stages is not None
+            parts.append(whole_part(model, budgets, stages, Origin(stages)))
+        return tuple(parts)
+    return None
+
+
+def _merged(
+    model: ModelShape,
+    devices: Sequence[DeviceView],
+    held: Mapping[int, StageView],
+    need_blocks: int,
+    apart: Sequence[Part],
+) -> tuple[Part] | None:
+    """Make one chain instead of the groups `apart`; None if they hold `need_blocks`, or no less than the chain would.
+
+    Each device gets only layers that it would have apart: a split, during which the chain serves, takes none away.
+    """
+    blocks = sum(part.capacity_blocks for part in apart)
+    if len(apart) == 1 or blocks >= need_blocks:
+        return None
+    layers = {stage.device: (stage.first_layer, stage.last_layer) for part in apart for stage in part.stages}
+    row = sorted(_in_a_row(model, devices, held, 1), key=lambda view: layers[view.device])
+    stages = split_layers(model, row, need_blocks, cuts_within([layers[view.device] for view in row]))
+    if stages is None:
+        return None
+    budgets = {view.device: view.budget_chunks for view in devices}
+    part = whole_part(model, budgets, stages, _tree([Origin(part.stages) for part in apart]))
+    return (part,) if part.capacity_blocks > blocks else None
+
+
+def _in_a_row(
+    model: ModelShape, devices: Sequence[DeviceView], held: Mapping[int, StageView], num_copies: int
+) -> list[DeviceView]:
+    """Sort devices by the layers they hold; one that holds nothing stands where fewest of the others hold a layer."""
+    num_holders, places = [0] * model.num_layers, {}
+    length = -(-num_copies * model.num_layers // len(devices))
+    for view in sorted(devices, key=lambda view: (view.device not in held, view.device)):
+        if stage := held.get(view.device):
+            first, last = stage.first_layer, stage.last_layer
+        else:
+            first = num_holders.index(min(num_holders))
+            last = min(first + length, model.num_layers)
+        places[view.device] = (first, last, view.device)
+        for layer in range(first, last):
+            num_holders[layer] += 1
+    return sorted(devices, key=lambda view: places[view.device])
+
+
+def _in_order(model: ModelShape, chain: Sequence[DeviceView], least_blocks: int) -> Sequence[DeviceView]:
+    """Keep a chain's order if it holds `least_blocks` so; else put its richest at the ends, which hold more weights."""
+    if len(chain) < 2 or _most_blocks(model, chain) >= least_blocks:
+        return chain
+    first, last, *others = sorted(chain, key=lambda view: -view.budget_chunks)
+    return [first, *others, last]
+
+
+def _most_blocks(model: ModelShape, chain: Sequence[DeviceView]) -> int:
+    """Count the blocks of KV in the split of a chain that holds most; 0 if not even the weights fit."""
+    budgets = [view.budget_chunks for view in chain]
+    return model.blocks_in(Chain(model, budgets, free_cuts(model, len(chain))).most_chunks or 0)
+
+
+def _tree(origins: Sequence[Origin]) -> Origin:
+    """Halve origins again and again, neighbours apart: each half of a chain then has parts of all of the model."""
+    if len(origins) == 1:
+        return origins[0]
+    return Origin((), (_tree(origins[0::2]), _tree(origins[1::2])))
