@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from kunserve.errors import ConfigError
+from kunserve.faults import Fault
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 
@@ -57,10 +58,12 @@ class EngineConfig:
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
+    device_timeout_s: float = 60.0  # a device that ends nothing of its work for so long is lost; 0: it never is
     is_pinned: bool = False  # regroup only when an operator asks
     host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
     gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
     enforce_eager: bool = False
+    faults: tuple[Fault, ...] = ()  # that CPU devices have on purpose; in tests
 
     def check(self) -> None:
         """Raise ConfigError for a number that cannot be meant."""
@@ -85,6 +88,8 @@ class EngineConfig:
                 raise ConfigError(f"{flag} {share}: must be more than 0 and at most 1")
         if not 0 <= self.restore_hold_s < float("inf"):
             raise ConfigError(f"--restore-hold {self.restore_hold_s}: must be a number of seconds, at least 0")
+        if not 0 <= self.device_timeout_s < float("inf"):
+            raise ConfigError(f"--device-timeout {self.device_timeout_s}: must be a number of seconds, at least 0")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.dtype not in DTYPES:
@@ -94,6 +99,17 @@ class EngineConfig:
             raise ConfigError(
                 "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
             )
+        self._check_faults()
+
+    def _check_faults(self) -> None:
+        if self.faults and self.devices.kind != "cpu":
+            raise ConfigError("--inject-faults is for CPU devices: give --devices cpu:N")
+        for fault in self.faults:
+            if fault.device not in self.devices.indices:
+                count = len(self.devices.indices)
+                raise ConfigError(
+                    f"--inject-faults {fault}: no such device; --devices cpu:{count} are 0 to {count - 1}"
+                )
 
 
 def parse_devices(text: str) -> DeviceSpec:

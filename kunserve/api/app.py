@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 from aiohttp import web
 
-from kunserve.api.operate.admin import drop, restore
+from kunserve.api.operate.admin import add_device, drop, remove_device, restore
 from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
 from kunserve.api.operate.feed import FEED, Feed, events
 from kunserve.api.operate.page import PAGE, page_files, show_page
@@ -87,6 +87,8 @@ ROUTES = (
     web.post("/kunserve/burst", start_burst),
     web.post("/kunserve/drop", drop),
     web.post("/kunserve/restore", restore),
+    web.post("/kunserve/devices/{index}/remove", remove_device),
+    web.post("/kunserve/devices/{index}/add", add_device),
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -26,6 +26,7 @@ from kunserve.command.flags import (
 from kunserve.command.vllm_flags import add_vllm_flags
 from kunserve.config import EngineConfig, parse_devices
 from kunserve.errors import ConfigError
+from kunserve.faults import Fault, parse_faults
 from kunserve.model.card import list_cards
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
@@ -118,10 +119,12 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         drop_watermark=args.drop_watermark,
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
+        device_timeout_s=args.device_timeout,
         is_pinned=args.pin,
         host_copy=HostCopy(args.host_copy),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
+        faults=args.inject_faults,
     )
 
 
@@ -218,6 +221,15 @@ def _add_device_flags(group: Group) -> None:
         "none: another device that has them, or the disk; auto: pinned on GPUs if it fits, else mapped",
     )
     add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="capture no CUDA graphs")
+    add("--inject-faults", type=_faults, default=DEFAULTS.faults, help=argparse.SUPPRESS)  # into CPU devices, in tests
+
+
+def _faults(text: str) -> tuple[Fault, ...]:
+    """As `parse_faults`, but with an error whose words argparse shows."""
+    try:
+        return parse_faults(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_batching_flags(group: Group) -> None:
@@ -304,6 +316,13 @@ def _add_overload_flags(group: Group) -> None:
         default=DEFAULTS.restore_hold_s,
         metavar="S",
         help="seconds that demand must stay below",
+    )
+    add(
+        "--device-timeout",
+        type=float,
+        default=DEFAULTS.device_timeout_s,
+        metavar="S",
+        help="a device that ends nothing of its work for so long is lost, and the others go on; 0: none ever is",
     )
     add("--pin", action="store_true", help="regroup only when an operator asks")
     add(

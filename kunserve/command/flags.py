@@ -140,7 +140,7 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="with several API keys: let a key's requests find the cached prefixes of other keys",
     )
-    add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop and /kunserve/restore")
+    add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop, restore, burst, devices")
     add(
         "--max-body-memory",
         default="512MiB",

@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 from aiohttp import web
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 HEARTBEAT_S = 0.01
+LAST_STEP_S = 3.0  # for the devices' last step when the server stops, before they are given up
 # A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
 GIL_SWITCH_S = 0.0005
 
@@ -107,7 +108,7 @@ async def _launch(config: ServerConfig, progress: LoadingProgress) -> Served:
 
 async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
     """Serve what is loaded until `stop`; then drain. Closes the engine."""
-    engine = served.engine
+    engine, is_hurried = served.engine, False
     sys.setswitchinterval(GIL_SWITCH_S)
     gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
@@ -126,13 +127,26 @@ async def _serve(config: ServerConfig, served: Served, listener: Listener, stop:
             log.info("stopping", drain_s=config.shutdown_timeout_s, running=engine.num_running)
             stop.clear()
             await _first_of(engine.stop(config.shutdown_timeout_s), stop.wait())  # a second Ctrl-C
+            is_hurried = stop.is_set()
         finally:
             for watcher in watchers:
                 watcher.cancel()
-            await engine.stop()
+            await engine.stop(last_step_s=0.0 if is_hurried else LAST_STEP_S)
             await runner.cleanup()
     finally:
         await served.close()
+        if stuck := served.machine.stuck():
+            _end_without(stuck, has_failed=sys.exc_info()[1] is not None)
+
+
+def _end_without(devices: Sequence[str], *, has_failed: bool) -> NoReturn:
+    """End the process although threads of devices do not: nobody can make them, and Python would wait for ever."""
+    log.warning("devices do not answer: the process ends without them", devices=devices)
+    if has_failed:
+        sys.stderr.write("kunserve: the engine has stopped; the log says why\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(has_failed))
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, object]) -> None:

@@ -27,8 +27,16 @@ DRAW_S = 0.25  # between two pictures
 RETRY_S = 1.0
 CELL_S = 1.0  # of a column in the lines of the last minute
 NUM_CELLS = 60
+BAR_WIDTH = 48
 BARS = "▁▂▃▄▅▆▇█"
-SIGNS = {"drop": "▼", "restore": "▲"}
+SIGNS = {"drop": "▼", "restore": "▲", "lose": "†", "remove": "−", "add": "+"}
+WORDS = {"lose": "device loss", "remove": "device removal", "add": "device addition"}
+STYLES = {"drop": "bold red", "lose": "bold red", "remove": "bold"}
+STATES = {  # of devices, but "ok"
+    "suspect": "no new requests while others can take them",
+    "lost": "declared dead",
+    "removed": "taken out by an operator",
+}
 MOMENTS = ("committed", "first_token", "total")  # points in time since the start; other steps are durations
 
 
@@ -93,13 +101,25 @@ class Screen:
     def _devices(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
         for device in self.frame["devices"].values():
+            if (state := _state(device)) in ("lost", "removed"):
+                table.add_row(Text(device["name"], "bold"), Text(f" {state} ".center(BAR_WIDTH, "×"), "red"))
+                continue
             used, idle = (device[part] / max(1, device["blocks"]) * device["kv"] for part in ("used", "idle"))
             table.add_row(Text(device["name"], "bold"), _bar(device, used, idle), self._sizes(device, used))
         legend = Text.assemble(
             *(("█", "blue"), " weights  ", ("▓", "yellow"), " KV used  "),
             *(("▒", "yellow"), " KV cached  ", ("░", "yellow"), " KV free  · free"),
         )
-        return Group(table, legend)
+        return Group(table, *self._unfit(), legend)
+
+    def _unfit(self) -> list[Text]:
+        """Return a line for each state but "ok" that devices are in, with their names."""
+        lines = []
+        for state, meaning in STATES.items():
+            if names := [device["name"] for device in self.frame["devices"].values() if _state(device) == state]:
+                line = f"{state} ({meaning}): {', '.join(names)}"
+                lines.append(Text(line, "bold red", no_wrap=True, overflow="ellipsis"))
+        return lines
 
     def _sizes(self, device: Mapping[str, Any], used: float) -> Text:
         mib = self.frame["chunk_bytes"] / 2**20
@@ -154,14 +174,19 @@ class Screen:
         return "".join(row)
 
 
-def _bar(device: Mapping[str, Any], used: float, idle: float, width: int = 48) -> Text:
+def _state(device: Mapping[str, Any]) -> str:
+    """Return the state of a device; feeds of older servers have none."""
+    return str(device.get("state", "ok"))
+
+
+def _bar(device: Mapping[str, Any], used: float, idle: float, width: int = BAR_WIDTH) -> Text:
     """The device's memory; each part has its own character, not only its colour."""
     parts = (device["weights"], used, idle, device["kv"] - used - idle, device["free"])
     styles = (("█", "blue"), ("▓", "yellow"), ("▒", "yellow"), ("░", "yellow"), ("·", "dim"))
     bar, done, total = Text(no_wrap=True), 0, 0.0
     for size, (sign, style) in zip(parts, styles, strict=True):
         total += size
-        end = round(total / device["budget"] * width)
+        end = round(total / max(1, device["budget"]) * width)
         bar.append(sign * (end - done), style)
         done = end
     return bar
@@ -171,8 +196,9 @@ def _transition(transition: Mapping[str, Any]) -> Text:
     steps = transition["seconds"]
     kind = transition["kind"]
     line = Text(no_wrap=True, overflow="ellipsis")
-    line.append(f"{SIGNS.get(kind, '◆')} {kind:<7} ", "bold red" if kind == "drop" else "bold green")
-    groups = "+".join(map(str, transition["old_groups"])) + "→" + "+".join(map(str, transition["new_groups"]))
+    line.append(f"{SIGNS.get(kind, '◆')} {WORDS.get(kind, kind):<7} ", STYLES.get(kind, "bold green"))
+    before, after = ("+".join(map(str, transition[which])) for which in ("old_groups", "new_groups"))
+    groups = f"{before or 'none'}→{after or ('none' if 'epoch' in transition else '')}"
     parts = [f"{name} {_seconds(value)}" for name, value in steps.items() if name not in MOMENTS]
     if step := transition.get("step"):
         parts.append(f"{step} …")

@@ -100,6 +100,13 @@ class Decoder:
         """The head: hidden states after the last layer (R, H) -> (R, V). Its weights must be present."""
         return self._ops.linear(self._ops.rms_norm(x, self._norm, self._config.rms_norm_eps), self._head)
 
+    @torch.inference_mode()
+    def probe(self, first_layer: int, last_layer: int) -> None:
+        """Take one row through the weights of some layers, which are present, without KV; raises if that fails."""
+        x = torch.zeros((1, self._norm.shape[0]), dtype=self._norm.dtype, device=self._norm.device)
+        for w in self._layers[first_layer:last_layer]:
+            self._ops.linear(self._ops.rms_norm(x, w.input_norm, self._config.rms_norm_eps), w.qkv, w.qkv_bias)
+
     def _layer(self, w: LayerWeights, kv: Tensor, x: Tensor, batch: AttentionBatch) -> Tensor:
         ops, eps = self._ops, self._config.rms_norm_eps
         qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias)

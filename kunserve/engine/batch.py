@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kunserve.engine.request import Request
+from kunserve.planner.cost import Chunk, Work
 
 
 class Span(NamedTuple):
@@ -58,3 +59,8 @@ def count_prompt_tokens(batch: Microbatch) -> int:
             num_new += end - max(start, counted)
             request.num_counted_tokens = end
     return num_new
+
+
+def work_of(batch: Microbatch) -> Work:
+    """Return what a microbatch is, as the cost model counts it."""
+    return Work.of(Chunk(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)

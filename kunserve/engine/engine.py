@@ -1,7 +1,6 @@
 """The engine: requests in, tokens out. It reads top to bottom: the loop schedules and launches, a step comes back.
 
-One task schedules all groups. It sleeps until something happened: a request came or left, a microbatch came back,
-memory changed.
+One task schedules all groups, and sleeps until something happens to a request, a microbatch or memory.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Control, Mover
-from kunserve.engine.request import Constraint, Output, Request
-from kunserve.engine.retries import Retries
+from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.executor import Executor
 from kunserve.engine.step.results import Result, judge, results_of
+from kunserve.engine.survive.health import Health
+from kunserve.engine.survive.retries import Retries
 from kunserve.engine.text.detokenizer import Detokenizer
 from kunserve.engine.text.live import Live
 from kunserve.engine.text.stream import OutputStream, Sink
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.engine.view import View
-from kunserve.errors import DeviceLostError, EngineError, InvalidRequestError, KunServeError, OverloadedError
+from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.gpu.refusal import log_failure
 from kunserve.model.config import ModelConfig
 from kunserve.observe.metrics import EngineStats, Metrics
 from kunserve.sampling import FinishReason
@@ -64,7 +63,6 @@ class Engine:
         self.tokenizer, self.metrics = tokenizer, metrics
         self.control: Control | None = None
         self.mover: Mover | None = None
-        self.view = View(model, fleet, scheduler, memories)
         self._is_accepting = self._has_ended = False
         self._live: dict[str, Live] = {}
         self._random = random.Random(seed)
@@ -74,7 +72,11 @@ class Engine:
         self._drained: asyncio.Event | None = None  # while draining
         self._last_step_s = 0.0
         self._dispatch = Dispatch(fleet, scheduler, signals)
-        self._retries = Retries(fleet, scheduler, signals, metrics)
+        self.device_health = Health(
+            fleet, memories, executor, signals, metrics, scheduler.lookahead, limits.device_timeout_s
+        )
+        self.view = View(model, fleet, scheduler, memories, self.device_health)
+        self._retries = Retries(fleet, scheduler, self.device_health, metrics)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -84,8 +86,11 @@ class Engine:
         self._last_step_s = loop_time()
         self._is_accepting = True
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse what is new, let what is accepted finish for `drain_s`, end the rest with an error, and stop."""
+    async def stop(self, drain_s: float = 0.0, last_step_s: float = 3.0) -> None:
+        """Refuse what is new, let what is accepted finish for `drain_s`, end the rest with an error, and stop.
+
+        Devices that do not end their last step in `last_step_s` are given up.
+        """
         self._is_accepting = False
         if self._live and drain_s > 0:
             self._drained = asyncio.Event()
@@ -93,6 +98,7 @@ class Engine:
                 await asyncio.wait_for(self._drained.wait(), drain_s)
         for live in list(self._live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
+        giving_up = asyncio.get_running_loop().call_later(last_step_s, self.device_health.lose_hanging, "it stops")
         if self.control is not None:
             await self.control.stop()
         if self.mover is not None:
@@ -101,6 +107,7 @@ class Engine:
             self._main.cancel()
             await asyncio.wait([self._main])
             self._main = None
+        giving_up.cancel()
 
     async def wait(self) -> None:
         """Return when the engine has stopped, for whatever reason."""
@@ -108,7 +115,7 @@ class Engine:
             await asyncio.wait([self._main])
 
     def halt(self) -> None:
-        """Stop at once, because devices are not what groups need any more. All requests end with an error."""
+        """Stop at once: nothing can be served any more. All requests end with an error."""
         if self._main is not None:
             self._main.cancel()
 
@@ -152,9 +159,8 @@ class Engine:
         request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         seed = request.params.seed
         request.seed = self._random.getrandbits(63) if seed is None else seed
-        detokenizer = None
-        if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer, request.params, request.prompt_token_ids)
+        tokenizer, prompt = self.tokenizer, request.prompt_token_ids
+        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.params, prompt)
         self._live[request.request_id] = Live(request, sink, detokenizer)
         self.scheduler.waiting.append(request)
         self.signals.wake_for_queue()
@@ -180,6 +186,16 @@ class Engine:
         """Split these groups, or the largest, once; as `drop`. A restore that a burst cancelled says so."""
         assert self.control is not None
         return await self.control.restore(group_ids)
+
+    async def remove_device(self, index: int, drain_s: float) -> dict[str, Any]:
+        """Take a device out: its requests may finish for `drain_s`. ConflictError if that cannot be now."""
+        assert self.control is not None
+        return await self.control.remove(index, drain_s)
+
+    async def add_device(self, index: int) -> dict[str, Any]:
+        """Put a device that was lost or taken out in again. ConflictError if that cannot be, or not now."""
+        assert self.control is not None
+        return await self.control.add(index)
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -246,7 +262,8 @@ class Engine:
             if self.mover is not None:
                 self.mover.stepped(group, group.returned(started, loop_time()))
         else:
-            self._retry(group, batch, failure)
+            for request, why in self._retries.failed(group, batch, failure):
+                self._fail(self._live[request.request_id], why)
         self._last_step_s = loop_time()
         self._dispatch.came_back(group)
         self.signals.progress(group.group_id)
@@ -300,16 +317,6 @@ class Engine:
         else:
             self._finish(live, output.finish_reason, output)
 
-    def _retry(self, group: Group, batch: Microbatch, error: Exception) -> None:
-        """Let the requests of a microbatch that failed start over; the whole engine ends if its device is lost."""
-        log_failure("step failed", error, group=group.group_id, requests=len(batch.spans))
-        message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
-        is_lost = isinstance(error, DeviceLostError)
-        for request in self._retries.failed(group, batch, is_lost=is_lost):
-            self._fail(self._live[request.request_id], EngineError(message))
-        if is_lost:
-            self.halt()
-
     # --- endings ------------------------------------------------------------------------------------------------
 
     def _finish(self, live: Live, reason: FinishReason, output: Output | None = None) -> None:
@@ -334,8 +341,7 @@ class Engine:
         request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
         del self._live[request.request_id]
-        if request.constraint is not None:
-            self._close(request.constraint)
+        live.close_constraint()
         self.metrics.request_finished(request, loop_time())
         if self.control is not None:
             self.control.finished(request)
@@ -345,13 +351,6 @@ class Engine:
         self.signals.progress(group_id)
         if self._drained is not None and not self._live:
             self._drained.set()
-
-    @staticmethod
-    def _close(constraint: Constraint) -> None:
-        try:
-            constraint.close()
-        except Exception:  # the request has ended, and its blocks have to be free
-            log.exception("a grammar did not close")
 
     def _release(self, request: Request) -> None:
         """Free a finished request's blocks, unless a device still works on them: then its last commit does."""
@@ -382,6 +381,10 @@ class Engine:
         """Whether nothing is in flight."""
         return self._num_in_flight == 0
 
+    def degraded(self) -> str | None:
+        """Return which devices do not do their work, in words; None if all do."""
+        return self.device_health.degraded()
+
     def health(self) -> str | None:
         """None if the engine does its work; else what is wrong."""
         if not self.is_running:
@@ -393,10 +396,7 @@ class Engine:
 
     def waiting(self, owner: str | None = None) -> Waiting:
         """How much is queued, of all or of one owner."""
-        queue = self.scheduler.waiting
-        if owner is not None:
-            return queue.waiting_of(owner)
-        return Waiting(self.scheduler.num_waiting, queue.num_tokens)
+        return self.scheduler.waiting_of(owner)
 
     def stats(self) -> EngineStats:
         """The figures that metrics show."""

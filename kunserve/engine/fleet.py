@@ -15,7 +15,7 @@ departed: it belongs to another group than its KV is in, until it arrives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from kunserve.engine.block_store import BlockStore, Convoy
@@ -35,6 +35,7 @@ class Fleet:
 
     def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False) -> None:
         self.groups = list(groups)
+        self.block_size = groups[0].block_size if groups else 1
         self.prefixes = PrefixCache() if has_prefix_cache else None
         self._blocks = BlockStore(groups, self.prefixes)
         self.pools: Mapping[int, BlockPool] = self._blocks.pools
@@ -44,6 +45,7 @@ class Fleet:
         self._next_group_id = 1 + max((group.group_id for group in groups), default=-1)
         # What `prefix_lengths` was asked for last, and the cache's version then: all groups ask for one head.
         self._lengths: tuple[tuple[Request, int] | None, dict[int, int]] = None, {}
+        self._suspects, self._lost = set[int](), set[int]()  # devices
         self._departed: dict[Request, BlockTable] = {}
         self._expected: list[tuple[Group, BlockTable]] = []  # tables that requests of other groups are to get
 
@@ -58,6 +60,10 @@ class Fleet:
     def num_running(self) -> int:
         """Return how many requests are bound to a group."""
         return sum(len(group.running) for group in self.groups)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold so many tokens of one request."""
+        return -(-num_tokens // self.block_size)
 
     def group(self, group_id: int) -> Group:
         """Return the group of that id."""
@@ -79,6 +85,7 @@ class Fleet:
         self._by_device.clear()
         self._blocks.regrouped(old)
         self.groups[:] = [group for group in self.groups if group not in gone] + list(new)
+        self._mark_groups(new)
 
     @contextlib.contextmanager
     def pause(self, groups: Sequence[Group]) -> Iterator[None]:
@@ -95,9 +102,17 @@ class Fleet:
         """Let a group take requests from the queue, or keep its blocks for KV that is on its way."""
         group.is_admitting = is_admitting
 
-    def set_suspect(self, group: Group, is_suspect: bool) -> None:
-        """Let a group take no requests while there are others, or take them again."""
-        group.is_suspect = is_suspect
+    def mark(self, device: int, *, is_suspect: bool, is_lost: bool) -> None:
+        """Let the group of a device take no requests while there are others; or do nothing at all any more."""
+        (self._suspects.add if is_suspect else self._suspects.discard)(device)
+        (self._lost.add if is_lost else self._lost.discard)(device)
+        self._mark_groups(self.groups)
+
+    def _mark_groups(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            devices = {stage.device for stage in group.stages}
+            group.is_suspect = not devices.isdisjoint(self._suspects)
+            group.is_lost = not devices.isdisjoint(self._lost)
 
     # --- requests in their group --------------------------------------------------------------------------------
 
@@ -162,7 +177,7 @@ class Fleet:
             return {}
         asked = request, self.prefixes.version
         if self._lengths[0] != asked:
-            keys = extend_keys(request, self.groups[0].block_size)[: self._most_found(request)]
+            keys = extend_keys(request, self.block_size)[: self._most_found(request)]
             self._lengths = asked, self.prefixes.lengths(keys)
         return self._lengths[1]
 
@@ -197,7 +212,7 @@ class Fleet:
         """Blocks that it may find: its last token has to be computed, or all of them if their logits are asked for."""
         if request.params.num_prompt_logprobs is not None:
             return 0
-        return (request.num_tokens - 1) // self.groups[0].block_size
+        return (request.num_tokens - 1) // self.block_size
 
     def suspend(self, request: Request) -> None:
         """Keep a request from being scheduled: its blocks are about to be copied."""
@@ -274,7 +289,14 @@ class Fleet:
 
     def limit(self, device: int, num_blocks: int) -> None:
         """Hand out only ids below `num_blocks` on a device from now on; what is beyond is to be moved (`emptying`)."""
-        self._blocks.limit(device, num_blocks, self._group_on(device))
+        group = self.group_on(device)
+        assert group is not None
+        self._blocks.limit(device, num_blocks, group)
+
+    def refill(self, device: int, num_blocks: int) -> None:
+        """Hand out ids below `num_blocks` on a device, of whose blocks nobody uses any."""
+        self.pools[device].shrink(0)
+        self.pools[device].grow(num_blocks)
 
     def shrink(self, device: int, num_blocks: int) -> None:
         """Forget ids from `num_blocks` on, which nobody uses: they are about to be unmapped."""
@@ -287,12 +309,14 @@ class Fleet:
 
     def num_used(self, device: int) -> int:
         """Return how many blocks requests use on a device."""
-        return self.pools[device].num_used - len(self._group_on(device).idle)
+        group = self.group_on(device)
+        return self.pools[device].num_used - (len(group.idle) if group else 0)
 
-    def _group_on(self, device: int) -> Group:
+    def group_on(self, device: int) -> Group | None:
+        """Return the group that a device is in; None if it is in none."""
         if not self._by_device:  # the grouping is new
             self._by_device = {stage.device: group for group in self.groups for stage in group.stages}
-        return self._by_device[device]
+        return self._by_device.get(device)
 
     def emptying(self, group: Group, stage: Stage, limit: int) -> AbstractContextManager[Tail]:
         """Move blocks of a stage from beyond `limit` to free ones before it: the caller copies their KV inside.

@@ -50,7 +50,8 @@ class Group:
     origin: Origin | None = None  # how it was launched or merged
     num_pauses: int = 0  # that hold it now: see `Fleet.pause`
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
-    is_suspect: bool = False  # step after step failed: no requests while there are other groups
+    is_suspect: bool = False  # a device fails or does not answer: no new requests while there are other groups
+    is_lost: bool = False  # a device is gone
     on_first_commit: Callable[[], None] | None = None  # called when its first microbatch came back
     occupancy: Occupancy = field(init=False)  # of the stages, kept by `Executor.execute`
 
@@ -59,8 +60,8 @@ class Group:
 
     @property
     def is_paused(self) -> bool:
-        """Whether somebody waits for a step boundary, so that nothing new is scheduled."""
-        return self.num_pauses > 0
+        """Whether nothing new is scheduled: somebody waits for a step boundary, or a device is gone."""
+        return self.num_pauses > 0 or self.is_lost
 
     @property
     def num_in_flight(self) -> int:

@@ -24,6 +24,12 @@ class Control(Protocol):
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """As `Engine.restore`."""
 
+    async def remove(self, device: int, drain_s: float) -> dict[str, Any]:
+        """As `Engine.remove_device`."""
+
+    async def add(self, device: int) -> dict[str, Any]:
+        """As `Engine.add_device`."""
+
     def state(self, num_transitions: int | None) -> dict[str, Any]:
         """What `/kunserve/state` shows of it; the last so many transitions, or all."""
 

@@ -61,16 +61,27 @@ class Occupancy:
 class Passage:
     """One microbatch's way through a chain: whoever takes it along says at which stage it is."""
 
-    __slots__ = ("_now_s", "_occupancy", "_unvisited")
+    __slots__ = ("_now_s", "_occupancy", "_unvisited", "failed_at")
 
     def __init__(self, occupancy: Occupancy, now_s: Callable[[], float]) -> None:
         self._occupancy, self._now_s = occupancy, now_s
         self._unvisited = set(range(len(occupancy.counts)))
+        self.failed_at: int | None = None  # the position of the first stage that raised
 
     def at(self, position: int) -> _Stay:
         """Return a context in which the microbatch is work of the stage at `position`, running there or next."""
         self._unvisited.discard(position)
-        return _Stay(self._occupancy, position, self._now_s)
+        return _Stay(self, position)
+
+    def enter(self, position: int) -> None:
+        """Note that the microbatch is work of a stage."""
+        self._occupancy.enter(position, self._now_s())
+
+    def leave(self, position: int, *, has_failed: bool) -> None:
+        """Note that a stage has done it, or has failed."""
+        self._occupancy.leave(position, self._now_s())
+        if has_failed and self.failed_at is None:
+            self.failed_at = position
 
     def check(self) -> None:
         """Assert that it has been at every stage, now that it is through."""
@@ -80,15 +91,15 @@ class Passage:
 class _Stay:
     """A class, not a generator: a simulation enters one for every stage of every step."""
 
-    __slots__ = ("_now_s", "_occupancy", "_position")
+    __slots__ = ("_passage", "_position")
 
-    def __init__(self, occupancy: Occupancy, position: int, now_s: Callable[[], float]) -> None:
-        self._occupancy, self._position, self._now_s = occupancy, position, now_s
+    def __init__(self, passage: Passage, position: int) -> None:
+        self._passage, self._position = passage, position
 
     def __enter__(self) -> None:
-        self._occupancy.enter(self._position, self._now_s())
+        self._passage.enter(self._position)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._occupancy.leave(self._position, self._now_s())
+        self._passage.leave(self._position, has_failed=error is not None)

@@ -10,10 +10,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kunserve.engine.batch import Microbatch
+from kunserve.engine.batch import work_of
 from kunserve.engine.group import Group
 from kunserve.engine.signals import loop_time
-from kunserve.planner.cost import Chunk, Work
 from kunserve.planner.microbatch import Lookahead
 
 # Before the predicted end, the longer of both: what a busy host needs to schedule, and what predictions are wrong by.
@@ -51,7 +50,7 @@ class RunAhead:
         """Note that the device of a group begins with the only microbatch in flight."""
         if self._lookahead is None or len(group.stages) > 1:
             return
-        predicted_s = self._lookahead.time(_work(group.in_flight[0]))
+        predicted_s = self._lookahead.time(work_of(group.in_flight[0]))
         expected_s = predicted_s * self._slowness
         delay_s = expected_s - max(HOST_S, MARGIN * expected_s)
         timer = None
@@ -72,7 +71,3 @@ class RunAhead:
     def _due(self, group: Group) -> None:
         self._steps[group.group_id].timer = None
         self._on_due(group)
-
-
-def _work(batch: Microbatch) -> Work:
-    return Work.of(Chunk(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)

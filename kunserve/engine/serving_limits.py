@@ -15,6 +15,7 @@ class ServingLimits:
     max_model_len: int  # tokens
     max_num_queued_reqs: int
     stall_s: float = 60.0  # work to do and no step finished for so long: not healthy
+    device_timeout_s: float | None = None  # a device that ends nothing of its work for so long is lost; None: never
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequestError if a request's prompt can never be served."""

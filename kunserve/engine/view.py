@@ -9,7 +9,8 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
-from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.engine.survive.health import Health
+from kunserve.gpu.device_memory import ChunkCounts, DeviceMemory
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
 from kunserve.observe.metrics import DeviceStats, EngineStats, GroupStats
@@ -20,10 +21,11 @@ class View:
     """What an engine shows of itself."""
 
     def __init__(
-        self, model: ModelConfig, fleet: Fleet, scheduler: Scheduler, memories: Sequence[DeviceMemory]
+        self, model: ModelConfig, fleet: Fleet, scheduler: Scheduler, memories: Sequence[DeviceMemory], health: Health
     ) -> None:
         self._model, self._fleet, self._scheduler, self._memories = model, fleet, scheduler, memories
-        self._launched_weight_bytes = _weight_bytes(memories)
+        self._health = health
+        self._launched_weight_bytes = list(map(_weight_bytes, memories))
         self.overload_policy: OverloadPolicy | None = None  # as the flag names it
         self.no_drop: str | None = None  # why no weights are ever dropped by themselves
 
@@ -36,12 +38,16 @@ class View:
             num_blocks=sum(max(g.num_blocks, g.num_used) for g in self._fleet.groups),
             num_used_blocks=sum(g.num_used for g in self._fleet.groups),
             num_idle_blocks=sum(len(g.idle) for g in self._fleet.groups),
-            block_size=self._fleet.groups[0].block_size,
-            devices=tuple(_device_stats(m) for m in self._memories),
+            block_size=self._fleet.block_size,
+            devices=tuple(self._device_stats(index) for index in range(len(self._memories))),
             groups=tuple(
                 GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(loop_time())) for g in self._fleet.groups
             ),
-            weights_dropped_bytes=self._launched_weight_bytes - _weight_bytes(self._memories),
+            weights_dropped_bytes=sum(
+                launched - _weight_bytes(memory)
+                for launched, memory in zip(self._launched_weight_bytes, self._memories, strict=True)
+                if not memory.device.is_lost
+            ),
             demand_over_undropped=demand_over_undropped,
         )
 
@@ -53,7 +59,7 @@ class View:
             "epoch": self._fleet.epoch,
             "overload_policy": self.overload_policy,
             "num_layers": self._model.num_layers,
-            "block_size": self._fleet.groups[0].block_size,
+            "block_size": self._fleet.block_size,
             "copies": {"now": len(self._fleet.groups), "at_launch": self._num_launched(), "no_drop": self.no_drop},
             "chunks_of_unit": self._memories[0].weights.chunks_of_unit,
             "devices": [
@@ -73,16 +79,32 @@ class View:
     def _device(self, index: int, home: Sequence[str]) -> dict[str, Any]:
         """`home`: the weight units that it was launched with."""
         memory, fleet = self._memories[index], self._fleet
-        counts = memory.counts
+        counts = self._counts(memory)
+        if memory.device.is_lost:
+            home = []
         idle = sum(len(g.idle) for g in fleet.groups if any(stage.device == index for stage in g.stages))
         return {
             "name": memory.device.name,
+            "state": self._health.state(index),
             "chunk_bytes": memory.device.chunk_bytes,
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
-            "weights": memory.weights.present,
+            "weights": [] if memory.device.is_lost else memory.weights.present,
             "home": home,
-            "blocks": _blocks(fleet.pools[index].limit, fleet.num_used(index), idle),
+            "blocks": _blocks(fleet.pools[index].limit, fleet.num_used(index), idle)
+            if fleet.group_on(index) is not None
+            else _blocks(0, 0, 0),
         }
+
+    @staticmethod
+    def _counts(memory: DeviceMemory) -> ChunkCounts:
+        """Return the chunks of a device by owner; of one that is gone, nobody knows, and none is of use."""
+        return ChunkCounts(memory.device.num_chunks, 0, 0, 0) if memory.device.is_lost else memory.counts
+
+    def _device_stats(self, index: int) -> DeviceStats:
+        memory = self._memories[index]
+        counts, size = self._counts(memory), memory.device.chunk_bytes
+        of_owners = (counts.weights * size, counts.kv * size, counts.free * size)
+        return DeviceStats(memory.device.name, *of_owners, state=self._health.state(index))
 
     def _group(self, group: Group) -> dict[str, Any]:
         now, occupancy = loop_time(), group.occupancy
@@ -121,11 +143,12 @@ class View:
         """Assert the invariants of memory and grouping."""
         self._scheduler.swapped.check()
         for memory in self._memories:
-            memory.check()
+            if not memory.device.is_lost:
+                memory.check()
         self._fleet.check(self._model.num_layers)
         for group in self._fleet.groups:
-            if group.is_paused and not group.num_in_flight:
-                continue  # it is being remapped, perhaps
+            if group.is_lost or (group.is_paused and not group.num_in_flight):
+                continue  # nobody computes there, or it is being remapped, perhaps
             for stage in group.stages:
                 memory = self._memories[stage.device]
                 tables = (request.table.ids.get(stage.device, ()) for request in group.running)
@@ -140,11 +163,6 @@ def _blocks(num_blocks: int, num_used: int, num_idle: int) -> dict[str, int]:
     return {"total": max(num_blocks, num_used), "used": num_used, "idle": num_idle}
 
 
-def _weight_bytes(memories: Sequence[DeviceMemory]) -> int:
-    """Bytes that weights take on all devices together."""
-    return sum(memory.counts.weights * memory.device.chunk_bytes for memory in memories)
-
-
-def _device_stats(memory: DeviceMemory) -> DeviceStats:
-    counts, size = memory.counts, memory.device.chunk_bytes
-    return DeviceStats(memory.device.name, counts.weights * size, counts.kv * size, counts.free * size)
+def _weight_bytes(memory: DeviceMemory) -> int:
+    """Return the bytes that weights take on a device."""
+    return memory.counts.weights * memory.device.chunk_bytes

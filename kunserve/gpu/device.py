@@ -35,6 +35,7 @@ class Device(Protocol):
     torch_device: torch.device
     chunk_bytes: int
     num_chunks: int  # the whole budget
+    is_lost: bool  # given up: what it has is neither read nor written any more
 
     def reserve(self, num_bytes: int) -> int:
         """Reserve virtual addresses (a multiple of `chunk_bytes`), aligned to `chunk_bytes`; nothing is mapped."""
@@ -72,5 +73,8 @@ class Device(Protocol):
         Both are contiguous, of the same shape and dtype. Returns when all is there; nobody writes either meanwhile.
         """
 
+    def abandon(self) -> None:
+        """Give the device up: begin no more work, and wait for nothing. Its memory stays until its work has ended."""
+
     def close(self) -> None:
-        """End the queues and release all memory. Idempotent."""
+        """End the queues and release all memory; of an abandoned device that still works, nothing. Idempotent."""

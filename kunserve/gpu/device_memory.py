@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kunserve.gpu.chunk_pool import ChunkPool, Owner
 from kunserve.gpu.device import Device
 from kunserve.gpu.kv_memory import KVMemory, KVShape
+from kunserve.gpu.watched import WatchedDevice
 from kunserve.gpu.weights import Weights
 from kunserve.model.layout import WeightUnit
 
@@ -47,24 +48,39 @@ class DeviceMemory:
         kv_shape: KVShape,
         dtype: torch.dtype,
     ) -> None:
-        self.device = device
+        self.device = WatchedDevice(device)
         self.pool = ChunkPool(device.num_chunks)
-        self.weights = Weights(device, self.pool, units, dtype)
-        self.kv = KVMemory(device, self.pool, num_layers, kv_shape)
-        self._lock = threading.Lock()
+        self.weights = Weights(self.device, self.pool, units, dtype)
+        self.kv = KVMemory(self.device, self.pool, num_layers, kv_shape)
+        # What others see while `rearrange` runs. Not behind a lock: a driver that hangs in it would hold up everybody.
+        self._before: tuple[ChunkCounts, Layout] | None = None
+        self._num_rearranged = 0
 
     @property
     def counts(self) -> ChunkCounts:
         """Chunks by owner."""
-        with self._lock:
-            weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
-            return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
+        counts: ChunkCounts = self._seen(lambda: (self._counts(), None))[0]
+        return counts
 
     @property
     def layout(self) -> Layout:
         """What the chunks are for now."""
-        with self._lock:
-            return self._layout()
+        layout: Layout = self._seen(lambda: (None, self._layout()))[1]
+        return layout
+
+    def _seen(self, look: Callable[[], Any]) -> Any:
+        """Return what was there before the `rearrange` that runs, or what `look` finds while none does."""
+        while True:
+            number, before = self._num_rearranged, self._before
+            if before is not None:
+                return before
+            seen = look()
+            if number == self._num_rearranged:
+                return seen
+
+    def _counts(self) -> ChunkCounts:
+        weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
+        return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
 
     def _layout(self) -> Layout:
         kv = tuple(self.kv.num_chunks(layer) for layer in range(len(self.kv.layers)))
@@ -76,15 +92,18 @@ class DeviceMemory:
         No work may be running on what leaves. All or nothing: on `DeviceError` the old layout is back, with the
         units that had left mapped but to be filled again.
         """
-        with self._lock:
-            before = self._layout()
-            try:
-                self._unmap_beyond(layout)
-                self._map_up_to(layout)
-            except BaseException:
-                self._unmap_beyond(before)
-                self._map_up_to(before)
-                raise
+        before = self._layout()
+        self._before = self._counts(), before
+        self._num_rearranged += 1
+        try:
+            self._unmap_beyond(layout)
+            self._map_up_to(layout)
+        except BaseException:
+            self._unmap_beyond(before)
+            self._map_up_to(before)
+            raise
+        finally:
+            self._before = None
 
     def _unmap_beyond(self, layout: Layout) -> None:
         for unit in self.weights.present:
@@ -103,5 +122,5 @@ class DeviceMemory:
 
     def check(self) -> None:
         """Assert invariant 2: every chunk is free, or owned by exactly the range it is mapped in."""
-        with self._lock:
+        if self._before is None:  # else it is being rearranged
             self.pool.check({Owner.WEIGHTS: self.weights.mapped_chunks, Owner.KV: self.kv.mapped_chunks})

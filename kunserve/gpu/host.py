@@ -22,7 +22,7 @@ from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
-from kunserve.gpu.queue import WorkQueue
+from kunserve.gpu.queue import LAST_WAIT_S, WorkQueue
 from kunserve.sizes import format_size
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class HostDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self, index: int, num_chunks: int, chunk_bytes: int = CHUNK_BYTES, core: int | None = None) -> None:
-        self.name = f"cpu:{index}"
+        self.name, self.is_lost = f"cpu:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._fd: int | None = None
         needed, available = num_chunks * chunk_bytes, available_bytes()
@@ -168,10 +168,23 @@ class HostDevice:
         """See `Device.copy_tensor`."""
         await self.run_copy(partial(write.copy_, read))
 
+    def abandon(self) -> None:
+        """See `Device.abandon`."""
+        self.is_lost = True
+        for queue in (self._compute, self._copy):
+            queue.abandon()
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether it still has its memory."""
+        return self._fd is not None
+
     def close(self) -> None:
         """See `Device.close`."""
         if self._fd is None:
             return
+        if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in (self._compute, self._copy)):
+            return  # its threads may still touch what is mapped
         self._compute.close()
         self._copy.close()
         for address, num_bytes in list(self._mappings.reserved.items()):

@@ -25,7 +25,7 @@ class NullDevice:
     torch_device = torch.device("meta")
 
     def __init__(self, index: int, num_chunks: int, chunk_bytes: int = 2 << 20) -> None:
-        self.name = f"null:{index}"
+        self.name, self.is_lost = f"null:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._next_address = chunk_bytes
         self._mappings = Mappings(self.name, num_chunks, chunk_bytes)
@@ -72,6 +72,10 @@ class NullDevice:
     async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
         """See `Device.copy_tensor`: there are no bytes."""
         await self.run_copy(partial(write.copy_, read))
+
+    def abandon(self) -> None:
+        """See `Device.abandon`."""
+        self.is_lost = True
 
     def close(self) -> None:
         """See `Device.close`."""

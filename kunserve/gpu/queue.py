@@ -11,6 +11,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+LAST_WAIT_S = 0.5  # for the threads of a lost device, before its memory is left to the end of the process
+
 
 class WorkQueue:
     """Runs submitted work in order on one thread, optionally pinned to one core."""
@@ -25,6 +27,17 @@ class WorkQueue:
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` after everything submitted before. Once begun it is not interrupted: a cancelled caller waits."""
         return await to_the_end(asyncio.get_running_loop().run_in_executor(self._threads, work))
+
+    def abandon(self) -> None:
+        """Begin nothing more, and wait for nothing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Return whether the thread of an abandoned queue has ended, at the latest after so many seconds."""
+        threads = list(self._threads._threads)
+        for thread in threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in threads)
 
     def close(self) -> None:
         """Wait for what runs and end the thread."""

@@ -42,7 +42,8 @@ def _key(transition: Mapping[str, Any]) -> str:
 
 def _device(device: Mapping[str, Any], units: Sequence[str]) -> Frame:
     weights = {"units": _runs(device["weights"], units), "home": _runs(device["home"], units)}
-    return {"name": device["name"], **weights, **device["chunks"], **_blocks(device["blocks"])}
+    state = device.get("state", "ok")  # recordings of before have none
+    return {"name": device["name"], "state": state, **weights, **device["chunks"], **_blocks(device["blocks"])}
 
 
 def _runs(names: Collection[str], units: Sequence[str]) -> list[list[int]]:

@@ -46,17 +46,20 @@ REJECTIONS = (
     "body_memory",
     "body_share",
 )  # what `Metrics.rejection` is told
+DEVICE_STATES = ("ok", "suspect", "lost", "removed")
+TRANSITION_KINDS = ("drop", "restore", "lose", "remove", "add")
 COUNTERS_AGE_S = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """Who owns the bytes of one device."""
+    """Who owns the bytes of one device, and whether it does its work."""
 
     name: str
     weight_bytes: int
     kv_bytes: int
     free_bytes: int
+    state: str = "ok"  # one of DEVICE_STATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,10 @@ class _Gauges(Collector):
             )
         ]
         yield self._gauge("kunserve:device_memory_bytes", "Bytes of a device by owner.", owners)
+        states = [device.state for device in stats.devices]
+        text = "Devices by state; a suspect one gets no new requests while others can take them."
+        counts = [({"state": state}, float(states.count(state))) for state in DEVICE_STATES]
+        yield self._gauge("kunserve:devices", text, counts)
         pools = [({"device": device.name}, float(device.kv_bytes)) for device in stats.devices]
         yield self._gauge("kunserve:kv_pool_bytes", "Bytes of a device mapped for KV now.", pools)
         stages = [({"group": str(group.group_id)}, float(group.num_stages)) for group in stats.groups]
@@ -236,8 +243,13 @@ class Metrics:
         self._structure_process_deaths = family
         for reason in DEATH_REASONS:
             family.labels(**self._labels, reason=reason)
-        self._drops = self._counter("kunserve:drops", "Transitions that dropped weights.")
-        self._restores = self._counter("kunserve:restores", "Transitions that brought weights back.")
+        self._transitions = {
+            "drop": self._counter("kunserve:drops", "Transitions that dropped weights."),
+            "restore": self._counter("kunserve:restores", "Transitions that brought weights back."),
+        }
+        text = "Transitions that failed and were undone, by kind."
+        self._rolled_back = self._counter_by("kind", "kunserve:rolled_back_transitions", text, TRANSITION_KINDS)
+        self._devices_lost = self._counter("kunserve:devices_lost", "Devices that were declared dead.")
         self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
         text = "Requests whose KV did not follow its layers, and is computed again."
         self._exchange_lost_requests = self._counter("kunserve:exchange_lost_requests", text)
@@ -336,11 +348,20 @@ class Metrics:
             self._loop_lag_max.set(seconds)
 
     def transition(self, kind: str, seconds: Mapping[str, float], exchange_bytes: int) -> None:
-        """Count a transition ("drop" or "restore") that was committed, and the seconds of its steps."""
-        (self._drops if kind == "drop" else self._restores).inc()
+        """Count a transition that was committed, and the seconds of its steps; `kind` is one of TRANSITION_KINDS."""
+        if kind in self._transitions:
+            self._transitions[kind].inc()
         self._exchange_bytes.inc(exchange_bytes)
         for step, value in seconds.items():
             self._steps.labels(**self._labels, step=step).observe(value)
+
+    def rolled_back(self, kind: str) -> None:
+        """Count a transition that failed and was undone; `kind` is one of TRANSITION_KINDS."""
+        self._rolled_back[kind].inc()
+
+    def device_lost(self) -> None:
+        """Count one device that was declared dead."""
+        self._devices_lost.inc()
 
     def exchange_lost_request(self) -> None:
         """Count one request whose KV should have followed its layers, but did not arrive."""

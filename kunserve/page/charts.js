@@ -149,7 +149,7 @@ function x(plot, mark, at) {
 
 const isSeen = (plot, position) => position >= plot.bbox.left && position <= plot.bbox.left + plot.bbox.width;
 
-const colourOf = (mark) => (mark.kind === "drop" ? "--drop" : "--restore");
+const colourOf = (mark) => ({ drop: "--drop", lose: "--error" })[mark.kind] ?? "--restore";
 
 /** Where a band from one time to another lies within the plot; null if it does not. */
 function span(plot, mark, [from, to], leastWidth) {
@@ -191,7 +191,7 @@ function drawBands(plot, marks, colour) {
   }
 }
 
-/** A line where a grouping became live (or is now): drops solid, restores dashed; its name on top. And the playhead. */
+/** A line where a grouping became live (or is now): drops solid, others dashed; its name on top. And the playhead. */
 function drawMarks(plot, { marks, playhead }, colour) {
   const { ctx, bbox } = plot;
   const ratio = devicePixelRatio;

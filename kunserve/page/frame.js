@@ -32,18 +32,43 @@ export function tokens(frame) {
   return { room, used };
 }
 
-/** Chunks of weights that were dropped and are not back, over all devices. */
+const GIVEN_UP = "holds nothing and belongs to no group";
+
+/** What the states of a device but "ok" are called, and what they mean. */
+export const STATES = {
+  suspect: ["⚠ suspect", "It failed several times or is overdue: it gets no new requests while others can take them"],
+  lost: ["✕ lost", `It was declared dead after failures: it ${GIVEN_UP}`],
+  removed: ["− removed", `An operator took it out of service: it ${GIVEN_UP}`],
+};
+
+/** The state of a device; recordings of before have none. */
+export const stateOf = (device) => device.state ?? "ok";
+
+/** Whether a device is no part of the server any more. */
+export const isGone = (device) => ["lost", "removed"].includes(stateOf(device));
+
+/** Chunks of weights that were dropped and are not back, over all devices that serve. */
 export function droppedChunks(frame) {
   const sizes = Object.values(frame.units);
   let chunks = 0;
   for (const device of Object.values(frame.devices)) {
+    if (isGone(device)) continue;
     const here = new Set(indices(device.units));
     for (const unit of indices(device.home)) if (!here.has(unit)) chunks += sizes[unit];
   }
   return chunks;
 }
 
-const MARKS = { drop: "▼", restore: "▲" };
+const KINDS = {
+  drop: ["▼", "drop"],
+  restore: ["▲", "restore"],
+  lose: ["†", "device loss"],
+  remove: ["−", "device removal"],
+  add: ["+", "device addition"],
+};
+
+/** The sign and the words for a kind of transition. */
+export const kindOf = (kind) => KINDS[kind] ?? ["◆", kind];
 
 /**
  * What is marked of a transition at `nowS`, by charts and in the list alike: when the new groups were live (or when it
@@ -54,8 +79,9 @@ export function markOf(transition, nowS) {
   const isCommitted = seconds.committed !== undefined;
   const isPreparing = outcome === "running" && !isCommitted;
   const at = isPreparing ? nowS : startedS + (isCommitted ? seconds.committed : (seconds.total ?? 0));
-  const sign = isCommitted || isPreparing ? (MARKS[kind] ?? "◆") : "✕";
-  const label = [sign, kind, ...(isPreparing ? ["…"] : isCommitted ? [] : [outcome])].join(" ");
+  const [mark, words] = kindOf(kind);
+  const sign = isCommitted || isPreparing ? mark : "✕";
+  const label = [sign, words, ...(isPreparing ? ["…"] : isCommitted ? [] : [outcome])].join(" ");
   const exchanged = isCommitted && transition.exchange_bytes > 0 ? [at, at + (seconds.exchange ?? 0)] : null;
   return { at, kind, label, isPreparing, prepared: [startedS, at], exchanged };
 }

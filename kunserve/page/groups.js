@@ -1,5 +1,6 @@
 // Groups as lanes: a chain of stages from left to right, with its requests and the microbatches on their way.
 import { count, el, say } from "./dom.js";
+import { STATES, stateOf } from "./frame.js";
 
 const MAX_DOTS = 48;
 const JOIN_MS = 700;
@@ -18,12 +19,13 @@ export class Groups {
   update(frame) {
     dots(this.queue.children[1], frame.requests.waiting);
     say(this.queue.children[2], frame.requests.waiting ? `${count(frame.requests.waiting)} waiting` : "empty");
-    const shape = JSON.stringify(Object.entries(frame.groups).map(([id, group]) => [id, group.stages]));
-    if (shape !== this.shape) this.rebuild(frame, shape);
+    const states = Object.fromEntries(Object.values(frame.devices).map((device) => [device.name, stateOf(device)]));
+    const shape = JSON.stringify([states, Object.entries(frame.groups).map(([id, group]) => [id, group.stages])]);
+    if (shape !== this.shape) this.rebuild(frame, shape, states);
     for (const [id, group] of Object.entries(frame.groups)) this.fillLane(this.parts.get(id), group, frame);
   }
 
-  rebuild(frame, shape) {
+  rebuild(frame, shape, states) {
     const before = new Map();
     for (const box of this.lanes.querySelectorAll(".stage")) before.set(box.dataset.device, box.getBoundingClientRect());
     this.lanes.replaceChildren();
@@ -35,7 +37,9 @@ export class Groups {
       head.append(el("b", "", `Group ${id}`), el("span", "chip", chain, { title: CHAIN }));
       const text = head.appendChild(el("span", "quiet"));
       const track = lane.appendChild(el("div", "track"));
-      for (const [device, first, last] of group.stages) track.appendChild(stage(device, first, last, frame.num_layers));
+      for (const [device, first, last] of group.stages) {
+        track.appendChild(stage(device, states[device], first, last, frame.num_layers));
+      }
       const flow = lane.appendChild(el("div", "flow", "", { "aria-hidden": "true" }));
       const running = lane.appendChild(el("div", "dots running"));
       this.lanes.appendChild(lane);
@@ -66,9 +70,10 @@ export class Groups {
   }
 }
 
-function stage(device, first, last, numLayers) {
-  const box = el("div", "stage", "", { "data-device": device });
+function stage(device, state, first, last, numLayers) {
+  const box = el("div", "stage", "", { "data-device": device, "data-state": state ?? "ok" });
   box.append(el("b", "", device), el("span", "quiet", `layers ${first}–${last - 1}`));
+  if (state in STATES) box.append(el("span", "chip state", STATES[state][0], { title: STATES[state][1] }));
   const strip = box.appendChild(el("span", "strip", "", { "aria-hidden": "true" }));
   const part = strip.appendChild(el("i"));
   part.style.left = `${(100 * first) / numLayers}%`;

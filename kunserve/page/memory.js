@@ -1,6 +1,6 @@
 // A bar per device, a cell per unit of weights in its place: a unit that is dropped empties, and its cell fills with KV.
 import { bytes, el, layers, say } from "./dom.js";
-import { indices } from "./frame.js";
+import { indices, isGone, STATES, stateOf } from "./frame.js";
 
 /** Draws `frame.devices` into `root`. */
 export class Memory {
@@ -36,6 +36,7 @@ class Bar {
     this.element = el("div", "device", "", { "data-device": device.name });
     const head = this.element.appendChild(el("p", "device-head"));
     head.appendChild(el("b", "", device.name));
+    this.state = head.appendChild(el("span", "chip state"));
     this.text = head.appendChild(el("span", "quiet"));
     this.bar = this.element.appendChild(el("div", "bar", "", { role: "img" }));
     this.cells = new Map();
@@ -82,15 +83,20 @@ class Bar {
     const chunk = frame.chunk_bytes;
     const runs = layerRuns(here, this.names);
     const whole = runs.length ? `layers ${layers(runs)}` : "no layers";
-    const text = [
+    const figures = [
       `weights ${bytes(device.weights * chunk)} (${whole})`,
       `KV ${bytes(usedChunks * chunk)} of ${bytes(device.kv * chunk)} used`,
       ...(device.idle ? [`${bytes(cachedChunks * chunk)} cached`] : []),
       `free ${bytes(device.free * chunk)}`,
     ].join(" · ");
+    const [word, meaning] = STATES[stateOf(device)] ?? ["", ""];
+    const text = isGone(device) ? meaning : figures;
+    say(this.state, word);
+    this.state.title = meaning;
     say(this.text, text);
-    this.bar.setAttribute("aria-label", `${device.name}: ${text}`);
-    this.element.dataset.dropped = dropped.length;
+    this.bar.setAttribute("aria-label", `${word ? `${device.name}, ${word}` : device.name}: ${text}`);
+    this.element.dataset.state = stateOf(device);
+    this.element.dataset.dropped = isGone(device) ? 0 : dropped.length;
   }
 }
 

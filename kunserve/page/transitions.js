@@ -1,8 +1,7 @@
 // What was regrouped, when, and how long each step of it took.
 import { bytes, byId, clock, el, say, seconds } from "./dom.js";
-import { markOf, transitionsOf } from "./frame.js";
+import { kindOf, markOf, transitionsOf } from "./frame.js";
 
-const SIGNS = { drop: "▼", restore: "▲" };
 const NONE_YET = "None so far: no burst has filled the KV cache.";
 // Points in time since the start; the other steps are durations.
 const MOMENTS = {
@@ -15,7 +14,7 @@ const STEPS = {
   remap: ["remap", "Memory changes hands between weights and KV, by mapping alone: nothing is copied"],
   exchange: ["exchange", "KV of running requests follows its layers to other devices; each goes on as soon as its own has arrived"],
   shrink: ["shrink", "KV leaves the memory that the weights come back to"],
-  load: ["load", "Weights are copied from the host while the chain goes on serving"],
+  load: ["load", "Weights are copied from the host; in a restore the chain goes on serving meanwhile"],
   split: ["split", "The wait for the step boundary at which the chain becomes groups again"],
 };
 const DOING = {
@@ -30,6 +29,22 @@ const DOING = {
     split: "Waiting for the step boundary: WEIGHTS are back.",
   },
 };
+
+// Where the step says nothing.
+const FALLBACK = {
+  drop: DOING.drop.boundary,
+  restore: DOING.restore.shrink,
+  lose: "A device was lost: what is left of its group forms new groups.",
+  remove: "A device is being taken out: what is left of its group forms new groups.",
+  add: "A device is being taken in.",
+};
+// What the loss, the removal and the addition of a device are, once committed; and where they were not.
+const CHANGES = {
+  lose: "A device was lost, and its requests started over",
+  remove: "A device was taken out of service",
+  add: "A device was taken into service",
+};
+const UNDONE = { lose: "No new groups could be made of the devices that are left: that is tried again." };
 
 /** What tells a transition from all others: merges of different groups begin at the same time. */
 const keyOf = (transition) => `${transition.started_s} ${transition.old_groups}`;
@@ -68,27 +83,35 @@ export class Transitions {
 const listed = (ids) => [ids.slice(0, -1).join(", "), ids[ids.length - 1]].filter((part) => part !== "").join(" and ");
 const groupsOf = (ids) => `${ids.length > 1 ? "groups" : "group"} ${listed(ids)}`;
 
-/** Which groups become which. */
-function regrouping({ old_groups: before, new_groups: after, kind, outcome }) {
+/** Which groups become which. A device that was lost may leave none, and one that is added may find none. */
+function regrouping({ old_groups: before, new_groups: after, kind, outcome, epoch }) {
+  if (!before.length) return after.length ? `${groupsOf(after)} began` : "";
   if (after.length) return `${groupsOf(before)} became ${groupsOf(after)}`;
-  if (outcome !== "running") return groupsOf(before);
-  return `${groupsOf(before)} ${before.length > 1 ? (kind === "drop" ? "merge" : "split") : "splits"}`;
+  if (outcome !== "running") return epoch === undefined ? groupsOf(before) : `${groupsOf(before)} ended`;
+  const verb = { drop: "merge", restore: "split" }[kind] ?? "change";
+  return `${groupsOf(before)} ${before.length > 1 ? verb : `${verb}s`}`;
 }
 
 /** What it is doing, or what came of it. */
 function account(transition, { isPreparing }) {
   const { kind, outcome, step } = transition;
-  const isDrop = kind === "drop";
   if (isPreparing) {
     const planned = transition.planned_bytes ? `${bytes(transition.planned_bytes)} of weights` : "weights";
-    return (DOING[kind]?.[step] ?? (isDrop ? DOING.drop.boundary : DOING.restore.shrink)).replace("WEIGHTS", planned);
+    return (DOING[kind]?.[step] ?? FALLBACK[kind] ?? "").replace("WEIGHTS", planned);
   }
-  if (transition.epoch === undefined) return "Nothing was regrouped: all groups go on as before.";
-  const done = `${bytes(transition.weight_bytes)} of weights ${isDrop ? "became KV" : "came back"}`;
+  if (transition.epoch === undefined) return UNDONE[kind] ?? "Nothing was regrouped: all groups go on as before.";
+  const done = result(transition);
   if (outcome === "running") return `${done}; KV of running requests follows its layers.`;
   const moved = transition.exchange_bytes ? `, ${bytes(transition.exchange_bytes)} of KV followed its layers` : "";
   const lost = transition.num_lost ? `, ${transition.num_lost} requests lost theirs and are computed again` : "";
   return `${done}${moved}${lost}.`;
+}
+
+/** What a transition did that was committed. */
+function result({ kind, weight_bytes: weightBytes }) {
+  const weights = `${bytes(weightBytes)} of weights`;
+  if (kind in CHANGES) return weightBytes ? `${CHANGES[kind]}; ${weights} were loaded` : CHANGES[kind];
+  return `${weights} ${kind === "drop" ? "became KV" : "came back"}`;
 }
 
 function item(transition, startS, frame) {
@@ -96,7 +119,7 @@ function item(transition, startS, frame) {
   const mark = markOf(transition, frame.at_s);
   const element = el("li", `transition ${kind}`, "", { "data-kind": kind, "data-outcome": outcome });
   const head = element.appendChild(el("p"));
-  head.append(el("b", "kind", `${SIGNS[kind] ?? "◆"} ${kind}`), el("span", "chip", outcome));
+  head.append(el("b", "kind", kindOf(kind).join(" ")), el("span", "chip", outcome));
   head.append(el("span", "", regrouping(transition)));
   const at = (mark.isPreparing ? transition.started_s : mark.at) - startS;
   const when = at < 0 ? `${clock(-at)} before` : `${mark.isPreparing ? "since" : "at"} ${clock(at)}`;

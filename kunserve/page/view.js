@@ -1,7 +1,7 @@
 // Everything that a frame shows, live or from a recording.
 import { Charts } from "./charts.js";
 import { byId, bytes, count, el, say, seconds } from "./dom.js";
-import { droppedChunks, tokens } from "./frame.js";
+import { droppedChunks, isGone, tokens } from "./frame.js";
 import { Groups } from "./groups.js";
 import { Memory } from "./memory.js";
 import { transitionsPanel } from "./transitions.js";
@@ -81,7 +81,8 @@ export class View {
 /** What the drop gave, in one line. */
 function given(frame) {
   const dropped = droppedChunks(frame) * frame.chunk_bytes;
-  if (!dropped) return "All devices hold all their weights.";
+  const serving = Object.values(frame.devices).some(isGone) ? "All devices that serve" : "All devices";
+  if (!dropped) return `${serving} hold all their weights.`;
   return `${bytes(dropped)} of weights are KV now: room for ${count(tokens(frame).room)} tokens in all.`;
 }
 

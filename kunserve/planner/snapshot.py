@@ -67,6 +67,10 @@ class ModelShape:
         """Blocks that `chunks` chunks of one layer's KV hold."""
         return max(0, chunks) * self.chunk_bytes // self.kv_block_bytes
 
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` of one request."""
+        return -(-tokens // self.block_size)
+
     def chunks_for(self, blocks: int) -> int:
         """Chunks that one layer's KV needs to hold `blocks` blocks."""
         return -(-blocks * self.kv_block_bytes // self.chunk_bytes)

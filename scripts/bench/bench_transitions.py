@@ -106,7 +106,7 @@ async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
         return LOAD.num_requests * LOAD.num_output_tokens / (time.perf_counter() - started_s)
 
     async def settled() -> None:
-        while served.control.reconfigure.current is not None:
+        while served.control.reconfigure.transitions.current is not None:
             await asyncio.sleep(0.05)
 
     await engine.start()

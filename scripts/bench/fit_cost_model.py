@@ -97,7 +97,9 @@ def microbatch_of(chunks: Sequence[Chunk], group: Group, vocab_size: int) -> Mic
 async def clock(engine: Engine, device: int) -> float:
     """Seconds on a device's clock. On a virtual CPU device: those of its thread, whoever else is on the machine."""
     memory = engine.memories[device]
-    return await memory.device.run(time.thread_time if isinstance(memory.device, HostDevice) else time.perf_counter)
+    return await memory.device.run(
+        time.thread_time if isinstance(memory.device.inner, HostDevice) else time.perf_counter
+    )
 
 
 async def run_trial(engine: Engine, device: int, trial: Trial) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from states import drop_transition, state
+from states import drop_transition, gone, state
 
 from browser.conftest import WAIT_MS, take_screenshots
 from browser.scripted_server import ScriptedServer, scripted_server
@@ -142,6 +142,44 @@ def test_a_drop_in_progress_says_what_it_does_and_how_much_becomes_kv(live: Page
 
 def chart_text(room: str, used: str) -> str:
     return f"KV cache, tokens: room {room}, used {used}"
+
+
+def test_devices_that_do_not_do_their_work_say_so(live: Page, server: ScriptedServer) -> None:
+    devices, lanes, items = live.locator(".device"), live.locator(".lane"), live.locator(".transition")
+    expect(lanes).to_have_count(2)
+    expect(devices.first).to_have_attribute("data-state", "ok")
+    expect(live.locator(".state:visible")).to_have_count(0)
+    suspect = state(2.0, used=4)
+    suspect["devices"][1]["state"] = "suspect"
+    server.show(suspect)
+    expect(devices.nth(1).locator(".state")).to_have_text("⚠ suspect")
+    expect(devices.nth(1).locator(".bar")).to_have_attribute("aria-label", re.compile("^cpu:1, ⚠ suspect: weights"))
+    expect(devices.nth(1).locator(".bar")).to_have_css("outline-style", "dashed")
+    expect(lanes.nth(1).locator(".stage .state")).to_have_text("⚠ suspect")
+    take_screenshots(live, "suspect")
+    committed = {"outcome": "done", "exchange_bytes": 0, "weight_bytes": 0, "seconds": {"committed": 0.1, "total": 0.1}}
+    lose = drop_transition(2.5) | committed | {"kind": "lose", "old_groups": (1,), "new_groups": ()}
+    server.show(gone(state(3.0, used=4, transitions=[lose]), 1))
+    expect(lanes).to_have_count(1)
+    expect(devices.nth(1)).to_contain_text("✕ lostIt was declared dead after failures: it holds nothing")
+    expect(devices.nth(1).locator(".cell:visible")).to_have_count(0)
+    expect(live.locator("#given")).to_have_text("All devices that serve hold all their weights.")
+    for words in ("† device loss", "group 1 ended", "A device was lost, and its requests started over."):
+        expect(items).to_contain_text(words)
+    take_screenshots(live, "lost")
+    add = drop_transition(4.0) | {"kind": "add", "old_groups": (), "new_groups": (), "epoch": None, "seconds": {}}
+    add |= {"outcome": "running", "step": "load", "planned_bytes": 28 * MIB}
+    server.show(gone(state(5.0, used=4, transitions=[lose, add]), 1, "removed"))
+    expect(devices.nth(1).locator(".state")).to_have_text("− removed")
+    expect(items.first).to_contain_text("A device is being taken in.")
+    added = add | committed | {"epoch": 2, "new_groups": (2,), "weight_bytes": 28 * MIB}
+    server.show(state(6.0, used=4, transitions=[lose, added]))
+    expect(items.first).to_contain_text("group 2 began")
+    expect(items.first).to_contain_text("A device was taken into service; 28 MiB of weights were loaded.")
+    expect(live.locator(".state:visible")).to_have_count(0)
+    expect(lanes).to_have_count(2)
+    server.show(gone(gone(state(7.0), 0), 1))
+    expect(lanes).to_have_count(0)
 
 
 def test_the_list_and_the_charts_mark_a_drop_at_the_same_moment(page: Page, server: ScriptedServer) -> None:

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
-from states import drop_transition, state
+from states import drop_transition, gone, state
 
 from kunserve.command import top
 from kunserve.command.top import Screen, UnreachableError, events, watch
@@ -88,6 +88,56 @@ def test_a_microbatch_that_is_planned_ahead_is_not_in_flight() -> None:
     group = {"stages": [["cpu:0", 0, 4]], "blocks": 32, "used": 4, "idle": 0, "running": 1, "in_flight": 2}
     text = "\n".join(shown(after_a_drop(groups={"2": group})))
     assert "1 running  1/1 +1 in flight" in text
+
+
+def test_devices_that_do_not_do_their_work_are_named() -> None:
+    assert not any("suspect" in line or "lost" in line for line in shown(after_a_drop()))
+    scene = gone(state(2.0, used=4), 1)
+    scene["devices"][0] |= {"state": "suspect"}
+    screen = Screen()
+    screen.take("snapshot", frame_of(scene, model="m", rates=RATES))
+    lines = shown(screen)
+    assert max(map(len, lines)) <= 80 and len(lines) <= 24
+    assert "suspect (no new requests while others can take them): cpu:0" in lines
+    assert "lost (declared dead): cpu:1" in lines
+    [bar] = [line for line in lines if line.startswith("cpu:1")]
+    assert "× lost ×" in bar and not set("█▓▒░·") & set(bar)
+    assert [line.split("  ")[0] for line in lines if line.startswith("group")] == ["group 0"]
+
+
+def test_a_server_whose_devices_are_all_gone_is_shown() -> None:
+    screen = Screen()
+    screen.take("snapshot", frame_of(gone(gone(state(2.0), 0), 1, "removed"), model="m", rates=RATES))
+    lines = shown(screen)
+    assert "removed (taken out by an operator): cpu:1" in lines
+    assert not any(line.startswith("group") for line in lines)
+
+
+def test_frames_of_before_devices_had_a_state() -> None:
+    screen = after_a_drop()
+    for device in screen.frame["devices"].values():
+        del device["state"]
+    assert shown(screen) == shown(after_a_drop())
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "says"),
+    [
+        ("lose", (1,), (), "† device loss done  1→none"),
+        ("remove", (1, 2), (3,), "− device removal done  1+2→3"),
+        ("add", (), (4,), "+ device addition done  none→4"),
+    ],
+)
+def test_transitions_of_devices_are_said_in_words(
+    kind: str, old: tuple[int, ...], new: tuple[int, ...], says: str
+) -> None:
+    change = {**drop_transition(1.0), "kind": kind, "old_groups": old, "new_groups": new}
+    lines = shown(after_a_drop(transitions={"1": change}))
+    assert any(line.startswith(says) for line in lines)
+    assert max(map(len, lines)) <= 80
+    change |= {"outcome": "rolled back", "new_groups": (), "seconds": {}}
+    del change["epoch"]
+    assert not any("none" in line and old for line in shown(after_a_drop(transitions={"1": change})))
 
 
 def test_old_times_to_first_token_say_how_old_they_are() -> None:

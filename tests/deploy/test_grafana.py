@@ -21,6 +21,8 @@ def served() -> dict[str, set[str]]:
     """Samples by name with their labels, of a server that has done a bit of everything."""
     metrics = Metrics("tiny", 64, lambda: STATS)
     metrics.rejection("queue_full")
+    metrics.rolled_back("drop")
+    metrics.device_lost()
     metrics.transition("drop", {"remap": 0.1}, 5)
     metrics.request_finished(Request("r", [1], SamplingParams(1)), 1.0)
     families = text_string_to_metric_families(metrics.render().decode())

@@ -15,8 +15,8 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Occupancy, Passage
 from kunserve.engine.request import Output
-from kunserve.engine.retries import MOST_FAILURES
 from kunserve.engine.step.microbatch import StepInputs
+from kunserve.engine.survive.retries import MOST_FAILURES
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import DeviceError, EngineError, InvalidRequestError, OverloadedError
 from kunserve.sampling import FinishReason

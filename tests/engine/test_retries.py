@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from structures import constraint, open_pool
 from tiny_models import VOCAB_SIZE
 from transition_harness import again, make_requests
 
-from kunserve.engine import retries
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.engine import Engine
+from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Output, Request
-from kunserve.engine.signals import Signals
+from kunserve.engine.survive import retries
+from kunserve.engine.survive.health import Health
 from kunserve.errors import DeviceError, EngineError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.pool import Pool
@@ -123,19 +124,37 @@ async def test_a_group_that_always_fails_is_left(
     assert 1 <= len(failed) < len(asked)  # who was there already fails once
 
 
+class Marks(Health):
+    """Marks devices, without a look at them."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def fails(self, devices: Sequence[int]) -> None:
+        for device in devices:
+            self._fleet.mark(device, is_suspect=True, is_lost=False)
+
+    def has_faulted(self, device: int) -> bool:
+        return False
+
+    def trust(self, devices: Sequence[int]) -> None:
+        for device in devices:
+            self._fleet.mark(device, is_suspect=False, is_lost=False)
+
+
 def test_a_suspected_group_is_tried_again_after_a_while() -> None:
     async def main() -> None:
         group = make_group(num_blocks=60)
         scheduler = make_scheduler(group)
         metrics = Metrics("m", 100, lambda: EngineStats(0, 0, 0, 0, 4))
-        found = retries.Retries(scheduler.fleet, scheduler, Signals(), metrics)
+        found = retries.Retries(scheduler.fleet, scheduler, Marks(scheduler.fleet), metrics)
         scheduler.waiting.append(make_request("a", 8, 4))
 
         def fail() -> None:
             batch = scheduler.schedule(group, [group], 0)
             assert batch is not None
             scheduler.commit(group, batch)
-            assert found.failed(group, batch) == []
+            assert found.failed(group, batch, DeviceError("the step failed")) == []
 
         states = list[bool]()
         for _ in range(retries.SUSPECT_AFTER):

@@ -17,12 +17,13 @@ from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError, KunServeError
-from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.observe.metrics import DeviceStats, EngineStats, Metrics
 from kunserve.sampling import FinishReason
 
 MODEL = ModelInfo(served_names=("tiny", "org/tiny"), max_model_len=64, root="/models/tiny", created=1234)
 BOS = 1
-STATS = EngineStats(num_running=2, num_waiting=3, num_blocks=40, num_used_blocks=10, block_size=16)
+DEVICES = (DeviceStats("cpu:0", 6, 3, 1), DeviceStats("cpu:1", 0, 0, 0, state="lost"))
+STATS = EngineStats(2, 3, num_blocks=40, num_used_blocks=10, block_size=16, devices=DEVICES)
 
 Client = TestClient[web.Request, web.Application]
 
@@ -105,6 +106,7 @@ class FakeEngine:
         self.refusal: KunServeError | None = None
         self.is_ready = True
         self.illness: str | None = None
+        self.infirmity: str | None = None
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
         if self.refusal is not None:
@@ -142,8 +144,19 @@ class FakeEngine:
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         return {"restored": group_ids}
 
+    async def remove_device(self, index: int, drain_s: float) -> dict[str, Any]:
+        if self.refusal is not None:
+            raise self.refusal
+        return {"removed": index, "drain_s": drain_s}
+
+    async def add_device(self, index: int) -> dict[str, Any]:
+        return {"added": index}
+
     def health(self) -> str | None:
         return self.illness
+
+    def degraded(self) -> str | None:
+        return self.infirmity
 
 
 class PlainServer(TestServer):

@@ -15,7 +15,7 @@ from kunserve.config import EngineConfig, parse_devices
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.request import Output, Request
-from kunserve.gpu.device import Device
+from kunserve.gpu.watched import WatchedDevice
 from kunserve.sampling import SamplingParams
 
 PLENTY = 1024  # blocks of one device
@@ -105,7 +105,8 @@ def assert_empty(engine: Engine) -> None:
 class CopyGate:
     """Holds a device's copies back until it is opened, and can let them fail; `lets_out`: but those to the host."""
 
-    def __init__(self, device: Device, *, lets_out: bool = False) -> None:
+    def __init__(self, watched: WatchedDevice, *, lets_out: bool = False) -> None:
+        device = watched.inner
         self._run_copy: Callable[[Work], Awaitable[Any]] = device.run_copy
         self._opened = asyncio.Event()
         self.reached = asyncio.Event()

@@ -46,6 +46,16 @@ def state(
     }
 
 
+def gone(shown: State, index: int, why: str = "lost") -> State:
+    """Return the state of groups of one device each after a device has gone: it holds nothing and has no group."""
+    devices, nothing = list(shown["devices"]), {"total": 0, "used": 0, "idle": 0}
+    empty = {"budget": 0, "weights": 0, "kv": 0, "free": 0}
+    name = devices[index]["name"]
+    devices[index] = {**devices[index], "state": why, "chunks": empty, "weights": [], "home": [], "blocks": nothing}
+    groups = [group for group in shown["groups"] if all(stage["device"] != name for stage in group["stages"])]
+    return {**shown, "devices": devices, "groups": groups}
+
+
 def drop_transition(started_s: float = 2.0) -> State:
     """As `Transition.state()` of a drop that is done."""
     return {

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 from hypothesis import given
 from hypothesis import strategies as st
-from states import state
+from states import drop_transition, gone, state
 
 from kunserve.observe.frame import apply, delta_of, frame_of
 
@@ -31,6 +31,7 @@ def test_a_frame_of_a_drop() -> None:
     frame = frame_of(state(is_dropped=True, used=40, idle=8), model="m")
     assert frame["devices"]["0"] | {"name": ""} == {
         "name": "",
+        "state": "ok",
         "units": [[0, 3]],
         "home": [[0, 6]],
         "budget": 30,
@@ -47,6 +48,23 @@ def test_a_frame_of_a_drop() -> None:
     assert "exchange_mode" not in drop  # no value is null
     assert drop["seconds"]["boundary"] == 0.0123
     assert frame["copies"] == {"now": 1, "at_launch": 2}
+
+
+def test_a_device_that_is_lost_stays_in_the_frame_and_holds_nothing() -> None:
+    before = frame_of(state(1.0))
+    lose = drop_transition() | {"kind": "lose", "old_groups": (1,), "new_groups": ()}
+    after = frame_of(gone(state(2.0, transitions=[lose]), 1))
+    assert after["devices"]["0"] == before["devices"]["0"]
+    lost = after["devices"]["1"]
+    assert (lost["name"], lost["state"]) == ("cpu:1", "lost")
+    assert {lost[name] for name in ("weights", "kv", "free", "blocks", "used", "idle")} == {0}
+    assert lost["units"] == [] and list(after["groups"]) == ["0"]
+    [shown] = after["transitions"].values()
+    assert (shown["kind"], list(shown["new_groups"])) == ("lose", [])
+    frame = copy.deepcopy(before)
+    apply(frame, delta_of(before, after))
+    assert frame == after
+    assert frame_of(gone(gone(state(2.0), 0), 1, "removed"))["groups"] == {}
 
 
 def test_merges_that_begin_at_the_same_time_are_told_apart() -> None:

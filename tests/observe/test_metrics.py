@@ -87,6 +87,31 @@ def test_devices_stand_under_our_own_prefix() -> None:
     assert found == {"weights": 100, "kv": 20, "free": 3}
 
 
+def test_devices_are_counted_by_state() -> None:
+    states = ("ok", "lost", "ok", "suspect")
+    devices = tuple(DeviceStats(f"cpu:{i}", 0, 0, 0, state) for i, state in enumerate(states))
+    for stats, counts in ((EngineStats(0, 0, 1, 0, 16, devices), (2, 1, 1, 0)), (IDLE, (0, 0, 0, 0))):
+        found = {s.labels["state"]: s.value for s in samples(metrics_of(stats)) if s.name == "kunserve:devices"}
+        assert found == dict(zip(("ok", "suspect", "lost", "removed"), counts, strict=True))
+    assert DeviceStats("cpu:0", 1, 1, 1).state == "ok"
+
+
+def test_transitions_are_counted_by_kind() -> None:
+    metrics = metrics_of()
+    for kind in ("drop", "restore", "lose", "remove", "add"):
+        metrics.transition(kind, {"boundary": 0.1}, 0)
+    metrics.rolled_back("add")
+    metrics.device_lost()
+    now = values(metrics)
+    assert (now["kunserve:drops_total"], now["kunserve:restores_total"]) == (1, 1)
+    assert now["kunserve:devices_lost_total"] == 1
+    [boundary] = [s for s in samples(metrics) if s.name == "kunserve:transition_seconds_count"]
+    assert (boundary.labels["step"], boundary.value) == ("boundary", 5)
+    name = "kunserve:rolled_back_transitions_total"
+    undone = {s.labels["kind"]: s.value for s in samples(metrics) if s.name == name}
+    assert undone == {"drop": 0, "restore": 0, "lose": 0, "remove": 0, "add": 1}
+
+
 # As vLLM 0.32 writes them (v1/metrics/buckets.py): dashboards and alerts name them.
 TTFT = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
 ITL = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"

@@ -1,19 +1,22 @@
-"""What operators do by hand: POST /kunserve/drop and /kunserve/restore, with the admin key as a bearer token."""
+"""What operators do by hand, with the admin key as a bearer token: POST /kunserve/drop, /kunserve/restore, and
+/kunserve/devices/{index}/remove and /add.
+"""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 from aiohttp import web
+from msgspec import Struct
 
 from kunserve.api.ask.declared.check import read
-from kunserve.api.ask.declared.others import Drop, Groups
+from kunserve.api.ask.declared.others import Drop, Groups, Remove
 from kunserve.api.wire.access import bearer, is_key
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, json_response
-from kunserve.errors import ForbiddenError, UnauthorizedError
+from kunserve.errors import ForbiddenError, NotFoundError, UnauthorizedError
 
-Asked = TypeVar("Asked", bound=Groups)
+Asked = TypeVar("Asked", bound=Struct)
 
 
 def check_admin(request: web.Request) -> None:
@@ -39,6 +42,30 @@ async def restore(request: web.Request) -> web.Response:
     """POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
     check_admin(request)
     return json_response(await request.app[API].backend.restore((await _read(request, Groups)).groups))
+
+
+async def remove_device(request: web.Request) -> web.Response:
+    """POST /kunserve/devices/{index}/remove: take a device out; its requests have `drain_s` seconds to end."""
+    check_admin(request)
+    index = _device_index(request)
+    asked = await _read(request, Remove)
+    return json_response(await request.app[API].backend.remove_device(index, asked.drain_s))
+
+
+async def add_device(request: web.Request) -> web.Response:
+    """POST /kunserve/devices/{index}/add: take a device in that was removed or lost."""
+    check_admin(request)
+    return json_response(await request.app[API].backend.add_device(_device_index(request)))
+
+
+def _device_index(request: web.Request) -> int:
+    """Return the index that a path names; NotFoundError if there is no such device."""
+    asked = request.match_info["index"]
+    names = {str(index): device.name for index, device in enumerate(request.app[API].backend.stats().devices)}
+    if asked not in names:
+        known = ", ".join(f"{index} ({name})" for index, name in names.items())
+        raise NotFoundError(f"There is no device `{asked[:100]}`: devices are {known}.")
+    return int(asked)
 
 
 async def _read(request: web.Request, declared: type[Asked]) -> Asked:

@@ -11,7 +11,7 @@ from kunserve.api.ask.declared.anthropic import AnthropicMessages, Counted
 from kunserve.api.ask.declared.chat import Chat, Tokenize
 from kunserve.api.ask.declared.fields import body_schema
 from kunserve.api.ask.declared.generation import Completion
-from kunserve.api.ask.declared.others import Burst, Detokenize, Drop, Groups
+from kunserve.api.ask.declared.others import Burst, Detokenize, Drop, Groups, Remove
 from kunserve.api.ask.declared.responses import Response
 
 Schema = dict[str, Any]
@@ -33,9 +33,9 @@ ROUTES: tuple[tuple[str, str, str, type[Struct] | None], ...] = (
     ("/detokenize", "post", "Token ids to text", Detokenize),
     ("/tokenizer_info", "get", "Special tokens and the chat template", None),
     ("/load", "get", "How many requests there are", None),
-    ("/health", "get", "200 while the engine makes progress", None),
+    ("/health", "get", "200 while the engine makes progress; status `degraded` if some devices do not", None),
     ("/ping", "get", "As /health", None),
-    ("/ready", "get", "200 while new requests are welcome", None),
+    ("/ready", "get", "200 while new requests are welcome; answers as /health", None),
     ("/version", "get", "Version of the server", None),
     ("/openapi.json", "get", "This document", None),
     ("/docs", "get", "This document, to read", None),
@@ -47,13 +47,15 @@ ROUTES: tuple[tuple[str, str, str, type[Struct] | None], ...] = (
     ("/kunserve/burst", "post", "A burst of made-up requests; answers when it is over; needs the admin key", Burst),
     ("/kunserve/drop", "post", "Merge groups; needs the admin key", Drop),
     ("/kunserve/restore", "post", "Split groups; needs the admin key", Groups),
+    ("/kunserve/devices/{index}/remove", "post", "Take a device out of service; needs the admin key", Remove),
+    ("/kunserve/devices/{index}/add", "post", "Take a device back into service; needs the admin key", None),
 )
 _ERRORS = {
     "400": "A wrong type or value; the error names the field",
     "401": "The key is missing or wrong",
     "403": "Nobody may do this",
-    "404": "No such model",
-    "409": "Not now: another transition runs",
+    "404": "No such model, or no such device",
+    "409": "Not now, for instance because another transition runs",
     "413": "The body is too large",
     "500": "A step failed",
     "503": "The queue is full, or the server loads or stops; Retry-After says when to come back",
@@ -99,6 +101,12 @@ def _operation(path: str, summary: str, body: type[Struct] | None) -> dict[str, 
         operation["requestBody"] = {"required": is_required, "content": {"application/json": {"schema": schema}}}
     if names := re.findall("{(.+?)}", path):
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            {
+                "name": name,
+                "in": "path",
+                "required": True,
+                "schema": {"type": "integer" if name == "index" else "string"},
+            }
+            for name in names
         ]
     return operation

@@ -26,10 +26,12 @@ from kunserve.errors import NotFoundError, OverloadedError
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health and /ping: 200 while the engine makes progress."""
-    reason = request.app[API].backend.health()
-    if reason is not None:
+    """GET /health and /ping: 200 while the engine makes progress, even if only some of its devices do their work."""
+    backend = request.app[API].backend
+    if (reason := backend.health()) is not None:
         raise OverloadedError(reason)
+    if (reason := backend.degraded()) is not None:
+        return json_response({"status": "degraded", "reason": reason})
     return json_response({"status": "ok"})
 
 

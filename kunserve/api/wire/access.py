@@ -22,9 +22,9 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/load"})
 # What the server is able to do is no secret either.
 DOCUMENT_PATHS = frozenset({"/openapi.json", "/docs"})
 PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show asks for the key
-ADMIN_PATHS = frozenset(
-    {"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"}
-)  # these ask for the admin key (admin.py)
+# These ask for the admin key (admin.py).
+ADMIN_PATHS = frozenset({"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"})
+DEVICES_PREFIX = "/kunserve/devices/"
 _PREFLIGHT_AGE_S = 600
 
 
@@ -45,7 +45,13 @@ def _bytes(text: str) -> bytes:
 
 def needs_key(path: str) -> bool:
     """Whether the API key is asked for there, if there is one."""
-    return path not in OPEN_PATHS | ADMIN_PATHS | DOCUMENT_PATHS and path != "/" and not path.startswith(PAGE_PREFIX)
+    is_open = path in OPEN_PATHS | DOCUMENT_PATHS or path == "/" or path.startswith(PAGE_PREFIX)
+    return not is_open and not is_admin_path(path)
+
+
+def is_admin_path(path: str) -> bool:
+    """Return whether the admin key is asked for there instead."""
+    return path in ADMIN_PATHS or path.startswith(DEVICES_PREFIX)
 
 
 def check_key(request: web.Request) -> None:

@@ -119,8 +119,20 @@ class Backend(Protocol):
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
         """Split these groups, or the largest; the transition as JSON types, once its epoch is committed."""
 
+    async def remove_device(self, index: int, drain_s: float) -> dict[str, Any]:
+        """Take a device out once its requests have ended, or after `drain_s`; the transition as JSON types.
+
+        Raises ConflictError if that cannot be done now.
+        """
+
+    async def add_device(self, index: int) -> dict[str, Any]:
+        """Take a device in that was removed or lost; the transition as JSON types. Raises as `remove_device`."""
+
     def health(self) -> str | None:
         """None while steps make progress, else the reason why not."""
+
+    def degraded(self) -> str | None:
+        """Return which devices do not do their work, in words; None if all do but those that were taken out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ from kunserve.engine.launch.placement import model_shape, num_copies, place
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.exchange import Exchange
+from kunserve.engine.regroup.membership import Membership
 from kunserve.engine.regroup.migrate import Migration
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.remap import Remap
 from kunserve.engine.regroup.swap import Swap
 from kunserve.engine.regroup.transfer import Transfers
+from kunserve.engine.regroup.transition import Transitions
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.schedule.policy import make_policy
 from kunserve.engine.schedule.scheduler import Limits, Scheduler
@@ -68,8 +70,8 @@ async def assemble(
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
     shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
-    views = machine.views(shape)
-    per_group, is_len_required = config.pipeline_parallel_size, config.max_model_len is not None
+    views, per_group = machine.views(shape), config.pipeline_parallel_size
+    is_len_required = config.max_model_len is not None
     placement = place(
         shape, views, devices_per_group=per_group, max_model_len=max_model_len, is_len_required=is_len_required
     )
@@ -77,17 +79,16 @@ async def assemble(
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
-    links, signals = machine.links(), Signals()
-    groups = _groups(placement.groups, memories, config.block_size)
+    links, groups = machine.links(), _groups(placement.groups, memories, config.block_size)
     fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching)
     engine = Engine(
         model,
-        ServingLimits(placement.max_model_len, config.max_num_queued_reqs),
+        _limits(config, placement.max_model_len),
         fleet,
         _scheduler(fleet, config, _num_host_blocks(config, kv_shape, model), lookahead),
         memories,
         executor,
-        signals,
+        Signals(),
         tokenizer,
         metrics(served_name, placement.max_model_len, lambda: engine.stats()),
         config.seed,
@@ -100,14 +101,21 @@ async def assemble(
         loader,
         links,
         Thresholds(config.drop_watermark, config.restore_watermark, config.restore_hold_s),
+        partial(_reopen, machine, model, kv_shape, memories),
         is_automatic=config.overload_policy is OverloadPolicy.DROP and not config.is_pinned,
         clock=machine.clock,
     )
+    machine.tell_phases(lambda: control.reconfigure.transitions.phases)
     engine.view.overload_policy = config.overload_policy
     copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
     by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
     engine.view.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
     return engine, control
+
+
+def _limits(config: EngineConfig, max_model_len: int) -> ServingLimits:
+    device_timeout_s = config.device_timeout_s or None
+    return ServingLimits(max_model_len, config.max_num_queued_reqs, device_timeout_s=device_timeout_s)
 
 
 def _scheduler(fleet: Fleet, config: EngineConfig, num_host_blocks: int, lookahead: Lookahead | None) -> Scheduler:
@@ -122,18 +130,44 @@ def make_control(
     loader: WeightLoader,
     links: Links,
     thresholds: Thresholds,
+    reopen: Callable[[int], None],
     *,
     is_automatic: bool,
     clock: Callable[[], float] = time.perf_counter,
 ) -> OverloadControl:
-    """Return what regroups an engine, whose mover is set. `clock` as in `Reconfigure`."""
+    """Return what regroups an engine, whose mover is set. `reopen` as in `Membership`, `clock` as in `Transitions`."""
     fleet, scheduler, signals, metrics = engine.fleet, engine.scheduler, engine.signals, engine.metrics
+    health, transitions = engine.device_health, Transitions(fleet, loader, signals, metrics, clock)
     boundary = Boundary(fleet, signals, engine.mover)
-    remap = Remap(fleet, engine.model, shape, engine.memories, loader, links)
+    remap = Remap(fleet, engine.model, shape, engine.memories, loader, links, health.lose)
     exchange = Exchange(fleet, scheduler, remap, Transfers(engine.memories, links), signals, metrics)
-    reconfigure = Reconfigure(fleet, scheduler, boundary, remap, exchange, loader, signals, engine.halt, clock)
-    return OverloadControl(
-        fleet, scheduler, reconfigure, signals, metrics, shape, views, thresholds, is_automatic=is_automatic
+    reconfigure = Reconfigure(fleet, scheduler, boundary, remap, exchange, loader, transitions, signals)
+    membership = Membership(
+        fleet,
+        scheduler,
+        reconfigure,
+        boundary,
+        remap,
+        health,
+        signals,
+        lambda: control.snapshot(),
+        lambda: control.need_blocks(),
+        shape.blocks_for(engine.limits.max_model_len),
+        reopen,
+        engine.halt,
+    )
+    control = OverloadControl(
+        fleet, scheduler, reconfigure, membership, signals, metrics, shape, views, thresholds, is_automatic=is_automatic
+    )
+    health.on_lost = control.lost
+    return control
+
+
+def _reopen(machine: Machine, model: ModelConfig, kv_shape: KVShape, memories: list[DeviceMemory], device: int) -> None:
+    """Put a new device in the place of one that is gone. ConflictError if that needs another process."""
+    units = weight_units(model, machine.dtype.itemsize)
+    memories[device] = machine.reopen(
+        device, lambda opened: DeviceMemory(opened, units, model.num_layers, kv_shape, machine.dtype)
     )
 
 

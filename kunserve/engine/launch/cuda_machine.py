@@ -162,7 +162,8 @@ class CudaMachine(Machine):
             options.max_num_batched_tokens, options.max_num_seqs, self.budget_bytes // self._block_bytes
         )
         made = [_decoder(self._model, options, memory, max_model_len, limits) for memory in memories]
-        return CudaExecutor(self._devices, [decoder for decoder, _ in made]), made[0][1]
+        watched = [memory.device for memory in memories]
+        return CudaExecutor(self._devices, [decoder for decoder, _ in made], watched), made[0][1]
 
     def close(self) -> None:
         """See `Machine.close`."""
@@ -171,10 +172,15 @@ class CudaMachine(Machine):
             with suppress(DeviceError):  # after a fault every call fails
                 self._host.close()
             self._host = None
-        while self._devices:
-            self._devices.pop().close()
+        for device in self._devices:
+            device.close()
+        self._devices = [device for device in self._devices if device.is_open]
         while self._drivers:
             self._drivers.pop().close()
+
+    def stuck(self) -> list[str]:
+        """See `Machine.stuck`."""
+        return [device.name for device in self._devices]
 
 
 def _decoder(

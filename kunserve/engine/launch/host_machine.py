@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,10 +11,11 @@ import torch
 from kunserve.compute.cpu_ops import cpu_ops_or_reference
 from kunserve.compute.decoder import Decoder
 from kunserve.config import EngineConfig
+from kunserve.engine.launch.faults import Faults
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.placement import budget_chunks
 from kunserve.engine.step.executor import DeviceExecutor, Executor
-from kunserve.errors import ConfigError
+from kunserve.errors import ConfigError, ConflictError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host import HostDevice, available_bytes
@@ -37,8 +38,11 @@ class HostMachine(Machine):
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._model, self._config = model, config
         self.dtype, self.chunk_bytes = _host_dtype(config.dtype), config.chunk_bytes
+        self.faults = Faults(config.faults)
         self._views: list[DeviceView] = []
-        self._devices: list[HostDevice] = []
+        self._devices: list[HostDevice] = []  # with those that are gone, whose threads may not have ended
+        self._new_decoder: Callable[[DeviceMemory], Decoder]
+        self._executor: DeviceExecutor
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -58,22 +62,35 @@ class HostMachine(Machine):
 
     def open(self) -> Sequence[Device]:
         """See `Machine.open`."""
-        cores = sorted(os.sched_getaffinity(0))
-        is_pinned = len(self._views) <= len(cores)
-
-        def open_one(view: DeviceView) -> HostDevice:
-            core = cores[view.device] if is_pinned else None
-            device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
-            self._devices.append(device)
-            return device
-
         torch.set_num_threads(1)  # a device computes on its own thread
         try:
             with ThreadPoolExecutor(len(self._views)) as threads:
-                return list(threads.map(open_one, self._views))
+                opened = list(threads.map(self._open_one, self._views))
         except BaseException:
             self.close()
             raise
+        return [self.faults.wrap(view.device, device) for view, device in zip(self._views, opened, strict=True)]
+
+    def _open_one(self, view: DeviceView) -> HostDevice:
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[view.device] if len(self._views) <= len(cores) else None
+        device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
+        self._devices.append(device)
+        return device
+
+    def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
+        """See `Machine.reopen`. Its faults do not come again."""
+        self._close(old for old in self._devices if old.is_lost)  # or their memory would be lacking
+        try:
+            memory = remember(self._open_one(self._views[device]))
+        except ConfigError as error:  # no memory any more
+            raise ConflictError(error.message) from None
+        self._executor.renew(device, memory.device, self._new_decoder(memory))
+        return memory
+
+    def tell_phases(self, phases: Callable[[], Collection[str]]) -> None:
+        """See `Machine.tell_phases`."""
+        self.faults.phases = phases
 
     def host_weights(self, source: WeightSource) -> HostWeights:
         """See `Machine.host_weights`."""
@@ -83,14 +100,27 @@ class HostMachine(Machine):
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """See `Machine.executor`."""
         ops, note = cpu_ops_or_reference(self.dtype, self._model.head_dim)
-        decoders = [Decoder(self._model, ops, m.weights, m.kv, max_model_len) for m in memories]
-        devices = [memory.device for memory in memories]
-        return DeviceExecutor(devices, decoders, shares_head=self._model.tie_embeddings), note
+
+        def new_decoder(memory: DeviceMemory) -> Decoder:
+            return Decoder(self._model, ops, memory.weights, memory.kv, max_model_len)
+
+        self._new_decoder = new_decoder
+        decoders, devices = [new_decoder(memory) for memory in memories], [memory.device for memory in memories]
+        self._executor = DeviceExecutor(devices, decoders, shares_head=self._model.tie_embeddings)
+        return self._executor, note
 
     def close(self) -> None:
         """See `Machine.close`."""
-        while self._devices:
-            self._devices.pop().close()
+        self._close(self._devices)
+
+    def _close(self, devices: Iterable[HostDevice]) -> None:
+        for device in devices:
+            device.close()
+        self._devices = [device for device in self._devices if device.is_open]
+
+    def stuck(self) -> list[str]:
+        """See `Machine.stuck`."""
+        return [device.name for device in self._devices]
 
 
 def _host_dtype(name: str) -> torch.dtype:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
 
 from kunserve.engine.step.executor import Executor
+from kunserve.errors import ConflictError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host_weights import HostWeights
@@ -37,6 +38,17 @@ class Machine(Protocol):
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """What runs microbatches on the open devices; and what it is made of, for the log."""
 
+    def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
+        """Open a device in the place of one that is gone, for the executor, too; returns what `remember` makes of it.
+
+        ConflictError if that needs another process.
+        """
+        raise ConflictError("a device of this kind comes back with a restart of the server")
+
+    def tell_phases(self, phases: Callable[[], Collection[str]]) -> None:
+        """Take what tells which transitions run, and at which step they are: for devices that fail on purpose."""
+        return
+
     def links(self) -> Links:
         """The links that copies between its devices, and from and to the host, take turns on."""
         return Links()
@@ -46,4 +58,8 @@ class Machine(Protocol):
         return time.perf_counter()
 
     def close(self) -> None:
-        """Close what is open. Idempotent."""
+        """Close what is open, but for lost devices that still work. Idempotent."""
+
+    def stuck(self) -> list[str]:
+        """Return the names of devices that would not close: their threads keep the process from ending."""
+        return []

@@ -9,6 +9,7 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.hooks import Mover
 from kunserve.engine.signals import Signals
+from kunserve.errors import ConflictError
 
 
 class Boundary:
@@ -26,14 +27,17 @@ class Boundary:
         finally:
             self._signals.wake()
 
-    async def reached(self, groups: Sequence[Group]) -> None:
+    async def reached(self, groups: Sequence[Group], *, gives_up: bool = False) -> None:
         """Return when none of the microbatches of these groups, which are paused, is in flight.
 
-        Nor is any copy that a policy asked for: their blocks may then be moved.
+        Nor is any copy that a policy asked for: their blocks may then be moved. If it `gives_up`, a ConflictError says
+        that one of them is suspected: a device that hangs must not hold up the others for as long as it may.
         """
         assert all(group.is_paused for group in groups)
         for group in groups:
             while group.num_in_flight:
+                if gives_up and any(other.is_suspect for other in groups):
+                    raise ConflictError("a device does not answer", retry_after_s=1)
                 await self._signals.next_commit(group)
         while self._mover is not None and self._mover.is_busy(groups):
             await self._signals.next_commit()

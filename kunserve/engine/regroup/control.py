@@ -14,6 +14,7 @@ import structlog
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.regroup.live_kv import loss_of
+from kunserve.engine.regroup.membership import Membership
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.transition import Transition
 from kunserve.engine.request import Request
@@ -52,6 +53,7 @@ class OverloadControl:
         fleet: Fleet,
         scheduler: Scheduler,
         reconfigure: Reconfigure,
+        membership: Membership,
         signals: Signals,
         metrics: Metrics,
         shape: ModelShape,
@@ -61,9 +63,9 @@ class OverloadControl:
         is_automatic: bool,
     ) -> None:
         self._fleet, self._scheduler, self._waiting = fleet, scheduler, scheduler.waiting
-        self.reconfigure, self._signals, self._metrics = reconfigure, signals, metrics
+        self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
         self._shape, self._devices, self._thresholds = shape, tuple(devices), thresholds
-        self._is_automatic = is_automatic
+        self._is_automatic, self._is_stopping = is_automatic, False
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
@@ -73,7 +75,7 @@ class OverloadControl:
         self._next_look: asyncio.TimerHandle | None = None
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
-        self._tasks: set[asyncio.Task[Transition]] = set()  # under way, or about to begin
+        self._tasks: set[asyncio.Task[Transition | None]] = set()  # under way, or about to begin
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class OverloadControl:
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
-        shown = self.reconfigure.transitions[-(num_transitions or 0) :]
+        shown = self.reconfigure.transitions.remembered[-(num_transitions or 0) :]
         loader = self.reconfigure.loader
         return {
             "host_copy": str(loader.host.kind),
@@ -110,7 +112,7 @@ class OverloadControl:
 
     async def stop(self) -> None:
         """End what is under way, and begin nothing more."""
-        self._is_automatic = False
+        self._is_automatic, self._is_stopping = False, True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -121,7 +123,7 @@ class OverloadControl:
     async def drop(self, group_ids: Sequence[int] | None = None, *, is_forced: bool = False) -> dict[str, Any]:
         """See `Engine.drop`."""
         self._refuse_if_busy()
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         if group_ids is None:
             if len(snapshot.groups) < 2:
                 raise ConflictError("there is one group only: nothing to merge")
@@ -139,7 +141,7 @@ class OverloadControl:
 
     def would_drop(self) -> dict[int, list[str]]:
         """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         if len(snapshot.groups) < 2:
             return {}
         try:
@@ -154,7 +156,7 @@ class OverloadControl:
         known = {group.group_id for group in self._fleet.groups}
         if group_ids is not None and (unknown := [i for i in group_ids if i not in known]):
             raise InvalidRequestError(f"no group {unknown[0]}; there are {sorted(known)}", param="groups")
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         plan = plan_restore(snapshot)
         splits = [s for s in plan.splits if group_ids is None or s.group_id in group_ids] if plan else []
         if not splits:
@@ -164,19 +166,40 @@ class OverloadControl:
         restore = self.reconfigure.restore(RestorePlan(snapshot.epoch, tuple(splits)), committed.set_result)
         return await self._until_committed(restore, committed)
 
+    async def remove(self, device: int, drain_s: float) -> dict[str, Any]:
+        """See `Engine.remove_device`."""
+        self._refuse_if_busy()
+        return await self._until_committed(self.membership.remove(device, drain_s))
+
+    async def add(self, device: int) -> dict[str, Any]:
+        """See `Engine.add_device`."""
+        self._refuse_if_busy()
+        return await self._until_committed(self.membership.add(device))
+
+    def lost(self, device: int) -> None:
+        """Replace the group of a device that is lost."""
+        if not self._is_stopping:
+            self._spawn(self.membership.lose(device))
+
     def _refuse_if_busy(self) -> None:
         if self._tasks:
-            current = self.reconfigure.current
-            raise ConflictError(f"a {current.kind if current else 'transition'} is under way", retry_after_s=1)
+            current = self.reconfigure.transitions.current
+            raise ConflictError(f"{current.name if current else 'a transition'} is under way", retry_after_s=1)
 
     async def _until_committed(
-        self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition]
+        self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition] | None = None
     ) -> dict[str, Any]:
+        """Run a transition; returns its state when it has committed, or ended."""
         task = self._spawn(transition)
-        await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
-        if not committed.done() and task.cancelled():
+        awaited: list[asyncio.Future[Any]] = [task] if committed is None else [task, committed]
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        if committed is not None and committed.done():
+            return committed.result().state()
+        if task.cancelled():
             raise OverloadedError("the server is stopping", retry_after_s=5)
-        return (committed.result() if committed.done() else task.result()).state()
+        ended = task.result()
+        assert ended is not None
+        return ended.state()
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
@@ -191,21 +214,21 @@ class OverloadControl:
 
     def _has_to_wait(self, head: Request) -> bool:
         """Whether no group has blocks for a request: those that it would share with others, it does not take."""
-        num_blocks = self._fleet.groups[0].blocks_for(head.num_tokens)
-        groups = self._fleet.groups
+        num_blocks = self._fleet.blocks_for(head.num_tokens)
+        groups = [group for group in self._fleet.groups if not group.is_lost]
         if any(group.num_free >= num_blocks for group in groups):
             return False
         return all(group.num_free < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
 
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
-        return self._demand(1.0) / max(1, self._snapshot().undropped_blocks())
+        return self._demand(1.0) / max(1, self.snapshot().undropped_blocks())
 
     def _is_dropped(self) -> bool:
         """Whether any group can be split."""
         if self._undropped is None or self._undropped[0] != self._fleet.epoch:
             is_dropped = any(group.origin and group.origin.parts for group in self._fleet.groups)
-            self._undropped = self._fleet.epoch, self._snapshot().undropped_blocks() if is_dropped else 0
+            self._undropped = self._fleet.epoch, self.snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
     def _may_look(self, now: float) -> bool:
@@ -239,7 +262,7 @@ class OverloadControl:
         if now < self._calm_until_s:
             self._look_in(CALM_S)
             return False
-        blocks_for = groups[0].blocks_for
+        blocks_for = self._fleet.blocks_for
         head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
         has_to_wait = waiting.head is not None and self._has_to_wait(waiting.head)
         if has_to_wait:
@@ -267,11 +290,15 @@ class OverloadControl:
         blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
         return blocks - self._fleet.num_shared
 
+    def need_blocks(self) -> int:
+        """Return the blocks that groups which are made now should hold."""
+        return self._need_blocks(*MERGE_HEADROOM)
+
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
         return round(of_arrivals * self._demand(of_lengths))
 
     def _begin_drop(self) -> None:
-        snapshot = self._snapshot()
+        snapshot = self.snapshot()
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
@@ -291,7 +318,7 @@ class OverloadControl:
         return loss is None or loss.num_blocks < merge.added_blocks
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
-        snapshot, demand = self._snapshot(), self._demand(1.0)
+        snapshot, demand = self.snapshot(), self._demand(1.0)
         before, undropped = self._relaxation, snapshot.undropped_blocks()
         self._relaxation = before.observed(now, demand, undropped, self._thresholds)
         if self._relaxation.is_over(now, self._thresholds):
@@ -302,8 +329,8 @@ class OverloadControl:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
 
     def _spawn(
-        self, transition: Coroutine[Any, Any, Transition], paused: Sequence[Group] = ()
-    ) -> asyncio.Task[Transition]:
+        self, transition: Coroutine[Any, Any, Transition | None], paused: Sequence[Group] = ()
+    ) -> asyncio.Task[Transition | None]:
         """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
         task = asyncio.create_task(transition, name="transition")
         if paused:
@@ -315,13 +342,13 @@ class OverloadControl:
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task[Transition]) -> None:
+    def _done(self, task: asyncio.Task[Transition | None]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
             return
         if (error := task.exception()) is None:
             transition = task.result()
-            if transition.outcome == "done":
+            if transition is not None and transition.outcome == "done":
                 self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
         else:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
@@ -334,10 +361,12 @@ class OverloadControl:
         self._not_before_s = loop_time() + RETRY_S
         asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """Return the groups that do their work, as the planner sees them."""
         groups = tuple(
             GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
             for g in self._fleet.groups
+            if not g.is_suspect
         )
         return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)
 

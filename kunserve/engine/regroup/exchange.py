@@ -192,6 +192,8 @@ class Exchange:
         """Return when a request has its blocks, or has ended; False if nobody is left who could make room for it."""
         group = moving.group
         while not moving.has_blocks and moving.request.finish_reason is None and not self._allocate(moving):
+            if group.is_lost:
+                return False
             self._end_finished(group)
             if not await self._make_room(group):
                 if self._is_stuck(group):

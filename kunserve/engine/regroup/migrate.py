@@ -130,7 +130,7 @@ class Migration:
         scheduler, share = self._scheduler, 1 / len(self._fleet.groups)
         killed = Counter(scheduler.preempted_by.values())
         num_waiting = len(scheduler.waiting) * share
-        blocks = self._fleet.groups[0].blocks_for(scheduler.waiting.num_tokens) * share
+        blocks = self._fleet.blocks_for(scheduler.waiting.num_tokens) * share
         return [
             Freeness(g.group_id, remaining_steps(g.num_free, len(g.running), blocks, num_waiting), killed[g.group_id])
             for g in groups

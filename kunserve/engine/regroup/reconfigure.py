@@ -7,12 +7,8 @@ any point before its split.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-
-import structlog
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
@@ -20,12 +16,12 @@ from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.exchange import Exchange, Moving
 from kunserve.engine.regroup.followers import Followers
 from kunserve.engine.regroup.live_kv import by_admission, live_requests
-from kunserve.engine.regroup.remap import Layouts, NoWayBackError, Remap
-from kunserve.engine.regroup.transition import HISTORY, Transition
+from kunserve.engine.regroup.remap import Layouts, Remap
+from kunserve.engine.regroup.transition import Transition, Transitions
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
-from kunserve.engine.signals import Signals, loop_time
+from kunserve.engine.signals import Signals
 from kunserve.errors import ConflictError
 from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
@@ -34,19 +30,13 @@ from kunserve.planner.plan import ExchangeMode, ExchangePlan, Merge, RestorePlan
 from kunserve.planner.restore import HeldRequest, assign_requests
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
-log = structlog.get_logger()
-
 
 class _CancelledError(Exception):
     """A new burst came before the weights were back."""
 
 
 class Reconfigure:
-    """Applies plans to the fleet, its devices and its requests.
-
-    `halt` stops the engine at once. `clock` measures how long its steps take: finer than the loop's clock, which may
-    count whole milliseconds.
-    """
+    """Applies plans to the fleet, its devices and its requests."""
 
     def __init__(
         self,
@@ -56,23 +46,15 @@ class Reconfigure:
         remap: Remap,
         exchange: Exchange,
         loader: WeightLoader,
+        transitions: Transitions,
         signals: Signals,
-        halt: Callable[[], None],
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
         self.exchange, self.loader = exchange, loader
         self._followers = Followers(fleet, exchange.transfers)
-        self._signals, self._halt, self._clock = signals, halt, clock
-        self._shape = remap.shape
-        self.transitions: list[Transition] = []
-        self._running: list[Transition] = []  # one restore, or drops of different groups
+        self._signals, self._shape = signals, remap.shape
+        self.transitions = transitions
         self._is_cancelled = False  # the restore
-
-    @property
-    def current(self) -> Transition | None:
-        """Return the transition that is under way; of several, the one that began first."""
-        return self._running[0] if self._running else None
 
     # --- drop ---------------------------------------------------------------------------------------------------
 
@@ -93,10 +75,10 @@ class Reconfigure:
         Raises ConflictError, and nothing has changed, if a group is gone or in another transition, or KV cannot follow;
         DeviceError after rolling back.
         """
-        with self._transition("drop", merge.group_ids) as (transition, old), self.boundary.paused(old):
+        with self.transitions.begin("drop", merge.group_ids) as (transition, old), self.boundary.paused(old):
             transition.planned_bytes = merge.freed_bytes
-            with self._step(transition, "boundary"):  # 2
-                await self.boundary.reached(old)
+            with self.transitions.step(transition, "boundary"):  # 2
+                await self.boundary.reached(old, gives_up=True)
                 await self._settle(old)
             exchange = self._plan_exchange(snapshot, merge, old, most_lost_blocks)
             if exchange.moves or exchange.mode is ExchangeMode.INFEASIBLE:
@@ -104,12 +86,12 @@ class Reconfigure:
             for group in old:  # remapping gives the KV of layers that go and that nobody uses away, even if it fails
                 if group.group_id not in exchange.cached_groups:
                     self._fleet.forget_idle(group)
-            with self._step(transition, "remap"):  # 3
+            with self.transitions.step(transition, "remap"):  # 3
                 await self._remap.apply(self._remap.planned(exchange.layouts))
             transition.weight_bytes = merge.freed_bytes
             new, moving = self._merge(merge, old, exchange)
-            self._commit(transition, old, [new], on_commit)  # 4
-            with self._step(transition, "exchange"), self._exchanged(transition, [new], moving):  # 5, 6
+            self.transitions.commit(transition, old, [new], on_commit)  # 4
+            with self.transitions.step(transition, "exchange"), self._exchanged(transition, [new], moving):  # 5, 6
                 if exchange.mode is ExchangeMode.BY_LAYER:
                     await self.exchange.by_layer(new, moving, exchange)
                 else:
@@ -188,26 +170,26 @@ class Reconfigure:
         group_ids = [split.group_id for split in plan.splits]
         if plan.epoch != self._fleet.epoch:
             raise ConflictError(f"the plan is of epoch {plan.epoch}, the server in epoch {self._fleet.epoch}")
-        with self._transition("restore", group_ids) as (transition, old), ExitStack() as pause:
+        with self.transitions.begin("restore", group_ids) as (transition, old), ExitStack() as pause:
             self._is_cancelled = False
             transition.planned_bytes = self._bytes_to_load(old, plan)
             await self._settle(old)
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
-                with self._step(transition, "split"):
+                with self.transitions.step(transition, "split"):
                     pause.enter_context(self.boundary.paused(old))
                     await self.boundary.reached(old)
                 self._give_way()
             except BaseException as error:
-                await self._back_to_chain(old, before)
+                await gather_all(self._back_to_chain(group, before) for group in old)
                 if isinstance(error, _CancelledError):
                     transition.outcome = "cancelled"
                     return transition
                 raise
             new, moving = self._split(old, plan.splits)
-            self._commit(transition, old, new, on_commit)
-            with self._step(transition, "exchange"), self._exchanged(transition, new, moving):
+            self.transitions.commit(transition, old, new, on_commit)
+            with self.transitions.step(transition, "exchange"), self._exchanged(transition, new, moving):
                 await self.exchange.by_request(moving)
                 transition.num_cached_blocks = sum(await gather_all(self._followers.bring(group) for group in new))
         return transition
@@ -221,7 +203,7 @@ class Reconfigure:
     @property
     def is_cancellable(self) -> bool:
         """Whether `cancel_restore` would do something that it has not done yet."""
-        current = self.current
+        current = self.transitions.current
         return current is not None and current.kind == "restore" and current.epoch is None and not self._is_cancelled
 
     def _bytes_to_load(self, old: Sequence[Group], plan: RestorePlan) -> int:
@@ -242,7 +224,7 @@ class Reconfigure:
         parts = [part for split in plan.splits for part in split.into]
         targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
         with ExitStack() as pause:
-            with self._step(transition, "shrink"):
+            with self.transitions.step(transition, "shrink"):
                 for device, num_blocks in targets.items():
                     self._fleet.limit(device, num_blocks)
                 pause.enter_context(self.boundary.paused(old))
@@ -255,11 +237,11 @@ class Reconfigure:
                     await self.boundary.reached(old)
                 for group in old:
                     self._fleet.settle_followers(group)
-            with self._step(transition, "remap"):
+            with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, num_blocks)
                 await self._remap.apply(self._remap.planned(layout for part in parts for layout in part.layouts))
-        with self._step(transition, "load"):
+        with self.transitions.step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
@@ -284,15 +266,14 @@ class Reconfigure:
             return await self._empty_tail(group, stage, limit)
         return tail.is_whole
 
-    async def _back_to_chain(self, groups: Sequence[Group], before: Layouts) -> None:
-        """Undo a restore before its split: drop what came, and give the chunks to KV again."""
-        with self.boundary.paused(groups):
-            await self.boundary.reached(groups)
-            await self._remap.apply(before)
-            for group in groups:
-                for stage in group.stages:
-                    self._fleet.grow(stage.device, self._remap.num_blocks(stage))
-                self._fleet.settle_followers(group)
+    async def _back_to_chain(self, group: Group, before: Layouts) -> None:
+        """Undo a restore of a group before its split: drop what came, and give the chunks to KV again."""
+        with self.boundary.paused([group]):
+            await self.boundary.reached([group])
+            await self._remap.apply({stage.device: before[stage.device] for stage in group.stages})
+            for stage in group.stages:
+                self._fleet.grow(stage.device, self._remap.num_blocks(stage))
+            self._fleet.settle_followers(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
@@ -313,52 +294,6 @@ class Reconfigure:
 
     # --- both ---------------------------------------------------------------------------------------------------
 
-    def _groups(self, group_ids: Sequence[int]) -> list[Group]:
-        there = {group.group_id: group for group in self._fleet.groups}
-        if gone := [group_id for group_id in group_ids if group_id not in there]:
-            raise ConflictError(f"group {gone[0]} is not there any more")
-        return [there[group_id] for group_id in group_ids]
-
-    @contextmanager
-    def _transition(self, kind: str, group_ids: Sequence[int]) -> Iterator[tuple[Transition, Sequence[Group]]]:
-        """Begin a transition of groups that are there and in no other; it is recorded, whatever becomes of it."""
-        for other in self._running:
-            if "restore" in (kind, other.kind) or not {*other.old_groups, *other.new_groups}.isdisjoint(group_ids):
-                raise ConflictError(f"a {other.kind} is under way", retry_after_s=1)
-        groups = self._groups(group_ids)
-        transition = Transition(kind, loop_time(), tuple(group_ids))
-        self._running.append(transition)
-        loaded_before = self.loader.num_bytes.copy()
-        self.transitions.append(transition)
-        del self.transitions[:-HISTORY]
-        try:
-            yield transition, groups
-            if transition.outcome == "running":
-                transition.outcome = "done"
-        except NoWayBackError:  # better no server than one that computes with whatever is mapped there now
-            transition.outcome = "lost"
-            self._halt()
-            raise
-        except BaseException:
-            transition.outcome = "rolled back" if transition.epoch is None else "failed after its commit"
-            raise
-        finally:
-            self._running.remove(transition)
-            transition.weight_sources = {str(k): n for k, n in (self.loader.num_bytes - loaded_before).items()}
-            transition.seconds["total"] = loop_time() - transition.started_s
-            self._signals.wake()
-            log.info("transition", **transition.state())
-
-    @contextmanager
-    def _step(self, transition: Transition, name: str) -> Iterator[None]:
-        """Add the time of the block to a step."""
-        started, transition.step = self._clock(), name
-        try:
-            yield
-        finally:
-            transition.step = None
-            transition.seconds[name] = transition.seconds.get(name, 0.0) + self._clock() - started
-
     @contextmanager
     def _exchanged(self, transition: Transition, new: Sequence[Group], moving: Sequence[Moving]) -> Iterator[None]:
         """Note what the block exchanges, and what it loses, however it ends."""
@@ -369,26 +304,6 @@ class Reconfigure:
         finally:
             transition.exchange_bytes = self.exchange.transfers.bytes_to(devices) - num_bytes
             transition.num_lost = sum(m.is_lost for m in moving)
-
-    def _commit(
-        self,
-        transition: Transition,
-        old: Sequence[Group],
-        new: Sequence[Group],
-        on_commit: Callable[[Transition], None] | None,
-    ) -> None:
-        """The new grouping is live."""
-        self._fleet.regroup(old, new)
-        transition.epoch, transition.new_groups = self._fleet.epoch, tuple(group.group_id for group in new)
-        transition.seconds["committed"] = loop_time() - transition.started_s
-        for group in new:
-            group.on_first_commit = partial(self._first_token, transition)
-        if on_commit is not None:
-            on_commit(transition)
-        self._signals.wake()
-
-    def _first_token(self, transition: Transition) -> None:
-        transition.seconds.setdefault("first_token", loop_time() - transition.started_s)
 
     def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
         return self._fleet.make_group(stages, self._shape.block_size, origin)

@@ -11,7 +11,6 @@ import structlog
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.regroup.weight_loader import WeightLoader
-from kunserve.errors import DeviceError
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
@@ -28,12 +27,11 @@ log = structlog.get_logger()
 ROLLBACK_ATTEMPTS = 3
 
 
-class NoWayBackError(DeviceError):
-    """Weights or KV that groups need are not on their devices any more."""
-
-
 class Remap:
-    """Brings devices to layouts: of a plan, of before, or those that their groups have by themselves."""
+    """Brings devices to layouts: of a plan, of before, or those that their groups have by themselves.
+
+    `lose` gives up a device, which cannot be brought to any layout, for a reason.
+    """
 
     def __init__(
         self,
@@ -43,9 +41,10 @@ class Remap:
         memories: Sequence[DeviceMemory],
         loader: WeightLoader,
         links: Links,
+        lose: Callable[[int, str], None],
     ) -> None:
         self._fleet, self._model, self.shape, self.memories = fleet, model, shape, memories
-        self._loader, self._links = loader, links
+        self._loader, self._links, self._lose = loader, links, lose
         # Whoever goes back may copy weights from any device that has them: no other merge may drop them meanwhile.
         self._turn = asyncio.Lock()
 
@@ -81,27 +80,29 @@ class Remap:
     async def apply(self, layouts: Layouts) -> None:
         """Rearrange all devices at once, each on its compute queue.
 
-        If one fails, all go back, with their weights filled again, before the error is raised. NoWayBackError if that
-        fails too: nothing may run on these devices then.
+        If one fails, all go back, with their weights filled again, before the error is raised. A device that cannot
+        go back is lost: weights or KV that its group needs are not there any more.
         """
         async with self._turn:
             before = {device: self.memories[device].layout for device in layouts}
             try:
                 await self._rearrange(layouts)
             except BaseException:
-                await self._go_back(before)
+                await asyncio.gather(*(self._go_back(device, layout) for device, layout in before.items()))
                 raise
 
-    async def _go_back(self, before: Layouts) -> None:
+    async def _go_back(self, device: int, before: Layout) -> None:
         for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
+            if self.memories[device].device.is_lost:
+                return
             try:
-                await self._rearrange(before)
-                await self.load(before)
+                await self._rearrange({device: before})
+                await self.load([device])
                 return
             except Exception as error:
-                log.error("rolling back failed", error=repr(error), attempts_left=attempts_left)
+                log.error("rolling back failed", device=device, error=repr(error), attempts_left=attempts_left)
                 if not attempts_left:
-                    raise NoWayBackError(f"a transition failed and could not be rolled back: {error}") from error
+                    self._lose(device, f"a transition failed and could not be rolled back: {error}")
 
     async def load(self, devices: Iterable[int], is_cancelled: Callable[[], bool] = lambda: False) -> int:
         """Fill the units that are mapped but not filled, all devices at once, in the background; returns bytes loaded.
@@ -119,6 +120,11 @@ class Remap:
             return loaded
 
         return sum(await gather_all(load(device) for device in devices))
+
+    def num_unfilled_bytes(self, devices: Iterable[int]) -> int:
+        """Return the bytes of weights that `load` would bring to these devices."""
+        weights = [self.memories[device].weights for device in devices]
+        return sum(w.num_chunks(unit) for w in weights for unit in w.unfilled) * self.shape.chunk_bytes
 
     async def resize_kv(self, device: int, chunks: Mapping[int, int]) -> None:
         """Give some layers of a device another number of KV chunks. What others ask for at the same time stands."""

@@ -63,6 +63,10 @@ class WeightLoader:
 
     def _mate(self, device: int, unit: str) -> int | None:
         """Return the nearest device whose copy of a unit is whole, of several the one that fewest copy from."""
-        holders = [i for i, memory in enumerate(self._memories) if i != device and memory.weights.is_filled(unit)]
+        holders = [
+            i
+            for i, memory in enumerate(self._memories)
+            if i != device and memory.weights.is_filled(unit) and not memory.device.is_lost
+        ]
         islands = self._islands
         return min(holders, key=lambda i: (islands[i] != islands[device], self._num_sending[i], i), default=None)

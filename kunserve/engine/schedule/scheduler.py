@@ -19,7 +19,7 @@ from kunserve.engine.request import Request
 from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget, is_schedulable
 from kunserve.engine.schedule.policy import Policy
 from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
-from kunserve.engine.schedule.waiting import WaitingQueue
+from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
 from kunserve.planner.cost import Chunk
 from kunserve.planner.microbatch import Lookahead
 
@@ -70,6 +70,12 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests bound to no group."""
         return len(self.waiting) + len(self.swapped.ready)
+
+    def waiting_of(self, owner: str | None) -> Waiting:
+        """Return how much is queued, of all or of one owner."""
+        if owner is not None:
+            return self.waiting.waiting_of(owner)
+        return Waiting(self.num_waiting, self.waiting.num_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""

@@ -7,7 +7,7 @@ are on their way through a chain, and none leaves a gap between its stages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from kunserve.engine.step.stage import has_scored_rows, run_stage, sample_in_sli
 from kunserve.gpu.cuda.device import CudaDevice
 from kunserve.gpu.cuda.stream import Launched
 from kunserve.gpu.queue import to_the_end
+from kunserve.gpu.watched import WatchedDevice
 
 _Fed = Launched[PendingTokens] | None
 
@@ -32,8 +33,11 @@ _Fed = Launched[PendingTokens] | None
 class CudaExecutor(Executor):
     """`Executor` on CUDA devices."""
 
-    def __init__(self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder]) -> None:
-        self.devices, self.decoders = devices, decoders
+    def __init__(
+        self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder], watched: Sequence[WatchedDevice]
+    ) -> None:
+        """`watched`: the same devices, as those see them who wait no longer than they live."""
+        self.devices, self.decoders, self._watched = devices, decoders, watched
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
@@ -46,8 +50,9 @@ class CudaExecutor(Executor):
 
         def see(position: int, launched: Launched[Any]) -> None:
             nonlocal seen
-            device = self.devices[group.stages[position].device]
-            seen = asyncio.ensure_future(_finish(device, launched, passage.at(position), seen))
+            index = group.stages[position].device
+            finish = self._watched[index].wait_for(self.devices[index].finish(launched))
+            seen = asyncio.ensure_future(_finish(finish, passage.at(position), seen))
 
         try:
             async with self._turns[group.stages[0].device]:
@@ -56,7 +61,7 @@ class CudaExecutor(Executor):
             if fed is not None and len(group.stages) > 1:
                 # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
                 # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
-                seen = asyncio.ensure_future(last.sampling.finish(fed))
+                seen = asyncio.ensure_future(self._watched[group.stages[-1].device].wait_for(last.sampling.finish(fed)))
             see(0, launched)
             for position in range(1, len(group.stages)):
                 launched = await self._launch(group, position, inputs, fed, launched)
@@ -64,7 +69,8 @@ class CudaExecutor(Executor):
             if not is_plain(inputs.sampling):
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
-                launched = await last.sampling.launch(work, [launched.ready])
+                watched = self._watched[group.stages[-1].device]
+                launched = await watched.wait_for(last.sampling.launch(work, [launched.ready]))
                 see(len(group.stages) - 1, launched)
             inputs.sampled.set_result(launched)
         except BaseException:
@@ -94,12 +100,12 @@ class CudaExecutor(Executor):
             return launch_sample(y, inputs.sampling) if is_last and is_plain(inputs.sampling) else y
 
         needed = before or fed
-        return await self.devices[stage.device].launch(work, [needed.ready] if needed else ())
+        launch = self.devices[stage.device].launch(work, [needed.ready] if needed else ())
+        return await self._watched[stage.device].wait_for(launch)
 
 
 async def _finish(
-    device: CudaDevice,
-    launched: Launched[Any],
+    finish: Coroutine[Any, Any, Any],
     at_stage: AbstractContextManager[None],
     before: asyncio.Future[Any] | None,
 ) -> Any:
@@ -109,7 +115,7 @@ async def _finish(
         await asyncio.wait([before])
         error = before.exception()
     with at_stage:
-        value = await device.finish(launched)  # even if one before has failed: it uses the requests' blocks
+        value = await finish  # even if one before has failed: it uses the requests' blocks
     if error is not None:
         raise error
     return value

@@ -19,9 +19,19 @@ from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.step.microbatch import StepInputs, step_inputs
 from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage
+from kunserve.errors import EngineError, KunServeError
 from kunserve.gpu.device import Device
 
 T = TypeVar("T")
+
+
+class StepError(EngineError):
+    """A step failed: with which error, and on which device, if that is known."""
+
+    def __init__(self, error: Exception, device: int | None) -> None:
+        message = error.message if isinstance(error, KunServeError) else f"a step failed: {error!r}"
+        super().__init__(message)
+        self.error, self.device = error, device
 
 
 class Executor(ABC):
@@ -35,14 +45,25 @@ class Executor(ABC):
     async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
         """Pass a microbatch through all stages of `group`; one token, or its error, per sampled row, in their order.
 
-        Microbatches of one group pass each stage in the order of the calls. Whatever a stage raises comes out.
+        Microbatches of one group pass each stage in the order of the calls. StepError if a stage raises.
         Keeps the group's occupancy: an executor that does not say where a microbatch is fails its first step, as
         bubbles that nobody measured would look like none.
         """
         passage = Passage(group.occupancy, asyncio.get_running_loop().time)
-        tokens = await self.pass_through(group, inputs, passage)
+        try:
+            tokens = await self.pass_through(group, inputs, passage)
+        except Exception as error:
+            position = passage.failed_at
+            raise StepError(error, None if position is None else group.stages[position].device) from error
         passage.check()
         return tokens
+
+    async def probe(self, group: Group | None, device: int) -> None:
+        """Let a device do work that has to succeed on any that is sound, whatever a client sent: raises if it fails.
+
+        `group`: the one that it serves in.
+        """
+        return
 
     @abstractmethod
     async def pass_through(self, group: Group, inputs: Any, passage: Passage) -> list[SampledToken]:
@@ -61,8 +82,12 @@ class DeviceExecutor(Executor):
     """
 
     def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
-        self._devices, self._decoders, self._shares_head = devices, decoders, shares_head
+        self._devices, self._decoders, self._shares_head = list(devices), list(decoders), shares_head
         self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
+
+    def renew(self, index: int, device: Device, decoder: Decoder) -> None:
+        """Compute on another device in the place of one that is gone."""
+        self._devices[index], self._decoders[index] = device, decoder
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         """See `Executor.pass_through`."""
@@ -130,6 +155,13 @@ class DeviceExecutor(Executor):
         tokens += await rest
         inputs.sampled.set_result([token.token_id for token in tokens])
         return tokens
+
+    async def probe(self, group: Group | None, device: int) -> None:
+        """See `Executor.probe`: one row through the weights that are there."""
+        for stage in group.stages if group is not None else ():
+            if stage.device == device:
+                work = partial(self._decoders[device].probe, stage.first_layer, stage.last_layer)
+                await self._devices[device].run(work)
 
     async def _run(self, group: Group, position: int, passage: Passage, work: Callable[[], T]) -> T:
         """Run work of one stage on its device."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import structlog
+
 from kunserve.compute.sampler import SampledToken
 from kunserve.engine.request import Output, Request
 from kunserve.engine.text.detokenizer import Detokenizer
 from kunserve.engine.text.stop import finish_of
 from kunserve.engine.text.stream import Sink
 from kunserve.sampling import FinishReason, TokenLogprobs
+
+log = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -50,3 +54,11 @@ class Live:
         if request.num_output_tokens == 1:
             prompt_logprobs = tuple(request.prompt_logprobs)
         return Output(text, (token.token_id,), logprobs, reason, stop, prompt_logprobs)
+
+    def close_constraint(self) -> None:
+        """Let go of the grammar, if there is one. The request has ended, and goes on to end, whatever that raises."""
+        if self.request.constraint is not None:
+            try:
+                self.request.constraint.close()
+            except Exception:
+                log.exception("a grammar did not close")

@@ -23,7 +23,7 @@ from kunserve.gpu.cuda.driver import CudaDriver, Driver, Event, check_ordinals, 
 from kunserve.gpu.cuda.stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
-from kunserve.gpu.queue import to_the_end
+from kunserve.gpu.queue import LAST_WAIT_S, to_the_end
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.sizes import format_size
@@ -52,7 +52,7 @@ class CudaDevice:
         """`peers`: other GPUs that read and write this memory. ConfigError if there is not enough of it."""
         if chunk_bytes % driver.granularity:
             raise ConfigError(f"{name}: chunks of {chunk_bytes} bytes are no multiple of {driver.granularity}")
-        self.name, self.torch_device = name, driver.torch_device
+        self.name, self.torch_device, self.is_lost = name, driver.torch_device, False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self.driver = driver
         self._access = [driver.ordinal, *(p for p in peers if p != driver.ordinal)]
@@ -166,9 +166,22 @@ class CudaDevice:
         """Wait for what was launched on the compute queue, or behind it."""
         return await self._compute.finish(launched)
 
+    @property
+    def is_open(self) -> bool:
+        """Return whether it still has its memory."""
+        return self._is_open
+
+    def abandon(self) -> None:
+        """See `Device.abandon`."""
+        self.is_lost = True
+        for queue in self._queues:
+            queue.abandon()
+
     def close(self) -> None:
-        """See `Device.close`."""
+        """See `Device.close`. If its driver hangs, all that it has goes with the process."""
         if not self._is_open:
+            return
+        if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in self._queues):
             return
         self._is_open = False
         with ExitStack() as stack:  # each step even if one fails; a failed kernel makes every call fail

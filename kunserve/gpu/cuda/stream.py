@@ -81,6 +81,15 @@ class StreamQueue:
             self._driver.synchronize(self.stream)
             yield
 
+    def abandon(self) -> None:
+        """Launch nothing more, and wait for nothing."""
+        self._launcher.abandon()
+        self._waiter.abandon()
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Return whether the threads of an abandoned stream have ended, each after so many seconds at the latest."""
+        return all(queue.has_ended(timeout_s) for queue in (self._launcher, self._waiter))
+
     def close(self) -> None:
         """Wait for everything and end the threads and the stream."""
         self._launcher.close()

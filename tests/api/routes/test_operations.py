@@ -95,6 +95,19 @@ async def test_health_is_the_engines_progress() -> None:
             assert (response.status, response.headers["Retry-After"]) == (503, "1")
 
 
+async def test_a_server_that_lost_a_device_is_healthy_but_says_so() -> None:
+    engine = FakeEngine()
+    engine.infirmity = "cpu:1 is lost"
+    async with serving(engine) as client:
+        for url in ("/health", "/ping", "/ready"):
+            response = await client.get(url)
+            assert (response.status, await response.json()) == (200, {"status": "degraded", "reason": "cpu:1 is lost"})
+        engine.illness = "no step for 60 s"
+        assert [(await client.get(url)).status for url in ("/health", "/ping", "/ready")] == [503] * 3
+        engine.illness = engine.infirmity = None
+        assert await (await client.get("/health")).json() == {"status": "ok"}
+
+
 async def test_a_stopping_server_is_healthy_but_not_ready() -> None:
     engine = FakeEngine()
     engine.is_ready = False

@@ -7,7 +7,7 @@ from aiohttp import web
 from api_fakes import FakeEngine, error_of, serving
 from structlog.testing import capture_logs
 
-from kunserve.api.wire.access import ADMIN_PATHS, needs_key
+from kunserve.api.wire.access import ADMIN_PATHS, is_admin_path, needs_key
 from kunserve.api.wire.backend import ApiSettings
 
 KEYS = ApiSettings(api_keys=("first", "second"), admin_keys=("root",))
@@ -86,9 +86,10 @@ async def test_every_route_is_guarded_but_those_of_probes() -> None:
         assert isinstance(application, web.Application)
         checked = is_open = 0
         for route in application.router.routes():
-            path = route.resource.canonical.replace("{name}", "tiny") if route.resource else ""
+            path = route.resource.canonical if route.resource else ""
+            path = path.replace("{name}", "tiny").replace("{index}", "0")
             response = await client.request(route.method, path)
-            assert (response.status == 401) is (needs_key(path) or path in ADMIN_PATHS), path
+            assert (response.status == 401) is (needs_key(path) or is_admin_path(path)), path
             is_open += response.status != 401
             checked += 1
         assert checked > 15 and is_open < 24  # probes and the page, with HEAD
@@ -96,7 +97,7 @@ async def test_every_route_is_guarded_but_those_of_probes() -> None:
             assert needs_key(path), path
         assert [needs_key(path) for path in ("/health", "/ping", "/ready", "/metrics", "/openapi.json")] == [False] * 5
         assert (await client.get("/no/such/route")).status == 401
-        for path in ADMIN_PATHS:
+        for path in (*ADMIN_PATHS, "/kunserve/devices/0/remove", "/kunserve/devices/0/add"):
             assert (await client.post(path, headers={"Authorization": "Bearer first"})).status == 401
 
 

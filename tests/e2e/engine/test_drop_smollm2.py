@@ -29,7 +29,7 @@ async def test_a_drop_and_a_restore_change_no_token(
             await asyncio.wait(set(control._tasks))
         assert num_dropped >= 30 and num_restored >= 30  # most of them were there each time
         assert await answers == smollm2_greedy
-        outcomes = [(t.kind, t.outcome, t.exchange_bytes > 0) for t in control.reconfigure.transitions]
+        outcomes = [(t.kind, t.outcome, t.exchange_bytes > 0) for t in control.reconfigure.transitions.remembered]
         assert outcomes == [("drop", "done", True), ("restore", "done", True)] * 2
         assert len(engine.groups) == 2 and engine.scheduler.num_preemptions == 0
         await assert_idle(engine)

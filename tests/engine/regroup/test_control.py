@@ -112,7 +112,7 @@ class HeldLoads:
     def __init__(self, checked: Checked) -> None:
         self.has_begun, self.may_end = asyncio.Event(), asyncio.Event()
         for memory in checked.engine.memories:
-            device: Any = memory.device
+            device: Any = memory.device.inner
             device.run_copy = self._holding(device.run_copy)
 
     def _holding(self, run_copy: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
@@ -147,7 +147,7 @@ async def until_cancelled(checked: Checked) -> None:
     """Wait until the restore under way has been told to give way."""
     while checked.reconfigure.is_cancellable:
         await checked.commits(1)
-    assert checked.reconfigure.current is not None
+    assert checked.reconfigure.transitions.current is not None
 
 
 async def test_a_transition_that_failed_is_tried_again(
@@ -193,7 +193,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
             await asyncio.sleep(0)
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
-        assert control._tasks and control.reconfigure.current is None
+        assert control._tasks and control.reconfigure.transitions.current is None
         control._is_automatic = True
         control.observe(checked.engine.groups)
         assert not any(group.is_paused for group in checked.engine.groups)
@@ -217,7 +217,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control._tasks
         if way == "refused":  # its groups are in another transition by now
-            monkeypatch.setattr(checked.reconfigure, "_running", [Transition("drop", 0.0, (0,))])
+            monkeypatch.setattr(checked.reconfigure.transitions, "_running", [Transition("drop", 0.0, (0,))])
         elif way == "failed":
             _refuse_once(engine.memories[0].device, [])
         elif way == "bug":

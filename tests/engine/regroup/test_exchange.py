@@ -33,7 +33,7 @@ class Gate:
         self.is_open = asyncio.Event()
         self.num_waiting = 0
         for memory in checked.engine.memories:
-            device: Any = memory.device
+            device: Any = memory.device.inner
             device.run_copy = partial(self._run_copy, device.run_copy)
 
     async def _run_copy(self, run_copy: Callable[[Any], Awaitable[Any]], work: Any) -> Any:
@@ -70,7 +70,7 @@ async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:
         await checked.control.drop()
         before = [r.num_output_tokens for r in old]
         first = await checked.answer_all(new)
-        assert gate.num_waiting == 2 and checked.reconfigure.current is not None  # the exchange goes on, both ways
+        assert gate.num_waiting == 2 and checked.reconfigure.transitions.current is not None
         assert [r.num_output_tokens for r in old] == before and all(r.is_moving for r in old)
         gate.is_open.set()
         assert_same(await answers + first, its)
@@ -213,7 +213,7 @@ async def test_a_failed_copy_recomputes_only_its_request(tiny64: Path) -> None:
     its = await expected(tiny64, requests)
     async with two_devices(tiny64, 320) as checked:
         answers = await loaded(checked, requests)
-        device: Any = checked.engine.memories[0].device
+        device: Any = checked.engine.memories[0].device.inner
         run_copy = device.run_copy
 
         async def fail_once(work: Any) -> Any:
@@ -248,7 +248,7 @@ async def test_a_transition_that_lost_everybody_says_so(
         with capture_logs() as logs:
             await checked.control.drop()
             assert_same(await answers, its)
-            while checked.reconfigure.current is not None:
+            while checked.reconfigure.transitions.current is not None:
                 await asyncio.sleep(0)
         [state] = checked.engine.state()["transitions"]
         assert (state["outcome"], state["exchange_mode"] or "by_request", state["exchange_bytes"]) == ("done", mode, 0)
@@ -266,7 +266,7 @@ async def test_a_transition_that_moved_everybody_lost_nobody(tiny64: Path) -> No
         answers = await loaded(checked, requests)
         await checked.control.drop()
         await answers
-        while checked.reconfigure.current is not None:
+        while checked.reconfigure.transitions.current is not None:
             await asyncio.sleep(0)
         [state] = checked.engine.state()["transitions"]
         assert state["exchange_bytes"] > 0 and state["num_lost"] == lost_requests(checked) == 0
@@ -283,7 +283,7 @@ def lost_requests(checked: Checked) -> int:
 
 async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
     """Merge both groups; device 0 keeps four of six layers, so it has hardly more room than before."""
-    snapshot = checked.control._snapshot()
+    snapshot = checked.control.snapshot()
     stages = (StageView(0, 0, 4), StageView(1, 4, 6))
     origin = Origin((), tuple(group.origin for group in snapshot.groups if group.origin))
     merge = Merge((0, 1), stages, 0, origin)

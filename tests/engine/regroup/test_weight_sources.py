@@ -174,7 +174,7 @@ async def test_without_a_host_copy_mates_have_all_that_comes_back(devices: str, 
         await checked.control.restore()
         await wait(checked)
         num_bytes = sum(unit_bytes(checked, device, units) for device, units in lost.items())
-        dropped, restored = checked.reconfigure.transitions
+        dropped, restored = checked.reconfigure.transitions.remembered
         assert (dropped.weight_sources, restored.weight_sources) == ({}, {"mate": num_bytes})
         assert num_bytes > 0.9 * total
         assert sources(checked) == at_start | {"mate": at_start["mate"] + num_bytes}
@@ -189,7 +189,7 @@ async def test_with_a_host_copy_all_comes_from_it(kind: HostCopy, tiny64: Path) 
         await checked.control.restore()
         await wait(checked)
         num_bytes = sum(unit_bytes(checked, device, units) for device, units in lost.items())
-        assert checked.reconfigure.transitions[-1].weight_sources == {"host": num_bytes}
+        assert checked.reconfigure.transitions.remembered[-1].weight_sources == {"host": num_bytes}
         assert sources(checked) == {"host": before["host"] + num_bytes, "mate": 0, "disk": 0}
 
 
@@ -205,7 +205,7 @@ async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(tiny64: Pa
         await wait(checked)
         doubted = unit_bytes(checked, 0, [in_doubt])
         num_bytes = sum(unit_bytes(checked, device, units) for device, units in lost.items())
-        assert checked.reconfigure.transitions[-1].weight_sources == {"disk": doubted, "mate": num_bytes}
+        assert checked.reconfigure.transitions.remembered[-1].weight_sources == {"disk": doubted, "mate": num_bytes}
         assert sources(checked)["disk"] == before["disk"] + doubted
         assert_weights_are_the_files(checked, tiny64)
         checked.assert_idle()
@@ -228,13 +228,13 @@ async def test_a_restore_that_was_cancelled_is_done_again_from_mates(tiny64: Pat
         await checked.control.restore()
         await wait(checked)
         device.run_copy = run_copy
-        cancelled = checked.reconfigure.transitions[-1]
+        cancelled = checked.reconfigure.transitions.remembered[-1]
         num_bytes = sum(unit_bytes(checked, i, units) for i, units in lost.items())
         assert cancelled.outcome == "cancelled" and 0 < cancelled.weight_sources["mate"] < num_bytes
         assert all(not checked.engine.memories[i].weights.is_filled(u) for i, units in lost.items() for u in units)
         await checked.control.restore()
         await wait(checked)
-        assert checked.reconfigure.transitions[-1].weight_sources == {"mate": num_bytes}
+        assert checked.reconfigure.transitions.remembered[-1].weight_sources == {"mate": num_bytes}
         assert sources(checked)["disk"] == before["disk"]
         assert_weights_are_the_files(checked, tiny64)
 

@@ -84,7 +84,7 @@ def test_a_request_goes_where_no_step_has_failed_if_it_can() -> None:
     scheduler.waiting.append(request)
     assert not scheduler.can_admit(groups[0]) and scheduler.can_admit(groups[1])
     request.avoids = None
-    scheduler.fleet.set_suspect(groups[1], True)
+    scheduler.fleet.mark(groups[1].stages[0].device, is_suspect=True, is_lost=False)
     assert scheduler.can_admit(groups[0]) and not scheduler.can_admit(groups[1])
     request.avoids = 0  # one is as bad as the other
     assert scheduler.can_admit(groups[0]) and scheduler.can_admit(groups[1])
@@ -99,7 +99,7 @@ def test_only_where_step_after_step_fails_nobody_goes_while_others_are_full(is_s
     request = make_request("a", 8, 4)
     request.token_ids = [9, *request.token_ids[1:]]
     request.avoids = 0
-    scheduler.fleet.set_suspect(groups[0], is_suspect)
+    scheduler.fleet.mark(groups[0].stages[0].device, is_suspect=is_suspect, is_lost=False)
     scheduler.waiting.append(request)
     assert scheduler.can_admit(groups[0]) is not is_suspect
     assert not scheduler.can_admit(groups[1])

@@ -71,7 +71,7 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
     limits = ServingLimits(MAX_LEN, 64)
     engine = Engine(MODEL, limits, fleet, scheduler, memories, executor, signals, None, metrics)
-    engine.control = make_control(engine, chunks, views, loader, Links(), Thresholds(), is_automatic=False)
+    engine.control = make_control(engine, chunks, views, loader, Links(), Thresholds(), print, is_automatic=False)
     await engine.start()
     try:
         yield engine

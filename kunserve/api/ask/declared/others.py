@@ -37,6 +37,12 @@ class Groups(Struct, kw_only=True):
     groups: list[GroupId] | None = None
 
 
+class Remove(Struct, kw_only=True):
+    """POST /kunserve/devices/{index}/remove."""
+
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # for its requests to end before they go on elsewhere
+
+
 class Drop(Groups, kw_only=True):
     """POST /kunserve/drop."""
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-
-import structlog
+from collections.abc import Sequence
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
-from kunserve.engine.signals import Signals
+from kunserve.engine.step.executor import StepError
+from kunserve.engine.survive.health import Health
+from kunserve.errors import EngineError
+from kunserve.gpu.refusal import log_failure
 from kunserve.observe.metrics import Metrics
-
-log = structlog.get_logger()
 
 MOST_FAILURES = 5  # of a request alone, at the same place: then it is given up
 SUSPECT_AFTER = 2  # steps of a group that failed, one after the other
@@ -30,32 +30,39 @@ PROBE_S = 10.0  # after which a suspected group gets requests again
 class Retries:
     """Decides what becomes of failed steps. Used on the event loop."""
 
-    def __init__(self, fleet: Fleet, scheduler: Scheduler, signals: Signals, metrics: Metrics) -> None:
-        self._fleet, self._scheduler, self._signals, self._metrics = fleet, scheduler, signals, metrics
+    def __init__(self, fleet: Fleet, scheduler: Scheduler, health: Health, metrics: Metrics) -> None:
+        self._fleet, self._scheduler, self._health, self._metrics = fleet, scheduler, health, metrics
         self._num_failed = Counter[int]()  # steps in a row, by group id
 
-    def failed(self, group: Group, batch: Microbatch, *, is_lost: bool = False) -> list[Request]:
+    def failed(self, group: Group, batch: Microbatch, error: Exception) -> list[tuple[Request, EngineError]]:
         """Let the requests of a microbatch that came back with an error start over; returns those that shall not.
 
-        A request starts over when no other microbatch carries it: see `came_back`. None does if a device `is_lost`.
+        A request starts over when no other microbatch carries it: see `came_back`.
         """
-        if is_lost:
-            return [span.request for span in batch.spans if span.request.finish_reason is None]
-        self._num_failed[group.group_id] += 1
-        if self._num_failed[group.group_id] >= SUSPECT_AFTER:
-            self._suspect(group)
+        failure = error if isinstance(error, StepError) else StepError(error, None)
+        if not group.is_lost:  # else all is said
+            log_failure("step failed", failure.error, group=group.group_id, requests=len(batch.spans))
+            self._num_failed[group.group_id] += 1
+            if self._num_failed[group.group_id] >= SUSPECT_AFTER:
+                devices = [stage.device for stage in group.stages]
+                self._suspect(group, devices if failure.device is None else [failure.device])
         # Where step after step fails, one more says nothing of its request: unless it is so everywhere.
         is_the_groups_fault = group.is_suspect and not all(g.is_suspect for g in self._fleet.groups)
-        given_up, is_to_blame = list[Request](), len(batch.spans) == 1 and not is_the_groups_fault
-        for request, _, end, _, _ in batch.spans:
+        is_to_blame = len(batch.spans) == 1 and not (is_the_groups_fault or group.is_lost)
+        has_faulted = any(self._health.has_faulted(stage.device) for stage in group.stages)
+        given_up = list[tuple[Request, EngineError]]()
+        for request, start, end, _, _ in batch.spans:
             if request.finish_reason is not None or request.has_failed:
                 continue
             request.num_failures += is_to_blame
-            if request.num_failures == MOST_FAILURES:
-                given_up.append(request)
+            # Whoever was in the step that a device did not survive goes alone from now on, and takes one more at most.
+            has_killed_again = has_faulted and len(batch.spans) == 1 and start < request.suspect_until
+            if request.num_failures == MOST_FAILURES or has_killed_again:
+                given_up.append((request, failure))
                 continue
-            request.has_failed, request.avoids = True, group.group_id
-            request.suspect_until = max(request.suspect_until, end)
+            request.has_failed = True
+            if has_faulted or not group.is_lost:
+                request.avoids, request.suspect_until = group.group_id, max(request.suspect_until, end)
             if request.constraint is not None:
                 request.constraint.release()
         self._start_over(group, batch)
@@ -80,15 +87,13 @@ class Retries:
                 self._scheduler.preempt(group, request)
                 self._metrics.retried_request()
 
-    def _suspect(self, group: Group) -> None:
+    def _suspect(self, group: Group, devices: Sequence[int]) -> None:
         """Give a group no requests for a while."""
         if not group.is_suspect:
-            log.warning("steps of a group fail one after the other", group=group.group_id)
-            self._fleet.set_suspect(group, True)
-            asyncio.get_running_loop().call_later(PROBE_S, self._trust, group)
+            asyncio.get_running_loop().call_later(PROBE_S, self._trust, group, devices)
+        self._health.fails(devices)
 
-    def _trust(self, group: Group) -> None:
+    def _trust(self, group: Group, devices: Sequence[int]) -> None:
         """Try a group again: one more failure is enough."""
-        self._fleet.set_suspect(group, False)
         self._num_failed[group.group_id] = SUSPECT_AFTER - 1
-        self._signals.wake()
+        self._health.trust(devices)

@@ -1,0 +1,1 @@
+"""Surviving what fails: steps that raise, devices that raise, hang or die."""

@@ -1,0 +1,172 @@
+"""Watched devices: whoever waits for one waits only as long as it lives.
+
+A device may die or hang for ever, and a thread or a driver that hangs cannot be ended. So nobody waits for the device
+itself: they wait for an answer, which is the device's, or, once it is lost, an error. What a lost device does later
+changes nothing: nobody reads it, and its memory stays mapped as it is until its threads have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from kunserve.errors import DeviceLostError
+from kunserve.gpu.copies import BlockCopy
+from kunserve.gpu.device import Device
+from kunserve.gpu.queue import to_the_end
+
+T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """Who looks after devices (engine/survive/health.py)."""
+
+    def has_work(self) -> None:
+        """Called when a device that had no work gets some."""
+
+    def lost(self, device: WatchedDevice, reason: str) -> None:
+        """Called once, when a device is lost; nobody waits for it any more."""
+
+
+class _Line:
+    """Work of one queue of a device that has not ended, and how long none of it has."""
+
+    def __init__(self) -> None:
+        self.waiting: set[asyncio.Future[Any]] = set()
+        self.silent_s = 0.0
+
+
+class WatchedDevice:
+    """A device, with callers that go on when it is lost. Implements `Device` over another one.
+
+    One that is lost stays so. Whatever comes into its place is another object, and knows nothing of its work.
+    """
+
+    def __init__(self, inner: Device) -> None:
+        self.inner, self.is_lost = inner, False
+        self.name, self.torch_device = inner.name, inner.torch_device
+        self.chunk_bytes, self.num_chunks = inner.chunk_bytes, inner.num_chunks
+        self.has_faulted = False  # it said itself that it is lost, in the middle of its work
+        self.watcher: Watcher | None = None
+        self._compute, self._copies = _Line(), _Line()
+
+    # --- life and death -----------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether anybody waits for the device."""
+        return bool(self._compute.waiting or self._copies.waiting)
+
+    def tick(self, elapsed_s: float) -> tuple[float, float]:
+        """Note that so many seconds went by; returns for how long compute and copies that wait have ended nothing."""
+        for line in (self._compute, self._copies):
+            line.silent_s = line.silent_s + elapsed_s if line.waiting else 0.0
+        return self._compute.silent_s, self._copies.silent_s
+
+    def lose(self, reason: str) -> None:
+        """Give the device up: all who wait for it, now or later, get a DeviceLostError. Idempotent."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        self.inner.abandon()
+        for line in (self._compute, self._copies):
+            for answer in line.waiting:
+                answer.set_exception(DeviceLostError(f"{self.name} is lost: {reason}"))
+            line.waiting.clear()
+        if self.watcher is not None:
+            self.watcher.lost(self, reason)
+
+    def abandon(self) -> None:
+        """See `Device.abandon`."""
+        self.lose("it was given up")
+
+    async def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what `work` on the compute queue returns, or raise what it raises; DeviceLostError if it is lost."""
+        return await self._wait_for(self._compute, work)
+
+    async def _wait_for(self, line: _Line, work: Coroutine[Any, Any, T]) -> T:
+        if self.is_lost:
+            work.close()
+            raise DeviceLostError(f"{self.name} is lost")
+        if self.watcher is not None and not self.has_work:
+            self.watcher.has_work()
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        line.waiting.add(answer)
+        running = asyncio.ensure_future(work)
+        running.add_done_callback(lambda task: self._ended(line, answer, task))
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            running.cancel()  # it ends when nothing works on the memory any more
+            with suppress(Exception):
+                await to_the_end(answer)
+            raise
+
+    def _ended(self, line: _Line, answer: asyncio.Future[T], task: asyncio.Future[T]) -> None:
+        line.waiting.discard(answer)
+        line.silent_s = 0.0
+        error = None if task.cancelled() else task.exception()
+        if answer.done():
+            return  # the device was lost before
+        if task.cancelled():
+            answer.cancel()
+        elif error is None:
+            answer.set_result(task.result())
+        else:
+            answer.set_exception(error)
+            if isinstance(error, DeviceLostError):
+                self.has_faulted = True
+                self.lose(error.message)
+
+    # --- as a device --------------------------------------------------------------------------------------------
+
+    def reserve(self, num_bytes: int) -> int:
+        """See `Device.reserve`."""
+        return self.inner.reserve(num_bytes)
+
+    def release(self, address: int, num_bytes: int) -> None:
+        """See `Device.release`."""
+        self.inner.release(address, num_bytes)
+
+    def map(self, address: int, chunks: Sequence[int]) -> None:
+        """See `Device.map`."""
+        self.inner.map(address, chunks)
+
+    def unmap(self, address: int, num_chunks: int) -> None:
+        """See `Device.unmap`."""
+        self.inner.unmap(address, num_chunks)
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
+        """See `Device.tensor`."""
+        return self.inner.tensor(address, num_bytes)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """See `Device.run`."""
+        return await self._wait_for(self._compute, self.inner.run(work))
+
+    async def run_copy(self, work: Callable[[], T]) -> T:
+        """See `Device.run_copy`."""
+        return await self._wait_for(self._copies, self.inner.run_copy(work))
+
+    async def copy(
+        self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
+    ) -> None:
+        """See `Device.copy`."""
+        copying = self.inner.copy(copies, source and _real(source), is_to_host=is_to_host)
+        await self._wait_for(self._copies, copying)
+
+    async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
+        """See `Device.copy_tensor`."""
+        await self._wait_for(self._copies, self.inner.copy_tensor(read, write, _real(source)))
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self.inner.close()
+
+
+def _real(device: Device) -> Device:
+    return device.inner if isinstance(device, WatchedDevice) else device

@@ -1,0 +1,14 @@
+"""Two minutes of the soak (`scripts/soak.py` runs longer ones): load, faults and operators at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soaking import soak
+
+MINUTES = 2
+
+
+async def test_whatever_happens_every_answer_is_right(tiny64: Path) -> None:
+    found = await soak(tiny64, MINUTES * 60, seed=1)
+    assert found.counts["rounds"] and found.counts["requests"] and found.counts["add"]
