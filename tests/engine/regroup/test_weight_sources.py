@@ -214,7 +214,7 @@ async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(tiny64: Pa
 async def test_a_restore_that_was_cancelled_is_done_again_from_mates(tiny64: Path) -> None:
     async with checked_engine(tiny64, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
         lost, before = await drop(checked), sources(checked)
-        device: Any = checked.engine.memories[0].device
+        device: Any = checked.engine.memories[0].device.inner
         run_copy, num_copies = device.run_copy, 0
 
         async def cancel_after_two(work: Any) -> Any:
