@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -18,7 +19,8 @@ from kunserve.engine.batch import Microbatch, count_prompt_tokens
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.hooks import Control, Mover
+from kunserve.engine.hooks import Mover
+from kunserve.engine.operators import Operated
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.schedule.waiting import Waiting
@@ -42,7 +44,7 @@ from kunserve.sampling import FinishReason
 log = structlog.get_logger()
 
 
-class Engine:
+class Engine(Operated):
     """Owns every request from `submit` to its last output. Where their KV is, the fleet knows."""
 
     def __init__(
@@ -59,9 +61,9 @@ class Engine:
         seed: int = 0,
     ) -> None:
         self.model, self.limits, self.fleet, self.scheduler = model, limits, fleet, scheduler
+        self._launched_limits = limits
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
-        self.control: Control | None = None
         self.mover: Mover | None = None
         self._is_accepting = self._has_ended = False
         self._live: dict[str, Live] = {}
@@ -171,31 +173,13 @@ class Engine:
             self._finish(live, FinishReason.ABORT)
             self.signals.wake()
 
-    # --- operators ----------------------------------------------------------------------------------------------
-
-    async def drop(self, group_ids: Sequence[int] | None = None, *, is_forced: bool = False) -> dict[str, Any]:
-        """Merge these groups, or the two smallest; the transition's state once its epoch is committed.
-
-        Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now, or would take KV
-        from live requests and is not forced.
-        """
-        assert self.control is not None
-        return await self.control.drop(group_ids, is_forced=is_forced)
-
-    async def restore(self, group_ids: Sequence[int] | None = None) -> dict[str, Any]:
-        """Split these groups, or the largest, once; as `drop`. A restore that a burst cancelled says so."""
-        assert self.control is not None
-        return await self.control.restore(group_ids)
-
-    async def remove_device(self, index: int, drain_s: float) -> dict[str, Any]:
-        """Take a device out: its requests may finish for `drain_s`. ConflictError if that cannot be now."""
-        assert self.control is not None
-        return await self.control.remove(index, drain_s)
-
-    async def add_device(self, index: int) -> dict[str, Any]:
-        """Put a device that was lost or taken out in again. ConflictError if that cannot be, or not now."""
-        assert self.control is not None
-        return await self.control.add(index)
+    def fit(self, most_tokens: int) -> None:
+        """Take requests of at most so many tokens, and of those at launch; those that wait for more end with a 503."""
+        longest = min(self._launched_limits.max_model_len, most_tokens)
+        self.limits = replace(self._launched_limits, max_model_len=longest)
+        for request in [r for r in self.scheduler.waiting if r.max_num_tokens > longest]:
+            message = f"without the devices that are lost, requests have {longest} tokens at most"
+            self._fail(self._live[request.request_id], OverloadedError(message, retry_after_s=60))
 
     # --- the loop -----------------------------------------------------------------------------------------------
 

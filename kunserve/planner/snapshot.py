@@ -135,6 +135,12 @@ class Snapshot:
         budgets = self.budgets()
         return sum(capacity_blocks(self.model, budgets, group.stages) for group in self.groups)
 
+    def longest_blocks(self) -> int:
+        """Blocks that one request can have wherever it runs first, if every drop were undone: in the largest group."""
+        budgets = self.budgets()
+        launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
+        return max((capacity_blocks(self.model, budgets, stages) for stages in launched), default=0)
+
     def undropped_blocks(self) -> int:
         """Blocks that all groups would hold together if every drop were undone."""
         budgets = self.budgets()

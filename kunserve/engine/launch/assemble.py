@@ -154,6 +154,7 @@ def make_control(
         lambda: control.need_blocks(),
         shape.blocks_for(engine.limits.max_model_len),
         reopen,
+        engine.fit,
         engine.halt,
     )
     control = OverloadControl(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
@@ -26,7 +27,7 @@ from kunserve.errors import ConflictError, DeviceLostError
 from kunserve.gpu.refusal import log_failure
 from kunserve.planner.plan import Part
 from kunserve.planner.rebuild import plan_rebuild
-from kunserve.planner.snapshot import Snapshot
+from kunserve.planner.snapshot import GroupView, Snapshot
 
 log = structlog.get_logger()
 
@@ -53,16 +54,17 @@ class Membership:
         need_blocks: Callable[[], int],
         least_blocks: int,
         reopen: Callable[[int], None],
+        fit: Callable[[int], None],
         halt: Callable[[], None],
     ) -> None:
-        """`least_blocks`: that a group should hold, for the longest request.
+        """`least_blocks`: that a group should hold, for the longest request. `fit` is told the tokens that one has.
 
         `reopen` puts a new device, with nothing in it, in the place of one that is gone. It blocks.
         """
         self._snapshot, self._need_blocks = snapshot, need_blocks
         self._fleet, self._scheduler, self._reconfigure = fleet, scheduler, reconfigure
         self._boundary, self._remap, self._health, self._signals = boundary, remap, health, signals
-        self._least_blocks, self._reopen, self._halt = least_blocks, reopen, halt
+        self._least_blocks, self._reopen, self._fit, self._halt = least_blocks, reopen, fit, halt
 
     # --- what can happen ----------------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class Membership:
             with transitions.step(transition, "load"):
                 transition.weight_bytes = await remap.load(layouts)
             transitions.commit(transition, old, [self._form(part) for part in parts or ()])
+        self._fit(self._longest_blocks() * self._fleet.block_size)
         return transition
 
     def _dissolve(self, group: Group) -> None:
@@ -170,6 +173,11 @@ class Membership:
         for stage, num_blocks in zip(part.stages, part.num_blocks, strict=True):
             self._fleet.refill(stage.device, num_blocks)
         return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
+
+    def _longest_blocks(self) -> int:
+        """Return the blocks that one request can have: those of the largest group, suspected or not."""
+        groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.origin) for g in self._others(None))
+        return replace(self._snapshot(), groups=tuple(groups)).longest_blocks()
 
     def _others(self, group: Group | None) -> list[Group]:
         return [other for other in self._fleet.groups if other is not group and not other.is_lost]
