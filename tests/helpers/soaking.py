@@ -85,7 +85,7 @@ class Soak:
         while True:
             await asyncio.sleep(self._rng.random() * 0.4)
             name, action = self._rng.choice(ACTIONS)
-            with suppress(KunServeError, OSError):  # not now
+            with suppress(KunServeError, OSError, RuntimeError):  # not now, or what was injected came out
                 await action(self)
                 self.counts[name] += 1
 

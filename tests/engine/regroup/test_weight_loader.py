@@ -62,7 +62,7 @@ class Gate:
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.is_reached, self._is_open = asyncio.Event(), asyncio.Event()
-        self._device: Any = memory.device
+        self._device: Any = memory.device.inner
         self._copy = self._device.run_copy
         self._device.run_copy = self._run  # type: ignore[method-assign]
 
@@ -152,7 +152,7 @@ async def test_chunks_whose_content_has_not_arrived_are_no_source() -> None:
 @pytest.mark.parametrize("is_cancelled", [True, False])
 async def test_a_load_that_ends_before_its_end_leaves_no_source(is_cancelled: bool) -> None:
     async with loading(2) as (memories, loader, _):
-        device: Any = memories[0].device
+        device: Any = memories[0].device.inner
         run_copy, is_reached = device.run_copy, asyncio.Event()
 
         async def fail(work: Callable[[], object]) -> None:
