@@ -130,9 +130,11 @@ class Marks(Health):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def fails(self, devices: Sequence[int]) -> None:
+    def fails(self, devices: Sequence[int]) -> bool:
+        is_new = not self._fleet.groups[0].is_suspect
         for device in devices:
             self._fleet.mark(device, is_suspect=True, is_lost=False)
+        return is_new
 
     def has_faulted(self, device: int) -> bool:
         return False

@@ -115,12 +115,14 @@ class Membership:
 
         ConflictError if it is at work, or cannot be opened without a restart.
         """
-        if self._health.state(device) not in (DeviceState.LOST, DeviceState.REMOVED):
-            raise ConflictError(f"{self._health.devices[device].name} is at work")
+        is_gone = self._health.state(device) in (DeviceState.LOST, DeviceState.REMOVED)
         if self._fleet.group_on(device) is not None:
-            raise ConflictError("the group of this device is being replaced", retry_after_s=1)
-        await asyncio.to_thread(self._reopen, device)
-        self._health.welcome(device)
+            if is_gone:
+                raise ConflictError("the group of this device is being replaced", retry_after_s=1)
+            raise ConflictError(f"{self._health.devices[device].name} is at work")
+        if is_gone:  # else it was opened before, and there was no group for it
+            await asyncio.to_thread(self._reopen, device)
+            self._health.welcome(device)
         return await self._rebuild("add", None)
 
     # --- how ----------------------------------------------------------------------------------------------------

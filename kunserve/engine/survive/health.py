@@ -101,16 +101,20 @@ class Health:
 
     # --- who fails ----------------------------------------------------------------------------------------------
 
-    def fails(self, devices: Sequence[int]) -> None:
-        """Suspect devices, of which steps failed one after the other; those that fail at the simplest are lost."""
-        for device in devices:
-            if not (self.devices[device].is_lost or device in self._failing):
-                self._failing.add(device)
-                self._mark(device)
-                log.warning("steps on a device fail one after the other", device=self.devices[device].name)
-                task = asyncio.create_task(self._probe(device), name="probe")
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+    def fails(self, devices: Sequence[int]) -> bool:
+        """Suspect devices, of which steps failed one after the other; those that fail at the simplest are lost.
+
+        Returns whether any of them was not suspected for that yet: somebody has to `trust` it at last.
+        """
+        new = [i for i in devices if not (self.devices[i].is_lost or i in self._failing)]
+        for device in new:
+            self._failing.add(device)
+            self._mark(device)
+            log.warning("steps on a device fail one after the other", device=self.devices[device].name)
+            task = asyncio.create_task(self._probe(device), name="probe")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return bool(new)
 
     def trust(self, devices: Sequence[int]) -> None:
         """Give devices requests again."""

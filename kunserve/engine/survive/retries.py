@@ -89,9 +89,8 @@ class Retries:
 
     def _suspect(self, group: Group, devices: Sequence[int]) -> None:
         """Give a group no requests for a while."""
-        if not group.is_suspect:
+        if self._health.fails(devices):
             asyncio.get_running_loop().call_later(PROBE_S, self._trust, group, devices)
-        self._health.fails(devices)
 
     def _trust(self, group: Group, devices: Sequence[int]) -> None:
         """Try a group again: one more failure is enough."""
