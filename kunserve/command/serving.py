@@ -50,15 +50,21 @@ GIL_SWITCH_S = 0.0005
 async def serve(config: ServerConfig) -> None:
     """Load, listen, and serve until a signal; then drain and stop. ConfigError if it cannot start."""
     _check_files(config.http)
-    with contextlib.ExitStack() as stack:
-        events = _kv_events(config)
-        if events is not None:
-            stack.callback(events.close)
-        await _load_and_serve(config, events)
+    stuck = list[str]()
+    try:
+        with contextlib.ExitStack() as stack:
+            events = _kv_events(config)
+            if events is not None:
+                stack.callback(events.close)
+            await _load_and_serve(config, events, stuck)
+    finally:
+        if stuck:
+            _end_without(stuck, has_failed=sys.exc_info()[1] is not None)
     log.info("stopped")
 
 
-async def _load_and_serve(config: ServerConfig, events: KVPublisher | None) -> None:
+async def _load_and_serve(config: ServerConfig, events: KVPublisher | None, stuck: list[str]) -> None:
+    """Do the work of `serve`; `stuck` is filled with the names of devices whose threads never end."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -74,7 +80,7 @@ async def _load_and_serve(config: ServerConfig, events: KVPublisher | None) -> N
         if events is not None and served.engine.fleet.prefixes is not None:
             served.engine.fleet.prefixes.listener = events
             events.start()
-        await _serve(config, served, listener, stop)
+        await _serve(config, served, listener, stop, stuck)
     finally:
         listener.close()
 
@@ -106,8 +112,10 @@ async def _launch(config: ServerConfig, progress: LoadingProgress) -> Served:
     return served
 
 
-async def _serve(config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event) -> None:
-    """Serve what is loaded until `stop`; then drain. Closes the engine."""
+async def _serve(
+    config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event, stuck: list[str]
+) -> None:
+    """Serve what is loaded until `stop`; then drain. Closes the engine; `stuck` as in `_load_and_serve`."""
     engine, is_hurried = served.engine, False
     sys.setswitchinterval(GIL_SWITCH_S)
     gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
@@ -135,8 +143,7 @@ async def _serve(config: ServerConfig, served: Served, listener: Listener, stop:
             await runner.cleanup()
     finally:
         await served.close()
-        if stuck := served.machine.stuck():
-            _end_without(stuck, has_failed=sys.exc_info()[1] is not None)
+        stuck += served.machine.stuck()
 
 
 def _end_without(devices: Sequence[str], *, has_failed: bool) -> NoReturn:

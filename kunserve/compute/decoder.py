@@ -59,7 +59,7 @@ class Decoder:
     """A model on one device. `forward` runs the layers it is told to; they must be present."""
 
     def __init__(self, config: ModelConfig, ops: Ops, weights: Weights, kv: KVMemory, max_model_len: int) -> None:
-        self._config, self._ops = config, ops
+        self._config, self._ops, self._weights = config, ops, weights
         self._kv = kv.layers
         self._layers = [LayerWeights.of(config, weights, i) for i in range(config.num_layers)]
         self._embed = weights.tensor("embed", "model.embed_tokens.weight")
@@ -102,9 +102,12 @@ class Decoder:
 
     @torch.inference_mode()
     def probe(self, first_layer: int, last_layer: int) -> None:
-        """Take one row through the weights of some layers, which are present, without KV; raises if that fails."""
+        """Take one row through the weights of some layers that are there, without KV; raises if that fails."""
         x = torch.zeros((1, self._norm.shape[0]), dtype=self._norm.dtype, device=self._norm.device)
-        for w in self._layers[first_layer:last_layer]:
+        for layer in range(first_layer, last_layer):
+            if not self._weights.is_filled(layer_name(layer)):
+                continue  # it was dropped since it was asked for
+            w = self._layers[layer]
             self._ops.linear(self._ops.rms_norm(x, w.input_norm, self._config.rms_norm_eps), w.qkv, w.qkv_bias)
 
     def _layer(self, w: LayerWeights, kv: Tensor, x: Tensor, batch: AttentionBatch) -> Tensor:

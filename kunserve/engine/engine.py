@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -37,6 +37,7 @@ from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.engine.view import View
 from kunserve.errors import EngineError, InvalidRequestError, KunServeError, OverloadedError
 from kunserve.gpu.device_memory import DeviceMemory
+from kunserve.gpu.queue import gather_all
 from kunserve.model.config import ModelConfig
 from kunserve.observe.metrics import EngineStats, Metrics
 from kunserve.sampling import FinishReason
@@ -61,7 +62,7 @@ class Engine(Operated):
         seed: int = 0,
     ) -> None:
         self.model, self.limits, self.fleet, self.scheduler = model, limits, fleet, scheduler
-        self._launched_limits = limits
+        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `fit`
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
         self.mover: Mover | None = None
@@ -100,7 +101,7 @@ class Engine(Operated):
                 await asyncio.wait_for(self._drained.wait(), drain_s)
         for live in list(self._live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
-        giving_up = asyncio.get_running_loop().call_later(last_step_s, self.device_health.lose_hanging, "it stops")
+        giving_up = asyncio.create_task(self.device_health.give_up_hanging(last_step_s))
         if self.control is not None:
             await self.control.stop()
         if self.mover is not None:
@@ -123,8 +124,7 @@ class Engine(Operated):
 
     async def close(self) -> None:
         """End all devices' threads and release their memory. The engine has stopped."""
-        for memory in self.memories:
-            await asyncio.to_thread(memory.device.close)
+        await gather_all(asyncio.to_thread(memory.device.close) for memory in self.memories)
 
     @property
     def is_running(self) -> bool:
@@ -157,6 +157,8 @@ class Engine(Operated):
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.limits.check(request)
+        if request.num_prompt_tokens >= self._most_tokens:
+            raise self._overlong()
         request.arrival_s = loop_time()
         request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         seed = request.params.seed
@@ -174,12 +176,12 @@ class Engine(Operated):
             self.signals.wake()
 
     def fit(self, most_tokens: int) -> None:
-        """Take requests of at most so many tokens, and of those at launch; those that wait for more end with a 503."""
-        longest = min(self._launched_limits.max_model_len, most_tokens)
-        self.limits = replace(self._launched_limits, max_model_len=longest)
-        for request in [r for r in self.scheduler.waiting if r.max_num_tokens > longest]:
-            message = f"without the devices that are lost, requests have {longest} tokens at most"
-            self._fail(self._live[request.request_id], OverloadedError(message, retry_after_s=60))
+        """Note that no group holds more than so many tokens of one request. Whoever grows beyond that ends with a 503.
+
+        Whoever asks for more than that may still end before.
+        """
+        self._most_tokens = most_tokens
+        self.signals.wake()
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -188,6 +190,7 @@ class Engine(Operated):
             async with asyncio.TaskGroup() as self._tasks:
                 try:
                     while True:
+                        self._end_overlong()
                         changed = self._dispatch.take_changed()
                         if self.control is not None:
                             self.control.observe(changed)
@@ -393,6 +396,16 @@ class Engine(Operated):
     def check(self) -> None:
         """Assert the invariants of memory and grouping."""
         self.view.check()
+
+    def _end_overlong(self) -> None:
+        """End requests at the head of the queue that no group can hold any more: else they would block it for ever."""
+        while (head := self.scheduler.head) is not None and head.num_tokens > self._most_tokens:
+            self._fail(self._live[head.request_id], self._overlong())
+
+    def _overlong(self) -> OverloadedError:
+        return OverloadedError(
+            f"without the devices that are gone, a request has {self._most_tokens} tokens at most", retry_after_s=60
+        )
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()

@@ -61,6 +61,11 @@ class Fleet:
         """Return how many requests are bound to a group."""
         return sum(len(group.running) for group in self.groups)
 
+    @property
+    def working(self) -> list[Group]:
+        """Return the groups that do their work: no device of theirs is suspected or lost."""
+        return [group for group in self.groups if not group.is_suspect]
+
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold so many tokens of one request."""
         return -(-num_tokens // self.block_size)

@@ -88,7 +88,8 @@ class Request:
     is_moving: bool = False  # its KV is being exchanged: not schedulable
     has_failed: bool = False  # in a step: not schedulable, it starts over once no microbatch carries it
     num_failures: int = 0  # steps that failed with it alone, since it came further
-    suspect_until: int = 0  # so many tokens have to be computed until it is no longer suspected: see engine/retries.py
+    num_killed: int = 0  # devices that did not survive a step with it, since it came further
+    suspect_until: int = 0  # it is suspected until so many tokens are computed (engine/survive/retries.py)
     avoids: int | None = None  # id of the group in which a step with it failed last
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as they are known
     finish_reason: FinishReason | None = None

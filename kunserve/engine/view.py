@@ -31,20 +31,19 @@ class View:
 
     def stats(self, demand_over_undropped: float = 0.0) -> EngineStats:
         """The figures that metrics show."""
+        groups = [group for group in self._fleet.groups if not group.is_lost]
         return EngineStats(
             num_running=self._fleet.num_running,
             num_waiting=self._scheduler.num_waiting,
             # While KV goes by layer, blocks beyond the limit are used, too: they are mapped, layer by layer.
-            num_blocks=sum(max(g.num_blocks, g.num_used) for g in self._fleet.groups),
-            num_used_blocks=sum(g.num_used for g in self._fleet.groups),
-            num_idle_blocks=sum(len(g.idle) for g in self._fleet.groups),
+            num_blocks=sum(max(g.num_blocks, g.num_used) for g in groups),
+            num_used_blocks=sum(g.num_used for g in groups),
+            num_idle_blocks=sum(len(g.idle) for g in groups),
             block_size=self._fleet.block_size,
             devices=tuple(self._device_stats(index) for index in range(len(self._memories))),
-            groups=tuple(
-                GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(loop_time())) for g in self._fleet.groups
-            ),
+            groups=tuple(GroupStats(g.group_id, len(g.stages), g.occupancy.bubble_share(loop_time())) for g in groups),
             weights_dropped_bytes=sum(
-                launched - _weight_bytes(memory)
+                max(0, launched - _weight_bytes(memory))  # it may hold more, for devices that are gone
                 for launched, memory in zip(self._launched_weight_bytes, self._memories, strict=True)
                 if not memory.device.is_lost
             ),

@@ -76,5 +76,8 @@ class Device(Protocol):
     def abandon(self) -> None:
         """Give the device up: begin no more work, and wait for nothing. Its memory stays until its work has ended."""
 
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """Return whether no copy of an abandoned device runs any more, at the latest after so many seconds. Blocks."""
+
     def close(self) -> None:
         """End the queues and release all memory; of an abandoned device that still works, nothing. Idempotent."""

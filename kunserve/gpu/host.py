@@ -72,7 +72,7 @@ class HostDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self, index: int, num_chunks: int, chunk_bytes: int = CHUNK_BYTES, core: int | None = None) -> None:
-        self.name, self.is_lost = f"cpu:{index}", False
+        self.index, self.name, self.is_lost = index, f"cpu:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._fd: int | None = None
         needed, available = num_chunks * chunk_bytes, available_bytes()
@@ -173,6 +173,10 @@ class HostDevice:
         self.is_lost = True
         for queue in (self._compute, self._copy):
             queue.abandon()
+
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """See `Device.copies_have_ended`."""
+        return self._copy.has_ended(timeout_s)
 
     @property
     def is_open(self) -> bool:

@@ -77,6 +77,10 @@ class NullDevice:
         """See `Device.abandon`."""
         self.is_lost = True
 
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """See `Device.copies_have_ended`."""
+        return True
+
     def close(self) -> None:
         """See `Device.close`."""
         self._mappings.clear()

@@ -156,17 +156,24 @@ class WatchedDevice:
         self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
     ) -> None:
         """See `Device.copy`."""
-        copying = self.inner.copy(copies, source and _real(source), is_to_host=is_to_host)
-        await self._wait_for(self._copies, copying)
+        real = None if source is None else _alive(source)
+        await self._wait_for(self._copies, self.inner.copy(copies, real, is_to_host=is_to_host))
 
     async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
         """See `Device.copy_tensor`."""
-        await self._wait_for(self._copies, self.inner.copy_tensor(read, write, _real(source)))
+        await self._wait_for(self._copies, self.inner.copy_tensor(read, write, _alive(source)))
+
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """See `Device.copies_have_ended`."""
+        return self.inner.copies_have_ended(timeout_s)
 
     def close(self) -> None:
         """See `Device.close`."""
         self.inner.close()
 
 
-def _real(device: Device) -> Device:
-    return device.inner if isinstance(device, WatchedDevice) else device
+def _alive(source: Device) -> Device:
+    """Return the device that is to be copied from; DeviceLostError if it is lost, and its memory perhaps another's."""
+    if source.is_lost:
+        raise DeviceLostError(f"{source.name} is lost")
+    return source.inner if isinstance(source, WatchedDevice) else source

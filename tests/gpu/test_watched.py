@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+import torch
 
 from kunserve.errors import DeviceError, DeviceLostError
 from kunserve.gpu.host import HostDevice
@@ -121,3 +122,26 @@ async def test_memory_of_a_lost_device_stays_until_its_work_has_ended(device: Wa
     ends.set()
     await asyncio.to_thread(device.close)
     assert not inner.is_open
+
+
+async def test_nothing_is_copied_from_a_lost_device(device: WatchedDevice) -> None:
+    source = WatchedDevice(HostDevice(92, 4, 1 << 16))
+    source.lose("it hangs")
+    read, write = torch.ones(4), torch.zeros(4)
+    for copying in (device.copy([], source), device.copy_tensor(read, write, source)):
+        with pytest.raises(DeviceLostError, match="cpu:92 is lost"):
+            await copying
+    assert not device.is_lost and not write.any()
+    await asyncio.to_thread(source.close)
+
+
+async def test_copies_of_a_lost_device_that_still_run_are_known(device: WatchedDevice) -> None:
+    ends = threading.Event()
+    waiting = asyncio.ensure_future(device.run_copy(ends.wait))
+    await asyncio.sleep(0.01)
+    device.lose("it hangs")
+    with pytest.raises(DeviceLostError):
+        await waiting
+    assert not device.copies_have_ended(0.0)
+    ends.set()
+    assert device.copies_have_ended(60.0)

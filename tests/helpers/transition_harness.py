@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -187,6 +188,12 @@ class Checked:
     def num_outcomes(self, kind: str, outcome: str, mode: str | None = None) -> int:
         """Transitions that ended so; with `mode`, those that exchanged KV so."""
         return sum(n for (k, o, m), n in self.outcomes.items() if (k, o) == (kind, outcome) and mode in (None, m))
+
+
+async def next_round() -> None:
+    """Let the event loop go round once. The threads of devices, which a busy loop would starve, come to their turn."""
+    time.sleep(0.0001)
+    await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -164,6 +164,10 @@ class FaultyDevice:
         self.is_lost = True
         self.inner.abandon()
 
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """See `Device.copies_have_ended`."""
+        return self.inner.copies_have_ended(timeout_s)
+
     def close(self) -> None:
         """See `Device.close`. What hangs goes on first: else its queue would never end."""
         self.let_go()

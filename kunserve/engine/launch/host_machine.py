@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -80,9 +80,10 @@ class HostMachine(Machine):
 
     def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
         """See `Machine.reopen`. Its faults do not come again."""
-        self._close(old for old in self._devices if old.is_lost)  # or their memory would be lacking
+        view = self._views[device]
+        self._close([old for old in self._devices if old.index == view.device])  # or its memory would be lacking
         try:
-            memory = remember(self._open_one(self._views[device]))
+            memory = remember(self._open_one(view))
         except ConfigError as error:  # no memory any more
             raise ConflictError(error.message) from None
         self._executor.renew(device, memory.device, self._new_decoder(memory))
@@ -113,9 +114,9 @@ class HostMachine(Machine):
         """See `Machine.close`."""
         self._close(self._devices)
 
-    def _close(self, devices: Iterable[HostDevice]) -> None:
-        for device in devices:
-            device.close()
+    def _close(self, devices: Sequence[HostDevice]) -> None:
+        with ThreadPoolExecutor(len(devices) or 1) as threads:  # each may wait for what does not end
+            list(threads.map(HostDevice.close, devices))
         self._devices = [device for device in self._devices if device.is_open]
 
     def stuck(self) -> list[str]:

@@ -35,9 +35,13 @@ class Boundary:
         """
         assert all(group.is_paused for group in groups)
         for group in groups:
-            while group.num_in_flight:
-                if gives_up and any(other.is_suspect for other in groups):
-                    raise ConflictError("a device does not answer", retry_after_s=1)
+            while group.num_in_flight and not (gives_up and _are_suspect(groups)):
                 await self._signals.next_commit(group)
+        if gives_up and _are_suspect(groups):  # perhaps the last step of all said so
+            raise ConflictError("a device does not answer", retry_after_s=1)
         while self._mover is not None and self._mover.is_busy(groups):
             await self._signals.next_commit()
+
+
+def _are_suspect(groups: Sequence[Group]) -> bool:
+    return any(group.is_suspect for group in groups)

@@ -169,7 +169,11 @@ class OverloadControl:
     async def remove(self, device: int, drain_s: float) -> dict[str, Any]:
         """See `Engine.remove_device`."""
         self._refuse_if_busy()
-        return await self._until_committed(self.membership.remove(device, drain_s))
+        with self.membership.leaving(device):
+            await self.membership.drain(device, drain_s)  # beside transitions of other groups
+            if self._is_stopping:
+                raise OverloadedError("the server is stopping", retry_after_s=5)
+            return await self._until_committed(self.membership.remove(device))
 
     async def add(self, device: int) -> dict[str, Any]:
         """See `Engine.add_device`."""
@@ -177,9 +181,9 @@ class OverloadControl:
         return await self._until_committed(self.membership.add(device))
 
     def lost(self, device: int) -> None:
-        """Replace the group of a device that is lost."""
+        """A device is lost: replace its group."""
         if not self._is_stopping:
-            self._spawn(self.membership.lose(device))
+            self._spawn(self.membership.lose())
 
     def _refuse_if_busy(self) -> None:
         if self._tasks:
@@ -215,7 +219,7 @@ class OverloadControl:
     def _has_to_wait(self, head: Request) -> bool:
         """Whether no group has blocks for a request: those that it would share with others, it does not take."""
         num_blocks = self._fleet.blocks_for(head.num_tokens)
-        groups = [group for group in self._fleet.groups if not group.is_lost]
+        groups = self._fleet.working
         if any(group.num_free >= num_blocks for group in groups):
             return False
         return all(group.num_free < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
@@ -258,7 +262,9 @@ class OverloadControl:
         return False
 
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
-        groups, waiting, now = self._fleet.groups, self._waiting, loop_time()
+        if not (working := self._fleet.working):  # none that could merge
+            return False
+        waiting, now = self._waiting, loop_time()
         if now < self._calm_until_s:
             self._look_in(CALM_S)
             return False
@@ -270,9 +276,13 @@ class OverloadControl:
         return is_overloaded(
             head_blocks if has_to_wait else None,
             blocks_for(waiting.num_tokens),
-            [GroupLoad(g.num_free, list(map(_view, g.running))) for g in (groups if has_to_wait else changed)],
+            [
+                GroupLoad(g.num_free, list(map(_view, g.running)))
+                for g in (working if has_to_wait else changed)
+                if not g.is_suspect
+            ],
             partial(self._demand_looked_at, now),
-            sum(group.num_blocks for group in groups),
+            sum(group.num_blocks for group in working),
             self._thresholds,
             self._shape.block_size,
         )
@@ -365,8 +375,7 @@ class OverloadControl:
         """Return the groups that do their work, as the planner sees them."""
         groups = tuple(
             GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
-            for g in self._fleet.groups
-            if not g.is_suspect
+            for g in self._fleet.working
         )
         return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)
 

@@ -8,8 +8,10 @@ remaining devices lack come from the host copy, or from a device that has them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 
 import structlog
 
@@ -32,6 +34,8 @@ from kunserve.planner.snapshot import GroupView, Snapshot
 log = structlog.get_logger()
 
 RETRY_S = 1.0  # after new groups could not be made of devices that are there
+MOST_ATTEMPTS = 3  # then the devices stay idle, if there are other groups
+LAST_COPY_S = 0.5  # for copies that a lost device has begun
 
 
 class Membership:
@@ -68,44 +72,71 @@ class Membership:
 
     # --- what can happen ----------------------------------------------------------------------------------------
 
-    async def lose(self, device: int) -> Transition | None:
-        """Replace the group of a device that was lost; None if it was in none, or no group can be made any more.
+    async def lose(self) -> Transition | None:
+        """Replace all groups that have lost a device; None if nobody has to any more, or no group can be made.
 
-        Begins when the transition that the group is in has ended: its own waits for the device have, by now.
+        Begins when the transitions that they are in have ended: those have stopped waiting for the device by now. All
+        groups go at once, since only together the devices that are left of them may hold a complete copy.
         """
-        while (group := self._fleet.group_on(device)) is not None:
+        for attempt in count(1):
+            await self._until_free("lose", self._lost_groups)
+            if not (lost := self._lost_groups()):
+                return None
             try:
-                await self._until_free(group)
-                return await self._rebuild("lose", group)
-            except (ConflictError, DeviceLostError):
-                continue  # another transition was faster, or another device was lost meanwhile
+                return await self._rebuild("lose", lost, may_idle=attempt > MOST_ATTEMPTS)
+            except DeviceLostError:
+                continue  # another device was lost meanwhile
             except NothingLeftError:
                 log.error("no complete copy of the weights is left: the server ends")
                 self._halt()
                 return None
             except Exception as error:
-                log_failure("new groups could not be made, trying again", error, device=device)
+                log_failure("new groups could not be made, trying again", error, attempt=attempt)
                 await asyncio.sleep(RETRY_S)
         return None
 
-    async def remove(self, device: int, drain_s: float) -> Transition:
-        """Take a device out: let its group's requests finish for `drain_s`, recompute the rest elsewhere, and close it.
+    @contextmanager
+    def leaving(self, device: int) -> Iterator[None]:
+        """Give the group of a device no new requests inside, while there are others: the device is to be removed.
 
-        ConflictError, and nothing has changed, if it is not at work, or no complete copy would be left.
+        ConflictError if it is not at work, or no complete copy would be left.
         """
         group = self._fleet.group_on(device)
         if self._health.state(device) is not DeviceState.OK or group is None:
             raise ConflictError(f"{self._health.devices[device].name} is not at work")
-        if not self._others(group) and self._plan(group, {device}) is None:
-            raise ConflictError("the last complete copy of the weights needs this device")
+        if self._plan([group], device) is None and not self._others([group], is_suspect=False):
+            raise NothingLeftError
         self._health.retire(device)
         try:
-            await self._drained(group, drain_s)
-            await self._until_free(group)
-            transition = await self._rebuild("remove", group, without=device)
-        except BaseException:
-            self._health.welcome(device)
-            raise
+            yield
+        finally:
+            self._health.stay(device)
+
+    async def drain(self, device: int, drain_s: float) -> None:
+        """Return when the group of a device has no requests any more, or is replaced; at the latest after `drain_s`."""
+        group = self._fleet.group_on(device)
+
+        async def drain() -> None:
+            while group is not None and group.running and self._fleet.group_on(device) is group:
+                await self._signals.next_commit()
+
+        with suppress(TimeoutError):
+            await asyncio.wait_for(drain(), drain_s)
+
+    async def remove(self, device: int) -> Transition:
+        """Take a device that is leaving out: what its group has still to do is done elsewhere. Closes the device.
+
+        ConflictError, and nothing has changed, if it was lost, or no complete copy would be left.
+        """
+
+        def its_group() -> list[Group]:
+            group = self._fleet.group_on(device)
+            return [group] if group is not None else []
+
+        await self._until_free("remove", its_group)
+        if self._health.devices[device].is_lost:
+            raise ConflictError(f"{self._health.devices[device].name} is lost")
+        transition = await self._rebuild("remove", its_group(), without=device)
         self._health.remove(device)
         await asyncio.to_thread(self._health.devices[device].close)
         return transition
@@ -123,31 +154,60 @@ class Membership:
         if is_gone:  # else it was opened before, and there was no group for it
             await asyncio.to_thread(self._reopen, device)
             self._health.welcome(device)
-        return await self._rebuild("add", None)
+        await self._until_free("add", list)
+        return await self._rebuild("add", [])
 
     # --- how ----------------------------------------------------------------------------------------------------
 
-    async def _rebuild(self, kind: str, group: Group | None, without: int | None = None) -> Transition:
-        """Put groups of all devices that are free then in the place of `group`."""
+    async def _rebuild(
+        self, kind: str, old: Sequence[Group], *, without: int | None = None, may_idle: bool = False
+    ) -> Transition:
+        """Put groups of all devices that are free then in the place of `old`.
+
+        `may_idle`: of none, if other groups do their work. NothingLeftError if there are no others, and it needs them.
+        """
         transitions, remap = self._reconfigure.transitions, self._remap
-        ids = [] if group is None else [group.group_id]
-        with transitions.begin(kind, ids) as (transition, old), self._boundary.paused(old):
+        with transitions.begin(kind, [group.group_id for group in old]) as (transition, _), self._boundary.paused(old):
             with transitions.step(transition, "boundary"):
                 await self._boundary.reached(old)
-            for gone in old:
-                self._dissolve(gone)
-            parts = self._plan(group, set() if without is None else {without})
-            if parts is None and not self._others(group):
+                await self._copies_ended(old)
+            has_others = bool(self._others(old, is_suspect=kind == "lose"))
+            parts = None if may_idle and has_others else self._plan(old, without)
+            if parts is None and not has_others and kind != "add":
                 raise NothingLeftError
+            for group in old:
+                self._dissolve(group)
             layouts = remap.planned(layout for part in parts or () for layout in part.layouts)
-            with transitions.step(transition, "remap"):
-                await remap.apply(layouts)
-            transition.planned_bytes = remap.num_unfilled_bytes(layouts)
-            with transitions.step(transition, "load"):
-                transition.weight_bytes = await remap.load(layouts)
+            before = remap.now(old)
+            try:
+                with transitions.step(transition, "remap"):
+                    await remap.apply(layouts)
+                transition.planned_bytes = remap.num_unfilled_bytes(layouts)
+                with transitions.step(transition, "load"):
+                    transition.weight_bytes = await remap.load(layouts)
+                self._assert_alive(layouts)
+            except BaseException as error:  # a group that has lost no device goes on
+                whole = {stage.device for group in old if not group.is_lost for stage in group.stages}
+                await remap.go_back({device: before[device] for device in whole}, error)
+                raise
             transitions.commit(transition, old, [self._form(part) for part in parts or ()])
         self._fit(self._longest_blocks() * self._fleet.block_size)
         return transition
+
+    async def _copies_ended(self, groups: Sequence[Group]) -> None:
+        """Wait until the lost devices of groups copy nothing any more, but not long: one may hang in the midst of it.
+
+        It would read what is about to be unmapped under it.
+        """
+        devices = [self._health.devices[stage.device] for group in groups for stage in group.stages]
+        lost = [device for device in devices if device.is_lost]
+        await asyncio.gather(*(asyncio.to_thread(device.copies_have_ended, LAST_COPY_S) for device in lost))
+
+    def _assert_alive(self, devices: Iterable[int]) -> None:
+        """Raise DeviceLostError if one of them was lost: in no group so far, nobody would replace the one it gets."""
+        for device in (self._health.devices[index] for index in devices):
+            if device.is_lost:
+                raise DeviceLostError(f"{device.name} is lost")
 
     def _dissolve(self, group: Group) -> None:
         """Take all requests out of a group that stands still: they wait again, in the order of their admission."""
@@ -157,18 +217,19 @@ class Membership:
         self._fleet.forget_idle(group)
         self._signals.wake()
 
-    def _plan(self, group: Group | None, without: set[int]) -> tuple[Part, ...] | None:
-        """Plan groups of the devices that no other group has; None if they cannot make one."""
-        snapshot = self._snapshot()
-        others = [view for view in snapshot.groups if group is None or view.group_id != group.group_id]
-        busy = {stage.device for g in self._fleet.groups if g is not group for stage in g.stages} | without
+    def _plan(self, old: Sequence[Group], without: int | None) -> tuple[Part, ...] | None:
+        """Plan groups of the devices that no group but `old` has; None if they cannot make one."""
+        snapshot, gone = self._snapshot(), {group.group_id for group in old}
+        others = tuple(view for view in snapshot.groups if view.group_id not in gone)
+        busy = {stage.device for group in self._fleet.groups if group not in old for stage in group.stages}
+        usable = (DeviceState.OK, DeviceState.SUSPECT)
         free = [
             view
             for view in snapshot.devices
-            if view.device not in busy and self._health.state(view.device) in (DeviceState.OK, DeviceState.SUSPECT)
+            if view.device not in busy and view.device != without and self._health.state(view.device) in usable
         ]
-        held = {stage.device: stage.view for stage in (group.stages if group is not None else ())}
-        rest = Snapshot(snapshot.epoch, snapshot.model, snapshot.devices, tuple(others))
+        held = {stage.device: stage.view for group in old for stage in group.stages}
+        rest = replace(snapshot, groups=others)
         return plan_rebuild(rest, free, held, self._need_blocks(), self._least_blocks) if free else None
 
     def _form(self, part: Part) -> Group:
@@ -178,30 +239,26 @@ class Membership:
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""
-        groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.origin) for g in self._others(None))
+        groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.origin) for g in self._others([]))
         return replace(self._snapshot(), groups=tuple(groups)).longest_blocks()
 
-    def _others(self, group: Group | None) -> list[Group]:
-        return [other for other in self._fleet.groups if other is not group and not other.is_lost]
+    def _lost_groups(self) -> list[Group]:
+        return [group for group in self._fleet.groups if group.is_lost]
 
-    async def _until_free(self, group: Group) -> None:
-        """Return when no transition is in the way of replacing a group, which may have another's id by then."""
-        while self._reconfigure.transitions.in_the_way("lose", [group.group_id]) is not None:
+    def _others(self, groups: Sequence[Group], *, is_suspect: bool = True) -> list[Group]:
+        """Return all groups that have lost no device, but for these; if not `is_suspect`, only those that do work."""
+        others = [group for group in self._fleet.groups if group not in groups and not group.is_lost]
+        return [group for group in others if is_suspect or not group.is_suspect]
+
+    async def _until_free(self, kind: str, groups: Callable[[], Sequence[Group]]) -> None:
+        """Return when no transition is in the way of one of this kind, of groups that may be others by then."""
+        while self._reconfigure.transitions.in_the_way(kind, [group.group_id for group in groups()]) is not None:
             self._reconfigure.cancel_restore()
             await self._signals.next_commit()
 
-    async def _drained(self, group: Group, drain_s: float) -> None:
-        """Return when a group has no requests any more, at the latest after `drain_s`."""
 
-        async def drain() -> None:
-            while group.running and self._fleet.group_on(group.stages[0].device) is group:
-                await self._signals.next_commit()
-
-        try:
-            await asyncio.wait_for(drain(), drain_s)
-        except TimeoutError:
-            return
-
-
-class NothingLeftError(Exception):
+class NothingLeftError(ConflictError):
     """The devices that are left cannot hold one complete copy of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__("the last complete copy of the weights needs this device")

@@ -87,17 +87,26 @@ class Remap:
             before = {device: self.memories[device].layout for device in layouts}
             try:
                 await self._rearrange(layouts)
-            except BaseException:
-                await asyncio.gather(*(self._go_back(device, layout) for device, layout in before.items()))
+            except BaseException as error:
+                await self._all_back(before, error)
                 raise
 
-    async def _go_back(self, device: int, before: Layout) -> None:
+    async def go_back(self, before: Layouts, error: BaseException) -> None:
+        """Bring devices back to layouts of before, with their weights, after an error; one that cannot be is lost."""
+        async with self._turn:
+            await self._all_back(before, error)
+
+    async def _all_back(self, before: Layouts, error: BaseException) -> None:
+        is_stopping = isinstance(error, asyncio.CancelledError)  # then nobody needs weights any more
+        await asyncio.gather(*(self._go_back(device, layout, is_stopping) for device, layout in before.items()))
+
+    async def _go_back(self, device: int, before: Layout, is_stopping: bool) -> None:
         for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
             if self.memories[device].device.is_lost:
                 return
             try:
                 await self._rearrange({device: before})
-                await self.load([device])
+                await self.load([device], lambda: is_stopping)
                 return
             except Exception as error:
                 log.error("rolling back failed", device=device, error=repr(error), attempts_left=attempts_left)

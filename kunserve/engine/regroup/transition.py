@@ -1,7 +1,7 @@
 """Transitions: what is known of each change of the grouping, while it runs and afterwards; and what may run with what.
 
 A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or the old
-one goes on. Transitions of different groups run side by side; a restore runs alone.
+one goes on. Drops of different groups run side by side, and one rebuild beside them; a restore runs alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from kunserve.engine.group import Group
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.errors import ConflictError
+from kunserve.model.host_copy import HostCopy
 from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 
-NAMES = {"lose": "the loss of a device", "remove": "the removal of a device", "add": "the addition of a device"}
+# Rebuilds, in words: transitions that give free devices new groups.
+REBUILDS = {"lose": "the loss of a device", "remove": "the removal of a device", "add": "the addition of a device"}
 HISTORY = 1000  # transitions that are remembered
 
 
@@ -52,7 +54,7 @@ class Transition:
     @property
     def name(self) -> str:
         """Return what it is, in words."""
-        return NAMES.get(self.kind, f"a {self.kind}")
+        return REBUILDS.get(self.kind, f"a {self.kind}")
 
     def state(self) -> dict[str, Any]:
         """As `/kunserve/state` and the log show it: `step` and `planned_bytes` only while it runs."""
@@ -78,7 +80,7 @@ class Transitions:
     ) -> None:
         self._fleet, self._loader, self._signals, self._metrics, self._clock = fleet, loader, signals, metrics, clock
         self.remembered: list[Transition] = []
-        self._running: list[Transition] = []  # one restore, or others, of different groups
+        self._running: list[Transition] = []  # one restore; or drops, of different groups, and one rebuild
 
     @property
     def current(self) -> Transition | None:
@@ -93,9 +95,19 @@ class Transitions:
     def in_the_way(self, kind: str, group_ids: Sequence[int]) -> Transition | None:
         """Return a transition that has to end before one of this kind, of these groups, can begin."""
         for other in self._running:
-            if "restore" in (kind, other.kind) or not {*other.old_groups, *other.new_groups}.isdisjoint(group_ids):
+            has_own_groups = {*other.old_groups, *other.new_groups}.isdisjoint(group_ids)
+            if not (has_own_groups and self._may_run_beside(kind, other.kind)):
                 return other
         return None
+
+    def _may_run_beside(self, kind: str, other: str) -> bool:
+        if "restore" in (kind, other):
+            return False
+        num_rebuilds = (kind in REBUILDS) + (other in REBUILDS)
+        if num_rebuilds == 2:  # else both would take the same free devices
+            return False
+        # A rebuild may copy weights from any device that has them, where the host keeps none: no drop may take them.
+        return num_rebuilds == 0 or self._loader.host.kind is not HostCopy.NONE
 
     @contextmanager
     def begin(self, kind: str, group_ids: Sequence[int]) -> Iterator[tuple[Transition, list[Group]]]:

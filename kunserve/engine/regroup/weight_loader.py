@@ -14,7 +14,9 @@ from kunserve.model.host_copy import HostCopy, WeightOrigin
 
 
 class WeightLoader:
-    """Fills mapped units of all devices. No unit leaves a device meanwhile: transitions exclude each other.
+    """Fills mapped units of all devices.
+
+    No unit leaves a device that others copy from meanwhile: transitions see to that (regroup/transition.py).
 
     islands: of each device; one of the same island is the better mate.
     """

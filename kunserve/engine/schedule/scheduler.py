@@ -106,10 +106,14 @@ class Scheduler:
         group.in_flight.append(batch)
         return batch
 
+    @property
+    def head(self) -> Request | None:
+        """Return the request that is to join a group next: who is on the host goes before who waits."""
+        return self.swapped.ready[0] if self.swapped.ready else self.waiting.head
+
     def can_admit(self, group: Group) -> bool:
         """Whether `group` has room for whoever is next; perhaps another should take it."""
-        head = self.swapped.ready[0] if self.swapped.ready else self.waiting.head
-        return head is not None and self._has_room(group, head)
+        return self.head is not None and self._has_room(group, self.head)
 
     def commit(self, group: Group, batch: Microbatch) -> None:
         """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""

@@ -173,11 +173,14 @@ class Health:
         """Declare a device lost. Idempotent."""
         self.devices[device].lose(reason)
 
-    def lose_hanging(self, reason: str) -> None:
-        """Declare all devices lost that somebody waits for."""
-        for device in self.devices:
-            if device.has_work:
-                device.lose(reason)
+    async def give_up_hanging(self, after_s: float) -> None:
+        """Declare all devices lost that somebody waits for, from then on, until cancelled: the server stops."""
+        await asyncio.sleep(after_s)
+        while True:
+            for device in self.devices:
+                if device.has_work:
+                    device.lose("it stops")
+            await asyncio.sleep(TICK_S)
 
     def lost(self, device: WatchedDevice, reason: str) -> None:
         """See `Watcher.lost`."""
@@ -193,8 +196,13 @@ class Health:
         self.on_lost(index)
 
     def retire(self, device: int) -> None:
-        """Give a device no new requests: an operator takes it out. `welcome` takes that back."""
+        """Give a device no new requests: an operator takes it out. `stay` takes that back."""
         self._leaving.add(device)
+        self._mark(device)
+
+    def stay(self, device: int) -> None:
+        """Note that a device is not taken out, or not any more to be."""
+        self._leaving.discard(device)
         self._mark(device)
 
     def remove(self, device: int) -> None:

@@ -51,12 +51,13 @@ class Retries:
         is_to_blame = len(batch.spans) == 1 and not (is_the_groups_fault or group.is_lost)
         has_faulted = any(self._health.has_faulted(stage.device) for stage in group.stages)
         given_up = list[tuple[Request, EngineError]]()
-        for request, start, end, _, _ in batch.spans:
+        for request, _, end, _, _ in batch.spans:
             if request.finish_reason is not None or request.has_failed:
                 continue
             request.num_failures += is_to_blame
             # Whoever was in the step that a device did not survive goes alone from now on, and takes one more at most.
-            has_killed_again = has_faulted and len(batch.spans) == 1 and start < request.suspect_until
+            request.num_killed += has_faulted
+            has_killed_again = request.num_killed > 1 and len(batch.spans) == 1
             if request.num_failures == MOST_FAILURES or has_killed_again:
                 given_up.append((request, failure))
                 continue
@@ -76,7 +77,8 @@ class Retries:
             self._num_failed.pop(group.group_id, None)
         for request in passed:
             if request.suspect_until and not request.is_suspect:  # it has come further
-                request.num_failures, request.suspect_until, request.avoids = 0, 0, None
+                request.num_failures = request.num_killed = request.suspect_until = 0
+                request.avoids = None
         self._start_over(group, batch)
 
     def _start_over(self, group: Group, batch: Microbatch) -> None:

@@ -177,6 +177,10 @@ class CudaDevice:
         for queue in self._queues:
             queue.abandon()
 
+    def copies_have_ended(self, timeout_s: float) -> bool:
+        """See `Device.copies_have_ended`."""
+        return all(queue.has_ended(timeout_s) for queue in (self.copy_in, self.copy_out, self.peer))
+
     def close(self) -> None:
         """See `Device.close`. If its driver hangs, all that it has goes with the process."""
         if not self._is_open:

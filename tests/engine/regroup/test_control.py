@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transition_harness import Answer, Checked, again, checked_engine
+from transition_harness import Answer, Checked, again, checked_engine, next_round
 
 from kunserve.engine.regroup import control as control_module
 from kunserve.engine.regroup.transition import Transition
@@ -190,7 +190,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
         while not (control._is_tight(checked.engine.groups) and control._is_overloaded(checked.engine.groups)):
-            await asyncio.sleep(0)
+            await next_round()
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
         assert control._tasks and control.reconfigure.transitions.current is None
@@ -211,7 +211,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
         while not (control._is_tight(engine.groups) and control._is_overloaded(engine.groups)):
-            await asyncio.sleep(0)
+            await next_round()
         groups = list(engine.groups)
         control._begin_drop()
         assert all(group.is_paused for group in groups)  # from this very step on

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from loaded_groups import asked, assert_same, loaded, two_devices
 from structlog.testing import capture_logs
-from transition_harness import Answer, Checked, again, checked_engine
+from transition_harness import Answer, Checked, again, checked_engine, next_round
 
 from kunserve.engine.regroup.remap import Layouts
 from kunserve.engine.request import Request
@@ -249,7 +249,7 @@ async def test_a_transition_that_lost_everybody_says_so(
             await checked.control.drop()
             assert_same(await answers, its)
             while checked.reconfigure.transitions.current is not None:
-                await asyncio.sleep(0)
+                await next_round()
         [state] = checked.engine.state()["transitions"]
         assert (state["outcome"], state["exchange_mode"] or "by_request", state["exchange_bytes"]) == ("done", mode, 0)
         assert state["num_lost"] == len(requests) == lost_requests(checked)
@@ -267,7 +267,7 @@ async def test_a_transition_that_moved_everybody_lost_nobody(tiny64: Path) -> No
         await checked.control.drop()
         await answers
         while checked.reconfigure.transitions.current is not None:
-            await asyncio.sleep(0)
+            await next_round()
         [state] = checked.engine.state()["transitions"]
         assert state["exchange_bytes"] > 0 and state["num_lost"] == lost_requests(checked) == 0
         await checked.settled()

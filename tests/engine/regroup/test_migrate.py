@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from crowd import PLENTY, CopyGate, make_crowd, make_request, read, read_all, serving, until
+from transition_harness import next_round
 
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import Served
@@ -198,7 +199,7 @@ async def test_a_drop_waits_for_copies_and_then_takes_all_along(tiny64: Path, nu
         await gate.reached.wait()
         drop = asyncio.create_task(engine.drop())
         while not all(group.is_paused and not group.num_in_flight for group in engine.groups):
-            await asyncio.sleep(0)
+            await next_round()
         assert not drop.done() and mover(engine).is_busy(engine.groups)
         gate.open()
         await drop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests
+from transition_harness import Answer, Checked, Failures, again, checked_engine, make_requests, next_round
 
 from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.group import Group, Stage
@@ -244,7 +243,7 @@ async def test_merges_do_not_wait_for_each_others_steps(tiny64: Path, expected: 
         engine.executor.execute = hold  # type: ignore[method-assign, misc]
         answers = [asyncio.create_task(checked.answer(request)) for request in again(REQUESTS)]
         while not (engine.groups[0].num_in_flight and all(group.running for group in engine.groups)):
-            await asyncio.sleep(0)
+            await next_round()
         snapshot = checked.control.snapshot()
         merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
         slow, fast = [asyncio.create_task(reconfigure.drop(snapshot, merge)) for merge in merges]
@@ -311,7 +310,7 @@ async def test_no_merge_drops_weights_while_another_one_goes_back(tiny64: Path, 
         await asyncio.sleep(0)  # it has paused its groups
         await checked.until_no_step_runs()
         for _ in range(100):
-            await asyncio.sleep(0)
+            await next_round()
         assert layouts(checked)[2:] == before and not second.done()
         may_load.set()
         failed, done = await asyncio.gather(first, second, return_exceptions=True)
@@ -385,8 +384,7 @@ async def watched(checked: Checked, begin: Callable[[], Awaitable[dict[str, Any]
     before = len(checked.reconfigure.transitions.remembered)
     asked, seen = asyncio.ensure_future(begin()), list[dict[str, Any]]()
     while not seen or seen[-1]["outcome"] == "running":
-        await asyncio.sleep(0)
-        time.sleep(0.0001)  # the steps' threads would wait for the interpreter at every operation otherwise
+        await next_round()
         seen += checked.engine.state()["transitions"][before:]
     await asked
     await checked.settled()

@@ -1,0 +1,263 @@
+"""Rebuilds that come in each other's way, that fail half-way, or that leave less room than requests were promised."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transition_harness import Answer, Checked, checked_engine
+
+from kunserve.engine.request import Request
+from kunserve.errors import ConflictError, DeviceLostError, OverloadedError
+from kunserve.model.host_copy import HostCopy
+from kunserve.planner.drop import plan_drop_of
+from kunserve.sampling import SamplingParams
+
+NUM_BLOCKS = 320
+
+
+def ask(name: str, num_tokens: int, num_prompt_tokens: int = 5) -> Request:
+    """Return a greedy request that goes on for so many tokens."""
+    params = SamplingParams(num_tokens, temperature=0.0, ignore_eos=True)
+    return Request(name, list(range(3, 3 + num_prompt_tokens)), params)
+
+
+def lose(checked: Checked, *devices: int) -> None:
+    """Declare devices lost."""
+    for device in devices:
+        checked.engine.device_health.lose(device, "the test says so")
+
+
+def members(checked: Checked) -> list[set[int]]:
+    """Return the devices of each group."""
+    return [{stage.device for stage in group.stages} for group in checked.engine.groups]
+
+
+def slow_loads(checked: Checked, seconds: float) -> None:
+    """Let each unit of weights take longer to load."""
+    load = checked.reconfigure.loader.load
+
+    async def slowly(*arguments: Any) -> None:
+        await asyncio.sleep(seconds)
+        await load(*arguments)
+
+    checked.reconfigure.loader.load = slowly  # type: ignore[method-assign,assignment]
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    while not is_so():
+        await asyncio.sleep(0.005)
+
+
+def at_step(checked: Checked, phase: str) -> Callable[[], bool]:
+    """Return what tells whether a transition is at this step now."""
+    return lambda: phase in checked.reconfigure.transitions.phases
+
+
+async def test_two_rebuilds_never_take_the_same_device(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+        lose(checked, 2)
+        await checked.rebuilt()
+        slow_loads(checked, 0.02)
+        adding = asyncio.ensure_future(checked.engine.add_device(2))
+        await until(at_step(checked, "add.load"))
+        lose(checked, 1)
+        await adding
+        await checked.rebuilt()
+        assert members(checked) == [{0}, {2}]
+        answers = await checked.answer_all([ask(f"r{i}", 30) for i in range(6)])
+        assert all(len(answer.token_ids) == 30 for answer in answers)
+        checked.assert_idle()
+
+
+async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+        await checked.control.drop([g.group_id for g in checked.engine.groups if g.stages[0].device], is_forced=True)
+        await checked.settled()
+        answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
+        await checked.commits(3)
+        lose(checked, 0, 1)  # the last device that has all weights, and one of the others
+        assert len((await answering).token_ids) == 100
+        await checked.rebuilt()
+        assert members(checked) == [{2}]
+        checked.assert_idle()
+
+
+async def test_a_device_that_dies_before_the_commit_is_in_no_new_group(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
+        slow_loads(checked, 0.02)
+        answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
+        await checked.commits(3)
+        lose(checked, 0)
+        await until(at_step(checked, "lose.load"))
+        lose(checked, 1)
+        assert len((await answering).token_ids) == 100
+        await checked.rebuilt()
+        assert members(checked) == [{2}]
+        checked.assert_idle()
+
+
+async def test_a_removal_that_fails_leaves_the_group_as_it_was(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
+        loader = checked.reconfigure.loader
+        load, failures = loader.load, [OSError("no such file")] * 2
+
+        async def fail(*arguments: Any) -> None:
+            if failures:
+                raise failures.pop()
+            await load(*arguments)
+
+        loader.load = fail  # type: ignore[method-assign,assignment]
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(8)]))
+        await checked.commits(3)
+        with pytest.raises(OSError, match="no such file"):
+            await checked.engine.remove_device(2, 0.0)
+        assert members(checked) == [{0, 1, 2}]
+        assert checked.engine.degraded() is None
+        assert all(len(answer.token_ids) == 60 for answer in await answering)
+        checked.assert_idle()
+        assert (await checked.engine.remove_device(2, 0.0))["outcome"] == "done"
+        assert members(checked) == [{0}, {1}]
+
+
+async def test_the_last_copy_cannot_be_taken_out(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        lose(checked, 1)
+        await checked.rebuilt()
+        with pytest.raises(ConflictError, match="last complete copy"):
+            await checked.engine.remove_device(0, 0.0)
+        assert checked.engine.degraded() == "cpu:1 is lost"
+        assert len((await checked.answer(ask("r", 10))).token_ids) == 10
+
+
+async def test_two_removals_at_once_leave_a_copy(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(4)]))
+        await checked.commits(3)
+        removals = [checked.engine.remove_device(i, 5.0) for i in range(2)]
+        first, second = await asyncio.gather(*removals, return_exceptions=True)
+        assert isinstance(first, dict) and isinstance(second, ConflictError)
+        assert all(len(answer.token_ids) == 60 for answer in await answering)
+
+
+async def test_a_device_that_drains_holds_up_no_other_transition(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:4", NUM_BLOCKS) as checked:
+        answering = [asyncio.ensure_future(checked.answer(ask(f"r{i}", 110))) for i in range(4)]
+        await checked.commits(4)
+        removing = asyncio.ensure_future(checked.engine.remove_device(3, 60.0))
+        await asyncio.sleep(0)
+        drop = await checked.engine.drop([0, 1], is_forced=True)
+        assert drop["outcome"] == "running" and not removing.done()
+        lose(checked, 2)
+        answers = await asyncio.gather(*answering)
+        assert [len(answer.token_ids) for answer in answers] == [110] * 4
+        assert (await removing)["outcome"] == "done"
+        await checked.rebuilt()
+        assert members(checked) == [{0, 1}]
+
+
+async def test_no_drop_takes_weights_that_a_rebuild_copies(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:4", NUM_BLOCKS, host_copy=HostCopy.NONE) as checked:
+        await checked.control.drop([0, 1], is_forced=True)
+        await checked.settled()
+        slow: Any = checked.engine.memories[0].device.inner
+
+        async def copy_slowly(read: Any, write: Any, source: Any) -> None:
+            await slow.run_copy(partial(time.sleep, 0.2))
+            await slow.run_copy(partial(write.copy_, read))
+
+        slow.copy_tensor = copy_slowly
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(6)]))
+        await checked.commits(3)
+        lose(checked, 1)
+        await until(at_step(checked, "lose.load"))
+        groups = [group.group_id for group in checked.engine.groups if not group.is_lost]
+        with pytest.raises(ConflictError, match="the loss of a device is under way"):
+            await checked.reconfigure.drop(*_forced_merge(checked, groups))
+        await checked.rebuilt()
+        assert all(len(answer.token_ids) == 60 for answer in await answering)
+        checked.assert_idle()
+
+
+def _forced_merge(checked: Checked, group_ids: list[int]) -> tuple[Any, Any]:
+    snapshot = checked.control.snapshot()
+    [merge] = plan_drop_of(snapshot, group_ids).merges
+    return snapshot, merge
+
+
+async def test_whoever_outgrows_what_is_left_ends_and_blocks_nobody(tiny64: Path) -> None:
+    settings = {"pipeline_parallel_size": 2, "max_model_len": 256}
+    async with checked_engine(tiny64, "cpu:4", 32, **settings) as checked:
+        engine = checked.engine
+        lose(checked, 3)
+        await checked.rebuilt()
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 240) for i in range(4)]))
+        brief = asyncio.ensure_future(checked.answer(ask("brief", 60)))
+        await checked.commits(8)
+        lose(checked, 0)
+        await checked.rebuilt()
+        most_tokens = max(group.num_blocks for group in engine.groups) * engine.fleet.block_size
+        assert most_tokens < 245
+        for answer in await answering:  # as far as anything can hold them
+            assert isinstance(answer.error, OverloadedError) and len(answer.token_ids) == most_tokens + 1 - 5
+        assert len((await brief).token_ids) == 60  # it asked for no more than that
+        too_long: Answer = await checked.answer(ask("long", 5, most_tokens + 1))
+        assert isinstance(too_long.error, OverloadedError)
+        # Whoever may go on for longer than any group can hold is taken: it may end before.
+        assert (await checked.answer(ask("default", 250))).token_ids
+        checked.assert_idle()
+
+
+async def test_a_failure_of_another_kind_counts_for_no_death(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
+        await checked.commits(3)
+        [here] = [group.group_id for group in checked.engine.groups if group.running]
+        fail_once(checked.engine.memories[here].device.inner, RuntimeError("in passing"))
+        fail_once(checked.engine.memories[1 - here].device.inner, DeviceLostError("dead"))
+        answer = await answering
+        assert answer.error is None and len(answer.token_ids) == 100
+
+
+def fail_once(device: Any, error: Exception) -> None:
+    """Let the next work of a device raise an error."""
+    run = device.run
+
+    async def fail(work: Callable[[], Any]) -> Any:
+        device.run = run
+
+        def raising() -> None:
+            raise error
+
+        return await run(raising)
+
+    device.run = fail
+
+
+async def test_devices_that_get_no_weights_stay_idle_while_others_serve(
+    tiny64: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kunserve.engine.regroup.membership.RETRY_S", 0.0)
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+        await checked.control.drop([1, 2], is_forced=True)
+        await checked.settled()
+        loader = checked.reconfigure.loader
+        load = loader.load
+
+        async def fail(*_: Any) -> None:
+            raise OSError("the disk is gone")
+
+        loader.load = fail  # type: ignore[method-assign,assignment]
+        lose(checked, 1)
+        await checked.rebuilt()
+        assert members(checked) == [{0}]
+        loader.load = load  # type: ignore[method-assign]
+        assert (await checked.engine.add_device(2))["outcome"] == "done"
+        assert members(checked) == [{0}, {2}]
+        checked.assert_idle()
