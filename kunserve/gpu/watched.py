@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -32,8 +32,16 @@ class Watcher(Protocol):
         """Called once, when a device is lost; nobody waits for it any more."""
 
 
+class Silence(NamedTuple):
+    """For how long a device has ended no work of a kind, in seconds; 0 if it has none of that kind."""
+
+    compute_s: float
+    copy_s: float  # between devices, or between one and host memory
+    load_s: float  # of weights, which may come from a disk
+
+
 class _Line:
-    """Work of one queue of a device that has not ended, and how long none of it has."""
+    """Work of one kind of a device that has not ended, and how long none of it has."""
 
     def __init__(self) -> None:
         self.waiting: set[asyncio.Future[Any]] = set()
@@ -52,20 +60,20 @@ class WatchedDevice:
         self.chunk_bytes, self.num_chunks = inner.chunk_bytes, inner.num_chunks
         self.has_faulted = False  # it said itself that it is lost, in the middle of its work
         self.watcher: Watcher | None = None
-        self._compute, self._copies = _Line(), _Line()
+        self._compute, self._copies, self._loads = self._lines = _Line(), _Line(), _Line()
 
     # --- life and death -----------------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
         """Return whether anybody waits for the device."""
-        return bool(self._compute.waiting or self._copies.waiting)
+        return any(line.waiting for line in self._lines)
 
-    def tick(self, elapsed_s: float) -> tuple[float, float]:
-        """Note that so many seconds went by; returns for how long compute and copies that wait have ended nothing."""
-        for line in (self._compute, self._copies):
+    def tick(self, elapsed_s: float) -> Silence:
+        """Note that so many seconds went by."""
+        for line in self._lines:
             line.silent_s = line.silent_s + elapsed_s if line.waiting else 0.0
-        return self._compute.silent_s, self._copies.silent_s
+        return Silence(*(line.silent_s for line in self._lines))
 
     def lose(self, reason: str) -> None:
         """Give the device up: all who wait for it, now or later, get a DeviceLostError. Idempotent."""
@@ -73,7 +81,7 @@ class WatchedDevice:
             return
         self.is_lost = True
         self.inner.abandon()
-        for line in (self._compute, self._copies):
+        for line in self._lines:
             for answer in line.waiting:
                 answer.set_exception(DeviceLostError(f"{self.name} is lost: {reason}"))
             line.waiting.clear()
@@ -150,7 +158,7 @@ class WatchedDevice:
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
-        return await self._wait_for(self._copies, self.inner.run_copy(work))
+        return await self._wait_for(self._loads, self.inner.run_copy(work))
 
     async def copy(
         self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False

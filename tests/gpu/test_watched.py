@@ -98,15 +98,15 @@ async def test_a_cancelled_caller_waits_for_the_device_but_not_for_a_lost_one(de
 
 
 async def test_silence_is_counted_while_there_is_work_and_none_ends(device: WatchedDevice) -> None:
-    assert device.tick(1.0) == (0.0, 0.0)
+    assert device.tick(1.0) == (0.0, 0.0, 0.0)
     ends = threading.Event()
     waiting = asyncio.ensure_future(device.run(ends.wait))
     await asyncio.sleep(0)
-    assert [device.tick(0.5) for _ in range(2)] == [(0.5, 0.0), (1.0, 0.0)]
+    assert [device.tick(0.5) for _ in range(2)] == [(0.5, 0.0, 0.0), (1.0, 0.0, 0.0)]
     assert await device.run_copy(lambda: 3) == 3
     ends.set()
     await waiting
-    assert device.tick(0.5) == (0.0, 0.0)
+    assert device.tick(0.5) == (0.0, 0.0, 0.0)
 
 
 async def test_memory_of_a_lost_device_stays_until_its_work_has_ended(device: WatchedDevice) -> None:

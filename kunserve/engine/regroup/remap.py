@@ -14,6 +14,7 @@ from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.links import Links
 from kunserve.gpu.queue import gather_all
+from kunserve.gpu.refusal import log_failure
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
 from kunserve.planner.layouts import stage_layout
@@ -24,7 +25,7 @@ Layouts = dict[int, Layout]  # by device
 
 log = structlog.get_logger()
 
-ROLLBACK_ATTEMPTS = 3
+ATTEMPTS = 3  # at what has to succeed
 
 
 class Remap:
@@ -101,7 +102,7 @@ class Remap:
         await asyncio.gather(*(self._go_back(device, layout, is_stopping) for device, layout in before.items()))
 
     async def _go_back(self, device: int, before: Layout, is_stopping: bool) -> None:
-        for attempts_left in reversed(range(ROLLBACK_ATTEMPTS)):
+        for attempts_left in reversed(range(ATTEMPTS)):
             if self.memories[device].device.is_lost:
                 return
             try:
@@ -148,9 +149,20 @@ class Remap:
         await memory.device.run(resize)
 
     async def settle(self, stages: Iterable[Stage]) -> None:
-        """Unmap KV of layers that are not served here any more, and give the chunks to those that are."""
+        """Unmap KV of layers that are not served here any more, and give the chunks to those that are.
+
+        Tries more than once: nobody would use these chunks until the next transition.
+        """
         stages = list(stages)
-        await self._rearrange({stage.device: self.of_stage(stage.view) for stage in stages})
+        layouts = {stage.device: self.of_stage(stage.view) for stage in stages}
+        for attempts_left in reversed(range(ATTEMPTS)):
+            try:
+                await self._rearrange(layouts)
+                break
+            except Exception as error:
+                if not attempts_left:
+                    raise
+                log_failure("layouts are not settled, trying again", error, attempts_left=attempts_left)
         for stage in stages:
             self._fleet.grow(stage.device, self.num_blocks(stage))
 

@@ -25,8 +25,9 @@ log = structlog.get_logger()
 
 TICK_S = 0.1
 # A device is suspected when it has ended nothing for the longer of both: so many times what the cost model predicts for
-# a step, and what a busy host may be late by. Copies of weights may wait for a disk.
+# a step, and what a busy host may be late by.
 MULTIPLE, STEP_FLOOR_S, COPY_FLOOR_S = 10.0, 1.0, 10.0
+LOAD_SLACK = 10.0  # weights may come from a slow disk: they have so many times as long as copies
 PROBES = 2  # trivial work that a device has to fail at, one after the other, to be lost
 
 
@@ -147,12 +148,13 @@ class Health:
         for index, device in enumerate(self.devices):
             if device.is_lost:
                 continue
-            step_s, copy_s = device.tick(elapsed_s)
+            silence = device.tick(elapsed_s)
+            step_s, copy_s = silence.compute_s, max(silence.copy_s, silence.load_s / LOAD_SLACK)
             silent_s, expected_s = max(step_s, copy_s), 0.0
             if step_s > STEP_FLOOR_S:
                 expected_s = MULTIPLE * self._predicted_s(index)
             if self._deadline_s is not None and silent_s > max(self._deadline_s, expected_s):
-                self.lose(index, f"it has not answered for {silent_s:.1f} s")
+                self.lose(index, f"it has not answered for {max(silence):.1f} s")
             elif (step_s > max(STEP_FLOOR_S, expected_s) or copy_s > COPY_FLOOR_S) != (index in self._overdue):
                 self._overdue ^= {index}
                 log.warning("a device is overdue" if index in self._overdue else "a device answers", device=device.name)
