@@ -7,14 +7,17 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from crowd import make_request
+from loaded_groups import assert_same, loaded
 from transition_harness import Answer, Checked, again, checked_engine, make_requests
 
 from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.errors import ConflictError, EngineError, KunServeError
-from kunserve.faults import FaultKind, parse_faults
+from kunserve.faults import Fault, FaultKind, parse_faults
+from kunserve.policies import OverloadPolicy
 
 NUM_BLOCKS = 320
 REQUESTS = make_requests(14, seed=8, longest_prompt=40, most_tokens=40)
@@ -32,12 +35,10 @@ def expected(tiny64: Path) -> list[Answer]:
 
 
 @asynccontextmanager
-async def faulty_engine(folder: Path, layout: str, faults: str) -> AsyncIterator[Checked]:
+async def faulty_engine(folder: Path, layout: str, faults: Sequence[Fault], **settings: Any) -> AsyncIterator[Checked]:
     """A checked engine, in this layout, with faults; what hangs goes on at the end."""
-    devices = LAYOUTS.get(layout, layout)
-    async with checked_engine(
-        folder, devices, NUM_BLOCKS, faults=parse_faults(faults), device_timeout_s=TIMEOUT_S
-    ) as checked:
+    settings = {"num_blocks": NUM_BLOCKS, "device_timeout_s": TIMEOUT_S} | settings
+    async with checked_engine(folder, LAYOUTS.get(layout, layout), faults=faults, **settings) as checked:
         try:
             while layout.startswith("chain") and len(checked.engine.groups) > 1:
                 await checked.control.drop(is_forced=True)
@@ -53,7 +54,7 @@ async def answers_with(
     folder: Path, layout: str, faults: str, disturb: Callable[[Checked], Awaitable[None]] | None = None
 ) -> tuple[list[Answer], dict[int, str], list[str]]:
     """What is answered, the states of devices that are not ok then, and the transitions."""
-    async with faulty_engine(folder, layout, faults) as checked:
+    async with faulty_engine(folder, layout, parse_faults(faults)) as checked:
         answering = asyncio.ensure_future(checked.answer_all(again(REQUESTS)))
         if disturb is not None:
             await checked.commits(6)
@@ -72,11 +73,6 @@ async def answers_with(
         return answers, {i: state for i, state in states.items() if state != "ok"}, kinds
 
 
-def assert_same(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
-    for mine, its in zip(answers, [*expected, *expected], strict=True):
-        mine.assert_same(its)
-
-
 def some(cases: Iterable[tuple[int, Any]]) -> list[Any]:
     """Every fourth case by the sum of its places, so that each pair is there; all by `make test-faults`."""
     return [case for place, case in cases if place % 4 == 0 or os.environ.get("KUNSERVE_ALL_FAULTS")]
@@ -91,7 +87,7 @@ IN_STEPS = [kind for kind in FaultKind if kind not in (FaultKind.COPY_FAILS, Fau
 )
 async def test_a_device_fails_in_a_step(layout: str, kind: FaultKind, tiny64: Path, expected: list[Answer]) -> None:
     answers, bad, transitions = await answers_with(tiny64, layout, f"1:{kind}@0.05s")
-    assert_same(answers, expected)
+    assert_same(answers, [*expected, *expected])
     assert set(bad) <= {1}
     if kind in (FaultKind.LOST, FaultKind.HANG) or (kind is FaultKind.RAISE_ALWAYS and "chain" in layout):
         assert bad == {1: "lost"} and "lose done" in transitions
@@ -141,12 +137,47 @@ async def test_a_device_fails_in_a_transition(
     expected: list[Answer],
 ) -> None:
     answers, bad, _ = await answers_with(tiny64, devices, f"1:{kind}@{phase}", disturb)
-    assert_same(answers, expected)
+    assert_same(answers, [*expected, *expected])
     assert set(bad) <= {1}
 
 
+@pytest.mark.parametrize("kind", FaultKind)
+async def test_a_device_fails_while_kv_goes_by_layer(kind: FaultKind, tiny64: Path) -> None:
+    requests = [make_request(f"r{i}", 104, 22, 0.8 * (i % 2)) for i in range(8)]  # they fill all blocks
+    async with checked_engine(tiny64, "cpu:1", 600) as checked:
+        expected = await checked.answer_all(again(requests))
+    faults, settings = parse_faults(f"1:{kind}@exchange"), {"num_blocks": 128, "max_num_batched_tokens": 512}
+    async with faulty_engine(tiny64, "cpu:2", faults, **settings) as checked:
+        answering = await loaded(checked, again(requests))
+        with suppress(KunServeError, OSError, RuntimeError):
+            await drop(checked)
+        assert_same(await answering, expected)
+        await checked.rebuilt()
+        checked.assert_idle(is_settled=kind is not FaultKind.MAP_FAILS)
+        await checked.settled()
+        assert ("drop", "by_layer") in {(kind, mode) for kind, _, mode in checked.outcomes}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FaultKind if kind is not FaultKind.MAP_FAILS])
+@pytest.mark.parametrize("layout", ["cpu:2", "cpu:3"])
+async def test_a_device_fails_while_requests_are_swapped(layout: str, kind: FaultKind, tiny64: Path) -> None:
+    requests = [make_request(f"r{i}", 5 + i, 60, 0.8 * (i % 2)) for i in range(16)]
+    async with checked_engine(tiny64, "cpu:1", 600) as checked:
+        expected = await checked.answer_all(again(requests))
+    settings: dict[str, Any] = {"num_blocks": 32, "overload_policy": OverloadPolicy.SWAP}
+    async with faulty_engine(tiny64, layout, [Fault(1, kind, "swap")], **settings) as checked:
+        engine, machine = checked.engine, cast(Any, checked.machine)
+        assert engine.mover is not None
+        is_busy = engine.mover.is_busy
+        machine.faults.phases = lambda: {"swap"} if is_busy(engine.groups) else set()
+        assert_same(await checked.answer_all(again(requests)), expected)
+        await checked.rebuilt()
+        assert engine.scheduler.swapped.num_swaps > 0
+        checked.assert_idle()
+
+
 async def test_the_last_device_ends_the_engine(tiny64: Path) -> None:
-    async with faulty_engine(tiny64, "cpu:2", "0:lost@0.05s,1:hang@0.05s") as checked:
+    async with faulty_engine(tiny64, "cpu:2", parse_faults("0:lost@0.05s,1:hang@0.05s")) as checked:
         answers = await checked.answer_all(again(REQUESTS))
         await checked.engine.wait()
         assert all(answer.finish is not None or isinstance(answer.error, EngineError) for answer in answers)
