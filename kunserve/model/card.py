@@ -136,6 +136,16 @@ def resolve_model(
     return ModelFiles(found, folder, _read_folder(folder, load_format))
 
 
+def find_config(name_or_path: str, folders: Sequence[Path] | None = None) -> ModelConfig:
+    """Return the configuration of a card, or of a Hugging Face folder, which needs no weights. Raises ConfigError."""
+    found = _locate(name_or_path, "auto", folders)
+    if isinstance(found, ModelCard):
+        return found.config
+    if isinstance(found, Path):
+        return load_hf_config(found)
+    raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(folders))}, nor a folder")
+
+
 def _locate(name_or_path: str, load_format: str, folders: Sequence[Path] | None) -> ModelCard | Path | str:
     """Return what a name stands for: a card, a folder, or a Hub id. ConfigError if nothing can."""
     if load_format not in LOAD_FORMATS:

@@ -4,144 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from numpy.random import default_rng
 
 from kunserve.command.command_line import OneLineParser, number_from
-from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
-from kunserve.model.card import load_card
-from kunserve.sim.cluster import GIB, parse_cluster
-from kunserve.sim.policies import PLENTY, PLENTY_TIMES, POLICIES, with_policy
-from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
-from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
+from kunserve.sim.options import Options, simulate
+from kunserve.sim.policies import POLICIES
+from kunserve.sim.workload import WORKLOADS
 from kunserve.version import add_version_flag
-
-NEVER = 1e-9  # a watermark below which demand never is
-MOST_REQUESTS = 1_000_000  # of one simulation
 
 # What numbers may be. Beyond these bounds a run would not end, or would fail in the middle of it.
 _amount = number_from(float, 1e-6, 1e6)
 _seconds = number_from(float, 0.0, 1e6)
 _count = number_from(int, 1, 1_000_000)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What is simulated. Rates per second of the whole cluster, times in seconds."""
-
-    cluster: str = "8xA800"
-    model: str = "qwen2.5-14b"
-    workload: str = "burstgpt"  # or a trace file
-    policy: str = "drop"
-    seed: int = 0
-    duration_s: float = 128.0
-    rate: float | None = None  # None: what the workload's default is, or the trace's own
-    scale: float = 1.0  # times as many arrivals
-    time_scale: float = 1.0  # times between arrivals are so many times as long
-    burst_height: float = 2.0
-    burst_s: float = 20.0
-    memory_gib: float | None = None  # of each GPU, instead of its own
-    lengths: Path | None = None  # of this file, instead of synthetic ones
-    block_size: int = 64  # tuned for vLLM in the paper
-    max_num_batched_tokens: int = 1024
-    max_num_seqs: int = 1024
-    watermark: float = 0.0
-    is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
-    step_overhead_s: float = 0.0  # of the host, for each stage of a microbatch
-    is_coordinated: bool = True
-    is_looking_ahead: bool = True
-    is_restoring: bool = True
-    restore_hold_s: float = 5.0
-    has_prefix_cache: bool = False
-
-
-def rows_of(options: Options) -> list[TraceRow]:
-    """The trace that the options name, scaled. ValueError if it cannot be read."""
-    rng = default_rng([options.seed, 9])
-    if options.workload in WORKLOADS:
-        arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
-        rate = options.rate or default_rate(options)
-        _check_number(rate * options.scale * options.duration_s)
-        lengths = read_rows(options.lengths, needs_times=False) if options.lengths else []
-        pairs = [(row.num_prompt_tokens, row.num_output_tokens) for row in lengths]
-        rows = synthesize(
-            WORKLOADS[options.workload], arrivals, rate * options.scale, options.duration_s, options.seed, pairs
-        )
-    else:
-        rows = read_rows(Path(options.workload), needs_times=True)
-        _check_number(len(rows) * options.scale)
-        rows = upscale(rows, options.scale, rng)
-        if options.rate:
-            rows = stretch(rows, len(rows) / (max(row.at_s for row in rows) or 1.0) / options.rate)
-    rows = stretch(rows, options.time_scale)
-    return [row for row in rows if row.at_s < options.duration_s * options.time_scale]
-
-
-def _check_number(num_requests: float) -> None:
-    if num_requests > MOST_REQUESTS:
-        raise ValueError(
-            f"{num_requests:,.0f} requests would come, more than {MOST_REQUESTS:,}: "
-            "give a shorter --duration, a lower --rate or a lower --scale"
-        )
-
-
-# Requests per second and GPU at which mean demand for memory is about the paper's (51 to 58 %).
-RATES = {
-    ("a800", "qwen2.5-14b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
-    ("h800", "qwen2.5-72b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
-}
-
-
-def default_rate(options: Options) -> float:
-    """The rate of a workload on a cluster; ConfigError where none is known."""
-    cluster = parse_cluster(options.cluster)
-    try:
-        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus
-    except KeyError:
-        raise ConfigError(f"no default rate for {options.model} on {cluster.kind}: give --rate") from None
-
-
-def simulate(options: Options) -> dict[str, Any]:
-    """Run it; the report. ConfigError or ValueError if the options cannot be met."""
-    model = load_card(options.model).config
-    from kunserve.sim.machine import SimMachine  # with torch: options are judged without
-    from kunserve.sim.simulation import Simulation
-
-    cluster = parse_cluster(options.cluster)
-    if options.memory_gib is not None:
-        cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
-    if options.policy == PLENTY:
-        cluster = replace(cluster, memory_times=PLENTY_TIMES)
-    config = EngineConfig(
-        options.model,
-        block_size=options.block_size,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_num_seqs=options.max_num_seqs,
-        max_num_queued_reqs=1 << 30,
-        swap_space_bytes=64 << 30,
-        watermark=options.watermark,
-        restore_hold_s=options.restore_hold_s,
-        enable_prefix_caching=options.has_prefix_cache,
-        async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
-    )
-    if not options.is_restoring:
-        config = replace(config, restore_watermark=NEVER)
-    if not options.is_looking_ahead:
-        config = replace(config, microbatching="tokens")
-    machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
-    machine.cost = replace(machine.cost, stage_s=machine.cost.stage_s + options.step_overhead_s)
-    rows = rows_of(options)
-    if not rows:
-        raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
-    simulation = Simulation(machine, model, with_policy(config, options.policy), rows, model.max_position_embeddings)
-    report = simulation.run()
-    what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
-    return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / (rows[-1].at_s or 1.0)} | report
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:

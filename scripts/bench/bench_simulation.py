@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from kunserve.log import set_up_logging
-from kunserve.sim.__main__ import Options, simulate
+from kunserve.sim.options import Options, simulate
 
 RATE = 5.0  # requests per second and GPU
 

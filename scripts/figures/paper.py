@@ -23,7 +23,7 @@ from typing import Any
 import paper_figures as figures
 
 from kunserve.log import set_up_logging
-from kunserve.sim.__main__ import Options, simulate
+from kunserve.sim.options import Options, simulate
 from kunserve.sim.policies import POLICIES
 
 Report = dict[str, Any]

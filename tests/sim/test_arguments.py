@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kunserve.sim.__main__ import Options, parse_arguments, rows_of, simulate
+from kunserve.sim.__main__ import parse_arguments
+from kunserve.sim.options import Options, rows_of, simulate
 
 TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 NUMBERS = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kunserve.sim.__main__ import Options, simulate
+from kunserve.sim.options import Options, simulate
 from kunserve.sim.prompts import make_prompt
 from kunserve.sim.traces import HASHED_TOKENS, TraceRow, read_rows
 

@@ -13,11 +13,12 @@ from kunserve.errors import ConfigError
 from kunserve.gpu.links import HOST, Priority
 from kunserve.model.card import load_card
 from kunserve.model.costs import derive, device_rates
-from kunserve.sim.__main__ import Options, parse_arguments, simulate
+from kunserve.sim.__main__ import parse_arguments
 from kunserve.sim.clock import simulate as on_virtual_clock
 from kunserve.sim.cluster import Instances, parse_cluster
 from kunserve.sim.links import TimedLinks
 from kunserve.sim.machine import SimDevice
+from kunserve.sim.options import Options, simulate
 from kunserve.sim.policies import POLICIES
 
 # Two GPUs with room for some 40 requests each, and ten times as many arrivals from second 45 on.

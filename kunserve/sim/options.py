@@ -1,0 +1,144 @@
+"""One simulation as its options name it: which cluster, model, trace and policy; and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.random import default_rng
+
+from kunserve.config import EngineConfig
+from kunserve.errors import ConfigError
+from kunserve.model.card import find_config
+from kunserve.sim.cluster import GIB, Cluster, parse_cluster
+from kunserve.sim.policies import PLENTY, PLENTY_TIMES, with_policy
+from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
+from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
+
+NEVER = 1e-9  # a watermark below which demand never is
+MOST_REQUESTS = 1_000_000  # of one simulation
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is simulated. Rates per second of the whole cluster, times in seconds."""
+
+    cluster: str = "8xA800"
+    model: str = "qwen2.5-14b"
+    workload: str = "burstgpt"  # or a trace file
+    policy: str = "drop"
+    seed: int = 0
+    duration_s: float = 128.0
+    rate: float | None = None  # None: what the workload's default is, or the trace's own
+    scale: float = 1.0  # times as many arrivals
+    time_scale: float = 1.0  # times between arrivals are so many times as long
+    burst_height: float = 2.0
+    burst_s: float = 20.0
+    memory_gib: float | None = None  # of each GPU, instead of its own
+    lengths: Path | None = None  # of this file, instead of synthetic ones
+    block_size: int = 64  # tuned for vLLM in the paper
+    max_num_batched_tokens: int = 1024
+    max_num_seqs: int = 1024
+    watermark: float = 0.0
+    is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
+    step_overhead_s: float = 0.0  # of the host, for each stage of a microbatch
+    is_coordinated: bool = True
+    is_looking_ahead: bool = True
+    is_restoring: bool = True
+    restore_hold_s: float = 5.0
+    has_prefix_cache: bool = False
+
+
+def rows_of(options: Options) -> list[TraceRow]:
+    """The trace that the options name, scaled. ValueError if it cannot be read."""
+    rng = default_rng([options.seed, 9])
+    if options.workload in WORKLOADS:
+        arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
+        rate = options.rate or default_rate(options)
+        _check_number(rate * options.scale * options.duration_s)
+        lengths = read_rows(options.lengths, needs_times=False) if options.lengths else []
+        pairs = [(row.num_prompt_tokens, row.num_output_tokens) for row in lengths]
+        rows = synthesize(
+            WORKLOADS[options.workload], arrivals, rate * options.scale, options.duration_s, options.seed, pairs
+        )
+    else:
+        rows = read_rows(Path(options.workload), needs_times=True)
+        _check_number(len(rows) * options.scale)
+        rows = upscale(rows, options.scale, rng)
+        if options.rate:
+            rows = stretch(rows, len(rows) / (max(row.at_s for row in rows) or 1.0) / options.rate)
+    rows = stretch(rows, options.time_scale)
+    return [row for row in rows if row.at_s < options.duration_s * options.time_scale]
+
+
+def _check_number(num_requests: float) -> None:
+    if num_requests > MOST_REQUESTS:
+        raise ValueError(
+            f"{num_requests:,.0f} requests would come, more than {MOST_REQUESTS:,}: "
+            "give a shorter --duration, a lower --rate or a lower --scale"
+        )
+
+
+# Requests per second and GPU at which mean demand for memory is about the paper's (51 to 58 %).
+RATES = {
+    ("a800", "qwen2.5-14b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+    ("h800", "qwen2.5-72b"): {"burstgpt": 5.0, "sharegpt": 2.1, "longbench": 0.55},
+}
+
+
+def default_rate(options: Options) -> float:
+    """The rate of a workload on a cluster; ConfigError where none is known."""
+    cluster = parse_cluster(options.cluster)
+    try:
+        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus
+    except KeyError:
+        raise ConfigError(f"no default rate for {options.model} on {cluster.kind}: give --rate") from None
+
+
+def cluster_of(options: Options) -> Cluster:
+    """Return the cluster that the options name. ConfigError if there is none."""
+    cluster = parse_cluster(options.cluster)
+    if options.memory_gib is not None:
+        cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
+    return cluster
+
+
+def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
+    """Run it; the report. `rows` instead of those that the options name.
+
+    ConfigError or ValueError if the options cannot be met.
+    """
+    model = find_config(options.model)
+    from kunserve.sim.machine import SimMachine  # with torch: options are judged without
+    from kunserve.sim.simulation import Simulation
+
+    cluster = cluster_of(options)
+    if options.policy == PLENTY:
+        cluster = replace(cluster, memory_times=PLENTY_TIMES)
+    config = EngineConfig(
+        options.model,
+        block_size=options.block_size,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_num_queued_reqs=1 << 30,
+        swap_space_bytes=64 << 30,
+        watermark=options.watermark,
+        restore_hold_s=options.restore_hold_s,
+        enable_prefix_caching=options.has_prefix_cache,
+        async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
+    )
+    if not options.is_restoring:
+        config = replace(config, restore_watermark=NEVER)
+    if not options.is_looking_ahead:
+        config = replace(config, microbatching="tokens")
+    machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated)
+    machine.cost = replace(machine.cost, stage_s=machine.cost.stage_s + options.step_overhead_s)
+    rows = rows_of(options) if rows is None else rows
+    if not rows:
+        raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
+    simulation = Simulation(machine, model, with_policy(config, options.policy), rows, model.max_position_embeddings)
+    report = simulation.run()
+    what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
+    return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / (rows[-1].at_s or 1.0)} | report
