@@ -9,11 +9,12 @@ from difflib import get_close_matches
 
 from kunserve.version import installed_version
 
-COMMANDS = ("serve", "top", "replay", "loadgen", "doctor")
+COMMANDS = ("serve", "top", "replay", "loadgen", "plan", "doctor")
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
        kunserve loadgen [URL] [flags]  put load on a server and measure its answers
+       kunserve plan --gpus 4xH100 --model MODEL --rate R   say what GPUs carry, and what a drop gains
        kunserve doctor [--json]        say what this machine lacks
        kunserve --version
 """
@@ -48,6 +49,10 @@ def _run(command: str, rest: list[str]) -> None:
         from kunserve.loadgen import command as loadgen
 
         sys.exit(loadgen.main(rest))
+    elif command == "plan":
+        from kunserve.sim.plan import command as plan
+
+        plan.main(rest)
     elif command == "doctor":
         from kunserve.doctor import command as doctor
 

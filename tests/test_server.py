@@ -135,7 +135,7 @@ def test_flags_of_gpus_do_nothing_on_cpus() -> None:
         ("kunserve.server", "FOLDER", "holds GGUF files (x.gguf): GGUF is not served."),
         ("kunserve.server", "FOLDER/x.gguf", "is a file; GGUF is not served."),
         ("kunserve.sim", "--policy none", "--policy: invalid choice: 'none'"),
-        ("kunserve.sim", "--model none", "no model card 'none'"),
+        ("kunserve.sim", "--model none", "no model 'none'"),
     ],
 )
 def test_what_is_wrong_is_told_without_importing_torch(

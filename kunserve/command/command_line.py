@@ -42,3 +42,11 @@ def number_from(convert: Callable[[str], N], low: N, high: N) -> Callable[[str],
         raise argparse.ArgumentTypeError(f"'{text}' is not a {kind} from {low:,} to {high:,}")
 
     return parse_number
+
+
+def check_matplotlib() -> None:
+    """Raise ValueError if matplotlib is missing; to be called before the run, which would be in vain."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'kunserve[plot]'") from error

@@ -19,10 +19,11 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from kunserve.command.command_line import check_matplotlib
 from kunserve.loadgen import report
 from kunserve.loadgen.arguments import build_parser
 from kunserve.loadgen.client import Recording, Stream, Target, first_model, run
-from kunserve.loadgen.plot import check_matplotlib, plot
+from kunserve.loadgen.plot import plot
 from kunserve.loadgen.record import recording as recording_feed
 from kunserve.loadgen.workload import (
     Job,

@@ -6,14 +6,6 @@ from pathlib import Path
 from typing import Any
 
 
-def check_matplotlib() -> None:
-    """Raise ValueError if matplotlib is missing; to be called before the run, which would be in vain."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'kunserve[plot]'") from error
-
-
 def plot(requests: list[dict[str, Any]], metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw TTFT of each request, running and waiting requests, and KV use over time: `report.details` -> `path`."""
     import matplotlib

@@ -22,9 +22,9 @@ from own_server import running_server
 from rich.console import Console
 from rich.table import Table
 
+from kunserve.command.command_line import check_matplotlib
 from kunserve.loadgen import report
 from kunserve.loadgen.client import Recording, Target, first_model, run
-from kunserve.loadgen.plot import check_matplotlib
 from kunserve.loadgen.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
 
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")

@@ -1,0 +1,1 @@
+"""`kunserve plan`: before GPUs are bought or a server is started."""
