@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 HEARTBEAT_S = 0.01
-LAST_STEP_S = 3.0  # for the devices' last step when the server stops, before they are given up
 # A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
 GIL_SWITCH_S = 0.0005
 
@@ -139,7 +138,7 @@ async def _serve(
         finally:
             for watcher in watchers:
                 watcher.cancel()
-            await engine.stop(last_step_s=0.0 if is_hurried else LAST_STEP_S)
+            await (engine.stop(last_step_s=0.0) if is_hurried else engine.stop())
             await runner.cleanup()
     finally:
         await served.close()

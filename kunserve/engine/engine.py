@@ -24,7 +24,7 @@ from kunserve.engine.operators import Operated
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.schedule.waiting import Waiting
-from kunserve.engine.serving_limits import ServingLimits
+from kunserve.engine.serving_limits import ServingLimits, overlong
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.executor import Executor
 from kunserve.engine.step.results import Result, judge, results_of
@@ -43,6 +43,8 @@ from kunserve.observe.metrics import EngineStats, Metrics
 from kunserve.sampling import FinishReason
 
 log = structlog.get_logger()
+
+LAST_STEP_S = 3.0  # for the devices' last step when the server stops, before they are given up
 
 
 class Engine(Operated):
@@ -89,7 +91,7 @@ class Engine(Operated):
         self._last_step_s = loop_time()
         self._is_accepting = True
 
-    async def stop(self, drain_s: float = 0.0, last_step_s: float = 3.0) -> None:
+    async def stop(self, drain_s: float = 0.0, last_step_s: float = LAST_STEP_S) -> None:
         """Refuse what is new, let what is accepted finish for `drain_s`, end the rest with an error, and stop.
 
         Devices that do not end their last step in `last_step_s` are given up.
@@ -102,15 +104,17 @@ class Engine(Operated):
         for live in list(self._live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
         giving_up = asyncio.create_task(self.device_health.give_up_hanging(last_step_s))
-        if self.control is not None:
-            await self.control.stop()
-        if self.mover is not None:
-            await self.mover.stop()
-        if self._main is not None:
-            self._main.cancel()
-            await asyncio.wait([self._main])
-            self._main = None
-        giving_up.cancel()
+        try:
+            if self.control is not None:
+                await self.control.stop()
+            if self.mover is not None:
+                await self.mover.stop()
+            if self._main is not None:
+                self._main.cancel()
+                await asyncio.wait([self._main])
+                self._main = None
+        finally:
+            giving_up.cancel()
 
     async def wait(self) -> None:
         """Return when the engine has stopped, for whatever reason."""
@@ -158,7 +162,7 @@ class Engine(Operated):
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.limits.check(request)
         if request.num_prompt_tokens >= self._most_tokens:
-            raise self._overlong()
+            raise overlong(self._most_tokens)
         request.arrival_s = loop_time()
         request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
         seed = request.params.seed
@@ -400,12 +404,7 @@ class Engine(Operated):
     def _end_overlong(self) -> None:
         """End requests at the head of the queue that no group can hold any more: else they would block it for ever."""
         while (head := self.scheduler.head) is not None and head.num_tokens > self._most_tokens:
-            self._fail(self._live[head.request_id], self._overlong())
-
-    def _overlong(self) -> OverloadedError:
-        return OverloadedError(
-            f"without the devices that are gone, a request has {self._most_tokens} tokens at most", retry_after_s=60
-        )
+            self._fail(self._live[head.request_id], overlong(self._most_tokens))
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()

@@ -1,11 +1,11 @@
-"""What a request may ask for, and how long the queue may get."""
+"""What a request may ask for, how long the queue may get, and what is said to those beyond."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from kunserve.engine.request import Request
-from kunserve.errors import InvalidRequestError
+from kunserve.errors import InvalidRequestError, OverloadedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +25,9 @@ class ServingLimits:
                 "can be served",
                 param="prompt",
             )
+
+
+def overlong(most_tokens: int) -> OverloadedError:
+    """Return what is said to a request that is longer than any group that is left can hold."""
+    message = f"without the devices that are gone, a request has {most_tokens} tokens at most"
+    return OverloadedError(message, retry_after_s=60)
