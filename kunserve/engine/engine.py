@@ -100,7 +100,8 @@ class Engine(Operated):
         if self._live and drain_s > 0:
             self._drained = asyncio.Event()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), drain_s)
+                async with asyncio.timeout(drain_s):
+                    await self._drained.wait()
         for live in list(self._live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
         giving_up = asyncio.create_task(self.device_health.give_up_hanging(last_step_s))

@@ -115,13 +115,10 @@ class Membership:
     async def drain(self, device: int, drain_s: float) -> None:
         """Return when the group of a device has no requests any more, or is replaced; at the latest after `drain_s`."""
         group = self._fleet.group_on(device)
-
-        async def drain() -> None:
-            while group is not None and group.running and self._fleet.group_on(device) is group:
-                await self._signals.next_commit()
-
         with suppress(TimeoutError):
-            await asyncio.wait_for(drain(), drain_s)
+            async with asyncio.timeout(drain_s):
+                while group is not None and group.running and self._fleet.group_on(device) is group:
+                    await self._signals.next_commit()
 
     async def remove(self, device: int) -> Transition:
         """Take a device that is leaving out: what its group has still to do is done elsewhere. Closes the device.

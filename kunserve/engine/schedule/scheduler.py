@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from weakref import WeakSet
 
 from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.blocks.block_table import BlockTable
@@ -61,7 +62,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
-        self._went_alone = set[int]()  # ids of groups whose last microbatch carried one suspected request alone
+        self._went_alone = WeakSet[Group]()  # whose last microbatch carried one suspected request alone
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
@@ -87,7 +88,7 @@ class Scheduler:
         budget = self._budget(group)
         ready, is_short = self._ready(group)
         may_admit = not (num_leaving or is_short or self._num_evictions > evictions_before)
-        is_turn_of_suspects = group.group_id not in self._went_alone
+        is_turn_of_suspects = group not in self._went_alone
         if may_admit and is_turn_of_suspects and self.waiting.head is not None and self.waiting.head.is_suspect:
             self._admit(group, groups, spans, budget)
         suspects = [pair for pair in ready if pair[0].suspect_until and pair[0].is_suspect]
@@ -101,7 +102,7 @@ class Scheduler:
             self._fill(group, suspects, spans, budget)
         if not spans:
             return None
-        (self._went_alone.add if _is_alone(spans) else self._went_alone.discard)(group.group_id)
+        (self._went_alone.add if _is_alone(spans) else self._went_alone.discard)(group)
         batch = Microbatch(group.group_id, epoch, tuple(spans))
         group.in_flight.append(batch)
         return batch
