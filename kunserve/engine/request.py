@@ -90,6 +90,7 @@ class Request:
     num_failures: int = 0  # steps that failed with it alone, since it came further
     num_killed: int = 0  # devices that did not survive a step with it, since it came further
     suspect_until: int = 0  # it is suspected until so many tokens are computed (engine/survive/retries.py)
+    is_hurried: bool = False  # its KV went with a device: until its next token, others that run give way
     avoids: int | None = None  # id of the group in which a step with it failed last
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as they are known
     finish_reason: FinishReason | None = None
@@ -101,6 +102,11 @@ class Request:
     def is_suspect(self) -> bool:
         """Whether a step may fail because of it: it goes alone."""
         return self.num_computed_tokens < self.suspect_until
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether others wait for it in turns: it goes alone, or has waited long enough."""
+        return self.is_hurried or self.is_suspect
 
     @property
     def is_over_here(self) -> bool:

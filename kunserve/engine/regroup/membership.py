@@ -210,6 +210,7 @@ class Membership:
         """Take all requests out of a group that stands still: they wait again, in the order of their admission."""
         self._fleet.give_up_followers(group)
         for request, _ in reversed(by_admission([group])):
+            request.is_hurried = request.num_output_tokens > 0
             self._scheduler.preempt(group, request)
         self._fleet.forget_idle(group)
         self._signals.wake()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.blocks.block_table import BlockTable
@@ -24,6 +24,7 @@ from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
 from kunserve.planner.cost import Chunk
 from kunserve.planner.microbatch import Lookahead
 
+MOST_WAITED = 4  # microbatches of those who go first, one after the other, before it is the others' turn
 TYPICAL_OUTPUT = 128  # tokens that a request is expected to generate, if it may: between those of published chat traces
 
 
@@ -62,7 +63,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
-        self._went_alone = WeakSet[Group]()  # whose last microbatch carried one suspected request alone
+        self._num_waited = WeakKeyDictionary[Group, int]()  # last microbatches in which others had to wait
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
@@ -88,21 +89,21 @@ class Scheduler:
         budget = self._budget(group)
         ready, is_short = self._ready(group)
         may_admit = not (num_leaving or is_short or self._num_evictions > evictions_before)
-        is_turn_of_suspects = group not in self._went_alone
-        if may_admit and is_turn_of_suspects and self.waiting.head is not None and self.waiting.head.is_suspect:
-            self._admit(group, groups, spans, budget)
-        suspects = [pair for pair in ready if pair[0].suspect_until and pair[0].is_suspect]
-        others = [pair for pair in ready if pair not in suspects] if suspects else ready
-        self._fill(group, suspects + others if is_turn_of_suspects else others, spans, budget)
+        num_waited, head = self._num_waited.get(group, 0), self.waiting.head
+        is_their_turn = num_waited < MOST_WAITED
+        if is_their_turn and may_admit and head is not None and head.goes_first:
+            self._admit(group, groups, spans, budget, only_first=True)
+        first = [pair for pair in ready if pair[0].goes_first]
+        others = [pair for pair in ready if pair not in first] if first else ready
+        have_waited = is_their_turn and bool(first or spans)
+        self._fill(group, first + others if is_their_turn else others + first, spans, budget)
         if may_admit and self._num_evictions == evictions_before:
             while self._bring_back_head(group, groups):
                 pass
             self._admit(group, groups, spans, budget)
         if not spans:
-            self._fill(group, suspects, spans, budget)
-        if not spans:
             return None
-        (self._went_alone.add if _is_alone(spans) else self._went_alone.discard)(group)
+        self._num_waited[group] = num_waited + 1 if have_waited else 0
         batch = Microbatch(group.group_id, epoch, tuple(spans))
         group.in_flight.append(batch)
         return batch
@@ -124,6 +125,8 @@ class Scheduler:
             request.num_in_flight -= 1
             request.num_sampling -= samples
             request.num_computed_tokens = end
+            if samples:
+                request.is_hurried = False
             if samples and is_contended:
                 self.waiting.generated(request.owner, 1)
 
@@ -248,10 +251,17 @@ class Scheduler:
             if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(request, num_tokens, budget))
 
-    def _admit(self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget) -> None:
-        """Let requests that wait join a microbatch of `group`, in the order of the queue, as long as there is room."""
+    def _admit(
+        self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget, *, only_first: bool = False
+    ) -> None:
+        """Let requests that wait join a microbatch of `group`, in the order of the queue, as long as there is room.
+
+        `only_first`: those who go first, up to the first that does not.
+        """
         while len(spans) < self.limits.max_num_seqs and not budget.is_full and not _is_alone(spans):
             if not self._may_admit_head(group, groups, is_first=not spans):
+                return
+            if only_first and self.waiting.head is not None and not self.waiting.head.goes_first:
                 return
             head = self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)
@@ -295,8 +305,9 @@ class Scheduler:
         """Return what not computing the first tokens of a request is worth, in the unit of `Policy.load`.
 
         Each request that runs costs a new one a row in each step that they share, and the new one costs it as much.
+        They share half of its steps: the other one has been running for a while.
         """
-        num_rows = 2 * max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
+        num_rows = max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
         if self.lookahead is None:
             return num_tokens / num_rows
         row_s = self.lookahead.added_time(Chunk(head.num_tokens, 1, 1))

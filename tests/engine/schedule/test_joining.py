@@ -10,7 +10,7 @@ from groups import LAYERS, commit, make_group, make_request
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import MOST_WAITED, Limits, Scheduler
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason
 
@@ -71,9 +71,32 @@ def test_a_suspected_request_goes_alone_by_turns_with_all_others() -> None:
         request.token_ids = [20 * i + token for token in request.token_ids]
     requests[1].suspect_until = 20
     scheduler.waiting.extend(requests)
-    steps = [run_step(scheduler, group) for _ in range(7)]
+    steps = [run_step(scheduler, group) for _ in range(6)]
     # Once b has passed all of its 20 tokens, which takes three steps, it goes with the others.
-    assert steps == [["a"], ["b"], ["a"], ["b"], ["a", "c"], ["b"], ["a", "b", "c"]]
+    assert list(map(sorted, steps)) == [["a"], ["b"], ["b"], ["b"], ["a", "b"], ["a", "b", "c"]]
+
+
+def test_others_come_to_their_turn_however_many_go_first() -> None:
+    scheduler = sharing_scheduler(8, group := make_group(num_blocks=60))
+    running, suspect = make_request("a", 2, 40), make_request("b", 60, 4)
+    scheduler.waiting.append(running)
+    assert run_step(scheduler, group) == ["a"]
+    suspect.suspect_until = 60
+    scheduler.waiting.append(suspect)
+    steps = [run_step(scheduler, group) for _ in range(2 * MOST_WAITED + 1)]
+    assert steps == [["b"]] * MOST_WAITED + [["a"]] + [["b"]] * MOST_WAITED
+
+
+def test_streams_whose_device_is_gone_are_computed_again_before_others_go_on() -> None:
+    scheduler = sharing_scheduler(8, group := make_group(num_blocks=60))
+    running, begun, new = make_request("a", 2, 40), make_request("b", 18, 4), make_request("c", 6, 4)
+    begun.token_ids = [50 + token for token in begun.token_ids]
+    scheduler.waiting.append(running)
+    assert run_step(scheduler, group) == ["a"]
+    begun.is_hurried = True
+    scheduler.waiting.extend([begun, new])
+    steps = [run_step(scheduler, group) for _ in range(4)]
+    assert steps == [["b"], ["b"], ["b", "a", "c"], ["a", "b", "c"]] and not begun.is_hurried
 
 
 def test_a_request_goes_where_no_step_has_failed_if_it_can() -> None:
