@@ -30,6 +30,9 @@ class DeviceSpec:
         return DeviceSpec("cuda", ()) if torch.cuda.is_available() else DeviceSpec("cpu", (0, 1))
 
 
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 128, 2048  # in a step
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything below HTTP. Sizes in bytes, blocks or tokens as named."""
@@ -45,7 +48,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
-    max_num_batched_tokens: int = 128
+    max_num_batched_tokens: int | None = None  # None: as `num_batched_tokens` says
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
     enable_prefix_caching: bool = True  # requests that begin alike share KV
@@ -64,6 +67,13 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
     enforce_eager: bool = False
     faults: tuple[Fault, ...] = ()  # that CPU devices have on purpose; in tests
+
+    @property
+    def num_batched_tokens(self) -> int:
+        """Return the token budget of a step: what was asked for, or what suits the kind of devices."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return GPU_BATCHED_TOKENS if self.devices.kind == "cuda" else CPU_BATCHED_TOKENS
 
     def check(self) -> None:
         """Raise ConfigError for a number that cannot be meant."""

@@ -24,7 +24,7 @@ from kunserve.command.flags import (
     parse_with_config_file,
 )
 from kunserve.command.vllm_flags import add_vllm_flags
-from kunserve.config import EngineConfig, parse_devices
+from kunserve.config import CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS, EngineConfig, parse_devices
 from kunserve.errors import ConfigError
 from kunserve.faults import Fault, parse_faults
 from kunserve.model.card import list_cards
@@ -237,9 +237,8 @@ def _add_batching_flags(group: Group) -> None:
     add(
         "--max-num-batched-tokens",
         type=number,
-        default=DEFAULTS.max_num_batched_tokens,
         metavar="TOKENS",
-        help="token budget of a step",
+        help=f"token budget of a step (default {CPU_BATCHED_TOKENS} on CPU devices, {GPU_BATCHED_TOKENS} on GPUs)",
     )
     add(
         "--max-num-seqs",

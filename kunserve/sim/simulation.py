@@ -104,7 +104,7 @@ class Simulation:
         """As at launch, with the constants that the devices have."""
         if self._config.microbatching != "lookahead":
             return None
-        return Lookahead(self._machine.cost, self._model.num_layers, self._config.max_num_batched_tokens)
+        return Lookahead(self._machine.cost, self._model.num_layers, self._config.num_batched_tokens)
 
     async def _send(self, engine: Engine) -> None:
         """Submit every row at its time, and return when all are answered."""

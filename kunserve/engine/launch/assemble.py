@@ -119,7 +119,7 @@ def _limits(config: EngineConfig, max_model_len: int) -> ServingLimits:
 
 
 def _scheduler(fleet: Fleet, config: EngineConfig, num_host_blocks: int, lookahead: Lookahead | None) -> Scheduler:
-    limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
+    limits = Limits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
     return Scheduler(fleet, limits, make_policy(config.overload_policy, config.watermark), num_host_blocks, lookahead)
 
 

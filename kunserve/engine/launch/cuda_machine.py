@@ -67,7 +67,7 @@ class CudaOptions:
             ordinals=config.devices.indices,
             dtype=cuda_dtype(config.dtype, model.dtype),
             block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             memory_bytes=config.device_memory_bytes,
             utilization=config.gpu_memory_utilization,

@@ -117,7 +117,7 @@ def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tup
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
-    return Lookahead(cost, files.config.num_layers, config.max_num_batched_tokens), source
+    return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
 
 
 def _tokenizer(files: ModelFiles) -> Tokenizer:
