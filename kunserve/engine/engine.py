@@ -114,6 +114,8 @@ class Engine(Operated):
                 self._main.cancel()
                 await asyncio.wait([self._main])
                 self._main = None
+            for memory in self.memories:  # work that no step waits for may hang, too, and hold up the end
+                await memory.device.at_rest()
         finally:
             giving_up.cancel()
 
@@ -404,7 +406,8 @@ class Engine(Operated):
 
     def _end_overlong(self) -> None:
         """End requests at the head of the queue that no group can hold any more: else they would block it for ever."""
-        while (head := self.scheduler.head) is not None and head.num_tokens > self._most_tokens:
+        least = self.scheduler.policy.least_tokens
+        while (head := self.scheduler.head) is not None and least(head) > self._most_tokens:
             self._fail(self._live[head.request_id], overlong(self._most_tokens))
 
     def _report_preemptions(self) -> None:

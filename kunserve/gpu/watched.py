@@ -92,6 +92,11 @@ class WatchedDevice:
         """See `Device.abandon`."""
         self.lose("it was given up")
 
+    async def at_rest(self) -> None:
+        """Return when all that was asked for has ended, or the device is lost."""
+        while waiting := [answer for line in self._lines for answer in line.waiting]:
+            await asyncio.wait(waiting)
+
     async def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what `work` on the compute queue returns, or raise what it raises; DeviceLostError if it is lost."""
         return await self._wait_for(self._compute, work)

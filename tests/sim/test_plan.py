@@ -53,8 +53,8 @@ def outlook(need: float, rate: float = 5.0, num_copies: int = 4, **ttft_p99: flo
     """Return an outlook of a cluster that can drop up to twice its KV, and carries 10 requests a second."""
     times = {DROP: 2.0, "recompute": 30.0, "swap": 20.0, MORE_GPUS: 10.0, PLENTY: 1.0} | ttft_p99
     outcomes = {name: Outcome(0.1, times[name], 0.5, 1000.0, 0, 0, 0) for name in ROWS}
-    has = Capacity(1, num_copies, 1, 1000, ((num_copies, 1000 if num_copies == 1 else 2000),))
-    return Outlook(has, Lengths(100, 100), Rates(6.0, 8.0, 10.0), rate, 60.0, need, outcomes)
+    has = Capacity(1, num_copies, 1, 1000, 1000, ((num_copies, 1000 if num_copies == 1 else 2000),))
+    return Outlook(has, Lengths(100, 100), Rates(6.0, 8.0, 10.0), rate, 60.0, 0, need, outcomes)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,11 @@ def test_a_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--gpus", "4xABC", "--model", "qwen2.5-14b", "--rate", "1"], "known GPUs are"),
         (["--gpus", "4xH100", "--model", "qwen", "--rate", "1"], "no model 'qwen'"),
         (["--gpus", "1x4090", "--model", "llama-70b", "--rate", "1"], "one instance of the model needs"),
-        (["--gpus", "4xH100", "--model", "qwen2.5-14b", "--trace", "nowhere.csv"], "cannot read nowhere.csv"),
+        (["--gpus", "4xH100", "--model", "qwen2.5-14b", "--trace", "nowhere.csv"], "nowhere.csv: No such file"),
+        (
+            ["--gpus", "1xH100", "--model", "llama-8b", "--trace", "a.csv", "--workload", "sharegpt"],
+            "has its own lengths",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(
@@ -111,6 +115,15 @@ def test_what_cannot_be_planned_is_said_in_one_line(
         cli.main(["plan", *flags])
     line = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
     assert said in line and len(line.splitlines()) == 1
+
+
+def test_every_policy_gets_the_same_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "longbench"  # also the name of a workload
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,400000,20\n1,0,0\n")
+    cli.main(["plan", "--gpus", "1xH100", "--model", "qwen2.5-14b", "--trace", str(trace), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_cut"] == 1 and found["mean_lengths"]["prompt"] < MODEL.max_position_embeddings
+    assert len({outcome["ttft_p99"] for name, outcome in found["outcomes"].items() if name != MORE_GPUS}) == 1
 
 
 def test_a_folder_needs_no_weights(tmp_path: Path) -> None:

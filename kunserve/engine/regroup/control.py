@@ -76,6 +76,7 @@ class OverloadControl:
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition | None]] = set()  # under way, or about to begin
+        self._removals = set[asyncio.Future[dict[str, Any]]]()  # whose groups drain
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
@@ -169,10 +170,15 @@ class OverloadControl:
     async def remove(self, device: int, drain_s: float) -> dict[str, Any]:
         """See `Engine.remove_device`."""
         self._refuse_if_busy()
+        removal = asyncio.ensure_future(self._remove(device, drain_s))
+        self._removals.add(removal)
+        removal.add_done_callback(self._removals.discard)
+        return await asyncio.shield(removal)  # it goes on if the operator's connection breaks
+
+    async def _remove(self, device: int, drain_s: float) -> dict[str, Any]:
         with self.membership.leaving(device):
             await self.membership.drain(device, drain_s)  # beside transitions of other groups
-            if self._is_stopping:
-                raise OverloadedError("the server is stopping", retry_after_s=5)
+            self._refuse_if_stopping()
             return await self._until_committed(self.membership.remove(device))
 
     async def add(self, device: int) -> dict[str, Any]:
@@ -185,7 +191,12 @@ class OverloadControl:
         if not self._is_stopping:
             self._spawn(self.membership.lose())
 
+    def _refuse_if_stopping(self) -> None:
+        if self._is_stopping:
+            raise OverloadedError("the server is stopping", retry_after_s=5)
+
     def _refuse_if_busy(self) -> None:
+        self._refuse_if_stopping()
         if self._tasks:
             current = self.reconfigure.transitions.current
             raise ConflictError(f"{current.name if current else 'a transition'} is under way", retry_after_s=1)
@@ -200,7 +211,7 @@ class OverloadControl:
         if committed is not None and committed.done():
             return committed.result().state()
         if task.cancelled():
-            raise OverloadedError("the server is stopping", retry_after_s=5)
+            self._refuse_if_stopping()
         ended = task.result()
         assert ended is not None
         return ended.state()

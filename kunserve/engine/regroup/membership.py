@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import count
 
 import structlog
 
@@ -35,6 +34,7 @@ log = structlog.get_logger()
 
 RETRY_S = 1.0  # after new groups could not be made of devices that are there
 MOST_ATTEMPTS = 3  # then the devices stay idle, if there are other groups
+GONE = (DeviceState.LOST, DeviceState.REMOVED)
 LAST_COPY_S = 0.5  # for copies that a lost device has begun
 
 
@@ -78,33 +78,36 @@ class Membership:
         Begins when the transitions that they are in have ended: those have stopped waiting for the device by now. All
         groups go at once, since only together the devices that are left of them may hold a complete copy.
         """
-        for attempt in count(1):
+        num_failed = 0
+        while True:
             await self._until_free("lose", self._lost_groups)
             if not (lost := self._lost_groups()):
                 return None
             try:
-                return await self._rebuild("lose", lost, may_idle=attempt > MOST_ATTEMPTS)
+                return await self._rebuild("lose", lost, may_idle=num_failed == MOST_ATTEMPTS)
             except DeviceLostError:
                 continue  # another device was lost meanwhile
             except NothingLeftError:
+                if lost != self._lost_groups():  # with what is left of those, there may be a copy
+                    continue
                 log.error("no complete copy of the weights is left: the server ends")
                 self._halt()
                 return None
             except Exception as error:
-                log_failure("new groups could not be made, trying again", error, attempt=attempt)
+                num_failed = min(num_failed + 1, MOST_ATTEMPTS)
+                log_failure("new groups could not be made, trying again", error)
                 await asyncio.sleep(RETRY_S)
-        return None
 
     @contextmanager
     def leaving(self, device: int) -> Iterator[None]:
         """Give the group of a device no new requests inside, while there are others: the device is to be removed.
 
-        ConflictError if it is not at work, or no complete copy would be left.
+        ConflictError if it is gone, or about to be, or no complete copy would be left.
         """
-        group = self._fleet.group_on(device)
-        if self._health.state(device) is not DeviceState.OK or group is None:
-            raise ConflictError(f"{self._health.devices[device].name} is not at work")
-        if self._plan([group], device) is None and not self._others([group], is_suspect=False):
+        if self._health.is_leaving(device) or self._health.state(device) in GONE:
+            raise ConflictError(f"{self._health.devices[device].name} is not there, or is taken out already")
+        groups = self._groups_on(device)
+        if groups and self._plan(groups, device) is None and not self._others(groups, is_suspect=False):
             raise NothingLeftError
         self._health.retire(device)
         try:
@@ -125,15 +128,10 @@ class Membership:
 
         ConflictError, and nothing has changed, if it was lost, or no complete copy would be left.
         """
-
-        def its_group() -> list[Group]:
-            group = self._fleet.group_on(device)
-            return [group] if group is not None else []
-
-        await self._until_free("remove", its_group)
+        await self._until_free("remove", lambda: self._groups_on(device))
         if self._health.devices[device].is_lost:
             raise ConflictError(f"{self._health.devices[device].name} is lost")
-        transition = await self._rebuild("remove", its_group(), without=device)
+        transition = await self._rebuild("remove", self._groups_on(device), without=device)
         self._health.remove(device)
         await asyncio.to_thread(self._health.devices[device].close)
         return transition
@@ -143,7 +141,7 @@ class Membership:
 
         ConflictError if it is at work, or cannot be opened without a restart.
         """
-        is_gone = self._health.state(device) in (DeviceState.LOST, DeviceState.REMOVED)
+        is_gone = self._health.state(device) in GONE
         if self._fleet.group_on(device) is not None:
             if is_gone:
                 raise ConflictError("the group of this device is being replaced", retry_after_s=1)
@@ -239,6 +237,10 @@ class Membership:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""
         groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.origin) for g in self._others([]))
         return replace(self._snapshot(), groups=tuple(groups)).longest_blocks()
+
+    def _groups_on(self, device: int) -> list[Group]:
+        """Return the group of a device, or none."""
+        return [group for group in self._fleet.groups if any(stage.device == device for stage in group.stages)]
 
     def _lost_groups(self) -> list[Group]:
         return [group for group in self._fleet.groups if group.is_lost]

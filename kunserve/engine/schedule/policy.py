@@ -38,6 +38,10 @@ class Policy(ABC):
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Whether `request`, now waiting, may join `group`, where others use `num_shared` blocks that it needs, too."""
 
+    def least_tokens(self, request: Request) -> int:
+        """How many tokens a group has to hold to admit `request`, however empty it is."""
+        return request.num_tokens
+
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
         """Whom to take out before a step, so that all others get their blocks; `num_leaving` come free anyway."""
         return []
@@ -90,11 +94,12 @@ class Queue(Policy):
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """The longest that all of them can get fits in the group."""
-        return sum(self._most_blocks(group, r) for r in (*group.running, request)) <= group.num_blocks
+        most = (group.blocks_for(self.least_tokens(r)) for r in (*group.running, request))
+        return sum(most) <= group.num_blocks
 
-    @staticmethod
-    def _most_blocks(group: Group, request: Request) -> int:
-        return group.blocks_for(request.num_prompt_tokens + request.params.max_tokens)
+    def least_tokens(self, request: Request) -> int:
+        """The prompt, and all that it may ask for."""
+        return request.num_prompt_tokens + request.params.max_tokens
 
 
 class Retract(Policy):

@@ -142,7 +142,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.preempted_by[request.request_id] = group.group_id
-        if self.policy.is_requeued_last:
+        if self.policy.is_requeued_last and not request.is_hurried:
             self.waiting.append(request)
         else:
             self.waiting.appendleft(request)

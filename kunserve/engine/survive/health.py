@@ -202,6 +202,10 @@ class Health:
         self._leaving.add(device)
         self._mark(device)
 
+    def is_leaving(self, device: int) -> bool:
+        """Return whether an operator is about to take a device out."""
+        return device in self._leaving
+
     def stay(self, device: int) -> None:
         """Note that a device is not taken out, or not any more to be."""
         self._leaving.discard(device)

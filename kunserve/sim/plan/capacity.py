@@ -25,6 +25,7 @@ class Capacity:
     num_copies: int
     weight_bytes: int  # of one copy
     kv_tokens: int  # beside all copies
+    max_model_len: int  # tokens of one request
     chains: tuple[tuple[int, int], ...]  # after the largest drop: of how many copies each is made, tokens it holds
 
     @classmethod
@@ -48,6 +49,7 @@ class Capacity:
             len(groups),
             shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes,
             tokens,
+            placed.max_model_len,
             (
                 *((len(merge.group_ids), merge.capacity_blocks * block_size) for merge in merges),
                 *((1, tokens // len(groups)) for _ in apart),

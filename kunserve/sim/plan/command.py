@@ -40,7 +40,6 @@ _amount = number_from(float, 1e-6, 1e6)
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the command line's values."""
-    default = Options()
     parser = OneLineParser("kunserve plan", description=__doc__)
     add_version_flag(parser)
     add = parser.add_argument
@@ -48,9 +47,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, help="a model card, or a Hugging Face folder (its config.json is enough)")
     add("--trace", type=Path, help="a trace file: its times and lengths (Azure, BurstGPT, Mooncake)")
     add("--rate", type=_amount, help="requests a second on average, of all GPUs; with --trace: its times are stretched")
-    add("--workload", choices=WORKLOADS, default="sharegpt", help="lengths without a trace (default %(default)s)")
+    add("--workload", choices=WORKLOADS, help="lengths without a trace (default sharegpt)")
     add("--lengths", type=Path, help="lengths of this file instead")
-    add("--burst-height", type=_amount, default=default.burst_height, help="rate in a burst over that outside")
+    add("--burst-height", type=_amount, help="rate in a burst over that outside (default 2)")
     add(
         "--duration", dest="duration_s", type=_amount, default=120.0, help="seconds of the load, the busiest of a trace"
     )
@@ -61,6 +60,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     values = parser.parse_args(arguments)
     if values.trace is None and values.rate is None:
         parser.error("how much load is it? Give --rate, or --trace with a file")
+    if values.trace is not None and (values.workload or values.lengths or values.burst_height):
+        parser.error("a trace has its own lengths and bursts: leave --workload, --lengths and --burst-height out")
     return values
 
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
             check_matplotlib()
         outlook, reports = look(values)
     except (ConfigError, ValueError) as error:
-        sys.exit(f"kunserve plan: {error}")
+        sys.exit(f"kunserve plan: {str(error).replace('--cluster', '--gpus')}")
     if values.as_json:
         print(json.dumps(_figures(outlook)))
     else:
@@ -89,10 +90,10 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     options = Options(
         cluster=_cluster_name(values.gpus),
         model=values.model,
-        workload=values.workload if values.trace is None else str(values.trace),
+        workload=values.workload or "sharegpt" if values.trace is None else str(values.trace.absolute()),
         seed=values.seed,
         rate=values.rate,
-        burst_height=values.burst_height,
+        burst_height=values.burst_height or Options().burst_height,
         duration_s=values.duration_s if values.trace is None else 1e9,
         memory_gib=values.memory_gib,
         lengths=values.lengths,
@@ -103,7 +104,8 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     found = busiest(rows_of(options), values.duration_s, MOST_REQUESTS)
     if not found:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
-    rows = [replace(row, at_s=row.at_s - found[0].at_s) for row in found]
+    rows = [_cut(row, capacity.max_model_len, found[0].at_s) for row in found]
+    num_cut = sum(cut.num_prompt_tokens < row.num_prompt_tokens for cut, row in zip(rows, found, strict=True))
     lengths = Lengths(fmean(r.num_prompt_tokens for r in rows), fmean(r.num_output_tokens for r in rows))
     cost = Instances.of(model, cluster).cost(model)
     rates = Rates.of(capacity, cost, model.num_layers, lengths, options.max_num_seqs)
@@ -117,7 +119,14 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     seconds = max(rows[-1].at_s, 1.0)
     outcomes = {name: Outcome.of(report) for name, report in reports.items()}
     need = peak / capacity.kv_tokens
-    return Outlook(capacity, lengths, rates, len(rows) / seconds, seconds, need, outcomes), reports
+    return Outlook(capacity, lengths, rates, len(rows) / seconds, seconds, num_cut, need, outcomes), reports
+
+
+def _cut(row: TraceRow, max_model_len: int, start_s: float) -> TraceRow:
+    """Return a row as every policy serves it: no longer than the model, or the KV beside one copy, allows."""
+    num_prompt = min(max(1, row.num_prompt_tokens), max_model_len - 2)
+    num_output = min(max(1, row.num_output_tokens), max_model_len - num_prompt - 1)
+    return replace(row, at_s=row.at_s - start_s, num_prompt_tokens=num_prompt, num_output_tokens=num_output)
 
 
 def _cluster_name(gpus: str) -> str:
@@ -151,6 +160,7 @@ def _figures(outlook: Outlook) -> dict[str, Any]:
         "rates": asdict(outlook.rates),
         "rate": outlook.rate,
         "seconds": outlook.seconds,
+        "num_cut": outlook.num_cut,
         "need": outlook.need,
         "room": outlook.room,
         "outcomes": {name: asdict(outcome) for name, outcome in outlook.outcomes.items()},
@@ -179,6 +189,12 @@ def show(values: argparse.Namespace, outlook: Outlook) -> None:
     for name, o in outlook.outcomes.items():
         times = (f"{value:.2f}" for value in (o.ttft_p50, o.ttft_p99, o.longest_gap))
         table.add_row(NAMES.get(name, name), *times, f"{o.tokens_per_s:.0f}", str(o.num_preempted), str(o.num_drops))
+    if outlook.num_cut:
+        console.print(
+            f"{outlook.num_cut} prompts are longer than the {capacity.max_model_len:,} tokens that a request can have "
+            "here: they are cut to that.",
+            style="yellow",
+        )
     console.print(table)
     console.print(outlook.verdict())
     console.print("Times are predicted from data sheets: compare rows, and measure before you buy.", style="dim")

@@ -54,6 +54,7 @@ class Outlook:
     rates: Rates
     rate: float  # requests a second, on average over `seconds`
     seconds: float  # of the load that was simulated
+    num_cut: int  # requests with prompts longer than can be served: they are cut
     need: float
     outcomes: Mapping[str, Outcome]
 

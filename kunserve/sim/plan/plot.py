@@ -26,7 +26,7 @@ def draw(outlook: Outlook, reports: Mapping[str, Mapping[str, Any]], path: Path)
     for name, report in reports.items():
         times = zip(report["answers"]["arrival_s"], report["answers"]["ttft_s"], strict=True)
         shown = [(arrival, ttft) for arrival, ttft in times if ttft is not None]
-        bottom.scatter(*zip(*shown, strict=True), s=6, label=name)
+        bottom.scatter([arrival for arrival, _ in shown], [ttft for _, ttft in shown], s=6, label=name)
     bottom.set(ylabel="TTFT, s", xlabel="arrival, s", yscale="log")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)

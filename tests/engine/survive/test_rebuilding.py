@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transition_harness import Answer, Checked, checked_engine
+from transition_harness import Answer, Checked, checked_engine, next_round
 
+from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, DeviceLostError, OverloadedError
 from kunserve.model.host_copy import HostCopy
 from kunserve.planner.drop import plan_drop_of
+from kunserve.policies import OverloadPolicy
 from kunserve.sampling import SamplingParams
 
 NUM_BLOCKS = 320
@@ -87,6 +90,84 @@ async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
         await checked.rebuilt()
         assert members(checked) == [{2}]
         checked.assert_idle()
+
+
+async def test_a_second_loss_at_the_boundary_of_the_first_does_not_end_the_server(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+        await checked.control.drop([g.group_id for g in checked.engine.groups if g.stages[0].device], is_forced=True)
+        await checked.settled()
+        answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
+        await checked.commits(3)
+        lose(checked, 0)
+        while not at_step(checked, "lose.boundary")():
+            await next_round()
+        lose(checked, 1)
+        assert len((await answering).token_ids) == 100
+        await checked.rebuilt()
+        assert members(checked) == [{2}]
+
+
+async def test_streams_of_a_lost_device_go_first(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(8)]))
+        await checked.commits(8)
+        begun = {r for g in checked.engine.groups if g.stages[0].device == 0 for r in g.running if r.num_output_tokens}
+        hurried = set()
+        preempt = checked.engine.scheduler.preempt
+
+        def seen(group: Group, request: Request) -> None:
+            hurried.update([request] if request.is_hurried else [])
+            preempt(group, request)
+
+        checked.engine.scheduler.preempt = seen  # type: ignore[method-assign]
+        lose(checked, 0)
+        assert all(len(answer.token_ids) == 60 for answer in await answering)
+        assert begun and hurried == begun and not any(request.is_hurried for request in hurried)
+
+
+async def test_a_probe_that_hangs_does_not_hold_up_the_end(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        engine, ends = checked.engine, threading.Event()
+
+        async def hang(group: Group | None, device: int) -> None:
+            await engine.memories[device].device.run(ends.wait)
+
+        engine.executor.probe = hang  # type: ignore[method-assign]
+        engine.device_health.fails([0])
+        await until(lambda: engine.memories[0].device.has_work)
+        await engine.stop(last_step_s=0.1)
+        await asyncio.to_thread(checked.machine.close)
+        assert checked.machine.stuck() == ["cpu:0"]
+        ends.set()
+
+
+async def test_a_suspected_or_idle_device_can_be_taken_out(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        checked.engine.device_health.fails([1])
+        assert (await checked.engine.remove_device(1, 0.0))["outcome"] == "done"
+        assert members(checked) == [{0}]
+        with pytest.raises(ConflictError, match="taken out already"):
+            await checked.engine.remove_device(1, 0.0)
+
+
+async def test_nothing_begins_once_the_server_stops(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+        await checked.engine.stop()
+        for asked in (checked.engine.drop(is_forced=True), checked.engine.add_device(1)):
+            with pytest.raises(OverloadedError, match="stopping"):
+                await asked
+
+
+async def test_a_request_that_reserves_more_than_is_left_blocks_nobody(tiny64: Path) -> None:
+    settings = {"pipeline_parallel_size": 2, "max_model_len": 256, "overload_policy": OverloadPolicy.QUEUE}
+    async with checked_engine(tiny64, "cpu:4", 32, **settings) as checked:
+        lose(checked, 3)
+        await checked.rebuilt()
+        lose(checked, 0)
+        await checked.rebuilt()
+        answers = await checked.answer_all([ask("long", 240), *(ask(f"short{i}", 5) for i in range(3))])
+        assert isinstance(answers[0].error, OverloadedError)
+        assert all(len(answer.token_ids) == 5 for answer in answers[1:])
 
 
 async def test_a_device_that_dies_before_the_commit_is_in_no_new_group(tiny64: Path) -> None:
