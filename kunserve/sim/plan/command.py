@@ -172,12 +172,13 @@ def show(values: argparse.Namespace, outlook: Outlook) -> None:
     console, capacity, rates = Console(soft_wrap=True), outlook.capacity, outlook.rates
     lengths = f"{outlook.lengths.prompt:.0f} tokens in and {outlook.lengths.output:.0f} out on average"
     copies = f"{capacity.num_copies} {'copy' if capacity.num_copies == 1 else 'copies'}"
-    chains = ", ".join(f"{length}" for length, _ in capacity.chains)
+    chains = " and ".join(f"{length}" for length, _ in capacity.chains)
+    room = f" ({outlook.room:.2f} times; chains of {chains} copies)" if outlook.room > 1 else ""
     console.print(
         f"[bold]{values.model} on {values.gpus}[/]: {copies} of the weights ({format_size(capacity.weight_bytes)} on "
         f"{capacity.gpus_per_copy} GPU{'s' if capacity.gpus_per_copy > 1 else ''} each).\n"
-        f"KV: {capacity.kv_tokens:,} tokens; {capacity.dropped_kv_tokens:,} after the largest drop "
-        f"({outlook.room:.2f} times; chains of {chains} copies).\n"
+        f"KV: {capacity.kv_tokens:,} tokens; {capacity.dropped_kv_tokens:,} after the largest drop"
+        f"{room}.\n"
         f"Load: {outlook.seconds:.0f} s of {outlook.rate:.2f} requests a second, {lengths}; "
         f"at the peak it needs {outlook.need:.2f} times the KV.\n"
         f"For long, KV carries about {rates.kv:.1f} requests a second, {rates.dropped_kv:.1f} after the largest drop; "
