@@ -106,7 +106,7 @@ class Request:
     @property
     def goes_first(self) -> bool:
         """Whether others wait for it in turns: it goes alone, or has waited long enough."""
-        return self.is_hurried or self.is_suspect
+        return self.is_hurried or (self.suspect_until > 0 and self.is_suspect)
 
     @property
     def is_over_here(self) -> bool:

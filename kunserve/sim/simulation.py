@@ -23,7 +23,7 @@ from kunserve.sim.clock import simulate
 from kunserve.sim.machine import NoWeights, SimMachine
 from kunserve.sim.prompts import ANY_TOKEN, make_prompt
 from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize
-from kunserve.sim.traces import TraceRow
+from kunserve.sim.traces import TraceRow, cut
 
 SAMPLE_EVERY_S = 1.0
 
@@ -118,13 +118,12 @@ class Simulation:
         for i, row in enumerate(self._rows):
             if (delay_s := start_s + row.at_s - loop_time()) > 0:
                 await asyncio.sleep(delay_s)
-            num_prompt = min(max(1, row.num_prompt_tokens), engine.limits.max_model_len - 2)
-            num_output = min(max(1, row.num_output_tokens), engine.limits.max_model_len - num_prompt - 1)
-            answer = Answer(loop_time(), num_prompt)
+            row = cut(row, engine.limits.max_model_len)
+            answer = Answer(loop_time(), row.num_prompt_tokens)
             client = _Client(answer, loop, end)
             self.record.answers.append(answer)
-            token_ids, keys = self._prompt(row, i, num_prompt)
-            request = Request(f"{i}", token_ids, SamplingParams(num_output, ignore_eos=True, seed=0))
+            token_ids, keys = self._prompt(row, i, row.num_prompt_tokens)
+            request = Request(f"{i}", token_ids, SamplingParams(row.num_output_tokens, ignore_eos=True, seed=0))
             request.block_keys = keys
             try:
                 engine.submit_to(request, client)

@@ -56,6 +56,13 @@ def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
     return sorted(rows, key=lambda row: row.at_s)
 
 
+def cut(row: TraceRow, max_model_len: int) -> TraceRow:
+    """Return a row that can be served: with a token of prompt and of output, and no longer than requests may be."""
+    num_prompt = min(max(1, row.num_prompt_tokens), max_model_len - 2)
+    num_output = min(max(1, row.num_output_tokens), max_model_len - num_prompt - 1)
+    return replace(row, num_prompt_tokens=num_prompt, num_output_tokens=num_output)
+
+
 def pick_rows(
     rows: Sequence[TraceRow], window: tuple[float, float], limit: int | None, rng: Generator
 ) -> list[TraceRow]:

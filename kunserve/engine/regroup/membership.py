@@ -208,8 +208,7 @@ class Membership:
         """Take all requests out of a group that stands still: they wait again, in the order of their admission."""
         self._fleet.give_up_followers(group)
         for request, _ in reversed(by_admission([group])):
-            request.is_hurried = request.num_output_tokens > 0
-            self._scheduler.preempt(group, request)
+            self._scheduler.preempt(group, request, is_hurried=True)
         self._fleet.forget_idle(group)
         self._signals.wake()
 
@@ -218,11 +217,10 @@ class Membership:
         snapshot, gone = self._snapshot(), {group.group_id for group in old}
         others = tuple(view for view in snapshot.groups if view.group_id not in gone)
         busy = {stage.device for group in self._fleet.groups if group not in old for stage in group.stages}
-        usable = (DeviceState.OK, DeviceState.SUSPECT)
         free = [
             view
             for view in snapshot.devices
-            if view.device not in busy and view.device != without and self._health.state(view.device) in usable
+            if view.device not in busy and view.device != without and self._health.state(view.device) not in GONE
         ]
         held = {stage.device: stage.view for group in old for stage in group.stages}
         rest = replace(snapshot, groups=others)
@@ -240,7 +238,8 @@ class Membership:
 
     def _groups_on(self, device: int) -> list[Group]:
         """Return the group of a device, or none."""
-        return [group for group in self._fleet.groups if any(stage.device == device for stage in group.stages)]
+        group = self._fleet.group_on(device)
+        return [group] if group is not None else []
 
     def _lost_groups(self) -> list[Group]:
         return [group for group in self._fleet.groups if group.is_lost]

@@ -130,8 +130,12 @@ class Scheduler:
             if samples and is_contended:
                 self.waiting.generated(request.owner, 1)
 
-    def preempt(self, group: Group, request: Request) -> None:
-        """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed."""
+    def preempt(self, group: Group, request: Request, *, is_hurried: bool = False) -> None:
+        """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed.
+
+        `is_hurried`: its KV is gone with a device. If its stream has begun, it comes before those that run.
+        """
+        request.is_hurried |= is_hurried and request.num_output_tokens > 0
         self.fleet.release(request)
         self.requeue(group, request)
 

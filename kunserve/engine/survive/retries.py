@@ -86,8 +86,7 @@ class Retries:
             if request.has_failed and request.finish_reason is None and request.num_in_flight == 0:
                 request.has_failed = False
                 self._fleet.resume(request)  # a migration that has stopped it sees that it is gone
-                request.is_hurried = group.is_lost and request.num_output_tokens > 0
-                self._scheduler.preempt(group, request)
+                self._scheduler.preempt(group, request, is_hurried=group.is_lost)
                 self._metrics.retried_request()
 
     def _suspect(self, group: Group, devices: Sequence[int]) -> None:

@@ -82,7 +82,7 @@ class Rates:
     def of(
         cls, capacity: Capacity, cost: CostModel, num_layers: int, lengths: Lengths, max_num_seqs: int = 1024
     ) -> Rates:
-        """Estimate them from the times that the cost model predicts. The paper's figures are not needed for it.
+        """Estimate them from the times that the cost model predicts.
 
         A request in the middle of its answer holds its prompt and half of its output. As many as memory holds are
         decoded together; each step reads all weights once, whoever is in it. Prefills take their time from that.

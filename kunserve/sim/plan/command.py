@@ -27,7 +27,7 @@ from kunserve.sim.options import Options, cluster_of, rows_of, simulate
 from kunserve.sim.plan.capacity import Capacity, Lengths, Rates
 from kunserve.sim.plan.outlook import MORE_GPUS, ROWS, Outcome, Outlook, busiest
 from kunserve.sim.policies import PLENTY
-from kunserve.sim.traces import TraceRow, stretch
+from kunserve.sim.traces import TraceRow, cut, stretch
 from kunserve.sim.workload import WORKLOADS
 from kunserve.sizes import format_size
 from kunserve.version import add_version_flag
@@ -104,7 +104,8 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     found = busiest(rows_of(options), values.duration_s, MOST_REQUESTS)
     if not found:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
-    rows = [_cut(row, capacity.max_model_len, found[0].at_s) for row in found]
+    # As all policies can serve them: where memory has no end, requests could be longer than beside one copy.
+    rows = [cut(replace(row, at_s=row.at_s - found[0].at_s), capacity.max_model_len) for row in found]
     num_cut = sum(cut.num_prompt_tokens < row.num_prompt_tokens for cut, row in zip(rows, found, strict=True))
     lengths = Lengths(fmean(r.num_prompt_tokens for r in rows), fmean(r.num_output_tokens for r in rows))
     cost = Instances.of(model, cluster).cost(model)
@@ -120,13 +121,6 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     outcomes = {name: Outcome.of(report) for name, report in reports.items()}
     need = peak / capacity.kv_tokens
     return Outlook(capacity, lengths, rates, len(rows) / seconds, seconds, num_cut, need, outcomes), reports
-
-
-def _cut(row: TraceRow, max_model_len: int, start_s: float) -> TraceRow:
-    """Return a row as every policy serves it: no longer than the model, or the KV beside one copy, allows."""
-    num_prompt = min(max(1, row.num_prompt_tokens), max_model_len - 2)
-    num_output = min(max(1, row.num_output_tokens), max_model_len - num_prompt - 1)
-    return replace(row, at_s=row.at_s - start_s, num_prompt_tokens=num_prompt, num_output_tokens=num_output)
 
 
 def _cluster_name(gpus: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,19 @@ async def test_two_rebuilds_never_take_the_same_device(tiny64: Path) -> None:
         checked.assert_idle()
 
 
-async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+@asynccontextmanager
+async def one_beside_a_chain(folder: Path) -> AsyncIterator[tuple[Checked, asyncio.Future[Answer]]]:
+    """Device 0 alone, 1 and 2 in a chain, and a request of 100 tokens that is being answered."""
+    async with checked_engine(folder, "cpu:3", NUM_BLOCKS) as checked:
         await checked.control.drop([g.group_id for g in checked.engine.groups if g.stages[0].device], is_forced=True)
         await checked.settled()
         answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
         await checked.commits(3)
+        yield checked, answering
+
+
+async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
+    async with one_beside_a_chain(tiny64) as (checked, answering):
         lose(checked, 0, 1)  # the last device that has all weights, and one of the others
         assert len((await answering).token_ids) == 100
         await checked.rebuilt()
@@ -93,11 +101,7 @@ async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
 
 
 async def test_a_second_loss_at_the_boundary_of_the_first_does_not_end_the_server(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
-        await checked.control.drop([g.group_id for g in checked.engine.groups if g.stages[0].device], is_forced=True)
-        await checked.settled()
-        answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
-        await checked.commits(3)
+    async with one_beside_a_chain(tiny64) as (checked, answering):
         lose(checked, 0)
         while not at_step(checked, "lose.boundary")():
             await next_round()
@@ -115,9 +119,9 @@ async def test_streams_of_a_lost_device_go_first(tiny64: Path) -> None:
         hurried = set()
         preempt = checked.engine.scheduler.preempt
 
-        def seen(group: Group, request: Request) -> None:
+        def seen(group: Group, request: Request, **how: bool) -> None:
+            preempt(group, request, **how)
             hurried.update([request] if request.is_hurried else [])
-            preempt(group, request)
 
         checked.engine.scheduler.preempt = seen  # type: ignore[method-assign]
         lose(checked, 0)
