@@ -42,6 +42,7 @@ class Api:
     threads: ThreadPoolExecutor  # for what would hold up the event loop
     turns: Turns  # on the way in: for about a millisecond of work
     deliveries: Turns  # on the way out: of one output each
+    departures: Turns  # of sequences that are over: each frees what it holds
     admission: Admission
     bodies: BodyMemory
     grammars: Grammars | None
