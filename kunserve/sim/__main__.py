@@ -9,7 +9,7 @@ from pathlib import Path
 from kunserve.command.command_line import OneLineParser, number_from
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
-from kunserve.sim.options import Options, simulate
+from kunserve.sim.options import HOST_TOKEN_S, Options, simulate
 from kunserve.sim.policies import POLICIES
 from kunserve.sim.workload import WORKLOADS
 from kunserve.version import add_version_flag
@@ -50,13 +50,17 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens)
     add("--max-num-seqs", type=_count, default=default.max_num_seqs)
     add("--watermark", type=number_from(float, 0.0, 1.0), default=default.watermark)
-    add(
-        "--step-overhead",
-        dest="step_overhead_s",
-        type=number_from(float, 0.0, 60.0),
-        default=default.step_overhead_s,
-        help="seconds that the host adds to each stage of a step (the paper's decode iteration of 60 ms: about 0.015)",
-    )
+    for name, default_s, what in (
+        ("step", default.host_step_s, "a step of a group"),
+        ("token", default.host_token_s, f"each token that it streams (this server: about {HOST_TOKEN_S})"),
+    ):
+        add(
+            f"--host-{name}",
+            dest=f"host_{name}_s",
+            type=number_from(float, 0.0, 60.0),
+            default=default_s,
+            help=f"seconds that the server's main thread, which all groups share, takes for {what}",
+        )
     add("--restore-hold", dest="restore_hold_s", type=_seconds, default=default.restore_hold_s)
     add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")

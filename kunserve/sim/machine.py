@@ -39,13 +39,29 @@ CALL_S = 50e-6  # of a call that maps or unmaps: some 100 of them are the paper'
 TOKEN = SampledToken(0)  # what every step samples
 
 
-class SimDevice(NullDevice):
-    """A device that computes one thing after the other, in the order of asking; copies take their time on links."""
+class Core:
+    """Something that does one thing after the other, in the order of asking."""
+
+    def __init__(self) -> None:
+        self._free_at_s = 0.0
+
+    def queue(self, seconds: float) -> float:
+        """Work of so long goes after everything that was asked for before; how long until it is done."""
+        now_s = asyncio.get_running_loop().time()
+        self._free_at_s = max(self._free_at_s, now_s) + seconds
+        return self._free_at_s - now_s
+
+    async def compute(self, seconds: float) -> None:
+        """Return when work of so long has been done."""
+        await asyncio.sleep(self.queue(seconds))
+
+
+class SimDevice(NullDevice, Core):
+    """A device that computes in the time that it is told; copies take their time on links."""
 
     def __init__(self, index: int, num_chunks: int, chunk_bytes: int) -> None:
-        super().__init__(index, num_chunks, chunk_bytes)
-        self.busy_s = 0.0  # computed so far
-        self._free_at_s = 0.0
+        NullDevice.__init__(self, index, num_chunks, chunk_bytes)
+        Core.__init__(self)
         self._num_calls = 0
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
@@ -57,17 +73,6 @@ class SimDevice(NullDevice):
         """See `Device.unmap`."""
         self._num_calls += 1
         super().unmap(address, num_chunks)
-
-    def queue(self, seconds: float) -> float:
-        """Work of so long goes after everything that was asked for before; how long until it is done."""
-        now_s = asyncio.get_running_loop().time()
-        self._free_at_s = max(self._free_at_s, now_s) + seconds
-        self.busy_s += seconds
-        return self._free_at_s - now_s
-
-    async def compute(self, seconds: float) -> None:
-        """Return when work of so long has been done."""
-        await asyncio.sleep(self.queue(seconds))
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`. Work that maps takes time for every call; nothing else that comes here is long."""
@@ -91,14 +96,17 @@ class NoWeights:
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Seconds of scheduling, streaming and whatever else runs on the devices' own cores, as on a machine of few cores.
+    """Seconds of scheduling, streaming and whatever else the server does besides computing.
 
-    The stages of a microbatch pay for it in equal shares.
+    Where it `is_apart` it has a core of its own: one microbatch's after the other's for the whole server, beside what
+    the devices compute if a microbatch more is in flight. Else it runs on the devices' own cores, as on a machine of
+    few: the stages of a microbatch pay for it in equal shares.
     """
 
     step_s: float = 0.0  # for a microbatch
     token_s: float = 0.0  # for each token that it samples
     request_s: float = 0.0  # for each request, when it begins
+    is_apart: bool = False
 
 
 class Step(NamedTuple):
@@ -126,7 +134,7 @@ class SimExecutor(Executor):
     ) -> None:
         self._devices, self._links, self._cost = devices, links, cost
         self._token_bytes, self._num_layers = token_bytes, num_layers  # of an activation between stages
-        self._shares_head, self._host = shares_head, host
+        self._shares_head, self._host, self._core = shares_head, host, Core()
         self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # as DeviceExecutor
 
     def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Step:
@@ -150,6 +158,9 @@ class SimExecutor(Executor):
         num_bytes = int(work.num_tokens) * self._token_bytes
         host = self._host
         host_s = host.step_s + host.token_s * work.num_samples + host.request_s * inputs.num_begun
+        if host.is_apart:
+            await self._core.compute(host_s)
+            host_s = 0.0
         host_s /= len(group.stages)
         is_shared = self._shares_head and len(group.stages) > 1 and work.num_samples > 1
         for position, stage in enumerate(group.stages):
@@ -215,7 +226,13 @@ class SimMachine(Machine):
 
     @classmethod
     def of_gpus(
-        cls, model: ModelConfig, cluster: Cluster, block_size: int, *, is_coordinated: bool = True
+        cls,
+        model: ModelConfig,
+        cluster: Cluster,
+        block_size: int,
+        *,
+        is_coordinated: bool = True,
+        host: HostTime | None = None,
     ) -> SimMachine:
         """The GPUs of a cluster, as many to a device as an instance needs. ConfigError if there are too few."""
         instances, dtype = Instances.of(model, cluster), torch.bfloat16
@@ -224,7 +241,7 @@ class SimMachine(Machine):
         devices = range(instances.num_devices)
         views = [DeviceView(i, budget // chunk_bytes, instances.server(i)) for i in devices]
         links = TimedLinks(instances.bandwidth, is_coordinated=is_coordinated)
-        return cls(model, instances.cost(model), links, views, dtype, chunk_bytes, cluster.kind)
+        return cls(model, instances.cost(model), links, views, dtype, chunk_bytes, cluster.kind, host=host)
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""

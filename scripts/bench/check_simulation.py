@@ -148,7 +148,10 @@ def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
 def host_time(*spent: Sequence[float]) -> HostTime:
     """What each takes, from (CPU seconds, microbatches, tokens, requests) of three loads."""
     seconds, *counts = np.array(spent).T
-    return HostTime(*(max(0.0, float(each_s)) for each_s in np.linalg.solve(np.stack(counts, axis=1), seconds)))
+    step_s, token_s, request_s = (
+        max(0.0, float(each_s)) for each_s in np.linalg.solve(np.stack(counts, axis=1), seconds)
+    )
+    return HostTime(step_s, token_s, request_s)
 
 
 def host_lost(spent: HostTime, live: dict[str, dict[str, Any]], seed: int) -> HostTime:

@@ -23,7 +23,7 @@ from typing import Any
 import paper_figures as figures
 
 from kunserve.log import set_up_logging
-from kunserve.sim.options import Options, simulate
+from kunserve.sim.options import HOST_TOKEN_S, Options, simulate
 from kunserve.sim.policies import POLICIES
 
 Report = dict[str, Any]
@@ -57,10 +57,8 @@ WORKLOADS = {
     "burstgpt-40gb": bursty(SMALL, "burstgpt", 24.0, 46.0, 60.0, 160.0),
 }
 QUICK = ("sharegpt", "longbench", "sharegpt-40gb", "burstgpt-40gb")
-# With what the host takes for each stage, as we read the published 60 ms of a decoding step: without it a chain is as
-# fast as its devices apart, and who does not restore loses nothing.
 TWO_BURSTS = replace(
-    SMALL, workload="longbench", rate=1.2, burst_height=3.0, burst_s=50.0, duration_s=640.0, step_overhead_s=0.015
+    SMALL, workload="longbench", rate=1.2, burst_height=3.0, burst_s=50.0, duration_s=640.0, host_token_s=HOST_TOKEN_S
 )
 ENDLESS = Options(
     cluster="16xH800",

@@ -24,7 +24,8 @@ NUMBERS = [
     "--max-num-batched-tokens",
     "--max-num-seqs",
     "--watermark",
-    "--step-overhead",
+    "--host-step",
+    "--host-token",
     "--restore-hold",
 ]
 
