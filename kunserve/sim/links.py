@@ -27,7 +27,7 @@ class TimedLinks(Links):
         is_coordinated: bool = True,
         slice_bytes: int = Links.slice_bytes,
     ) -> None:
-        super().__init__()
+        super().__init__(bandwidth(0, 1))
         self._bandwidth, self._latency_s, self.is_coordinated = bandwidth, latency_s, is_coordinated
         self.slice_bytes = slice_bytes if is_coordinated else sys.maxsize
         self.num_bytes = dict.fromkeys(Priority, 0)  # that went over all links so far

@@ -28,6 +28,7 @@ from kunserve.engine.regroup.swap import Swap
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.regroup.transition import Transitions
 from kunserve.engine.regroup.weight_loader import WeightLoader
+from kunserve.engine.regroup.worth import Worth
 from kunserve.engine.schedule.policy import make_policy
 from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.engine.serving_limits import ServingLimits
@@ -157,8 +158,19 @@ def make_control(
         engine.fit,
         engine.halt,
     )
+    worth = Worth(fleet, scheduler.waiting, metrics, links, shape, thresholds)
     control = OverloadControl(
-        fleet, scheduler, reconfigure, membership, signals, metrics, shape, views, thresholds, is_automatic=is_automatic
+        fleet,
+        scheduler,
+        reconfigure,
+        membership,
+        signals,
+        metrics,
+        worth,
+        shape,
+        views,
+        thresholds,
+        is_automatic=is_automatic,
     )
     health.on_lost = control.lost
     return control

@@ -33,6 +33,7 @@ from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
 from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.links import Links
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.host_copy import HostCopy
@@ -142,6 +143,10 @@ class CudaMachine(Machine):
                 )
             self.num_chunks = asked
         return [DeviceView(i, self.num_chunks, island) for i, island in enumerate(islands(self._drivers))]
+
+    def links(self) -> Links:
+        """See `Machine.links`. KV is taken to go at half of what PCIe 4.0 allows until some has gone."""
+        return Links(usual_bytes_per_s=12e9)
 
     def open(self) -> Sequence[CudaDevice]:
         """See `Machine.open`: create all chunks; the devices own the drivers from now on."""

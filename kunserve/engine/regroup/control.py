@@ -17,6 +17,7 @@ from kunserve.engine.regroup.live_kv import loss_of
 from kunserve.engine.regroup.membership import Membership
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.transition import Transition
+from kunserve.engine.regroup.worth import Worth
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals, loop_time
@@ -27,7 +28,7 @@ from kunserve.observe.metrics import Metrics
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
-from kunserve.planner.plan import Merge, RestorePlan
+from kunserve.planner.plan import RestorePlan
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
 from kunserve.sampling import FinishReason
@@ -39,7 +40,8 @@ log = structlog.get_logger()
 # chain longer, and one more can follow. But a chain cannot be cut anew, so it is cut for much more.
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
-RETRY_S = 1.0  # after a transition that failed, or was not worth it
+RETRY_S = 1.0  # after a transition that failed
+WEIGH_EVERY_S = 0.1  # what was not worth it
 LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
 CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
 LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
@@ -56,6 +58,7 @@ class OverloadControl:
         membership: Membership,
         signals: Signals,
         metrics: Metrics,
+        worth: Worth,
         shape: ModelShape,
         devices: Sequence[DeviceView],
         thresholds: Thresholds,
@@ -64,7 +67,7 @@ class OverloadControl:
     ) -> None:
         self._fleet, self._scheduler, self._waiting = fleet, scheduler, scheduler.waiting
         self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
-        self._shape, self._devices, self._thresholds = shape, tuple(devices), thresholds
+        self._worth, self._shape, self._devices, self._thresholds = worth, shape, tuple(devices), thresholds
         self._is_automatic, self._is_stopping = is_automatic, False
         self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
@@ -83,14 +86,17 @@ class OverloadControl:
     def observe(self, changed: Sequence[Group]) -> None:
         """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
         now = loop_time()
-        if not self._is_automatic or now < self._not_before_s:
+        if not self._is_automatic:
+            return
+        self._worth.look(now)
+        if now < self._not_before_s:
             return
         is_idle = not self._tasks
         may_drop = is_idle and self._merged_epoch != self._fleet.epoch
         if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded(changed):
             self._relaxation = Relaxation()
             if is_idle:
-                self._begin_drop()
+                self._begin_drop(now)
             else:
                 self.reconfigure.cancel_restore()
         elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
@@ -318,25 +324,18 @@ class OverloadControl:
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
         return round(of_arrivals * self._demand(of_lengths))
 
-    def _begin_drop(self) -> None:
+    def _begin_drop(self, now: float) -> None:
         snapshot = self.snapshot()
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if not (plan.merges or plan.meets_need):
             self._merged_epoch = plan.epoch
-        begun = [merge for merge in plan.merges if self._is_worth_it(snapshot, merge)]
+        begun = self._worth.merges(now, snapshot, plan, self._demand(1.0))
         for merge in begun:
             groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
             self._spawn(self.reconfigure.drop(snapshot, merge, most_lost_blocks=merge.added_blocks), groups)
-        if plan.merges and not begun:
-            self._look_again_later()
-
-    def _is_worth_it(self, snapshot: Snapshot, merge: Merge) -> bool:
-        """Return whether a merge gives more blocks than it takes from requests whose KV cannot follow its layers.
-
-        Without it, requests that lack a block make others start over: as many as hold what it would have given.
-        """
-        loss = loss_of(self._fleet, snapshot, merge)
-        return loss is None or loss.num_blocks < merge.added_blocks
+        if plan.merges and not begun:  # it may be when more waits
+            self._calm_until_s = now + WEIGH_EVERY_S
+            self._look_in(WEIGH_EVERY_S)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self.snapshot(), self._demand(1.0)
@@ -378,7 +377,7 @@ class OverloadControl:
         self._signals.wake()
 
     def _look_again_later(self) -> None:
-        """Begin nothing for a while: what has just failed, or was not worth it, would be so again."""
+        """Begin nothing for a while: what has just failed would do so again."""
         self._not_before_s = loop_time() + RETRY_S
         asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
 

@@ -213,7 +213,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         while not (control._is_tight(engine.groups) and control._is_overloaded(engine.groups)):
             await next_round()
         groups = list(engine.groups)
-        control._begin_drop()
+        control._begin_drop(loop_time())
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control._tasks
         if way == "refused":  # its groups are in another transition by now

@@ -1,0 +1,87 @@
+"""Whether a merge is worth it: what the planner's prices need of the engine, looked at as it runs."""
+
+from __future__ import annotations
+
+from math import inf
+
+import structlog
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.regroup.live_kv import loss_of
+from kunserve.engine.schedule.waiting import WaitingQueue
+from kunserve.gpu.links import Links
+from kunserve.observe.metrics import Metrics
+from kunserve.planner.overload import Thresholds
+from kunserve.planner.plan import DropPlan, Merge
+from kunserve.planner.price import Change, Shortage, Trend
+from kunserve.planner.snapshot import ModelShape, Snapshot
+
+log = structlog.get_logger()
+
+
+class Worth:
+    """Knows how what is asked of memory changes and how long a step takes, and so which merges pay."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        waiting: WaitingQueue,
+        metrics: Metrics,
+        links: Links,
+        shape: ModelShape,
+        thresholds: Thresholds,
+    ) -> None:
+        self._fleet, self._waiting, self._metrics, self._links = fleet, waiting, metrics, links
+        self._shape, self._thresholds = shape, thresholds
+        self._asked, self._generated = Trend(), Trend()  # blocks, tokens
+        self._short_since_s = self._short_at_s = -inf
+
+    def look(self, now_s: float) -> None:
+        """Note what is asked of memory, now and then: called before every step."""
+        if self._asked.is_due(now_s):
+            in_use = sum(group.num_used for group in self._fleet.groups)
+            self._asked.sample(now_s, in_use + self._shape.blocks_for(self._waiting.num_tokens))
+            self._generated.sample(now_s, self._metrics.num_generation_tokens)
+
+    def merges(self, now_s: float, snapshot: Snapshot, plan: DropPlan, demand_blocks: int) -> list[Merge]:
+        """Return the merges of a plan if they save more seconds than they cost, but those that lose too much KV."""
+        if now_s - self._short_at_s > self._asked.window_s:  # there was none for a while
+            self._short_since_s = now_s
+        self._short_at_s = now_s
+        num_requests = len(self._waiting) + sum(len(group.running) for group in self._fleet.groups)
+        shortage = Shortage(
+            demand_blocks - self._thresholds.drop_watermark * snapshot.capacity_blocks(),
+            self._asked.per_s,
+            max(1.0, demand_blocks / max(1, num_requests)),
+            now_s - self._short_since_s,
+        )
+        merges = [merge for merge in plan.merges if self._keeps_more_than_it_loses(snapshot, merge)]
+        costs_s = [self._change(merge).cost_s(shortage.rest_s) for merge in merges]
+        # All or none: a plan merges no more groups than it has to, and all that are full, since whoever alone has room
+        # gets all new requests, which are more than it can compute.
+        saved_s, cost_s = shortage.saved_s(sum(merge.added_blocks for merge in merges)), sum(costs_s)
+        log.debug("merges weighed", groups=[m.group_ids for m in merges], saved_s=saved_s, cost_s=cost_s)
+        return merges if saved_s > cost_s else []
+
+    def _change(self, merge: Merge) -> Change:
+        """Return what a merge does to those who run in its groups: half of their KV moves, both ways at once."""
+        groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
+        num_requests = sum(len(group.running) for group in groups)
+        used = sum(group.num_used for group in groups)
+        num_bytes = used * self._shape.kv_block_bytes * self._shape.num_layers
+        exchange_s = num_bytes / 4 / self._links.kv_bytes_per_s
+        passed = sum(len(group.running) * len(group.stages) for group in groups) / max(1, num_requests)
+        return Change(num_requests, self._step_s(), exchange_s, len(merge.stages) - passed)
+
+    def _step_s(self) -> float:
+        """Return how long a step has taken lately: each request that runs gets a token in it."""
+        num_running = sum(len(group.running) for group in self._fleet.groups)
+        return num_running / self._generated.per_s if self._generated.per_s > 0 else 0.0
+
+    def _keeps_more_than_it_loses(self, snapshot: Snapshot, merge: Merge) -> bool:
+        """Return whether a merge gives more blocks than it takes from requests whose KV cannot follow its layers.
+
+        Without it, requests that lack a block make others start over: as many as hold what it would have given.
+        """
+        loss = loss_of(self._fleet, snapshot, merge)
+        return loss is None or loss.num_blocks < merge.added_blocks
