@@ -270,17 +270,29 @@ async def watch(url: str, key: str | None, console: Console, *, is_once: bool) -
             await asyncio.sleep(RETRY_S)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Entry point of `kunserve top`. Ctrl-C ends it."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser(prog="kunserve top", description="Watch a server in the terminal.")
     add_version_flag(parser)
     url = checked(parse_server_url)
     default = "http://127.0.0.1:8000"
-    parser.add_argument("url", nargs="?", type=url, default=default, metavar="URL", help="(default %(default)s)")
+    parser.add_argument(
+        "url", nargs="?", type=url, default=default, metavar="URL", help="address of the server (default %(default)s)"
+    )
     known = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), None)
-    parser.add_argument("--api-key", default=known, metavar="KEY", help="if the server asks for one")
-    parser.add_argument("--once", action="store_true", help="one picture, then end")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--api-key",
+        default=known,
+        metavar="KEY",
+        help="key of the server, if it wants one (default: as for the server)",
+    )
+    parser.add_argument("--once", action="store_true", help="draw one picture and end")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `kunserve top` until it is interrupted (Ctrl-C); exit with one line if there is no such server."""
+    args = make_parser().parse_args(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(watch(args.url, args.api_key, Console(), is_once=args.once))

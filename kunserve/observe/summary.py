@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import structlog
 
-from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.observe.gauges import EngineStats
+from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 

@@ -20,8 +20,8 @@ _seconds = number_from(float, 0.0, 1e6)
 _count = number_from(int, 1, 1_000_000)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
-    """The command line as options, and whether the report is to be brief."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     default = Options()
     parser = OneLineParser("python -m kunserve.sim", description=__doc__)
     add_version_flag(parser)
@@ -69,7 +69,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
         help="requests that begin alike share KV, by the hash ids of a Mooncake trace; the report has prefix_hit_rate",
     )
     add("--brief", action="store_true", help="without what is kept over time and the transitions")
-    values = vars(parser.parse_args(arguments))
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
+    """Return the command line as options, and whether the report is to be brief."""
+    values = vars(make_parser().parse_args(arguments))
     is_brief = values.pop("brief")
     return Options(**values), is_brief
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError
-from kunserve.observe.metrics import EngineStats
+from kunserve.observe.gauges import EngineStats
 
 
 class TextTokenizer(Protocol):

@@ -38,8 +38,8 @@ NAMES = {PLENTY: "endless memory"}
 _amount = number_from(float, 1e-6, 1e6)
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the command line's values."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser("kunserve plan", description=__doc__)
     add_version_flag(parser)
     add = parser.add_argument
@@ -57,6 +57,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=0)
     add("--plot", type=Path, metavar="FILE", help="draw demand for KV and TTFT over time")
     add("--json", dest="as_json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's values; exit with one line where they contradict each other."""
+    parser = make_parser()
     values = parser.parse_args(arguments)
     if values.trace is None and values.rate is None:
         parser.error("how much load is it? Give --rate, or --trace with a file")
