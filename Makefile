@@ -46,6 +46,17 @@ docs: $(VENV)/.installed-test
 pages: $(VENV)/.installed-test
 	$(BIN)/python scripts/docs/make_pages.py
 
+# Tests that draw their cases, with others than in every run. `SEED=1234 make test-random` draws the same again.
+SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+test-random: $(VENV)/.installed-test
+	@echo "SEED=$(SEED) make test-random"
+	KUNSERVE_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m drawn --hypothesis-seed $(SEED)
+
+# Which lines no test reaches; the whole of it is in build/coverage.
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov kunserve --cov-report term:skip-covered \
+	  --cov-report html:build/coverage
+
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients
 CLIENT_ENVIRONMENTS := $(patsubst $(CLIENTS)/requirements/%.txt,.clients/%/.installed,$(wildcard $(CLIENTS)/requirements/*.txt))
