@@ -51,8 +51,3 @@ class Recent:
         """The longest gap between two tokens of a request since the last call, in seconds; 0 if there was none."""
         gap_s, self.gap_s = self.gap_s, 0.0
         return gap_s
-
-
-def quantile(ascending: list[float], q: float) -> float:
-    """The value below which a share `q` of a sorted, non-empty list lies (nearest rank)."""
-    return ascending[min(len(ascending) - 1, int(q * len(ascending)))]

@@ -22,7 +22,7 @@ from kunserve.api.wire.sse import EventStream
 from kunserve.errors import OverloadedError
 from kunserve.observe.frame import NUM_TRANSITIONS, Frame, delta_of, frame_of
 from kunserve.observe.metrics import Metrics
-from kunserve.observe.recent import quantile
+from kunserve.percentiles import quantile
 
 log = structlog.get_logger()
 
