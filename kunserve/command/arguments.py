@@ -225,7 +225,7 @@ def _add_device_flags(group: Group) -> None:
 
 
 def _faults(text: str) -> tuple[Fault, ...]:
-    """As `parse_faults`, but with an error whose words argparse shows."""
+    """Return what `parse_faults` does, but raise an error whose words argparse shows."""
     try:
         return parse_faults(text)
     except ValueError as error:

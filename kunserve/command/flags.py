@@ -75,7 +75,7 @@ class HttpConfig:
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
+        """Return TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
         if self.ssl_certfile is None:
             if self.ssl_keyfile is not None:
                 raise ConfigError("--ssl-keyfile needs --ssl-certfile")
@@ -187,7 +187,7 @@ def add_router_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
-    """Values of the flags, keys of the environment where no flag gives one. Raises ConfigError."""
+    """Return the values of the flags, and keys of the environment where no flag gives one. Raises ConfigError."""
     keys = args.api_key or [environment[name] for name in API_KEY_VARIABLES if environment.get(name)]
     admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
     if "" in (*keys, *admin_keys):
@@ -234,7 +234,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
 def parse_known(
     parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """As `parser.parse_args`, but an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
+    """Parse arguments; an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
     args, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments], namespace)
     for argument in unknown:
         flag = argument.partition("=")[0]
@@ -246,7 +246,7 @@ def parse_known(
 
 
 def _dashed(argument: str) -> str:
-    """`--max_model_len=5` as `--max-model-len=5`; `--compilation-config.mode` is a part of `--compilation-config`."""
+    """Return `--max_model_len=5` as `--max-model-len=5`, and `--compilation-config.mode` as `--compilation-config`."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
@@ -254,7 +254,7 @@ def _dashed(argument: str) -> str:
 
 
 def number(text: str) -> int:
-    """An integer, or "32k" (32,000), "32K" (32,768), "1.5m", "1M" as vLLM reads them."""
+    """Return an integer of "32", "32k" (32,000), "32K" (32,768), "1.5m", "1M": as vLLM reads them."""
     match = re.fullmatch(r"(\d+|\d+\.\d+(?=[kmgt]))([kKmMgGtT]?)", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"not a number: {text}")
@@ -262,7 +262,7 @@ def number(text: str) -> int:
 
 
 def number_or_auto(text: str) -> int | None:
-    """As `number`; "auto" and "-1" are None."""
+    """Return what `number` does; None of "auto" and "-1"."""
     return None if text.strip() in ("auto", "-1") else number(text)
 
 
@@ -314,7 +314,7 @@ def _flags_of_file(path: str) -> list[str]:
 
 
 def _as_flag(path: str, name: str, value: Any) -> list[str]:
-    """`name: value` as on the command line: true is the flag alone, false and null nothing, a list its values."""
+    """Return `name: value` as flags: true is the flag alone, false and null are nothing, a list is its values."""
     flag = f"--{name.replace('_', '-')}"
     if flag == "--config":
         raise ConfigError(f"{path} must not name another --config")
@@ -330,7 +330,7 @@ def _as_flag(path: str, name: str, value: Any) -> list[str]:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    """A JSON list of origins, or one origin."""
+    """Return a JSON list of origins, or one origin."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
@@ -341,14 +341,14 @@ def _origins(text: str) -> tuple[str, ...]:
 
 
 def _path(text: str) -> Path:
-    """A path of at least one character: Path takes nothing for the folder that it is in."""
+    """Return a path of at least one character: Path takes nothing for the folder that it is in."""
     if not text:
         raise argparse.ArgumentTypeError("no path was given")
     return Path(text)
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A JSON object."""
+    """Return a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -359,7 +359,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def default_log_level(environment: Mapping[str, str] = os.environ) -> str:
-    """What vLLM's variable says, if it is one of ours."""
+    """Return what vLLM's variable says, if it is one of ours."""
     level = environment.get(LOG_LEVEL_VARIABLE, "").lower()
     return level if level in LOG_LEVELS else "info"
 

@@ -56,7 +56,7 @@ def read_recording(lines: Sequence[bytes]) -> list[Event]:
 
 
 def replay_html(events: Sequence[Event], files: Mapping[str, str] | None = None) -> str:
-    """The self-contained page. `files`: the page's, by name."""
+    """Return the self-contained page. `files`: the page's, by name."""
     files = page_files() if files is None else files
     styles = [files[name] for name in _STYLE.findall(files["index.html"])]
     scripts = [files["uplot.min.js"], bundle(files, "replay.js")]
@@ -84,7 +84,7 @@ def replay_html(events: Sequence[Event], files: Mapping[str, str] | None = None)
 
 
 def bundle(files: Mapping[str, str], entry: str) -> str:
-    """One script of a module and all it imports, each after what it needs. Top-level names are unique in the page."""
+    """Return one script of a module and all it imports, each after what it needs. Top-level names are unique."""
     done: dict[str, str] = {}
 
     def add(name: str) -> None:

@@ -77,7 +77,7 @@ class Pool:
 
     @property
     def fork_server_pid(self) -> int | None:
-        """Process id of the parent of all structures' processes, while it runs."""
+        """Return process id of the parent of all structures' processes, while it runs."""
         return self._fork_server.pid
 
     async def open(self) -> None:

@@ -61,15 +61,15 @@ class Counted(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens the client sent."""
+        """Return the number of tokens that the client sent."""
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Return the number of tokens generated so far."""
 
 
 def _token_buckets(max_tokens: int) -> list[int]:
-    """1, 2, 5, 10, 20, ... up to `max_tokens`."""
+    """Return 1, 2, 5, 10, 20, ... up to `max_tokens`."""
     scales = (10**exponent for exponent in range(len(str(max_tokens))))
     return [m * scale for scale in scales for m in (1, 2, 5) if m * scale <= max_tokens]
 
@@ -317,7 +317,7 @@ class Metrics:
             self._per_token.observe(decode_s / (request.num_output_tokens - 1))
 
     def render(self) -> bytes:
-        """All series in Prometheus text format."""
+        """Return all series in Prometheus text format."""
         now_s = self._now()
         if now_s - self._counters_text_s >= COUNTERS_AGE_S:
             self._counters_text, self._counters_text_s = generate_latest(self._registry), now_s

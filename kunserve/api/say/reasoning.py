@@ -107,7 +107,7 @@ class ThinkSplitter:
         return (rest, "") if self._is_open and not self._is_over else ("", rest)
 
     def _begin(self) -> bool:
-        """Whether it is clear by now if the output begins with reasoning."""
+        """Return whether it is clear by now if the output begins with reasoning."""
         begin = self._buffer.lstrip()
         if (mark := mark_at(begin, 0, self._form.starts)) is None:
             return False
@@ -137,7 +137,7 @@ class MessageParser:
 
     @property
     def has_tools(self) -> bool:
-        """Whether there may be calls."""
+        """Return whether the output may hold tool calls."""
         return self._tools is not None
 
     def push(self, text: str, is_last: bool = False, is_cut: bool = False) -> list[Delta]:

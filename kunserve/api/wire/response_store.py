@@ -44,7 +44,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Return the bytes that the response takes in memory."""
         return len(self.response) + len(self.items) + _OVERHEAD_BYTES
 
 
@@ -60,7 +60,7 @@ class ResponseStore:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is stored."""
+        """Return whether responses are stored at all."""
         return self._max_bytes > 0
 
     def put(self, response_id: str, owner: str, stored: Stored) -> None:

@@ -25,7 +25,7 @@ class ArgumentTypes:
         self._properties = _mapping(parameters.get("properties"))
 
     def is_text(self, name: str) -> bool:
-        """Whether an argument is nothing but a string, so that it can go out as it comes."""
+        """Return whether an argument is nothing but a string, so that it can go out as it comes."""
         return self._types(self._properties.get(name)) <= {"string"}
 
     def to_json(self, name: str, text: str) -> str:
