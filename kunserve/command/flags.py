@@ -66,7 +66,7 @@ class HttpConfig:
     stats_interval_s: float | None  # None: no summary line
     chat_template: Path | None
     generation_config: str  # auto: the model's own; vllm: none; else a folder that has one
-    sampling: Mapping[str, Any]  # goes before it
+    sampling: Mapping[str, Any]  # overrides the settings of `generation_config`
     tool_call_parser: str | None
     reasoning_parser: str | None
     closes_objects: bool
@@ -95,23 +95,24 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
         "--generation-config",
         default="auto",
         metavar="auto|vllm|FOLDER",
-        help="sampling settings of requests that bring none: auto: generation_config.json or card of the model; "
-        "vllm: none; or a folder that has the file",
+        help="where sampling settings come from that a request leaves out: auto: generation_config.json or card of the "
+        "model; vllm: none; or a folder that has the file",
     )
     add(
         "--override-generation-config",
         type=_object,
         default={},
         metavar="JSON",
-        help='such settings by hand (default: none), for instance {"temperature": 0.5}',
+        help='sampling settings that override these (default: none), for instance {"temperature": 0.5}',
     )
-    add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the model's own chat template")
     add(
         "--default-chat-template-kwargs",
         type=_object,
         default={},
         metavar="JSON",
-        help='arguments of the template (default: none), for instance {"enable_thinking": false}',
+        help="arguments of the chat template that a request leaves out (default: none), for instance "
+        '{"enable_thinking": false}',
     )
     add(
         "--tool-call-parser",
@@ -134,26 +135,36 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
 def add_access_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for keys and browsers' origins."""
     add = group.add_argument
-    add("--api-key", action="append", metavar="KEY", help="key that clients must bring; may be given several times")
+    add("--api-key", action="append", metavar="KEY", help="key that clients must send; may be given several times")
     add(
         "--share-prefixes",
         action="store_true",
-        help="with several API keys: let a key's requests find the cached prefixes of other keys",
+        help="let requests of one API key find the cached prefixes of others (default: each key finds its own alone)",
     )
-    add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop, restore, burst, devices")
+    add(
+        "--admin-key",
+        action="append",
+        metavar="KEY",
+        help="key that operators must send to drop, restore, burst, remove and add devices; without one nobody may",
+    )
     add(
         "--max-body-memory",
         default="512MiB",
         metavar="SIZE",
-        help="bytes of unfinished request bodies that the server holds, of all clients; it answers 503 to more",
+        help="most bytes of unfinished request bodies that the server holds for all clients; it answers 503 to more",
     )
     add(
         "--max-response-memory",
         default="64MiB",
         metavar="SIZE",
-        help="bytes of the responses that /v1/responses stores, the oldest make room; 0 stores none",
+        help="most bytes of responses that /v1/responses stores; the oldest make room for new ones; 0: store none",
     )
-    add("--response-store", type=_path, metavar="FILE", help="SQLite file that keeps stored responses; as large, too")
+    add(
+        "--response-store",
+        type=_path,
+        metavar="FILE",
+        help="SQLite file that keeps stored responses beyond the server's life, within --max-response-memory",
+    )
     add(
         "--allowed-origins",
         type=_origins,
@@ -180,7 +191,7 @@ def add_router_flags(group: argparse._ArgumentGroup) -> None:
         type=_object,
         default={},
         metavar="JSON",
-        help="tell routers which prefixes are cached, as vLLM does (default: nobody is told), for instance "
+        help="publish which prefixes are cached, for routers, as vLLM does (default: publish nothing), for instance "
         '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557", "topic": "kv@POD@MODEL"}; '
         "needs the extra kv-events",
     )

@@ -75,7 +75,7 @@ async def _load_and_serve(config: ServerConfig, events: KVPublisher | None, stuc
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
         for flag, why in (_without_effect(config.engine) | _without_cache(config)).items():
-            log.warning("a flag that changes nothing here", flag=flag, because=why)
+            log.warning("flag without effect", flag=flag, because=why)
         if events is not None and served.engine.fleet.prefixes is not None:
             served.engine.fleet.prefixes.listener = events
             events.start()

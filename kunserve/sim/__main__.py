@@ -29,7 +29,7 @@ def make_parser() -> OneLineParser:
     add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")
     add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
-    add("--policy", choices=POLICIES, default=default.policy)
+    add("--policy", choices=POLICIES, default=default.policy, help="what makes room (default %(default)s)")
     add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=default.seed, help="same seed, same report")
     add(
         "--duration", dest="duration_s", type=_amount, default=default.duration_s, help="seconds in which requests come"
@@ -46,10 +46,23 @@ def make_parser() -> OneLineParser:
         help="GiB of each GPU, instead of what it has",
     )
     add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
-    add("--block-size", type=_count, default=default.block_size)
-    add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens)
-    add("--max-num-seqs", type=_count, default=default.max_num_seqs)
-    add("--watermark", type=number_from(float, 0.0, 1.0), default=default.watermark)
+    _add_engine_flags(parser, default)
+    add("--brief", action="store_true", help="without what is kept over time and the transitions")
+    return parser
+
+
+def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
+    """Add the flags of the simulated engine, with the server's names where it has them."""
+    add = parser.add_argument
+    add("--block-size", type=_count, default=default.block_size, help="tokens of a KV block")
+    add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens, help="tokens of a step")
+    add("--max-num-seqs", type=_count, default=default.max_num_seqs, help="most requests that run on one device")
+    add(
+        "--watermark",
+        type=number_from(float, 0.0, 1.0),
+        default=default.watermark,
+        help="share of the KV blocks that admission leaves free",
+    )
     add(
         "--step-overhead",
         dest="step_overhead_s",
@@ -57,7 +70,13 @@ def make_parser() -> OneLineParser:
         default=default.step_overhead_s,
         help="seconds that the host adds to each stage of a step (the paper's decode iteration of 60 ms: about 0.015)",
     )
-    add("--restore-hold", dest="restore_hold_s", type=_seconds, default=default.restore_hold_s)
+    add(
+        "--restore-hold",
+        dest="restore_hold_s",
+        type=_seconds,
+        default=default.restore_hold_s,
+        help="seconds of low demand before weights come back",
+    )
     add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
@@ -68,8 +87,6 @@ def make_parser() -> OneLineParser:
         action="store_true",
         help="requests that begin alike share KV, by the hash ids of a Mooncake trace; the report has prefix_hit_rate",
     )
-    add("--brief", action="store_true", help="without what is kept over time and the transitions")
-    return parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:

@@ -51,6 +51,12 @@ def test_every_flag_of_every_command_has_a_line() -> None:
     assert not [flag for flag in others if f"`{flag}`" not in sections["vLLM's flags"]], ADVICE
 
 
+def test_every_flag_says_what_it_does() -> None:
+    for parser in flags_page.parsers():
+        actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        assert not [action.dest for action in actions if not action.help], parser.prog
+
+
 def test_every_metric_has_a_line() -> None:
     text = (DOCS / "metrics.md").read_text(encoding="utf-8")
     names = [metrics_page.name_of(family) for family in metrics_page.families(metrics_page.metrics_of_everything())]

@@ -17,7 +17,7 @@ from kunserve.sampling import FinishReason
 
 @dataclass(slots=True)
 class AnswerPart:
-    """`text` is the arguments of a call, as JSON."""
+    """One part of an answer as it grows; the `text` of a call is its arguments, as JSON."""
 
     index: int
     kind: Literal["text", "reasoning", "call"]
@@ -29,7 +29,7 @@ class AnswerPart:
 
 
 class PartStream(ABC):
-    """Deltas to events. `parts` is all that came so far; the last one may still be open."""
+    """Turns deltas into events. `parts` is all that came so far; the last one may still be open."""
 
     def __init__(self) -> None:
         self.parts: list[AnswerPart] = []
@@ -48,7 +48,7 @@ class PartStream(ABC):
         """Return events that close a part."""
 
     def push(self, deltas: Iterable[Delta]) -> bytes:
-        """Take what came. Blanks alone are no part."""
+        """Return the events that deltas make; text of whitespace alone opens no part."""
         events: list[bytes] = []
         for delta in deltas:
             match delta:

@@ -18,9 +18,9 @@ from kunserve.errors import InvalidRequestError, OverloadedError
 from kunserve.observe.metrics import Metrics
 
 CHARS_PER_TOKEN = 4  # of text that is not tokenized yet
-# Where several keys share the queue, each may hold so many times the room that is left: alone three quarters, two of
-# them three sevenths each. A flood then leaves places to others, and nothing is set aside for keys that are not used
-# (dynamic thresholds, Choudhury and Hahne, 1998).
+# With several keys, each may hold SHARE times the room that is left: one busy key ends up with three quarters of the
+# queue, two with three sevenths each. So a flood leaves room for others, yet nothing is set aside for keys that send
+# nothing (dynamic thresholds, Choudhury and Hahne, 1998).
 SHARE = 3
 
 
