@@ -62,7 +62,7 @@ class Pool:
     """All structures of a server. Used on one event loop."""
 
     def __init__(self, vocabulary: Vocabulary, on_death: Callable[[str], None] = lambda reason: None) -> None:
-        """`on_death` is told the reason when a process ends that should not have."""
+        """Start nothing yet. `on_death` is told the reason when a process ends that should not have."""
         self.num_cores = len(os.sched_getaffinity(0))
         self._fork_server, self._on_death = ForkServer(vocabulary), on_death
         self._compiled: dict[Key, Compiled] = {}

@@ -68,7 +68,7 @@ class MessageFormat:
     """Anthropic's `message` and the events that build it. An `AnswerWriter` for one choice."""
 
     def __init__(self, message_id: str, call: GenerationCall, names: FieldNames) -> None:
-        """`names`: what the client calls the fields of the request."""
+        """Begin a message. `names`: what the client calls the fields of the request."""
         self.call = call
         self._names = names
         self._parts = MessageParts()

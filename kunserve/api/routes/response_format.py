@@ -106,7 +106,7 @@ class ResponseFormat:
         tokenizer: TextTokenizer,
         store: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        """`values`: the body of the request, in whose words, `names`, errors are told.
+        """Begin a response. `values`: the body of the request; errors are told in its words, `names`.
 
         `store` is given the response before its client has all of it; None: it is not kept.
         """

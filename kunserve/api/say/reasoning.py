@@ -77,7 +77,7 @@ class ThinkSplitter:
     """Tells reasoning at the beginning of the output from what follows, the answer."""
 
     def __init__(self, is_open: bool, form: ReasoningFormat = THINK) -> None:
-        """`is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
+        """Begin to read. `is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
         self._form = form
         self._is_open, self._is_over = is_open, False
         self._has_begun = self._strips = False

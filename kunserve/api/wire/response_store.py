@@ -52,7 +52,7 @@ class ResponseStore:
     """The newest responses, as many as fit. Owned by the event loop."""
 
     def __init__(self, max_bytes: int, path: Path | None = None) -> None:
-        """`max_bytes`: of all in memory, and of all in the file. ConfigError if the file cannot be used."""
+        """Open the file, if any; ConfigError if it cannot be used. `max_bytes`: of all in memory, and in the file."""
         self._max_bytes = max_bytes
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._num_bytes = 0

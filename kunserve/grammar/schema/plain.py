@@ -61,7 +61,7 @@ class PlainSchemas:
     """Writes schemas that share their definitions."""
 
     def __init__(self, closes: bool) -> None:
-        """`closes`: see the module."""
+        """Begin to write schemas. `closes`: see the module."""
         self.definitions: dict[str, Any] = {}
         self._closes = closes
         self._references = References(True)

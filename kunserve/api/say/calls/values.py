@@ -20,7 +20,7 @@ class ArgumentTypes:
     """What types the arguments of one function may have."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
-        """`parameters`: the function's schema, as the client sent it."""
+        """Learn the types of arguments. `parameters`: the function's schema, as the client sent it."""
         self._root = parameters
         self._properties = _mapping(parameters.get("properties"))
 
