@@ -53,7 +53,9 @@ from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 
-DELIVERIES_PER_ROUND = 32  # of the event loop: 2 to 3 ms
+ARRIVALS_PER_ROUND = 32  # of the event loop: about 3 ms; a refusal must not wait behind bodies, which take `turns`
+DELIVERIES_PER_ROUND = 32  # 2 to 3 ms
+DEPARTURES_PER_ROUND = 32  # 1 to 2 ms where each leaves the engine
 
 READ_BYTES = 16 << 10  # of a body may wait twice so many, and one read of the socket, for somebody to take them
 
@@ -143,6 +145,7 @@ def _refusal(request: web.Request, error: KunServeError) -> web.Response:
 async def answer_always(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, turn whatever goes wrong into an error that its client reads, and see the answer off."""
     request[REQUEST_ID] = new_request_id(request)
+    await request.app[API].arrivals.take()
     if request.match_info.http_exception is not None:
         request, handler = await _with_tidy_path(request, handler)
     response = await _respond(request, handler)
@@ -185,7 +188,7 @@ def create_app(
     admission = Admission(backend.waiting, metrics, settings)
     bodies = BodyMemory(metrics, settings)
     responses = ResponseStore(settings.max_response_bytes, settings.response_file)
-    turns = (Turns(), Turns(DELIVERIES_PER_ROUND))
+    turns = (Turns(ARRIVALS_PER_ROUND), Turns(), Turns(DELIVERIES_PER_ROUND), Turns(DEPARTURES_PER_ROUND))
     shared = (settings, threads, *turns, admission, bodies, grammars, responses, itertools.count())
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from kunserve.api.wire.admission import Reservation
-from kunserve.api.wire.backend import Backend
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.turns import Turns
 from kunserve.engine.request import Output, Request
@@ -88,13 +88,6 @@ async def submitted(
                 reservation.leave()
         yield deliveries
     finally:
-        _abort(api.backend, requests[:num_submitted])
+        for request in requests[:num_submitted]:
+            api.departures.run(partial(api.backend.abort, request.request_id))
         await deliveries.close()
-
-
-def _abort(backend: Backend, requests: Sequence[Request]) -> None:
-    """Abort the first request at once, the others in the next rounds of the loop, whatever becomes of the caller."""
-    for request in requests[:SLICE]:
-        backend.abort(request.request_id)
-    if len(requests) > SLICE:
-        asyncio.get_running_loop().call_soon(_abort, backend, requests[SLICE:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
 
@@ -121,8 +122,8 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
         status = response.status
         return response
     finally:
-        write = log.debug if request.path in OPEN_PATHS else log.info
-        write(
+        line = partial(
+            log.debug if request.path in OPEN_PATHS else log.info,
             "request",
             method=request.method,
             path=request.path,
@@ -131,3 +132,4 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
             client=request.remote,
             request_id=request.get(REQUEST_ID, ""),
         )
+        request.app[API].departures.run(line)

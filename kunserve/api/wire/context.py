@@ -40,8 +40,10 @@ class Api:
     metrics: Metrics
     settings: ApiSettings
     threads: ThreadPoolExecutor  # for what would hold up the event loop
+    arrivals: Turns  # of requests, before anything of them is looked at
     turns: Turns  # on the way in: for about a millisecond of work
     deliveries: Turns  # on the way out: of one output each
+    departures: Turns  # of sequences that are over: each frees what it holds
     admission: Admission
     bodies: BodyMemory
     grammars: Grammars | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,19 +20,30 @@ class Turns:
     def __init__(self, per_round: int = 1) -> None:
         self._per_round = per_round
         self._num_left = per_round  # in this round
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[None] | Callable[[], None]] = deque()
 
     async def take(self) -> None:
         """Return when it is the caller's turn: at once if this round has one left."""
-        loop = asyncio.get_running_loop()
-        if self._num_left > 0:
-            if self._num_left == self._per_round:
-                loop.call_soon(self._next)
-            self._num_left -= 1
-            return
-        turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(turn)
-        await turn
+        if not self._is_now():
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Call `work` when it is its turn, whatever becomes of the caller: at once if this round has one left."""
+        if self._is_now():
+            work()
+        else:
+            self._waiting.append(work)
+
+    def _is_now(self) -> bool:
+        """Use up a turn of this round, if one is left."""
+        if self._num_left == 0:
+            return False
+        if self._num_left == self._per_round:
+            asyncio.get_running_loop().call_soon(self._next)
+        self._num_left -= 1
+        return True
 
     async def slices(self, items: Sequence[T], size: int) -> AsyncIterator[Sequence[T]]:
         """Yield `items` in pieces of `size`, each in a turn of its own; the caller has the first turn already."""
@@ -44,10 +55,17 @@ class Turns:
     def _next(self) -> None:
         """Begin a new round."""
         self._num_left = self._per_round
+        work: list[Callable[[], None]] = []
         while self._waiting and self._num_left > 0:
             turn = self._waiting.popleft()
-            if not turn.done():  # else its client has left
+            if not isinstance(turn, asyncio.Future):
+                work.append(turn)
+            elif turn.done():  # its client has left
+                continue
+            else:
                 turn.set_result(None)
-                self._num_left -= 1
+            self._num_left -= 1
         if self._num_left < self._per_round:
             asyncio.get_running_loop().call_soon(self._next)
+        for call in work:
+            call()

@@ -41,6 +41,22 @@ async def test_a_turn_is_there_at_once_if_nobody_else_wants_it() -> None:
         raise AssertionError("it waited")
 
 
+async def test_work_that_nobody_waits_for_takes_turns_as_well() -> None:
+    turns, now, done = Turns(2), 0, list[tuple[str, int]]()
+
+    def run(name: str) -> None:
+        turns.run(lambda: done.append((name, now)))
+
+    for name in "abcde":
+        run(name)
+    assert done == [("a", 0), ("b", 0)]  # at once
+    while len(done) < 5:
+        now += 1
+        await asyncio.sleep(0)
+    assert [name for name, _ in done] == list("abcde")
+    assert max(Counter(at for _, at in done).values()) == 2
+
+
 async def test_slices_take_turns_but_for_the_first() -> None:
     turns, seen = Turns(), list[tuple[str, list[int]]]()
 
