@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-clients paper bench-overload clean
+.PHONY: install serve test lint unit test-faults test-random test-clients coverage docs pages paper bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -37,6 +37,25 @@ test: lint unit
 # Every fault in every state; `unit` has a quarter of them.
 test-faults: $(VENV)/.installed-test
 	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/e2e/server/test_bad_devices.py
+
+# The documentation as a site in build/site; a warning ends it. `unit` builds it as well.
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
+
+# The pages of docs/ that are made from the code: after a change of a flag, a metric or the cost model.
+pages: $(VENV)/.installed-test
+	$(BIN)/python scripts/docs/make_pages.py
+
+# Tests that draw their cases, with others than in every run. `SEED=1234 make test-random` draws the same again.
+SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+test-random: $(VENV)/.installed-test
+	@echo "SEED=$(SEED) make test-random"
+	KUNSERVE_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m drawn --hypothesis-seed $(SEED)
+
+# Which lines no test reaches; the whole of it is in build/coverage.
+coverage: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov kunserve --cov-report term:skip-covered \
+	  --cov-report html:build/coverage
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients

@@ -17,3 +17,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     array = np.asarray(values)
     found = (array.mean(), *np.percentile(array, PERCENTILES), array.max())
     return dict(zip(names, map(float, found), strict=True))
+
+
+def quantile(ascending: Sequence[float], q: float) -> float:
+    """Return the value below which a share `q` of a sorted, non-empty list lies (nearest rank)."""
+    return ascending[min(len(ascending) - 1, int(q * len(ascending)))]

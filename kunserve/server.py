@@ -28,7 +28,7 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
         check_model(config.engine.model, config.engine.load_format)
         set_up_logging(config.log_level, config.log_json)
         for flag, why in config.http.ignored.items():
-            log.warning("a flag that changes nothing here", flag=flag, because=why)
+            log.warning("flag without effect", flag=flag, because=why)
 
         import uvloop
 

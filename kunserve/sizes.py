@@ -30,3 +30,8 @@ def parse_size(text: str, plain_unit: str = "") -> int:
 def format_size(num_bytes: int) -> str:
     """Return bytes as people read them, rounded down: GiB from ten of them on, else MiB ("730 MiB", "131.4 GiB")."""
     return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes * 10 // (1 << 30) / 10:.1f} GiB"
+
+
+def ceil_div(amount: int, size: int) -> int:
+    """Return how many pieces of `size` hold `amount`: the quotient, rounded up."""
+    return -(-amount // size)

@@ -11,6 +11,7 @@ import structlog
 import torch
 from fake_gpus import gpus  # noqa: F401  a fixture
 from hypothesis import settings
+from seeds import asked_seed
 from tiny_models import make_tiny_model
 
 if not torch.cuda.is_available():
@@ -18,9 +19,10 @@ if not torch.cuda.is_available():
 
 os.environ["KUNSERVE_CONFIG"] = os.devnull  # cards that a developer has written are not looked at
 
-# The same examples in every run, and no failures because a machine is slow.
-settings.register_profile("kunserve", deadline=None, derandomize=True, database=None)
-settings.load_profile("kunserve")
+# No failures because a machine is slow. The same examples in every run, but for `make test-random`: it gives a seed.
+settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+settings.register_profile("random", deadline=None, database=None, print_blob=True)
+settings.load_profile("fixed" if asked_seed() is None else "random")
 
 
 def plain_logging() -> None:
@@ -32,6 +34,20 @@ def plain_logging() -> None:
 
 
 plain_logging()
+
+
+def pytest_report_header() -> str | None:
+    """Say which seed draws the cases of this run, if it is not the one of every run."""
+    seed = asked_seed()
+    return None if seed is None else f"cases are drawn from seed {seed}: SEED={seed} make test-random draws them again"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that draw their cases: of Hypothesis, and those that are called once for each seed."""
+    for item in items:
+        is_seeded = isinstance(item, pytest.Function) and "seed" in item.fixturenames
+        if is_seeded or item.get_closest_marker("hypothesis"):
+            item.add_marker(pytest.mark.drawn)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kunserve.percentiles import percentiles
+from kunserve.percentiles import percentiles, quantile
 
 
 def test_percentiles() -> None:
@@ -17,3 +17,9 @@ def test_percentiles() -> None:
     }
     assert set(percentiles([2.0]).values()) == {2.0}
     assert set(percentiles([]).values()) == {None}
+
+
+def test_quantiles() -> None:
+    ascending = [float(i) for i in range(100)]
+    assert (quantile(ascending, 0.5), quantile(ascending, 0.99)) == (50.0, 99.0)
+    assert quantile([1.0], 0.99) == quantile([1.0], 0.0) == 1.0

@@ -158,7 +158,7 @@ def test_help_has_groups_and_no_empty_defaults(capsys: pytest.CaptureFixture[str
         parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "(default: None)" not in shown and "(default: False)" not in shown
-    assert "(default: 16)" in shown and "(default: on)" in shown
+    assert "(default: 16)" in shown and "(default: on)" in shown and "(default: 0)" in shown
     assert all(card in "".join(shown.split()) for card in list_cards())
     for group in ("model", "devices and memory", "batching and queue", "overload", "listening", "log and shutdown"):
         assert f"\n{group}:\n" in shown

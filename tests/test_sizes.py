@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kunserve.errors import ConfigError
-from kunserve.sizes import format_size, parse_size
+from kunserve.sizes import ceil_div, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,7 @@ def test_what_is_no_size(text: str) -> None:
 )
 def test_sizes_as_people_read_them(num_bytes: int, text: str) -> None:
     assert format_size(num_bytes) == text
+
+
+def test_pieces_that_hold_an_amount() -> None:
+    assert [ceil_div(amount, 4) for amount in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]

@@ -168,7 +168,7 @@ def create_app(
     settings: ApiSettings,
     grammars: Grammars | None = None,
 ) -> web.Application:
-    """All routes on one engine. Whoever runs it needs no further arguments to aiohttp's runner.
+    """Make the application: all routes on one engine. Its runner needs no further arguments.
 
     A client that leaves cancels its handler at once (handler_cancellation), streaming or not, whether or not there
     is a token to write: aiohttp keeps reading the socket and so sees the end of the connection. Connections that do

@@ -58,7 +58,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings or "default" in text:
+        is_none = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))  # 0 is a default
+        if is_none or not action.option_strings or "default" in text:
             return text
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"{text} (default: on)"
@@ -173,7 +174,7 @@ def _add_model_flags(group: Group) -> None:
         "--load-format",
         default=DEFAULTS.load_format,
         choices=("auto", "safetensors", "dummy"),
-        help="where weights come from; dummy: random ones",
+        help="where weights come from: auto and safetensors: the model's files; dummy: nowhere, they are random",
     )
     add("--tokenizer", help=argparse.SUPPRESS)  # the model's own
     add(
@@ -181,7 +182,7 @@ def _add_model_flags(group: Group) -> None:
         type=int,
         default=DEFAULTS.seed,
         metavar="N",
-        help="seed of dummy weights and of requests that bring none",
+        help="seed of dummy weights, and of requests that have none",
     )
 
 
@@ -199,7 +200,7 @@ def _add_device_flags(group: Group) -> None:
         type=float,
         default=DEFAULTS.gpu_memory_utilization,
         metavar="SHARE",
-        help="share of a GPU's memory that is used where --device-memory is not given",
+        help="share of a GPU's memory that weights and KV may take, unless --device-memory says how much",
     )
     add(
         "--num-gpu-blocks-override", type=int, metavar="N", help="make the budget of a device the weights plus N blocks"
@@ -225,7 +226,7 @@ def _add_device_flags(group: Group) -> None:
 
 
 def _faults(text: str) -> tuple[Fault, ...]:
-    """As `parse_faults`, but with an error whose words argparse shows."""
+    """Return what `parse_faults` does, but raise an error whose words argparse shows."""
     try:
         return parse_faults(text)
     except ValueError as error:
@@ -245,21 +246,21 @@ def _add_batching_flags(group: Group) -> None:
         type=int,
         default=DEFAULTS.max_num_seqs,
         metavar="N",
-        help="requests that run on one device at a time; a chain of S devices runs S times as many",
+        help="most requests that run on one device at a time; a chain of S devices runs S times as many",
     )
     add(
         "--max-num-queued-reqs",
         type=int,
         default=DEFAULTS.max_num_queued_reqs,
         metavar="N",
-        help="requests that may wait; the server answers 503 to more",
+        help="most requests that may wait; the server answers 503 to more",
     )
     add(
         "--max-num-queued-tokens",
         type=int,
         default=4 << 20,
         metavar="N",
-        help="prompt tokens that may wait; the server answers 503 to more",
+        help="most prompt tokens that may wait; the server answers 503 to more",
     )
     add(
         "--scheduling-policy",
@@ -293,59 +294,60 @@ def _add_overload_flags(group: Group) -> None:
         "--overload-policy",
         choices=[str(policy) for policy in OverloadPolicy],
         default=str(DEFAULTS.overload_policy),
-        help="what happens when KV memory is full",
+        help="what makes room when KV memory is full: drop: replicated weights; for comparison: recompute (as vLLM), "
+        "retract (as SGLang), swap (as InferCept), migrate (as Llumnix); queue: requests wait until they surely fit",
     )
     add(
         "--drop-watermark",
         type=float,
         default=DEFAULTS.drop_watermark,
         metavar="SHARE",
-        help="demand over mapped KV from which on weights are dropped",
+        help="demand, as a share of the mapped KV, above which weights are dropped",
     )
     add(
         "--restore-watermark",
         type=float,
         default=DEFAULTS.restore_watermark,
         metavar="SHARE",
-        help="demand over undropped KV below which weights come back",
+        help="demand, as a share of the KV without any drop, below which weights come back",
     )
     add(
         "--restore-hold",
         type=float,
         default=DEFAULTS.restore_hold_s,
         metavar="S",
-        help="seconds that demand must stay below",
+        help="seconds that demand must stay below --restore-watermark before weights come back",
     )
     add(
         "--device-timeout",
         type=float,
         default=DEFAULTS.device_timeout_s,
         metavar="S",
-        help="a device that ends nothing of its work for so long is lost, and the others go on; 0: none ever is",
+        help="seconds after which a device that has ended none of its work counts as lost, and others go on; 0: never",
     )
-    add("--pin", action="store_true", help="regroup only when an operator asks")
+    add("--pin", action="store_true", help="drop and restore weights only when an operator asks")
     add(
         "--watermark",
         type=float,
         default=DEFAULTS.watermark,
         metavar="SHARE",
-        help="share of the blocks that admission leaves free",
+        help="share of the KV blocks that the admission of requests leaves free",
     )
     add(
         "--swap-space",
         metavar="SIZE",
         default="4GiB",
-        help="host memory for KV with --overload-policy swap; a plain number is GiB",
+        help="host memory for the KV of swapped requests (--overload-policy swap); a plain number is GiB",
     )
 
 
 def _add_process_flags(group: Group) -> None:
     add = group.add_argument
-    add("--log-level", choices=LOG_LEVELS, help="least level to log (default: VLLM_LOGGING_LEVEL, or info)")
+    add("--log-level", choices=LOG_LEVELS, help="lowest level that is logged (default: VLLM_LOGGING_LEVEL, or info)")
     add("--log-format", default="console", choices=("console", "json"), help="how log lines are written")
-    add("--disable-log-stats", action="store_true", help="write no summary line every ten seconds")
+    add("--disable-log-stats", action="store_true", help="log no summary line every ten seconds")
     for name in ("--disable-access-log", "--disable-uvicorn-access-log"):
-        add(name, dest="disable_access_log", action="store_true", help="write no line for each request")
+        add(name, dest="disable_access_log", action="store_true", help="log no line for each request")
     add(
         "--shutdown-timeout", type=float, default=30.0, metavar="S", help="seconds that accepted requests get to finish"
     )

@@ -66,7 +66,7 @@ class HttpConfig:
     stats_interval_s: float | None  # None: no summary line
     chat_template: Path | None
     generation_config: str  # auto: the model's own; vllm: none; else a folder that has one
-    sampling: Mapping[str, Any]  # goes before it
+    sampling: Mapping[str, Any]  # overrides the settings of `generation_config`
     tool_call_parser: str | None
     reasoning_parser: str | None
     closes_objects: bool
@@ -75,7 +75,7 @@ class HttpConfig:
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
+        """Return TLS with the certificate that was given, if one was. Raises ConfigError if it cannot be used."""
         if self.ssl_certfile is None:
             if self.ssl_keyfile is not None:
                 raise ConfigError("--ssl-keyfile needs --ssl-certfile")
@@ -95,23 +95,24 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
         "--generation-config",
         default="auto",
         metavar="auto|vllm|FOLDER",
-        help="sampling settings of requests that bring none: auto: generation_config.json or card of the model; "
-        "vllm: none; or a folder that has the file",
+        help="where sampling settings come from that a request leaves out: auto: generation_config.json or card of the "
+        "model; vllm: none; or a folder that has the file",
     )
     add(
         "--override-generation-config",
         type=_object,
         default={},
         metavar="JSON",
-        help='such settings by hand (default: none), for instance {"temperature": 0.5}',
+        help='sampling settings that override these (default: none), for instance {"temperature": 0.5}',
     )
-    add("--chat-template", type=Path, metavar="FILE", help="Jinja file instead of the model's own template")
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the model's own chat template")
     add(
         "--default-chat-template-kwargs",
         type=_object,
         default={},
         metavar="JSON",
-        help='arguments of the template (default: none), for instance {"enable_thinking": false}',
+        help="arguments of the chat template that a request leaves out (default: none), for instance "
+        '{"enable_thinking": false}',
     )
     add(
         "--tool-call-parser",
@@ -134,26 +135,36 @@ def add_request_flags(group: argparse._ArgumentGroup) -> None:
 def add_access_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for keys and browsers' origins."""
     add = group.add_argument
-    add("--api-key", action="append", metavar="KEY", help="key that clients must bring; may be given several times")
+    add("--api-key", action="append", metavar="KEY", help="key that clients must send; may be given several times")
     add(
         "--share-prefixes",
         action="store_true",
-        help="with several API keys: let a key's requests find the cached prefixes of other keys",
+        help="let requests of one API key find the cached prefixes of others (default: each key finds its own alone)",
     )
-    add("--admin-key", action="append", metavar="KEY", help="key that allows /kunserve/drop, restore, burst, devices")
+    add(
+        "--admin-key",
+        action="append",
+        metavar="KEY",
+        help="key that operators must send to drop, restore, burst, remove and add devices; without one nobody may",
+    )
     add(
         "--max-body-memory",
         default="512MiB",
         metavar="SIZE",
-        help="bytes of unfinished request bodies that the server holds, of all clients; it answers 503 to more",
+        help="most bytes of unfinished request bodies that the server holds for all clients; it answers 503 to more",
     )
     add(
         "--max-response-memory",
         default="64MiB",
         metavar="SIZE",
-        help="bytes of the responses that /v1/responses stores, the oldest make room; 0 stores none",
+        help="most bytes of responses that /v1/responses stores; the oldest make room for new ones; 0: store none",
     )
-    add("--response-store", type=_path, metavar="FILE", help="SQLite file that keeps stored responses; as large, too")
+    add(
+        "--response-store",
+        type=_path,
+        metavar="FILE",
+        help="SQLite file that keeps stored responses beyond the server's life, within --max-response-memory",
+    )
     add(
         "--allowed-origins",
         type=_origins,
@@ -180,14 +191,14 @@ def add_router_flags(group: argparse._ArgumentGroup) -> None:
         type=_object,
         default={},
         metavar="JSON",
-        help="tell routers which prefixes are cached, as vLLM does (default: nobody is told), for instance "
+        help="publish which prefixes are cached, for routers, as vLLM does (default: publish nothing), for instance "
         '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557", "topic": "kv@POD@MODEL"}; '
         "needs the extra kv-events",
     )
 
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
-    """Values of the flags, keys of the environment where no flag gives one. Raises ConfigError."""
+    """Return the values of the flags, and keys of the environment where no flag gives one. Raises ConfigError."""
     keys = args.api_key or [environment[name] for name in API_KEY_VARIABLES if environment.get(name)]
     admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
     if "" in (*keys, *admin_keys):
@@ -234,7 +245,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
 def parse_known(
     parser: argparse.ArgumentParser, arguments: Sequence[str], namespace: argparse.Namespace | None = None
 ) -> argparse.Namespace:
-    """As `parser.parse_args`, but an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
+    """Parse arguments; an unknown flag is told with the one that may be meant. Flags as vLLM reads them."""
     args, unknown = parser.parse_known_args([_dashed(argument) for argument in arguments], namespace)
     for argument in unknown:
         flag = argument.partition("=")[0]
@@ -246,7 +257,7 @@ def parse_known(
 
 
 def _dashed(argument: str) -> str:
-    """`--max_model_len=5` as `--max-model-len=5`; `--compilation-config.mode` is a part of `--compilation-config`."""
+    """Return `--max_model_len=5` as `--max-model-len=5`, and `--compilation-config.mode` as `--compilation-config`."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
@@ -254,7 +265,7 @@ def _dashed(argument: str) -> str:
 
 
 def number(text: str) -> int:
-    """An integer, or "32k" (32,000), "32K" (32,768), "1.5m", "1M" as vLLM reads them."""
+    """Return an integer of "32", "32k" (32,000), "32K" (32,768), "1.5m", "1M": as vLLM reads them."""
     match = re.fullmatch(r"(\d+|\d+\.\d+(?=[kmgt]))([kKmMgGtT]?)", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"not a number: {text}")
@@ -262,7 +273,7 @@ def number(text: str) -> int:
 
 
 def number_or_auto(text: str) -> int | None:
-    """As `number`; "auto" and "-1" are None."""
+    """Return what `number` does; None of "auto" and "-1"."""
     return None if text.strip() in ("auto", "-1") else number(text)
 
 
@@ -314,7 +325,7 @@ def _flags_of_file(path: str) -> list[str]:
 
 
 def _as_flag(path: str, name: str, value: Any) -> list[str]:
-    """`name: value` as on the command line: true is the flag alone, false and null nothing, a list its values."""
+    """Return `name: value` as flags: true is the flag alone, false and null are nothing, a list is its values."""
     flag = f"--{name.replace('_', '-')}"
     if flag == "--config":
         raise ConfigError(f"{path} must not name another --config")
@@ -330,7 +341,7 @@ def _as_flag(path: str, name: str, value: Any) -> list[str]:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    """A JSON list of origins, or one origin."""
+    """Return a JSON list of origins, or one origin."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
@@ -341,14 +352,14 @@ def _origins(text: str) -> tuple[str, ...]:
 
 
 def _path(text: str) -> Path:
-    """A path of at least one character: Path takes nothing for the folder that it is in."""
+    """Return a path of at least one character: Path takes nothing for the folder that it is in."""
     if not text:
         raise argparse.ArgumentTypeError("no path was given")
     return Path(text)
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A JSON object."""
+    """Return a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -359,7 +370,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def default_log_level(environment: Mapping[str, str] = os.environ) -> str:
-    """What vLLM's variable says, if it is one of ours."""
+    """Return what vLLM's variable says, if it is one of ours."""
     level = environment.get(LOG_LEVEL_VARIABLE, "").lower()
     return level if level in LOG_LEVELS else "info"
 

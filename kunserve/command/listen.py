@@ -81,7 +81,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def _unix_socket(path: Path) -> socket.socket:
-    """A socket at `path`; one that a server before left behind is replaced, any other file is not."""
+    """Return a socket at `path`; one that an earlier server left behind is replaced, any other file is not."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists():

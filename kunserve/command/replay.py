@@ -56,7 +56,7 @@ def read_recording(lines: Sequence[bytes]) -> list[Event]:
 
 
 def replay_html(events: Sequence[Event], files: Mapping[str, str] | None = None) -> str:
-    """The self-contained page. `files`: the page's, by name."""
+    """Return the self-contained page. `files`: the page's, by name."""
     files = page_files() if files is None else files
     styles = [files[name] for name in _STYLE.findall(files["index.html"])]
     scripts = [files["uplot.min.js"], bundle(files, "replay.js")]
@@ -84,7 +84,7 @@ def replay_html(events: Sequence[Event], files: Mapping[str, str] | None = None)
 
 
 def bundle(files: Mapping[str, str], entry: str) -> str:
-    """One script of a module and all it imports, each after what it needs. Top-level names are unique in the page."""
+    """Return one script of a module and all it imports, each after what it needs. Top-level names are unique."""
     done: dict[str, str] = {}
 
     def add(name: str) -> None:
@@ -105,12 +105,18 @@ def _hashes(texts: Sequence[str]) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Entry point of `kunserve replay`. Exits with one line if it cannot."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser(prog="kunserve replay", description="Make a page of a recorded run.")
     add_version_flag(parser)
     parser.add_argument("recording", type=Path, help="file that kunserve loadgen --record wrote")
     parser.add_argument("--html", type=Path, metavar="FILE", help="file to write (default: the recording's name .html)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `kunserve replay`; exit with one line if the recording cannot be read or the page not written."""
+    parser = make_parser()
     args = parser.parse_args(arguments)
     recording: Path = args.recording
     try:

@@ -75,7 +75,7 @@ async def _load_and_serve(config: ServerConfig, events: KVPublisher | None, stuc
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
         for flag, why in (_without_effect(config.engine) | _without_cache(config)).items():
-            log.warning("a flag that changes nothing here", flag=flag, because=why)
+            log.warning("flag without effect", flag=flag, because=why)
         if events is not None and served.engine.fleet.prefixes is not None:
             served.engine.fleet.prefixes.listener = events
             events.start()
@@ -255,14 +255,14 @@ def _kv_events(config: ServerConfig) -> KVPublisher | None:
 
 
 def _without_cache(config: ServerConfig) -> dict[str, str]:
-    """Flags that do nothing where there is no prefix cache, and why."""
+    """Return flags that do nothing where there is no prefix cache, and why."""
     if config.http.kv_events is None or config.engine.enable_prefix_caching:
         return {}
     return {"--kv-events-config": "there is no prefix cache (--enable-prefix-caching)"}
 
 
 def _without_effect(engine: EngineConfig) -> dict[str, str]:
-    """Flags of GPUs that were given for CPU devices, and why they do nothing."""
+    """Return flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.resolved().kind != "cpu":
         return {}
     default, names = EngineConfig(model=""), ("gpu_memory_utilization", "enforce_eager")

@@ -52,7 +52,7 @@ class Screen:
         self._cells: deque[dict[str, float]] = deque(maxlen=NUM_CELLS)
 
     def take(self, name: str, data: Mapping[str, Any]) -> None:
-        """An event of the feed."""
+        """Take an event of the feed."""
         if name == "snapshot":
             self.frame = {}
         apply(self.frame, data)
@@ -72,7 +72,7 @@ class Screen:
             cell[line] = max(cell.get(line, 0.0), value)
 
     def render(self) -> RenderableType:
-        """Everything, at most 80 columns wide."""
+        """Draw everything, at most 80 columns wide."""
         if not self.frame:
             return Text("waiting for the server")
         parts = [self._head(), Text(), self._devices(), self._cache(), Text(), self._groups(), Text(), self._lines()]
@@ -126,7 +126,7 @@ class Screen:
         return Text(f"KV {used * mib:,.0f}/{device['kv'] * mib:,.0f} MiB", "dim", no_wrap=True)
 
     def _cache(self) -> RenderableType:
-        """What the prefix cache keeps, and what it is good for."""
+        """Say what the prefix cache keeps, and how much it finds."""
         rates, groups = self.frame["rates"], self.frame["groups"].values()
         kept = f"prefix cache: keeps {sum(group['idle'] for group in groups) * self.frame['block_size']:,} tokens"
         if "hit_share" not in rates:
@@ -161,7 +161,7 @@ class Screen:
         return table
 
     def _marks(self) -> str:
-        """A sign under the second in which a grouping became live."""
+        """Draw a sign under each second in which a grouping became live."""
         row = [" "] * len(self._cells)
         times = [cell["at_s"] for cell in self._cells]
         for transition in self.frame["transitions"].values():
@@ -180,7 +180,7 @@ def _state(device: Mapping[str, Any]) -> str:
 
 
 def _bar(device: Mapping[str, Any], used: float, idle: float, width: int = BAR_WIDTH) -> Text:
-    """The device's memory; each part has its own character, not only its colour."""
+    """Draw a device's memory; each part has its own character, not only its colour."""
     parts = (device["weights"], used, idle, device["kv"] - used - idle, device["free"])
     styles = (("█", "blue"), ("▓", "yellow"), ("▒", "yellow"), ("░", "yellow"), ("·", "dim"))
     bar, done, total = Text(no_wrap=True), 0, 0.0
@@ -218,12 +218,12 @@ def _seconds(value: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: a name shall not steer the terminal."""
+    """Return text without control characters: a name shall not steer the terminal."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
 async def events(url: str, key: str | None) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """Events of a server's feed, until it ends. UnreachableError if it has none for us."""
+    """Yield events of a server's feed, until it ends. UnreachableError if it has none for us."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=10)
     async with (
@@ -270,17 +270,29 @@ async def watch(url: str, key: str | None, console: Console, *, is_once: bool) -
             await asyncio.sleep(RETRY_S)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Entry point of `kunserve top`. Ctrl-C ends it."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser(prog="kunserve top", description="Watch a server in the terminal.")
     add_version_flag(parser)
     url = checked(parse_server_url)
     default = "http://127.0.0.1:8000"
-    parser.add_argument("url", nargs="?", type=url, default=default, metavar="URL", help="(default %(default)s)")
+    parser.add_argument(
+        "url", nargs="?", type=url, default=default, metavar="URL", help="address of the server (default %(default)s)"
+    )
     known = next((os.environ[name] for name in API_KEY_VARIABLES if os.environ.get(name)), None)
-    parser.add_argument("--api-key", default=known, metavar="KEY", help="if the server asks for one")
-    parser.add_argument("--once", action="store_true", help="one picture, then end")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--api-key",
+        default=known,
+        metavar="KEY",
+        help="key of the server, if it wants one (default: as for the server)",
+    )
+    parser.add_argument("--once", action="store_true", help="draw one picture and end")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `kunserve top` until it is interrupted (Ctrl-C); exit with one line if there is no such server."""
+    args = make_parser().parse_args(arguments)
     with contextlib.suppress(KeyboardInterrupt):
         try:
             asyncio.run(watch(args.url, args.api_key, Console(), is_once=args.once))

@@ -22,7 +22,7 @@ def hub_cache(probe: Probe) -> Path:
 
 
 def check_server_cache(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether converted models and compiled kernels can be kept."""
+    """Check whether converted models and compiled kernels can be kept."""
     consequence = "smollm2-135m cannot be prepared, and CPU kernels cannot be compiled"
     remedy = "KUNSERVE_CACHE=FOLDER kunserve serve ..."
     try:
@@ -36,7 +36,7 @@ def check_server_cache(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_hub(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether models can be fetched from the Hub and kept, and who asks for them."""
+    """Check whether models can be fetched from the Hub and kept, and who asks for them."""
     bound = bound_of(probe, "huggingface-hub")
     consequence = "only folders and smollm2-135m are served"
     if finding := check_late_package(probe, bound, "kunserve.model.hub.snapshot", consequence):
@@ -59,7 +59,7 @@ def check_hub(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def _check_folder(probe: Probe, folder: Path, consequence: str, remedy: str) -> Finding:
-    """Whether files can be put into a folder, which need not exist yet."""
+    """Check whether files can be put into a folder, which need not exist yet."""
     # Path.exists raises where a parent may not be looked into.
     existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     free, size = probe.free_bytes(existing), _num_bytes(folder)

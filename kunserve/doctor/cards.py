@@ -53,7 +53,7 @@ def known_cards(probe: Probe) -> tuple[list[Card], dict[str, str]]:
 
 
 def check_models(probe: Probe, gpus: Gpus) -> Finding:
-    """Which of the known models need no download."""
+    """Return which of the known models need no download."""
     cards, broken = known_cards(probe)
     if not cards and not broken:
         consequence = "--model NAME finds no card"

@@ -15,16 +15,21 @@ from kunserve.doctor.report import as_json, as_screen, can_start, examine
 from kunserve.version import add_version_flag
 
 
-def main(arguments: Sequence[str], probe: Probe | None = None) -> None:
-    """Entry point of `kunserve doctor`."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser(
         prog="kunserve doctor",
         description="Say what this machine lacks for a server, and what will therefore fail or be slow.",
         epilog="Exit status: 0 if a server can start on devices of some kind, else 1; the last line says which.",
     )
     add_version_flag(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a screen")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a screen")
+    return parser
+
+
+def main(arguments: Sequence[str], probe: Probe | None = None) -> None:
+    """Run `kunserve doctor`: print what the checks find, and exit with 1 if no server can start."""
+    args = make_parser().parse_args(arguments)
     probe = probe or Probe()
     if probe.working_folder is None:
         os.chdir("/")  # libraries that torch loads would end the process

@@ -77,7 +77,7 @@ def find_gpus(probe: Probe) -> Gpus:
 
 
 def check_gpus(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether there are GPUs, what they are, and how much of their memory is free."""
+    """Check whether there are GPUs, what they are, and how much of their memory is free."""
     if gpus.fault is not None:
         return gpus.fault
     details = {
@@ -101,7 +101,7 @@ def check_gpus(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_peer_access(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether GPUs reach each other's memory."""
+    """Check whether GPUs reach each other's memory."""
     if len(gpus.found) < 2:
         return ok("not needed with one GPU" if gpus.found else NOT_NEEDED)
     matrix = {gpu.ordinal: sorted(gpu.reaches) for gpu in gpus.found}

@@ -17,7 +17,7 @@ OWN_FILES = 100  # what a server has open besides its clients
 
 
 def check_system(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether KunServe runs on this operating system at all."""
+    """Check whether KunServe runs on this operating system at all."""
     found = f"{probe.version('kunserve')}, Python {probe.python}, {probe.system} {probe.kernel}"
     details = {"version": probe.version("kunserve"), "python": probe.python, "kernel": probe.kernel}
     if probe.system != "Linux":
@@ -30,7 +30,7 @@ def check_system(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_cpu_devices(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether virtual CPU devices can be made, how many cores they may use, and which instructions."""
+    """Check whether virtual CPU devices can be made, how many cores they may use, and which instructions."""
     cores = probe.cores()
     quota = core_quota(probe.read_text)
     usable = cores if quota is None else min(float(cores), quota)
@@ -60,7 +60,7 @@ def check_cpu_devices(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_memory(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether weights of the known models fit in host memory: in CPU devices, or as the pinned copy for GPUs."""
+    """Check whether weights of the known models fit in host memory: in CPU devices, or as the pinned copy for GPUs."""
     available = _available(probe)
     cards, _ = known_cards(probe)  # the check "models" names broken ones
     sizes = {card.name: card.pinned_bytes if gpus.found else card.float32_bytes for card in cards}
@@ -94,7 +94,7 @@ def check_locked_memory(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_mappings(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether the kernel lets a process have as many mappings as chunks of CPU devices, and all addresses."""
+    """Check whether the kernel lets a process have as many mappings as chunks of CPU devices, and all addresses."""
     limit = int(probe.read_text("/proc/sys/vm/max_map_count"))
     addresses = probe.limit(resource.RLIMIT_AS)
     reach, available = limit * CHUNK_BYTES, _available(probe)
@@ -112,7 +112,7 @@ def check_mappings(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_open_files(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether all clients that may run and wait can be connected at once."""
+    """Check whether all clients that may run and wait can be connected at once."""
     config: Any = probe.import_module("kunserve.config").EngineConfig(model="")
     limit, wanted = probe.limit(resource.RLIMIT_NOFILE), config.max_num_queued_reqs + config.max_num_seqs + OWN_FILES
     if limit is not None and limit < wanted:

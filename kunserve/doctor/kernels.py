@@ -19,7 +19,7 @@ GET_COMPILER = "apt install gcc libc6-dev"
 
 
 def check_compiler(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether the C kernels of CPU devices are in the cache, or can be compiled."""
+    """Check whether the C kernels of CPU devices are in the cache, or can be compiled."""
     kernels: Any = probe.import_module("kunserve.compute.cpu_kernels")
     library = kernels.library_path(environment=probe.environment)
     if library.exists():
@@ -41,7 +41,7 @@ def check_compiler(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_flashinfer(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether FlashInfer is there in the right version, with its kernels or what compiles them."""
+    """Check whether FlashInfer is there in the right version, with its kernels or what compiles them."""
     bound = bound_of(probe, "flashinfer-python", "cuda")
     package = probe.find_package("flashinfer")
     details: dict[str, Any] = {"installed": bound.installed, "wanted": bound.wanted}
@@ -77,7 +77,7 @@ def check_flashinfer(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_triton(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether Triton is there, and what it compiles its launchers with."""
+    """Check whether Triton is there, and what it compiles its launchers with."""
     version = probe.version("triton")
     if not gpus.found:
         return ok(NOT_NEEDED, installed=version)

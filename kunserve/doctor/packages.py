@@ -62,7 +62,7 @@ def bound_of(probe: Probe, name: str, extra: str = "") -> Bound:
 
 
 def check_packages(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether all that every server needs is installed, in versions that KunServe was made for, and can be imported."""
+    """Check whether what every server needs is installed, in versions that were tried, and can be imported."""
     required = list(bounds(probe))
     needed = [bound for bound in required if bound.name not in OWN_CHECKS]
     details = {bound.name: bound.installed for bound in needed}
@@ -92,7 +92,7 @@ def check_packages(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_torch(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether torch is there, within the bounds, and can use the GPUs if there are some."""
+    """Check whether torch is there, within the bounds, and can use the GPUs if there are some."""
     bound = bound_of(probe, "torch")
     if bound.installed is None:
         return Finding(Status.MISSING, "not installed", "no server starts", bound.remedy, BOTH)
@@ -116,7 +116,7 @@ def check_torch(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def check_structured(probe: Probe, gpus: Gpus) -> Finding:
-    """Whether answers can be held to a grammar."""
+    """Check whether answers can be held to a grammar."""
     bound = bound_of(probe, "llguidance")
     if finding := check_late_package(probe, bound, "llguidance", "structured output fails"):
         return finding

@@ -13,7 +13,7 @@ from kunserve.engine.survive.health import Health
 from kunserve.gpu.device_memory import ChunkCounts, DeviceMemory
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
-from kunserve.observe.metrics import DeviceStats, EngineStats, GroupStats
+from kunserve.observe.gauges import DeviceStats, EngineStats, GroupStats
 from kunserve.policies import OverloadPolicy
 
 

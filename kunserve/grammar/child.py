@@ -21,6 +21,7 @@ from typing import Any
 from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedError
 from kunserve.grammar.source import compile_matcher, is_limit, is_stuck
 from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
+from kunserve.sizes import ceil_div
 
 NICE = 5  # of compiling: streams go before
 _PR_SET_PDEATHSIG = 1
@@ -38,9 +39,10 @@ def serve(connection: socket.socket, tokenizer: Any, vocab_size: int, fork_serve
         received += frames.feed(data)
     _, text = received.popleft()
     kind, _, value = text.decode().partition("\0")
-    matcher = _compile(connection, tokenizer, kind, value, -(-vocab_size // 32) * 4)
+    mask_bytes = ceil_div(vocab_size, 32) * 4  # a bit for each token, in whole words
+    matcher = _compile(connection, tokenizer, kind, value, mask_bytes)
     if matcher is not None:
-        _Places(connection, matcher, -(-vocab_size // 32) * 4).follow(frames)
+        _Places(connection, matcher, mask_bytes).follow(frames)
     else:
         connection.recv(1)  # the server closes
 

@@ -60,7 +60,7 @@ class FairQueue(Generic[T]):
         return name, state.items.popleft()
 
     def done(self, owner: str, cost: float) -> None:
-        """An item of the owner's has ended, and has cost so much."""
+        """Count an item of the owner's that has ended, and what it has cost."""
         state = self._owners[owner]
         state.charged -= max(0.0, self._max_cost - cost)
         state.num_running -= 1

@@ -76,7 +76,7 @@ class ForkServer:
                 return
 
     def _obey(self) -> bool:
-        """Carry out the next order; False once there will be none."""
+        """Carry out the next order; return False once there will be none."""
         order, descriptors, _, _ = socket.recv_fds(self._control, ORDER.size, 1)
         if len(order) < ORDER.size:
             return False

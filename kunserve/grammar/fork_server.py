@@ -56,7 +56,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, while it runs."""
+        """Return the fork server's process id, while it runs."""
         return None if self._process is None else self._process.pid
 
     async def open(self) -> None:
@@ -65,7 +65,7 @@ class ForkServer:
             self._tokenizer = await asyncio.to_thread(self._store_tokenizer)
 
     async def fork(self) -> tuple[int, socket.socket, asyncio.Future[Exit]]:
-        """Fork a process: its serial number, a connection to it, and how it will have ended.
+        """Fork a process; return its serial number, a connection to it, and a future of how it ended.
 
         Raises OverloadedError if that cannot be now, EngineError if it never can.
         """
@@ -182,7 +182,7 @@ class ForkServer:
                 self._ready.set_exception(EngineError(text))
 
     def _lost(self) -> None:
-        """Its processes have ended with it."""
+        """Note that the fork server has ended, and its processes with it."""
         if self._control is not None:
             asyncio.get_running_loop().remove_reader(self._control.fileno())
             self._control.close()

@@ -40,7 +40,7 @@ class Placer(Protocol):
         """Find a process for a matcher that waits, of its own if it `is_alone`; the matcher enters it, or fails."""
 
     def refuse(self, text: str) -> None:
-        """Use the structure no more: it has ended processes."""
+        """Refuse a structure from now on: it has ended processes."""
 
 
 def settle(mask: Mask, words: NDArray[np.uint32] | None) -> None:
@@ -66,7 +66,7 @@ class Matcher:
         self._num_deaths = self._num_own_deaths = 0  # over the last token
 
     def copy(self) -> Matcher:
-        """Another request's, at the same place."""
+        """Return another request's matcher, at the same place."""
         matcher = Matcher(self._placer, self.token_ids, self.error)
         matcher.is_finished = self.is_finished
         if matcher.token_ids and not (self.is_finished or self.error):
@@ -76,7 +76,7 @@ class Matcher:
 
     @property
     def mask(self) -> Mask:
-        """What may follow the tokens so far; None: anything, because the request ends anyway."""
+        """Return what may follow the tokens so far; None: anything, because the request ends anyway."""
         return self._mask
 
     def advance(self, token_id: int, mask: Mask) -> None:
@@ -112,7 +112,7 @@ class Matcher:
         process.advance(self, len(self.token_ids), self.token_ids.tobytes())
 
     def close(self) -> None:
-        """Nothing will be taken any more: whoever waits may go on."""
+        """End the matcher: nothing will be taken any more, and whoever waits may go on."""
         settle(self._mask, None)
         self._judged.set()
         self._leave()
@@ -124,7 +124,7 @@ class Matcher:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for a verdict or a mask."""
+        """Return whether the matcher waits for a verdict or a mask."""
         return not self._judged.is_set() or not self._mask.done()
 
     def judged(self, num_tokens: int, kind: Kind, reason: str) -> None:

@@ -62,7 +62,7 @@ class Pool:
     """All structures of a server. Used on one event loop."""
 
     def __init__(self, vocabulary: Vocabulary, on_death: Callable[[str], None] = lambda reason: None) -> None:
-        """`on_death` is told the reason when a process ends that should not have."""
+        """Start nothing yet. `on_death` is told the reason when a process ends that should not have."""
         self.num_cores = len(os.sched_getaffinity(0))
         self._fork_server, self._on_death = ForkServer(vocabulary), on_death
         self._compiled: dict[Key, Compiled] = {}
@@ -77,7 +77,7 @@ class Pool:
 
     @property
     def fork_server_pid(self) -> int | None:
-        """Process id of the parent of all structures' processes, while it runs."""
+        """Return process id of the parent of all structures' processes, while it runs."""
         return self._fork_server.pid
 
     async def open(self) -> None:

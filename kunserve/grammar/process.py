@@ -50,16 +50,16 @@ class Follower(Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an answer is due."""
+        """Return whether an answer is due."""
 
     def judged(self, num_tokens: int, kind: Kind, reason: str) -> None:
-        """The last token may follow (MORE, FINISHED) or not (WRONG, UNUSABLE)."""
+        """Take the verdict on the last token: it may follow (MORE, FINISHED) or not (WRONG, UNUSABLE)."""
 
     def masked(self, num_tokens: int, mask: bytes) -> None:
-        """What may follow it."""
+        """Take the mask of what may follow."""
 
     def lost(self, process: Process, death: Death) -> None:
-        """That process has died."""
+        """Learn that the matcher's process has died."""
 
 
 class Process(asyncio.Protocol):
@@ -118,7 +118,7 @@ class Process(asyncio.Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether answers are due."""
+        """Return whether answers are due."""
         return bool(self._awaited)
 
     def advance(self, follower: Follower, num_tokens: int, token_ids: bytes) -> None:
@@ -134,7 +134,7 @@ class Process(asyncio.Protocol):
         self._awaited.add(follower.number)
 
     def forget(self, follower: Follower) -> None:
-        """Nobody needs that matcher any more."""
+        """Drop a matcher that nobody needs any more."""
         self._awaited.discard(follower.number)
         self.used_s = asyncio.get_running_loop().time()
         if self.followers.pop(follower.number, None) is not None and self._transport is not None:
@@ -184,7 +184,7 @@ class Process(asyncio.Protocol):
             self._compiled.set_exception(RefusedError(rest.decode(errors="replace")))
 
     def _exited(self, exit_: asyncio.Future[Exit]) -> None:
-        """The process is no more."""
+        """Note that the process has ended, and tell its matchers."""
         self._stop_watching()
         self.pid = exit_.result().pid
         self.is_alive = False

@@ -44,12 +44,12 @@ def compile_matcher(tokenizer: LLTokenizer, kind: str, value: str) -> tuple[Any,
 
 
 def is_stuck(matcher: Any) -> bool:
-    """Whether nothing may follow what a matcher has taken, although that is no answer; known once it made a mask."""
+    """Return whether a matcher, once it has made a mask, allows no token although what it took is no answer."""
     return bool(matcher.is_stopped() and not matcher.is_accepting())
 
 
 def is_limit(error: str) -> bool:
-    """Whether the library's message says that finding out is too much work, and not that a token does not fit."""
+    """Return whether the library's message says that it gave up for lack of time, not that a token does not fit."""
     return any(words in error for words in _LIMITS)
 
 

@@ -53,7 +53,7 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     output.add_argument(
         "--record-after", type=float, default=10.0, metavar="S", help="go on recording after the last answer (10)"
     )
-    output.add_argument("--quiet", action="store_true", help="no progress, only the report")
+    output.add_argument("--quiet", action="store_true", help="show no progress, only the report")
     return parser
 
 
@@ -69,15 +69,27 @@ def _add_target(group: argparse._ArgumentGroup) -> None:
         help="base URL, or several with commas: asked in turn (default http://127.0.0.1:8000)",
     )
     add("--model", help="model name (default: the first one the server lists)")
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    add(
+        "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="key that requests bring (default: $OPENAI_API_KEY)"
+    )
     add(
         "--prompt-mode",
         choices=("ids", "text", "chat"),
         default="ids",
         help="ids: random token ids, lengths are exact (default); text, chat: about one word per token",
     )
-    add("--vocab", type=checked(Span.parse, "low:high"), default=Span(100, 20000), help="ids (default 100:20000)")
-    add("--extra-body", type=checked(_json_object, "a JSON object"), default={}, help="JSON merged into requests")
+    add(
+        "--vocab",
+        type=checked(Span.parse, "low:high"),
+        default=Span(100, 20000),
+        help="token ids that prompts are drawn from (default 100:20000)",
+    )
+    add(
+        "--extra-body",
+        type=checked(_json_object, "a JSON object"),
+        default={},
+        help="JSON object that is merged into every request",
+    )
     add("--timeout", type=_positive, default=600.0, help="seconds until a request counts as failed (default 600)")
     add("--concurrency", type=_count, help="at most so many requests at a time (default: no limit)")
 
@@ -86,14 +98,18 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     span = checked(Span.parse, "a number or low:high")
     kinds = ("all", "fixed", "poisson", "burst", "trace")
-    add("--arrival", choices=kinds, help="default: what --trace, --burst or --rate ask for, else all at once")
+    add(
+        "--arrival",
+        choices=kinds,
+        help="when requests are sent (default: as --trace, --burst or --rate ask for, else all at once)",
+    )
     add("--rate", type=_positive, help="requests per second, for fixed and poisson")
-    add("--num-requests", type=_count, help="default 100; for burst: no limit")
+    add("--num-requests", type=_count, help="requests to send (default 100; for burst: no limit)")
     segments = checked(parse_segments, "seconds:rate,...")
     add("--burst", type=segments, metavar="S:RATE,...", help="poisson arrivals, the rate changing in steps")
-    add("--input-len", type=span, default=Span(128, 128), help="tokens, or low:high (default 128)")
-    add("--output-len", type=span, default=Span(64, 64), help="tokens, or low:high (default 64)")
-    add("--lengths-csv", type=Path, help="lengths of random rows of this file (ShareGPT lengths or Azure format)")
+    add("--input-len", type=span, default=Span(128, 128), help="tokens of a prompt, or low:high (default 128)")
+    add("--output-len", type=span, default=Span(64, 64), help="tokens of an answer, or low:high (default 64)")
+    add("--lengths-csv", type=Path, help="draw lengths from rows of this file (ShareGPT lengths or Azure format)")
     add(
         "--trace",
         type=Path,
@@ -101,7 +117,13 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         "as its hash ids say)",
     )
     window = checked(_window, "start:end")
-    add("--trace-window", type=window, default=(0.0, math.inf), metavar="START:END", help="seconds of the trace")
+    add(
+        "--trace-window",
+        type=window,
+        default=(0.0, math.inf),
+        metavar="START:END",
+        help="seconds of the trace to send (default: all)",
+    )
     add("--limit", type=_count, help="a random choice of so many rows of the trace")
     add("--time-scale", type=_positive, default=1.0, help="multiplies arrival times: 2 is half the rate (default 1)")
     add("--max-input", type=_count, help="clip prompts to so many tokens")

@@ -16,7 +16,7 @@ NUM_TRANSITIONS = 20  # that a frame holds
 
 
 def frame_of(state: Mapping[str, Any], **more: Any) -> Frame:
-    """The frame of a state; `more` is what the engine does not know (the model's name, rates)."""
+    """Return the frame of a state; `more` is what the engine does not know (the model's name, rates)."""
     devices = state.get("devices", ())
     return {
         **more,
@@ -47,7 +47,7 @@ def _device(device: Mapping[str, Any], units: Sequence[str]) -> Frame:
 
 
 def _runs(names: Collection[str], units: Sequence[str]) -> list[list[int]]:
-    """Half-open runs of indices into `units`: there are hundreds of names, but one or two runs."""
+    """Return half-open runs of indices into `units`: there are hundreds of names, but one or two runs."""
     runs: list[list[int]] = []
     for index, unit in enumerate(units):
         if unit in names:
@@ -68,7 +68,7 @@ def _group(group: Mapping[str, Any]) -> Frame:
 
 
 def _blocks(blocks: Mapping[str, int]) -> Frame:
-    """`idle`: blocks that nobody uses, and that keep the prefix cache; they are neither used nor empty."""
+    """Return blocks by use; `idle` ones keep the prefix cache, and are neither used nor empty."""
     return {"blocks": blocks["total"], "used": blocks["used"], "idle": blocks["idle"]}
 
 
@@ -78,7 +78,7 @@ def _transition(transition: Mapping[str, Any]) -> Frame:
 
 
 def delta_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> Frame:
-    """The merge patch that makes `new` of `old`; empty if they are equal."""
+    """Return the merge patch that makes `new` of `old`; empty if they are equal."""
     delta: Frame = {}
     for name, value in new.items():
         before = old.get(name)

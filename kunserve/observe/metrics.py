@@ -9,16 +9,15 @@ formatting) may be `COUNTERS_AGE_S` old.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kunserve.grammar.limits import DEATH_REASONS
+from kunserve.observe.gauges import EngineStats as EngineStats  # for whoever feeds both
+from kunserve.observe.gauges import Gauges
 from kunserve.observe.recent import Recent
 from kunserve.sampling import FinishReason, SamplingParams
 
@@ -46,45 +45,8 @@ REJECTIONS = (
     "body_memory",
     "body_share",
 )  # what `Metrics.rejection` is told
-DEVICE_STATES = ("ok", "suspect", "lost", "removed")
 TRANSITION_KINDS = ("drop", "restore", "lose", "remove", "add")
 COUNTERS_AGE_S = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStats:
-    """Who owns the bytes of one device, and whether it does its work."""
-
-    name: str
-    weight_bytes: int
-    kv_bytes: int
-    free_bytes: int
-    state: str = "ok"  # one of DEVICE_STATES
-
-
-@dataclass(frozen=True, slots=True)
-class GroupStats:
-    """One group; a chain has more than one stage."""
-
-    group_id: int
-    num_stages: int
-    bubble_share: float = 0.0  # since the group was formed
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine is doing now; blocks are those mapped at present, over all groups."""
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_used_blocks: int
-    block_size: int
-    devices: tuple[DeviceStats, ...] = ()
-    groups: tuple[GroupStats, ...] = ()
-    weights_dropped_bytes: int = 0
-    num_idle_blocks: int = 0  # that nobody uses, and that keep the prefix cache
-    demand_over_undropped: float = 0.0
 
 
 class Counted(Protocol):
@@ -99,90 +61,17 @@ class Counted(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens the client sent."""
+        """Return the number of tokens that the client sent."""
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Return the number of tokens generated so far."""
 
 
 def _token_buckets(max_tokens: int) -> list[int]:
-    """1, 2, 5, 10, 20, ... up to `max_tokens`."""
+    """Return 1, 2, 5, 10, 20, ... up to `max_tokens`."""
     scales = (10**exponent for exponent in range(len(str(max_tokens))))
     return [m * scale for scale in scales for m in (1, 2, 5) if m * scale <= max_tokens]
-
-
-class _Gauges(Collector):
-    """Gauges made from `EngineStats` at the moment of the scrape."""
-
-    def __init__(
-        self, labels: dict[str, str], stats: Callable[[], EngineStats], prefix_hit_rate: Callable[[], float]
-    ) -> None:
-        self._labels = labels
-        self._stats, self._prefix_hit_rate = stats, prefix_hit_rate
-
-    def _gauge(self, name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> Metric:
-        family = GaugeMetricFamily(name, text)
-        for labels, value in samples:
-            family.add_sample(name, self._labels | labels, value)
-        return family
-
-    def describe(self) -> list[Metric]:
-        """Nothing to describe ahead of a scrape."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """All gauges, from one snapshot."""
-        stats = self._stats()
-        usage, idle = (number / max(1, stats.num_blocks) for number in (stats.num_used_blocks, stats.num_idle_blocks))
-        cache = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.num_blocks)}
-        single: list[tuple[str, str, dict[str, str], float]] = [
-            ("vllm:num_requests_running", "Requests being computed.", {}, stats.num_running),
-            ("vllm:num_requests_waiting", "Requests waiting to be admitted.", {}, stats.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Used fraction (0..1) of the KV blocks mapped now.", {}, usage),
-            ("vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage_perc.", {}, usage),
-            ("kunserve:kv_cache_idle_perc", "Fraction (0..1) of them that nobody uses: the prefix cache.", {}, idle),
-            (
-                "kunserve:demand_over_undropped",
-                "Blocks that all requests, waiting ones too, are expected to need, over those that there are without "
-                "any drop: above 1 the server lives on dropped weights or lets requests wait.",
-                {},
-                stats.demand_over_undropped,
-            ),
-            (
-                "vllm:gpu_prefix_cache_hit_rate",
-                "Old name; hits by queries so far.",
-                {},
-                self._prefix_hit_rate(),
-            ),
-            ("vllm:cache_config_info", "Size of the KV cache as mapped now.", cache, 1.0),
-        ]
-        for name, text, labels, value in single:
-            yield self._gauge(name, text, [(labels, value)])
-        owners = [
-            ({"device": device.name, "owner": owner}, float(num_bytes))
-            for device in stats.devices
-            for owner, num_bytes in (
-                ("weights", device.weight_bytes),
-                ("kv", device.kv_bytes),
-                ("free", device.free_bytes),
-            )
-        ]
-        yield self._gauge("kunserve:device_memory_bytes", "Bytes of a device by owner.", owners)
-        states = [device.state for device in stats.devices]
-        text = "Devices by state; a suspect one gets no new requests while others can take them."
-        counts = [({"state": state}, float(states.count(state))) for state in DEVICE_STATES]
-        yield self._gauge("kunserve:devices", text, counts)
-        pools = [({"device": device.name}, float(device.kv_bytes)) for device in stats.devices]
-        yield self._gauge("kunserve:kv_pool_bytes", "Bytes of a device mapped for KV now.", pools)
-        stages = [({"group": str(group.group_id)}, float(group.num_stages)) for group in stats.groups]
-        yield self._gauge("kunserve:group_stages", "Devices in the chain of a group.", stages)
-        bubbles = [({"group": str(group.group_id)}, group.bubble_share) for group in stats.groups]
-        text = "Share of its busy time in which a stage of a chain waits for another, since the group was formed."
-        yield self._gauge("kunserve:bubble_share", text, bubbles)
-        nothing: dict[str, str] = {}
-        dropped = [(nothing, float(stats.weights_dropped_bytes))]
-        yield self._gauge("kunserve:weights_dropped_bytes", "Bytes of weights that gave way to KV.", dropped)
 
 
 class Metrics:
@@ -198,7 +87,7 @@ class Metrics:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._registry = CollectorRegistry()
         self._gauges = CollectorRegistry()
-        self._gauges.register(_Gauges(self._labels, stats, lambda: self.prefix_hit_rate))
+        self._gauges.register(Gauges(self._labels, stats, lambda: self.prefix_hit_rate))
         self._now = now
         self._counters_text = b""
         self._counters_text_s = -inf
@@ -221,69 +110,100 @@ class Metrics:
         return family.labels(**self._labels)
 
     def _make_counters(self) -> None:
-        self._preemptions = self._counter("vllm:num_preemptions", "Requests whose KV was given up to others.")
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed, each once.")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._preemptions = self._counter(
+            "vllm:num_preemptions", "Preemptions: requests that lost their KV to others and are computed again."
+        )
+        self._prompt_tokens = self._counter(
+            "vllm:prompt_tokens", "Prompt tokens computed; tokens that are computed again do not count again."
+        )
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Output tokens that were generated.")
         self._prefix_cache = [
             (
-                self._counter(prefix + "prefix_cache_queries", "Prompt tokens looked for in the prefix cache."),
-                self._counter(prefix + "prefix_cache_hits", "Of those, tokens whose KV was there."),
+                self._counter(
+                    prefix + "prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache."
+                ),
+                self._counter(prefix + "prefix_cache_hits", "Prompt tokens whose KV was found in the prefix cache."),
             )
             for prefix in ("vllm:", "vllm:gpu_")  # the second: old names, which routers read
         ]
-        text = "Requests that ended, by reason."
+        text = "Requests that ended, by the reason why."
         self._finished = self._counter_by("finished_reason", "vllm:request_success", text, FinishReason)
-        text = "Requests turned away, by reason."
+        text = "Requests that were refused with 503, by the bound that they met."
         family = Counter("vllm:admission_rejections", text, [*self._labels, "reason"], registry=self._registry)
         self._rejections = family
         for reason in REJECTIONS:
             family.labels(**self._labels, reason=reason)  # from the start
-        text = "Processes of structures (schemas, grammars) that ended before their time, by reason."
+        text = "Processes that follow structures (schemas, grammars) and ended before their time, by reason."
         family = Counter("kunserve:structure_process_deaths", text, [*self._labels, "reason"], registry=self._registry)
         self._structure_process_deaths = family
         for reason in DEATH_REASONS:
             family.labels(**self._labels, reason=reason)
         self._transitions = {
-            "drop": self._counter("kunserve:drops", "Transitions that dropped weights."),
-            "restore": self._counter("kunserve:restores", "Transitions that brought weights back."),
+            "drop": self._counter("kunserve:drops", "Drops that were committed."),
+            "restore": self._counter("kunserve:restores", "Restores that were committed."),
         }
-        text = "Transitions that failed and were undone, by kind."
+        text = "Transitions that failed and were undone, by their kind."
         self._rolled_back = self._counter_by("kind", "kunserve:rolled_back_transitions", text, TRANSITION_KINDS)
-        self._devices_lost = self._counter("kunserve:devices_lost", "Devices that were declared dead.")
-        self._exchange_bytes = self._counter("kunserve:exchange_bytes", "KV that followed its layers.")
-        text = "Requests whose KV did not follow its layers, and is computed again."
+        self._devices_lost = self._counter("kunserve:devices_lost", "Devices that were declared lost.")
+        self._exchange_bytes = self._counter(
+            "kunserve:exchange_bytes", "Bytes of KV that followed their layers to another device."
+        )
+        text = "Requests that are computed again because their KV did not follow its layers."
         self._exchange_lost_requests = self._counter("kunserve:exchange_lost_requests", text)
-        text = "Requests that started over because a step with them failed."
+        text = "Requests that started over because a step that carried them failed."
         self._retried_requests = self._counter("kunserve:retried_requests", text)
 
     def _make_histograms(self, tokens: Sequence[float]) -> None:
         def seconds(name: str, text: str, buckets: Sequence[float] = REQUEST_BUCKETS_S) -> Histogram:
             return self._histogram(f"vllm:{name}_seconds", text, buckets)
 
-        self._ttft = seconds("time_to_first_token", "Arrival to first token.", TTFT_BUCKETS_S)
-        self._inter_token = seconds("inter_token_latency", "One token to the next.", ITL_BUCKETS_S)
-        self._per_token = seconds("request_time_per_output_token", "Mean after the first.", ITL_BUCKETS_S)
-        self._e2e = seconds("e2e_request_latency", "Arrival to end.")
-        self._queue = seconds("request_queue_time", "Arrival to first admission.")
-        self._prefill = seconds("request_prefill_time", "Admission to first token.")
-        self._decode = seconds("request_decode_time", "First token to end.")
-        self._inference = seconds("request_inference_time", "Admission to end.")
+        self._ttft = seconds(
+            "time_to_first_token", "Seconds from a request's arrival to its first token.", TTFT_BUCKETS_S
+        )
+        self._inter_token = seconds(
+            "inter_token_latency", "Seconds from one token of a request to its next.", ITL_BUCKETS_S
+        )
+        self._per_token = seconds(
+            "request_time_per_output_token",
+            "Mean seconds per output token of a request, after its first.",
+            ITL_BUCKETS_S,
+        )
+        self._e2e = seconds("e2e_request_latency", "Seconds from a request's arrival to its end.")
+        self._queue = seconds("request_queue_time", "Seconds from a request's arrival to its first admission.")
+        self._prefill = seconds("request_prefill_time", "Seconds from a request's admission to its first token.")
+        self._decode = seconds("request_decode_time", "Seconds from a request's first token to its end.")
+        self._inference = seconds("request_inference_time", "Seconds from a request's admission to its end.")
         histogram = self._histogram
         self._request_prompt = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", tokens)
-        self._request_output = histogram("vllm:request_generation_tokens", "Its generated tokens.", tokens)
-        self._request_max = histogram("vllm:request_params_max_tokens", "Its max_tokens.", tokens)
-        self._request_n = histogram("vllm:request_params_n", "Its n.", N_BUCKETS)
-        self._request_preemptions = histogram("vllm:request_num_preemptions", "Its preemptions.", PREEMPTION_BUCKETS)
-        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_BUCKETS_TOKENS)
-        text = "Time of a transition, by step."
+        self._request_output = histogram("vllm:request_generation_tokens", "Output tokens that a request got.", tokens)
+        self._request_max = histogram(
+            "vllm:request_params_max_tokens", "The max_tokens that a request asked for.", tokens
+        )
+        self._request_n = histogram("vllm:request_params_n", "The n that a request asked for.", N_BUCKETS)
+        self._request_preemptions = histogram(
+            "vllm:request_num_preemptions", "How often a request was preempted.", PREEMPTION_BUCKETS
+        )
+        self._step_tokens = histogram(
+            "vllm:iteration_tokens_total", "Prompt and output tokens of one step.", STEP_BUCKETS_TOKENS
+        )
+        text = "Seconds that a step of a committed transition took."
         names = [*self._labels, "step"]
         buckets = TRANSITION_BUCKETS_S
         self._steps = Histogram("kunserve:transition_seconds", text, names, registry=self._registry, buckets=buckets)
-        self._loop_lag = histogram("kunserve:event_loop_lag_seconds", "How late the event loop woke.", LAG_BUCKETS_S)
+        self._loop_lag = histogram(
+            "kunserve:event_loop_lag_seconds", "Seconds that a timer of the event loop fired late.", LAG_BUCKETS_S
+        )
         names = list(self._labels)
-        lag_max = Gauge("kunserve:event_loop_lag_max_seconds", "Since start.", names, registry=self._registry)
+        lag_max = Gauge(
+            "kunserve:event_loop_lag_max_seconds",
+            "The longest such lag since the start.",
+            names,
+            registry=self._registry,
+        )
         self._loop_lag_max = lag_max.labels(**self._labels)
-        body_bytes = Gauge("kunserve:body_bytes", "Of bodies that are no requests yet.", names, registry=self._registry)
+        body_bytes = Gauge(
+            "kunserve:body_bytes", "Bytes of request bodies that are not requests yet.", names, registry=self._registry
+        )
         self._body_bytes = body_bytes.labels(**self._labels)
 
     @property
@@ -397,7 +317,7 @@ class Metrics:
             self._per_token.observe(decode_s / (request.num_output_tokens - 1))
 
     def render(self) -> bytes:
-        """All series in Prometheus text format."""
+        """Return all series in Prometheus text format."""
         now_s = self._now()
         if now_s - self._counters_text_s >= COUNTERS_AGE_S:
             self._counters_text, self._counters_text_s = generate_latest(self._registry), now_s

@@ -20,7 +20,7 @@ class Recent:
         self.gap_s = 0.0  # the longest between two tokens of a request, since `take_gap`
 
     def first_token(self, at_s: float, ttft_s: float) -> None:
-        """A request got its first token at `at_s` on the engine's clock."""
+        """Remember that a request got its first token at `at_s` on the engine's clock."""
         self._first_tokens.append((at_s, ttft_s))
 
     def prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
@@ -39,7 +39,7 @@ class Recent:
         return self._cached / self._looked_for if self._looked_for else None
 
     def ttfts(self, since_s: float) -> list[float]:
-        """Times to first token of those that came since then, ascending; of the last `HISTORY` at most."""
+        """Return times to first token of requests that had it since then, ascending; `HISTORY` of them at most."""
         return sorted(ttft_s for at_s, ttft_s in self._first_tokens if at_s >= since_s)
 
     @property
@@ -48,11 +48,6 @@ class Recent:
         return self._first_tokens[-1][0] if self._first_tokens else None
 
     def take_gap(self) -> float:
-        """The longest gap between two tokens of a request since the last call, in seconds; 0 if there was none."""
+        """Return the longest gap between two tokens of a request since the last call, in seconds; 0 without any."""
         gap_s, self.gap_s = self.gap_s, 0.0
         return gap_s
-
-
-def quantile(ascending: list[float], q: float) -> float:
-    """The value below which a share `q` of a sorted, non-empty list lies (nearest rank)."""
-    return ascending[min(len(ascending) - 1, int(q * len(ascending)))]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import structlog
 
-from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.observe.gauges import EngineStats
+from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -22,7 +23,7 @@ class Summary:
         self._was_busy = False
 
     def line(self, seconds: float) -> str | None:
-        """The line for the last `seconds`; None if nothing happened, then or just before."""
+        """Return the line for the last `seconds`; None if nothing happened, then or just before."""
         stats, metrics = self._stats(), self._metrics
         num_prompt = metrics.num_prompt_tokens - self._num_prompt
         num_generated = metrics.num_generation_tokens - self._num_generated

@@ -20,8 +20,8 @@ _seconds = number_from(float, 0.0, 1e6)
 _count = number_from(int, 1, 1_000_000)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
-    """The command line as options, and whether the report is to be brief."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     default = Options()
     parser = OneLineParser("python -m kunserve.sim", description=__doc__)
     add_version_flag(parser)
@@ -29,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")
     add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
-    add("--policy", choices=POLICIES, default=default.policy)
+    add("--policy", choices=POLICIES, default=default.policy, help="what makes room (default %(default)s)")
     add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=default.seed, help="same seed, same report")
     add(
         "--duration", dest="duration_s", type=_amount, default=default.duration_s, help="seconds in which requests come"
@@ -46,10 +46,23 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
         help="GiB of each GPU, instead of what it has",
     )
     add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
-    add("--block-size", type=_count, default=default.block_size)
-    add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens)
-    add("--max-num-seqs", type=_count, default=default.max_num_seqs)
-    add("--watermark", type=number_from(float, 0.0, 1.0), default=default.watermark)
+    _add_engine_flags(parser, default)
+    add("--brief", action="store_true", help="without what is kept over time and the transitions")
+    return parser
+
+
+def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
+    """Add the flags of the simulated engine, with the server's names where it has them."""
+    add = parser.add_argument
+    add("--block-size", type=_count, default=default.block_size, help="tokens of a KV block")
+    add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens, help="tokens of a step")
+    add("--max-num-seqs", type=_count, default=default.max_num_seqs, help="most requests that run on one device")
+    add(
+        "--watermark",
+        type=number_from(float, 0.0, 1.0),
+        default=default.watermark,
+        help="share of the KV blocks that admission leaves free",
+    )
     for name, default_s, what in (
         ("step", default.host_step_s, "a step of a group"),
         ("token", default.host_token_s, f"each token that it streams (this server: about {HOST_TOKEN_S})"),
@@ -61,7 +74,13 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
             default=default_s,
             help=f"seconds that the server's main thread, which all groups share, takes for {what}",
         )
-    add("--restore-hold", dest="restore_hold_s", type=_seconds, default=default.restore_hold_s)
+    add(
+        "--restore-hold",
+        dest="restore_hold_s",
+        type=_seconds,
+        default=default.restore_hold_s,
+        help="seconds of low demand before weights come back",
+    )
     add("--run-ahead", dest="is_running_ahead", action="store_true", help="plan a microbatch more, as the live server")
     add("--no-restore", dest="is_restoring", action="store_false", help="never bring weights back")
     add("--no-coordination", dest="is_coordinated", action="store_false", help="KV does not give way to activations")
@@ -72,8 +91,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
         action="store_true",
         help="requests that begin alike share KV, by the hash ids of a Mooncake trace; the report has prefix_hit_rate",
     )
-    add("--brief", action="store_true", help="without what is kept over time and the transitions")
-    values = vars(parser.parse_args(arguments))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
+    """Return the command line as options, and whether the report is to be brief."""
+    values = vars(make_parser().parse_args(arguments))
     is_brief = values.pop("brief")
     return Options(**values), is_brief
 

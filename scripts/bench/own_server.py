@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -23,7 +23,7 @@ POLL_S = 0.02
 
 
 class ServerProcess:
-    """Run one server on a port of the loopback interface, from its start to `close`."""
+    """Run one server on a port of the loopback interface, from its start to `close`; in a `with` block, it is ready."""
 
     def __init__(
         self,
@@ -47,6 +47,24 @@ class ServerProcess:
             env={**os.environ, **(environment or {})},
         )
 
+    def __enter__(self) -> Self:
+        """Wait until it is ready; RuntimeError, with the log, if it does not get so far."""
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether the process has not ended."""
+        return self._process.poll() is None
+
     @property
     def pid(self) -> int:
         """Return the process id."""
@@ -67,7 +85,7 @@ class ServerProcess:
         """Return once /health answers 200; raise RuntimeError, with the log, if it ends or takes too long."""
         deadline = time.monotonic() + START_S
         while not self._is_healthy():
-            if self._process.poll() is not None:
+            if not self.is_running:
                 raise RuntimeError(f"the server ended with {self._process.returncode}:\n{self.log}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the server is not ready after {START_S:.0f} s:\n{self.log}")
@@ -83,7 +101,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the process, kindly first."""
-        if self._process.poll() is None:
+        if self.is_running:
             self._process.terminate()
             try:
                 self._process.wait(STOP_S)

@@ -21,6 +21,8 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+from kunserve.percentiles import quantile
+
 PAGE_BYTES = 4096
 
 
@@ -114,7 +116,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "requests": len(answers),
         "by_status": dict(Counter(status for status, _ in answers)),
         "refused_median_ms": round(median(refusals or [0]) * 1e3, 1),
-        "refused_p99_ms": round(refusals[int(0.99 * (len(refusals) - 1))] * 1e3, 1) if refusals else None,
+        "refused_p99_ms": round(quantile(refusals, 0.99) * 1e3, 1) if refusals else None,
         "refused_slowest_ms": round(max(refusals, default=0) * 1e3, 1),
         "accepted_slowest_s": round(max(accepted, default=0), 1),
         "other_by_status": dict(Counter(status for status, _ in others)),

@@ -20,22 +20,25 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import made_structures
 import structured_output
 
-START_S, ANSWER_S = 120.0, 180.0
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from own_server import ServerProcess
+
+from kunserve.percentiles import quantile
+
+ANSWER_S = 180.0
 DEATHS = re.compile(r'^kunserve:structure_process_deaths_total\{.*reason="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
@@ -188,44 +191,11 @@ async def fuzz(url: str, args: argparse.Namespace, pid: int | None) -> dict[str,
         "wrong_streams": len(found.wrong),
         "health_checks": len(health),
         "slowest_health_s": round(health[-1], 3) if health else None,
-        "p99_health_s": round(health[len(health) * 99 // 100], 3) if health else None,
+        "p99_health_s": round(quantile(health, 0.99), 3) if health else None,
         "killed_by_hand": found.num_killed,
         "process_deaths": deaths,
         "failures": failures,
     }
-
-
-@contextmanager
-def own_server(model: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on a free port, and its process; its log is shown if it dies."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "kunserve.server", model, "--port", str(port), "--disable-access-log"]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + START_S
-            while not _is_healthy(port):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the server does not start")
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}", server
-        finally:
-            if server.poll() is not None:
-                log.seek(0)
-                print(log.read().decode(errors="replace")[-4000:], file=sys.stderr)
-            server.terminate()
-            server.wait()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return connection.recv(64).startswith(b"HTTP/1.1 200 ")
-    except OSError:
-        return False
 
 
 def main() -> None:
@@ -241,9 +211,11 @@ def main() -> None:
     if args.url is not None:
         result = asyncio.run(fuzz(args.url.rstrip("/"), args, None))
     else:
-        with own_server(args.model) as (url, server):
-            result = asyncio.run(fuzz(url, args, server.pid))
-            result["is_alive"] = server.poll() is None
+        with ServerProcess(args.model, "--disable-access-log") as server:
+            result = asyncio.run(fuzz(server.url, args, server.pid))
+            result["is_alive"] = server.is_running
+            if not server.is_running:
+                print(server.log[-4000:], file=sys.stderr)
     print(json.dumps(result))
     is_good = not (result["bad_answers"] or result["wrong_streams"] or result["failures"])
     sys.exit(not (is_good and result["slowest_health_s"] <= args.max_health and result.get("is_alive", True)))

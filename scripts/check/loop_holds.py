@@ -1,6 +1,6 @@
 """What holds the event loop of a server up, and for how long: unusual but valid requests, one kind at a time.
 
-    python scripts/check/loop_holds.py smollm2-135m --port 8200 [--only NAME]
+    python scripts/check/loop_holds.py smollm2-135m [--only NAME]
 
 The server runs in a child process, in which a watchdog looks where the event loop is whenever it has not come back for
 `HOLD_S`. Other work on the machine holds it up as well: what counts is the CPU time of the loop.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,10 @@ from typing import Any
 
 import aiohttp
 import orjson
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from own_server import ServerProcess
 
 HOLD_S = 0.02
 # Where the loop is, by a thread that needs the GIL: while C code holds that, it comes late and sees what follows.
@@ -138,8 +141,8 @@ def worst_of(log: str) -> tuple[list[list[float]], Counter[str]]:
     return sorted(held, key=lambda hold: -hold[1]), places
 
 
-async def measure(args: argparse.Namespace, log: Path) -> dict[str, Any]:
-    url = f"http://127.0.0.1:{args.port}"
+async def measure(url: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
+    """Send every case to the server at `url`, and return what the watchdog wrote meanwhile, by case."""
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     headers = {"Content-Type": "application/json"}
@@ -150,14 +153,6 @@ async def measure(args: argparse.Namespace, log: Path) -> dict[str, Any]:
                 await response.read()
                 return response.status
 
-        for _ in range(600):
-            try:
-                async with session.get("/health") as response:
-                    if response.status == 200:
-                        break
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.2)
         await post("/v1/completions", orjson.dumps({"prompt": "warm up", "structured_outputs": {"regex": "a+"}}))
         results: dict[str, Any] = {}
         for name, case in (await cases(post, args.vocab_size, args.only)).items():
@@ -180,7 +175,7 @@ async def measure(args: argparse.Namespace, log: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--port", type=int, default=8200)
+    parser.add_argument("--port", type=int, help="of the server that it starts (default: a free one)")
     parser.add_argument("--vocab-size", type=int, default=49152)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--log", type=Path, help="keep what the watchdog writes in this file")
@@ -188,14 +183,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = args.log or Path(folder) / "holds"
         log.touch()
-        command = [sys.executable, "-c", CHILD.format(hold_s=HOLD_S), str(log), args.model, "--port", str(args.port)]
-        command += ["--disable-access-log", "--disable-log-stats", "--log-level", "warning"]
-        child = subprocess.Popen(command)
-        try:
-            results = asyncio.run(measure(args, log))
-        finally:
-            child.terminate()
-            child.wait()
+        command = (sys.executable, "-c", CHILD.format(hold_s=HOLD_S), str(log))
+        flags = (args.model, "--disable-access-log", "--disable-log-stats", "--log-level", "warning")
+        with ServerProcess(*flags, port=args.port, command=command) as server:
+            results = asyncio.run(measure(server.url, args, log))
     worst = max(result["own_worst_ms"] for result in results.values())
     print(json.dumps({"hold_ms": HOLD_S * 1e3, "own_worst_ms": worst, "cases": results}))
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import aiohttp
 
+from kunserve.percentiles import quantile
+
 TOKENS = re.compile(rb"^vllm:generation_tokens_total\{[^}]*\} (\S+)", re.MULTILINE)
 INTERVAL_S = 0.05
 
@@ -81,7 +83,7 @@ async def measure(url: str, num_requests: int, num_tokens: int) -> dict[str, Any
         "tokens": len(arrivals),
         "scrapes": len(scrapes),
         "median_ms": round(median(answer_s) * 1e3, 1),
-        "p99_ms": round(answer_s[int(0.99 * (len(answer_s) - 1))] * 1e3, 1),
+        "p99_ms": round(quantile(answer_s, 0.99) * 1e3, 1),
         "slowest_ms": round(answer_s[-1] * 1e3, 1),
         "most_stale_ms": round(max(stale_s) * 1e3, 1),
     }

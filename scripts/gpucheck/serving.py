@@ -21,6 +21,7 @@ from kunserve.engine.launch.launch import launch
 from kunserve.engine.request import Request
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import KunServeError
+from kunserve.percentiles import quantile
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import SamplingParams
 
@@ -225,8 +226,8 @@ async def burst(
         return {
             "kv_tokens": capacity,
             "demand_tokens": num_requests * (prompt_len + num_tokens),
-            "ttft_p50_s": ttft[len(ttft) // 2],
-            "ttft_p99_s": ttft[min(len(ttft) - 1, len(ttft) * 99 // 100)],
+            "ttft_p50_s": quantile(ttft, 0.5),
+            "ttft_p99_s": quantile(ttft, 0.99),
             "longest_gap_s": max((a.longest_gap_s for a in answers), default=0.0),
             "tokens_per_s": sum(len(a.token_ids) for a in answers) / took,
             "unfinished": len(late),

@@ -43,7 +43,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def leave(is_stream: bool, outputs: list[Output], with_reset: bool, n: int = 1) -> None:
+async def check_all_are_aborted(is_stream: bool, outputs: list[Output], with_reset: bool, n: int = 1) -> None:
     """A client goes while the engine has nothing (more) to say: all its requests are aborted."""
     engine = FakeEngine(lambda _: outputs)
     async with serving(engine) as client, connected(client) as (reader, writer):
@@ -65,18 +65,18 @@ async def leave(is_stream: bool, outputs: list[Output], with_reset: bool, n: int
 @pytest.mark.parametrize("num_outputs", [0, 2])
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_a_client_that_leaves_ends_its_requests(is_stream: bool, num_outputs: int, with_reset: bool) -> None:
-    await leave(is_stream, say("abcd"[:num_outputs], None), with_reset)
+    await check_all_are_aborted(is_stream, say("abcd"[:num_outputs], None), with_reset)
 
 
 async def test_a_client_that_leaves_ends_all_its_choices() -> None:
-    await leave(True, say("ab", None), False, n=3)
-    await leave(False, [], False, n=3)
+    await check_all_are_aborted(True, say("ab", None), False, n=3)
+    await check_all_are_aborted(False, [], False, n=3)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_leaves_on_uvloop(is_stream: bool) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(leave(is_stream, say("ab", None), False))
+        runner.run(check_all_are_aborted(is_stream, say("ab", None), False))
 
 
 async def test_a_client_that_leaves_while_it_sends_its_body() -> None:

@@ -7,25 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from metrics_page import metrics_of_everything
 from prometheus_client.parser import text_string_to_metric_families
 
-from kunserve.engine.request import Request
-from kunserve.observe.metrics import DeviceStats, EngineStats, GroupStats, Metrics
-from kunserve.sampling import SamplingParams
-
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
-STATS = EngineStats(1, 0, 10, 1, 16, (DeviceStats("cpu:0", 1, 1, 1),), (GroupStats(0, 1),))
 
 
 def served() -> dict[str, set[str]]:
     """Samples by name with their labels, of a server that has done a bit of everything."""
-    metrics = Metrics("tiny", 64, lambda: STATS)
-    metrics.rejection("queue_full")
-    metrics.rolled_back("drop")
-    metrics.device_lost()
-    metrics.transition("drop", {"remap": 0.1}, 5)
-    metrics.request_finished(Request("r", [1], SamplingParams(1)), 1.0)
-    families = text_string_to_metric_families(metrics.render().decode())
+    families = text_string_to_metric_families(metrics_of_everything().render().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 

@@ -51,12 +51,8 @@ class ServerProcess(own_server.ServerProcess):
 @contextmanager
 def running_server(*arguments: str, **settings: Any) -> Iterator[ServerProcess]:
     """A ready server until the block is left; `settings` are ServerProcess's."""
-    server = ServerProcess(*arguments, **settings)
-    try:
-        server.wait_ready()
+    with ServerProcess(*arguments, **settings) as server:
         yield server
-    finally:
-        server.close()
 
 
 def run_to_end(*arguments: str, **settings: Any) -> tuple[int, str]:

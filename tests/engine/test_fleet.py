@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from groups import LAYERS, make_group, make_request
+from seeds import seeds
 
 import kunserve
 from kunserve.engine.blocks.block_table import BlockTable
@@ -32,7 +33,7 @@ def chain_of(*groups: Group) -> list[StageView]:
     return [StageView(device, i * per_stage, (i + 1) * per_stage) for i, device in enumerate(devices)]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_every_block_has_one_holder_whatever_is_asked_in_whatever_order(seed: int) -> None:
     rng = random.Random(seed)
     fleet = Fleet([make_group(i, num_stages=rng.choice([1, 2]), num_blocks=24) for i in range(3)])
@@ -99,7 +100,7 @@ def empty_a_tail(fleet: Fleet, group: Group, rng: random.Random) -> None:
     fleet.limit(stage.device, stage.pool.num_blocks)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(10))
 def test_a_merge_and_a_split_take_all_requests_along(seed: int) -> None:
     rng = random.Random(seed)
     first, second = make_group(0, num_blocks=16), make_group(1, num_blocks=16)

@@ -27,7 +27,8 @@ from kunserve.engine.survive.health import Health
 from kunserve.errors import DeviceError, EngineError
 from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.pool import Pool
-from kunserve.observe.metrics import EngineStats, Metrics
+from kunserve.observe.gauges import EngineStats
+from kunserve.observe.metrics import Metrics
 from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
 

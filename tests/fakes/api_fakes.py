@@ -17,7 +17,8 @@ from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError, KunServeError
-from kunserve.observe.metrics import DeviceStats, EngineStats, Metrics
+from kunserve.observe.gauges import DeviceStats, EngineStats
+from kunserve.observe.metrics import Metrics
 from kunserve.sampling import FinishReason
 
 MODEL = ModelInfo(served_names=("tiny", "org/tiny"), max_model_len=64, root="/models/tiny", created=1234)

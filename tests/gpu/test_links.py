@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
+
 from kunserve.gpu.links import HOST, Links, Priority
 
 
@@ -72,14 +74,15 @@ async def test_links_do_not_wait_for_each_other() -> None:
 
 
 async def test_a_transfer_that_fails_frees_the_link() -> None:
-    links = Links()
-    try:
-        async with links.turn(0, 1, Priority.KV, 1):
+    transfers = Transfers()
+    with pytest.raises(OSError, match="lost"):
+        async with transfers.links.turn(0, 1, Priority.KV, 1):
             raise OSError("lost")
-    except OSError:
-        pass
-    async with links.turn(0, 1, Priority.KV, 1):
-        pass
+    following = transfers.begin("following", Priority.KV)
+    await settle()
+    assert transfers.order == ["following"]
+    transfers.let_go("following")
+    await following
 
 
 async def test_a_cancelled_waiter_passes_its_turn_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from seeds import seeds
 
 from kunserve.errors import DeviceError
 from kunserve.gpu.chunk_pool import ChunkPool, Owner
@@ -12,7 +13,7 @@ from kunserve.gpu.null import NullDevice
 from kunserve.gpu.range import Range
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_random_resizes_keep_the_budget(seed: int) -> None:
     rng = random.Random(seed)
     device, pool = NullDevice(0, 40), ChunkPool(40)

@@ -58,6 +58,6 @@ def test_no_answer_ever_ends(text: str) -> None:
         'start: %lark { start: start "a" }',
     ],
 )
-def test_some_answer_ends_or_the_library_has_to_say(text: str) -> None:
+def test_a_grammar_with_an_answer_that_ends_or_that_the_library_judges_is_not_refused(text: str) -> None:
     check_lark(text)
     check_lark(text + "\n%llguidance {}\n")

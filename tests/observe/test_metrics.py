@@ -6,7 +6,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from kunserve.engine.request import Request
-from kunserve.observe.metrics import COUNTERS_AGE_S, DeviceStats, EngineStats, Metrics
+from kunserve.observe.gauges import DeviceStats, EngineStats
+from kunserve.observe.metrics import COUNTERS_AGE_S, Metrics
 from kunserve.sampling import FinishReason, SamplingParams
 
 LABELS = {"model_name": "tiny", "engine": "0"}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kunserve.observe.recent import HISTORY, NUM_PROMPTS, Recent, quantile
+from kunserve.observe.recent import HISTORY, NUM_PROMPTS, Recent
 
 
 def test_first_tokens_of_the_last_seconds() -> None:
@@ -40,9 +40,3 @@ def test_the_share_that_the_prefix_cache_had_is_that_of_the_newest_prompts() -> 
     assert recent.prefix_hit_rate == pytest.approx((500 + 9 * (NUM_PROMPTS - 1)) / (1000 + 10 * (NUM_PROMPTS - 1)))
     recent.prompt(10, 9)
     assert recent.prefix_hit_rate == 0.9
-
-
-def test_quantiles() -> None:
-    ascending = [float(i) for i in range(100)]
-    assert (quantile(ascending, 0.5), quantile(ascending, 0.99)) == (50.0, 99.0)
-    assert quantile([1.0], 0.99) == quantile([1.0], 0.0) == 1.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from kunserve.observe.metrics import EngineStats, GroupStats, Metrics
+from kunserve.observe.gauges import EngineStats, GroupStats
+from kunserve.observe.metrics import Metrics
 from kunserve.observe.summary import Summary
 
 IDLE = EngineStats(0, 0, 100, 0, 16)

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from planner_oracle import SMOLLM2, random_model
+from seeds import seeds
 
 from kunserve.engine.launch.placement import model_shape, num_copies, place
 from kunserve.errors import ConfigError
@@ -90,7 +91,7 @@ def copies(shape: ModelShape, devices: Sequence[DeviceView], devices_per_group: 
     return num_copies(shape, devices, devices_per_group, max_model_len=64, is_len_required=True)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", seeds(150))
 def test_the_advice_is_what_a_launch_would_do(seed: int) -> None:
     """So many devices hold two copies and no fewer do; weights so large fit twice, and any larger do not."""
     rng = random.Random(seed)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from seeds import seeds
 
 from kunserve.planner.demand import Demand, OutputLengthEstimate, RequestView, measure_demand
 
@@ -36,7 +37,7 @@ def test_partly_prefilled_prompt_counts_in_full() -> None:
     assert measure_demand(running, [], ESTIMATE, 16) == Demand(in_use=2, prompts=0, growth=8)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_sum_over_requests_of_what_each_will_hold(seed: int) -> None:
     rng = random.Random(seed)
     views = [

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from planner_oracle import SMOLLM2, SMOLLM2_BUDGET, all_splits, blocks_of, random_model
+from seeds import seeds
 
 from kunserve.planner.layer_split import cuts_around, cuts_within, split_layers
 from kunserve.planner.snapshot import DeviceView, StageView
@@ -29,7 +30,7 @@ def test_the_need_comes_before_balance() -> None:
     assert smollm2_pair(99_000) == ((15, 15), 17_744)  # cannot be: the most
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", seeds(300))
 def test_best_of_all_splits(seed: int) -> None:
     rng = random.Random(seed)
     model = random_model(rng)

@@ -15,6 +15,7 @@ from planner_oracle import (
     random_snapshot,
     smollm2_snapshot,
 )
+from seeds import seeds
 
 from kunserve.errors import ConflictError, InvalidRequestError
 from kunserve.planner.drop import plan_drop, plan_drop_of
@@ -92,7 +93,7 @@ def test_pairs_merge_again_and_keep_what_they_have() -> None:
     assert second.freed_bytes == (30 * 7 + 2 * 55) * SMOLLM2.chunk_bytes
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", seeds(150))
 def test_as_many_merges_as_brute_force_needs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever has fewer merges holds less than needed, whatever has as many holds enough: then the count is exact."""
     monkeypatch.setattr("kunserve.planner.drop.LEAST_GAIN", 0.0)
@@ -131,7 +132,7 @@ def two_smallest_first(num_groups: int, num_merges: int) -> list[int]:
     return sorted(sizes)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", seeds(300))
 def test_every_plan_holds_on_uneven_devices_again_and_again(seed: int) -> None:
     rng = random.Random(seed)
     snapshot = random_snapshot(rng, rng.randint(1, 7))
@@ -144,7 +145,7 @@ def test_every_plan_holds_on_uneven_devices_again_and_again(seed: int) -> None:
         snapshot = apply_drop(snapshot, plan)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", seeds(100))
 def test_less_kv_moves_than_in_any_other_seating(seed: int) -> None:
     """Of two equal devices, the one whose group has more KV keeps more layers."""
     rng = random.Random(seed)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from planner_oracle import apply_drop, random_model, random_snapshot, smollm2_snapshot
+from seeds import seeds
 
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.exchange import LiveRequest, layer_moves, plan_exchange
@@ -151,7 +152,7 @@ def test_one_side_first_if_both_do_not_fit_at_once() -> None:
     Simulation(snapshot, merge, few).run(plan)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", seeds(300))
 def test_every_order_fits_in_chunks(seed: int) -> None:
     """Merges of random groups, and of merged groups, whatever order the plan chose."""
     rng = random.Random(seed)
@@ -181,7 +182,7 @@ def reachable(steps: tuple[int, int], fits: Callable[[int, int, int], bool]) -> 
     return steps in seen
 
 
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", seeds(400))
 def test_infeasible_only_if_no_order_of_layers_fits(seed: int) -> None:
     rng = random.Random(seed)
     model = random_model(rng, max_layers=12)

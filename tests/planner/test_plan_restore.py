@@ -13,6 +13,7 @@ from planner_oracle import (
     random_snapshot,
     smollm2_snapshot,
 )
+from seeds import seeds
 
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.exchange import layer_moves
@@ -109,7 +110,7 @@ def test_a_model_that_needs_two_devices_is_not_halved() -> None:
     assert snapshot.undropped_blocks() == snapshot.capacity_blocks() > 0
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", seeds(200))
 def test_every_step_back_fits(seed: int) -> None:
     """However often groups merged, every split on the way back fits, with KV in the way."""
     rng = random.Random(seed)
@@ -123,7 +124,7 @@ def test_every_step_back_fits(seed: int) -> None:
         snapshot = apply_restore(snapshot, plan)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_an_idle_server_always_gets_back(seed: int) -> None:
     rng = random.Random(seed)
     launched = random_snapshot(rng, rng.randint(2, 7))
@@ -147,7 +148,7 @@ def test_groups_of_two_devices_come_back_as_launched() -> None:
     assert layouts(snapshot) == {group.stages for group in launched}
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", seeds(60))
 def test_requests_are_shared_out_evenly_and_little_moves(seed: int) -> None:
     rng = random.Random(seed)
     stages = (StageView(0, 0, 17), StageView(1, 17, 30))

@@ -14,6 +14,7 @@ from planner_oracle import (
     random_model,
     smollm2_snapshot,
 )
+from seeds import seeds
 
 from kunserve.planner.layouts import stage_layout
 from kunserve.planner.plan import Part
@@ -310,7 +311,7 @@ def expected_lengths(model: ModelShape, budget: int, num_devices: int, least_blo
     return []
 
 
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", seeds(400))
 def test_every_plan_fits_and_can_be_split_again(seed: int) -> None:
     case = random_case(random.Random(seed), is_even=seed % 2 == 0)
     parts = case.rebuild()
@@ -322,7 +323,7 @@ def test_every_plan_fits_and_can_be_split_again(seed: int) -> None:
     assert {group.stages for group in restored.groups} >= set(launched(parts))
 
 
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", seeds(400))
 def test_groups_stay_apart_wherever_that_meets_the_need(seed: int) -> None:
     case = random_case(random.Random(seed), is_even=seed % 2 == 0)
     parts, most = case.rebuild(), case.rebuild(need_blocks=10**6)
@@ -339,7 +340,7 @@ def test_groups_stay_apart_wherever_that_meets_the_need(seed: int) -> None:
         assert capacity == regrouped(case.snapshot, most).capacity_blocks()
 
 
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", seeds(400))
 def test_like_devices_form_chains_as_short_as_can_be(seed: int) -> None:
     case = random_case(random.Random(seed), is_even=True)
     assert case.budget is not None

@@ -42,12 +42,12 @@ def test_there_are_no_threads() -> None:
 
 
 def test_what_threads_would_call_is_called() -> None:
-    async def main() -> None:
+    async def main() -> bool:
         called = asyncio.Event()
         asyncio.get_running_loop().call_soon_threadsafe(called.set)
-        await called.wait()
+        return await called.wait()
 
-    simulate(main())
+    assert simulate(main())
 
 
 def test_timers_of_one_time_are_due_in_the_order_in_which_they_were_set() -> None:

@@ -27,7 +27,7 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of a
 def sampling_defaults(
     source: str, folder: Path | None, overrides: Mapping[str, Any], card: CardSampling | None = None
 ) -> dict[str, Any]:
-    """Values by the names of request fields; `overrides` go before what `generation_config.json` says.
+    """Return values by the names of request fields; `overrides` win over `generation_config.json`.
 
     `source`: "auto" reads the file in the model's `folder`, if there is one, over what the model's `card` says;
     "vllm" takes nothing of the model's; else it is a folder that must have the file. ConfigError for a file that cannot

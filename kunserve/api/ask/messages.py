@@ -141,5 +141,5 @@ def _with_whole_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _has_calls(before: dict[str, Any], message: dict[str, Any], is_last: bool) -> bool:
-    """Whether two messages of an assistant are one turn that calls tools."""
+    """Return whether two messages of an assistant are one turn that calls tools."""
     return bool(message.get("tool_calls")) or (not is_last and bool(before.get("tool_calls")))

@@ -30,7 +30,7 @@ def _encode(api: Api, text: str, add_special_tokens: bool, param: str) -> list[i
 
 
 async def tokenize(api: Api, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each prompt; those that are ids already stay as they are."""
+    """Return token ids of each prompt; those that are ids already stay as they are."""
 
     def encode(prompt: Prompt) -> list[int]:
         return _encode(api, prompt, add_special_tokens, "prompt") if isinstance(prompt, str) else prompt
@@ -48,7 +48,7 @@ class ChatPrompt:
 
 
 async def tokenize_chat(api: Api, call: ChatCall) -> ChatPrompt:
-    """A conversation's prompt. The template writes special tokens itself, so none are added by default."""
+    """Return a conversation's prompt. The template writes special tokens itself: none are added by default."""
     template = api.chat_template
     if template is None:
         raise InvalidRequestError("The model has no chat template: use /v1/completions.", param="messages")
@@ -87,10 +87,10 @@ def _continued(template: Template, call: ChatCall) -> str:
     return text
 
 
-def fit(
+def fit_to_context(
     ids: list[int], call: GenerationCall, bad_words: tuple[tuple[int, ...], ...], api: Api, param: str
 ) -> tuple[list[int], SamplingParams]:
-    """The tokens to compute and how many may follow.
+    """Return the tokens to compute, and how many may follow.
 
     Raises InvalidRequestError if prompt and max_tokens together exceed the model.
     """
@@ -116,8 +116,8 @@ def fit(
     return ids, replace(call.params, max_tokens=max_tokens, bad_words=bad_words)
 
 
-async def spell(api: Api, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Token sequences of words: at the beginning of a text, and after a blank."""
+async def tokenize_bad_words(api: Api, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return token sequences of words: at the beginning of a text, and after a blank."""
     texts = [blank + word.lstrip() for word in words for blank in ("", " ")]
     spelt = await tokenize(api, texts, add_special_tokens=False)
     return tuple(dict.fromkeys(tuple(ids) for ids in spelt if ids))

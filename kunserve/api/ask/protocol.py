@@ -80,7 +80,7 @@ class ChatCall:
 
 
 def read_model(name: str | None, model: ModelInfo) -> str:
-    """The name under which the client knows the model; NotFoundError if it is another's."""
+    """Return the name under which the client knows the model; NotFoundError if it is another's."""
     if name is None:
         return model.name
     if name not in model.served_names:
@@ -106,7 +106,7 @@ def check_text(text: Prompt, call: GenerationCall, max_model_len: int, param: st
 
 
 def too_long(what: str, param: str, max_model_len: int) -> InvalidRequestError:
-    """The error for what does not fit the model."""
+    """Return the error for what does not fit the model."""
     return InvalidRequestError(f"This model's maximum context length is {max_model_len} tokens; {what}.", param=param)
 
 
@@ -117,7 +117,7 @@ def _read_logit_bias(biases: Mapping[str, float | None], vocab_size: int) -> tup
 
 
 def read_params(asked: Asked, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
-    """How tokens are chosen, and when to stop."""
+    """Return how tokens are chosen, and when to stop."""
     for name in ("stop_token_ids", "allowed_token_ids"):
         check_token_ids(getattr(asked, name) or [], vocab_size, name)
     stop, allowed = asked.stop or (), asked.allowed_token_ids
@@ -145,7 +145,7 @@ def read_params(asked: Asked, max_tokens: int, num_logprobs: int | None, vocab_s
 
 
 def _check_restrictions(params: SamplingParams, structure: Structure | None) -> None:
-    """One restriction may leave nothing of another."""
+    """Refuse a request one restriction of which leaves nothing of another."""
     if structure is not None and params.allowed_token_ids is not None:
         text = f"`{structure.param}` and `allowed_token_ids` exclude each other."
         raise InvalidRequestError(text, param="allowed_token_ids")
@@ -193,7 +193,7 @@ def _read_generation(
 
 
 def _read_truncation(kept: int | None, room: int) -> int | None:
-    """How many tokens of the prompt to keep; -1 stands for as many as there is room for."""
+    """Return how many tokens of the prompt to keep; -1 stands for as many as there is room for."""
     if kept == 0:
         wrong_value("truncate_prompt_tokens", "-1 or at least 1", kept)
     return max(room, 1) if kept == -1 else kept
@@ -228,7 +228,7 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
 
 
 def _read_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple[Prompt, ...]:
-    """A string and token ids are one prompt, a list of either are several."""
+    """Return the prompts: a string and token ids are one, a list of either are several."""
     if isinstance(prompt, str) or _are_ids(prompt):
         return (prompt,)
     return tuple(each for each in prompt if not isinstance(each, int))

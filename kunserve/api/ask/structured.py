@@ -18,12 +18,12 @@ from kunserve.errors import InvalidRequestError
 
 
 def json_structure(schema: object, param: str) -> Structure:
-    """Output is JSON that matches `schema`. InvalidRequestError if it is nested too deeply."""
+    """Return a structure: JSON that matches `schema`. InvalidRequestError if it is nested too deeply."""
     return Structure("json", _json(schema, param), param)
 
 
 def calls_structure(tools: object, param: str) -> Structure:
-    """Output is a list of calls of `tools` (`Structure.value`). InvalidRequestError as of `json_structure`."""
+    """Return a structure: a list of calls of `tools` (`Structure.value`). Errors as of `json_structure`."""
     return Structure("calls", _json(tools, param), param)
 
 
@@ -35,7 +35,7 @@ def _json(value: object, param: str) -> str:
 
 
 def read_structure(asked: Completion | ChatOptions) -> Structure | None:
-    """The structure that one of the fields for it asks for, if one does."""
+    """Return the structure that one of the fields for it asks for, if one does."""
     form, options = asked.response_format, asked.structured_outputs
     found = [] if form is None else _of_response_format(form)
     found += [] if options is None else _of_options(options)
@@ -98,7 +98,7 @@ def _of_json_format(form: ResponseFormat) -> Structure:
 
 
 def _is_schema(inner: dict[str, Any]) -> bool:
-    """Whether what should hold a schema is one. /v1/responses repeats the format's own type there."""
+    """Return whether what should hold a schema is one. /v1/responses repeats the format's own type there."""
     return bool(inner.keys() & _SCHEMA_WORDS) and inner.get("type") != "json_schema"
 
 
@@ -136,7 +136,7 @@ def _of_schema(value: object, param: str) -> Structure:
 async def compile_structure(
     request: web.Request, api: Api, structure: Structure | None, user: str, reasons: bool
 ) -> GrammarConstraint | None:
-    """The constraint for what the client asked for. Clients take turns, by address where nothing else is known."""
+    """Return the constraint that the client asked for. Clients take turns, by address if nothing else is known."""
     if structure is None:
         return None
     grammars = api.grammars

@@ -25,7 +25,7 @@ class Tools:
 
     @property
     def structure(self) -> Structure | None:
-        """What the output must be so that a call comes out for sure."""
+        """Return what the output must be so that a call comes out for sure."""
         if self.mode == "named":
             return json_structure(self._parameters(self.name), "tool_choice")
         if self.mode != "required":

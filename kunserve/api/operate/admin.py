@@ -29,7 +29,7 @@ def check_admin(request: web.Request) -> None:
 
 
 async def drop(request: web.Request) -> web.Response:
-    """POST /kunserve/drop: merge the groups that `groups` names, or the two smallest; answers when committed.
+    """Answer POST /kunserve/drop: merge the groups that `groups` names, or the two smallest; answers when committed.
 
     409 if live requests would have to be computed again for it, unless `force` is true.
     """
@@ -39,13 +39,13 @@ async def drop(request: web.Request) -> web.Response:
 
 
 async def restore(request: web.Request) -> web.Response:
-    """POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
+    """Answer POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
     check_admin(request)
     return json_response(await request.app[API].backend.restore((await _read(request, Groups)).groups))
 
 
 async def remove_device(request: web.Request) -> web.Response:
-    """POST /kunserve/devices/{index}/remove: take a device out; its requests have `drain_s` seconds to end."""
+    """Answer POST /kunserve/devices/{index}/remove: take a device out; its requests have `drain_s` seconds to end."""
     check_admin(request)
     index = _device_index(request)
     asked = await _read(request, Remove)
@@ -53,7 +53,7 @@ async def remove_device(request: web.Request) -> web.Response:
 
 
 async def add_device(request: web.Request) -> web.Response:
-    """POST /kunserve/devices/{index}/add: take a device in that was removed or lost."""
+    """Answer POST /kunserve/devices/{index}/add: take a device in that was removed or lost."""
     check_admin(request)
     return json_response(await request.app[API].backend.add_device(_device_index(request)))
 

@@ -105,8 +105,8 @@ async def _run(api: Api, burst: Burst, burst_id: str) -> None:
 
 async def _send(api: Api, burst: Burst, request: Request) -> None:
     try:
-        with api.admission.accepted(OWNER, 1, burst.num_prompt_tokens) as place:
-            async with submitted(api, place, [request]) as outputs:
+        with api.admission.accepted(OWNER, 1, burst.num_prompt_tokens) as reservation:
+            async with submitted(api, reservation, [request]) as outputs:
                 async for _ in outputs:
                     pass
         burst.num_completed += 1

@@ -22,7 +22,7 @@ from kunserve.api.wire.sse import EventStream
 from kunserve.errors import OverloadedError
 from kunserve.observe.frame import NUM_TRANSITIONS, Frame, delta_of, frame_of
 from kunserve.observe.metrics import Metrics
-from kunserve.observe.recent import quantile
+from kunserve.percentiles import quantile
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ class Rates:
         metrics.recent.take_gap()  # of the time before
 
     def at(self, now_s: float) -> Frame:
-        """The rates at `now_s` on the engine's clock; times that do not exist are left out."""
+        """Return the rates at `now_s` on the engine's clock; times that do not exist are left out."""
         recent, ticks = self._metrics.recent, self._ticks
         ticks.append((now_s, self._metrics.num_generation_tokens, recent.take_gap()))
         while len(ticks) > 2 and ticks[1][0] <= now_s - RATE_S:
@@ -102,7 +102,7 @@ class Feed:
         return frame_of(state, **self._known, rates=self._rates.at(state["now_s"]))
 
     async def open(self, _: object = None) -> None:
-        """The server starts: remember from now on."""
+        """Begin to remember rates: the server has started."""
         self._rememberer = asyncio.create_task(self._remember_on(), name="feed's past")
 
     async def _remember_on(self) -> None:
@@ -141,7 +141,7 @@ class Feed:
         return stream.response
 
     async def close(self, _: object = None) -> None:
-        """The server stops: end all streams."""
+        """End all streams: the server stops."""
         for viewer in self._viewers:
             viewer.over.set()
         for task in (self._ticker, self._rememberer):
@@ -149,7 +149,7 @@ class Feed:
                 task.cancel()
 
     async def _run(self) -> None:
-        """The only clock of the feed: it ticks while there are viewers."""
+        """Tick while there are viewers: this is the feed's only clock."""
         try:
             while self._viewers:
                 await asyncio.sleep(TICK_S)

@@ -13,7 +13,7 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg"
 
 
 def page_files() -> dict[str, str]:
-    """Text of every file of the page, by name."""
+    """Return text of every file of the page, by name."""
     folder = files("kunserve") / "page"
     return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if _type(file.name)}
 

@@ -12,9 +12,9 @@ from kunserve.api.ask.anthropic import chat_of
 from kunserve.api.ask.declared.anthropic import AnthropicMessages, Counted
 from kunserve.api.ask.prompts import tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, GenerationCall, chat_call
-from kunserve.api.routes.conversation import converse
+from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.say.answers import Choice
-from kunserve.api.say.parts import Part, PartStream, deltas_of, deltas_of_output, named_event, was_cut
+from kunserve.api.say.parts import AnswerPart, PartStream, deltas_of, deltas_of_output, named_event, was_cut
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.anthropic_errors import error_details
 from kunserve.api.wire.body import read_body
@@ -28,11 +28,11 @@ from kunserve.sampling import FinishReason
 class MessageParts(PartStream):
     """Content blocks and their events."""
 
-    def begin(self, part: Part) -> bytes:
+    def begin(self, part: AnswerPart) -> bytes:
         """See `PartStream`."""
         return named_event("content_block_start", {"index": part.index, "content_block": block_json(part, is_new=True)})
 
-    def more(self, part: Part, text: str) -> bytes:
+    def more(self, part: AnswerPart, text: str) -> bytes:
         """See `PartStream`."""
         match part.kind:
             case "text":
@@ -43,13 +43,13 @@ class MessageParts(PartStream):
                 delta = {"type": "input_json_delta", "partial_json": text}
         return named_event("content_block_delta", {"index": part.index, "delta": delta})
 
-    def end(self, part: Part) -> bytes:
+    def end(self, part: AnswerPart) -> bytes:
         """See `PartStream`."""
         return named_event("content_block_stop", {"index": part.index})
 
 
-def block_json(part: Part, is_new: bool = False) -> dict[str, Any]:
-    """A part as a content block; a new one is empty."""
+def block_json(part: AnswerPart, is_new: bool = False) -> dict[str, Any]:
+    """Return a part as a content block; a new one is empty."""
     text = "" if is_new else part.text
     match part.kind:
         case "text":
@@ -65,10 +65,10 @@ def block_json(part: Part, is_new: bool = False) -> dict[str, Any]:
 
 
 class MessageFormat:
-    """Anthropic's `message` and the events that build it. Implements `answering.Form` for one choice."""
+    """Anthropic's `message` and the events that build it. An `AnswerWriter` for one choice."""
 
     def __init__(self, message_id: str, call: GenerationCall, names: FieldNames) -> None:
-        """`names`: what the client calls the fields of the request."""
+        """Begin a message. `names`: what the client calls the fields of the request."""
         self.call = call
         self._names = names
         self._parts = MessageParts()
@@ -76,7 +76,7 @@ class MessageFormat:
         self._last = Output()
 
     def _stop(self, last: Output) -> dict[str, Any]:
-        """Why it ended."""
+        """Return why a choice ended, in Anthropic's words."""
         is_sequence = isinstance(last.stop_reason, str)
         if last.finish_reason is FinishReason.LENGTH:
             reason = "max_tokens"
@@ -87,7 +87,7 @@ class MessageFormat:
         return {"stop_reason": reason, "stop_sequence": last.stop_reason if is_sequence else None}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         usage = _usage(choice, 0)
         message: dict[str, Any] = {
             **self._identity,
@@ -99,22 +99,22 @@ class MessageFormat:
         return named_event("message_start", {"message": message})
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         self._last = output
         return self._parts.push(deltas_of_output(choice, output))
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         usage = _usage(choices[0], choices[0].num_tokens)
         delta = named_event("message_delta", {"delta": self._stop(self._last), "usage": usage})
         return self._parts.close() + delta + named_event("message_stop", {})
 
     def error(self, error: KunServeError) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         return named_event("error", {"error": error_details(self._names.reworded(error))})
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         [choice] = choices
         self._parts.push(deltas_of(choice, choice.text, True, was_cut(choice.outputs[-1])))
         usage = _usage(choice, choice.num_tokens)
@@ -151,7 +151,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     call, names = await read_body(request, api, _reader(api, AnthropicMessages))
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
     with names.told():
-        return await converse(request, api, call, MessageFormat(answer_id, call.generation, names), answer_id)
+        return await answer_chat(request, api, call, MessageFormat(answer_id, call.generation, names), answer_id)
 
 
 async def count_tokens(request: web.Request) -> web.Response:

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from kunserve.api.ask.protocol import read_chat
-from kunserve.api.routes.conversation import converse
+from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.say.answers import AnswerFormat, Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.say.parts import deltas_of, deltas_of_output, was_cut
@@ -34,7 +34,7 @@ class ChatFormat(AnswerFormat):
         return {"content": token_logprobs(self.tokenizer, self.token_text, entries)}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """The role, and the prompt's token ids once."""
+        """Return the role, and the prompt's token ids once."""
         delta = {"role": "assistant", "content": ""}
         first = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
         if self.call.return_token_ids:
@@ -42,7 +42,7 @@ class ChatFormat(AnswerFormat):
         return self.event_of(choice, first)
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """One event per part of the message, the last with all that is not text; nothing while a part is unclear."""
+        """Return one event per part of the message, the last with all that is no text; none while a part is unclear."""
         if choice.parser is None:
             return super().chunk(choice, output)
         deltas = deltas_of_output(choice, output)
@@ -62,7 +62,7 @@ class ChatFormat(AnswerFormat):
         return b"".join([*events, self.event([{"index": choice.index, "delta": last, **ending}], **usage)])
 
     def choice_json(self, choice: Choice) -> dict[str, Any]:
-        """The message, its log-probabilities, and the token ids if asked for."""
+        """Return the message, its log-probabilities, and the token ids if asked for."""
         asked = self.call.params.num_logprobs is not None
         logprobs = self.logprobs_json(choice, choice.logprobs) if asked else None
         ids = {"token_ids": choice.token_ids} if self.call.return_token_ids else {}
@@ -70,7 +70,7 @@ class ChatFormat(AnswerFormat):
         return {"message": shown, "logprobs": logprobs, **ids}
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece; all choices have the same prompt."""
+        """Return the answer in one piece; all choices have the same prompt."""
         whole = super().answer_json(choices)
         if self.call.return_token_ids:
             whole["prompt_token_ids"] = long_list(choices[0].request.prompt_token_ids)
@@ -80,7 +80,7 @@ class ChatFormat(AnswerFormat):
 
 
 def read_message(choice: Choice) -> Message:
-    """What a finished choice says."""
+    """Return what a finished choice says."""
     message = Message()
     message.add(deltas_of(choice, choice.text, True, was_cut(choice.outputs[-1])))
     return message
@@ -105,7 +105,7 @@ def message_json(message: Message, has_tools: bool) -> dict[str, Any]:
 
 
 def delta_json(delta: Delta) -> dict[str, Any]:
-    """A part of a message as it comes."""
+    """Return a part of a message as it comes."""
     match delta:
         case Text(text):
             return {"content": text}
@@ -119,12 +119,12 @@ def delta_json(delta: Delta) -> dict[str, Any]:
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """Answer POST /v1/chat/completions."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
     call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
     generation = call.generation
     answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
-    form = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
-    form.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
-    return await converse(request, api, call, form, answer_id)
+    writer = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
+    writer.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
+    return await answer_chat(request, api, call, writer, answer_id)

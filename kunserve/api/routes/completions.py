@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kunserve.api.ask.prompts import CALL_CHARS, fit, spell, tokenize
+from kunserve.api.ask.prompts import CALL_CHARS, fit_to_context, tokenize, tokenize_bad_words
 from kunserve.api.ask.protocol import CompletionCall, Prompt, read_completion
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.say.answering import answer, make_choices
@@ -32,14 +32,14 @@ class CompletionFormat(AnswerFormat):
     text_close = b""
 
     def _token_name(self, token_id: int) -> str:
-        """Its text; of half a character the bytes, as OpenAI writes them: texts are keys and must be apart."""
+        """Return a token's text; of half a character its bytes, as OpenAI writes them: texts are keys."""
         text = self.token_text(token_id)
         if "\ufffd" not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token_id))
 
     def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Four parallel lists; the most likely tokens of a position always include the one that was taken."""
+        """Return four parallel lists; the most likely tokens of a position always include the one that was taken."""
         if choice.positions is None:
             choice.positions = positions_of_answer(self.tokenizer, choice.request)
         start, take = len(choice.echo.text) if choice.echo else 0, choice.positions.take
@@ -55,14 +55,14 @@ class CompletionFormat(AnswerFormat):
         return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
 
     def _prompt_logprobs(self, choice: Choice, echo: Echo, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of an echoed prompt; its first token has none."""
+        """Return log-probabilities of an echoed prompt; its first token has none."""
         first = self._token_name(choice.request.prompt_token_ids[0])
         shown = self._lists(_cut(entries, self.call.params.num_logprobs), list(echo.offsets[1:]))
         nothing = {"text_offset": echo.offsets[0], "token_logprobs": None, "tokens": first, "top_logprobs": None}
         return {name: [nothing[name], *values] for name, values in shown.items()}
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """The prompt, to clients that want it back."""
+        """Return the prompt, for clients that want it back."""
         echo = choice.echo
         if echo is None and not self.call.return_token_ids:
             return b""
@@ -75,7 +75,7 @@ class CompletionFormat(AnswerFormat):
         return self.event_of(choice, first)
 
     def choice_json(self, choice: Choice) -> dict[str, Any]:
-        """Text, its log-probabilities, and the token ids if asked for."""
+        """Return text, its log-probabilities, and the token ids if asked for."""
         echo = choice.echo
         asked = self.call.params.num_logprobs is not None
         logprobs = self.logprobs_json(choice, choice.logprobs) if asked else None
@@ -94,11 +94,11 @@ class EchoFormat(CompletionFormat):
     """With max_tokens 0: the prompt alone. The token that the last of it computes is not shown."""
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """The end."""
+        """Return the event that ends a choice."""
         return super().chunk(choice, _without_tokens(output))
 
     def usage_of(self, choice: Choice, output: Output | None = None) -> dict[str, Any]:
-        """Nothing was generated."""
+        """Return the usage of a request for which nothing was generated."""
         return usage_json(choice.request.num_prompt_tokens, 0, choice.request.num_cached_tokens)
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
@@ -129,7 +129,7 @@ def _cut(entries: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLog
 async def _echoes(
     api: Api, call: CompletionCall, tokenized: Sequence[list[int]], fitted: Sequence[tuple[list[int], SamplingParams]]
 ) -> list[Echo | None]:
-    """What each answer begins with: the prompt's text, or that of the tokens that are left of it."""
+    """Return what each answer begins with: the prompt's text, or that of the tokens that are left of it."""
     if not call.echo:
         return [None] * len(call.prompts)
     wants_offsets = call.generation.params.num_logprobs is not None
@@ -144,7 +144,7 @@ async def _echoes(
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """The route."""
+    """Answer POST /v1/completions."""
     api = request.app[API]
     api.admission.check(owner_of(request))  # a full queue refuses before it reads
     vocab_size = api.tokenizer.vocab_size
@@ -152,15 +152,15 @@ async def completions(request: web.Request) -> web.StreamResponse:
     generation = call.generation
     owner = owner_of(request, generation.user)
     num_tokens = sum(map(estimated_tokens, call.prompts)) * generation.n
-    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as place:
+    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as reservation:
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
-        bad_words = await spell(api, generation.bad_words)
+        bad_words = await tokenize_bad_words(api, generation.bad_words)
         constraint = await compile_structure(request, api, generation.structure, generation.user, reasons=False)
-        fitted = [fit(whole, generation, bad_words, api, "prompt") for whole in tokenized]
+        fitted = [fit_to_context(whole, generation, bad_words, api, "prompt") for whole in tokenized]
         echoes = await _echoes(api, call, tokenized, fitted)
         prompts = [(ids, params, echo) for (ids, params), echo in zip(fitted, echoes, strict=True)]
         answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
         choices = await make_choices(api, answer_id, generation, owner, prompts, constraint)
         make_form = EchoFormat if call.is_echo_only else CompletionFormat
-        form = make_form(answer_id, int(time.time()), generation, api.tokenizer)
-        return await answer(request, api, form, choices, place)
+        writer = make_form(answer_id, int(time.time()), generation, api.tokenizer)
+        return await answer(request, api, writer, choices, reservation)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from kunserve.api.ask.prompts import ChatPrompt, fit, spell, tokenize_chat
+from kunserve.api.ask.prompts import ChatPrompt, fit_to_context, tokenize_bad_words, tokenize_chat
 from kunserve.api.ask.protocol import ChatCall
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.ask.tools import Tools
-from kunserve.api.say.answering import Form, answer, make_choices
+from kunserve.api.say.answering import AnswerWriter, answer, make_choices
 from kunserve.api.say.calls.formats import BARE, HARMONY, TOOL_FORMATS, CallFormat
 from kunserve.api.say.calls.harmony import Channels
 from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser
@@ -36,16 +36,18 @@ class Conversation:
     reasoning: ReasoningTokens | None  # None if none can come
 
 
-async def converse(request: web.Request, api: Api, call: ChatCall, form: Form, answer_id: str) -> web.StreamResponse:
+async def answer_chat(
+    request: web.Request, api: Api, call: ChatCall, writer: AnswerWriter, answer_id: str
+) -> web.StreamResponse:
     """Answer a conversation, in the words of one endpoint."""
     generation, owner = call.generation, owner_of(request, call.generation.user)
     num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
-    with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as place:
-        talk = await prepare(request, api, call)
-        prompts = [(talk.ids, talk.params, None)]
-        parsing = (talk.new_parser, talk.reasoning)
-        choices = await make_choices(api, answer_id, generation, owner, prompts, talk.constraint, *parsing)
-        return await answer(request, api, form, choices, place)
+    with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as reservation:
+        prepared = await prepare(request, api, call)
+        prompts = [(prepared.ids, prepared.params, None)]
+        parsing = (prepared.new_parser, prepared.reasoning)
+        choices = await make_choices(api, answer_id, generation, owner, prompts, prepared.constraint, *parsing)
+        return await answer(request, api, writer, choices, reservation)
 
 
 async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversation:
@@ -56,8 +58,8 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
     reasons = None if thoughts is None else _reasons(thoughts, prompt, call)
     structure = call.generation.structure or call.tools.structure
     constraint = await compile_structure(request, api, structure, call.generation.user, reasons is not None)
-    bad_words = await spell(api, call.generation.bad_words)
-    ids, params = fit(prompt.ids, call.generation, bad_words, api, "messages")
+    bad_words = await tokenize_bad_words(api, call.generation.bad_words)
+    ids, params = fit_to_context(prompt.ids, call.generation, bad_words, api, "messages")
     has_channels = ANALYSIS is thoughts or HARMONY is calls
     if has_channels or _marks_by_special_tokens(call.tools, calls, None if reasons is None else thoughts):
         params = replace(params, skip_special_tokens=False)
@@ -117,7 +119,7 @@ def _tool_parser(tools: Tools, calls: CallFormat | None) -> ToolParser | None:
 
 
 def _channels_parser(tools: Tools, calls: CallFormat | None, is_open: bool) -> ToolParser | None:
-    """As `_tool_parser`, of a model that writes harmony: reasoning and answer are told apart there as well."""
+    """Return what `_tool_parser` does for a model that writes harmony, which tells reasoning and answer apart, too."""
     if tools.mode in ("named", "required"):  # the structure leaves no room for channels
         return _tool_parser(tools, calls)
     return Channels(tools.definitions, is_open, reads_calls=tools.mode == "auto")

@@ -71,14 +71,14 @@ _ANTHROPIC_ERROR = {"type": "object"}
 
 
 def prepare() -> None:
-    """Work out what the bodies are declared to be: no request has to wait for that."""
+    """Work out what the bodies are declared to be, so that no request has to wait for that."""
     for _, _, _, body in ROUTES:
         if body is not None:
             body_schema(body)
 
 
 def openapi_document(version: str) -> dict[str, Any]:
-    """The whole document."""
+    """Return the whole document."""
     paths: dict[str, Any] = {}
     for path, method, summary, body in ROUTES:
         paths.setdefault(path, {})[method] = _operation(path, summary, body)

@@ -121,7 +121,7 @@ async def show_tokenizer(request: web.Request) -> web.Response:
 
 
 async def tokenize_text(request: web.Request) -> web.Response:
-    """POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
+    """Answer POST /tokenize: {prompt} or {messages} to {count, max_model_len, tokens}."""
     api = request.app[API]
 
     def read_asked(values: dict[str, Any]) -> tuple[ChatCall | str, Tokenize]:
@@ -148,7 +148,7 @@ async def tokenize_text(request: web.Request) -> web.Response:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    """POST /detokenize: {tokens} to {prompt}, special tokens included."""
+    """Answer POST /detokenize: {tokens} to {prompt}, special tokens included."""
     api = request.app[API]
 
     def read_tokens(values: dict[str, Any]) -> list[int]:

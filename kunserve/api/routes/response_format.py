@@ -9,7 +9,7 @@ from typing import Any
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.deltas import Text
-from kunserve.api.say.parts import Part, PartStream, deltas_of_output, named_event, was_cut
+from kunserve.api.say.parts import AnswerPart, PartStream, deltas_of_output, named_event, was_cut
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.say.token_logprobs import token_logprobs
 from kunserve.api.wire.backend import TextTokenizer
@@ -27,14 +27,14 @@ class ResponseParts(PartStream):
         self._response_id, self._number = response_id, 0
 
     def event(self, name: str, /, **values: Any) -> bytes:
-        """The next event."""
+        """Return the next event."""
         self._number += 1
         return named_event(name, {"sequence_number": self._number - 1, **values})
 
-    def _place(self, part: Part) -> dict[str, Any]:
+    def _place(self, part: AnswerPart) -> dict[str, Any]:
         return {"item_id": self.item(part)["id"], "output_index": part.index}
 
-    def item(self, part: Part, status: str = "") -> dict[str, Any]:
+    def item(self, part: AnswerPart, status: str = "") -> dict[str, Any]:
         """Return a part as an item of `output`."""
         status = status or ("incomplete" if part.is_cut else "completed")
         number = f"{self._response_id.removeprefix('resp_')}_{part.index}"
@@ -49,7 +49,7 @@ class ResponseParts(PartStream):
         call = {"call_id": part.call_id, "name": part.name, "arguments": part.text}
         return {"id": f"fc_{number}", "type": "function_call", "status": status, **call}
 
-    def begin(self, part: Part) -> bytes:
+    def begin(self, part: AnswerPart) -> bytes:
         """See `PartStream`."""
         added = self.event("response.output_item.added", output_index=part.index, item=self.item(part, "in_progress"))
         if part.kind == "call":
@@ -57,7 +57,7 @@ class ResponseParts(PartStream):
         place = {**self._place(part), "content_index": 0}
         return added + self.event("response.content_part.added", **place, part=_text_part(part))
 
-    def more(self, part: Part, text: str) -> bytes:
+    def more(self, part: AnswerPart, text: str) -> bytes:
         """See `PartStream`."""
         place = self._place(part)
         logprobs, self.waiting_logprobs = self.waiting_logprobs, []  # other parts tell none
@@ -70,7 +70,7 @@ class ResponseParts(PartStream):
                 return self.event("response.reasoning_text.delta", **place, content_index=0, delta=text)
         return self.event("response.function_call_arguments.delta", **place, delta=text)
 
-    def end(self, part: Part) -> bytes:
+    def end(self, part: AnswerPart) -> bytes:
         """See `PartStream`."""
         place = self._place(part)
         match part.kind:
@@ -87,14 +87,14 @@ class ResponseParts(PartStream):
         return done + self.event("response.output_item.done", output_index=part.index, item=self.item(part))
 
 
-def _text_part(part: Part) -> dict[str, Any]:
+def _text_part(part: AnswerPart) -> dict[str, Any]:
     if part.kind == "reasoning":
         return {"type": "reasoning_text", "text": part.text}
     return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": part.logprobs}
 
 
 class ResponseFormat:
-    """OpenAI's `response` object and the events that build it. Implements `answering.Form` for one choice."""
+    """OpenAI's `response` object and the events that build it. An `AnswerWriter` for one choice."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class ResponseFormat:
         tokenizer: TextTokenizer,
         store: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        """`values`: the body of the request, in whose words, `names`, errors are told.
+        """Begin a response. `values`: the body of the request; errors are told in its words, `names`.
 
         `store` is given the response before its client has all of it; None: it is not kept.
         """
@@ -160,13 +160,13 @@ class ResponseFormat:
         return response
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         response = self._response("in_progress")
         event = self._parts.event
         return event("response.created", response=response) + event("response.in_progress", response=response)
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         self._last = output
         self._wait(choice, output)
         return self._parts.push(deltas_of_output(choice, output))
@@ -186,19 +186,19 @@ class ResponseFormat:
         del waiting[: self._reasoning.num_tokens - num_before]
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         closed = self._parts.close(is_cut=was_cut(self._last))
         response = self._finished(choices[0], self._last)
         return closed + self._parts.event(f"response.{response['status']}", response=response)
 
     def error(self, error: KunServeError) -> bytes:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         event, error = self._parts.event, self._names.reworded(error)
         details = {"code": str(error.status), "message": error.message, "param": error.param}
         return event("error", **details) + event("response.failed", response=self._response("failed", error=error))
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """See `Form`."""
+        """See `AnswerWriter`."""
         [choice] = choices
         last = choice.outputs[-1]
         if choice.parser is None:

@@ -16,7 +16,7 @@ from kunserve.api.ask.declared.responses import Response
 from kunserve.api.ask.prompts import tokenize_chat
 from kunserve.api.ask.protocol import ChatCall, chat_call
 from kunserve.api.ask.responses import chat_of, input_items
-from kunserve.api.routes.conversation import converse
+from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.routes.earlier_items import items_before, references_of, with_referred_items
 from kunserve.api.routes.response_format import ResponseFormat
 from kunserve.api.wire.access import keeper_of, owner_of
@@ -69,9 +69,9 @@ async def responses(request: web.Request) -> web.StreamResponse:
     loop = asyncio.get_running_loop()
     store = partial(_store, api, loop, answer_id, keeper_of(request), asked) if _keeps(api, asked.values) else None
     generation = asked.chat.generation
-    form = ResponseFormat(answer_id, int(time.time()), generation, asked.values, asked.names, api.tokenizer, store)
+    writer = ResponseFormat(answer_id, int(time.time()), generation, asked.values, asked.names, api.tokenizer, store)
     with asked.names.told():
-        return await converse(request, api, asked.chat, form, answer_id)
+        return await answer_chat(request, api, asked.chat, writer, answer_id)
 
 
 def _keeps(api: Api, values: dict[str, Any]) -> bool:

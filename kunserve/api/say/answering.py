@@ -17,7 +17,7 @@ from kunserve.api.say.echo import Echo
 from kunserve.api.say.generation import SLICE, submitted
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
-from kunserve.api.wire.admission import Place
+from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import Api, json_response, to_json
 from kunserve.api.wire.errors import internal_error
 from kunserve.api.wire.sse import EventStream
@@ -73,43 +73,43 @@ def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
     return f"{owner if is_apart else ''}\n{call.cache_salt}"
 
 
-class Form(Protocol):
+class AnswerWriter(Protocol):
     """How one endpoint writes its answers."""
 
     call: GenerationCall
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """Events before a choice's first chunk, which is for `output`."""
+        """Return events before a choice's first chunk, which is for `output`."""
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """Events for a delta, not yet counted into `choice`; perhaps none."""
+        """Return events for a delta, not yet counted into `choice`; perhaps none."""
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
-        """Events after the last chunk."""
+        """Return events after the last chunk."""
 
     def error(self, error: KunServeError) -> bytes:
-        """Events that end the answer with an error."""
+        """Return events that end the answer with an error."""
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
 
 
 async def answer(
-    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], place: Place
+    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], reservation: Reservation
 ) -> web.StreamResponse:
-    """Generate and send. Leaving early in any way (a client that goes cancels this) ends the generation."""
-    async with submitted(api, place, [choice.request for choice in choices]) as outputs:
-        if form.call.is_stream:
-            return await _stream(request, api, form, choices, outputs)
+    """Generate and send an answer. Leaving early in any way (a client that goes cancels this) ends the generation."""
+    async with submitted(api, reservation, [choice.request for choice in choices]) as outputs:
+        if writer.call.is_stream:
+            return await _stream(request, api, writer, choices, outputs)
         async for index, output in outputs:
             choices[index].advance(output)
             choices[index].outputs.append(output)
     work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
-    return json_response(await api.offload(work, lambda: to_json(form.answer_json(choices))))
+    return json_response(await api.offload(work, lambda: to_json(writer.answer_json(choices))))
 
 
 def _work(choice: Choice) -> int:
-    """What it takes to write what was generated, in characters to tokenize (`Api.offload`)."""
+    """Return how much text it takes to write what was generated, in characters to tokenize (`Api.offload`)."""
     num_logprobs = choice.request.params.num_logprobs
     parsing = choice.text_length if choice.parser is not None else 0
     return (
@@ -118,44 +118,46 @@ def _work(choice: Choice) -> int:
 
 
 def _work_of_prompt(choice: Choice) -> int:
-    """As `_work`: what the answer may say about the prompt."""
+    """Return how much text the answer may say about the prompt, as `_work` does."""
     num_logprobs = choice.request.params.num_prompt_logprobs
     num_tokens = choice.request.num_prompt_tokens
     return 0 if num_logprobs is None else num_tokens * (1 + num_logprobs) * LOGPROB_CHARS
 
 
 async def _stream(
-    request: web.Request, api: Api, form: Form, choices: Sequence[Choice], outputs: Outputs
+    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
 ) -> web.StreamResponse:
     events = EventStream(request, api.settings.write_timeout_s)
     try:
         await events.open()
         try:
-            await _send_chunks(api, events, form, choices, outputs)
+            await _send_chunks(api, events, writer, choices, outputs)
         except ConnectionError:
             raise
         except KunServeError as error:
-            await events.send(form.error(error))
+            await events.send(writer.error(error))
         except Exception:
             log.exception("request failed", path=request.path)
-            await events.send(form.error(internal_error()))
+            await events.send(writer.error(internal_error()))
         await events.close()
     except ConnectionError as error:
         log.info("stream cut", reason=str(error), request=choices[0].request.request_id)
     return events.response
 
 
-async def _send_chunks(api: Api, events: EventStream, form: Form, choices: Sequence[Choice], outputs: Outputs) -> None:
-    """One event per delta; what opens a choice goes out with its first."""
+async def _send_chunks(
+    api: Api, events: EventStream, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
+) -> None:
+    """Send one event per delta; what opens a choice goes out with its first."""
     opened = [False] * len(choices)
     async for index, output in outputs:
         choice = choices[index]
         data = b""
         if not opened[index]:
             opened[index] = True
-            data = await api.offload(_work_of_prompt(choice), partial(form.opening, choice, output))
-        data += form.chunk(choice, output)
+            data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
+        data += writer.chunk(choice, output)
         choice.advance(output)
         if data:
             await events.send(data)
-    await events.send(form.ending(choices))
+    await events.send(writer.ending(choices))

@@ -46,27 +46,27 @@ class Choice:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """How many of its tokens are reasoning."""
+        """Return how many tokens of the choice are reasoning."""
         return 0 if self.reasoning is None else self.reasoning.num_tokens
 
     @property
     def text(self) -> str:
-        """What was generated."""
+        """Return the text that was generated."""
         return "".join(output.text for output in self.outputs)
 
     @property
     def token_ids(self) -> list[int]:
-        """What was generated."""
+        """Return the token ids that were generated."""
         return [token_id for output in self.outputs for token_id in output.token_ids]
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs]:
-        """Of each token of the prompt but the first."""
+        """Return log-probabilities of each token of the prompt but the first."""
         return [entry for output in self.outputs for entry in output.prompt_logprobs]
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """Of each token generated."""
+        """Return log-probabilities of each token that was generated."""
         return [entry for output in self.outputs for entry in output.logprobs]
 
 
@@ -113,14 +113,14 @@ class AnswerFormat(ABC):
 
     @abstractmethod
     def logprobs_json(self, choice: Choice, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Log-probabilities of the next tokens of a choice."""
+        """Return log-probabilities of the next tokens of a choice."""
 
     @abstractmethod
     def choice_json(self, choice: Choice) -> dict[str, Any]:
-        """A finished choice, without index, finish_reason and stop_reason."""
+        """Return a finished choice, without index, finish_reason and stop_reason."""
 
     def opening(self, choice: Choice, output: Output) -> bytes:
-        """Events before a choice's first chunk, which is for `output`."""
+        """Return events before a choice's first chunk, which is for `output`."""
         return b""
 
     def event_of(self, choice: Choice, shown: dict[str, Any], **more: Any) -> bytes:
@@ -129,13 +129,13 @@ class AnswerFormat(ABC):
         return self.event([shown], **usage, **more)
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        """A chunk that is not worth prebuilding."""
+        """Return a chunk that is not worth prebuilding."""
         usage = {"usage": None} if self.call.include_usage else {}
         chunk = {**self._chunk_identity, "choices": choices, **usage, **more}
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
-        """The event for a delta, not yet counted into `choice`."""
+        """Return the event for a delta, not yet counted into `choice`."""
         parts = [self._head, b"%d" % choice.index, self.text_open, orjson.dumps(output.text), self.text_close]
         if output.logprobs:
             parts += b',"logprobs":', orjson.dumps(self.logprobs_json(choice, output.logprobs))
@@ -161,21 +161,21 @@ class AnswerFormat(ABC):
         return usage_json(request.num_prompt_tokens, choice.num_tokens + num_new, request.num_cached_tokens)
 
     def finish_reason(self, choice: Choice, output: Output) -> str | None:
-        """Why a choice ended; the message has been parsed."""
+        """Return why a choice ended; the message has been parsed."""
         has_calls = self.is_call_the_end and choice.parser is not None and choice.parser.num_calls > 0
         return "tool_calls" if has_calls and output.finish_reason is FinishReason.STOP else output.finish_reason
 
     def ending(self, choices: Sequence[Choice]) -> bytes:
-        """The last events: usage, if the client asked for it, and the mark of the end."""
+        """Return the last events: usage, if the client asked for it, and the mark of the end."""
         usage = self.event([], usage=total_usage(choices, self.call.n)) if self.call.include_usage else b""
         return usage + DONE
 
     def error(self, error: KunServeError) -> bytes:
-        """An error after the answer has begun."""
+        """Return the event of an error after the answer has begun."""
         return error_event(error) + DONE
 
     def prompt_logprobs_json(self, choice: Choice) -> list[orjson.Fragment | None]:
-        """vLLM's `prompt_logprobs`: per token its own and the most likely ones; nothing comes before the first."""
+        """Return vLLM's `prompt_logprobs`: per token its own and the most likely ones; nothing for the first."""
         shown: list[orjson.Fragment | None] = [None]
         for entry in choice.prompt_logprobs:
             top = [(i, p, rank) for rank, (i, p) in enumerate(entry.top[: self.call.prompt_logprobs], 1)]
@@ -185,7 +185,7 @@ class AnswerFormat(ABC):
         return shown
 
     def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the answer in one piece."""
         finished = []
         for choice in choices:
             last = choice.outputs[-1]
@@ -196,5 +196,5 @@ class AnswerFormat(ABC):
         return {"object": self.object, **self._identity, "choices": finished, "usage": usage}
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token, for log-probabilities; its id if the client asked for that."""
+        """Return text of one token, for log-probabilities; its id if the client asked for that."""
         return f"token_id:{token_id}" if self.call.tokens_as_ids else self.tokenizer.token_text(token_id)

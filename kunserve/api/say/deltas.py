@@ -58,7 +58,7 @@ class Message:
     calls: list[Call] = field(default_factory=list)
 
     def add(self, deltas: Iterable[Delta]) -> None:
-        """Add what came."""
+        """Append deltas to the text, the reasoning and the calls."""
         for delta in deltas:
             match delta:
                 case Text(text):

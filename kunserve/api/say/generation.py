@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
-from kunserve.api.wire.admission import Place
+from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.turns import Turns
 from kunserve.engine.request import Output, Request
@@ -72,7 +72,9 @@ class Deliveries(AsyncIterator[Delivery]):
 
 
 @asynccontextmanager
-async def submitted(api: Api, place: Place, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[Delivery]]:
+async def submitted(
+    api: Api, reservation: Reservation, requests: Sequence[Request]
+) -> AsyncIterator[AsyncIterator[Delivery]]:
     """Submit all requests or none, some in each turn of the loop; inside, read what comes of them.
 
     However the block is left (end, error, the client gone: cancellation), nothing of them stays in the engine.
@@ -83,7 +85,7 @@ async def submitted(api: Api, place: Place, requests: Sequence[Request]) -> Asyn
             for request in some:
                 deliveries.add(api.backend.submit(request), is_only=len(requests) == 1)
                 num_submitted += 1
-                place.leave()
+                reservation.leave()
         yield deliveries
     finally:
         for request in requests[:num_submitted]:

@@ -16,8 +16,8 @@ from kunserve.sampling import FinishReason
 
 
 @dataclass(slots=True)
-class Part:
-    """`text` is the arguments of a call, as JSON."""
+class AnswerPart:
+    """One part of an answer as it grows; the `text` of a call is its arguments, as JSON."""
 
     index: int
     kind: Literal["text", "reasoning", "call"]
@@ -29,31 +29,31 @@ class Part:
 
 
 class PartStream(ABC):
-    """Deltas to events. `parts` is all that came so far; the last one may still be open."""
+    """Turns deltas into events. `parts` is all that came so far; the last one may still be open."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[AnswerPart] = []
         self._is_open = False
 
     @abstractmethod
-    def begin(self, part: Part) -> bytes:
-        """Events that begin a part."""
+    def begin(self, part: AnswerPart) -> bytes:
+        """Return events that begin a part."""
 
     @abstractmethod
-    def more(self, part: Part, text: str) -> bytes:
-        """Events for more text of it."""
+    def more(self, part: AnswerPart, text: str) -> bytes:
+        """Return events for more text of a part."""
 
     @abstractmethod
-    def end(self, part: Part) -> bytes:
-        """Events that close it."""
+    def end(self, part: AnswerPart) -> bytes:
+        """Return events that close a part."""
 
     def push(self, deltas: Iterable[Delta]) -> bytes:
-        """Take what came. Blanks alone are no part."""
+        """Return the events that deltas make; text of whitespace alone opens no part."""
         events: list[bytes] = []
         for delta in deltas:
             match delta:
                 case CallBegin(_, call_id, name):
-                    events.append(self._open(Part(len(self.parts), "call", "", call_id, name)))
+                    events.append(self._open(AnswerPart(len(self.parts), "call", "", call_id, name)))
                     continue
                 case CallArguments():
                     pass
@@ -62,7 +62,7 @@ class PartStream(ABC):
                     if not self._is_open or self.parts[-1].kind != kind:
                         if not delta.text.strip():
                             continue
-                        events.append(self._open(Part(len(self.parts), kind)))
+                        events.append(self._open(AnswerPart(len(self.parts), kind)))
             part = self.parts[-1]
             part.text += delta.text
             events.append(self.more(part, delta.text))
@@ -76,15 +76,15 @@ class PartStream(ABC):
         self.parts[-1].is_cut = is_cut and not _is_whole(self.parts[-1])
         return self.end(self.parts[-1])
 
-    def _open(self, part: Part) -> bytes:
+    def _open(self, part: AnswerPart) -> bytes:
         closed = self.close()
         self.parts.append(part)
         self._is_open = True
         return closed + self.begin(part)
 
 
-def _is_whole(part: Part) -> bool:
-    """Whether a part is a call that has all its arguments."""
+def _is_whole(part: AnswerPart) -> bool:
+    """Return whether a part is a call that has all its arguments."""
     if part.kind != "call":
         return False
     try:
@@ -102,15 +102,15 @@ def deltas_of(choice: Choice, text: str, is_last: bool, is_cut: bool = False) ->
 
 
 def deltas_of_output(choice: Choice, output: Output) -> list[Delta]:
-    """What a delta of the engine says."""
+    """Return the deltas of a message that an output of the engine makes."""
     return deltas_of(choice, output.text, output.finish_reason is not None, was_cut(output))
 
 
 def was_cut(output: Output) -> bool:
-    """Whether an output ends although the model has not ended it."""
+    """Return whether an output ends although the model has not ended it."""
     return output.finish_reason is FinishReason.LENGTH
 
 
 def named_event(name: str, values: dict[str, Any]) -> bytes:
-    """A server-sent event that says its type twice, as both APIs do."""
+    """Return a server-sent event that says its type twice, as both APIs do."""
     return b"event: " + name.encode() + b"\ndata: " + orjson.dumps({"type": name, **values}) + b"\n\n"

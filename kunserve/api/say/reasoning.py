@@ -77,7 +77,7 @@ class ThinkSplitter:
     """Tells reasoning at the beginning of the output from what follows, the answer."""
 
     def __init__(self, is_open: bool, form: ReasoningFormat = THINK) -> None:
-        """`is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
+        """Begin to read. `is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
         self._form = form
         self._is_open, self._is_over = is_open, False
         self._has_begun = self._strips = False
@@ -107,7 +107,7 @@ class ThinkSplitter:
         return (rest, "") if self._is_open and not self._is_over else ("", rest)
 
     def _begin(self) -> bool:
-        """Whether it is clear by now if the output begins with reasoning."""
+        """Return whether it is clear by now if the output begins with reasoning."""
         begin = self._buffer.lstrip()
         if (mark := mark_at(begin, 0, self._form.starts)) is None:
             return False
@@ -137,7 +137,7 @@ class MessageParser:
 
     @property
     def has_tools(self) -> bool:
-        """Whether there may be calls."""
+        """Return whether the output may hold tool calls."""
         return self._tools is not None
 
     def push(self, text: str, is_last: bool = False, is_cut: bool = False) -> list[Delta]:

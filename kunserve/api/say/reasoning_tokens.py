@@ -26,7 +26,7 @@ class ReasoningTokens:
     )
 
     def __init__(self, tokenizer: TextTokenizer, is_open: bool, form: ReasoningFormat) -> None:
-        """`is_open`: the prompt has begun the reasoning."""
+        """Begin to count. `is_open`: the prompt has begun the reasoning."""
         self.num_tokens = 0  # of the tokens so far
         self._form, self._is_open = form, is_open
         self._starts = tuple(mark.encode() for mark in form.starts)

@@ -30,13 +30,13 @@ _PREFLIGHT_AGE_S = 600
 
 
 def bearer(request: web.Request) -> str:
-    """The key a request brings: `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients send."""
+    """Return the key a request brings: `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients send."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
 
 
 def is_key(given: str, keys: Sequence[str]) -> bool:
-    """Whether `given` is one of `keys`. Looks at all of them, so that the time says nothing."""
+    """Return whether `given` is one of `keys`. Looks at all of them, so that the time says nothing."""
     return sum(compare_digest(_bytes(given), _bytes(key)) for key in keys) > 0
 
 
@@ -45,7 +45,7 @@ def _bytes(text: str) -> bytes:
 
 
 def needs_key(path: str) -> bool:
-    """Whether the API key is asked for there, if there is one."""
+    """Return whether the API key is asked for there, if there is one."""
     is_open = path in OPEN_PATHS | DOCUMENT_PATHS or path == "/" or path.startswith(PAGE_PREFIX)
     return not is_open and not is_admin_path(path)
 
@@ -63,7 +63,7 @@ def check_key(request: web.Request) -> None:
 
 
 def owner_of(request: web.Request, user: str = "") -> str:
-    """Who shares the queue with whom: keys, where there are several; else the users that clients name.
+    """Return who shares the queue with whom: keys, where there are several; else the users that clients name.
 
     A key's requests never count as several owners', or a flood could take many shares.
     """
@@ -81,12 +81,12 @@ def keeper_of(request: web.Request) -> str:
 
 
 def is_preflight(request: web.Request) -> bool:
-    """Whether a browser asks if it may ask."""
+    """Return whether a browser asks if it may ask."""
     return request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
 
 
 def preflight_response(request: web.Request) -> web.Response:
-    """What a browser may do; `allow_origin` adds from where."""
+    """Tell a browser what it may do; `allow_origin` adds from where."""
     headers = {
         "Access-Control-Allow-Methods": request.headers["Access-Control-Request-Method"],
         "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
@@ -112,7 +112,7 @@ async def allow_origin(request: web.Request, response: web.StreamResponse) -> No
 
 @web.middleware
 async def log_access(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """One line per request once its answer is out, or its client gone; at debug level for probes and scrapers."""
+    """Log one line per request once its answer is out, or its client gone; at debug level for probes and scrapers."""
     if not request.app[API].settings.logs_access:
         return await handler(request)
     started_s = time.monotonic()

@@ -18,14 +18,14 @@ from kunserve.errors import InvalidRequestError, OverloadedError
 from kunserve.observe.metrics import Metrics
 
 CHARS_PER_TOKEN = 4  # of text that is not tokenized yet
-# Where several keys share the queue, each may hold so many times the room that is left: alone three quarters, two of
-# them three sevenths each. A flood then leaves places to others, and nothing is set aside for keys that are not used
-# (dynamic thresholds, Choudhury and Hahne, 1998).
+# With several keys, each may hold SHARE times the room that is left: one busy key ends up with three quarters of the
+# queue, two with three sevenths each. So a flood leaves room for others, yet nothing is set aside for keys that send
+# nothing (dynamic thresholds, Choudhury and Hahne, 1998).
 SHARE = 3
 
 
 def estimated_tokens(prompt: str | list[int]) -> int:
-    """Tokens of a prompt, without looking at it."""
+    """Return about how many tokens a prompt has, without looking at it."""
     return len(prompt) if isinstance(prompt, list) else len(prompt) // CHARS_PER_TOKEN + 1
 
 
@@ -37,7 +37,7 @@ class Queued(Protocol):
 
 
 @dataclass(slots=True)
-class Place:
+class Reservation:
     """What is held for sequences that are not in the engine's queue yet."""
 
     admission: Admission
@@ -46,7 +46,7 @@ class Place:
     num_tokens: int  # of their prompts, as estimated
 
     def leave(self, num_reqs: int = 1) -> None:
-        """So many are in the engine's queue, which counts them from now on, or will never be."""
+        """Count so many requests no longer: the engine's queue counts them now, or they will never be in it."""
         if num_reqs:
             num_tokens = self.num_tokens * num_reqs // self.num_reqs
             self.num_reqs -= num_reqs
@@ -64,7 +64,7 @@ class Admission:
         self._accepted: defaultdict[str | None, Waiting] = defaultdict(Waiting)  # None: of all
 
     def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
-        """OverloadedError if so many sequences, with prompts of so many tokens in all, do not fit in the queue."""
+        """Raise OverloadedError if so many sequences with prompts of so many tokens do not fit in the queue."""
         if num_reqs > self._max_reqs:
             text = f"The request asks for {num_reqs} sequences; the queue holds {self._max_reqs}."
             raise InvalidRequestError(text, param="n")
@@ -81,18 +81,18 @@ class Admission:
                 self._refuse("key_share", text)
 
     @contextmanager
-    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[Place]:
-        """Hold the place of a request's sequences, all or none, until each is in the engine's queue."""
+    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[Reservation]:
+        """Reserve places for a request's sequences, all or none, until each is in the engine's queue."""
         self.check(owner, num_reqs, num_tokens)
         self._add(owner, num_reqs, num_tokens)
-        place = Place(self, owner, num_reqs, num_tokens)
+        reservation = Reservation(self, owner, num_reqs, num_tokens)
         try:
-            yield place
+            yield reservation
         finally:
-            place.leave(place.num_reqs)
+            reservation.leave(reservation.num_reqs)
 
     def leave(self, owner: str, num_reqs: int, num_tokens: int) -> None:
-        """These count no longer."""
+        """Count these requests and tokens of an owner no longer."""
         self._add(owner, -num_reqs, -num_tokens)
         if self._accepted[owner].num_reqs == 0:
             del self._accepted[owner]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError
-from kunserve.observe.metrics import EngineStats
+from kunserve.observe.gauges import EngineStats
 
 
 class TextTokenizer(Protocol):
@@ -18,26 +18,26 @@ class TextTokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are `0 <= id < vocab_size`."""
+        """Return the size of the vocabulary: token ids are `0 <= id < vocab_size`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the model's BOS and the like unless told otherwise."""
+        """Return token ids of `text`, with the model's BOS and the like unless told otherwise."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Return text of `ids`; bytes that are no UTF-8 become U+FFFD."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text, special tokens included: perhaps a part of a character."""
+        """Return what one token adds to a text, special tokens included: perhaps a part of a character."""
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token on its own, special tokens included; half a character is U+FFFD."""
+        """Return text of one token on its own, special tokens included; half a character is U+FFFD."""
 
     def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """What a token adds to the text of an answer: as `token_bytes`, nothing for a special one that is skipped."""
+        """Return what a token adds to an answer: its `token_bytes`, but nothing if it is special and skipped."""
 
     @property
     def strips_space(self) -> bool:
-        """Whether the first blank of a text is the tokenizer's own, and not part of it."""
+        """Return whether the first blank of a text is the tokenizer's own, and not part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +47,28 @@ class TokenIdsOnly:
     vocab_size: int
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Always InvalidRequestError."""
+        """Raise InvalidRequestError, always."""
         raise InvalidRequestError("The model has no tokenizer: send token ids.", param="prompt")
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """No text."""
+        """Return no text."""
         return ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A name for the token."""
+        """Return a name for the token."""
         return self.token_text(token_id).encode()
 
     def token_text(self, token_id: int) -> str:
-        """A name for the token."""
+        """Return a name for the token."""
         return f"token_id:{token_id}"
 
     def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """No text."""
+        """Return no text."""
         return b""
 
     @property
     def strips_space(self) -> bool:
-        """There is no text that it could be stripped from."""
+        """Return False: there is no text that a blank could be stripped from."""
         return False
 
 
@@ -82,7 +82,7 @@ class Template(Protocol):
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation; raises InvalidRequestError when the template refuses it."""
+        """Return the prompt of a conversation; raises InvalidRequestError when the template refuses it."""
 
 
 class Backend(Protocol):
@@ -90,7 +90,7 @@ class Backend(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """True once the model is loaded, until the server begins to stop."""
+        """Return True once the model is loaded, until the server begins to stop."""
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
         """Queue a request. The iterator yields deltas up to and including the one with a finish_reason.
@@ -102,13 +102,13 @@ class Backend(Protocol):
         """End a request and free its blocks within one step; no effect if it has ended or is unknown."""
 
     def waiting(self, owner: str | None = None) -> Waiting:
-        """How much is queued, of all or of one owner."""
+        """Return how much is queued, of all owners or of one."""
 
     def stats(self) -> EngineStats:
-        """Numbers for `/metrics`; never waits."""
+        """Return numbers for `/metrics`; never waits."""
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
-        """Everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
+        """Return everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
 
     async def drop(self, group_ids: Sequence[int] | None, *, is_forced: bool = False) -> dict[str, Any]:
         """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed.
@@ -129,7 +129,7 @@ class Backend(Protocol):
         """Take a device in that was removed or lost; the transition as JSON types. Raises as `remove_device`."""
 
     def health(self) -> str | None:
-        """None while steps make progress, else the reason why not."""
+        """Return why steps make no progress; None while they do."""
 
     def degraded(self) -> str | None:
         """Return which devices do not do their work, in words; None if all do but those that were taken out."""
@@ -149,7 +149,7 @@ class ModelInfo:
 
     @property
     def name(self) -> str:
-        """The name of answers to requests that name none."""
+        """Return the name of answers to requests that name none."""
         return self.served_names[0]
 
 
@@ -183,5 +183,5 @@ class ApiSettings:
 
     @property
     def largest_body_bytes(self) -> int:
-        """The largest body that can ever be read: one alone may have three quarters of the memory for bodies."""
+        """Return the largest body that can ever be read: one alone may have three quarters of the memory for bodies."""
         return min(self.max_body_bytes, self.max_body_memory_bytes * 3 // 4)

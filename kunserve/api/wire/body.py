@@ -38,7 +38,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
-    """What `read` makes of the JSON object in the body; of a large one on a thread.
+    """Return what `read` makes of the JSON object in the body; of a large one on a thread.
 
     413 beyond the bound, 503 if there is no memory for it now, 400 if it is no JSON or does not come in time;
     KunServeError of `read`.
@@ -111,7 +111,7 @@ def _small(body: bytes) -> object:
 
 
 def _large(body: bytes) -> object:
-    """The same values as `_small`, in pieces."""
+    """Read the same values as `_small`, in pieces."""
     num_lists = num_scalars = 0
     for piece in pieces(body):  # what a cut goes through does not count
         num_lists += sum([piece.count(mark) for mark in (b"[[", b",[", b", [", b"[{", b",{", b", {")])
@@ -130,7 +130,7 @@ def _large(body: bytes) -> object:
 
 
 def _integer(text: str) -> int | float:
-    """Beyond 64 bits a float, as orjson reads it."""
+    """Return an integer; beyond 64 bits a float, as orjson reads it."""
     value = int(text) if len(text) <= 20 else 1 << 64
     return value if -(1 << 63) <= value < 1 << 64 else _float(text)
 

@@ -102,7 +102,7 @@ class BodyMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are held now."""
+        """Return the bytes of bodies that are held now."""
         return self._held[None]
 
     @contextmanager
@@ -134,7 +134,7 @@ class BodyMemory:
         self._growing.pop(body, None)
 
     def _lack(self, body: Body, num_bytes: int) -> str | None:
-        """Why there is no room for more bytes of `body`, as a reason of `Metrics.rejection`; None if there is."""
+        """Return the reason (of `Metrics.rejection`) why `body` cannot have more bytes; None if it can."""
         is_small = body.num_bytes + num_bytes <= MOST_BYTES
         left = self._max_bytes - self._held[None] - num_bytes
         if left < (0 if is_small else self._max_bytes // LEFT_TO_SMALL):
@@ -143,7 +143,7 @@ class BodyMemory:
         return "body_share" if self._is_shared and own and own + num_bytes > SHARE * left else None
 
     def _idle(self, owner: str | None, body: Body) -> Body | None:
-        """Who has not grown for longest, of all or of one owner, besides `body`."""
+        """Return the body that has not grown for longest, of all owners or of one, but never `body`."""
         return next((one for one in self._growing if one is not body and owner in (None, one.owner)), None)
 
     def _drop(self, body: Body) -> None:

@@ -51,11 +51,11 @@ class Api:
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
-        """Result of `work` on so much text: here if it is short, else on a thread."""
+        """Return the result of `work` on so much text: done here if it is short, else on a thread."""
         return work() if num_chars <= self.settings.inline_chars else await self.on_thread(work)
 
     async def on_thread(self, work: Callable[[], T]) -> T:
-        """Result of `work`, which takes too long for the event loop."""
+        """Return the result of `work`, which takes too long for the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
 
@@ -63,13 +63,13 @@ API = web.AppKey("api", Api)
 
 
 def new_request_id(request: web.Request) -> str:
-    """The client's X-Request-ID if it is one printable word, else a new id."""
+    """Return the client's X-Request-ID if it is one printable word, else a new id."""
     given = request.headers.get(_REQUEST_ID_HEADER, "")
     return given if _USABLE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no system call, as uuid4 has
 
 
 def choose_request_id(request: web.Request, from_body: str | None) -> str:
-    """The id of this request; an id in the body counts unless the header has one."""
+    """Return the id of this request; an id in the body counts unless the header has one."""
     if from_body and _REQUEST_ID_HEADER not in request.headers and _USABLE_ID.fullmatch(from_body):
         request[REQUEST_ID] = from_body
     return request[REQUEST_ID]
@@ -81,26 +81,26 @@ async def echo_request_id(request: web.Request, response: web.StreamResponse) ->
 
 
 def to_json(value: object) -> bytes:
-    """JSON of an answer."""
+    """Return an answer as JSON."""
     return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
 
 
 def fragment(value: object) -> orjson.Fragment:
-    """A part of an answer that is written already: orjson keeps the GIL, so no single call may write all of it."""
+    """Return a part of an answer as JSON already: orjson keeps the GIL, so no single call may write all of it."""
     return orjson.Fragment(orjson.dumps(value))
 
 
 def long_list(values: list[Any] | tuple[Any, ...]) -> orjson.Fragment:
-    """A list that may have a million values, written in pieces."""
+    """Return a list that may have a million values, written in pieces."""
     return orjson.Fragment(b"[" + b",".join(orjson.dumps(piece)[1:-1] for piece in pieces(values)) + b"]")
 
 
 def long_text(text: str) -> orjson.Fragment:
-    """A text of megabytes, written in pieces."""
+    """Return a text of megabytes, written in pieces."""
     return orjson.Fragment(b'"' + b"".join(orjson.dumps(piece)[1:-1] for piece in pieces(text)) + b'"')
 
 
 def json_response(value: object) -> web.Response:
-    """An answer in JSON; `value` may be JSON already, as bytes."""
+    """Return an answer in JSON; `value` may be JSON already, as bytes."""
     body = value if isinstance(value, bytes) else to_json(value)
     return web.Response(body=body, content_type="application/json")

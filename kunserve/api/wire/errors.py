@@ -55,5 +55,5 @@ def error_of_http(error: web.HTTPException) -> KunServeError:
 
 
 def internal_error() -> KunServeError:
-    """What a client learns of an error that we did not expect; the log has the rest."""
+    """Return what a client learns of an error that we did not expect; the log has the rest."""
     return EngineError("Internal error; the server's log says more.")

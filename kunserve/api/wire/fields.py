@@ -19,7 +19,7 @@ INT64_MAX = 2**63 - 1
 
 
 def show(value: object) -> str:
-    """A JSON value as it came, cut to what an error message can bear (and a large body can cost)."""
+    """Return a JSON value as it came, cut to what an error message can bear (and a large body can cost)."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -38,7 +38,7 @@ def wrong_value(param: str, expected: str, value: object) -> NoReturn:
 
 
 def pieces(values: Sequence[T], size: int = PIECE) -> Iterator[Sequence[T]]:
-    """Slices that C code works through in a millisecond; between them other threads get their turn."""
+    """Return slices that C code works through in a millisecond; between them other threads get their turn."""
     return (values[i : i + size] for i in range(0, len(values), size))
 
 
@@ -52,11 +52,11 @@ class Fields:
         self._prefix = prefix
 
     def any(self, name: str) -> Any:
-        """The value as it came."""
+        """Return the value as it came."""
         return self._values.get(name)
 
     def required(self, name: str) -> Any:
-        """The value as it came; absent is an error."""
+        """Return the value as it came; raise InvalidRequestError if it is absent."""
         value = self._values.get(name)
         if value is None:
             param = self._prefix + name
@@ -64,7 +64,7 @@ class Fields:
         return value
 
     def string(self, name: str, default: T) -> str | T:
-        """A string."""
+        """Return a string, or `default` where there is none; InvalidRequestError for anything else."""
         value = self._values.get(name)
         if value is None:
             return default
@@ -73,7 +73,7 @@ class Fields:
         return value
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return true or false, or `default` where there is neither; InvalidRequestError for anything else."""
         value = self._values.get(name)
         if value is None:
             return default
@@ -82,11 +82,11 @@ class Fields:
         return value
 
     def object(self, name: str) -> Fields:
-        """The fields of an object within this one; absent counts as empty."""
+        """Return the fields of an object within this one; absent counts as empty."""
         return Fields(self.mapping(name), f"{self._prefix}{name}.")
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """An object whose fields are free."""
+        """Return an object whose fields are free."""
         value = self._values.get(name)
         if value is None:
             return {}

@@ -48,7 +48,7 @@ class Grammars:
         on_death: Callable[[str], None] = lambda reason: None,
         closes_objects: bool = True,
     ) -> None:
-        """`reasoning_end`: id of the token that ends reasoning; structures hold for what follows it.
+        """Make a pool. `reasoning_end`: id of the token that ends reasoning; structures hold for what follows it.
 
         `on_death` is told why, in a word, when a structure's process ends that should not have. `closes_objects`: an
         object has no other properties than those that its schema names, if it does not speak of others.

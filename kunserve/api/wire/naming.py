@@ -16,7 +16,7 @@ class FieldNames:
     """From paths in the translated body (`tools[0].function.parameters`) to those the client wrote."""
 
     def __init__(self, names: dict[str, str] | None = None) -> None:
-        """`names`: a path stands for everything below it, unless that has a name of its own."""
+        """Take a client's names; a path stands for everything below it, unless that has a name of its own."""
         self._names = dict(names or {})
         self._whole: set[str] = set()
 

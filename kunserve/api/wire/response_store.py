@@ -44,7 +44,7 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Return the bytes that the response takes in memory."""
         return len(self.response) + len(self.items) + _OVERHEAD_BYTES
 
 
@@ -52,7 +52,7 @@ class ResponseStore:
     """The newest responses, as many as fit. Owned by the event loop."""
 
     def __init__(self, max_bytes: int, path: Path | None = None) -> None:
-        """`max_bytes`: of all in memory, and of all in the file. ConfigError if the file cannot be used."""
+        """Open the file, if any; ConfigError if it cannot be used. `max_bytes`: of all in memory, and in the file."""
         self._max_bytes = max_bytes
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._num_bytes = 0
@@ -60,7 +60,7 @@ class ResponseStore:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is stored."""
+        """Return whether responses are stored at all."""
         return self._max_bytes > 0
 
     def put(self, response_id: str, owner: str, stored: Stored) -> None:

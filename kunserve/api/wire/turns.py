@@ -46,14 +46,14 @@ class Turns:
         return True
 
     async def slices(self, items: Sequence[T], size: int) -> AsyncIterator[Sequence[T]]:
-        """`items` in pieces of `size`, each in a turn of its own; the caller has one already."""
+        """Yield `items` in pieces of `size`, each in a turn of its own; the caller has the first turn already."""
         for start in range(0, len(items), size):
             if start:
                 await self.take()
             yield items[start : start + size]
 
     def _next(self) -> None:
-        """A new round."""
+        """Begin a new round."""
         self._num_left = self._per_round
         work: list[Callable[[], None]] = []
         while self._waiting and self._num_left > 0:

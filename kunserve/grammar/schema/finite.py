@@ -59,7 +59,7 @@ class _Search:
         self._num_left = _MAX_WORK
 
     def has_instance(self) -> bool:
-        """Whether the schema has a finite instance."""
+        """Return whether the schema has a finite instance."""
         self._is_finite([self._root])
         root = self._waiting[:1]  # none if nothing can satisfy it
         while self._waiting and root[0] not in self._finite:
@@ -70,7 +70,7 @@ class _Search:
         return any(key in self._finite for key in root)
 
     def _is_finite(self, schemas: list[Any], choices: _Choices | None = None) -> bool:
-        """Whether a value that satisfies all of them is known to end; if not, that is to be found out."""
+        """Return whether a value that satisfies all of them is known to end; if it is not, look for that."""
         choices = choices or {}
         together = self._together(schemas, choices)
         if together is None:
@@ -126,7 +126,7 @@ class _Search:
         return [target]
 
     def _may_end(self, together: _Together) -> bool:
-        """Whether a value that satisfies all of these can end, by what is known so far."""
+        """Return whether a value that satisfies all of these can end, by what is known so far."""
         schemas, choices = together.schemas, together.choices
         for schema in schemas:
             for name in _CHOICES:

@@ -102,7 +102,7 @@ def _most_digits(count: str, most: int) -> int:
 
 
 def _is_known(pattern: str) -> bool:
-    """Whether the library can read a pattern."""
+    """Return whether the library can read a pattern."""
     if re.search(r"\(\?(?:[=!]|<[=!])", pattern):
         return False
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})

@@ -48,12 +48,12 @@ class _Together:
 
     @property
     def closes(self) -> bool:
-        """Whether objects are closed."""
+        """Return whether objects have only the properties that their schema names."""
         return self.key[2]
 
     @property
     def names_properties(self) -> bool:
-        """Whether it says anything about an object's properties."""
+        """Return whether the schema says anything about an object's properties."""
         return any(OBJECT & part.keys() for part in self.parts)
 
 
@@ -61,7 +61,7 @@ class PlainSchemas:
     """Writes schemas that share their definitions."""
 
     def __init__(self, closes: bool) -> None:
-        """`closes`: see the module."""
+        """Begin to write schemas. `closes`: see the module."""
         self.definitions: dict[str, Any] = {}
         self._closes = closes
         self._references = References(True)

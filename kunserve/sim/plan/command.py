@@ -38,25 +38,36 @@ NAMES = {PLENTY: "endless memory"}
 _amount = number_from(float, 1e-6, 1e6)
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the command line's values."""
+def make_parser() -> OneLineParser:
+    """Return the parser of the command's flags."""
     parser = OneLineParser("kunserve plan", description=__doc__)
     add_version_flag(parser)
     add = parser.add_argument
-    add("--gpus", required=True, help="how many of which, as 4xH100 or 8xL40S")
+    add("--gpus", required=True, help="number and kind of GPUs, as 4xH100 or 8xL40S")
     add("--model", required=True, help="a model card, or a Hugging Face folder (its config.json is enough)")
     add("--trace", type=Path, help="a trace file: its times and lengths (Azure, BurstGPT, Mooncake)")
     add("--rate", type=_amount, help="requests a second on average, of all GPUs; with --trace: its times are stretched")
     add("--workload", choices=WORKLOADS, help="lengths without a trace (default sharegpt)")
-    add("--lengths", type=Path, help="lengths of this file instead")
+    add("--lengths", type=Path, help="draw lengths from this file instead")
     add("--burst-height", type=_amount, help="rate in a burst over that outside (default 2)")
     add(
         "--duration", dest="duration_s", type=_amount, default=120.0, help="seconds of the load, the busiest of a trace"
     )
-    add("--memory", dest="memory_gib", type=number_from(float, 1e-6, 1024.0), help="GiB of each GPU, if it has others")
-    add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=0)
+    add(
+        "--memory",
+        dest="memory_gib",
+        type=number_from(float, 1e-6, 1024.0),
+        help="GiB of memory of each GPU, if they differ from its kind's",
+    )
+    add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=0, help="seed of the load (default 0)")
     add("--plot", type=Path, metavar="FILE", help="draw demand for KV and TTFT over time")
     add("--json", dest="as_json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's values; exit with one line where they contradict each other."""
+    parser = make_parser()
     values = parser.parse_args(arguments)
     if values.trace is None and values.rate is None:
         parser.error("how much load is it? Give --rate, or --trace with a file")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from api_fakes import Client, FakeEngine, events_of, serving
+from seeds import seeds
 from tiny_models import BOS, EOS, save_tiny_tokenizer
 
 from kunserve.api.wire.backend import ModelInfo
@@ -72,7 +73,7 @@ def check(text: str, tokens: list[str], offsets: list[int], hidden: frozenset[st
             assert text[offset : offset + len(token)] == token
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", seeds(200))
 async def test_offsets_are_places_in_the_text(seed: int, tokenizer: Tokenizer) -> None:
     rng = random.Random(seed)
     said = random_text(rng, 12)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -67,8 +68,10 @@ def test_a_flood_of_tokens_from_one_key_leaves_room_for_others() -> None:
 
 
 def test_the_only_key_may_fill_the_queue() -> None:
-    door, _ = admission(Waiting(3, 3), api_keys=KEYS[:1])
-    door.check("a")
+    for keys, is_refused in ((KEYS, True), (KEYS[:1], False)):
+        door, _ = admission(Waiting(3, 3), api_keys=keys)
+        with pytest.raises(OverloadedError, match="of this key") if is_refused else nullcontext():
+            door.check("a")
 
 
 def test_an_empty_queue_takes_any_one_prompt() -> None:

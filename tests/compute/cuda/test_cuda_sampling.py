@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import seeds
 
 from kunserve.compute import sampler
 from kunserve.compute.cuda import sampling as cuda_sampling
@@ -33,7 +34,7 @@ def logits(rows: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, 97, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_plain_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_sampling, "SLICE_ELEMENTS", 200)  # two rows at a time
     values = logits(len(PLAIN), seed)

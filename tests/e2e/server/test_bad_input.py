@@ -294,7 +294,7 @@ async def test_a_client_that_reads_nothing_is_cut(impatient_server: ServerProces
             assert received.startswith(b"HTTP/1.1 200 ") and b"[DONE]" not in received
 
 
-async def test_clients_that_disconnect_in_the_middle(tiny_server: ServerProcess) -> None:
+async def test_requests_of_clients_that_disconnect_in_the_middle_end(tiny_server: ServerProcess) -> None:
     body = orjson.dumps({"prompt": random_prompt(40), "max_tokens": 2000, "ignore_eos": True, "stream": True})
     async with bystander(tiny_server) as session:
         for _ in range(10):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from seeds import seeds
 
 from kunserve.engine.blocks.block_pool import BlockPool
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", seeds(20))
 def test_random_operations(seed: int) -> None:
     rng = random.Random(seed)
     pool, held = BlockPool(30), []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from seeds import seeds
 from transition_harness import (
     Answer,
     again,
@@ -22,7 +23,7 @@ from transition_harness import (
 from kunserve.engine.request import Request
 from kunserve.sampling import FinishReason
 
-SEEDS = range(50)
+SEEDS = seeds(50)
 ROOMY, TIGHT = 1280, 128  # blocks of all devices together; all requests at once hold about 250
 
 
@@ -51,6 +52,7 @@ def test_the_requests_are_mixed(undisturbed: tuple[list[Request], list[Answer]])
     assert {a.finish[0] for a in answers if a.finish} == {FinishReason.STOP, FinishReason.LENGTH}
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("num_blocks", [ROOMY, TIGHT])
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:4"])
 async def test_regrouping_changes_no_answer(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kv_subscriber import AllBlocksCleared, BlockStored, VllmBatch, replayed
+from seeds import seeds
 from test_prefix_cache import by_waves, make_family
 from transition_harness import BLOCK_SIZE, Checked, checked_engine, regroup_forever, regroup_in_order
 
@@ -62,7 +63,7 @@ async def assert_events_tell_what_is_there(
 
 @pytest.mark.parametrize("disturb", [regroup_forever, regroup_in_order])
 @pytest.mark.parametrize("num_blocks", [48, 1024])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 async def test_an_index_made_of_events_alone_is_what_the_caches_hold(
     seed: int,
     num_blocks: int,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seeds import seeds
 from tiny_models import VOCAB_SIZE
 from transition_harness import (
     BLOCK_SIZE,
@@ -86,7 +87,7 @@ async def nothing(checked: Checked, rng: random.Random) -> None:
 
 @pytest.mark.parametrize("disturb", [nothing, regroup_forever, regroup_in_order])
 @pytest.mark.parametrize("num_blocks", [48, 1024])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 async def test_the_cache_changes_no_answer(
     seed: int, num_blocks: int, disturb: Callable[[Checked, random.Random], Awaitable[None]], tiny64: Path
 ) -> None:

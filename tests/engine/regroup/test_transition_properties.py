@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+from seeds import seeds
 from transition_harness import (
     Answer,
     Checked,
@@ -70,12 +72,13 @@ def is_shown(checked: Checked, failures: Failures, num_left: int) -> bool:
     )
 
 
+@pytest.mark.drawn
 async def test_everything_at_random(tiny64: Path) -> None:
     num_left = 0
     async with checked_engine(tiny64, "cpu:4", 96, max_num_seqs=6, max_num_batched_tokens=24) as checked:
         failures = Failures(checked.engine)
-        for seed in range(MOST_SEEDS):
-            if seed >= NUM_SEEDS and is_shown(checked, failures, num_left):
+        for count, seed in enumerate(seeds(MOST_SEEDS)):
+            if count >= NUM_SEEDS and is_shown(checked, failures, num_left):
                 break
             requests = make_requests(NUM_REQUESTS, seed)
             async with checked_engine(tiny64, "cpu:1", 4000, async_scheduling=False) as undisturbed:

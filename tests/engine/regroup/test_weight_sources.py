@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import seeds
 from structlog.testing import capture_logs
 from tiny_models import make_tiny_model
 from transition_harness import (
@@ -32,7 +33,7 @@ from kunserve.model.host_copy import HostCopy
 
 KINDS = [HostCopy.PINNED, HostCopy.MAPPED, HostCopy.NONE]
 REQUESTS = make_requests(24, seed=3, longest_prompt=20, most_tokens=9)
-SEEDS = range(8)
+SEEDS = seeds(8)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ async def wait(checked: Checked) -> None:
 # --- whatever happens, the same bits ----------------------------------------------------------------------------------
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 async def test_regrouping_changes_no_answer_and_no_weight(

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from cost_models import COST
 from groups import LAYERS, check, commit, make_group, make_request
+from seeds import seeds
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
@@ -38,7 +39,7 @@ def num_tokens_by_request(batch: Microbatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("policy", list(OverloadPolicy))
 @pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 def test_every_request_finishes_within_memory(policy: OverloadPolicy, num_stages: int, seed: int) -> None:
     rng = random.Random(seed)
     scheduler = make_scheduler(group := make_group(num_stages=num_stages), 12, policy)

@@ -7,6 +7,7 @@ from collections import deque
 
 import pytest
 from groups import LAYERS, check, commit, make_group, make_request, make_scheduler
+from seeds import seeds
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
@@ -21,7 +22,7 @@ from kunserve.sampling import FinishReason
 @pytest.mark.parametrize("policy", list(OverloadPolicy))
 @pytest.mark.parametrize("num_ahead", [0, 1])
 @pytest.mark.parametrize("num_stages", [1, 2])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12))
 def test_every_request_finishes_within_memory_and_budget(
     policy: OverloadPolicy, num_stages: int, num_ahead: int, seed: int
 ) -> None:

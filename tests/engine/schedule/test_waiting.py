@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
+from seeds import seeds
 
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.waiting import MAX_COUNTERS, OUTPUT_WEIGHT, WaitingQueue
@@ -117,7 +118,7 @@ def test_what_owners_were_served_is_forgotten_in_time() -> None:
     assert len(queue._counters) <= 3 * MAX_COUNTERS
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8))
 def test_any_operations_keep_order_and_accounts(seed: int) -> None:
     rng = random.Random(seed)
     queue = WaitingQueue()

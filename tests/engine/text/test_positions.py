@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+from seeds import seeds
 
 from kunserve.engine.text.positions import Positions
 
@@ -21,7 +22,7 @@ def take_all(positions: Positions, tokens: list[bytes]) -> list[int]:
     return [positions.take(token) for token in tokens]
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", seeds(200))
 def test_a_token_begins_where_its_character_does(seed: int) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choices(LETTERS, k=20))
@@ -33,7 +34,7 @@ def test_a_token_begins_where_its_character_does(seed: int) -> None:
     assert positions.num_chars == len(text)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", seeds(200))
 def test_what_is_no_text_counts_as_it_is_shown(seed: int) -> None:
     rng = random.Random(seed)
     tokens = [bytes(rng.choices((0x61, 0xE7, 0x95, 0x8C, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 0xC0), k=3)) for _ in range(8)]

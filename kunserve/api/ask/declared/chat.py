@@ -11,7 +11,7 @@ from kunserve.api.ask.declared.generation import ResponseFormat, Sampling, Strea
 from kunserve.api.ask.declared.values import AtLeastOne, Choices, Logprobs, Object, Stop, Unsupported
 
 
-class Part(Struct):
+class ContentPart(Struct):
     """A part."""
 
     type: str | None = None
@@ -37,7 +37,7 @@ class Message(Struct):
     """A message."""
 
     role: str
-    content: str | list[str | Part] | None = None
+    content: str | list[str | ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

@@ -41,7 +41,7 @@ class Channels(Stepwise):
     def __init__(
         self, tools: Sequence[Mapping[str, Any]] = (), is_open: bool = False, reads_calls: bool = True
     ) -> None:
-        """`is_open`: the prompt has begun an analysis. Not `reads_calls`: they are text."""
+        """Begin to read. `is_open`: the prompt has begun an analysis. Not `reads_calls`: calls are text."""
         super().__init__()
         self._names = {tool["function"]["name"] for tool in tools}
         self._place = _Place.REASONING if is_open else _Place.UNDECIDED

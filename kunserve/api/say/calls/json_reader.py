@@ -21,7 +21,7 @@ class JsonReader:
     """
 
     def __init__(self, index: int, call_id: str, name: str | None = None, stops: Sequence[str] = ()) -> None:
-        """`stops`: marks that end it whatever is missing, outside of strings."""
+        """Begin a call. `stops`: marks that end it whatever is missing, outside of strings."""
         self.is_done = False
         self.is_call = name is not None
         self.rest = ""

@@ -61,7 +61,7 @@ class CallsParser(Stepwise):
     _place: _Place
 
     def __init__(self, form: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`tools`: of the request, for what only they can tell."""
+        """Begin to read text of a format. `tools`: those of the request, for what only they can tell."""
         super().__init__()
         self._form = form
         self._opening = "" if form.tags is None else form.tags.name[0]  # of a name: nothing to leave out

@@ -29,7 +29,7 @@ class TagReader:
     is_call = True
 
     def __init__(self, begin: CallBegin, tags: Tags, stops: Sequence[str], types: ArgumentTypes) -> None:
-        """`stops`: marks that end the call, and are not its own."""
+        """Begin a call. `stops`: marks that end it, and are not its own."""
         self.is_done = False
         self.rest = ""
         self._begin: list[Delta] = [begin]

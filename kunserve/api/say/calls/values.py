@@ -20,12 +20,12 @@ class ArgumentTypes:
     """What types the arguments of one function may have."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
-        """`parameters`: the function's schema, as the client sent it."""
+        """Learn the types of arguments. `parameters`: the function's schema, as the client sent it."""
         self._root = parameters
         self._properties = _mapping(parameters.get("properties"))
 
     def is_text(self, name: str) -> bool:
-        """Whether an argument is nothing but a string, so that it can go out as it comes."""
+        """Return whether an argument is nothing but a string, so that it can go out as it comes."""
         return self._types(self._properties.get(name)) <= {"string"}
 
     def to_json(self, name: str, text: str) -> str:
