@@ -25,7 +25,6 @@ from gpucheck.bench import (
     make_step,
 )
 from kunserve.compute.cuda.decoder import CudaDecoder
-from kunserve.compute.cuda.sampling import launch_sample
 from kunserve.compute.sampler import SamplingRow
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import Layout
@@ -84,7 +83,7 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
         first, second = both
         for placed in both:
             _logits(bench, placed, prompt, layers)
-            for _ in range(2):  # the first captures, and appends the same tokens as all that follow
+            for _ in range(2):  # appends the same tokens as all that follow
                 before = _logits(bench, placed, decode, layers).clone()
         captures = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
         full = first.memory.layout
@@ -172,7 +171,7 @@ def gpu_step_seconds(bench: Bench, placed: Placed, config: ModelConfig, num_seqs
     rows = [SamplingRow(SamplingParams(1, temperature=0.0), 0, (), (), ())] * num_seqs
 
     def one() -> None:
-        launch_sample(forward(placed, step, 0, config.num_layers), rows)
+        placed.decoder.launch_sample(forward(placed, step, 0, config.num_layers), rows)
 
     with placed.device.driver.on(placed.device.copy_in.stream):
         bench.seconds(one, 1)

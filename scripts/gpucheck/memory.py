@@ -75,7 +75,7 @@ def driver_calls(bench: Bench) -> dict[str, Any]:
                 driver.map(base + i * size, size, handle)
 
         mapped_s, _ = _timed(map_all)
-        access_s, _ = _timed(lambda base=base: driver.set_access(base, total, [bench.ordinal]))  # type: ignore[misc]
+        access_s, _ = _timed(lambda base=base: driver.set_access(base, total))  # type: ignore[misc]
         unmapped_s, _ = _timed(lambda base=base: driver.unmap(base, total))  # type: ignore[misc]
         driver.free(base, total)
 

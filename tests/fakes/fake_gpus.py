@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from fake_kernels import LaunchedAttention, LaunchedKernels
+from fake_timeline import TIMELINE
 
+from kunserve.compute.cuda import decoder
+from kunserve.compute.cuda.attention import StepBuffers
 from kunserve.gpu.cuda import device as cuda
+from kunserve.model.config import ModelConfig
 
 MIB = 1 << 20
 ACTIVATIONS = 5 * MIB  # what torch says that a step has taken
@@ -43,3 +48,23 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     yield gpus
     assert all(driver.is_clean() for driver in gpus.opened)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and attention of GPUs whose work waits in streams: graphs hold them, as Triton's and FlashInfer's."""
+    monkeypatch.setattr(decoder, "load_kernels", lambda _: (LaunchedKernels(), "kernels"))
+
+    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
+        return LaunchedAttention(block_size, buffers), "attention"
+
+    monkeypatch.setattr(decoder, "load_attention", load_attention)
+
+
+@pytest.fixture(autouse=True)
+def _rules_are_kept() -> Iterator[None]:
+    """What could not be raised where a rule was broken is raised here."""
+    TIMELINE.begin(0)
+    yield
+    if TIMELINE.broken:
+        pytest.fail("; ".join(dict.fromkeys(TIMELINE.broken)))

@@ -28,7 +28,6 @@ async def test_transfer_between_gpus(reachable: bool) -> None:
     src.copy_(torch.arange(2 * CHUNK) % 251)
     await transfer(source, src, target, dst, slice_bytes=1_000_000)  # slices that divide nothing
     assert torch.equal(src, dst)
-    assert drivers[0].reaches(addresses[0]) == ((0, 1) if reachable else (0,))
     source.close()
     target.close()
     assert all(driver.is_clean() for driver in drivers)
