@@ -150,7 +150,8 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 def is_within_limits(row: dict[str, Any]) -> bool:
     """Whether a kernel spills nothing and leaves room for others on a multiprocessor."""
-    return row["spilled_bytes"] == 0 and row["registers"] <= MAX_REGISTERS and row["shared_bytes"] <= MAX_SHARED_BYTES
+    registers, spilled, shared = (int(row[key]) for key in ("registers", "spilled_bytes", "shared_bytes"))
+    return spilled == 0 and registers <= MAX_REGISTERS and shared <= MAX_SHARED_BYTES
 
 
 def parse_arguments() -> SimpleNamespace:

@@ -24,6 +24,7 @@ from gpucheck.bench import (
     llama_8b,
     make_step,
 )
+from gpucheck.worker import tell
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.sampler import SamplingRow
 from kunserve.errors import ConfigError
@@ -102,12 +103,14 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             _logits(bench, placed, prompt, layers)
         restored = [_logits(bench, placed, decode, layers) for placed in both]
         after = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
-        return {
-            "captures": captures,
-            "captures_after_drop_and_restore": after,
-            "same_in_chain": bool(torch.equal(before, chained)),
-            "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
-        }
+        return tell(
+            {
+                "captures": captures,
+                "captures_after_drop_and_restore": after,
+                "same_in_chain": bool(torch.equal(before, chained)),
+                "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
+            }
+        )
 
 
 def bandwidth(bench: Bench) -> float:
@@ -144,6 +147,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
                 "over_floor": step_s / floor_s,
                 "exposed_host_share": max(0.0, 1 - gpu_s / step_s),
             }
+            tell(figures)
     return figures
 
 
