@@ -28,10 +28,12 @@ class Gpus:
 
     count: int = 1
     are_peers: bool = False
+    are_async: bool = False
     opened: list[FakeCuda] = field(default_factory=list)
 
     def open_driver(self, ordinal: int, _: Any) -> FakeCuda:
-        self.opened.append(FakeCuda(ordinal, reachable=range(self.count) if self.are_peers else ()))
+        reachable = range(self.count) if self.are_peers else ()
+        self.opened.append(FakeCuda(ordinal, reachable=reachable, is_async=self.are_async))
         return self.opened[-1]
 
 

@@ -123,6 +123,21 @@ async def test_two_gpus_directly_or_through_host_memory(
         assert_same_weights(served)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("host_copy", "are_peers"), [(HostCopy.PINNED, True), (HostCopy.NONE, True), (HostCopy.NONE, False)]
+)
+async def test_weights_come_back_in_whatever_order_streams_go_on(
+    tiny: Path, gpus: Gpus, are_peers: bool, host_copy: HostCopy
+) -> None:
+    """What was dropped is restored from the host or from the other GPU, while work waits in its streams."""
+    gpus.count, gpus.are_peers, gpus.are_async = 2, are_peers, True
+    settings: dict[str, Any] = {"devices": parse_devices("cuda:0,1"), "host_copy": host_copy}
+    async with serving(tiny, device_memory_bytes=24 * MIB, **settings) as served:
+        await assert_same_tokens_through_drop_and_restore(served)
+        assert_same_weights(served)
+
+
 async def test_four_devices_on_one_gpu(tiny: Path, drivers: list[FakeCuda]) -> None:
     async with serving(tiny, device_memory_bytes=24 * MIB, devices=parse_devices("cuda:0*4")) as served:
         assert [m.device.name for m in served.engine.memories] == [f"cuda:0.{i}" for i in range(4)]
