@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -103,15 +105,19 @@ class CudaDecoder(Decoder):
         graphs = self.graphs
         if graphs is None:
             return
-        runs = cut_into_runs(0, self._config.num_layers, self._config.num_layers, graphs.run_layers)
-        for bucket in reversed(graphs.buckets):  # smaller ones fit into what the largest has taken
-            step = self._planner.plan(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
-            works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run, _ in runs}
-            for run in (run for run in works if self._is_here(run)):
-                works[run]()  # compiles, and loads what a capture could not; all runs have the same kernels
-                break
-            for run, work in works.items():
-                graphs.capture(run, bucket, work)
+        with _no_garbage():
+            for bucket in reversed(graphs.buckets):  # smaller ones fit into what the largest has taken
+                self._capture_bucket(graphs, bucket)
+
+    def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
+        num_layers = self._config.num_layers
+        step = self._planner.plan(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
+        runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
+        works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
+        if here := next(filter(self._is_here, runs), None):
+            works[here]()  # compiles, and loads what a capture could not; all runs have the same kernels
+        for run, work in works.items():
+            graphs.capture(run, bucket, work)
 
     def _is_here(self, run: Run) -> bool:
         present = self._weights.present
@@ -148,6 +154,19 @@ class CudaDecoder(Decoder):
     def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
         """Ids (T,) from the host, with the device's own put in where the host did not know them."""
         return torch.where(ids < 0, self._fed[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, nothing is collected: a pinned buffer in a cycle would be freed during a capture (`Driver.capture`)."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def cuda_decoder(

@@ -38,24 +38,28 @@ async def copy_between(source: CopyEnd, target: CopyEnd, copies: Sequence[BlockC
         await target.peer.run(partial(copy_blocks, copies))
         return
     blocks = await source.copy_out.run(lambda: torch.cat([copy.gather() for copy in copies]))
-    arrived = await target.copy_in.run(lambda: torch.empty_like(blocks, device=target.torch_device))
-    if target.driver.can_access(source.driver.ordinal):
-        await target.peer.run(partial(_take_over, source.peer, arrived, blocks))
-    else:
-        await transfer(source, blocks, target, arrived)
 
-    def put_down() -> None:
+    def put_down(arrived: Tensor) -> None:
         pieces = torch.split(arrived, [len(copy.source_ids) for copy in copies])
         for copy, piece in zip(copies, pieces, strict=True):
             copy.scatter(piece)
 
-    await target.copy_in.run(put_down)
+    if target.driver.can_access(source.driver.ordinal):
+        await target.copy_in.run(lambda: put_down(_take_over(source, blocks, target)))
+        return
+    arrived = await target.copy_in.run(lambda: torch.empty_like(blocks, device=target.torch_device))
+    await transfer(source, blocks, target, arrived)
+    await target.copy_in.run(partial(put_down, arrived))
 
 
-def _take_over(lent: StreamQueue, write: Tensor, read: Tensor) -> None:
-    """Copy between GPUs, on a stream of both ends: torch takes what is current on the source's, the default for all."""
-    with lent.lent():
-        write.copy_(read, non_blocking=True)
+def _take_over(source: CopyEnd, x: Tensor, target: CopyEnd) -> Tensor:
+    """Return `x`, in memory of the other GPU, by a stream of both ends: `source.peer`, and the current one of `target`.
+
+    torch copies on the stream that is current on the source's GPU: left alone the default one, the same for all. The
+    current one must not be a `peer`: two that copy to each other at the same time would wait for each other's.
+    """
+    with source.peer.lent():
+        return x.to(target.torch_device, non_blocking=True)
 
 
 def bring(source: CopyEnd, target: CopyEnd, x: Tensor) -> Tensor:
@@ -112,9 +116,7 @@ async def _buffers(
         return [source.driver.pinned(num_bytes) for _ in range(NUM_BUFFERS)], _copy
 
     def from_peer(write: Tensor, buffer: Tensor) -> Tensor:
-        arrived = torch.empty_like(buffer, device=target.torch_device)
-        _take_over(source.peer, arrived, buffer)
-        return write.copy_(arrived)
+        return write.copy_(_take_over(source, buffer, target))
 
     return await source.copy_out.run(make), from_peer
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from fake_cuda import FakeCuda
 from fake_timeline import TIMELINE
-from test_cuda_engine import serving, tokens_through
+from test_cuda_engine import generate, serving, tokens_through
 
 from kunserve.engine.step.cuda_executor import CudaExecutor
+from kunserve.gpu.cuda.driver import Graph
 
 TOPOLOGIES = {"one GPU": ((0, 0), ()), "peers": ((0, 1), (0, 1)), "through the host": ((0, 1), ())}
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -37,3 +42,27 @@ async def test_same_tokens_in_any_order_of_the_streams(topology: str, seed: int)
     assert all(driver.is_clean() for driver in drivers)
     legacy = {TIMELINE.legacy(ordinal) for ordinal in (0, 1)}
     assert not legacy & {stream for copy in TIMELINE.copies for stream in copy}  # all would stand in one queue
+
+
+async def test_nothing_is_collected_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pinned buffer in a cycle, of a device that has had the same stream, would put an event into the capture."""
+    capture = FakeCuda.capture
+
+    def with_garbage(self: FakeCuda, work: Callable[[], None]) -> Graph:
+        there, held = torch.zeros(8, device=self.torch_device), list[Any]()
+        host = self.pinned(32).view(torch.float32)
+        host.copy_(there, non_blocking=True)
+        self.synchronize(self.current_stream())
+        held += [held, host]  # garbage, when this function has returned, or as good as
+        del host
+
+        def work_and_litter() -> None:
+            held.clear() if gc.isenabled() else None
+            work()
+
+        return capture(self, work_and_litter)
+
+    monkeypatch.setattr(FakeCuda, "capture", with_garbage)
+    async with serving(drivers_of("one GPU")) as engine:
+        assert len(await generate(engine, 1, 5)) == 5
+    assert gc.isenabled()
