@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-random test-clients coverage docs pages paper bench-overload clean
+.PHONY: install serve test lint unit test-faults test-fake-gpu test-random test-clients coverage docs pages paper bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -56,6 +56,10 @@ test-random: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov kunserve --cov-report term:skip-covered \
 	  --cov-report html:build/coverage
+
+# The engine on GPUs that are not there, in many more orders of their streams; `unit` draws one of each kind.
+test-fake-gpu: $(VENV)/.installed-test
+	KUNSERVE_FAKE_GPU_ORDERS=8 $(BIN)/python -m pytest --numprocesses 2 tests/engine/step tests/engine/launch/test_cuda_launch.py tests/gpu tests/compute/cuda
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients

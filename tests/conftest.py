@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
-from fake_gpus import gpus  # noqa: F401  a fixture
+from fake_gpus import _rules_are_kept, gpus, kernels  # noqa: F401  fixtures
 from hypothesis import settings
 from seeds import asked_seed
 from tiny_models import make_tiny_model

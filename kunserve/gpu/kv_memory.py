@@ -13,6 +13,8 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.config import ModelConfig
 
+RESERVED_BYTES = 8 << 40  # of addresses for one device's KV: a process has 128 TiB of them
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -39,13 +41,19 @@ class KVShape:
         return prod(self.block_shape) * self.dtype.itemsize
 
 
+def max_layer_chunks(num_layers: int, chunk_bytes: int) -> int:
+    """Chunks of KV that one layer can have: what is reserved for all layers must leave addresses to other devices."""
+    return max(1, RESERVED_BYTES // (num_layers * chunk_bytes))
+
+
 class KVMemory:
     """KV ranges of all layers on one device; a layer that is not served here has nothing mapped."""
 
     def __init__(self, device: Device, pool: ChunkPool, num_layers: int, shape: KVShape) -> None:
         self.shape = shape
         self._chunk_bytes = device.chunk_bytes
-        self._ranges = [Range(device, pool, Owner.KV, device.num_chunks) for _ in range(num_layers)]
+        max_chunks = min(device.num_chunks, max_layer_chunks(num_layers, device.chunk_bytes))
+        self._ranges = [Range(device, pool, Owner.KV, max_chunks) for _ in range(num_layers)]
         blocks = self._ranges[0].num_bytes // shape.block_bytes
         self.layers: list[Tensor] = [  # (blocks that the range could hold, 2, num_kv_heads, block_size, head_dim)
             r.tensor[: blocks * shape.block_bytes].view(shape.dtype).view(blocks, *shape.block_shape)

@@ -32,6 +32,7 @@ class ModelShape:
     embed_time: float = 0.0
     head_time: float = 0.0  # norm, head and sampling
     shares_head: bool = False
+    max_layer_chunks: int = 1 << 62  # of one layer's KV: what its addresses have room for
 
     def __post_init__(self) -> None:
         assert self.num_layers > 0 and self.layer_chunks > 0 and self.layer_time > 0
@@ -61,7 +62,8 @@ class ModelShape:
 
     def kv_chunks(self, budget_chunks: int, first_layer: int, last_layer: int) -> int:
         """Chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
-        return (budget_chunks - self.weight_chunks(first_layer, last_layer)) // (last_layer - first_layer)
+        left = budget_chunks - self.weight_chunks(first_layer, last_layer)
+        return min(self.max_layer_chunks, left // (last_layer - first_layer))
 
     def blocks_in(self, chunks: int) -> int:
         """Blocks that `chunks` chunks of one layer's KV hold."""

@@ -119,8 +119,10 @@ class Bench:
                     memory.kv.layers[layer][: memory.kv.num_blocks(layer)].zero_()
                 decoder, _ = cuda_decoder(
                     config, memory.weights, memory.kv, num_blocks * BLOCK_SIZE, limits,
-                    block_size=BLOCK_SIZE, dtype=dtype, device=device.torch_device, enforce_eager=enforce_eager,
+                    block_size=BLOCK_SIZE, dtype=dtype, driver=device.driver, enforce_eager=enforce_eager,
                 )  # fmt: skip
+                with device.computing():
+                    decoder.capture()
                 placed.append(Placed(device, memory, decoder, memory.kv.num_blocks(0)))
             self.synchronize()
             yield placed

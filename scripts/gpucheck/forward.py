@@ -24,8 +24,8 @@ from gpucheck.bench import (
     llama_8b,
     make_step,
 )
+from gpucheck.worker import tell
 from kunserve.compute.cuda.decoder import CudaDecoder
-from kunserve.compute.cuda.sampling import launch_sample
 from kunserve.compute.sampler import SamplingRow
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import Layout
@@ -84,7 +84,7 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
         first, second = both
         for placed in both:
             _logits(bench, placed, prompt, layers)
-            for _ in range(2):  # the first captures, and appends the same tokens as all that follow
+            for _ in range(2):  # appends the same tokens as all that follow
                 before = _logits(bench, placed, decode, layers).clone()
         captures = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
         full = first.memory.layout
@@ -103,12 +103,14 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             _logits(bench, placed, prompt, layers)
         restored = [_logits(bench, placed, decode, layers) for placed in both]
         after = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
-        return {
-            "captures": captures,
-            "captures_after_drop_and_restore": after,
-            "same_in_chain": bool(torch.equal(before, chained)),
-            "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
-        }
+        return tell(
+            {
+                "captures": captures,
+                "captures_after_drop_and_restore": after,
+                "same_in_chain": bool(torch.equal(before, chained)),
+                "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
+            }
+        )
 
 
 def bandwidth(bench: Bench) -> float:
@@ -145,6 +147,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
                 "over_floor": step_s / floor_s,
                 "exposed_host_share": max(0.0, 1 - gpu_s / step_s),
             }
+            tell(figures)
     return figures
 
 
@@ -172,7 +175,7 @@ def gpu_step_seconds(bench: Bench, placed: Placed, config: ModelConfig, num_seqs
     rows = [SamplingRow(SamplingParams(1, temperature=0.0), 0, (), (), ())] * num_seqs
 
     def one() -> None:
-        launch_sample(forward(placed, step, 0, config.num_layers), rows)
+        placed.decoder.launch_sample(forward(placed, step, 0, config.num_layers), rows)
 
     with placed.device.driver.on(placed.device.copy_in.stream):
         bench.seconds(one, 1)

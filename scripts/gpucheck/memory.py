@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gpucheck.bench import GIB, Bench, RandomSource, llama_1b, llama_8b
+from gpucheck.worker import tell
 from kunserve.gpu.cuda.device import CudaDevice, open_cuda_devices, open_drivers
 from kunserve.gpu.device_memory import Layout
 from kunserve.model.config import ModelConfig
@@ -75,7 +76,7 @@ def driver_calls(bench: Bench) -> dict[str, Any]:
                 driver.map(base + i * size, size, handle)
 
         mapped_s, _ = _timed(map_all)
-        access_s, _ = _timed(lambda base=base: driver.set_access(base, total, [bench.ordinal]))  # type: ignore[misc]
+        access_s, _ = _timed(lambda base=base: driver.set_access(base, total))  # type: ignore[misc]
         unmapped_s, _ = _timed(lambda base=base: driver.unmap(base, total))  # type: ignore[misc]
         driver.free(base, total)
 
@@ -93,6 +94,7 @@ def driver_calls(bench: Bench) -> dict[str, Any]:
             "unmap_ms_per_gib": unmapped_s / gib * 1e3,
             "move_ms_per_gib": (mapped_s + access_s + unmapped_s) / gib * 1e3,
         }
+        tell(figures)
     driver.close()
     return figures
 
@@ -120,11 +122,13 @@ def remap(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             drops.append(_timed(lambda: memory.rearrange(dropped))[0])
             returns.append(_timed(lambda: memory.rearrange(full))[0])
         memory.check()
-        return {
-            "layers": half,
-            "gib": gone * placed.device.chunk_bytes / GIB,
-            "chunk_mib": placed.device.chunk_bytes >> 20,
-            "drop_ms": sorted(drops)[2] * 1e3,
-            "drop_ms_all": [s * 1e3 for s in drops],
-            "return_ms": sorted(returns)[2] * 1e3,
-        }
+        return tell(
+            {
+                "layers": half,
+                "gib": gone * placed.device.chunk_bytes / GIB,
+                "chunk_mib": placed.device.chunk_bytes >> 20,
+                "drop_ms": sorted(drops)[2] * 1e3,
+                "drop_ms_all": [s * 1e3 for s in drops],
+                "return_ms": sorted(returns)[2] * 1e3,
+            }
+        )

@@ -13,8 +13,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpucheck.bench import Bench, Placed
+from gpucheck.bench import BLOCK_SIZE, Bench, Placed
 from gpucheck.forward import gpu_step_seconds
+from gpucheck.worker import tell
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import launch
@@ -26,6 +27,7 @@ from kunserve.policies import OverloadPolicy
 from kunserve.sampling import SamplingParams
 
 STEADY_S = 5.0  # of each of three measurements
+SHARE_HELD = 0.6  # of a burst's tokens: what the devices have room for
 
 
 @dataclass(slots=True)
@@ -160,6 +162,7 @@ async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) ->
         await engine.drop()
         drop = await _settled(engine)
         dropped, _ = await _rate(answers)
+        tell({"tokens_per_s": undropped, "tokens_per_s_dropped": dropped, "share": dropped / undropped})
     return {
         "tokens_per_s": undropped,
         "tokens_per_s_dropped": dropped,
@@ -204,37 +207,62 @@ async def host(bench: Bench, config: EngineConfig, *, num_requests: int, prompt_
     }
 
 
-async def burst(
-    config: EngineConfig, *, num_requests: int, rate: float, prompt_len: int, num_tokens: int, limit_s: float
-) -> dict[str, Any]:
-    """A Poisson burst: time to first token, longest gap, tokens per second."""
-    draw = random.Random(7)
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """Requests that come `rate` a second on average, all alike; those that take longer than `limit_s` are given up."""
+
+    num_requests: int
+    rate: float
+    prompt_len: int
+    num_tokens: int
+    limit_s: float
+
+    @property
+    def demand_tokens(self) -> int:
+        """Tokens of all requests together."""
+        return self.num_requests * (self.prompt_len + self.num_tokens)
+
+    def too_few_blocks(self, num_devices: int) -> int:
+        """Blocks of KV on each device of which all together hold `SHARE_HELD` of the demand."""
+        return int(self.demand_tokens * SHARE_HELD) // num_devices // BLOCK_SIZE
+
+
+async def burst(config: EngineConfig, load: Burst) -> dict[str, Any]:
+    """A Poisson burst: time to first token, longest gap, tokens per second.
+
+    RuntimeError if all of it would fit into the KV of replicas; that of a pipeline, in the same memory, is larger.
+    """
+    draw, num_requests, prompt_len, limit_s = random.Random(7), load.num_requests, load.prompt_len, load.limit_s
     async with open_engine(config) as engine:
         capacity = sum(group.num_blocks for group in engine.groups) * config.block_size
+        if capacity >= load.demand_tokens and config.pipeline_parallel_size is None:
+            raise RuntimeError(f"no overload: {capacity} tokens of KV for a demand of {load.demand_tokens}")
         await ask(engine, "warm-up", prompt_of(engine, 0, prompt_len), 8)
         started = time.perf_counter()
         tasks = []
         for i in range(num_requests):
-            await asyncio.sleep(draw.expovariate(rate))
-            tasks.append(asyncio.ensure_future(ask(engine, str(i), prompt_of(engine, i, prompt_len), num_tokens)))
+            await asyncio.sleep(draw.expovariate(load.rate))
+            tasks.append(asyncio.ensure_future(ask(engine, str(i), prompt_of(engine, i, prompt_len), load.num_tokens)))
         _, late = await asyncio.wait(tasks, timeout=limit_s)
         for task in late:
             task.cancel()
         took = time.perf_counter() - started
         answers = [task.result() for task in tasks if task not in late]
         ttft = sorted(min(a.ttft_s, limit_s) for a in answers) + [limit_s] * len(late)  # no token by then: the limit
-        return {
-            "kv_tokens": capacity,
-            "demand_tokens": num_requests * (prompt_len + num_tokens),
-            "ttft_p50_s": quantile(ttft, 0.5),
-            "ttft_p99_s": quantile(ttft, 0.99),
-            "longest_gap_s": max((a.longest_gap_s for a in answers), default=0.0),
-            "tokens_per_s": sum(len(a.token_ids) for a in answers) / took,
-            "unfinished": len(late),
-            "errors": sum(a.error is not None for a in answers),
-            "preemptions": engine.scheduler.num_preemptions,
-            "transitions": [(t["kind"], t["outcome"]) for t in engine.state().get("transitions", [])],
-        }
+        return tell(
+            {
+                "kv_tokens": capacity,
+                "demand_tokens": load.demand_tokens,
+                "ttft_p50_s": quantile(ttft, 0.5),
+                "ttft_p99_s": quantile(ttft, 0.99),
+                "longest_gap_s": max((a.longest_gap_s for a in answers), default=0.0),
+                "tokens_per_s": sum(len(a.token_ids) for a in answers) / took,
+                "unfinished": len(late),
+                "errors": sum(a.error is not None for a in answers),
+                "preemptions": engine.scheduler.num_preemptions,
+                "transitions": [(t["kind"], t["outcome"]) for t in engine.state().get("transitions", [])],
+            }
+        )
 
 
 def engine_config(

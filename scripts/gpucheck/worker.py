@@ -1,6 +1,7 @@
 """Parts in a process of their own, started anew after one that failed: a fault, a hang or a leak costs no other part.
 
-The worker is told names on stdin, one a line, and answers each with a line of JSON.
+The worker is told names on stdin, one a line, and answers each with a line of JSON. What a part `tell`s is sent at
+once, as {"told": ...}: figures that are known outlive whatever the part still does, such as closing a device.
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 Part = Callable[[], dict[str, Any]]
 Result = dict[str, Any]
+
+_answers: list[TextIO] = []  # in a worker, where they go
 
 
 def serve(parts: Mapping[str, Part]) -> None:
     """Run the parts that stdin names, in the worker."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what else is printed does not get among the answers
+        _answers.append(answers)
         for line in sys.stdin:
             print(json.dumps(_run(parts[line.strip()]), default=str), file=answers, flush=True)
+
+
+def tell(figures: Result) -> Result:
+    """Send figures of the part that runs, now; returns them."""
+    for answers in _answers:
+        print(json.dumps({"told": figures}, default=str), file=answers, flush=True)
+    return figures
 
 
 def _run(part: Part) -> Result:
@@ -59,19 +70,22 @@ class Worker:
         self._answers.put("")  # it has ended
 
     def run(self, name: str, limit_s: float) -> Result:
-        """What a part returns; "failed" if it raised, ended the process, or took longer than `limit_s`."""
+        """What a part returns; "failed", and what it had told, if it raised, ended the process or ran too long."""
         assert self._process.stdin is not None
+        told: Result = {}
+        ends_at = time.monotonic() + limit_s
         try:
             print(name, file=self._process.stdin, flush=True)
-            answer = self._answers.get(timeout=max(limit_s, 0.0))
+            while answer := self._answers.get(timeout=max(ends_at - time.monotonic(), 0.0)):
+                result: Result = json.loads(answer)
+                if "told" not in result:
+                    return told | result
+                told |= result["told"]
         except queue.Empty:
-            return {"failed": f"stopped after {limit_s:.0f} s"}
+            return told | {"failed": f"stopped after {limit_s:.0f} s"}
         except BrokenPipeError:
-            answer = ""
-        if not answer:
-            return {"failed": f"its process ended with status {self._process.wait()}"}
-        result: Result = json.loads(answer)
-        return result
+            pass
+        return told | {"failed": f"its process ended with status {self._process.wait()}"}
 
     def close(self) -> None:
         """End the process and what it has started, whatever they do."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
+from fake_cuda import FakeCuda
 
 from kunserve.compute.cuda.attention import Planner, ReferenceAttention, StepBuffers, StepLimits
 from kunserve.compute.cuda.decoder import CudaDecoder
@@ -17,25 +15,16 @@ from kunserve.model.config import ModelConfig
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class FakeGraph:
-    """A capture that does again what it has seen; like a graph it knows only what it saw then."""
-
-    work: Callable[[], None]
-
-    def replay(self) -> None:
-        self.work()
-
-
 def cuda_decoder_on_cpu(
     config: ModelConfig, memory: DeviceMemory, max_model_len: int, limits: StepLimits, run_layers: int | None = 2
 ) -> CudaDecoder:
     """A decoder whose every part but the GPU's is the real one; without graphs if `run_layers` is None."""
-    buffers = StepBuffers(limits, CPU)
+    driver = FakeCuda()
+    buffers = StepBuffers(limits, driver)
     dtype, block_size = memory.kv.shape.dtype, memory.kv.shape.block_size
     graphs = None
     if run_layers is not None:
-        graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, FakeGraph, run_layers)
+        graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, driver.capture, run_layers)
     planner = Planner(buffers, ReferenceAttention(block_size, buffers))
     kernels = CudaOps(TorchKernels())
-    return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, planner, buffers, graphs)
+    return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, planner, buffers, graphs, limits)

@@ -10,22 +10,26 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fake_gpu_tensors import GpuTensor, MappedMemory, new_pinned, register, unregister
+from fake_timeline import TIMELINE, Event, Recording, RuleBrokenError
 from torch import Tensor
 
 from kunserve.errors import DeviceError
+from kunserve.gpu.cuda.driver import Graph
 
 GRANULARITY = 2 << 20
 _RW = mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _NORESERVE = 0x10, 0x4000
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+
+_idle_streams: defaultdict[int, list[int]] = defaultdict(list)  # by GPU, as the driver keeps them
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -34,24 +38,49 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class RuleBrokenError(AssertionError):
-    """Our code did what CUDA forbids."""
+@dataclass(frozen=True, slots=True)
+class RepeatedGraph:
+    """A capture on a GPU that does all at once: it does again what it has done."""
+
+    work: Callable[[], None]
+
+    def replay(self) -> None:
+        self.work()
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """An event: how much of a stream's work it waits for."""
+class RecordedGraph:
+    """A capture on a GPU that has streams."""
 
-    stream: int
-    position: int
+    recording: Recording
+    ordinal: int
+
+    def replay(self) -> None:
+        TIMELINE.replay(self.recording, TIMELINE.current(self.ordinal))
 
 
 class FakeCuda:
-    """`Driver` of a GPU that is not there. `calls` counts calls by name; `fail_at[name]` makes the n-th one fail."""
+    """`Driver` of a GPU that is not there. `calls` counts calls by name; `fail_at[name]` makes the n-th one fail.
 
-    def __init__(self, ordinal: int = 0, total_bytes: int = 1 << 30, reachable: Sequence[int] = ()) -> None:
+    is_async: tensors are `GpuTensor`s, whose operations wait in their streams; else in host memory, and done at once.
+    unmaps_runs: whether one call unmaps several mappings.
+    """
+
+    def __init__(
+        self,
+        ordinal: int = 0,
+        total_bytes: int = 1 << 30,
+        reachable: Sequence[int] = (),
+        *,
+        is_async: bool = False,
+        unmaps_runs: bool = True,
+    ) -> None:
         self.ordinal, self.gpu_name = ordinal, f"GPU {ordinal} that is not there"
+        self.num_multiprocessors = 132  # of an H100
         self.torch_device, self.granularity = torch.device("cpu"), GRANULARITY
+        self.is_async, self._unmaps_runs = is_async, unmaps_runs
+        if is_async:
+            self.torch_device = torch.device("gpu", ordinal)
         self.calls: Counter[str] = Counter()
         self.log: list[tuple[Any, ...]] = []
         self.fail_at: dict[str, int] = {}
@@ -63,11 +92,8 @@ class FakeCuda:
         self._next_offset = 0
         self._reserved: dict[int, int] = {}
         self._mapped: dict[int, tuple[int, int]] = {}  # address -> bytes, handle
-        self._accessible: dict[int, tuple[int, ...]] = {}  # address of a mapping -> ordinals
-        self._submitted: dict[int, int] = {}  # stream -> pieces of work
-        self._done: dict[int, int] = {}
-        self._waits: dict[int, list[tuple[int, Mark]]] = {}  # stream -> (position that waits, for what)
-        self._change = threading.Condition()
+        self._accessible: set[int] = set()  # addresses of mappings
+        self._streams: list[int] = []  # that a device has
         self.pinned_ranges: dict[int, int] = {}
         self.error: str | None = None  # a kernel faulted
 
@@ -75,41 +101,42 @@ class FakeCuda:
 
     def submit(self, stream: int) -> None:
         """A kernel is launched on `stream`; it runs until `complete`."""
-        with self._change:
-            self._submitted[stream] += 1
+        TIMELINE.launch(stream, is_held=True)
+
+    def submitted(self, stream: int) -> int:
+        """Kernels that were submitted to `stream`."""
+        return TIMELINE.counts(stream)[0]
 
     def complete(self, stream: int, pieces: int = 1) -> None:
         """The oldest kernels of `stream` finish."""
-        with self._change:
-            done = self._done[stream] + pieces
-            assert done <= self._submitted[stream]
-            for position, mark in self._waits[stream]:
-                if position < done and self._done[mark.stream] < mark.position:
-                    raise RuleBrokenError("a kernel ran before the event that it waits for")
-            self._done[stream] = done
-            self._change.notify_all()
+        TIMELINE.release(stream, pieces)
 
     def fail(self, error: str) -> None:
         """A kernel faults: all waiting ends with the error, and every call from now on."""
-        with self._change:
+        with TIMELINE.change:
             self.error = error
-            self._change.notify_all()
+            TIMELINE.change.notify_all()
 
-    def reaches(self, address: int) -> tuple[int, ...]:
-        """GPUs that may use the mapping at `address`."""
-        return self._accessible.get(address, ())
+    def destroy(self, stream: int) -> None:
+        """Do what the driver must not: end a stream."""
+        self._streams.remove(stream)
+        TIMELINE.destroy(stream)
+
+    def is_usable(self, address: int) -> bool:
+        """Whether the GPU may use the mapping at `address`."""
+        return address in self._accessible
 
     def usable_chunks(self) -> dict[int, int]:
         """Address of each mapping that has access -> number of its handle, in the order in which they were created."""
         order = {handle: i for i, handle in enumerate(sorted(self._handles))}
-        return {address: order[handle] for address, (_, handle) in self._mapped.items() if self.reaches(address)}
+        return {address: order[handle] for address, (_, handle) in self._mapped.items() if self.is_usable(address)}
 
     def is_clean(self) -> bool:
         """Whether everything was given back; after a fault that is not possible, and only left."""
         if self.error:
             return not self.is_open
         return not (
-            self.pinned_ranges or self._handles or self._reserved or self._mapped or self._submitted or self.is_open
+            self.pinned_ranges or self._handles or self._reserved or self._mapped or self._streams or self.is_open
         )
 
     # --- Driver ------------------------------------------------------------------------------------------------
@@ -163,14 +190,12 @@ class FakeCuda:
         self._mmap(address, num_bytes, 0, mmap.MAP_SHARED | _FIXED, self._fd, self._handles[handle][0])
         self._mapped[address] = (num_bytes, handle)
 
-    def set_access(self, address: int, num_bytes: int, ordinals: Sequence[int]) -> None:
-        self._count("set_access", address, num_bytes, tuple(ordinals))
+    def set_access(self, address: int, num_bytes: int) -> None:
+        self._count("set_access", address, num_bytes)
         self._check_idle("set_access")
         inside = self._inside(address, num_bytes)
         self._check(sum(self._mapped[a][0] for a in inside) == num_bytes, "set_access: not all of it is mapped")
-        self._check(self.ordinal in ordinals, "set_access: without the GPU that holds it")
-        self._check(self._reachable >= set(ordinals), "set_access: for a GPU that does not reach it")
-        self._accessible.update((a, tuple(ordinals)) for a in inside)
+        self._accessible.update(inside)
         assert _libc.mprotect(address, num_bytes, _RW) == 0
 
     def unmap(self, address: int, num_bytes: int) -> None:
@@ -179,60 +204,82 @@ class FakeCuda:
         inside = self._inside(address, num_bytes)
         whole = sum(self._mapped[a][0] for a in inside) == num_bytes and num_bytes > 0
         self._check(whole, "unmap: not whole mappings")
+        if len(inside) > 1 and not self._unmaps_runs:
+            raise DeviceError(f"cuda:{self.ordinal}: cuMemUnmap failed: CUDA_ERROR_INVALID_VALUE")
         for a in inside:
             del self._mapped[a]
-            self._accessible.pop(a, None)
+            self._accessible.discard(a)
         self._mmap(address, num_bytes, 0, _RESERVED | _FIXED)
 
-    def create_stream(self) -> int:
-        stream = 1 + max(self._submitted, default=0)
-        self._submitted[stream] = self._done[stream] = 0
-        self._waits[stream] = []
+    def take_stream(self) -> int:
+        idle = _idle_streams[self.ordinal]
+        stream = idle.pop() if idle else TIMELINE.create(self)
+        TIMELINE.take(stream, self)
+        self._streams.append(stream)
         return stream
 
-    def destroy_stream(self, stream: int) -> None:
-        self._count("destroy_stream", stream)
-        del self._submitted[stream]
+    def return_stream(self, stream: int) -> None:
+        self._count("return_stream", stream)
+        self._check(TIMELINE.is_idle(stream), "return_stream: it has work")
+        self._streams.remove(stream)
+        _idle_streams[self.ordinal].append(stream)
 
     def on(self, stream: int) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return TIMELINE.on(stream)
 
-    def record(self, stream: int) -> Mark:
-        with self._change:
-            return Mark(stream, self._submitted[stream])
+    def current_stream(self) -> int:
+        return TIMELINE.current(self.ordinal)
 
-    def wait(self, stream: int, event: Mark) -> None:
-        with self._change:
-            self._waits[stream].append((self._submitted[stream], event))
+    def record(self, stream: int) -> Event:
+        return TIMELINE.record(stream)
+
+    def wait(self, stream: int, event: Event) -> None:
+        TIMELINE.wait(stream, event)
 
     def synchronize(self, stream: int) -> None:
         self.calls["synchronize"] += 1
         self.synchronize_event(self.record(stream))
 
-    def synchronize_event(self, event: Mark) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self.error or self._done[event.stream] >= event.position)
-            if self.error:
-                raise DeviceError(f"cuda:{self.ordinal}: cuEventSynchronize failed: {self.error}")
+    def synchronize_event(self, event: Event) -> None:
+        TIMELINE.synchronize(event, self)
 
-    def storage(self, address: int, num_bytes: int) -> torch.UntypedStorage:
+    def synchronize_all(self) -> None:
+        for stream in (*self._streams, TIMELINE.legacy(self.ordinal)):
+            self.synchronize(stream)
+
+    def hold(self, tensor: Tensor, stream: int) -> None:
+        if isinstance(tensor, GpuTensor):
+            tensor.block.used_on.add(stream)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        self.calls["capture"] += 1
+        if not self.is_async:
+            return RepeatedGraph(work)
+        with TIMELINE.capture(self.current_stream()) as recording:
+            work()
+        return RecordedGraph(recording, self.ordinal)
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
         make: Any = torch._C._construct_storage_from_data_pointer
-        storage: torch.UntypedStorage = make(address, self.torch_device, num_bytes)
-        return storage
+        storage = make(address, torch.device("cpu"), num_bytes)
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
+        return GpuTensor(flat, self.ordinal, MappedMemory(self.ordinal)) if self.is_async else flat
 
     def pin(self, address: int, num_bytes: int) -> None:
         self._count("pin", address, num_bytes)
         self._check(address not in self.pinned_ranges, "pin: pinned already")
         self.pinned_ranges[address] = num_bytes
+        register(address, num_bytes)
 
     def unpin(self, address: int) -> None:
         self._count("unpin", address)
         self._check(address in self.pinned_ranges, "unpin: not pinned")
         del self.pinned_ranges[address]
+        unregister(address)
 
     def pinned(self, num_bytes: int) -> Tensor:
         self._count("pinned", num_bytes)
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return new_pinned(num_bytes)
 
     def close(self) -> None:
         if self.is_open:
@@ -254,9 +301,7 @@ class FakeCuda:
             raise RuleBrokenError(rule)
 
     def _check_idle(self, call: str) -> None:
-        with self._change:
-            idle = all(self._done[s] == n for s, n in self._submitted.items())
-        self._check(idle, f"{call}: work that was submitted is not finished")
+        self._check(all(map(TIMELINE.is_idle, self._streams)), f"{call}: work that was submitted is not finished")
 
     def _inside(self, address: int, num_bytes: int) -> list[int]:
         return sorted(a for a, (n, _) in self._mapped.items() if address <= a and a + n <= address + num_bytes)

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from fake_kernels import LaunchedAttention, LaunchedKernels
+from fake_timeline import TIMELINE
 
+from kunserve.compute.cuda import decoder
+from kunserve.compute.cuda.attention import StepBuffers
 from kunserve.gpu.cuda import device as cuda
+from kunserve.model.config import ModelConfig
 
 MIB = 1 << 20
 ACTIVATIONS = 5 * MIB  # what torch says that a step has taken
@@ -23,10 +28,12 @@ class Gpus:
 
     count: int = 1
     are_peers: bool = False
+    are_async: bool = False
     opened: list[FakeCuda] = field(default_factory=list)
 
     def open_driver(self, ordinal: int, _: Any) -> FakeCuda:
-        self.opened.append(FakeCuda(ordinal, reachable=range(self.count) if self.are_peers else ()))
+        reachable = range(self.count) if self.are_peers else ()
+        self.opened.append(FakeCuda(ordinal, reachable=reachable, is_async=self.are_async))
         return self.opened[-1]
 
 
@@ -43,3 +50,23 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     yield gpus
     assert all(driver.is_clean() for driver in gpus.opened)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and attention of GPUs whose work waits in streams: graphs hold them, as Triton's and FlashInfer's."""
+    monkeypatch.setattr(decoder, "load_kernels", lambda _: (LaunchedKernels(), "kernels"))
+
+    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
+        return LaunchedAttention(block_size, buffers), "attention"
+
+    monkeypatch.setattr(decoder, "load_attention", load_attention)
+
+
+@pytest.fixture(autouse=True)
+def _rules_are_kept() -> Iterator[None]:
+    """What could not be raised where a rule was broken is raised here."""
+    TIMELINE.begin(0)
+    yield
+    if TIMELINE.broken:
+        pytest.fail("; ".join(dict.fromkeys(TIMELINE.broken)))

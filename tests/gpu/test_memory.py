@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from seeds import seeds
 
 from kunserve.errors import DeviceError
 from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.kv_memory import KVMemory, KVShape, max_layer_chunks
 from kunserve.gpu.null import NullDevice
 from kunserve.gpu.range import Range
+from kunserve.planner.snapshot import ModelShape
 
 
 @pytest.mark.parametrize("seed", seeds(20))
@@ -63,3 +66,24 @@ def test_check_sees_a_leak() -> None:
     pool.free(taken)
     with pytest.raises(AssertionError):
         pool.free(taken[:1])
+
+
+def test_addresses_are_left_for_eight_large_devices() -> None:
+    chunk = 64 << 20
+    for num_layers in (1, 32, 80, 126):
+        device = NullDevice(0, (141 << 30) // chunk, chunk)
+        shape = KVShape(8, 16, 128, torch.bfloat16)
+        memory = KVMemory(device, ChunkPool(device.num_chunks), num_layers, shape)
+        reserved = sum(device._mappings.reserved.values())
+        assert 8 * reserved <= 64 << 40  # half of what a process has
+        one_layer = max_layer_chunks(num_layers, chunk)
+        assert reserved == num_layers * min(one_layer, device.num_chunks) * chunk
+        assert one_layer >= device.num_chunks or one_layer * chunk >= 64 << 30
+        assert len(memory.layers) == num_layers
+
+
+def test_no_plan_gives_a_layer_more_than_its_addresses_hold() -> None:
+    shape = ModelShape(4, 3, 2, 1, False, 100, 1000, 16, max_layer_chunks=20)
+    assert shape.kv_chunks(1000, 0, 4) == 20
+    assert shape.kv_chunks(4 * 3 + 3 + 4 * 19, 0, 4) == 19
+    assert shape.kv_chunks(0, 0, 4) < 0

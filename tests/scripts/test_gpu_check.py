@@ -14,11 +14,11 @@ from typing import Any
 import gpu_check
 import pytest
 import torch
-from cuda_parts import FakeGraph
 from fake_cuda import FakeCuda
 from fake_gpus import Gpus
 from gpucheck import forward, memory, report, serving, worker
-from gpucheck.bench import Bench, llama_1b
+from gpucheck.bench import BLOCK_SIZE, Bench, llama_1b
+from gpucheck.worker import tell
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_tiny_model
@@ -47,8 +47,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     def with_graphs(config: ModelConfig, *args: Any, enforce_eager: bool, dtype: torch.dtype, **kwargs: Any) -> Any:
         decoder, note = make(config, *args, enforce_eager=enforce_eager, dtype=dtype, **kwargs)
         if not enforce_eager:
-            device = torch.device("cpu")
-            decoder.graphs = DecodeGraphs(args[3].max_num_seqs, config.hidden_size, dtype, device, FakeGraph)
+            driver = kwargs["driver"]
+            decoder.graphs = DecodeGraphs(
+                args[3].max_num_seqs, config.hidden_size, dtype, driver.torch_device, driver.capture
+            )
         return decoder, note
 
     monkeypatch.setattr(cuda_decoder, "load_attention", load_attention)
@@ -74,8 +76,8 @@ def test_numbers(bench: Bench) -> None:
     errors = forward.logits(bench, TINY)
     assert 0 < errors["relative_error_graphs"] < 0.02 and 0 < errors["relative_error_eager"] < 0.02
     assert forward.graphs(bench, TINY) == {
-        "captures": [2, 2],
-        "captures_after_drop_and_restore": [2, 2],
+        "captures": [6, 6],  # two runs at three batch sizes
+        "captures_after_drop_and_restore": [6, 6],
         "same_in_chain": True,
         "same_after_restore": True,
     }
@@ -113,7 +115,7 @@ async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) ->
 async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(
     bench: Bench, gpus: Gpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(serving, "STEADY_S", 0.05)
+    monkeypatch.setattr(serving, "STEADY_S", 0.3)
     model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4, max_position_embeddings=4096))
 
     def config(num_devices: int) -> EngineConfig:
@@ -139,19 +141,40 @@ async def test_a_burst_on_four_cpu_devices(tmp_path: Path, policy: OverloadPolic
         DeviceSpec("cpu", (0, 1, 2, 3)), model, num_blocks=24, policy=policy, num_stages=num_stages
     )
     config = replace(config, max_model_len=200, chunk_bytes=64 << 10)
-    figures = await serving.burst(config, num_requests=8, rate=1e3, prompt_len=40, num_tokens=8, limit_s=20.0)
-    assert figures["demand_tokens"] == 8 * 48 and figures["kv_tokens"] > 0
+    load = serving.Burst(num_requests=48, rate=1e3, prompt_len=40, num_tokens=8, limit_s=60.0)
+    figures = await serving.burst(config, load)
+    assert figures["demand_tokens"] == 48 * 48
+    assert (0 < figures["kv_tokens"] < figures["demand_tokens"]) == (num_stages is None)
     assert not figures["errors"] and not figures["unfinished"]
     assert 0 < figures["ttft_p50_s"] <= figures["ttft_p99_s"] and figures["tokens_per_s"] > 0
 
 
+@pytest.mark.parametrize("num_devices", [1, 4, 7])
+def test_a_burst_overloads_whatever_the_gpu_has(num_devices: int) -> None:
+    load = serving.Burst(num_requests=120, rate=30.0, prompt_len=768, num_tokens=192, limit_s=30.0)
+    held = load.too_few_blocks(num_devices) * num_devices * BLOCK_SIZE
+    assert 0.5 * load.demand_tokens < held < 0.7 * load.demand_tokens
+
+
+async def test_a_burst_that_fits_measures_nothing(tmp_path: Path) -> None:
+    model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4))
+    config = replace(serving.engine_config(DeviceSpec("cpu", (0,)), model, num_blocks=400), chunk_bytes=64 << 10)
+    load = serving.Burst(num_requests=2, rate=1e3, prompt_len=40, num_tokens=8, limit_s=20.0)
+    with pytest.raises(RuntimeError, match=r"no overload: .* for a demand of 96"):
+        await serving.burst(replace(config, max_model_len=200), load)
+
+
 WORKER = """
 import os, time
-from gpucheck.worker import serve
+from gpucheck.worker import serve, tell
 def ok():
     print("not an answer")
     return {"pid": os.getpid()}
-serve({"ok": ok, "bad": lambda: 1 // 0, "gone": lambda: os._exit(7), "slow": lambda: time.sleep(600)})
+def late():
+    tell({"first": 1})
+    tell({"second": 2})
+    os.abort()  # as when a device is closed
+serve({"late": late, "ok": ok, "bad": lambda: 1 // 0, "gone": lambda: os._exit(7), "slow": lambda: time.sleep(600)})
 """
 
 
@@ -171,6 +194,13 @@ def test_parts_that_fail_or_take_their_process_with_them_do_not_end_the_rest(
     assert results["2 bad"]["failed"].startswith("ZeroDivisionError") and results["2 bad"]["seconds"] >= 0
     assert results["4 gone"] == {"failed": "its process ended with status 7"}
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_what_a_part_has_told_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu_check.__file__).parent))
+    [result] = run_parts("late").values()
+    assert result == {"first": 1, "second": 2, "failed": "its process ended with status -6"}
+    assert tell({"a": 3}) == {"a": 3}  # elsewhere nobody is told
 
 
 def test_a_part_that_hangs_is_stopped_and_one_without_time_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:

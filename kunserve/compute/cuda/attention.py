@@ -20,6 +20,7 @@ from torch import Tensor
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
+from kunserve.gpu.cuda.driver import Driver, Event
 from kunserve.model.config import ModelConfig
 
 Ints = npt.NDArray[np.int32]
@@ -27,6 +28,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]  # q (T, num_heads, head_dim), kv of
 
 MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 INT_WORKSPACE_BYTES = 8 << 20
+ALIGNED_INTS = 32  # kernels are compiled for addresses that are multiples of 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,48 +74,58 @@ def step_arrays(batch: AttentionBatch, num_rows: int | None = None) -> StepArray
     return StepArrays(*(np.ascontiguousarray(a, np.int32) for a in (positions, slots, ends, indptr, indices, last)))
 
 
+def padding_arrays(bucket: int) -> StepArrays:
+    """Arrays of a decode step that has no sequence: all rows are padding, which reads a token of block 0."""
+    zeros, ones, count = np.zeros(bucket, np.int32), np.ones(bucket, np.int32), np.arange(bucket + 1, dtype=np.int32)
+    return StepArrays(zeros, zeros - 1, count, count, zeros, ones)
+
+
 def _extend(values: npt.NDArray[Any], value: int, count: int) -> npt.NDArray[Any]:
     return np.concatenate([values, np.full(count, value, values.dtype)])
 
 
+@dataclass(frozen=True, slots=True)
 class Staged:
-    """Integers that change every step, at one address on the device and one in pinned memory."""
+    """Integers that change every step, at one address in pinned memory and one on the device."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+    host: Tensor
+    device: Tensor
 
     def put(self, values: Ints) -> Tensor:
-        """Copy (N,) to the device on the current stream; returns the first N there."""
-        host, device = self.host[: len(values)], self.device[: len(values)]
-        host.copy_(torch.from_numpy(values))
-        device.copy_(host, non_blocking=True)
-        return device
+        """Write (N,) on the host; returns where the first N are on the device once they have been sent."""
+        self.host[: len(values)].numpy()[:] = values
+        return self.device[: len(values)]
 
 
 class StepBuffers:
-    """All staged arrays of one device. Written once per step; `writable` is when."""
+    """All staged arrays of one device, side by side, so that one copy takes a step's. Written once per step."""
 
-    def __init__(self, limits: StepLimits, device: torch.device) -> None:
-        rows, blocks = max(limits.max_num_tokens, limits.max_num_seqs), limits.max_num_blocks + limits.max_num_seqs
-        self.torch_device = device
-        self.token_ids, self.sampled_rows = Staged(rows, device), Staged(rows, device)
-        self.positions, self.slots = Staged(rows, device), Staged(rows, device)
-        self.cu_seqlens_q = Staged(limits.max_num_seqs + 1, device)
-        self.kv_indptr, self.kv_indices = Staged(limits.max_num_seqs + 1, device), Staged(blocks, device)
-        self.last_block_len = Staged(limits.max_num_seqs, device)
-        self._copied: Any = None
+    def __init__(self, limits: StepLimits, driver: Driver) -> None:
+        rows, seqs = max(limits.max_num_tokens, limits.max_num_seqs), limits.max_num_seqs
+        # Block ids last: of all others' room everything is copied, of theirs what is used.
+        sizes = [rows, rows, rows, rows, seqs + 1, seqs + 1, seqs, limits.max_num_blocks + seqs]
+        ends = np.cumsum([-(-size // ALIGNED_INTS) * ALIGNED_INTS for size in sizes])
+        self.driver = driver
+        self._copied: Event | None = None
+        self._host = driver.pinned(int(ends[-1]) * 4).view(torch.int32)
+        self._device = torch.zeros(len(self._host), dtype=torch.int32, device=driver.torch_device)
+        starts = [0, *ends[:-1].tolist()]
+        places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        staged = [Staged(self._host[place], self._device[place]) for place in places]
+        self.token_ids, self.sampled_rows, self.positions, self.slots = staged[:4]
+        self.cu_seqlens_q, self.kv_indptr, self.last_block_len, self.kv_indices = staged[4:]
+        self._num_fixed = starts[-1]
 
     def wait_writable(self) -> None:
         """Block until the last step's arrays have left the host's side."""
         if self._copied is not None:
-            self._copied.synchronize()
+            self.driver.synchronize_event(self._copied)
 
-    def mark_written(self) -> None:
-        """All arrays of this step are on their way."""
-        if self.torch_device.type == "cuda":
-            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            self._copied.record()
+    def send(self, num_blocks: int) -> None:
+        """Copy what was put, with so many block ids, on the current stream."""
+        num = self._num_fixed + num_blocks
+        self._device[:num].copy_(self._host[:num], non_blocking=True)
+        self._copied = self.driver.record(self.driver.current_stream())
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +145,42 @@ class PagedAttention(Protocol):
         """Plan one step. With a `bucket`, what is returned can be captured, and replayed after later plans for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A planned batch, and what else of the step is on the device then."""
+
+    batch: PlannedBatch
+    sampled_rows: Tensor  # (R,) int32
+    token_ids: Tensor  # (T,) int32; as far as they were given
+
+
 class Planner:
     """Turns a host batch into a planned one."""
 
     def __init__(self, buffers: StepBuffers, attention: PagedAttention) -> None:
         self._buffers, self._attention = buffers, attention
 
-    def plan(self, batch: AttentionBatch, bucket: int | None) -> PlannedBatch:
-        """Copy the arrays and plan attention; sequences of one token each are padded to `bucket`."""
-        arrays, buffers = step_arrays(batch, bucket), self._buffers
+    def plan(self, arrays: StepArrays, bucket: int | None, sampled_rows: Ints, token_ids: Ints) -> PlannedStep:
+        """Send a step's arrays in one copy and plan attention; with a `bucket`, they are padded to it."""
+        buffers = self._buffers
+        buffers.wait_writable()
         indptr = buffers.kv_indptr.put(arrays.kv_indptr)
         buffers.kv_indices.put(arrays.kv_indices)
         buffers.last_block_len.put(arrays.last_block_len)
-        return PlannedBatch(
-            positions=buffers.positions.put(arrays.positions),
-            slots=buffers.slots.put(arrays.slots),
-            cu_seqlens_q=buffers.cu_seqlens_q.put(arrays.cu_seqlens_q),
+        positions, slots = buffers.positions.put(arrays.positions), buffers.slots.put(arrays.slots)
+        ends = buffers.cu_seqlens_q.put(arrays.cu_seqlens_q)
+        rows, ids = buffers.sampled_rows.put(sampled_rows), buffers.token_ids.put(token_ids)
+        buffers.send(len(arrays.kv_indices))
+        batch = PlannedBatch(
+            positions=positions,
+            slots=slots,
+            cu_seqlens_q=ends,
             context_lens=indptr[1:],  # nobody reads it: attention is planned
             block_tables=indptr,
-            block_size=batch.block_size,
+            block_size=0,
             attend=self._attention.plan(arrays, bucket),
         )
+        return PlannedStep(batch, rows, ids)
 
 
 def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
@@ -185,9 +212,8 @@ class FlashInferAttention:
         self._decode = importlib.import_module("flashinfer.decode")
         self._shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
         self._dtype, self._buffers = dtype, buffers
-        device = buffers.torch_device
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        float_bytes = float_workspace_bytes(config, max_bucket, num_sms)
+        device = buffers.driver.torch_device
+        float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
         self._floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
         self._ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._mixed = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._floats, "HND", backend="fa2")

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from kunserve.compute.cuda.attention import PlannedBatch, Planner, StepBuffers, StepLimits, load_attention
-from kunserve.compute.cuda.graphs import CudaCapture, DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
+from kunserve.compute.cuda.attention import (
+    PlannedBatch,
+    Planner,
+    StepBuffers,
+    StepLimits,
+    load_attention,
+    padding_arrays,
+    step_arrays,
+)
+from kunserve.compute.cuda.graphs import DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
 from kunserve.compute.cuda.ops import CudaOps, load_kernels
+from kunserve.compute.cuda.sampling import PendingTokens, TokenBuffers, launch_sample
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.ops import AttentionBatch, Ops
+from kunserve.compute.sampler import SamplingRow
+from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.kv_memory import KVMemory
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import ModelConfig
+from kunserve.model.layout import layer_name
+
+NO_IDS = np.zeros(0, np.int32)
 
 
 class CudaDecoder(Decoder):
@@ -31,9 +51,11 @@ class CudaDecoder(Decoder):
         planner: Planner,
         buffers: StepBuffers,
         graphs: DecodeGraphs | None,
+        limits: StepLimits,
     ) -> None:
         super().__init__(config, ops, weights, kv, max_model_len)
-        self._planner, self._buffers, self.graphs = planner, buffers, graphs
+        self._planner, self._buffers, self.graphs, self._kv_memory = planner, buffers, graphs, kv
+        self._tokens = TokenBuffers(buffers.driver, limits.max_num_seqs)
         self._fed = torch.zeros_like(buffers.token_ids.device)
 
     @torch.inference_mode()
@@ -47,29 +69,65 @@ class CudaDecoder(Decoder):
         *,
         with_head: bool = True,
     ) -> Tensor:
-        """As `Decoder.forward`, with `batch`, `sampled_rows` and token ids on the host; hidden states on any GPU.
+        """As `Decoder.forward`, with `batch`, `sampled_rows` and token ids on the host; hidden states on this GPU.
 
         A token id below 0 stands for one that was sampled, but that the host has not seen: -1 - i is the i-th of those
         last given to `feed`.
         """
-        graphs, buffers = self.graphs, self._buffers
+        graphs = self.graphs
         is_decode = len(batch.positions) == len(batch.context_lens)
         bucket = bucket_for(len(batch.positions), graphs.buckets) if graphs and is_decode else None
-        buffers.wait_writable()
-        planned = self._planner.plan(batch, bucket)
-        rows = buffers.sampled_rows.put(sampled_rows.int().numpy())
-        x = self._token_ids(x) if first_layer == 0 else self._here(x)
-        buffers.mark_written()
+        ids = x.numpy() if first_layer == 0 else NO_IDS
+        step = self._planner.plan(step_arrays(batch, bucket), bucket, sampled_rows.int().numpy(), ids)
+        if first_layer == 0:
+            x = self._known(step.token_ids, has_placeholders=bool((ids < 0).any()))
+        rows = step.sampled_rows
         if graphs is None or bucket is None:
-            return super().forward(first_layer, last_layer, x, planned, rows, with_head=with_head)
-        y = self._replay(graphs, bucket, first_layer, last_layer, x, planned, rows)
+            return super().forward(first_layer, last_layer, x, step.batch, rows, with_head=with_head)
+        y = self._replay(graphs, bucket, first_layer, last_layer, x, step.batch, rows)
         return self.logits(y) if with_head and last_layer == self._config.num_layers else y
 
     def feed(self, token_ids: Tensor) -> None:
-        """Remember sampled ids (R,), of any GPU: the next step may name them before the host knows them."""
-        if token_ids.is_cuda:  # its memory must not be used again before this stream has read it
-            token_ids.record_stream(torch.cuda.current_stream(token_ids.device))
+        """Remember sampled ids (R,), on this GPU: the next step may name them before the host knows them."""
         self._fed[: len(token_ids)].copy_(token_ids)
+
+    def launch_sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
+        """Choose one token per row of logits (R, V), on the current stream: see `sampling.launch_sample`."""
+        return launch_sample(logits, rows, self._tokens)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
+
+        For layers that are not here, too: nothing of them is touched before it is replayed. RuntimeError if one cannot
+        be; torch takes no memory from there on, so that the process has to end.
+        """
+        graphs = self.graphs
+        if graphs is None:
+            return
+        with _no_garbage():
+            for bucket in reversed(graphs.buckets):  # smaller ones fit into what the largest has taken
+                self._capture_bucket(graphs, bucket)
+
+    def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
+        num_layers = self._config.num_layers
+        step = self._planner.plan(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
+        runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
+        works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
+        if here := next(filter(self._is_here, runs), None):
+            works[here]()  # compiles, and loads what a capture could not; all runs have the same kernels
+        for run, work in works.items():
+            graphs.capture(run, bucket, work)
+
+    def _is_here(self, run: Run) -> bool:
+        present = self._weights.present
+        return all(layer_name(i) in present and self._kv_memory.num_blocks(i) for i in range(*run))
+
+    def _run(self, run: Run, hidden: Tensor, batch: AttentionBatch) -> None:
+        y = hidden
+        for layer in range(*run):
+            y = self._layer(self._layers[layer], self._kv[layer], y, batch)
+        hidden.copy_(y)
 
     def _replay(
         self,
@@ -83,14 +141,8 @@ class CudaDecoder(Decoder):
     ) -> Tensor:
         num_rows, hidden = len(x), graphs.hidden(bucket)
         hidden[:num_rows] = self._ops.embed(x, self._embed) if first_layer == 0 else x
-        for run, is_whole in cut_into_runs(first_layer, last_layer, graphs.run_layers):
-
-            def work(run: Run = run) -> None:
-                y = hidden
-                for layer in range(*run):
-                    y = self._layer(self._layers[layer], self._kv[layer], y, batch)
-                hidden.copy_(y)
-
+        for run, is_whole in cut_into_runs(first_layer, last_layer, self._config.num_layers, graphs.run_layers):
+            work = partial(self._run, run, hidden, batch)
             if is_whole:
                 graphs.run(run, bucket, work)
             else:
@@ -99,18 +151,22 @@ class CudaDecoder(Decoder):
             return hidden[:num_rows].clone()  # the next step changes `hidden` while the next stage still reads this
         return hidden[sampled_rows]
 
-    def _token_ids(self, x: Tensor) -> Tensor:
+    def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
         """Ids (T,) from the host, with the device's own put in where the host did not know them."""
-        ids = self._buffers.token_ids.put(x.numpy())
-        if not bool((x < 0).any()):
-            return ids
-        return torch.where(ids < 0, self._fed[(-1 - ids).clamp(min=0)], ids)
+        return torch.where(ids < 0, self._fed[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
 
-    def _here(self, x: Tensor) -> Tensor:
-        """Hidden states on this GPU. The launcher has made its stream wait for the stage that computes them."""
-        if x.is_cuda:  # its memory must not be used again before this stream has read it
-            x.record_stream(torch.cuda.current_stream(x.device))
-        return x.to(self._buffers.torch_device, non_blocking=True)
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, nothing is collected: a pinned buffer in a cycle would be freed during a capture (`Driver.capture`)."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def cuda_decoder(
@@ -122,21 +178,23 @@ def cuda_decoder(
     *,
     block_size: int,
     dtype: torch.dtype,
-    device: torch.device,
+    driver: Driver,
     enforce_eager: bool,
 ) -> tuple[CudaDecoder, str]:
-    """Put a device's decoder together; and what it is made of, for the log. ConfigError if something is missing."""
-    buffers = StepBuffers(limits, device)
-    kernels, kernels_note = load_kernels(device)
+    """Put a device's decoder together; and what it is made of, for the log. ConfigError if something is missing.
+
+    Until `capture` all its steps run eagerly.
+    """
+    buffers = StepBuffers(limits, driver)
+    kernels, kernels_note = load_kernels(driver.torch_device)
     max_bucket = batch_buckets(limits.max_num_seqs)[-1]
     attention, attention_note = load_attention(config, block_size, dtype, buffers, max_bucket)
     is_capturable = kernels.is_capturable and attention.is_capturable
     graphs = None
     if is_capturable and not enforce_eager:
-        graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, device, CudaCapture())
+        graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, driver.torch_device, driver.capture)
     planner = Planner(buffers, attention)
-    decoder = CudaDecoder(config, CudaOps(kernels), weights, kv, max_model_len, planner, buffers, graphs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # buffers were made on the default stream, which ours do not wait for
+    decoder = CudaDecoder(config, CudaOps(kernels), weights, kv, max_model_len, planner, buffers, graphs, limits)
+    driver.synchronize_all()  # buffers were made on the default stream, which ours do not wait for
     note = f"{kernels_note}, attention: {attention_note}, {'graphs' if graphs else 'eager'}"
     return decoder, note

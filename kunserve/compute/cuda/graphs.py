@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: one per run of layers and bucket of batch sizes, captured when first needed.
+"""CUDA graphs of decode steps: one per run of layers and bucket of batch sizes, all captured before serving.
 
 A graph reads and writes addresses that never change: weights, KV, the staged arrays of a step and one buffer of
 hidden states per bucket. Runs are short and begin at multiples of their length, so that a stage of any grouping is
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kunserve.gpu.cuda.driver import Graph
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 RUN_LAYERS = 4
@@ -37,22 +39,18 @@ def bucket_for(num_seqs: int, buckets: tuple[int, ...]) -> int | None:
     return buckets[i] if i < len(buckets) else None
 
 
-def cut_into_runs(first_layer: int, last_layer: int, run_layers: int = RUN_LAYERS) -> list[tuple[Run, bool]]:
-    """Cut a stage at multiples of `run_layers`. False: a ragged end, which only this grouping has; it runs eagerly."""
+def cut_into_runs(first_layer: int, last_layer: int, num_layers: int, run_layers: int) -> list[tuple[Run, bool]]:
+    """Cut a stage at multiples of `run_layers`. False: a ragged end, which only this grouping has; it runs eagerly.
+
+    The model's own end is the same in every grouping, however short it is.
+    """
     runs = []
     start = first_layer
     while start < last_layer:
         end = min((start // run_layers + 1) * run_layers, last_layer)
-        runs.append((Run(start, end), end - start == run_layers))
+        runs.append((Run(start, end), start % run_layers == 0 and (end % run_layers == 0 or end == num_layers)))
         start = end
     return runs
-
-
-class Graph(Protocol):
-    """Captured work."""
-
-    def replay(self) -> None:
-        """Launch it on the current stream."""
 
 
 class DecodeGraphs:
@@ -78,33 +76,16 @@ class DecodeGraphs:
         """The rows (bucket, H) that graphs of `bucket` change in place."""
         return self._hidden[:bucket]
 
-    def run(self, run: Run, bucket: int, work: Callable[[], None]) -> None:
-        """Do `work`: replay it, or the first time do it and capture it for the next."""
-        graph = self._graphs.get((run, bucket))
-        if graph is not None:
-            self.num_replays += 1
-            graph.replay()
-            return
-        work()  # the step itself; it also compiles and loads what a capture could not
+    def capture(self, run: Run, bucket: int, work: Callable[[], None]) -> None:
+        """Record `work`, which has run before: a capture compiles and loads nothing."""
         self._graphs[run, bucket] = self._capture(work)
         self.num_captures += 1
 
-
-class CudaCapture:
-    """Captures on the current stream. Other threads go on launching meanwhile; all graphs share one memory pool."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` launches, without running it."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would synchronize the GPU and empty its cache under the other devices' feet.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
+    def run(self, run: Run, bucket: int, work: Callable[[], None]) -> None:
+        """Do `work`: replay it, if it was captured."""
+        graph = self._graphs.get((run, bucket))
+        if graph is None:
             work()
-        finally:
-            graph.capture_end()
-        return graph
+            return
+        self.num_replays += 1
+        graph.replay()

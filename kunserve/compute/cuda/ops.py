@@ -75,6 +75,8 @@ class TorchKernels:
     ) -> None:
         """See `Kernels.rotate_and_append`: the reference on one sequence of all tokens, whose blocks are scattered."""
         kept = (slots >= 0).nonzero()[:, 0]
+        if not len(kept):
+            return
         tokens, places = qkv[kept], slots[kept].long()
         order = torch.arange(len(kept), dtype=torch.int32, device=qkv.device)
         ends = torch.tensor([0, len(kept)], dtype=torch.int32, device=qkv.device)

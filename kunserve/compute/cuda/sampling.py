@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import finalize
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,9 +27,32 @@ from kunserve.compute.sampler import (
     sample,
     uniform,
 )
+from kunserve.gpu.cuda.driver import Driver
+
+ROW_BYTES = 48  # of one row of a step: its id, whether it has one, and what it is drawn with
 
 
-@dataclass(frozen=True, slots=True)
+class TokenBuffers:
+    """Pinned buffers of one device, one for each step under way; handed out again when nobody needs the tokens.
+
+    One from torch for every step would be freed at any time, also while somebody captures a graph: see
+    `Driver.capture`. All are used on one stream, so that the next step may write into what the last one has let go of.
+    """
+
+    def __init__(self, driver: Driver, max_num_rows: int) -> None:
+        self._driver, self._num_bytes = driver, ROW_BYTES * max_num_rows
+        self._free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """Return a buffer of `ROW_BYTES` for each row."""
+        return self._free.pop() if self._free else self._driver.pinned(self._num_bytes)
+
+    def free_after(self, holder: object, buffer: Tensor) -> None:
+        """Hand `buffer` out again when `holder` is gone."""
+        finalize(holder, self._free.append, buffer)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PendingTokens:
     """Tokens that are being sampled. `on_device` is what the next step can be fed with (R,)."""
 
@@ -49,27 +75,30 @@ def is_plain(rows: Sequence[SamplingRow]) -> bool:
     return all(map(_is_plain, rows))
 
 
-def launch_sample(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
+def launch_sample(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) -> PendingTokens:
     """Choose one token per row of logits (R, V), as `sample` does, on the current stream. All rows are plain."""
     try:
-        return _launch(logits, rows)
+        return _launch(logits, rows, buffers)
     except Exception:  # a row's fault: `sample`, which waits for the device, finds out whose
         return sampled(sample(logits, rows), logits.device)
 
 
-def _launch(logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
-    device = logits.device
+def _launch(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) -> PendingTokens:
+    drawn_with = _drawn_with(rows) if any(row.params.temperature > 0 for row in rows) else None
     ids = logits.argmax(-1)
     is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
-    if any(row.params.temperature > 0 for row in rows):
-        ids = torch.where(
-            _to_device([row.params.temperature > 0 for row in rows], device) > 0, _drawn(logits, rows), ids
-        )
+    host, num_rows = buffers.take().view(torch.int64), len(rows)
+    if drawn_with is not None:
+        staged = host[2 * num_rows : 6 * num_rows].view(torch.float64).view(4, num_rows)
+        staged.numpy()[:] = drawn_with
+        is_drawn, *given = staged.to(logits.device, non_blocking=True)
+        ids = torch.where(is_drawn > 0, _drawn(logits, *given), ids)
     ids = torch.where(is_finite, ids, 0)  # what is drawn from NaNs may be beyond the vocabulary
-    result = torch.stack([ids, is_finite.long()])
-    on_host = torch.empty(result.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-    on_host.copy_(result, non_blocking=True)
-    return PendingTokens(ids, on_host)
+    on_host = host[: 2 * num_rows].view(2, num_rows)
+    on_host.copy_(torch.stack([ids, is_finite.long()]), non_blocking=True)
+    pending = PendingTokens(ids, on_host)
+    buffers.free_after(pending, host)
+    return pending
 
 
 def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingTokens:
@@ -84,17 +113,17 @@ def _is_plain(row: SamplingRow) -> bool:
     return not (is_filtered or is_adjusted(row) or row.given is not None or p.num_logprobs is not None)
 
 
-def _drawn(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """A draw for every row (R,); greedy ones are drawn at temperature 1, for nothing, so that no row is picked out."""
-    temperature = _to_device([row.params.temperature or 1.0 for row in rows], logits.device)
-    min_p = _to_device([row.params.min_p for row in rows], logits.device)
-    uniforms = _to_device([uniform(row.seed, len(row.output_token_ids)) for row in rows], logits.device)
+def _drawn_with(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
+    """(4, R): whether a row is drawn, its temperature, min_p, and where in the distribution.
+
+    Greedy ones are drawn at temperature 1, for nothing, so that no row is picked out.
+    """
+    each = ((r.params.temperature, r.params.min_p, uniform(r.seed, len(r.output_token_ids))) for r in rows)
+    return np.array([(t > 0, t or 1.0, min_p, u) for t, min_p, u in each], np.float64).reshape(-1, 4).T
+
+
+def _drawn(logits: Tensor, temperature: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
+    """A draw for every row (R,)."""
     step = max(1, SLICE_ELEMENTS // logits.shape[1])
-    parts = [slice(start, start + step) for start in range(0, len(rows), step)]
+    parts = [slice(start, start + step) for start in range(0, len(logits), step)]
     return torch.cat([draw(integer_weights(logits[p].double(), temperature[p], min_p[p]), uniforms[p]) for p in parts])
-
-
-def _to_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """(R,) float64, by a copy that nobody waits for."""
-    host = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)

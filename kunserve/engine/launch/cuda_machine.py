@@ -11,9 +11,8 @@ import torch
 
 from kunserve.compute.cuda.attention import StepLimits
 from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
-from kunserve.compute.cuda.graphs import BUCKETS, RUN_LAYERS
+from kunserve.compute.cuda.graphs import RUN_LAYERS
 from kunserve.compute.cuda.ops import cuda_dtype
-from kunserve.compute.cuda.sampling import launch_sample
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.sampler import SamplingRow, sample
 from kunserve.config import EngineConfig
@@ -42,7 +41,7 @@ from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.sampling import SamplingParams
 from kunserve.sizes import format_size
 
-GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs that are captured while serving
+GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +165,15 @@ class CudaMachine(Machine):
         limits = StepLimits(
             options.max_num_batched_tokens, options.max_num_seqs, self.budget_bytes // self._block_bytes
         )
-        made = [_decoder(self._model, options, memory, max_model_len, limits) for memory in memories]
+        made = []
+        for device, memory in zip(self._devices, memories, strict=True):
+            made.append(_decoder(self._model, options, memory, max_model_len, limits, device.driver))
+            _capture(device, made[-1][0])
         watched = [memory.device for memory in memories]
         return CudaExecutor(self._devices, [decoder for decoder, _ in made], watched), made[0][1]
 
     def close(self) -> None:
         """See `Machine.close`."""
-        gc.collect()  # tensors that streams have used go before the streams do
         if self._host is not None:
             with suppress(DeviceError):  # after a fault every call fails
                 self._host.close()
@@ -189,7 +190,12 @@ class CudaMachine(Machine):
 
 
 def _decoder(
-    model: ModelConfig, options: CudaOptions, memory: DeviceMemory, max_model_len: int, limits: StepLimits
+    model: ModelConfig,
+    options: CudaOptions,
+    memory: DeviceMemory,
+    max_model_len: int,
+    limits: StepLimits,
+    driver: Driver,
 ) -> tuple[CudaDecoder, str]:
     return cuda_decoder(
         model,
@@ -199,9 +205,19 @@ def _decoder(
         limits,
         block_size=options.block_size,
         dtype=options.dtype,
-        device=memory.device.torch_device,
+        driver=driver,
         enforce_eager=options.enforce_eager,
     )
+
+
+def _capture(device: CudaDevice, decoder: CudaDecoder) -> None:
+    """Capture a decoder's graphs. ConfigError, in a line, if that cannot be: nothing goes on after it."""
+    try:
+        with device.computing():
+            decoder.capture()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{device.name}: CUDA graphs failed: {reason}; start with --enforce-eager") from error
 
 
 def _measured(
@@ -239,17 +255,15 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
         memory = DeviceMemory(opened, units, small.num_layers, shape, options.dtype)
         memory.rearrange(Layout(tuple(unit.name for unit in units), (kv_chunks,) * small.num_layers))
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
-        decoder, _ = _decoder(small, options, memory, num_tokens, limits)
-        with opened.driver.on(opened.copy_in.stream):
+        decoder, _ = _decoder(small, options, memory, num_tokens, limits, opened.driver)
+        with opened.computing():
             logits = decoder.forward(0, small.num_layers, *full_step(num_tokens, num_seqs, options.block_size))
             logits = torch.zeros_like(logits)  # weights are whatever was there
-            launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
-            captured = min(num_seqs, BUCKETS[-1])
-            decoder.forward(0, small.num_layers, *full_step(captured, captured, options.block_size))
-        torch.cuda.synchronize(device)
-        with opened.driver.on(opened.sampling.stream):
+            decoder.launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
+            decoder.capture()
+        with opened.sampling.lent():
             sample(logits, _rows(num_seqs, SamplingParams(1, top_p=0.5)))
-        torch.cuda.synchronize(device)
+        opened.driver.synchronize_all()
         taken = torch.cuda.memory_reserved(device) - before
         del decoder, logits, memory
     finally:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kunserve.errors import ConfigError
-from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
 from kunserve.planner.layer_split import split_layers
@@ -46,6 +46,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
         block_size=kv_shape.block_size,
         head_time=prod((head or embed).tensors[-1 if head else 0].shape) * kv_shape.dtype.itemsize / layer.num_bytes,
         shares_head=shares_head and config.tie_embeddings,
+        max_layer_chunks=max_layer_chunks(config.num_layers, chunk_bytes),
     )
 
 

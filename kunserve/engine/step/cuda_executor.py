@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from kunserve.compute.cuda.decoder import CudaDecoder
-from kunserve.compute.cuda.sampling import PendingTokens, is_plain, launch_sample, sampled
+from kunserve.compute.cuda.sampling import PendingTokens, is_plain, sampled
 from kunserve.compute.sampler import SampledToken, SamplingRow, reads_output, sample
 from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.step.executor import Executor
 from kunserve.engine.step.microbatch import StepInputs, fill_sampling
 from kunserve.engine.step.stage import has_scored_rows, run_stage, sample_in_slices
+from kunserve.gpu.cuda.copy import bring
 from kunserve.gpu.cuda.device import CudaDevice
 from kunserve.gpu.cuda.stream import Launched
 from kunserve.gpu.queue import to_the_end
@@ -45,7 +46,7 @@ class CudaExecutor(Executor):
         return await to_the_end(self._pass(group, inputs, passage))
 
     async def _pass(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
-        last = self.devices[group.stages[-1].device]
+        last, plain = self.devices[group.stages[-1].device], is_plain(inputs.sampling)
         seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
 
         def see(position: int, launched: Launched[Any]) -> None:
@@ -57,16 +58,16 @@ class CudaExecutor(Executor):
         try:
             async with self._turns[group.stages[0].device]:
                 fed = await _fed(inputs)
-                launched = await self._launch(group, 0, inputs, fed)
+                launched = await self._launch(group, 0, inputs, fed, is_plain=plain)
             if fed is not None and len(group.stages) > 1:
                 # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
                 # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
                 seen = asyncio.ensure_future(self._watched[group.stages[-1].device].wait_for(last.sampling.finish(fed)))
             see(0, launched)
             for position in range(1, len(group.stages)):
-                launched = await self._launch(group, position, inputs, fed, launched)
+                launched = await self._launch(group, position, inputs, fed, launched, is_plain=plain)
                 see(position, launched)
-            if not is_plain(inputs.sampling):
+            if not plain:
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
                 watched = self._watched[group.stages[-1].device]
@@ -84,23 +85,41 @@ class CudaExecutor(Executor):
         return pending.tokens()
 
     async def _launch(
-        self, group: Group, position: int, inputs: StepInputs, fed: _Fed, before: Launched[Tensor] | None = None
+        self,
+        group: Group,
+        position: int,
+        inputs: StepInputs,
+        fed: _Fed,
+        before: Launched[Tensor] | None = None,
+        *,
+        is_plain: bool,
     ) -> Launched[Any]:
         """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with.
 
         The last returns tokens, or where the host has to look at them, logits; where prompts are scored, hidden states.
         """
         stage = group.stages[position]
-        decoder, is_last = self.decoders[stage.device], position + 1 == len(group.stages)
+        device, decoder, is_last = (
+            self.devices[stage.device],
+            self.decoders[stage.device],
+            position + 1 == len(group.stages),
+        )
+        sender = self.devices[group.stages[position - 1].device]  # of the first stage the last one, which feeds it
 
         def work() -> Any:
-            x = before.value if before else _feed(decoder, inputs, fed)
+            if before:
+                x = bring(sender, device, before.value)
+            elif fed is None:
+                x = inputs.token_ids.clamp(min=0)  # what failed needs no tokens
+            else:
+                decoder.feed(bring(sender, device, fed.value.on_device))
+                x = inputs.token_ids
             with_head = not (is_last and has_scored_rows(inputs.sampling))
             y = run_stage(decoder, stage, position, inputs, x, with_head=with_head)
-            return launch_sample(y, inputs.sampling) if is_last and is_plain(inputs.sampling) else y
+            return decoder.launch_sample(y, inputs.sampling) if is_last and is_plain else y
 
         needed = before or fed
-        launch = self.devices[stage.device].launch(work, [needed.ready] if needed else ())
+        launch = device.launch(work, [needed.ready] if needed else ())
         return await self._watched[stage.device].wait_for(launch)
 
 
@@ -128,14 +147,6 @@ async def _fed(inputs: StepInputs) -> _Fed:
     pending = asyncio.wrap_future(inputs.ahead_of)
     await asyncio.wait([pending])
     return None if pending.cancelled() else pending.result()
-
-
-def _feed(decoder: CudaDecoder, inputs: StepInputs, fed: _Fed) -> Tensor:
-    """Token ids (T,), and what their placeholders stand for given to the decoder. What failed needs no tokens."""
-    if fed is None:
-        return inputs.token_ids.clamp(min=0)
-    decoder.feed(fed.value.on_device)
-    return inputs.token_ids
 
 
 def _sample_on_host(

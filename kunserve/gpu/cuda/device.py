@@ -32,13 +32,15 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 MAX_CHUNK_BYTES = 64 * MIB
+INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
 MAX_WASTE = 0.01  # of a device's memory: what a larger chunk may cost over the best size
 
 
 class CudaDevice:
     """One logical device: `num_chunks` chunks of a GPU's memory, and streams of its own.
 
-    `sampling`: for the host's looks at logits, which wait for the GPU and must hold up no launch.
+    `sampling`: for the host's looks at logits, which wait for the GPU and must hold up no launch. `hand_over`: what
+    goes to the next stage's GPU; it waits until that stream gets there, and must hold up no KV.
     """
 
     def __init__(
@@ -47,28 +49,30 @@ class CudaDevice:
         name: str,
         num_chunks: int,
         chunk_bytes: int,
-        peers: Sequence[int] = (),
     ) -> None:
-        """`peers`: other GPUs that read and write this memory. ConfigError if there is not enough of it."""
+        """ConfigError if there is not enough memory.
+
+        No other GPU gets access to it: each would be one more page table that a remap edits. What goes between GPUs
+        goes through torch's memory.
+        """
         if chunk_bytes % driver.granularity:
             raise ConfigError(f"{name}: chunks of {chunk_bytes} bytes are no multiple of {driver.granularity}")
         self.name, self.torch_device, self.is_lost = name, driver.torch_device, False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self.driver = driver
-        self._access = [driver.ordinal, *(p for p in peers if p != driver.ordinal)]
         self._reserved: dict[int, tuple[int, int]] = {}  # address -> what the driver knows it by: address, bytes
         self._mappings = Mappings(name, num_chunks, chunk_bytes)
         self._queues: list[StreamQueue] = []
         self._handles: list[int] = []
-        self._is_open = True
+        self._is_open, self._unmaps_runs = True, True
         try:
             self._create_chunks()
-            kinds = ("compute", "sample", "in", "out", "peer")
+            kinds = ("compute", "sample", "in", "out", "peer", "hand")
             self._queues += [StreamQueue(driver, f"{name}-{kind}") for kind in kinds]
         except BaseException:
             self.close()
             raise
-        self._compute, self.sampling, self.copy_in, self.copy_out, self.peer = self._queues
+        self._compute, self.sampling, self.copy_in, self.copy_out, self.peer, self.hand_over = self._queues
 
     def _create_chunks(self) -> None:
         for made in range(self.num_chunks):
@@ -109,26 +113,38 @@ class CudaDevice:
                     self.driver.map(address + done * size, size, self._handles[chunk])
                     done += 1
                 if chunks:
-                    self.driver.set_access(address, len(chunks) * size, self._access)
+                    self.driver.set_access(address, len(chunks) * size)
             except DeviceError:
-                if done:
-                    self.driver.unmap(address, done * size)
+                self._unmap(address, done)
                 raise
         self._mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
-        """See `Device.unmap`: one call."""
+        """See `Device.unmap`: one call, or if the driver refuses that one per chunk, from then on."""
         if num_chunks == 0:
             return
         self._mappings.check_unmap(address, num_chunks)
         with self._quiet():
-            self.driver.unmap(address, num_chunks * self.chunk_bytes)
+            self._unmap(address, num_chunks)
         self._mappings.unmap(address, num_chunks)
+
+    def _unmap(self, address: int, num_chunks: int) -> None:
+        """Unmap a run of chunks. CUDA's manual speaks of one mapping; NVIDIA's own samples unmap several in a call."""
+        size = self.chunk_bytes
+        if num_chunks > 1 and self._unmaps_runs:
+            try:
+                self.driver.unmap(address, num_chunks * size)
+                return
+            except DeviceError as error:
+                if INVALID_VALUE not in error.message:
+                    raise
+                self._unmaps_runs = False
+        for start in range(address, address + num_chunks * size, size):
+            self.driver.unmap(start, size)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`."""
-        flat = torch.empty(0, dtype=torch.uint8, device=self.torch_device)
-        return flat.set_(self.driver.storage(address, num_bytes), 0, (num_bytes,), (1,))
+        return self.driver.tensor(address, num_bytes)
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`."""
@@ -166,6 +182,16 @@ class CudaDevice:
         """Wait for what was launched on the compute queue, or behind it."""
         return await self._compute.finish(launched)
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, this thread launches on the compute stream, and nobody else does; it is idle when that ends.
+
+        Blocking: before serving, and after it.
+        """
+        with self._compute.lent():
+            yield
+            self.driver.synchronize(self._compute.stream)
+
     @property
     def is_open(self) -> bool:
         """Return whether it still has its memory."""
@@ -195,7 +221,7 @@ class CudaDevice:
             for base, whole in self._reserved.values():
                 stack.callback(_quietly, self.driver.free, base, whole)
             for start, num_chunks in _runs(self._mappings.chunks, self.chunk_bytes):
-                stack.callback(_quietly, self.driver.unmap, start, num_chunks * self.chunk_bytes)
+                stack.callback(_quietly, self._unmap, start, num_chunks)
             for queue in self._queues:
                 stack.callback(_quietly, queue.close)
 
@@ -319,13 +345,11 @@ def open_drivers(ordinals: Sequence[int], open_driver: Callable[[int], Driver] |
 
 
 def open_cuda_devices(drivers: Sequence[Driver], num_chunks: int, chunk_bytes: int) -> list[CudaDevice]:
-    """A device of `num_chunks` on each driver, open to all GPUs that reach it. All or none; the drivers are theirs."""
-    ordinals = [driver.ordinal for driver in drivers]
-    peers = {o: [d.ordinal for d in drivers if d.can_access(o)] for o in ordinals}
+    """A device of `num_chunks` on each driver. All or none; the drivers are theirs."""
     devices: list[CudaDevice] = []
     try:
-        for driver, name in zip(drivers, device_names(ordinals), strict=True):
-            devices.append(CudaDevice(driver, name, num_chunks, chunk_bytes, sorted(set(peers[driver.ordinal]))))
+        for driver, name in zip(drivers, device_names([driver.ordinal for driver in drivers]), strict=True):
+            devices.append(CudaDevice(driver, name, num_chunks, chunk_bytes))
     except BaseException:
         for device in devices:
             device.close()

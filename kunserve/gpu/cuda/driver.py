@@ -8,7 +8,9 @@ failure is a `DeviceError` that names the GPU, the call and the CUDA_ERROR; what
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -20,12 +22,24 @@ from kunserve.errors import ConfigError, DeviceError
 Stream = int  # a CUstream
 Event = Any  # a torch.cuda.Event; the fake has its own
 
+# Of this process, by GPU: streams that no device has. Contexts are torch's, so that they live as long as the process.
+_idle_streams: defaultdict[int, list[Stream]] = defaultdict(list)
+_idle_streams_change = threading.Lock()
+
+
+class Graph(Protocol):
+    """Captured work."""
+
+    def replay(self) -> None:
+        """Launch it on the current stream."""
+
 
 class Driver(Protocol):
     """One GPU as its driver shows it. Addresses, handles and streams are integers; sizes are in bytes."""
 
     ordinal: int
     gpu_name: str  # as its maker calls it
+    num_multiprocessors: int
     torch_device: torch.device
     granularity: int  # sizes and addresses of mappings are multiples of it
 
@@ -50,20 +64,26 @@ class Driver(Protocol):
     def map(self, address: int, num_bytes: int, handle: int) -> None:
         """Map the whole of a handle. Not usable before `set_access`."""
 
-    def set_access(self, address: int, num_bytes: int, ordinals: Sequence[int]) -> None:
-        """Let GPUs read and write a range of mappings; one call for any number of them."""
+    def set_access(self, address: int, num_bytes: int) -> None:
+        """Let the GPU read and write a range of mappings; one call for any number of them."""
 
     def unmap(self, address: int, num_bytes: int) -> None:
         """Unmap a range of whole mappings; one call for any number of them."""
 
-    def create_stream(self) -> Stream:
-        """A stream that does not wait for the default one."""
+    def take_stream(self) -> Stream:
+        """A stream that does not wait for the default one, which nobody else has. Another device may have had it."""
 
-    def destroy_stream(self, stream: Stream) -> None:
-        """End a stream."""
+    def return_stream(self, stream: Stream) -> None:
+        """Let others take a stream, which is idle. It is never destroyed.
+
+        Whenever torch gets a pinned buffer back, it records events on all streams that have copied it.
+        """
 
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """Inside, torch launches on `stream` from this thread."""
+
+    def current_stream(self) -> Stream:
+        """The stream of this GPU that torch launches on from this thread."""
 
     def record(self, stream: Stream) -> Event:
         """An event that is reached when all work launched so far has finished."""
@@ -77,8 +97,21 @@ class Driver(Protocol):
     def synchronize_event(self, event: Event) -> None:
         """Block this thread, not the interpreter, until the event is reached."""
 
-    def storage(self, address: int, num_bytes: int) -> torch.UntypedStorage:
-        """Storage over addresses, mapped or not; owns nothing."""
+    def synchronize_all(self) -> None:
+        """Block this thread until all streams of the GPU are idle, the default one too."""
+
+    def hold(self, tensor: Tensor, stream: Stream) -> None:
+        """Keep torch's memory of `tensor` from others until what is launched on `stream` so far has finished."""
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` launches on the current stream, and run nothing of it. Only before serving.
+
+        While a stream is captured, nobody may free pinned memory that it has copied, nor what was held for it: torch
+        would record an event in the capture, and whoever looks at that later fails.
+        """
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
+        """A flat uint8 tensor over addresses, mapped or not; owns nothing."""
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Lock host memory in place, for copies by every GPU."""
@@ -87,7 +120,7 @@ class Driver(Protocol):
         """Undo `pin`."""
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """A new pinned host buffer, uint8."""
+        """A new pinned host buffer, uint8. Costs an allocation, and its end events: make few, and keep them."""
 
     def close(self) -> None:
         """Leave the GPU; everything made here has been given back."""
@@ -136,7 +169,10 @@ class CudaDriver:
         supported = d.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         if not self._ok(d.cuDeviceGetAttribute(supported, self._device), "cuDeviceGetAttribute"):
             raise ConfigError(f"cuda:{ordinal} has no virtual memory management (it needs Pascal or later, on Linux)")
-        self.gpu_name = torch.cuda.get_device_name(ordinal)
+        properties = torch.cuda.get_device_properties(ordinal)
+        self.gpu_name, self.num_multiprocessors = properties.name, properties.multi_processor_count
+        self._streams: dict[Stream, torch.cuda.ExternalStream] = {}  # as torch knows them
+        self._graph_pool: Any = None  # memory that all graphs of this device share
         self._context: Any = self._ok(d.cuDevicePrimaryCtxRetain(self._device), "cuDevicePrimaryCtxRetain")
         self._prop = d.CUmemAllocationProp()
         self._prop.type = d.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -176,31 +212,36 @@ class CudaDriver:
         """See `Driver.map`."""
         self._call("cuMemMap", address, num_bytes, 0, handle, 0)
 
-    def set_access(self, address: int, num_bytes: int, ordinals: Sequence[int]) -> None:
+    def set_access(self, address: int, num_bytes: int) -> None:
         """See `Driver.set_access`."""
-        descriptors = []
-        for ordinal in ordinals:
-            descriptor = self._cuda.CUmemAccessDesc()
-            descriptor.location = self._location(ordinal)
-            descriptor.flags = self._cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-            descriptors.append(descriptor)
-        self._call("cuMemSetAccess", address, num_bytes, descriptors, len(descriptors))
+        descriptor = self._cuda.CUmemAccessDesc()
+        descriptor.location = self._location(self.ordinal)
+        descriptor.flags = self._cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._call("cuMemSetAccess", address, num_bytes, [descriptor], 1)
 
     def unmap(self, address: int, num_bytes: int) -> None:
         """See `Driver.unmap`."""
         self._call("cuMemUnmap", address, num_bytes)
 
-    def create_stream(self) -> Stream:
-        """See `Driver.create_stream`."""
+    def take_stream(self) -> Stream:
+        """See `Driver.take_stream`."""
+        with _idle_streams_change:
+            if idle := _idle_streams[self.ordinal]:
+                return idle.pop()
         return int(self._call("cuStreamCreate", int(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
 
-    def destroy_stream(self, stream: Stream) -> None:
-        """See `Driver.destroy_stream`."""
-        self._call("cuStreamDestroy", stream)
+    def return_stream(self, stream: Stream) -> None:
+        """See `Driver.return_stream`."""
+        with _idle_streams_change:
+            _idle_streams[self.ordinal].append(stream)
 
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """See `Driver.on`."""
         return torch.cuda.stream(self._torch_stream(stream))
+
+    def current_stream(self) -> Stream:
+        """See `Driver.current_stream`."""
+        return int(torch.cuda.current_stream(self.torch_device).cuda_stream)
 
     def record(self, stream: Stream) -> Event:
         """See `Driver.record`. Blocking events sleep in the kernel; the default ones spin."""
@@ -220,11 +261,31 @@ class CudaDriver:
         """See `Driver.synchronize_event`."""
         self._call("cuEventSynchronize", event.cuda_event)
 
-    def storage(self, address: int, num_bytes: int) -> torch.UntypedStorage:
-        """See `Driver.storage`. torch's own CUDA graph trees make storages like this."""
+    def synchronize_all(self) -> None:
+        """See `Driver.synchronize_all`."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def hold(self, tensor: Tensor, stream: Stream) -> None:
+        """See `Driver.hold`."""
+        tensor.record_stream(self._torch_stream(stream))
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """See `Driver.capture`. torch.cuda.graph would synchronize the GPU and empty its cache under other devices."""
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:  # where `work` has failed this raises as well, and torch takes the capture for one that goes on
+            graph.capture_end()
+        return graph
+
+    def tensor(self, address: int, num_bytes: int) -> Tensor:
+        """See `Driver.tensor`. torch's own CUDA graph trees make storages like this."""
         make: Any = torch._C._construct_storage_from_data_pointer
-        storage: torch.UntypedStorage = make(address, self.torch_device, num_bytes)
-        return storage
+        flat = torch.empty(0, dtype=torch.uint8, device=self.torch_device)
+        return flat.set_(make(address, self.torch_device, num_bytes), 0, (num_bytes,), (1,))
 
     def pin(self, address: int, num_bytes: int) -> None:
         """See `Driver.pin`."""
@@ -245,7 +306,11 @@ class CudaDriver:
             self._context = None
 
     def _torch_stream(self, stream: Stream) -> torch.cuda.ExternalStream:
-        return torch.cuda.ExternalStream(stream, device=self.torch_device)  # type: ignore[no-untyped-call]
+        known = self._streams.get(stream)
+        if known is None:
+            known = torch.cuda.ExternalStream(stream, device=self.torch_device)  # type: ignore[no-untyped-call]
+            self._streams[stream] = known
+        return known
 
     def _location(self, ordinal: int) -> Any:
         location = self._cuda.CUmemLocation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import torch
@@ -14,6 +15,15 @@ from kunserve.gpu.cuda.driver import Driver
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import ALIGNMENT, WeightUnit
 from kunserve.sizes import format_size
+
+TOUCHING_THREADS = 8  # as many faults of pages as a system handles at a time, more or less
+
+
+def _touch(memory: Tensor) -> None:
+    """Let the system give all pages of `memory` (N,), by several threads: the driver would fetch them one by one."""
+    size = -(-len(memory) // TOUCHING_THREADS)
+    with ThreadPoolExecutor(TOUCHING_THREADS, "touch") as threads:
+        list(threads.map(torch.Tensor.zero_, torch.split(memory, max(1, size))))
 
 
 class PinnedSource:
@@ -36,6 +46,7 @@ class PinnedSource:
             end += -(-prod(spec.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self._memory = torch.empty(end, dtype=torch.uint8)
         if driver is not None:
+            _touch(self._memory)
             try:
                 driver.pin(self._memory.data_ptr(), end)
             except DeviceError as error:

@@ -35,7 +35,7 @@ class StreamQueue:
 
     def __init__(self, driver: Driver, name: str) -> None:
         self._driver = driver
-        self.stream: Stream = driver.create_stream()
+        self.stream: Stream = driver.take_stream()
         self._launcher, self._waiter = WorkQueue(f"{name}-launch"), WorkQueue(f"{name}-wait")
         self._launching = threading.RLock()  # whoever holds it is the only one to launch
 
@@ -46,7 +46,7 @@ class StreamQueue:
         """
 
         def launch_now() -> Launched[T]:
-            with self._launching, self._driver.on(self.stream):
+            with self.lent():
                 for event in after:
                     self._driver.wait(self.stream, event)
                 try:
@@ -75,6 +75,12 @@ class StreamQueue:
         return await to_the_end(launch_and_finish())
 
     @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, this thread launches on the stream, and nobody else does."""
+        with self._launching, self._driver.on(self.stream):
+            yield
+
+    @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the stream is idle and nothing is launched. Blocks until what runs is done."""
         with self._launching:
@@ -91,10 +97,10 @@ class StreamQueue:
         return all(queue.has_ended(timeout_s) for queue in (self._launcher, self._waiter))
 
     def close(self) -> None:
-        """Wait for everything and end the threads and the stream."""
+        """Wait for everything, end the threads and give the stream back."""
         self._launcher.close()
         self._waiter.close()
         try:
             self._driver.synchronize(self.stream)
         finally:
-            self._driver.destroy_stream(self.stream)
+            self._driver.return_stream(self.stream)

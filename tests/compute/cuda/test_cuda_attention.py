@@ -6,20 +6,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 
 import fake_flashinfer
 import pytest
 import torch
-from cuda_parts import CPU, cuda_decoder_on_cpu
-from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on, step
+from cuda_parts import cuda_decoder_on_cpu
+from fake_cuda import FakeCuda
+from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
 
 from kunserve.compute.cuda import decoder as cuda_decoder
 from kunserve.compute.cuda.attention import (
     MIN_FLOAT_WORKSPACE_BYTES,
     FlashInferAttention,
     Planner,
-    Staged,
     StepBuffers,
     float_workspace_bytes,
 )
@@ -36,8 +35,7 @@ NUM_SMS = 132  # of an H100
 def attention(monkeypatch: pytest.MonkeyPatch) -> FlashInferAttention:
     for name, module in fake_flashinfer.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=NUM_SMS))
-    return FlashInferAttention(CONFIG, BLOCK, DTYPE, StepBuffers(LIMITS, CPU), LIMITS.max_num_seqs)
+    return FlashInferAttention(CONFIG, BLOCK, DTYPE, StepBuffers(LIMITS, FakeCuda()), LIMITS.max_num_seqs)
 
 
 @pytest.fixture
@@ -46,7 +44,8 @@ def pair(attention: FlashInferAttention) -> Iterator[Pair]:
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
     plain, cuda = (memory_on(device) for device in devices)
     decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)
-    decoder._buffers, decoder._planner = attention._buffers, Planner(attention._buffers, attention)
+    decoder._planner = Planner(attention._buffers, attention)
+    decoder.capture()
     layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
     yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
     for device in devices:
@@ -62,25 +61,12 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
     for i, (which, cut) in enumerate(zip(sequences, cuts, strict=True)):
         assert_same(pair, decode(i, which), 10 + i, cut)
     buckets = attention._buckets
-    assert set(buckets) == {1, 2, 4}
-    assert [buckets[n].num_plans for n in (1, 2, 4)] == [1 + 2, 1 + 2, 2 + 3]  # once per step and stage
+    assert set(buckets) == {1, 2, 4, 6}
+    assert [buckets[n].num_plans - 1 for n in (1, 2, 4, 6)] == [1 + 2, 1 + 2, 2 + 3, 0]  # once per step and stage
     for wrapper in buckets.values():
         assert wrapper.workspaces == [attention._floats, attention._ints]  # one of each for all
     addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
     assert len(addresses) == 1
-
-
-def test_a_bucket_is_captured_when_it_first_comes_and_never_again(pair: Pair) -> None:
-    graphs = pair.cuda.graphs
-    assert graphs is not None
-    for i, spans in enumerate(PROMPTS[:2]):
-        assert_same(pair, spans, i)
-    seen = []
-    for i, sequences in enumerate([[0, 1, 2], [2], [1, 0, 2], [0], [1, 2], [2, 1]]):
-        assert_same(pair, decode(i, sequences), 10 + i)
-        seen.append(sorted({bucket for _, bucket in graphs._graphs}))
-    assert seen == [[4], [1, 4], [1, 4], [1, 4], [1, 2, 4], [1, 2, 4]]
-    assert graphs.num_captures == 3 * (LAYERS // graphs.run_layers)
 
 
 class CapturableKernels(TorchKernels):
@@ -96,7 +82,7 @@ def test_graphs_are_made_unless_flags_say_no(
         memory = memory_on(device)
         decoder, note = cuda_decoder.cuda_decoder(
             CONFIG, memory.weights, memory.kv, 64, LIMITS,
-            block_size=BLOCK, dtype=torch.bfloat16, device=CPU, enforce_eager=enforce_eager,
+            block_size=BLOCK, dtype=torch.bfloat16, driver=FakeCuda(), enforce_eager=enforce_eager,
         )  # fmt: skip
         assert note == f"some kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
         assert (decoder.graphs is None) == enforce_eager
@@ -114,38 +100,10 @@ def test_no_graphs_are_made_of_what_cannot_be_captured(
         memory = memory_on(device)
         decoder, note = cuda_decoder.cuda_decoder(
             CONFIG, memory.weights, memory.kv, 64, LIMITS,
-            block_size=BLOCK, dtype=dtype, device=CPU, enforce_eager=False,
+            block_size=BLOCK, dtype=dtype, driver=FakeCuda(), enforce_eager=False,
         )  # fmt: skip
         assert decoder.graphs is None and note.endswith("eager")
         del decoder, memory
-
-
-def test_arrays_are_not_overwritten_before_they_have_left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    put = Staged.put
-
-    class Event:
-        def __init__(self, blocking: bool) -> None:
-            assert blocking
-
-        def record(self) -> None:
-            log.append("on their way")
-
-        def synchronize(self) -> None:
-            log.append("have left")
-
-    def logged(self: Staged, values: object) -> torch.Tensor:
-        log.append("write")
-        return put(self, values)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Staged, "put", logged)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    pair.cuda._buffers.torch_device = torch.device("cuda")
-    batch, rows = step(PROMPTS[0])
-    for _ in range(2):
-        pair.cuda.forward(0, LAYERS, torch.zeros(6, dtype=torch.int32), batch, rows)
-    writes = ["write"] * log.index("on their way")
-    assert writes and log == [*writes, "on their way", "have left", *writes, "on their way"]
 
 
 def test_workspace_for_partial_results() -> None:

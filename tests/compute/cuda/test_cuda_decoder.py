@@ -50,6 +50,11 @@ def memory_on(device: HostDevice) -> DeviceMemory:
     return memory
 
 
+def captured(decoder: CudaDecoder) -> CudaDecoder:
+    decoder.capture()
+    return decoder
+
+
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
@@ -57,7 +62,7 @@ def pair() -> Iterator[Pair]:
     yield Pair(
         Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64),
         [kv[:12] for kv in plain.kv.layers],
-        cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS),
+        captured(cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)),
         [kv[:12] for kv in cuda.kv.layers],
     )
     for device in devices:
@@ -110,14 +115,16 @@ def test_mixed_and_decode_steps_match_the_plain_decoder(pair: Pair) -> None:
     assert graphs is not None and graphs.num_replays > 0
 
 
-def test_a_drop_captures_nothing_new(pair: Pair) -> None:
+def test_all_is_captured_before_serving_and_a_drop_captures_nothing(pair: Pair) -> None:
     graphs = pair.cuda.graphs
     assert graphs is not None
+    captures = graphs.num_captures
+    assert captures == len(graphs.buckets) * -(-LAYERS // graphs.run_layers)
     for i, spans in enumerate(PROMPTS):
         assert_same(pair, spans, i)
+    replays = graphs.num_replays
     assert_same(pair, decode(0, [0, 1, 2]), 10)
-    captures = graphs.num_captures
-    assert captures == 2 * (LAYERS // graphs.run_layers)  # two buckets: PROMPTS ends with a single token
+    assert graphs.num_replays == replays + -(-LAYERS // graphs.run_layers)  # the model's end as well
     chains = [(2,), (4,), (3,), (1, 4)]  # of any grouping, with ragged ends as well
     for i, cuts in enumerate(chains):
         replays = graphs.num_replays

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_parts import CPU, FakeGraph
+from cuda_parts import CPU
+from fake_cuda import FakeCuda
 
-from kunserve.compute.cuda.graphs import BUCKETS, DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
+from kunserve.compute.cuda.graphs import (
+    BUCKETS,
+    RUN_LAYERS,
+    DecodeGraphs,
+    Run,
+    batch_buckets,
+    bucket_for,
+    cut_into_runs,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,39 +35,45 @@ def test_every_batch_gets_the_smallest_bucket_that_holds_it() -> None:
     assert bucket_for(101, buckets) is None
 
 
+@pytest.mark.parametrize("num_layers", [32, 30, 5])
 @pytest.mark.parametrize("run_layers", [1, 3, 4])
-def test_runs_cover_a_stage_in_order_and_whole_ones_are_those_of_the_whole_model(run_layers: int) -> None:
-    whole_model = {run for run, is_whole in cut_into_runs(0, 32, run_layers) if is_whole}
-    for first in range(32):
-        for last in range(first + 1, 33):
-            runs = cut_into_runs(first, last, run_layers)
+def test_runs_cover_a_stage_in_order_and_whole_ones_are_those_of_the_whole_model(
+    run_layers: int, num_layers: int
+) -> None:
+    whole_model = {run for run, _ in cut_into_runs(0, num_layers, num_layers, run_layers)}
+    assert all(is_whole for _, is_whole in cut_into_runs(0, num_layers, num_layers, run_layers))
+    for first in range(num_layers):
+        for last in range(first + 1, num_layers + 1):
+            runs = cut_into_runs(first, last, num_layers, run_layers)
             assert [layer for run, _ in runs for layer in range(*run)] == list(range(first, last))
             assert {run for run, is_whole in runs if is_whole} <= whole_model
             assert sum(run.last_layer - run.first_layer for run, is_whole in runs if not is_whole) <= 2 * run_layers - 2
 
 
 def test_a_drop_at_the_middle_replays_what_was_captured() -> None:
-    assert [run for run, _ in cut_into_runs(0, 32)] == [
-        run for half in ((0, 16), (16, 32)) for run, _ in cut_into_runs(*half)
+    assert [run for run, _ in cut_into_runs(0, 32, 32, RUN_LAYERS)] == [
+        run for half in ((0, 16), (16, 32)) for run, _ in cut_into_runs(*half, 32, RUN_LAYERS)
     ]
 
 
-def test_work_is_done_once_the_first_time_and_replayed_then() -> None:
-    graphs = DecodeGraphs(8, 4, torch.float32, CPU, FakeGraph)
+def test_work_is_replayed_if_it_was_captured_and_done_if_not() -> None:
+    graphs = DecodeGraphs(8, 4, torch.float32, CPU, FakeCuda().capture)
     hidden, run = graphs.hidden(4), Run(0, 4)
 
     def work() -> None:
         hidden.add_(1)
 
+    graphs.run(run, 4, work)
+    assert (graphs.num_captures, graphs.num_replays) == (0, 0)
+    graphs.capture(run, 4, work)
     for i in range(3):
-        graphs.run(run, 4, work)
         assert (hidden == i + 1).all()
-    assert (graphs.num_captures, graphs.num_replays) == (1, 2)
+        graphs.run(run, 4, lambda: None)
     graphs.run(run, 8, work)
     graphs.run(Run(4, 8), 4, work)
-    assert graphs.num_captures == 3
+    assert (graphs.num_captures, graphs.num_replays) == (1, 3) and (hidden == 6).all()
 
 
 def test_hidden_states_of_a_bucket_stay_where_they_are() -> None:
-    graphs = DecodeGraphs(8, 4, torch.float32, CPU, FakeGraph)
+    graphs = DecodeGraphs(8, 4, torch.float32, CPU, FakeCuda().capture)
     assert graphs.hidden(4).data_ptr() == graphs.hidden(8).data_ptr() == graphs.hidden(4).data_ptr()

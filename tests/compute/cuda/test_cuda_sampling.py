@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from seeds import seeds
 
 from kunserve.compute import sampler
 from kunserve.compute.cuda import sampling as cuda_sampling
-from kunserve.compute.cuda.sampling import is_plain, launch_sample, sampled
+from kunserve.compute.cuda.sampling import PendingTokens, TokenBuffers, is_plain, sampled
+from kunserve.compute.cuda.sampling import launch_sample as launch_with
 from kunserve.compute.sampler import SampledToken, SamplingRow, sample, uniform
 from kunserve.sampling import SamplingParams
 
@@ -19,6 +21,10 @@ from kunserve.sampling import SamplingParams
 def row(seed: int, num_output: int = 2, **params: Any) -> SamplingRow:
     settings = SamplingParams(max_tokens=9, **params)
     return SamplingRow(settings, seed, (1, 2), tuple(range(num_output)), (0,))
+
+
+def launch_sample(values: torch.Tensor, rows: list[SamplingRow]) -> PendingTokens:
+    return launch_with(values, rows, TokenBuffers(FakeCuda(), len(rows)))
 
 
 PLAIN = [
@@ -97,6 +103,21 @@ def test_an_exception_of_one_row_is_that_rows(monkeypatch: pytest.MonkeyPatch) -
     found = launch_sample(values, PLAIN)
     assert isinstance(found.tokens()[2].error, ZeroDivisionError) and int(found.on_device[2]) == 0
     assert [*found.tokens()[:2], *found.tokens()[3:]] == [*expected[:2], *expected[3:]]
+
+
+def test_a_buffer_is_used_again_when_its_tokens_are_gone_and_not_before() -> None:
+    driver, values = FakeCuda(), logits(len(PLAIN), 3)
+    buffers = TokenBuffers(driver, len(PLAIN))
+    first, second = (launch_with(values, PLAIN, buffers) for _ in range(2))
+    places = {pending.on_host.data_ptr() for pending in (first, second)}
+    assert len(places) == 2 and driver.calls["pinned"] == 2
+    expected = sample(values, PLAIN)
+    assert first.tokens() == second.tokens() == expected
+    for _ in range(5):
+        del first
+        first = launch_with(values, PLAIN, buffers)
+        assert first.on_host.data_ptr() in places and first.tokens() == expected
+    assert driver.calls["pinned"] == 2
 
 
 def test_nothing_to_sample() -> None:

@@ -118,14 +118,23 @@ async def test_two_gpus_directly_or_through_host_memory(
         assert served.machine.device_name == "GPU 0 that is not there"
         assert [view.island for view in served.control._devices] == [0, 0 if are_peers else 1]
         await assert_same_tokens_through_drop_and_restore(served)
-        _, first, second = [gpus.opened[i] for i in (2, 0, 1)]  # the one in between measured activations
-        for driver in (first, second):
-            granted = {entry[-1] for entry in driver.log if entry[0] == "set_access"}
-            both = (driver.ordinal, 1 - driver.ordinal)
-            assert granted == {both if are_peers else (driver.ordinal,)}
-            assert bool(driver.calls["pinned"]) != are_peers  # what moved was staged there, and only then
         (restore,) = (t for t in served.control.reconfigure.transitions.remembered if t.kind == "restore")
         assert restore.weight_sources.keys() == {"mate" if host_copy is HostCopy.NONE else "host"}
+        assert_same_weights(served)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("host_copy", "are_peers"), [(HostCopy.PINNED, True), (HostCopy.NONE, True), (HostCopy.NONE, False)]
+)
+async def test_weights_come_back_in_whatever_order_streams_go_on(
+    tiny: Path, gpus: Gpus, are_peers: bool, host_copy: HostCopy
+) -> None:
+    """What was dropped is restored from the host or from the other GPU, while work waits in its streams."""
+    gpus.count, gpus.are_peers, gpus.are_async = 2, are_peers, True
+    settings: dict[str, Any] = {"devices": parse_devices("cuda:0,1"), "host_copy": host_copy}
+    async with serving(tiny, device_memory_bytes=24 * MIB, **settings) as served:
+        await assert_same_tokens_through_drop_and_restore(served)
         assert_same_weights(served)
 
 
@@ -155,7 +164,7 @@ async def test_the_memory_is_what_a_full_step_leaves(
         for memory in served.engine.memories:
             budget = memory.device.num_chunks * memory.device.chunk_bytes
             assert expected - memory.device.chunk_bytes < budget <= expected
-        assert steps == [(48, 8), (8, 8)]  # the full token budget, all sampled; and the largest that is captured
+        assert steps == [(48, 8)]  # the full token budget, all sampled
         measured = drivers[2]  # opened for the step at full token budget, and closed
         assert len(drivers) == 3 and measured.is_clean() and measured.calls["create"] > 0
     assert drivers[0].is_clean()

@@ -20,6 +20,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch.assemble import make_control
 from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions, full_step
 from kunserve.engine.launch.placement import model_shape
+from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import make_policy
@@ -49,7 +50,8 @@ OPTIONS = CudaOptions((0, 0), torch.float32, BLOCK, 48, 8, memory_bytes=20 * GRA
 async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[Engine]:
     """Two groups of one device each, that regroup when told to."""
     unopened = iter(drivers)
-    machine = CudaMachine(MODEL, OPTIONS, lambda ordinal: next(unopened), lambda *_: 0)
+    options = replace(OPTIONS, ordinals=tuple(driver.ordinal for driver in drivers))
+    machine = CudaMachine(MODEL, options, lambda ordinal: next(unopened), lambda *_: 0)
     shape = KVShape.of(MODEL, BLOCK, torch.float32)
     chunks = model_shape(MODEL, shape, machine.chunk_bytes)
     views, devices = machine.views(chunks), machine.open()
@@ -100,8 +102,9 @@ async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ..
             await change()
             for _ in range(4):
                 await engine.signals.next_commit()
-            while engine.state()["transitions"][-1]["outcome"] == "running":
-                await engine.signals.next_commit()
+            assert isinstance(engine.control, OverloadControl)
+            while tasks := engine.control._tasks:
+                await asyncio.wait(set(tasks))
             engine.check()
     return await asyncio.gather(*requests)
 

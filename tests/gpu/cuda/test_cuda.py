@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import GRANULARITY, FakeCuda, RuleBrokenError
+from fake_cuda import GRANULARITY, FakeCuda
+from fake_timeline import RuleBrokenError
 
 from kunserve.errors import ConfigError, DeviceError, DeviceLostError
 from kunserve.gpu.cuda.device import (
@@ -64,7 +65,7 @@ def test_one_access_call_and_one_unmap_call_per_run(device: CudaDevice, driver: 
     driver.log.clear()
     device.map(address, [5, 0, 3, 1])  # any chunks: neighbours in address, not in memory
     assert names(driver) == ["map"] * 4 + ["set_access"]
-    assert driver.log[-1] == ("set_access", address, 4 * CHUNK, (0,))
+    assert driver.log[-1] == ("set_access", address, 4 * CHUNK)
     driver.log.clear()
     device.unmap(address + CHUNK, 3)
     assert driver.log == [("unmap", address + CHUNK, 3 * CHUNK)]
@@ -106,13 +107,20 @@ def test_close_gives_everything_back_whatever_is_mapped(driver: FakeCuda) -> Non
     assert driver.is_clean()
 
 
-def test_other_gpus_get_access() -> None:
-    driver = FakeCuda(reachable=[2])
-    device = CudaDevice(driver, "cuda:0", 2, CHUNK, peers=[0, 2])
-    address = device.reserve(CHUNK)
-    device.map(address, [1])
-    assert driver.reaches(address) == (0, 2)
+def test_runs_are_unmapped_chunk_by_chunk_where_the_driver_refuses_them() -> None:
+    driver = FakeCuda(unmaps_runs=False)
+    device = CudaDevice(driver, "cuda:0", 6, CHUNK)
+    address = device.reserve(6 * CHUNK)
+    for _ in range(2):
+        device.map(address, [4, 0, 2, 5])
+        driver.log.clear()
+        device.unmap(address + CHUNK, 3)
+        device.unmap(address, 1)
+        assert driver.log[-4:] == [("unmap", address + i * CHUNK, CHUNK) for i in (1, 2, 3, 0)]
+    assert len(driver.log) == 4  # the second time it is not even asked
+    device.map(address, [4, 0, 2, 5])
     device.close()
+    assert driver.is_clean()
 
 
 def test_too_little_memory_names_the_figures_and_keeps_nothing() -> None:
@@ -166,22 +174,20 @@ def test_the_fake_keeps_the_rules(driver: FakeCuda) -> None:
     broken(driver, lambda: driver.map(address + 1, size, a), "aligned")
     broken(driver, lambda: driver.map(address + 3 * size, size, a), "reserved range")
     broken(driver, lambda: driver.map(address, 2 * size, a), "not all of it")
-    broken(driver, lambda: driver.set_access(address, size, [0]), "mapped")
+    broken(driver, lambda: driver.set_access(address, size), "mapped")
     broken(driver, lambda: driver.unmap(address, size), "whole mappings")
     driver.map(address, size, a)
-    assert driver.reaches(address) == ()  # not yet usable
+    assert not driver.is_usable(address)  # not yet usable
     broken(driver, lambda: driver.map(address, size, b), "something is mapped")
     broken(driver, lambda: driver.map(address + size, size, a), "elsewhere")
-    broken(driver, lambda: driver.set_access(address, 2 * size, [0]), "not all")
-    broken(driver, lambda: driver.set_access(address, size, [0, 1]), "does not reach")
-    broken(driver, lambda: driver.set_access(address, size, []), "without the GPU")
+    broken(driver, lambda: driver.set_access(address, 2 * size), "not all")
     driver.map(address + size, size, b)
-    driver.set_access(address, 2 * size, [0])
+    driver.set_access(address, 2 * size)
     broken(driver, lambda: driver.release(a), "mapped")
     broken(driver, lambda: driver.free(address, 3 * size), "mapped")
     broken(driver, lambda: driver.free(address, size), "reserved")
     broken(driver, lambda: driver.unmap(address, size // 2), "whole mappings")
-    stream = driver.create_stream()
+    stream = driver.take_stream()
     driver.submit(stream)
     broken(driver, lambda: driver.unmap(address, 2 * size), "not finished")
     broken(driver, lambda: driver.map(address + 2 * size, size, a), "not finished")
@@ -271,7 +277,7 @@ async def test_a_remap_waits_for_the_streams_and_holds_launches_back(device: Cud
 async def test_a_cancelled_caller_waits_for_its_work(device: CudaDevice, driver: FakeCuda) -> None:
     stream = compute_stream(device)
     step = asyncio.ensure_future(device.run(lambda: driver.submit(stream)))
-    await until(lambda: driver._submitted[stream] == 1)
+    await until(lambda: driver.submitted(stream) == 1)
     step.cancel()
     for _ in range(20):
         await asyncio.sleep(0)
@@ -284,7 +290,7 @@ async def test_a_cancelled_caller_waits_for_its_work(device: CudaDevice, driver:
 async def test_a_kernel_that_faults_is_an_error_with_cudas_name(driver: FakeCuda) -> None:
     device = CudaDevice(driver, "cuda:0", 1, CHUNK)
     step = asyncio.ensure_future(device.run(lambda: driver.submit(compute_stream(device))))
-    await until(lambda: driver._submitted[compute_stream(device)] == 1)
+    await until(lambda: driver.submitted(compute_stream(device)) == 1)
     driver.fail("CUDA_ERROR_ILLEGAL_ADDRESS")
     with pytest.raises(DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
         await step
@@ -308,7 +314,7 @@ async def test_an_error_comes_out_where_it_belongs_when_nothing_runs_on(device: 
     driver.complete(stream)
     with pytest.raises(ZeroDivisionError):
         await steps[1]
-    await until(lambda: driver._submitted[stream] == 3)
+    await until(lambda: driver.submitted(stream) == 3)
     driver.complete(stream)
     assert await steps[2] == "done"
 
@@ -322,7 +328,7 @@ async def test_a_fault_on_one_gpu_is_no_fault_on_another() -> None:
         return i
 
     steps = [asyncio.ensure_future(devices[i].run(lambda i=i: work(i))) for i in range(2)]  # type: ignore[misc]
-    await until(lambda: all(d._submitted[compute_stream(devices[i])] for i, d in enumerate(drivers)))
+    await until(lambda: all(d.submitted(compute_stream(devices[i])) for i, d in enumerate(drivers)))
     drivers[0].fail("CUDA_ERROR_LAUNCH_FAILED")
     with pytest.raises(DeviceLostError, match=r"cuda:0: .*CUDA_ERROR_LAUNCH_FAILED"):
         await steps[0]

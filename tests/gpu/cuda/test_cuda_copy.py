@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_cuda import CHUNK, until
 
 from kunserve.errors import DeviceError
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
+from kunserve.gpu.cuda import copy
 from kunserve.gpu.cuda.copy import transfer
 from kunserve.gpu.cuda.device import (
     open_cuda_devices,
@@ -28,7 +31,6 @@ async def test_transfer_between_gpus(reachable: bool) -> None:
     src.copy_(torch.arange(2 * CHUNK) % 251)
     await transfer(source, src, target, dst, slice_bytes=1_000_000)  # slices that divide nothing
     assert torch.equal(src, dst)
-    assert drivers[0].reaches(addresses[0]) == ((0, 1) if reachable else (0,))
     source.close()
     target.close()
     assert all(driver.is_clean() for driver in drivers)
@@ -97,3 +99,24 @@ async def test_a_cancelled_caller_of_a_staged_copy_waits_for_both_devices() -> N
         await caller
     source.close()
     target.close()
+
+
+async def test_devices_that_copy_to_each_other_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both launch on a stream of theirs, and only then ask for one of the other's."""
+    drivers = [FakeCuda(0, reachable=[1]), FakeCuda(1, reachable=[0])]
+    a, b = open_cuda_devices(drivers, 1, CHUNK)
+    both, take_over = threading.Barrier(2), copy._take_over
+
+    def together(*ends: Any) -> torch.Tensor:
+        both.wait(10)
+        return take_over(*ends)
+
+    monkeypatch.setattr(copy, "_take_over", together)
+    kv = [torch.arange(8.0).view(4, 2) + 10 * i for i in range(2)]
+    async with asyncio.timeout(30):
+        await asyncio.gather(
+            b.copy([BlockCopy(kv[0], [0], kv[1], [3])], a), a.copy([BlockCopy(kv[1], [1], kv[0], [2])], b)
+        )
+    assert kv[1][3].tolist() == [0, 1] and kv[0][2].tolist() == [12, 13]
+    a.close()
+    b.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 
 import pytest
@@ -74,6 +76,23 @@ def test_whoever_asks_while_a_tensor_is_read_waits_for_that_read(driver: FakeCud
         thread.join()
     assert source.reads == 1 and outs[0].count_nonzero() and all(torch.equal(out, outs[0]) for out in outs)
     pinned.close()
+
+
+def test_memory_is_there_before_it_is_pinned(driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the driver, on one core, faults in page after page."""
+    page, libc, shares = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True), list[float]()
+
+    def pin(address: int, num_bytes: int) -> None:
+        start = address // page * page
+        pages = (ctypes.c_ubyte * -(-(address + num_bytes - start) // page))()
+        assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(address + num_bytes - start), pages) == 0
+        shares.append(sum(p & 1 for p in pages) / len(pages))
+
+    monkeypatch.setattr(driver, "pin", pin)
+    monkeypatch.setattr(driver, "unpin", lambda address: None)
+    large = ModelConfig("llama", 20_000, 256, 32, 2, 2, 1, 128, 64)  # 40 MB: fresh from the system
+    PinnedSource(DummySource(large), weight_units(large, 4), torch.float32, driver).close()
+    assert shares == [1.0]
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do(driver: FakeCuda) -> None:

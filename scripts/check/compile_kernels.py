@@ -1,0 +1,181 @@
+"""Compile all Triton kernels as the decoder launches them, for GPUs that are not there: `compile_kernels.py`.
+
+Every model card in each dtype, for each architecture. The kernels' own launching code runs, on tensors in host memory,
+so that what is compiled is what a GPU would be asked for. Prints a line of JSON for each kernel that comes out
+different: its registers, its spills (0, or the kernel is slow), its shared memory. Exit status 1 beyond the limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from kunserve.compute.cuda.ops import CHECKPOINT_DTYPES
+from kunserve.model.card import load_card
+from kunserve.model.config import ModelConfig
+
+ARCHITECTURES = (80, 90, 100, 120)
+MODELS = Path(__file__).parents[2] / "models"
+MAX_REGISTERS = 128  # of a thread: then four warps of it fit into a multiprocessor four times
+MAX_SHARED_BYTES = 48 << 10  # what a block gets without asking on any architecture
+KERNELS = ("_rms_norm", "_silu_and_mul", "_rotate_and_append")
+
+
+class _Target:
+    """The part of Triton's driver that compiling asks: a GPU of one architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class _Compiled:
+    """Takes the place of a kernel: launching it compiles. Each result once."""
+
+    def __init__(self, kernel: Any, found: dict[str, Any]) -> None:
+        self._kernel, self._found = kernel, found
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            compiled = self._kernel.warmup(*arguments, grid=grid, **constants)
+            self._found.setdefault(compiled.hash, compiled)
+
+        return launch
+
+
+def shapes(names: tuple[str, ...]) -> Iterator[tuple[str, ModelConfig]]:
+    """Model cards, each shape once."""
+    seen = set()
+    for name in names:
+        config = load_card(name).config
+        key = (
+            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
+            config.head_dim, config.qk_norm,
+        )  # fmt: skip
+        if key not in seen:
+            seen.add(key)
+            yield name, config
+
+
+def launch_all(kernels: Any, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Launch each kernel as a layer of this model does, for some rows."""
+    num_rows, block_size = 3, 16
+
+    def made(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind)
+
+    kernels.rms_norm(made(num_rows, config.hidden_size), made(config.hidden_size), 1e-5)
+    kernels.silu_and_mul(made(num_rows, 2 * config.intermediate_size))
+    norms = [made(config.head_dim) if config.qk_norm else None for _ in range(2)]
+    kernels.rotate_and_append(
+        made(num_rows, config.q_size + 2 * config.kv_size),
+        made(64, config.head_dim),
+        made(4, 2, config.num_kv_heads, block_size, config.head_dim),
+        made(num_rows, kind=torch.int32),
+        made(num_rows, kind=torch.int32),
+        *norms,
+        1e-5,
+    )
+
+
+def compile_for(names: tuple[str, ...], architecture: int) -> list[dict[str, Any]]:
+    """Compile for one architecture, in a process that has not imported Triton yet."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    from kunserve.compute.cuda import kernels as module
+
+    triton.runtime.driver.set_active(_Target(architecture))
+    found: dict[str, Any] = {}
+    for name in KERNELS:
+        setattr(module, name, _Compiled(getattr(module, name), found))
+    rows, known = [], set[str]()
+    for model, config in shapes(names):
+        for dtype_name, dtype in CHECKPOINT_DTYPES.items():
+            launch_all(module.TritonKernels(), config, dtype)
+            rows += [
+                resources(found[key]) | {"sm": architecture, "first": f"{model} {dtype_name}"}
+                for key in found
+                if key not in known
+            ]
+            known.update(found)
+    return rows
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """What a compiled kernel takes of a multiprocessor: registers of a thread, bytes of spills and shared memory."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return {
+        "kernel": compiled.metadata.name,
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def is_within_limits(row: dict[str, Any]) -> bool:
+    """Whether a kernel spills nothing and leaves room for others on a multiprocessor."""
+    registers, spilled, shared = (int(row[key]) for key in ("registers", "spilled_bytes", "shared_bytes"))
+    return spilled == 0 and registers <= MAX_REGISTERS and shared <= MAX_SHARED_BYTES
+
+
+def parse_arguments() -> SimpleNamespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(sorted(path.stem for path in MODELS.glob("*.toml"))))
+    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures, with commas")
+    found = parser.parse_args()
+    return SimpleNamespace(models=tuple(found.models.split(",")), sm=[int(sm) for sm in found.sm.split(",")])
+
+
+def main() -> None:
+    args, begun = parse_arguments(), time.monotonic()
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(
+        min(len(args.sm), os.cpu_count() or 1), get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        for some in pool.map(partial(compile_for, args.models), args.sm):
+            for row in some:
+                print(json.dumps(row), flush=True)
+            rows += some
+    bad = [row for row in rows if not is_within_limits(row)]
+    print(json.dumps({"compiled": len(rows), "beyond_limits": bad, "seconds": round(time.monotonic() - begun, 1)}))
+    sys.exit(1 if bad or not rows else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Triton's kernels compile for every architecture that is served, and take no more of a GPU than they may."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_kernels
+import pytest
+from compile_kernels import ARCHITECTURES, KERNELS, is_within_limits
+
+
+def test_all_that_the_decoder_launches_compiles_and_fits(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
+    del environment["TRITON_INTERPRET"]
+    command = [sys.executable, compile_kernels.__file__]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, last = map(json.loads, done.stdout.splitlines())
+    assert last["compiled"] == len(rows) and last["beyond_limits"] == []
+    assert {(row["sm"], row["kernel"]) for row in rows} == {(sm, name) for sm in ARCHITECTURES for name in KERNELS}
+    assert all(is_within_limits(row) and row["registers"] > 8 for row in rows)
+    dtypes = {row["first"].split()[1] for row in rows}
+    assert dtypes == {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "beyond", [{"spilled_bytes": 8}, {"registers": 255}, {"shared_bytes": 200 << 10}], ids=lambda d: next(iter(d))
+)
+def test_what_takes_too_much_is_beyond_the_limits(beyond: dict[str, int]) -> None:
+    row = {"spilled_bytes": 0, "registers": 32, "shared_bytes": 16}
+    assert is_within_limits(row) and not is_within_limits(row | beyond)

@@ -1,0 +1,83 @@
+"""What a GPU computes with, on GPUs that are not there: kernels that wait in their stream, and read when they run.
+
+Each launch is one piece of work, which a graph can hold; the arithmetic is the reference's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fake_gpu_tensors import launch
+from torch import Tensor
+
+from kunserve.compute.cuda.attention import Attend, StepArrays, StepBuffers
+from kunserve.compute.cuda.ops import TorchKernels
+from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.torch_ops import TorchOps
+
+
+class LaunchedKernels:
+    """Implements kunserve.compute.cuda.ops.Kernels."""
+
+    is_capturable = True
+
+    def __init__(self) -> None:
+        self._reference = TorchKernels()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        launch(lambda x, w, out: out.copy_(self._reference.rms_norm(x, w, eps)), [x, weight], [out])
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+        launch(lambda x, out: out.copy_(self._reference.silu_and_mul(x)), [gate_up], [out])
+        return out
+
+    def rotate_and_append(
+        self, qkv: Tensor, rope: Tensor, kv: Tensor, positions: Tensor, slots: Tensor,
+        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    ) -> None:  # fmt: skip
+        norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+
+        def work(rope: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> None:
+            *given, qkv, kv = rest
+            q, k = given or (None, None)
+            self._reference.rotate_and_append(qkv, rope, kv, positions, slots, q, k, eps)
+
+        launch(work, [rope, positions, slots, *norms], [qkv], [kv])
+
+
+class LaunchedAttention:
+    """Paged attention that reads its arrays on the device, as a captured kernel does. Implements PagedAttention."""
+
+    is_capturable = True
+
+    def __init__(self, block_size: int, buffers: StepBuffers) -> None:
+        self._block_size, self._buffers = block_size, buffers
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
+        seqs, buffers = len(arrays.last_block_len), self._buffers
+        staged = [buffers.cu_seqlens_q, buffers.kv_indptr, buffers.kv_indices, buffers.last_block_len]
+        sizes = [seqs + 1, seqs + 1, len(buffers.kv_indices.device), seqs]
+        read = [s.device[:size] for s, size in zip(staged, sizes, strict=True)]
+
+        def attend(q: Tensor, kv: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            launch(self._attend, [q, *read], [out], [kv])
+            return out
+
+        return attend
+
+    def _attend(
+        self, q: Tensor, ends: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, out: Tensor, kv: Tensor
+    ) -> None:
+        counts = indptr.long().diff()
+        contexts = (counts - 1) * self._block_size + last
+        tables = torch.zeros(len(last), int(counts.max()), dtype=torch.int32)
+        tables[torch.arange(tables.shape[1]) < counts[:, None]] = indices[: int(indptr[-1])]
+        lens = ends.diff()
+        positions = [torch.arange(int(c - n), int(c)) for c, n in zip(contexts, lens, strict=True)]
+        batch = AttentionBatch(torch.cat(positions).int(), ends, contexts.int(), tables, self._block_size)
+        out.copy_(TorchOps().attention(q.flatten(1), kv, batch, q.shape[1]).view(q.shape))

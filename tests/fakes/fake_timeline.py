@@ -1,0 +1,411 @@
+"""What runs when, on GPUs that are not there: streams, events, captures, and the memory that work uses.
+
+Work lies in its stream until somebody waits; then streams go on in random order, as far as events let them. So whatever
+is ordered by luck alone comes in the wrong order sooner or later: a piece of work that touches memory which earlier
+work of another stream has not done with breaks a rule. Memory is known by its addresses, whatever it is part of.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+from weakref import ref
+
+from kunserve.errors import DeviceError
+
+
+class RuleBrokenError(AssertionError):
+    """Our code did what CUDA forbids."""
+
+
+class Owner(Protocol):
+    """What a stream belongs to."""
+
+    ordinal: int
+    error: str | None  # a kernel has faulted: nothing runs any more
+
+
+class Span(NamedTuple):
+    """Bytes from one address to another."""
+
+    start: int
+    end: int
+
+
+@dataclass(eq=False, slots=True)
+class Event:
+    """A place in a stream."""
+
+    stream: int
+    is_reached: bool = False
+    is_captured: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """One launch, a wait, or an event."""
+
+    stream: int
+    number: int = 0  # the order in which the host has launched
+    run: Callable[[], object] | None = None
+    reads: tuple[Span, ...] = ()
+    writes: tuple[Span, ...] = ()
+    after: Event | None = None
+    reaches: Event | None = None
+    is_held: bool = False  # until a test lets it end
+
+
+@dataclass(slots=True)
+class _Stream:
+    owner: Owner
+    queue: deque[Piece] = field(default_factory=deque)
+    num_submitted: int = 0  # held pieces
+    num_done: int = 0
+    is_destroyed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Recording:
+    """What a capture has seen, to be launched again. Memory that was there before must be there then."""
+
+    stream: int
+    thread: int
+    pieces: list[Piece] = field(default_factory=list)
+    needed: list[tuple[Span, ref[Any]]] = field(default_factory=list)
+
+
+class Block:
+    """Memory of torch's allocator: used again on its stream as soon as nobody holds it, and who reads it be damned."""
+
+    def __init__(self, timeline: Timeline, span: Span, stream: int, *, is_pinned: bool = False) -> None:
+        self.timeline, self.span, self.stream, self.is_pinned = timeline, span, stream, is_pinned
+        self.used_on: set[int] = set()  # pinned: streams that have copied it; else those it was recorded for
+        self.made_in = timeline.recording()  # memory of a graph stays its own
+
+    def __del__(self) -> None:
+        self.timeline.freed(self)
+
+
+class _Nobody:
+    """Whose the legacy streams are."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.error: str | None = None
+
+
+class Timeline:
+    """All streams of a machine. `broken`: what could not be raised where it was found."""
+
+    def __init__(self) -> None:
+        self.change = threading.Condition(threading.RLock())
+        self.broken: list[str] = []
+        self.copies: list[tuple[int, int]] = []  # between GPUs: the streams that were current on both
+        self._streams: dict[int, _Stream] = {}
+        self._legacy: dict[int, int] = {}  # of each GPU: what torch launches on where no stream is current
+        self._ids, self._numbers = itertools.count(1), itertools.count(1)
+        self._random = random.Random(0)
+        self._recordings: dict[int, Recording] = {}
+        self._captured_event: str | None = None  # torch's host allocator has met one: it fails from then on
+        self._thread = threading.local()
+
+    def begin(self, seed: int) -> None:
+        """Forget what other tests have left, and draw another order."""
+        with self.change:
+            self._random.seed(seed)
+            self.broken.clear()
+            self.copies.clear()
+            self._captured_event = None
+
+    # --- streams ---------------------------------------------------------------------------------------------------
+
+    def create(self, owner: Owner) -> int:
+        """Make a stream that does not wait for the legacy one."""
+        with self.change:
+            stream = next(self._ids)
+            self._streams[stream] = _Stream(owner)
+            return stream
+
+    def take(self, stream: int, owner: Owner) -> None:
+        """Give a stream that nobody has to another device."""
+        with self.change:
+            state = self._state(stream)
+            assert not state.queue
+            state.owner, state.num_submitted, state.num_done = owner, 0, 0
+
+    def destroy(self, stream: int) -> None:
+        """End a stream. Its number is not used again, as CUDA does: then nobody would see what comes too late."""
+        with self.change:
+            self._state(stream).is_destroyed = True
+
+    def is_idle(self, stream: int) -> bool:
+        """Return whether all that was launched has run."""
+        return not self._state(stream).queue
+
+    def ordinal(self, stream: int) -> int:
+        """Return the GPU of a stream."""
+        return self.owner(stream).ordinal
+
+    def owner(self, stream: int) -> Owner:
+        """Return what a stream belongs to."""
+        return self._state(stream).owner
+
+    @contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        """Let this thread launch on `stream` what it launches on that GPU, which is current."""
+        ordinal, current = self.ordinal(stream), self._current()
+        before, before_gpu = current.get(ordinal), getattr(self._thread, "gpu", 0)
+        current[ordinal], self._thread.gpu = stream, ordinal
+        try:
+            yield
+        finally:
+            self._thread.gpu = before_gpu
+            if before is None:
+                del current[ordinal]
+            else:
+                current[ordinal] = before
+
+    @property
+    def current_gpu(self) -> int:
+        """The GPU that is current in this thread."""
+        return getattr(self._thread, "gpu", 0)
+
+    def current(self, ordinal: int) -> int:
+        """Return the stream on which this thread launches on a GPU."""
+        return self._current().get(ordinal) or self.legacy(ordinal)
+
+    def legacy(self, ordinal: int) -> int:
+        """Return the default stream of a GPU, which ours do not wait for."""
+        with self.change:
+            if ordinal not in self._legacy:
+                self._legacy[ordinal] = self.create(_Nobody(ordinal))
+            return self._legacy[ordinal]
+
+    def launch(
+        self,
+        stream: int,
+        run: Callable[[], object] | None = None,
+        reads: Sequence[Span] = (),
+        writes: Sequence[Span] = (),
+        *,
+        is_held: bool = False,
+    ) -> None:
+        """Put work into a stream."""
+        self._put(Piece(stream, run=run, reads=tuple(reads), writes=tuple(writes), is_held=is_held))
+
+    def record(self, stream: int) -> Event:
+        """Record an event behind all that was launched."""
+        event = Event(stream, is_captured=stream in self._recordings)
+        self._put(Piece(stream, reaches=event))
+        return event
+
+    def wait(self, stream: int, event: Event) -> None:
+        """Let what is launched on `stream` from now on wait for an event."""
+        if not event.is_reached:
+            self._put(Piece(stream, after=event))
+
+    def _put(self, piece: Piece) -> None:
+        with self.change:
+            state, mine = self._state(piece.stream), self.recording()
+            recording = self._recordings.get(piece.stream)
+            if recording is not mine:
+                where = "is being captured by another thread" if recording else "is not what this thread captures"
+                raise RuleBrokenError(f"work was launched on stream {piece.stream}, which {where}")
+            if recording is not None:
+                recording.pieces.append(piece)
+                return
+            piece.number = next(self._numbers)
+            state.queue.append(piece)
+            state.num_submitted += piece.is_held
+            self.change.notify_all()
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def synchronize(self, event: Event, owner: Owner) -> None:
+        """Block until an event is reached, or `owner` has faulted: DeviceError."""
+        with self.change:
+            self.forbid_in_capture("wait for the GPU")
+            if event.stream in self._recordings or event.is_captured:
+                raise DeviceError(f"cuda:{owner.ordinal}: CUDA_ERROR_CAPTURED_EVENT")
+            while not (event.is_reached or owner.error):
+                if not self._run_one():
+                    self.change.wait()
+            if owner.error:
+                raise DeviceError(f"cuda:{owner.ordinal}: cuEventSynchronize failed: {owner.error}")
+
+    def drain(self) -> None:
+        """Run all that can run."""
+        with self.change:
+            while self._run_one():
+                pass
+
+    def release(self, stream: int, count: int) -> None:
+        """Let the oldest held pieces of a stream end, now."""
+        with self.change:
+            state = self._state(stream)
+            assert state.num_done + count <= state.num_submitted
+            wanted = state.num_done + count
+            while state.num_done < wanted:
+                head = state.queue[0]
+                if head.after is not None and not head.after.is_reached:
+                    raise RuleBrokenError("a kernel ran before the event that it waits for")
+                self._run(state)
+            while state.queue and state.queue[0].reaches:
+                self._run(state)
+            self.change.notify_all()
+
+    def forget_work(self) -> None:
+        """Let nothing be left of a test that has broken a rule."""
+        with self.change:
+            for state in self._streams.values():
+                for piece in state.queue:
+                    if piece.reaches is not None:
+                        piece.reaches.is_reached = True
+                state.queue.clear()
+
+    def counts(self, stream: int) -> tuple[int, int]:
+        """Return how many pieces that are held were launched, and how many have ended."""
+        state = self._state(stream)
+        return state.num_submitted, state.num_done
+
+    def _run_one(self) -> bool:
+        ready = [s for s in self._streams.values() if s.queue and not s.owner.error and _can_run(s.queue[0])]
+        if ready:
+            self._run(self._random.choice(ready))
+        return bool(ready)
+
+    def _run(self, state: _Stream) -> None:
+        piece = state.queue[0]
+        self._check_order(piece)
+        if piece.run is not None:
+            try:
+                piece.run()
+            except RuleBrokenError as error:
+                self.broken.append(str(error))
+                raise
+            except Exception as error:  # on a GPU the host is far away by then
+                state.owner.error = f"CUDA_ERROR_ASSERT ({type(error).__name__}: {error})"
+        state.queue.popleft()
+        state.num_done += piece.is_held
+        if piece.reaches is not None:
+            piece.reaches.is_reached = True
+        self.change.notify_all()
+
+    def _check_order(self, piece: Piece) -> None:
+        """What was launched earlier on other streams, and has not run, must have nothing to do with it."""
+        if not (piece.reads or piece.writes):
+            return
+        for stream, state in self._streams.items():
+            for earlier in state.queue if stream != piece.stream else ():
+                if earlier.number > piece.number:
+                    break
+                if _overlap(earlier.writes, piece.reads):
+                    self._break(f"stream {piece.stream} reads what stream {stream} has not written yet")
+                if _overlap(earlier.writes, piece.writes) or _overlap(earlier.reads, piece.writes):
+                    self._break(f"stream {piece.stream} writes over what stream {stream} has not done with")
+
+    def _break(self, rule: str) -> None:
+        self.broken.append(rule)
+        raise RuleBrokenError(rule)
+
+    # --- captures --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self, stream: int) -> Iterator[Recording]:
+        """Record what this thread launches on `stream`, and run nothing of it."""
+        with self.change:
+            self.forbid_in_capture("begin another capture")
+            assert stream not in self._legacy.values(), "the legacy stream cannot be captured"
+            recording = self._recordings[stream] = Recording(stream, threading.get_ident())
+        self._thread.recording = recording
+        try:
+            yield recording
+        finally:
+            self._thread.recording = None
+            with self.change:
+                del self._recordings[stream]
+
+    def replay(self, recording: Recording, stream: int) -> None:
+        """Launch again what was recorded."""
+        for span, block in recording.needed:
+            if block() is None:
+                self._break(f"a graph uses memory that was freed: {span}")
+        for piece in recording.pieces:
+            self._put(Piece(stream, run=piece.run, reads=piece.reads, writes=piece.writes))
+
+    def uses(self, block: Block, stream: int) -> None:
+        """Remember what a launch needs: a graph does again what it has done with the same addresses."""
+        recording = self._recordings.get(stream)
+        if recording is not None and block.made_in is not recording:
+            recording.needed.append((block.span, ref(block)))
+
+    def forbid_in_capture(self, what: str) -> None:
+        """Break the rule if this thread captures."""
+        if self.recording() is not None:
+            raise RuleBrokenError(f"no thread may {what} while it captures")
+
+    def recording(self) -> Recording | None:
+        """Return what this thread captures."""
+        recording: Recording | None = getattr(self._thread, "recording", None)
+        return recording
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def pinned_may_be_taken(self) -> None:
+        """RuntimeError, as torch has it, if its host allocator looks at an event of a capture."""
+        if self._captured_event is not None:
+            raise RuntimeError(self._captured_event)
+
+    def freed(self, block: Block) -> None:
+        """Torch has its memory back: what is launched on its stream from now on may be given it."""
+        with self.change:
+            if block.is_pinned:  # it records an event on each of them, now
+                for stream in block.used_on:
+                    if self._streams[stream].is_destroyed:
+                        self.broken.append(f"stream {stream} was destroyed before a pinned buffer that it has copied")
+                    if stream in self._recordings:
+                        self._captured_event = "operation not permitted on an event last recorded in a capturing stream"
+                return
+            if block.made_in is not None:
+                return
+            if block.used_on & self._recordings.keys():
+                self.broken.append("memory that a stream was recorded for was freed while that stream is captured")
+            for stream, state in self._streams.items():
+                if stream == block.stream or stream in block.used_on:
+                    continue
+                if any(_overlap((block.span,), piece.reads) for piece in state.queue):
+                    self.broken.append(f"memory of stream {block.stream} was freed while stream {stream} reads it")
+
+    def is_written(self, span: Span) -> bool:
+        """Return whether work that has not run will write there."""
+        with self.change:
+            return any(_overlap((span,), piece.writes) for state in self._streams.values() for piece in state.queue)
+
+    def _state(self, stream: int) -> _Stream:
+        state = self._streams.get(stream)
+        if state is None or state.is_destroyed:
+            raise RuleBrokenError(f"there is no stream {stream}")
+        return state
+
+    def _current(self) -> dict[int, int]:
+        if not hasattr(self._thread, "current"):
+            self._thread.current = {}
+        current: dict[int, int] = self._thread.current
+        return current
+
+
+def _can_run(piece: Piece) -> bool:
+    return not piece.is_held and (piece.after is None or piece.after.is_reached)
+
+
+def _overlap(a: Sequence[Span], b: Sequence[Span]) -> bool:
+    return any(x.start < y.end and y.start < x.end for x in a for y in b)
+
+
+TIMELINE = Timeline()  # of this process: events of one GPU are waited for on others

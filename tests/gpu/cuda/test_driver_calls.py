@@ -1,0 +1,114 @@
+"""What `CudaDriver` asks of cuda-bindings: in which context, and never to destroy a stream."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kunserve.gpu.cuda import driver as module
+from kunserve.gpu.cuda.driver import CudaDriver
+
+NEED_NO_CONTEXT = {
+    "cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease", "cuCtxSetCurrent", "cuDeviceCanAccessPeer",
+}  # fmt: skip
+
+
+class Bindings:
+    """cuda.bindings.driver of two GPUs, whose contexts are current in threads, as CUDA's are."""
+
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED=1)
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUmemAllocationProp = CUmemLocation = CUmemAccessDesc = SimpleNamespace
+    CU_MEMHOSTREGISTER_PORTABLE = 1
+
+    def __init__(self) -> None:
+        self.called, self.wrong = Counter[tuple[str, Any]](), list[str]()
+        self.arguments: dict[str, tuple[Any, ...]] = {}
+        self._current, self._handles = threading.local(), itertools.count(100)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            if name == "cuCtxSetCurrent":
+                self._current.context = arguments[0]
+            context = getattr(self._current, "context", None)
+            if name not in NEED_NO_CONTEXT and context is None:
+                self.wrong.append(name)
+            self.called[name, context] += 1
+            self.arguments[name] = arguments
+            values: dict[str, tuple[Any, ...]] = {
+                "cuDeviceGetCount": (2,), "cuDeviceGet": arguments[:1], "cuDeviceGetAttribute": (1,),
+                "cuDevicePrimaryCtxRetain": (f"context of {arguments[0]}",) if arguments else (),
+                "cuMemGetAllocationGranularity": (2 << 20,), "cuStreamCreate": (next(self._handles),),
+                "cuMemCreate": (next(self._handles),), "cuMemAddressReserve": (next(self._handles),),
+                "cuMemGetInfo": (1, 2),
+            }  # fmt: skip
+            return (SimpleNamespace(value=0, name="CUDA_SUCCESS"), *values.get(name, ()))
+
+        return call
+
+
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bindings]:
+    properties = SimpleNamespace(name="a GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    module._idle_streams.clear()
+    bindings = Bindings()
+    yield bindings
+    module._idle_streams.clear()
+    assert not bindings.wrong
+
+
+def test_streams_are_taken_again_on_their_gpu_and_never_destroyed(bindings: Bindings) -> None:
+    first, same_gpu, other_gpu = (CudaDriver(ordinal, bindings) for ordinal in (0, 0, 1))
+    streams = {first.take_stream() for _ in range(3)}
+    assert len(streams) == 3
+    for stream in streams:
+        first.return_stream(stream)
+    first.close()
+    assert other_gpu.take_stream() not in streams
+    assert {same_gpu.take_stream() for _ in range(3)} == streams
+    assert same_gpu.take_stream() not in streams
+    assert bindings.called["cuStreamCreate", "context of 0"] == 4
+    assert not any(name == "cuStreamDestroy" for name, _ in bindings.called)
+
+
+def test_every_call_is_made_in_its_gpus_context_whatever_thread_makes_it(bindings: Bindings) -> None:
+    drivers = [CudaDriver(ordinal, bindings) for ordinal in (0, 1)]
+
+    def call_all(driver: CudaDriver) -> None:
+        handle, address = driver.create(2 << 20), driver.reserve(4 << 20)
+        driver.map(address, 2 << 20, handle)
+        driver.set_access(address, 2 << 20)
+        driver.unmap(address, 2 << 20)
+        driver.release(handle)
+        driver.free(address, 4 << 20)
+        driver.synchronize(driver.take_stream())
+        driver.pin(4096, 64)
+        driver.unpin(4096)
+        driver.memory()
+
+    with ThreadPoolExecutor(2) as threads:  # each thread comes to both GPUs
+        for _ in range(8):
+            list(threads.map(call_all, drivers))
+    for name in ("cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap", "cuStreamSynchronize", "cuMemHostRegister"):
+        assert {context: bindings.called[name, context] for context in ("context of 0", "context of 1")} == {
+            "context of 0": 8, "context of 1": 8,
+        }  # fmt: skip
+    _, _, descriptors, count = bindings.arguments["cuMemSetAccess"]
+    assert count == len(descriptors) == 1  # the GPU's own, and no other's page tables

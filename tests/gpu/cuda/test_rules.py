@@ -1,0 +1,304 @@
+"""What CUDA and torch do to streams, captures and memory, as the fake has it; and what once went against it.
+
+The orders of calls in "as it was" tests are those that the engine had before: each would have ended the first run on a
+GPU, or a step at random, and the fake says so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import GRANULARITY, FakeCuda
+from fake_gpu_tensors import launch
+from fake_timeline import TIMELINE, RuleBrokenError
+
+from kunserve.errors import DeviceError
+from kunserve.gpu.cuda.device import CudaDevice
+
+
+@pytest.fixture
+def driver() -> Iterator[FakeCuda]:
+    driver = FakeCuda(is_async=True)
+    yield driver
+    for stream in list(driver._streams):
+        driver.synchronize(stream)
+        driver.return_stream(stream)
+    driver.close()
+
+
+def take_broken() -> str:
+    """What was found where nothing could be raised."""
+    broken = "; ".join(TIMELINE.broken)
+    TIMELINE.broken.clear()
+    return broken
+
+
+def on_gpu(value: float = 1.0, size: int = 8) -> torch.Tensor:
+    return torch.full((size,), value, device="gpu:0")
+
+
+# --- lifetimes ------------------------------------------------------------------------------------------------------
+
+
+def test_as_it_was_a_pinned_buffer_outlived_its_stream(driver: FakeCuda) -> None:
+    """Devices were closed while decoders, with their staged arrays, were still at hand."""
+    stream = driver.take_stream()
+    with driver.on(stream):
+        staged, device = driver.pinned(32), on_gpu()
+        device.copy_(staged.view(torch.float32), non_blocking=True)
+    driver.synchronize(stream)
+    driver.destroy(stream)
+    assert not take_broken()
+    del staged
+    assert take_broken() == f"stream {stream} was destroyed before a pinned buffer that it has copied"
+
+
+def test_streams_outlive_their_devices() -> None:
+    driver = FakeCuda(is_async=True)
+    device = CudaDevice(driver, "cuda:0", 1, GRANULARITY)
+    with device.computing():
+        staged, there = driver.pinned(32), on_gpu()
+        there.copy_(staged.view(torch.float32), non_blocking=True)
+    streams = {queue.stream for queue in device._queues}
+    device.close()
+    del staged
+    again = CudaDevice(FakeCuda(is_async=True), "cuda:0", 1, GRANULARITY)
+    assert {queue.stream for queue in again._queues} == streams
+    again.close()
+
+
+def test_memory_is_held_until_another_stream_has_read_it(driver: FakeCuda) -> None:
+    first, second = driver.take_stream(), driver.take_stream()
+    for is_held in (True, False):
+        with driver.on(first):
+            x = on_gpu(3.0)
+        driver.wait(second, driver.record(first))
+        with driver.on(second):
+            y = x + 1
+            if is_held:
+                driver.hold(x, second)
+        del x
+        driver.synchronize(second)
+        assert y.tolist()[0] == 4
+        assert bool(take_broken()) != is_held
+
+
+# --- captures -------------------------------------------------------------------------------------------------------
+
+
+def test_as_it_was_a_pinned_buffer_was_freed_by_another_thread_during_a_capture(driver: FakeCuda) -> None:
+    """Graphs were captured while serving; the tokens of a step before, on the host, were let go of meanwhile."""
+    stream, held = driver.take_stream(), []
+    with driver.on(stream):
+        x, tokens = on_gpu(), driver.pinned(32)
+        tokens.view(torch.float32).copy_(x, non_blocking=True)
+        driver.synchronize(stream)
+        held.append(tokens)
+        del tokens
+
+        def work() -> None:
+            x.add_(1)
+            event_loop = threading.Thread(target=held.clear)
+            event_loop.start()
+            event_loop.join()
+            x.add_(1)
+
+        driver.capture(work)
+    with pytest.raises(RuntimeError, match="event last recorded in a capturing stream"):
+        driver.pinned(8)  # the next step's, in whatever thread
+
+
+def test_a_graph_does_again_what_was_captured_and_nothing_at_once(driver: FakeCuda) -> None:
+    stream = driver.take_stream()
+    with driver.on(stream):
+        x = on_gpu(0.0)
+
+        def work() -> None:
+            for _ in range(3):
+                x.add_(1)
+
+        graph = driver.capture(work)
+        for i in range(3):
+            assert x.tolist() == [3.0 * i] * 8
+            graph.replay()
+
+
+@pytest.mark.parametrize("call", ["item", "synchronize", "pageable", "elsewhere", "again", "legacy"])
+def test_what_no_thread_may_do_while_it_captures(driver: FakeCuda, call: str) -> None:
+    stream, other = driver.take_stream(), driver.take_stream()
+    with driver.on(stream):
+        x, host = on_gpu(), torch.ones(8)
+        forbidden: dict[str, Callable[[], Any]] = {
+            "item": lambda: x.sum().item(),
+            "synchronize": lambda: driver.synchronize(other),
+            "pageable": lambda: x.copy_(host, non_blocking=True),
+            "elsewhere": lambda: driver.record(other),
+            "again": lambda: driver.capture(lambda: None),
+            "legacy": lambda: driver.record(TIMELINE.legacy(0)),
+        }
+        with pytest.raises(RuleBrokenError, match=r"while it captures|is not what this thread captures"):
+            driver.capture(forbidden[call])
+
+
+def test_what_other_threads_may_not_do_to_a_stream_that_is_captured(driver: FakeCuda) -> None:
+    stream, errors = driver.take_stream(), list[BaseException]()
+
+    def attempt(call: object) -> None:
+        try:
+            call()  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+
+    def work() -> None:
+        event = driver.record(stream)
+        calls = (lambda: driver.synchronize_event(event), lambda: driver.record(stream))
+        threads = [threading.Thread(target=attempt, args=(call,)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    with driver.on(stream):
+        driver.capture(work)
+    assert sorted(map(type, errors), key=str) == sorted([DeviceError, RuleBrokenError], key=str)
+
+
+def test_a_graph_needs_the_memory_that_it_was_captured_with(driver: FakeCuda) -> None:
+    with driver.on(driver.take_stream()):
+        x, y = on_gpu(), on_gpu()
+        held = [x]
+        del x
+
+        def work() -> None:
+            y.add_(held[0])
+
+        graph = driver.capture(work)
+        held.clear()
+        with pytest.raises(RuleBrokenError, match="memory that was freed"):
+            graph.replay()
+    assert "freed" in take_broken()
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_reads_before_a_copy_has_filled_is_found_whatever_is_drawn(driver: FakeCuda) -> None:
+    first, second = driver.take_stream(), driver.take_stream()
+    num_found = 0
+    for seed in range(20):
+        TIMELINE.begin(seed)
+        host, x = driver.pinned(32), on_gpu()
+        driver.synchronize_all()
+        with driver.on(first):
+            x.copy_(host.view(torch.float32), non_blocking=True)
+        with driver.on(second):
+            y = x * 2  # behind no event
+        try:
+            driver.synchronize(second)
+        except RuleBrokenError:
+            num_found += 1
+        assert all("has not written yet" in rule for rule in TIMELINE.broken)
+        take_broken()
+        TIMELINE.forget_work()
+        del y
+    assert 5 <= num_found <= 20
+
+
+def test_what_waits_for_the_event_is_right_whatever_is_drawn(driver: FakeCuda) -> None:
+    first, second = driver.take_stream(), driver.take_stream()
+    for seed in range(20):
+        TIMELINE.begin(seed)
+        host, x = driver.pinned(32), on_gpu()
+        driver.synchronize_all()
+        host.view(torch.float32).fill_(seed)
+        with driver.on(first):
+            x.copy_(host.view(torch.float32), non_blocking=True)
+        driver.wait(second, driver.record(first))
+        with driver.on(second):
+            assert (x * 2).tolist() == [2.0 * seed] * 8
+
+
+def test_the_default_stream_waits_for_nobody(driver: FakeCuda) -> None:
+    """What is made on it is there for others when the GPU was waited for, and not before."""
+    stream, found = driver.take_stream(), set()
+    for seed in range(20):
+        TIMELINE.begin(seed)
+        x = on_gpu(5.0)
+        with driver.on(stream):
+            try:
+                found.add((x + 0).tolist()[0])
+            except RuleBrokenError:
+                found.add("too early")
+        take_broken()
+        TIMELINE.forget_work()
+    assert found == {5.0, "too early"}
+
+
+def test_a_host_buffer_must_stay_as_it_is_until_it_was_copied(driver: FakeCuda) -> None:
+    stream = driver.take_stream()
+    with driver.on(stream):
+        host, x = driver.pinned(32), on_gpu()
+        x.copy_(host.view(torch.float32), non_blocking=True)
+        host.fill_(1)
+        with pytest.raises(RuleBrokenError, match="written before it had been copied"):
+            driver.synchronize(stream)
+    take_broken()
+    TIMELINE.forget_work()
+
+
+def test_memory_that_is_not_locked_is_read_before_the_copy_returns(driver: FakeCuda) -> None:
+    with driver.on(driver.take_stream()):
+        host, x = torch.full((8,), 2.0), on_gpu()
+        x.copy_(host, non_blocking=True)
+        host.fill_(7)
+        assert x.tolist() == [2.0] * 8
+
+
+def test_a_fault_is_seen_by_who_waits_next_and_by_all_after(driver: FakeCuda) -> None:
+    stream = driver.take_stream()
+    with driver.on(stream):
+        ids = torch.full((1,), 99, device="gpu:0")
+        x = on_gpu().index_select(0, ids)  # out of range: nothing is said here
+        assert x.shape == (1,)
+        with pytest.raises(DeviceError, match="CUDA_ERROR_ASSERT"):
+            driver.synchronize(stream)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_ASSERT"):
+        driver.create(GRANULARITY)
+    driver.error = None
+    TIMELINE.forget_work()
+
+
+# --- whose ----------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_launched_where_their_gpu_is_current() -> None:
+    here, there = FakeCuda(0, is_async=True), FakeCuda(1, is_async=True)
+    stream, other = here.take_stream(), there.take_stream()
+    x = torch.zeros(4, device="gpu:1")
+    there.synchronize_all()
+    with there.on(other), here.on(stream), pytest.raises(RuleBrokenError, match="while GPU 0 is current"):
+        launch(lambda x: x.add_(1), [], [x])
+    with here.on(stream), there.on(other):
+        launch(lambda x: x.add_(1), [], [x])
+        assert x.tolist() == [1.0] * 4
+    for driver, mine in ((here, stream), (there, other)):
+        driver.return_stream(mine)
+
+
+def test_mapped_memory_is_its_own_gpus() -> None:
+    here, there = FakeCuda(0, reachable=[1], is_async=True), FakeCuda(1, reachable=[0], is_async=True)
+    devices = [CudaDevice(driver, f"cuda:{i}", 1, GRANULARITY) for i, driver in enumerate((here, there))]
+    addresses = [device.reserve(GRANULARITY) for device in devices]
+    for device, address in zip(devices, addresses, strict=True):
+        device.map(address, [0])
+    a, b = (device.tensor(address, GRANULARITY) for device, address in zip(devices, addresses, strict=True))
+    with pytest.raises(RuleBrokenError, match="GPU 0 has no access to what is mapped on GPU 1"):
+        b.copy_(a)
+    for driver in (here, there):
+        driver.synchronize_all()
+    for device in devices:
+        device.close()
