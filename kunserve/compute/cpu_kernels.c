@@ -168,7 +168,7 @@ INLINE vf exp_(vf x) {
 typedef struct {
   const float *x, *w, *bias, *residual; /* of this tile; bias and residual may be null */
   float *y;
-  int64_t K, N;          /* row strides of x and W, and of y and residual */
+  int64_t K, Y;          /* row strides of x and W, and of y and residual */
   int64_t num_k;         /* run along K */
   int is_first, is_last; /* run along K of these outputs */
   const float *ahead;    /* W that is read soon, fetched while this tile computes */
@@ -208,20 +208,20 @@ INLINE void linear_tile(const int mr, const int nr, const int num_ahead, const T
   if (nr == NR)
     UNROLL for (int i = 0; i < mr; i++) {
       v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-      float *y = t->y + i * t->N;
+      float *y = t->y + i * t->Y;
       if (!t->is_first) s = load4(y) + s;
       if (bias) s = s + load4(bias);
-      if (residual) s = load4(residual + i * t->N) + s;
+      if (residual) s = load4(residual + i * t->Y) + s;
       store4(y, s);
     }
   else
     UNROLL for (int i = 0; i < mr; i += 4) {
       v4 s = sum4(acc[i][0], acc[min_(i + 1, mr - 1)][0], acc[min_(i + 2, mr - 1)][0], acc[min_(i + 3, mr - 1)][0]);
       for (int l = 0; l < 4 && i + l < mr; l++) {
-        float *y = t->y + (i + l) * t->N, e = s[l];
+        float *y = t->y + (i + l) * t->Y, e = s[l];
         if (!t->is_first) e = y[0] + e;
         if (bias) e = e + bias[0];
-        if (residual) e = residual[(i + l) * t->N] + e;
+        if (residual) e = residual[(i + l) * t->Y] + e;
         y[0] = e;
       }
     }
@@ -245,12 +245,12 @@ static void (*const TILES4[])(int64_t, const Tile *) = {tile_4_0, tile_4_1, tile
 
 /* All rows m of x (they fit in L2) by all rows of W, which pass once: tile of W by run of K by tile of x. */
 static void linear_rows(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                        int64_t M, int64_t N, int64_t K, int64_t num_k) {
+                        int64_t M, int64_t N, int64_t K, int64_t Y, int64_t num_k) {
   const int64_t num_tiles = (M + MR - 1) / MR;
   for (int64_t n = 0; n < N;) {
     const int64_t nr = M > STREAM && n + NR <= N ? NR : 1;
     for (int64_t k = 0; k < K; k += num_k) {
-      Tile t = {.K = K, .N = N, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
+      Tile t = {.K = K, .Y = Y, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
       t.w = w + n * K + k;
       t.bias = bias ? bias + n : 0;
       t.ahead = w + n * K + k * nr + AHEAD; /* in order of address; past the end of W is mostly what is read next */
@@ -258,8 +258,8 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
       for (int64_t i = 0, m = 0; i < num_tiles; i++) {
         const int64_t tiles_left = num_tiles - i, mr = (M - m + tiles_left - 1) / tiles_left; /* as even as can be */
         t.x = x + m * K + k;
-        t.y = y + m * N + n;
-        t.residual = residual ? residual + m * N + n : 0;
+        t.y = y + m * Y + n;
+        t.residual = residual ? residual + m * Y + n : 0;
         const int64_t num_ahead = tiles_left > FETCH ? 0 : (ahead + tiles_left - 1) / tiles_left;
         (nr == NR ? TILES4 : TILES1)[num_ahead](mr, &t);
         t.ahead += num_ahead * t.num_k;
@@ -271,15 +271,15 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
   }
 }
 
-/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N). */
+/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
 EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                   int64_t M, int64_t N, int64_t K) {
+                   int64_t M, int64_t N, int64_t K, int64_t Y) {
   const int64_t num_runs = (K + KB - 1) / KB;
   const int64_t num_k = ((K + num_runs - 1) / num_runs + VL - 1) / VL * VL; /* of K alone */
   int64_t rows = XBYTES / 4 / K / MR * MR;
   if (rows < 2 * MR) rows = 2 * MR;
   for (int64_t m = 0; m < M; m += rows)
-    linear_rows(x + m * K, w, bias, residual ? residual + m * N : 0, y + m * N, min_(rows, M - m), N, K, num_k);
+    linear_rows(x + m * K, w, bias, residual ? residual + m * Y : 0, y + m * Y, min_(rows, M - m), N, K, Y, num_k);
 }
 
 /* ---- norm, activation ---------------------------------------------------------------------------------------- */

@@ -26,7 +26,7 @@ BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "linear": (None, [_POINTER] * 5 + [_INT] * 3),
+    "linear": (None, [_POINTER] * 5 + [_INT] * 4),
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float]),
     "silu_and_mul": (None, [_POINTER] * 2 + [_INT] * 2),
     "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 8 + [c_float]),

@@ -15,6 +15,7 @@ from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.ops import AttentionBatch, Ops
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
+from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 FLOAT, INT = torch.float32, torch.int32
@@ -35,9 +36,9 @@ class CpuOps:
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
 
-    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
-        return weight.index_select(0, token_ids)
+        return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
@@ -47,22 +48,26 @@ class CpuOps:
         self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps)
         return y
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N). K and N at least 1."""
         T, K = x.shape
         N = weight.shape[0]
-        assert _is_ours(x) and _is_ours(weight) and weight.shape[1] == K
+        assert _is_ours(x) and weight.shape[1] == K
         assert bias is None or _is_ours(bias)
         assert residual is None or (_is_ours(residual) and residual.shape == (T, N))
         y = torch.empty(T, N, dtype=FLOAT)
-        self._linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            y.data_ptr(),
-            T, N, K,
-        )  # fmt: skip
+        first = 0
+        for part in weight.parts:
+            assert _is_ours(part.data)
+            self._linear(
+                x.data_ptr(),
+                part.data.data_ptr(),
+                None if bias is None else bias.data_ptr() + FLOAT.itemsize * first,
+                None if residual is None else residual.data_ptr() + FLOAT.itemsize * first,
+                y.data_ptr() + FLOAT.itemsize * first,
+                T, part.num_rows, K, N,
+            )  # fmt: skip
+            first += part.num_rows
         return y
 
     def rotate_and_append(

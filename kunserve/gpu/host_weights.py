@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.cuda.pinned import PinnedSource
@@ -36,7 +34,6 @@ def keep_host_copy(
     asked: HostCopy,
     source: WeightSource,
     units: Sequence[WeightUnit],
-    dtype: torch.dtype,
     driver: Driver | None = None,
 ) -> HostWeights:
     """Return the copy of `source` that `--host-copy` asks for, or that fits; `driver`: of GPUs, which pins memory.
@@ -52,7 +49,7 @@ def keep_host_copy(
     if kind is not HostCopy.PINNED:
         return HostWeights(kind, source, because, mapped_bytes=mapped_bytes)
     try:
-        pinned = PinnedSource(source, units, dtype, driver)
+        pinned = PinnedSource(source, units, driver)
     except DeviceError as error:
         if asked is HostCopy.PINNED:
             raise ConfigError(f"{error.message}; start with --host-copy mapped") from None

@@ -28,7 +28,7 @@ class WeightSource(Protocol):
     """One per process, shared by all devices; `copy_into` may run in several threads at once."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """Copy tensor `name` into `out` (same shape, any dtype, any device). Raises ConfigError naming both."""
+        """Copy tensor `name` into `out`, as its spec stores it, on any device. Raises ConfigError naming both."""
 
 
 def open_weights(folder: Path | None, config: ModelConfig, load_format: str, seed: int = 0) -> WeightSource:
@@ -42,7 +42,7 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the model needs, in the order of a forward pass."""
-    return {tensor.name: tensor.shape for unit in weight_units(config, 1) for tensor in unit.tensors}
+    return {tensor.name: tensor.shape for unit in weight_units(config, config.dtype) for tensor in unit.tensors}
 
 
 class SafetensorsSource:
