@@ -19,6 +19,7 @@ from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 FLOAT, INT = torch.float32, torch.int32
+FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # as in cpu_blocks.c
 
 
 def _is_ours(tensor: Tensor) -> bool:
@@ -30,7 +31,7 @@ class CpuOps:
     """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256."""
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
-        self._linear = kernels.linear
+        self._linear, self._linear_blocks, self._take_rows = kernels.linear, kernels.linear_blocks, kernels.take_rows
         self._rms_norm = kernels.rms_norm
         self._silu_and_mul = kernels.silu_and_mul
         self._rotate_and_append = kernels.rotate_and_append
@@ -38,7 +39,18 @@ class CpuOps:
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
-        return weight.rows(token_ids)
+        (part,) = weight.parts
+        if part.blocks is None:
+            return weight.rows(token_ids)
+        assert token_ids.dtype is INT and token_ids.is_contiguous()
+        if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < part.num_rows:
+            raise IndexError("a token id is outside the vocabulary")
+        out = torch.empty(len(token_ids), part.num_columns, dtype=FLOAT)
+        self._take_rows(
+            FORMATS.index(part.blocks.name), part.data.data_ptr(), token_ids.data_ptr(), out.data_ptr(),
+            *out.shape, part.data.shape[1],
+        )  # fmt: skip
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
@@ -58,15 +70,20 @@ class CpuOps:
         y = torch.empty(T, N, dtype=FLOAT)
         first = 0
         for part in weight.parts:
-            assert _is_ours(part.data)
-            self._linear(
+            operands = (
                 x.data_ptr(),
                 part.data.data_ptr(),
                 None if bias is None else bias.data_ptr() + FLOAT.itemsize * first,
                 None if residual is None else residual.data_ptr() + FLOAT.itemsize * first,
                 y.data_ptr() + FLOAT.itemsize * first,
-                T, part.num_rows, K, N,
-            )  # fmt: skip
+                *(T, part.num_rows, K, N),
+            )
+            if part.blocks is None:
+                assert _is_ours(part.data)
+                self._linear(*operands)
+            else:
+                assert part.data.is_contiguous()
+                self._linear_blocks(FORMATS.index(part.blocks.name), *operands, part.data.shape[1])
             first += part.num_rows
         return y
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.dequantize import dequantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,7 @@ class Part:
 
     def dense(self) -> Tensor:
         """Return the rows as numbers: (R, K); a view where that is what is stored, else float32."""
-        assert self.blocks is None
-        return self.data
+        return self.data if self.blocks is None else dequantize(self.data, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
