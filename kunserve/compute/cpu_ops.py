@@ -148,6 +148,17 @@ def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
 
 
+def has_block_kernels(dtype: str) -> bool:
+    """Return whether CPU devices that compute in a dtype of `--dtype` multiply with matrices in blocks."""
+    if dtype not in ("auto", "float32"):
+        return False
+    try:
+        load_kernels()
+    except KernelsUnavailableError:
+        return False
+    return True
+
+
 def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:
     """Operations for a CPU device: the kernels where they apply, else TorchOps; and which and why, for the log."""
     if dtype is not FLOAT:

@@ -56,7 +56,7 @@ class SafetensorsSource:
         shapes = expected_shapes(config)
         files = _tensor_files(folder)
         if missing := [name for name in shapes if name not in files]:
-            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {_shorten(missing)}")
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
         self._files = {name: files[name] for name in shapes}
         self._handles = {path: _open(path) for path in set(self._files.values())}
         for name, shape in shapes.items():
@@ -81,7 +81,7 @@ class SafetensorsSource:
             tensor = self._handles[path].get_tensor(name)  # a view of the mapped file: nothing is read yet
         except SafetensorError as error:
             raise ConfigError(f"cannot read {name} from {path}: {error}") from None
-        _check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
+        check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
         out.copy_(tensor)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -92,7 +92,7 @@ class SafetensorsSource:
             raise ConfigError(f"{INDEX_FILE} says that {path} holds {name}, but it does not") from None
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
-        _check_shape(name, tuple(header.get_shape()), shape, str(path))
+        check_shape(name, tuple(header.get_shape()), shape, str(path))
 
 
 class DummySource:
@@ -114,7 +114,7 @@ class DummySource:
         """Fill `out` (contiguous) with the random values of `name`: std 0.02; norms 1 + 0.1 * normal."""
         if name not in self._shapes:
             raise ConfigError(f"the model has no tensor {name}")
-        _check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
+        check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         start = int.from_bytes(digest, "little") % self.POOL_SIZE
         values = torch.roll(self._pool, -start)
@@ -147,10 +147,12 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"cannot read {path}: {DAMAGED} ({error})") from None
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    """Raise ConfigError if a tensor has another shape than the model wants."""
     if found != wanted:
         raise ConfigError(f"{name} has shape {list(found)} in {where}, not {list(wanted)}")
 
 
-def _shorten(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """Return the first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
