@@ -12,7 +12,11 @@
 
 typedef struct { vf w[GV]; } Group; /* 32 weights, in the order of their columns */
 
-enum { F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, NUM_FORMATS }; /* as in cpu_ops.py */
+enum {
+  F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
+  A4_128, A4_64, A4_32, A8_128, A8_64, A8_32, F8_128, F8_64, F8_32, /* ours: kunserve/model/quant/blocks.py */
+  NUM_FORMATS
+}; /* as in cpu_ops.py */
 
 /* VL integers or halves at p, widened. Written out: gcc 12 takes vectors of bytes apart, byte by byte. */
 #if VL == 16
@@ -170,6 +174,47 @@ INLINE Group group_of_numbers(const int is_bfloat, const uint8_t *p) {
   return g;
 }
 
+INLINE float number(const uint8_t *p) {
+  float f;
+  memcpy(&f, p, 4);
+  return f;
+}
+
+/* Blocks of ours: `per` groups in each. */
+INLINE Group group_of_a4(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (8 + 16 * per) * (g / per);
+  return halves4(b + 8 + 16 * (g % per), splat(number(b)), splat(number(b + 4)));
+}
+
+INLINE Group group_of_a8(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (8 + 32 * per) * (g / per), *codes = b + 8 + 32 * (g % per);
+  const vf s = splat(number(b)), o = splat(number(b + 4));
+  Group r;
+  UNROLL for (int v = 0; v < GV; v++) r.w[v] = affine(bytes(codes + v * VL), s, o);
+  return r;
+}
+
+/* A float of 8 bits (e4m3) is one of 16 but for where its exponent begins: shifted, it is 2**-8 of its value. */
+INLINE vf of_f8(const uint8_t *codes) {
+  const vi q = bytes(codes), h = (q & 0x80) << 8 | (q & 0x7f) << 7;
+#if VL == 16
+  const vf f = (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h));
+#else
+  uint16_t halves_[VL];
+  for (int l = 0; l < VL; l++) halves_[l] = (uint16_t)h[l];
+  const vf f = halves((const uint8_t *)halves_);
+#endif
+  return f * 256.0f;
+}
+
+INLINE Group group_of_f8(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (4 + 32 * per) * (g / per), *codes = b + 4 + 32 * (g % per);
+  const vf s = splat(number(b));
+  Group r;
+  UNROLL for (int v = 0; v < GV; v++) r.w[v] = of_f8(codes + v * VL) * s;
+  return r;
+}
+
 /* Weights 32 * g to 32 * g + 31 of a row. */
 INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
   switch (format) {
@@ -195,6 +240,15 @@ INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
       const Halves h = read_halves(b);
       return halves5(b + 8, b + 4, splat(h.f[0]), splat(h.f[1]));
     }
+    case A4_128: return group_of_a4(row, g, 4);
+    case A4_64: return group_of_a4(row, g, 2);
+    case A4_32: return group_of_a4(row, g, 1);
+    case A8_128: return group_of_a8(row, g, 4);
+    case A8_64: return group_of_a8(row, g, 2);
+    case A8_32: return group_of_a8(row, g, 1);
+    case F8_128: return group_of_f8(row, g, 4);
+    case F8_64: return group_of_f8(row, g, 2);
+    case F8_32: return group_of_f8(row, g, 1);
     case Q4_K: return group_of_q4_k(row + 144 * (g >> 3), g & 7);
     case Q5_K: return group_of_q5_k(row + 176 * (g >> 3), g & 7);
     case Q6_K: return group_of_q6_k(row + 210 * (g >> 3), g & 7);
@@ -252,9 +306,13 @@ typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, cons
   }
 FORMAT(F16) FORMAT(BF16) FORMAT(Q8_0) FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1)
 FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K)
+FORMAT(A4_128) FORMAT(A4_64) FORMAT(A4_32) FORMAT(A8_128) FORMAT(A8_64) FORMAT(A8_32)
+FORMAT(F8_128) FORMAT(F8_64) FORMAT(F8_32)
 #define BOTH(f) [f] = {rows_##f, tile_##f}
 static const struct { RowDecoder *rows; BlockTile *tile; } FORMATS[NUM_FORMATS] = {
-  BOTH(F16), BOTH(BF16), BOTH(Q8_0), BOTH(Q4_0), BOTH(Q4_1), BOTH(Q5_0), BOTH(Q5_1), BOTH(Q4_K), BOTH(Q5_K), BOTH(Q6_K)};
+  BOTH(F16), BOTH(BF16), BOTH(Q8_0), BOTH(Q4_0), BOTH(Q4_1), BOTH(Q5_0), BOTH(Q5_1), BOTH(Q4_K), BOTH(Q5_K), BOTH(Q6_K),
+  BOTH(A4_128), BOTH(A4_64), BOTH(A4_32), BOTH(A8_128), BOTH(A8_64), BOTH(A8_32),
+  BOTH(F8_128), BOTH(F8_64), BOTH(F8_32)};
 
 /* Rows of x that fit in L2 by all rows of W: four rows of W become floats, a run of K at a time, for all rows of x. */
 static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile t, int64_t M, int64_t N, int64_t K,

@@ -19,7 +19,10 @@ from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 FLOAT, INT = torch.float32, torch.int32
-FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # as in cpu_blocks.c
+FORMATS = (  # as in cpu_blocks.c
+    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"),
+    *("A4_128", "A4_64", "A4_32", "A8_128", "A8_64", "A8_32", "F8_128", "F8_64", "F8_32"),
+)
 
 
 def _is_ours(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from kunserve.model.gguf.shape import gguf_config, hf_name
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.blocks import BLOCKS, NO_BLOCKS
+from kunserve.model.quant.blocks import GGML_BLOCKS, NO_BLOCKS
 from kunserve.model.quant.linear import Part
 
 
@@ -88,7 +88,7 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-ALL = [Kind[name] for name in BLOCKS]
+ALL = [Kind[name] for name in GGML_BLOCKS]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -110,7 +110,7 @@ def test_blocks_are_copied_as_they_are_and_dequantized_as_ggml_does(
             source.copy_into(spec.name, numbers)
             assert torch.equal(numbers, expected), spec.name
             if len(spec.shape) == 2:
-                assert spec.blocks is BLOCKS[kind.name] and spec.dtype == "uint8"
+                assert spec.blocks is GGML_BLOCKS[kind.name] and spec.dtype == "uint8"
                 stored = torch.empty(spec.stored_shape, dtype=torch.uint8)
                 source.copy_into(spec.name, stored)
                 assert torch.equal(

@@ -17,7 +17,7 @@ from typing import Any
 from kunserve.errors import ConfigError
 from kunserve.model.files import reading
 from kunserve.model.folder import gguf_parts
-from kunserve.model.quant.blocks import BLOCKS, Blocks
+from kunserve.model.quant.blocks import GGML_BLOCKS, Blocks
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -75,7 +75,7 @@ class GgufTensor:
     @property
     def blocks(self) -> Blocks | None:
         """Its blocks; None if it is stored as numbers, which halves are, too, where they make no whole blocks."""
-        blocks = BLOCKS.get(self.format)
+        blocks = GGML_BLOCKS.get(self.format)
         return blocks if blocks and self.shape and self.shape[-1] % blocks.num_values == 0 else None
 
     @property
@@ -194,6 +194,6 @@ class _Reader:
                 "take the model in one of these"
             )
         format = FORMATS[number]
-        if format not in ITEM_BYTES and (not shape or shape[-1] % BLOCKS[format].num_values):
+        if format not in ITEM_BYTES and (not shape or shape[-1] % GGML_BLOCKS[format].num_values):
             raise ValueError(f"the rows of tensor {name} are no whole blocks of {format}")
         return name, shape, format, offset
