@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
+from kunserve.model.quant.pack import take
+from kunserve.model.quant.scheme import ENDINGS
 from kunserve.model.safetensors_header import DAMAGED
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
@@ -37,7 +39,7 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
         return DummySource(config, seed)
     if folder is None:
         raise ConfigError("there is no folder to read weights from")
-    return SafetensorsSource(folder, config)
+    return SafetensorsSource(folder, config) if config.formats.scheme is None else QuantizedSource(folder, config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -52,8 +54,9 @@ class SafetensorsSource:
     raises ConfigError that lists what is missing.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        shapes = expected_shapes(config)
+    def __init__(self, folder: Path, config: ModelConfig, without: Collection[str] = ()) -> None:
+        """without: names that others read."""
+        shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
         if missing := [name for name in shapes if name not in files]:
             raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
@@ -93,6 +96,55 @@ class SafetensorsSource:
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
         check_shape(name, tuple(header.get_shape()), shape, str(path))
+
+
+class QuantizedSource:
+    """A quantized checkpoint in safetensors: its matrices become blocks, or numbers where that is asked for.
+
+    What it holds is checked when it is opened; ConfigError says what is missing.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        scheme, self._quantized = config.formats.scheme, config.formats.quantized
+        assert scheme is not None
+        self._scheme, self._formats, self._shapes = scheme, config.formats, expected_shapes(config)
+        self._plain = SafetensorsSource(folder, config, self._quantized)
+        self._files = _tensor_files(folder)
+        names = [name.removesuffix("weight") + ending for name in self._quantized for ending in ENDINGS[scheme.layout]]
+        if missing := sorted(name for name in names if name not in self._files):
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
+        self._handles = {path: _open(path) for path in set(self._files.values())}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the mapped files: what the page cache holds of them at most."""
+        return sum(path.stat().st_size for path in self._handles)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out`: blocks if it is uint8, else numbers, cast to its dtype.
+
+        Raises ConfigError, with the tensor's name, if the file's has another shape or dtype.
+        """
+        if name not in self._quantized:
+            self._plain.copy_into(name, out)
+            return
+        N, K = self._shapes[name]
+        prefix = name.removesuffix("weight")
+        try:
+            codes = take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error.message}") from None
+        blocks = self._formats.of(name)
+        out.copy_(codes.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else codes.numbers())
+
+    def _read(self, name: str) -> Tensor:
+        if (path := self._files.get(name)) is None:
+            raise ConfigError(f"{name.rpartition('.')[2]} is missing")
+        try:
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{name.rpartition('.')[2]} cannot be read from {path}: {error}") from None
+        return tensor
 
 
 class DummySource:

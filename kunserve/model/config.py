@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kunserve.model.quant.blocks import NO_BLOCKS, Formats
+from kunserve.model.quant.formats import NO_BLOCKS, Formats
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from kunserve.model.gguf.shape import gguf_config, hf_name
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.blocks import GGML_BLOCKS, NO_BLOCKS
+from kunserve.model.quant.blocks import GGML_BLOCKS
+from kunserve.model.quant.formats import NO_BLOCKS
 from kunserve.model.quant.linear import Part
 
 

@@ -25,7 +25,6 @@ from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.host_copy import HostCopy
-from kunserve.model.quant.blocks import NO_BLOCKS
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.microbatch import Lookahead
 from kunserve.policies import OverloadPolicy
@@ -95,7 +94,7 @@ def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
     is_kept = config.devices.kind == "cpu" and config.load_format != "dummy" and has_block_kernels(config.dtype)
     if model.formats.by_name and not is_kept:
         log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
-    return model if is_kept else replace(model, formats=NO_BLOCKS)
+    return model if is_kept else replace(model, formats=model.formats.as_numbers())
 
 
 async def _launch_on(
@@ -105,7 +104,8 @@ async def _launch_on(
         keeps_pages = config.host_copy is not HostCopy.NONE
         if files.gguf is not None and config.load_format != "dummy":
             return GgufSource(files.gguf, files.config, keeps_pages=keeps_pages)
-        if not keeps_pages and files.folder is not None and config.load_format != "dummy":
+        is_quantized = files.config.formats.scheme is not None
+        if not keeps_pages and not is_quantized and files.folder is not None and config.load_format != "dummy":
             return DiskSource(files.folder, files.config)
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 

@@ -18,7 +18,7 @@ from kunserve.model.gguf.file import GgufFile, read_gguf
 from kunserve.model.gguf.shape import gguf_config
 from kunserve.model.gguf.tokenizer import save_tokenizer
 from kunserve.model.hf_config import to_hf_config
-from kunserve.model.quant.blocks import NO_BLOCKS
+from kunserve.model.quant.formats import NO_BLOCKS
 
 FORMAT = 1  # of the folder: raise it when other files would be written
 

@@ -13,7 +13,7 @@ from kunserve.model.config import Llama3RopeScaling, ModelConfig
 from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, GgufTensor
 from kunserve.model.hf_config import check_config
-from kunserve.model.quant.blocks import Formats
+from kunserve.model.quant.formats import Formats
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3.1 and later: what each pair's step is divided by

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4}  # of a number
 
@@ -37,17 +37,3 @@ OUR_BLOCKS = {
     for size in GROUPS
 }
 BLOCKS = GGML_BLOCKS | OUR_BLOCKS
-
-
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """In which blocks matrices are stored, by the tensors' names; all others are numbers of the model's dtype."""
-
-    by_name: dict[str, Blocks] = field(default_factory=dict, hash=False)
-
-    def of(self, name: str) -> Blocks | None:
-        """Return the blocks of a tensor, or None if it is stored as numbers."""
-        return self.by_name.get(name)
-
-
-NO_BLOCKS = Formats()

@@ -26,16 +26,18 @@ def _dequantize_ours(data: Tensor, blocks: Blocks) -> Tensor:
     of_row = data.view(len(data), -1, blocks.num_bytes)
     kind = blocks.name.partition("_")[0]
     header = 4 if kind == "F8" else 8
-    scale, *offset = of_row[..., :header].contiguous().view(torch.float32).split(1, dim=-1)
+    numbers = of_row[..., :header].contiguous().view(torch.float32)
+    scale, offset = numbers[..., :1], numbers[..., 1:]
     codes = of_row[..., header:].contiguous()
+    values: Tensor
     match kind:
         case "F8":
             values = codes.view(torch.float8_e4m3fn).float() * scale
         case "A8":
-            values = _affine(codes, scale, offset[0])
+            values = _affine(codes, scale, offset)
         case _:
             halves = codes.view(*codes.shape[:2], -1, 16)
-            values = _affine(torch.cat([halves & 15, halves >> 4], dim=-1).flatten(2), scale, offset[0])
+            values = _affine(torch.cat([halves & 15, halves >> 4], dim=-1).flatten(2), scale, offset)
     return values.flatten(1)
 
 

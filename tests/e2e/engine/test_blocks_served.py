@@ -1,4 +1,4 @@
-"""A GGUF file served as it is: the answers of its dequantized weights, to the last bit, whatever regroups meanwhile."""
+"""Blocks served as they are: the answers of the dequantized weights, to the last bit, whatever regroups meanwhile."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import write_tiny_gguf
+from tiny_quantized import write_tiny_quantized
 from transition_harness import Answer, again, answer_while, checked_engine, make_requests, regroup_in_order
 
 from kunserve.compute.cpu_ops import has_block_kernels
@@ -65,6 +66,24 @@ async def test_answers_are_those_of_the_dequantized_weights(name: str, tmp_path:
                 assert_equal(await answer_while(checked, again(requests), regroup), expected)
                 await checked.undo_drops()
             assert checked.num_outcomes("drop", "done") > 0 and checked.num_outcomes("restore", "done") > 0
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq act-order", "w8a8", "fp8 of blocks"])
+async def test_a_quantized_checkpoint_answers_as_its_dequantized_weights(kind: str, tmp_path: Path) -> None:
+    folder = write_tiny_quantized(kind, tmp_path)
+    requests = make_requests(16, longest_prompt=20, most_tokens=9)
+    async with checked_engine(tmp_path / "dequantized", "cpu:1", 640, **SETTINGS) as checked:
+        expected = await checked.answer_all(again(requests))
+        num_bytes = {unit: checked.engine.memories[0].weights.num_tensor_bytes(unit) for unit in ("layers.0", "embed")}
+    async with checked_engine(folder, "cpu:2", 128, **SETTINGS) as checked:
+        weights = checked.engine.memories[0].weights
+        assert weights.num_tensor_bytes("embed") == num_bytes["embed"]
+        assert (weights.num_tensor_bytes("layers.0") < 0.4 * num_bytes["layers.0"]) == (kind != "gptq act-order")
+        one_by_one = [await checked.answer(request) for request in again(requests)[:4]]
+        assert_equal(one_by_one, expected[:4])
+        regroup = partial(regroup_in_order, checked, random.Random(1))
+        assert_equal(await answer_while(checked, again(requests), regroup), expected)
+        await checked.undo_drops()
 
 
 @pytest.mark.parametrize("host_copy", [HostCopy.PINNED, HostCopy.NONE])
