@@ -39,6 +39,7 @@
 #endif
 #define NR 4               /* rows of W in a linear tile: four outputs are reduced at once */
 #define KB 2048            /* longest run along K of one tile */
+#define RUN 32             /* a run is a multiple of it */
 #define AHEAD (36 << 8)    /* floats of W from what is read to what is fetched */
 #define XBYTES (256 << 10) /* of x that stay in L2 while W passes */
 #define TT 32              /* positions of keys in an attention tile */
@@ -168,15 +169,40 @@ INLINE vf exp_(vf x) {
 typedef struct {
   const float *x, *w, *bias, *residual; /* of this tile; bias and residual may be null */
   float *y;
-  int64_t K, N;          /* row strides of x and W, and of y and residual */
+  int64_t K, W, Y;       /* row strides of x, of W, and of y and residual */
   int64_t num_k;         /* run along K */
   int is_first, is_last; /* run along K of these outputs */
   const float *ahead;    /* W that is read soon, fetched while this tile computes */
 } Tile;
 
+/* What a tile does with its sums: adds what the run before left, bias and residual. */
+INLINE void finish(const int mr, const int nr, vf acc[MR][NR], const Tile *t) {
+  const float *bias = t->is_last ? t->bias : 0, *residual = t->is_last ? t->residual : 0;
+  if (nr == NR)
+    UNROLL for (int i = 0; i < mr; i++) {
+      v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      float *y = t->y + i * t->Y;
+      if (!t->is_first) s = load4(y) + s;
+      if (bias) s = s + load4(bias);
+      if (residual) s = load4(residual + i * t->Y) + s;
+      store4(y, s);
+    }
+  else
+    UNROLL for (int i = 0; i < mr; i += 4) {
+      v4 s = sum4(acc[i][0], acc[min_(i + 1, mr - 1)][0], acc[min_(i + 2, mr - 1)][0], acc[min_(i + 3, mr - 1)][0]);
+      for (int l = 0; l < 4 && i + l < mr; l++) {
+        float *y = t->y + (i + l) * t->Y, e = s[l];
+        if (!t->is_first) e = y[0] + e;
+        if (bias) e = e + bias[0];
+        if (residual) e = residual[(i + l) * t->Y] + e;
+        y[0] = e;
+      }
+    }
+}
+
 INLINE void linear_tile(const int mr, const int nr, const int num_ahead, const Tile *t) {
   const float *x = t->x, *w = t->w, *ahead = t->ahead;
-  const int64_t K = t->K, num_k = t->num_k;
+  const int64_t K = t->K, W = t->W, num_k = t->num_k;
   vf acc[MR][NR];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
   int64_t k = 0;
@@ -184,10 +210,10 @@ INLINE void linear_tile(const int mr, const int nr, const int num_ahead, const T
     UNROLL for (int j = 0; j < num_ahead; j++) __builtin_prefetch(ahead + k * num_ahead + j * VL, 0, L2);
     vf a[MR], b[NR]; /* the fewer stay in registers, the others come one by one */
     UNROLL for (int i = 0; i < mr && mr < nr; i++) KEEP(a[i], load(x + i * K + k));
-    UNROLL for (int j = 0; j < nr && mr >= nr; j++) KEEP(b[j], load(w + j * K + k));
+    UNROLL for (int j = 0; j < nr && mr >= nr; j++) KEEP(b[j], load(w + j * W + k));
     if (mr < nr)
       UNROLL for (int j = 0; j < nr; j++) {
-        KEEP(b[j], load(w + j * K + k));
+        KEEP(b[j], load(w + j * W + k));
         UNROLL for (int i = 0; i < mr; i++) acc[i][j] = fma_(a[i], b[j], acc[i][j]);
       }
     else
@@ -198,33 +224,13 @@ INLINE void linear_tile(const int mr, const int nr, const int num_ahead, const T
   }
   if (k < num_k) {
     vf b[NR];
-    UNROLL for (int j = 0; j < nr; j++) b[j] = load_tail(w + j * K + k, num_k - k);
+    UNROLL for (int j = 0; j < nr; j++) b[j] = load_tail(w + j * W + k, num_k - k);
     UNROLL for (int i = 0; i < mr; i++) {
       vf a = load_tail(x + i * K + k, num_k - k);
       UNROLL for (int j = 0; j < nr; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);
     }
   }
-  const float *bias = t->is_last ? t->bias : 0, *residual = t->is_last ? t->residual : 0;
-  if (nr == NR)
-    UNROLL for (int i = 0; i < mr; i++) {
-      v4 s = sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-      float *y = t->y + i * t->N;
-      if (!t->is_first) s = load4(y) + s;
-      if (bias) s = s + load4(bias);
-      if (residual) s = load4(residual + i * t->N) + s;
-      store4(y, s);
-    }
-  else
-    UNROLL for (int i = 0; i < mr; i += 4) {
-      v4 s = sum4(acc[i][0], acc[min_(i + 1, mr - 1)][0], acc[min_(i + 2, mr - 1)][0], acc[min_(i + 3, mr - 1)][0]);
-      for (int l = 0; l < 4 && i + l < mr; l++) {
-        float *y = t->y + (i + l) * t->N, e = s[l];
-        if (!t->is_first) e = y[0] + e;
-        if (bias) e = e + bias[0];
-        if (residual) e = residual[(i + l) * t->N] + e;
-        y[0] = e;
-      }
-    }
+  finish(mr, nr, acc, t);
 }
 
 /* A tile of mr rows, each count unrolled by itself: `name` is for `nr` outputs and `num_ahead` vectors. */
@@ -245,12 +251,12 @@ static void (*const TILES4[])(int64_t, const Tile *) = {tile_4_0, tile_4_1, tile
 
 /* All rows m of x (they fit in L2) by all rows of W, which pass once: tile of W by run of K by tile of x. */
 static void linear_rows(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                        int64_t M, int64_t N, int64_t K, int64_t num_k) {
+                        int64_t M, int64_t N, int64_t K, int64_t Y, int64_t num_k) {
   const int64_t num_tiles = (M + MR - 1) / MR;
   for (int64_t n = 0; n < N;) {
     const int64_t nr = M > STREAM && n + NR <= N ? NR : 1;
     for (int64_t k = 0; k < K; k += num_k) {
-      Tile t = {.K = K, .N = N, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
+      Tile t = {.K = K, .W = K, .Y = Y, .num_k = min_(num_k, K - k), .is_first = k == 0, .is_last = k + num_k >= K};
       t.w = w + n * K + k;
       t.bias = bias ? bias + n : 0;
       t.ahead = w + n * K + k * nr + AHEAD; /* in order of address; past the end of W is mostly what is read next */
@@ -258,8 +264,8 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
       for (int64_t i = 0, m = 0; i < num_tiles; i++) {
         const int64_t tiles_left = num_tiles - i, mr = (M - m + tiles_left - 1) / tiles_left; /* as even as can be */
         t.x = x + m * K + k;
-        t.y = y + m * N + n;
-        t.residual = residual ? residual + m * N + n : 0;
+        t.y = y + m * Y + n;
+        t.residual = residual ? residual + m * Y + n : 0;
         const int64_t num_ahead = tiles_left > FETCH ? 0 : (ahead + tiles_left - 1) / tiles_left;
         (nr == NR ? TILES4 : TILES1)[num_ahead](mr, &t);
         t.ahead += num_ahead * t.num_k;
@@ -271,15 +277,23 @@ static void linear_rows(const float *x, const float *w, const float *bias, const
   }
 }
 
-/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N). */
-EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                   int64_t M, int64_t N, int64_t K) {
+/* Length of a run along K: of K alone; whole groups, so that matrices in blocks have the same. */
+INLINE int64_t run_along(int64_t K) {
   const int64_t num_runs = (K + KB - 1) / KB;
-  const int64_t num_k = ((K + num_runs - 1) / num_runs + VL - 1) / VL * VL; /* of K alone */
-  int64_t rows = XBYTES / 4 / K / MR * MR;
-  if (rows < 2 * MR) rows = 2 * MR;
+  return ((K + num_runs - 1) / num_runs + RUN - 1) / RUN * RUN;
+}
+
+INLINE int64_t rows_in_l2(int64_t K) {
+  const int64_t rows = XBYTES / 4 / K / MR * MR;
+  return rows < 2 * MR ? 2 * MR : rows;
+}
+
+/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
+EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
+                   int64_t M, int64_t N, int64_t K, int64_t Y) {
+  const int64_t num_k = run_along(K), rows = rows_in_l2(K);
   for (int64_t m = 0; m < M; m += rows)
-    linear_rows(x + m * K, w, bias, residual ? residual + m * N : 0, y + m * N, min_(rows, M - m), N, K, num_k);
+    linear_rows(x + m * K, w, bias, residual ? residual + m * Y : 0, y + m * Y, min_(rows, M - m), N, K, Y, num_k);
 }
 
 /* ---- norm, activation ---------------------------------------------------------------------------------------- */
@@ -319,5 +333,6 @@ EXPORT void silu_and_mul(const float *gate_up, float *y, int64_t T, int64_t I) {
   }
 }
 
-/* Rotation, the KV blocks and attention: in this unit, because they share the vectors above. */
+/* Rotation, the KV blocks and attention; matrices in blocks: in this unit, because they share the vectors above. */
 #include "cpu_attention.c"
+#include "cpu_blocks.c"

@@ -20,13 +20,15 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-SOURCES = (SOURCE, Path(__file__).with_name("cpu_attention.c"))  # the second is included by the first
+SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in ("cpu_attention.c", "cpu_blocks.c")))  # included by it
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "linear": (None, [_POINTER] * 5 + [_INT] * 3),
+    "linear": (None, [_POINTER] * 5 + [_INT] * 4),
+    "linear_blocks": (None, [_INT, *[_POINTER] * 5, *[_INT] * 5]),
+    "take_rows": (None, [_INT, *[_POINTER] * 3, *[_INT] * 3]),
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float]),
     "silu_and_mul": (None, [_POINTER] * 2 + [_INT] * 2),
     "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 8 + [c_float]),

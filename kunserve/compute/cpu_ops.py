@@ -15,9 +15,14 @@ from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.ops import AttentionBatch, Ops
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
+from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 FLOAT, INT = torch.float32, torch.int32
+FORMATS = (  # as in cpu_blocks.c
+    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"),
+    *("A4_128", "A4_64", "A4_32", "A8_128", "A8_64", "A8_32", "F8_128", "F8_64", "F8_32"),
+)
 
 
 def _is_ours(tensor: Tensor) -> bool:
@@ -29,15 +34,26 @@ class CpuOps:
     """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256."""
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
-        self._linear = kernels.linear
+        self._linear, self._linear_blocks, self._take_rows = kernels.linear, kernels.linear_blocks, kernels.take_rows
         self._rms_norm = kernels.rms_norm
         self._silu_and_mul = kernels.silu_and_mul
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
 
-    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
-        return weight.index_select(0, token_ids)
+        (part,) = weight.parts
+        if part.blocks is None:
+            return weight.rows(token_ids)
+        assert token_ids.dtype is INT and token_ids.is_contiguous()
+        if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < part.num_rows:
+            raise IndexError("a token id is outside the vocabulary")
+        out = torch.empty(len(token_ids), part.num_columns, dtype=FLOAT)
+        self._take_rows(
+            FORMATS.index(part.blocks.name), part.data.data_ptr(), token_ids.data_ptr(), out.data_ptr(),
+            *out.shape, part.data.shape[1],
+        )  # fmt: skip
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
@@ -47,22 +63,31 @@ class CpuOps:
         self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps)
         return y
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N). K and N at least 1."""
         T, K = x.shape
         N = weight.shape[0]
-        assert _is_ours(x) and _is_ours(weight) and weight.shape[1] == K
+        assert _is_ours(x) and weight.shape[1] == K
         assert bias is None or _is_ours(bias)
         assert residual is None or (_is_ours(residual) and residual.shape == (T, N))
         y = torch.empty(T, N, dtype=FLOAT)
-        self._linear(
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            y.data_ptr(),
-            T, N, K,
-        )  # fmt: skip
+        first = 0
+        for part in weight.parts:
+            operands = (
+                x.data_ptr(),
+                part.data.data_ptr(),
+                None if bias is None else bias.data_ptr() + FLOAT.itemsize * first,
+                None if residual is None else residual.data_ptr() + FLOAT.itemsize * first,
+                y.data_ptr() + FLOAT.itemsize * first,
+                *(T, part.num_rows, K, N),
+            )
+            if part.blocks is None:
+                assert _is_ours(part.data)
+                self._linear(*operands)
+            else:
+                assert part.data.is_contiguous()
+                self._linear_blocks(FORMATS.index(part.blocks.name), *operands, part.data.shape[1])
+            first += part.num_rows
         return y
 
     def rotate_and_append(
@@ -124,6 +149,17 @@ def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
     positions, ends, tables = batch.positions, batch.cu_seqlens_q, batch.block_tables
     assert positions.dtype is INT and ends.dtype is INT and tables.dtype is INT and tables.is_contiguous()
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
+
+
+def has_block_kernels(dtype: str) -> bool:
+    """Return whether CPU devices that compute in a dtype of `--dtype` multiply with matrices in blocks."""
+    if dtype not in ("auto", "float32"):
+        return False
+    try:
+        load_kernels()
+    except KernelsUnavailableError:
+        return False
+    return True
 
 
 def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:

@@ -17,6 +17,7 @@ from kunserve.gpu.kv_memory import KVMemory
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name
+from kunserve.model.quant.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,34 +25,36 @@ class LayerWeights:
     """Views of one layer's weights. H hidden, I intermediate, D head_dim."""
 
     input_norm: Tensor  # (H,)
-    qkv: Tensor  # (q_size + 2 * kv_size, H)
+    qkv: Linear  # (q_size + 2 * kv_size, H)
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # (D,)
     k_norm: Tensor | None
-    o: Tensor  # (H, q_size)
+    o: Linear  # (H, q_size)
     post_norm: Tensor  # (H,)
-    gate_up: Tensor  # (2 * I, H)
-    down: Tensor  # (H, I)
+    gate_up: Linear  # (2 * I, H)
+    down: Linear  # (H, I)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: Weights, layer: int) -> LayerWeights:
         """Find the views of `layer` in a device's weights."""
         unit, prefix = layer_name(layer), f"model.layers.{layer}."
-        qkv_rows = config.q_size + 2 * config.kv_size
 
         def view(name: str, num_rows: int | None = None) -> Tensor:
             return weights.tensor(unit, prefix + name, num_rows)
 
+        def linear(*names: str) -> Linear:
+            return weights.linear(unit, *(f"{prefix}{name}.weight" for name in names))
+
         return cls(
             input_norm=view("input_layernorm.weight"),
-            qkv=view("self_attn.q_proj.weight", qkv_rows),
-            qkv_bias=view("self_attn.q_proj.bias", qkv_rows) if config.qkv_bias else None,
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            qkv_bias=view("self_attn.q_proj.bias", config.q_size + 2 * config.kv_size) if config.qkv_bias else None,
             q_norm=view("self_attn.q_norm.weight") if config.qk_norm else None,
             k_norm=view("self_attn.k_norm.weight") if config.qk_norm else None,
-            o=view("self_attn.o_proj.weight"),
+            o=linear("self_attn.o_proj"),
             post_norm=view("post_attention_layernorm.weight"),
-            gate_up=view("mlp.gate_proj.weight", 2 * config.intermediate_size),
-            down=view("mlp.down_proj.weight"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            down=linear("mlp.down_proj"),
         )
 
 
@@ -62,12 +65,12 @@ class Decoder:
         self._config, self._ops, self._weights = config, ops, weights
         self._kv = kv.layers
         self._layers = [LayerWeights.of(config, weights, i) for i in range(config.num_layers)]
-        self._embed = weights.tensor("embed", "model.embed_tokens.weight")
+        self._embed = weights.linear("embed", "model.embed_tokens.weight")
         tied = config.tie_embeddings
         self._norm = weights.tensor("embed" if tied else "head", "model.norm.weight")
-        self._head = self._embed if tied else weights.tensor("head", "lm_head.weight")
-        self._rope = rope_table(config.head_dim, rope_inv_freq(config), max_model_len, self._embed.dtype).to(
-            self._embed.device
+        self._head = self._embed if tied else weights.linear("head", "lm_head.weight")
+        self._rope = rope_table(config.head_dim, rope_inv_freq(config), max_model_len, self._norm.dtype).to(
+            self._norm.device
         )
 
     @torch.inference_mode()
@@ -88,7 +91,7 @@ class Decoder:
         what `logits` takes: (R, H).
         """
         if first_layer == 0:
-            x = self._ops.embed(x, self._embed)
+            x = self._ops.embed(x, self._embed).to(self._norm.dtype)
         for layer in range(first_layer, last_layer):
             x = self._layer(self._layers[layer], self._kv[layer], x, batch)
         if last_layer < self._config.num_layers:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kunserve.model.quant.linear import Linear
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -31,13 +33,13 @@ class Ops(Protocol):
     first dimension covers the reserved range; only mapped blocks are ever named by block tables.
     """
 
-    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+    def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
+        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H); of blocks in float32."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,), residual (T, N) -> (T, N)."""
 
     def rotate_and_append(

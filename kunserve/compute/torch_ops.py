@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kunserve.compute.ops import AttentionBatch
+from kunserve.model.quant.linear import Linear
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -17,18 +18,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class TorchOps:
     """`Ops` with nothing but torch calls: simple and obviously right, not fast. Implements kunserve.compute.ops.Ops."""
 
-    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) -> (T, H)."""
-        return weight.index_select(0, token_ids)
+        return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (..., H) -> (..., H)."""
         wide = x.to(_wide(x.dtype))
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight.dense(x.dtype), bias)
         return y if residual is None else residual + y
 
     def rotate_and_append(

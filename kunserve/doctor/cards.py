@@ -11,9 +11,6 @@ from kunserve.doctor.finding import Finding, Status, first_line, ok
 from kunserve.doctor.gpus import Gpus
 from kunserve.doctor.probe import Probe
 
-FLOAT32_BYTES = 4
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -33,18 +30,14 @@ def known_cards(probe: Probe) -> tuple[list[Card], dict[str, str]]:
     """
     card, layout = probe.import_module("kunserve.model.card"), probe.import_module("kunserve.model.layout")
 
-    def weights(config: Any, item_bytes: int) -> int:
-        return sum(unit.num_bytes for unit in layout.weight_units(config, item_bytes))
+    def weights(config: Any, dtype: str) -> int:
+        return sum(unit.num_bytes for unit in layout.weight_units(config, dtype))
 
     cards, broken = [], {}
     for name in card.list_cards():
         try:
             one = card.load_card(name)
-            if (item_bytes := ITEM_BYTES.get(one.config.dtype)) is None:
-                raise ValueError(
-                    f"the card {name} has the dtype {one.config.dtype!r}; known are: {', '.join(ITEM_BYTES)}"
-                )
-            pinned_bytes, float32_bytes = weights(one.config, item_bytes), weights(one.config, FLOAT32_BYTES)
+            pinned_bytes, float32_bytes = weights(one.config, one.config.dtype), weights(one.config, "float32")
         except Exception as error:  # what users write can be wrong in any way; the other cards are still right
             broken[name] = first_line(error)
         else:

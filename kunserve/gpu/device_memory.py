@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from kunserve.gpu.chunk_pool import ChunkPool, Owner
 from kunserve.gpu.device import Device
 from kunserve.gpu.kv_memory import KVMemory, KVShape
@@ -46,11 +44,10 @@ class DeviceMemory:
         units: Sequence[WeightUnit],
         num_layers: int,
         kv_shape: KVShape,
-        dtype: torch.dtype,
     ) -> None:
         self.device = WatchedDevice(device)
         self.pool = ChunkPool(device.num_chunks)
-        self.weights = Weights(self.device, self.pool, units, dtype)
+        self.weights = Weights(self.device, self.pool, units)
         self.kv = KVMemory(self.device, self.pool, num_layers, kv_shape)
         # What others see while `rearrange` runs. Not behind a lock: a driver that hangs in it would hold up everybody.
         self._before: tuple[ChunkCounts, Layout] | None = None

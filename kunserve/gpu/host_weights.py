@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.cuda.pinned import PinnedSource
 from kunserve.gpu.host import available_bytes
-from kunserve.model.checkpoint import SafetensorsSource, WeightSource
+from kunserve.model.checkpoint import WeightSource
 from kunserve.model.host_copy import HostCopy, choose_host_copy
 from kunserve.model.layout import WeightUnit
 
@@ -36,7 +34,6 @@ def keep_host_copy(
     asked: HostCopy,
     source: WeightSource,
     units: Sequence[WeightUnit],
-    dtype: torch.dtype,
     driver: Driver | None = None,
 ) -> HostWeights:
     """Return the copy of `source` that `--host-copy` asks for, or that fits; `driver`: of GPUs, which pins memory.
@@ -48,11 +45,11 @@ def keep_host_copy(
     kind, because = choose_host_copy(
         asked, are_gpus=driver is not None, num_bytes=num_bytes, available_bytes=available_bytes()
     )
-    mapped_bytes = source.num_bytes if isinstance(source, SafetensorsSource) else 0
+    mapped_bytes = getattr(source, "num_bytes", 0)
     if kind is not HostCopy.PINNED:
         return HostWeights(kind, source, because, mapped_bytes=mapped_bytes)
     try:
-        pinned = PinnedSource(source, units, dtype, driver)
+        pinned = PinnedSource(source, units, driver)
     except DeviceError as error:
         if asked is HostCopy.PINNED:
             raise ConfigError(f"{error.message}; start with --host-copy mapped") from None

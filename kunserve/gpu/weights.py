@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from math import prod
 
 import torch
@@ -13,15 +14,15 @@ from kunserve.gpu.chunk_pool import ChunkPool, Owner
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
-from kunserve.model.layout import WeightUnit
+from kunserve.model.layout import TensorSpec, WeightUnit
+from kunserve.model.quant.linear import Linear, Part
 
 
 class Weights:
     """Ranges for every unit of the model on one device, mapped only where present."""
 
-    def __init__(self, device: Device, pool: ChunkPool, units: Iterable[WeightUnit], dtype: torch.dtype) -> None:
+    def __init__(self, device: Device, pool: ChunkPool, units: Iterable[WeightUnit]) -> None:
         self._units = {unit.name: unit for unit in units}
-        self._dtype = dtype
         self._chunk_bytes = device.chunk_bytes
         self._filled: set[str] = set()  # units that are present and whose content is there
         self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
@@ -32,7 +33,7 @@ class Weights:
 
     def num_tensor_bytes(self, unit: str) -> int:
         """Bytes of a unit's tensors, without what lies between them."""
-        return sum(prod(spec.shape) for spec in self._units[unit].tensors) * self._dtype.itemsize
+        return sum(spec.num_bytes for spec in self._units[unit].tensors)
 
     @property
     def chunks_of_unit(self) -> dict[str, int]:
@@ -59,11 +60,26 @@ class Weights:
         return [chunk for range_ in self._ranges.values() for chunk in range_.chunks]
 
     def tensor(self, unit: str, name: str, num_rows: int | None = None) -> Tensor:
-        """View of a tensor of a unit; with `num_rows`, of the fused matrix that begins with it: (num_rows, ...)."""
-        spec = next(t for t in self._units[unit].tensors if t.name == name)
-        shape = spec.shape if num_rows is None else (num_rows, *spec.shape[1:])
-        num_bytes = prod(shape) * self._dtype.itemsize
-        return self._ranges[unit].tensor[spec.offset : spec.offset + num_bytes].view(self._dtype).view(shape)
+        """View of a tensor of a unit, as stored; with `num_rows`, of the matrix that begins with it."""
+        spec = self._spec(unit, name)
+        shape = spec.stored_shape if num_rows is None else (num_rows, *spec.stored_shape[1:])
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        num_bytes = prod(shape) * dtype.itemsize
+        return self._ranges[unit].tensor[spec.offset : spec.offset + num_bytes].view(dtype).view(shape)
+
+    def linear(self, unit: str, *names: str) -> Linear:
+        """View of the matrix that tensors of a unit are together, in as few parts as they are stored in."""
+        specs = [self._spec(unit, name) for name in names]
+        parts = []
+        for first, spec in enumerate(specs):
+            if first and spec.is_stored_like(specs[first - 1]):
+                continue  # it is in the part before
+            alike = takewhile(spec.is_stored_like, specs[first:])
+            parts.append(Part(self.tensor(unit, spec.name, sum(other.shape[0] for other in alike)), spec.blocks))
+        return Linear(tuple(parts))
+
+    def _spec(self, unit: str, name: str) -> TensorSpec:
+        return next(spec for spec in self._units[unit].tensors if spec.name == name)
 
     def content(self, unit: str) -> Tensor:
         """View of all bytes of a unit: flat uint8, the same on every device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
+from kunserve.model.quant.pack import take
+from kunserve.model.quant.scheme import ENDINGS
 from kunserve.model.safetensors_header import DAMAGED
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
@@ -28,7 +30,7 @@ class WeightSource(Protocol):
     """One per process, shared by all devices; `copy_into` may run in several threads at once."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """Copy tensor `name` into `out` (same shape, any dtype, any device). Raises ConfigError naming both."""
+        """Copy tensor `name` into `out`, as its spec stores it, on any device. Raises ConfigError naming both."""
 
 
 def open_weights(folder: Path | None, config: ModelConfig, load_format: str, seed: int = 0) -> WeightSource:
@@ -37,12 +39,12 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
         return DummySource(config, seed)
     if folder is None:
         raise ConfigError("there is no folder to read weights from")
-    return SafetensorsSource(folder, config)
+    return SafetensorsSource(folder, config) if config.formats.scheme is None else QuantizedSource(folder, config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the model needs, in the order of a forward pass."""
-    return {tensor.name: tensor.shape for unit in weight_units(config, 1) for tensor in unit.tensors}
+    return {tensor.name: tensor.shape for unit in weight_units(config, config.dtype) for tensor in unit.tensors}
 
 
 class SafetensorsSource:
@@ -52,11 +54,12 @@ class SafetensorsSource:
     raises ConfigError that lists what is missing.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        shapes = expected_shapes(config)
+    def __init__(self, folder: Path, config: ModelConfig, without: Collection[str] = ()) -> None:
+        """without: names that others read."""
+        shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
         if missing := [name for name in shapes if name not in files]:
-            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {_shorten(missing)}")
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
         self._files = {name: files[name] for name in shapes}
         self._handles = {path: _open(path) for path in set(self._files.values())}
         for name, shape in shapes.items():
@@ -81,7 +84,7 @@ class SafetensorsSource:
             tensor = self._handles[path].get_tensor(name)  # a view of the mapped file: nothing is read yet
         except SafetensorError as error:
             raise ConfigError(f"cannot read {name} from {path}: {error}") from None
-        _check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
+        check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
         out.copy_(tensor)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -92,7 +95,56 @@ class SafetensorsSource:
             raise ConfigError(f"{INDEX_FILE} says that {path} holds {name}, but it does not") from None
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
-        _check_shape(name, tuple(header.get_shape()), shape, str(path))
+        check_shape(name, tuple(header.get_shape()), shape, str(path))
+
+
+class QuantizedSource:
+    """A quantized checkpoint in safetensors: its matrices become blocks, or numbers where that is asked for.
+
+    What it holds is checked when it is opened; ConfigError says what is missing.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        scheme, self._quantized = config.formats.scheme, config.formats.quantized
+        assert scheme is not None
+        self._scheme, self._formats, self._shapes = scheme, config.formats, expected_shapes(config)
+        self._plain = SafetensorsSource(folder, config, self._quantized)
+        self._files = _tensor_files(folder)
+        names = [name.removesuffix("weight") + ending for name in self._quantized for ending in ENDINGS[scheme.layout]]
+        if missing := sorted(name for name in names if name not in self._files):
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
+        self._handles = {path: _open(path) for path in set(self._files.values())}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the mapped files: what the page cache holds of them at most."""
+        return sum(path.stat().st_size for path in self._handles)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out`: blocks if it is uint8, else numbers, cast to its dtype.
+
+        Raises ConfigError, with the tensor's name, if the file's has another shape or dtype.
+        """
+        if name not in self._quantized:
+            self._plain.copy_into(name, out)
+            return
+        N, K = self._shapes[name]
+        prefix = name.removesuffix("weight")
+        try:
+            codes = take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error.message}") from None
+        blocks = self._formats.of(name)
+        out.copy_(codes.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else codes.numbers())
+
+    def _read(self, name: str) -> Tensor:
+        if (path := self._files.get(name)) is None:
+            raise ConfigError(f"{name.rpartition('.')[2]} is missing")
+        try:
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{name.rpartition('.')[2]} cannot be read from {path}: {error}") from None
+        return tensor
 
 
 class DummySource:
@@ -114,7 +166,7 @@ class DummySource:
         """Fill `out` (contiguous) with the random values of `name`: std 0.02; norms 1 + 0.1 * normal."""
         if name not in self._shapes:
             raise ConfigError(f"the model has no tensor {name}")
-        _check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
+        check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         start = int.from_bytes(digest, "little") % self.POOL_SIZE
         values = torch.roll(self._pool, -start)
@@ -147,10 +199,12 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"cannot read {path}: {DAMAGED} ({error})") from None
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    """Raise ConfigError if a tensor has another shape than the model wants."""
     if found != wanted:
         raise ConfigError(f"{name} has shape {list(found)} in {where}, not {list(wanted)}")
 
 
-def _shorten(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """Return the first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

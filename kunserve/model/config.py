@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kunserve.model.quant.formats import NO_BLOCKS, Formats
+
 
 @dataclass(frozen=True, slots=True)
 class Llama3RopeScaling:
@@ -37,6 +39,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the checkpoint: "float32", "float16", "bfloat16", "float64"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    formats: Formats = NO_BLOCKS  # of matrices that are stored in blocks
 
     @property
     def q_size(self) -> int:

@@ -22,6 +22,9 @@ from kunserve.model.config_fields import (
     show,
 )
 from kunserve.model.files import reading
+from kunserve.model.layout import weight_units
+from kunserve.model.quant.formats import Formats
+from kunserve.model.quant.scheme import METHODS, scheme_of
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -112,7 +115,21 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=read_tokens(values, "eos_token_id", vocab_size),
     )
     check_config(config)
-    return config
+    quantization = read_object(values, "quantization_config")
+    return replace(config, formats=_formats(config, quantization)) if quantization else config
+
+
+def _formats(config: ModelConfig, quantization: Mapping[str, Any]) -> Formats:
+    """Return the blocks that a quantized checkpoint's matrices are kept in."""
+    try:
+        scheme = scheme_of(quantization)
+    except ConfigError as error:
+        raise ConfigError(f"field quantization_config: {error.message}") from None
+    specs = (spec for unit in weight_units(config, config.dtype) for spec in unit.tensors)
+    matrices = {s.name: s.shape[1] for s in specs if len(s.shape) == 2 and s.name.endswith("_proj.weight")}
+    quantized = {name for name in matrices if not scheme.skips(name.removesuffix(".weight"))}
+    blocks = {name: scheme.blocks_of(matrices[name]) for name in matrices if name in quantized}
+    return Formats({name: kept for name, kept in blocks.items() if kept}, scheme, frozenset(quantized))
 
 
 def cutting_window(folder: Path) -> tuple[int, int] | None:
@@ -189,7 +206,8 @@ def _family(values: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
     """Raise ConfigError for the first field that changes the result and that we do not compute."""
-    if quantization := values.get("quantization_config"):
+    quantization = values.get("quantization_config")
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
         raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
     if (act := values.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"field hidden_act: {show(act)} is not supported, only 'silu'")
@@ -210,11 +228,7 @@ def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
 
 # What names of quantized models commonly end in, by their method.
 QUANTIZED_NAMES = {
-    "awq": "-AWQ",
-    "gptq": "-GPTQ-Int4",
-    "fp8": "-FP8",
     "fbgemm_fp8": "-FP8",
-    "compressed-tensors": "-FP8 or -w4a16",
     "bitsandbytes": "-bnb-4bit",
     "mxfp4": "-MXFP4",
     "modelopt": "-FP8, -FP4 or -NVFP4",

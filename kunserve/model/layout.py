@@ -2,15 +2,21 @@
 
 A unit is what is dropped and restored as one: the embedding, each layer, and norm + head. With tied embeddings the
 final norm lies in the embedding's unit, which then is needed at both ends of a chain.
-Tensors that one operation reads together (q, k, v; gate, up) lie next to each other, so that they are one matrix.
+Tensors that one operation reads together (q, k, v; gate, up) lie next to each other, so that they are one matrix
+where they are stored alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from kunserve.model.config import ModelConfig
+from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
+
+if TYPE_CHECKING:
+    import torch  # names are judged without it
 
 Named = tuple[str, tuple[int, ...]]  # name and shape
 
@@ -22,8 +28,32 @@ class TensorSpec:
     """One tensor of a unit. `name` is the checkpoint's (Hugging Face) name; `offset` in bytes from the unit's start."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the numbers that it stands for
     offset: int
+    dtype: str  # of what is stored
+    blocks: Blocks | None = None  # None: it is stored as numbers
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Elements of `dtype` that are stored: of blocks the bytes of each row."""
+        if self.blocks is None:
+            return self.shape
+        *rows, columns = self.shape
+        return (*rows, columns // self.blocks.num_values * self.blocks.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are stored."""
+        return prod(self.stored_shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        """Where the next tensor of the same matrix begins."""
+        return self.offset + self.num_bytes
+
+    def is_stored_like(self, other: TensorSpec) -> bool:
+        """Whether the rows of both can be those of one matrix."""
+        return (self.dtype, self.blocks, self.stored_shape[1:]) == (other.dtype, other.blocks, other.stored_shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +65,17 @@ class WeightUnit:
     num_bytes: int
 
 
-def _pack(name: str, groups: list[list[Named]], item_bytes: int) -> WeightUnit:
-    """Lay groups of tensors one after the other; tensors of a group touch."""
-    offset, tensors = 0, []
+def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str) -> WeightUnit:
+    """Lay groups of tensors one after the other; tensors of a group touch where they are stored alike."""
+    tensors: list[TensorSpec] = []
     for group in groups:
-        offset = -(-offset // ALIGNMENT) * ALIGNMENT
-        for tensor_name, shape in group:
-            tensors.append(TensorSpec(tensor_name, shape, offset))
-            offset += prod(shape) * item_bytes
-    return WeightUnit(name, tuple(tensors), offset)
+        for i, (tensor_name, shape) in enumerate(group):
+            blocks, end = config.formats.of(tensor_name), tensors[-1].end if tensors else 0
+            spec = TensorSpec(tensor_name, shape, end, dtype if blocks is None else "uint8", blocks)
+            if i == 0 or not spec.is_stored_like(tensors[-1]):
+                spec = replace(spec, offset=-(-end // ALIGNMENT) * ALIGNMENT)
+            tensors.append(spec)
+    return WeightUnit(name, tuple(tensors), tensors[-1].end)
 
 
 def layer_name(layer: int) -> str:
@@ -51,7 +83,7 @@ def layer_name(layer: int) -> str:
     return f"layers.{layer}"
 
 
-def _layer_unit(config: ModelConfig, layer: int, item_bytes: int) -> WeightUnit:
+def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
     prefix, hidden, inner = f"model.layers.{layer}.", config.hidden_size, config.intermediate_size
     q, kv = config.q_size, config.kv_size
     attn, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -73,19 +105,23 @@ def _layer_unit(config: ModelConfig, layer: int, item_bytes: int) -> WeightUnit:
         [(mlp + "gate_proj.weight", (inner, hidden)), (mlp + "up_proj.weight", (inner, hidden))],
         [(mlp + "down_proj.weight", (hidden, inner))],
     ]
-    return _pack(layer_name(layer), groups, item_bytes)
+    return _pack(layer_name(layer), groups, config, dtype)
 
 
-def weight_units(config: ModelConfig, item_bytes: int) -> tuple[WeightUnit, ...]:
-    """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied."""
+def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightUnit, ...]:
+    """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
+
+    dtype: of what is stored as numbers, or its name.
+    """
+    dtype = str(dtype).removeprefix("torch.")
     vocab = (config.vocab_size, config.hidden_size)
     norm: list[Named] = [("model.norm.weight", (config.hidden_size,))]
     embed: list[list[Named]] = [[("model.embed_tokens.weight", vocab)]]
-    layers = [_layer_unit(config, i, item_bytes) for i in range(config.num_layers)]
+    layers = [_layer_unit(config, i, dtype) for i in range(config.num_layers)]
     if config.tie_embeddings:
-        return (_pack("embed", [*embed, norm], item_bytes), *layers)
-    head = _pack("head", [norm, [("lm_head.weight", vocab)]], item_bytes)
-    return (_pack("embed", embed, item_bytes), *layers, head)
+        return (_pack("embed", [*embed, norm], config, dtype), *layers)
+    head = _pack("head", [norm, [("lm_head.weight", vocab)]], config, dtype)
+    return (_pack("embed", embed, config, dtype), *layers, head)
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class Instances:
 
         ConfigError if the cluster has not so many.
         """
-        weights, gpus = sum(unit.num_bytes for unit in weight_units(model, 2)), 1
+        weights, gpus = sum(unit.num_bytes for unit in weight_units(model, "bfloat16")), 1
         while weights * 1.25 > cluster.memory_bytes * USABLE * gpus:
             gpus *= 2
         if gpus > cluster.num_gpus:

@@ -237,7 +237,7 @@ class SimMachine(Machine):
         """The GPUs of a cluster, as many to a device as an instance needs. ConfigError if there are too few."""
         instances, dtype = Instances.of(model, cluster), torch.bfloat16
         block_bytes, budget = KVShape.of(model, block_size, dtype).block_bytes, instances.memory_bytes
-        chunk_bytes = choose_chunk_bytes(model, dtype.itemsize, block_bytes, GRANULARITY, budget)
+        chunk_bytes = choose_chunk_bytes(model, dtype, block_bytes, GRANULARITY, budget)
         devices = range(instances.num_devices)
         views = [DeviceView(i, budget // chunk_bytes, instances.server(i)) for i in devices]
         links = TimedLinks(instances.bandwidth, is_coordinated=is_coordinated)

@@ -28,11 +28,12 @@ from kunserve.compute.cpu_kernels import load_kernels
 from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.ops import AttentionBatch, Ops, rope_table
 from kunserve.compute.torch_ops import TorchOps
+from kunserve.model.quant.linear import Linear
 
 HUGE_PAGE_BYTES = 2 << 20
 COLD_BYTES = 32 << 20
 HIDDEN, INNER, VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 576, 1536, 49152, 30, 9, 3, 64, 16
-Linear = Callable[[Tensor, Tensor], Tensor]
+Multiply = Callable[[Tensor, Tensor], Tensor]
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 LINEARS = {
     "qkv": (QKV, HIDDEN),
@@ -76,11 +77,13 @@ def bench_linear(ops: CpuOps, rows: list[int], repeats: int) -> list[dict[str, f
                 continue
             x = torch.randn(M, K)
 
-            def run(call: Linear, weights: list[Tensor] = weights, x: Tensor = x) -> None:
+            def run(call: Multiply, weights: list[Tensor] = weights, x: Tensor = x) -> None:
                 for weight in weights:
                     call(x, weight)
 
-            seconds = median_s([partial(run, ops.linear), partial(run, F.linear)], repeats)
+            seconds = median_s(
+                [partial(run, lambda x, w: ops.linear(x, Linear.of(w))), partial(run, F.linear)], repeats
+            )
             ours, theirs = (s / len(weights) for s in seconds)
             flops, gbps = 2e-9 * M * N * K, N * K * 4e-9 / ours
             print(
@@ -164,12 +167,14 @@ def bench_model(ops: Ops, rows: list[int], repeats: int, context: int = 200) -> 
         def step(batch: AttentionBatch = batch, x0: Tensor = x0) -> Tensor:
             x = x0
             for layer, kv in zip(weights, kvs, strict=True):
-                qkv = ops.linear(ops.rms_norm(x, layer["norm"][0], 1e-5), layer["qkv"])
+                qkv = ops.linear(ops.rms_norm(x, layer["norm"][0], 1e-5), Linear.of(layer["qkv"]))
                 ops.rotate_and_append(qkv, rope, kv, batch)
-                x = ops.linear(ops.attention(qkv, kv, batch, HEADS), layer["o"], residual=x)
-                inner = ops.silu_and_mul(ops.linear(ops.rms_norm(x, layer["norm"][1], 1e-5), layer["gate_up"]))
-                x = ops.linear(inner, layer["down"], residual=x)
-            return ops.linear(x, head)
+                x = ops.linear(ops.attention(qkv, kv, batch, HEADS), Linear.of(layer["o"]), residual=x)
+                inner = ops.silu_and_mul(
+                    ops.linear(ops.rms_norm(x, layer["norm"][1], 1e-5), Linear.of(layer["gate_up"]))
+                )
+                x = ops.linear(inner, Linear.of(layer["down"]), residual=x)
+            return ops.linear(x, Linear.of(head))
 
         (seconds,) = median_s([step], repeats)
         gbps = (weight_bytes + 2 * 4 * M * context * KV_HEADS * HEAD_DIM * LAYERS) * 1e-9 / seconds
@@ -182,8 +187,9 @@ def bench_calls(ops: CpuOps, repeats: int) -> dict[str, float]:
     """Microseconds per call of each operation where there is next to nothing to compute: the binding's own cost."""
     x, weight, kv = torch.randn(1, 24), torch.randn(4, 24), torch.zeros(1, 2, 1, 1, 8)
     rope, batch = torch.zeros(1, 8), sequences([1], 1, 0)
+    matrix = Linear.of(weight)
     calls: dict[str, Callable[[], object]] = {
-        "linear": lambda: ops.linear(x, weight),
+        "linear": lambda: ops.linear(x, matrix),
         "rms_norm": lambda: ops.rms_norm(x, weight[0], 1e-5),
         "silu_and_mul": lambda: ops.silu_and_mul(x),
         "rotate_and_append": lambda: ops.rotate_and_append(x, rope, kv, batch),

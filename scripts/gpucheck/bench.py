@@ -100,9 +100,9 @@ class Bench:
     ) -> Iterator[list[Placed]]:
         """Logical devices on the GPU, each with the whole model and at least `num_blocks` of KV."""
         drivers = open_drivers([self.ordinal] * num_devices, self.open_driver)
-        units, shape = weight_units(config, dtype.itemsize), KVShape.of(config, BLOCK_SIZE, dtype)
+        units, shape = weight_units(config, dtype), KVShape.of(config, BLOCK_SIZE, dtype)
         wanted = sum(unit.num_bytes for unit in units) + config.num_layers * num_blocks * shape.block_bytes
-        chunk = choose_chunk_bytes(config, dtype.itemsize, shape.block_bytes, drivers[0].granularity, wanted)
+        chunk = choose_chunk_bytes(config, dtype, shape.block_bytes, drivers[0].granularity, wanted)
         weights = sum(-(-unit.num_bytes // chunk) for unit in units)
         per_layer = -(-num_blocks * shape.block_bytes // chunk)
         devices = open_cuda_devices(drivers, weights + config.num_layers * per_layer, chunk)
@@ -110,7 +110,7 @@ class Bench:
         placed = []
         try:
             for device in devices:
-                memory = DeviceMemory(device, units, config.num_layers, shape, dtype)
+                memory = DeviceMemory(device, units, config.num_layers, shape)
                 for unit in units:
                     memory.weights.map(unit.name)
                     memory.weights.fill(unit.name, source)

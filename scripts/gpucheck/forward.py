@@ -127,7 +127,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
     context = 64 if bench.is_quick else CONTEXT
     per_second = bandwidth(bench)
     shape = KVShape.of(config, BLOCK_SIZE, torch.bfloat16)
-    units = {unit.name: unit for unit in weight_units(config, 2)}
+    units = {unit.name: unit for unit in weight_units(config, "bfloat16")}
     weights = sum(units[n].num_bytes for n in units if n != "embed" or config.tie_embeddings)
     width = -(-(context + 1) // BLOCK_SIZE)
     figures: dict[str, Any] = {"bandwidth_gb_per_s": per_second / 1e9}
@@ -214,7 +214,7 @@ def prefill(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
     """TFLOP/s of a prefill step of 8192 tokens in four prompts, and of a large matrix product."""
     config = config or (llama_1b() if bench.is_quick else llama_8b())
     length, seqs = (64 if bench.is_quick else 2048), 4
-    units = weight_units(config, 2)
+    units = weight_units(config, "bfloat16")
     matrices = sum(prod(t.shape) for u in units for t in u.tensors if len(t.shape) == 2 and u.name.startswith("layers"))
     attention = 2 * config.num_layers * config.q_size * length  # both products, causal
     flops = seqs * length * (2 * matrices + attention)

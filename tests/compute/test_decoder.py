@@ -67,7 +67,7 @@ def tiny_decoder(folder: Path, dtype: torch.dtype, is_reference: bool = False) -
     device = HostDevice(0, NUM_CHUNKS, CHUNK_BYTES)
     try:
         shape = KVShape.of(config, BLOCK_SIZE, dtype)
-        memory = DeviceMemory(device, weight_units(config, dtype.itemsize), NUM_LAYERS, shape, dtype)
+        memory = DeviceMemory(device, weight_units(config, dtype), NUM_LAYERS, shape)
         yield TinyDecoder(folder, memory, dtype, is_reference)
         memory.check()
     finally:

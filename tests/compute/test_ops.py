@@ -15,6 +15,7 @@ from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
 from kunserve.compute.ops import AttentionBatch, rope_table
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
+from kunserve.model.quant.linear import Linear, Part
 
 REFERENCE = TorchOps()
 VARIANTS = ["native", "-mno-avx512f", "-march=x86-64"]
@@ -57,20 +58,30 @@ def test_linear_matches_float64(ops: CpuOps, M: int, N: int, K: int) -> None:
     x, w, bias, residual = randn(M, K), randn(N, K, seed=1), randn(N, seed=2), randn(M, N, seed=3)
     for b, r in [(None, None), (bias, None), (None, residual), (bias, residual)]:
         expected = REFERENCE.linear(
-            x.double(), w.double(), None if b is None else b.double(), None if r is None else r.double()
+            x.double(), Linear.of(w.double()), None if b is None else b.double(), None if r is None else r.double()
         )
         magnitude = x.abs().double() @ w.abs().double().T + 1
-        assert ((ops.linear(x, w, b, r) - expected).abs() / magnitude).max() < 2.0**-23 * max(2, K / 64)
+        assert ((ops.linear(x, Linear.of(w), b, r) - expected).abs() / magnitude).max() < 2.0**-23 * max(2, K / 64)
 
 
 @pytest.mark.parametrize(("N", "K"), [(960, 576), (10, 37), (7, 1536), (5, 4100)])
 def test_linear_is_batch_invariant(ops: CpuOps, N: int, K: int) -> None:
     x, w, bias, residual = randn(200, K), randn(N, K, seed=1), randn(N, seed=2), randn(200, N, seed=3)
-    whole = ops.linear(x, w, bias, residual)
+    matrix = Linear.of(w)
+    whole = ops.linear(x, matrix, bias, residual)
     for M in (1, 2, 3, 4, 5, 6, 7, 8, 37, 100):
         for first in (0, 1, 100 - M):
             rows = slice(first, first + M)
-            assert torch.equal(ops.linear(x[rows], w, bias, residual[rows]), whole[rows])
+            assert torch.equal(ops.linear(x[rows], matrix, bias, residual[rows]), whole[rows])
+
+
+def test_a_matrix_in_parts_is_one_matrix(ops: CpuOps) -> None:
+    x, w, bias, residual = randn(9, 37), randn(11, 37, seed=1), randn(11, seed=2), randn(9, 11, seed=3)
+    matrix = Linear((Part(w[:5]), Part(w[5:6]), Part(w[6:])))
+    assert matrix.shape == (11, 37) and torch.equal(matrix.dense(torch.float32), w)
+    for rows in (1, 9):
+        whole = ops.linear(x[:rows], Linear.of(w), bias, residual[:rows])
+        assert torch.equal(ops.linear(x[:rows], matrix, bias, residual[:rows]), whole)
 
 
 def test_linear_reads_nothing_past_its_operands(ops: CpuOps) -> None:
@@ -79,7 +90,7 @@ def test_linear_reads_nothing_past_its_operands(ops: CpuOps) -> None:
     around[1:7] = w
     x_around = around.clone()
     x_around[1:7] = x
-    assert torch.equal(ops.linear(x_around[1:7], around[1:7]), ops.linear(x, w))
+    assert torch.equal(ops.linear(x_around[1:7], Linear.of(around[1:7])), ops.linear(x, Linear.of(w)))
 
 
 @pytest.mark.parametrize("H", [1, 5, 16, 33, 64, 576, 1000])
@@ -110,9 +121,9 @@ def test_silu_and_mul_of_extremes(ops: CpuOps) -> None:
 def test_embed_takes_int32_and_checks_range(ops: CpuOps) -> None:
     weight = randn(11, 8)
     ids = torch.tensor([10, 0, 10], dtype=torch.int32)
-    assert torch.equal(ops.embed(ids, weight), weight[[10, 0, 10]])
+    assert torch.equal(ops.embed(ids, Linear.of(weight)), weight[[10, 0, 10]])
     with pytest.raises(IndexError):
-        ops.embed(ids + 1, weight)
+        ops.embed(ids + 1, Linear.of(weight))
 
 
 # ---- attention ----------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from fake_cuda import FakeCuda
 from fake_machine import FILES, GIB, Bindings, cpu_machine, files, gpu_machine, hub_constants, modules
 
 from kunserve.compute import cpu_kernels
-from kunserve.doctor.cards import ITEM_BYTES
 from kunserve.doctor.finding import Finding, Status
 from kunserve.doctor.probe import Probe
 from kunserve.doctor.report import examine
 from kunserve.errors import ConfigError
 from kunserve.model.card import CARDS
+from kunserve.model.quant.blocks import ITEM_BYTES
 
 
 def line(finding: Finding) -> str:

@@ -101,8 +101,8 @@ class ScriptedExecutor(Executor):
 def _memory(index: int, layers: tuple[int, int], chunks_per_layer: int) -> DeviceMemory:
     """A device with these layers' weights and KV mapped."""
     shape = KVShape.of(MODEL, BLOCK_SIZE, torch.float32)
-    units = weight_units(MODEL, 4)
-    memory = DeviceMemory(NullDevice(index, 400, CHUNK_BYTES), units, MODEL.num_layers, shape, torch.float32)
+    units = weight_units(MODEL, "float32")
+    memory = DeviceMemory(NullDevice(index, 400, CHUNK_BYTES), units, MODEL.num_layers, shape)
     for unit in units_of_stage(MODEL, *layers):
         memory.weights.map(unit)
         with memory.weights.filling(unit):

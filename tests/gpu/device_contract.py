@@ -28,7 +28,7 @@ from kunserve.model.layout import weight_units
 NUM_CHUNKS = 16
 SIZE = 8  # chunks of a reserved range
 MODEL = ModelConfig("llama", 64, 16, 32, 2, 2, 1, 8, 64)
-UNITS = weight_units(MODEL, 4)
+UNITS = weight_units(MODEL, "float32")
 ALL_UNITS = tuple(unit.name for unit in UNITS)
 
 
@@ -229,7 +229,7 @@ def read(device: Device, address: int, num_chunks: int) -> list[int]:
 
 
 def new_memory(device: Device) -> DeviceMemory:
-    return DeviceMemory(device, UNITS, MODEL.num_layers, KVShape.of(MODEL, 4, torch.float32), torch.float32)
+    return DeviceMemory(device, UNITS, MODEL.num_layers, KVShape.of(MODEL, 4, torch.float32))
 
 
 def layers_of(device: Device, base: int | None = None) -> list[Tensor]:

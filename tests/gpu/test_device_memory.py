@@ -37,7 +37,7 @@ KV = KVShape(2, 4, 8, torch.float32)
 
 
 def new_memory(device: Any) -> DeviceMemory:
-    return DeviceMemory(device, weight_units(MODEL, 4), NUM_LAYERS, KV, torch.float32)
+    return DeviceMemory(device, weight_units(MODEL, "float32"), NUM_LAYERS, KV)
 
 
 def layout_of(first: int, last: int, chunks: Sequence[int]) -> Layout:

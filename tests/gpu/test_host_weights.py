@@ -29,7 +29,7 @@ from kunserve.model.layout import weight_units
 
 TINY = ModelConfig("llama", 48, 16, 32, 2, 2, 1, 8, 64)
 LARGE = ModelConfig("llama", 16_384, 1024, 512, 1, 8, 2, 128, 64)  # 64 MiB of embedding, 64 MiB of head, and a layer
-LARGE_BYTES = sum(unit.num_bytes for unit in weight_units(LARGE, 4))
+LARGE_BYTES = sum(unit.num_bytes for unit in weight_units(LARGE, "float32"))
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def driver() -> Iterator[FakeCuda]:
 
 
 def keep(asked: HostCopy, driver: FakeCuda | None = None) -> HostWeights:
-    return keep_host_copy(asked, DummySource(TINY), weight_units(TINY, 4), torch.float32, driver)
+    return keep_host_copy(asked, DummySource(TINY), weight_units(TINY, "float32"), driver)
 
 
 def test_gpus_get_a_pinned_copy_of_their_own_choice(driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,9 @@ def test_nothing_is_pinned_that_was_not_asked_for(driver: FakeCuda, asked: HostC
 
 def test_a_copy_for_cpu_devices_is_pinned_by_nobody() -> None:
     host, name = keep(HostCopy.PINNED), "model.layers.0.mlp.up_proj.weight"
-    assert host.kind is HostCopy.PINNED and host.num_bytes >= sum(unit.num_bytes for unit in weight_units(TINY, 4))
+    assert host.kind is HostCopy.PINNED and host.num_bytes >= sum(
+        unit.num_bytes for unit in weight_units(TINY, "float32")
+    )
     out, expected = torch.empty(32, 16), torch.empty(32, 16)
     host.source.copy_into(name, out)
     DummySource(TINY).copy_into(name, expected)
@@ -118,7 +120,7 @@ def test_only_a_pinned_copy_takes_memory_of_the_process(kind: HostCopy, large: P
     load(DummySource(LARGE))  # whatever torch takes for itself at the first copy
     before = anonymous_bytes()
     files = DiskSource(large, LARGE) if kind is HostCopy.NONE else SafetensorsSource(large, LARGE)
-    host = keep_host_copy(kind, files, weight_units(LARGE, 4), torch.float32)
+    host = keep_host_copy(kind, files, weight_units(LARGE, "float32"))
     for _ in range(2):
         load(host.source)
     taken = anonymous_bytes() - before

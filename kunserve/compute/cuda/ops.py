@@ -17,6 +17,7 @@ from kunserve.compute.cuda.attention import PlannedBatch
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
+from kunserve.model.quant.linear import Linear
 
 CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -94,19 +95,20 @@ class CudaOps:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
-        return weight.index_select(0, token_ids)
+        return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
         return self._kernels.rms_norm(x, weight, eps)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
+        matrix = weight.dense(x.dtype)
         if residual is None:
-            return F.linear(x, weight, bias)
-        y = torch.addmm(residual, x, weight.t())  # the sum costs nothing: it is the matrix product's epilogue
+            return F.linear(x, matrix, bias)
+        y = torch.addmm(residual, x, matrix.t())  # the sum costs nothing: it is the matrix product's epilogue
         return y if bias is None else y + bias
 
     def rotate_and_append(

@@ -178,10 +178,8 @@ def make_control(
 
 def _reopen(machine: Machine, model: ModelConfig, kv_shape: KVShape, memories: list[DeviceMemory], device: int) -> None:
     """Put a new device in the place of one that is gone. ConflictError if that needs another process."""
-    units = weight_units(model, machine.dtype.itemsize)
-    memories[device] = machine.reopen(
-        device, lambda opened: DeviceMemory(opened, units, model.num_layers, kv_shape, machine.dtype)
-    )
+    units = weight_units(model, machine.dtype)
+    memories[device] = machine.reopen(device, lambda opened: DeviceMemory(opened, units, model.num_layers, kv_shape))
 
 
 def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> Mover | None:
@@ -220,8 +218,8 @@ async def _open(
     source = await asyncio.to_thread(weights)
     devices = await asyncio.to_thread(machine.open)
     host = await asyncio.to_thread(machine.host_weights, source)
-    units = weight_units(model, machine.dtype.itemsize)
-    memories = [DeviceMemory(device, units, model.num_layers, kv_shape, machine.dtype) for device in devices]
+    units = weight_units(model, machine.dtype)
+    memories = [DeviceMemory(device, units, model.num_layers, kv_shape) for device in devices]
     return memories, WeightLoader(memories, host, islands)
 
 

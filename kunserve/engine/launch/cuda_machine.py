@@ -109,7 +109,7 @@ class CudaMachine(Machine):
             )
             self._block_bytes = KVShape.of(model, options.block_size, options.dtype).block_bytes
             self.chunk_bytes = choose_chunk_bytes(
-                model, options.dtype.itemsize, self._block_bytes, self._drivers[0].granularity, self._wanted_bytes()
+                model, options.dtype, self._block_bytes, self._drivers[0].granularity, self._wanted_bytes()
             )
             self.num_chunks = self.budget_bytes // self.chunk_bytes
         except BaseException:
@@ -124,7 +124,7 @@ class CudaMachine(Machine):
             kv_bytes = model.num_layers * options.num_blocks * self._block_bytes
         if kv_bytes is None:
             return self.budget_bytes
-        ranges = [unit.num_bytes for unit in weight_units(model, options.dtype.itemsize)]
+        ranges = [unit.num_bytes for unit in weight_units(model, options.dtype)]
         ranges += [-(-kv_bytes // model.num_layers)] * model.num_layers
         return min(self.budget_bytes, sum(-(-num_bytes // step) * step for num_bytes in ranges))
 
@@ -155,8 +155,8 @@ class CudaMachine(Machine):
 
     def host_weights(self, source: WeightSource) -> HostWeights:
         """See `Machine.host_weights`."""
-        units, driver = weight_units(self._model, self._options.dtype.itemsize), self._devices[0].driver
-        self._host = keep_host_copy(self._options.host_copy, source, units, self._options.dtype, driver)
+        units, driver = weight_units(self._model, self._options.dtype), self._devices[0].driver
+        self._host = keep_host_copy(self._options.host_copy, source, units, driver)
         return self._host
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[CudaExecutor, str]:
@@ -245,14 +245,14 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
     shape = KVShape.of(model, options.block_size, options.dtype)
     num_blocks = -(-num_tokens // options.block_size) + num_seqs
-    units = weight_units(small, options.dtype.itemsize)
+    units = weight_units(small, options.dtype)
     chunk = driver.granularity
     kv_chunks = -(-num_blocks * shape.block_bytes // chunk)
     num_chunks = kv_chunks * small.num_layers + sum(-(-unit.num_bytes // chunk) for unit in units)
     (opened,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
     try:
         before = torch.cuda.memory_reserved(device)
-        memory = DeviceMemory(opened, units, small.num_layers, shape, options.dtype)
+        memory = DeviceMemory(opened, units, small.num_layers, shape)
         memory.rearrange(Layout(tuple(unit.name for unit in units), (kv_chunks,) * small.num_layers))
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
         decoder, _ = _decoder(small, options, memory, num_tokens, limits, opened.driver)

@@ -95,8 +95,8 @@ class HostMachine(Machine):
 
     def host_weights(self, source: WeightSource) -> HostWeights:
         """See `Machine.host_weights`."""
-        units = weight_units(self._model, self.dtype.itemsize)
-        return keep_host_copy(self._config.host_copy, source, units, self.dtype)
+        units = weight_units(self._model, self.dtype)
+        return keep_host_copy(self._config.host_copy, source, units)
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """See `Machine.executor`."""

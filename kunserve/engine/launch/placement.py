@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
@@ -29,11 +28,12 @@ class Placement:
 def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, shares_head: bool = False) -> ModelShape:
     """The sizes that the planner works with. Times are relative: bytes of weights that a step reads.
 
+    Where layers are stored differently, all count as the largest.
     `shares_head`: the executor lets both ends of a chain compute the head, if both have it.
     """
-    units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype.itemsize)}
-    layer, embed = units[layer_name(0)], units["embed"]
-    head = units.get("head")
+    units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype)}
+    embed, layers = units["embed"], [units[layer_name(i)] for i in range(config.num_layers)]
+    layer, head = max(layers, key=lambda unit: unit.num_bytes), units.get("head")
     chunks = {name: -(-unit.num_bytes // chunk_bytes) for name, unit in units.items()}
     return ModelShape(
         num_layers=config.num_layers,
@@ -44,7 +44,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
         kv_block_bytes=kv_shape.block_bytes,
         chunk_bytes=chunk_bytes,
         block_size=kv_shape.block_size,
-        head_time=prod((head or embed).tensors[-1 if head else 0].shape) * kv_shape.dtype.itemsize / layer.num_bytes,
+        head_time=(head or embed).tensors[-1 if head else 0].num_bytes / layer.num_bytes,
         shares_head=shares_head and config.tie_embeddings,
         max_layer_chunks=max_layer_chunks(config.num_layers, chunk_bytes),
     )

@@ -267,14 +267,14 @@ def device_names(ordinals: Sequence[int]) -> list[str]:
 
 
 def choose_chunk_bytes(
-    config: ModelConfig, item_bytes: int, kv_block_bytes: int, granularity: int, budget_bytes: int
+    config: ModelConfig, dtype: torch.dtype, kv_block_bytes: int, granularity: int, budget_bytes: int
 ) -> int:
     """Bytes of a chunk: the largest whose waste is within 1 % of the budget of the least possible.
 
     Wasted are the ends of the weight units' ranges, and of every layer's KV range what chunks cannot be divided into.
-    kv_block_bytes: one block of one layer; budget_bytes: of one device.
+    dtype: of weights that are stored as numbers; kv_block_bytes: one block of one layer; budget_bytes: of one device.
     """
-    units = [unit.num_bytes for unit in weight_units(config, item_bytes)]
+    units = [unit.num_bytes for unit in weight_units(config, dtype)]
 
     def waste(chunk: int) -> int:
         weights = sum(-num_bytes % chunk for num_bytes in units)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 
 import torch
 from torch import Tensor
@@ -27,23 +26,21 @@ def _touch(memory: Tensor) -> None:
 
 
 class PinnedSource:
-    """A `WeightSource` that reads each tensor once from another one, into pinned memory in the weights' dtype.
+    """A `WeightSource` that reads each tensor once from another one, into pinned memory, as it is stored on devices.
 
     Tensors are read when they are first asked for; whoever else asks meanwhile waits for that one read. Copies out of
     it go asynchronously on the caller's stream. `close` after all devices are done. Without a driver there is nothing
     to pin: devices in host memory copy from any memory.
     """
 
-    def __init__(
-        self, source: WeightSource, units: Sequence[WeightUnit], dtype: torch.dtype, driver: Driver | None
-    ) -> None:
+    def __init__(self, source: WeightSource, units: Sequence[WeightUnit], driver: Driver | None) -> None:
         """DeviceError if the host cannot pin so much."""
         self._source, self._driver = source, driver
         specs = [spec for unit in units for spec in unit.tensors]
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-prod(spec.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
         self._memory = torch.empty(end, dtype=torch.uint8)
         if driver is not None:
             _touch(self._memory)
@@ -55,8 +52,8 @@ class PinnedSource:
         self._is_pinned = driver is not None
         self._tensors: dict[str, Tensor] = {}
         for spec, offset in zip(specs, offsets, strict=True):
-            flat = self._memory[offset : offset + prod(spec.shape) * dtype.itemsize]
-            self._tensors[spec.name] = flat.view(dtype).view(spec.shape)
+            flat = self._memory[offset : offset + spec.num_bytes]
+            self._tensors[spec.name] = flat.view(getattr(torch, spec.dtype)).view(spec.stored_shape)
         self._locks = {name: threading.Lock() for name in self._tensors}
         self._read: set[str] = set()
 

@@ -41,7 +41,7 @@ class Pair:
 
 
 def memory_on(device: HostDevice) -> DeviceMemory:
-    memory = DeviceMemory(device, weight_units(CONFIG, DTYPE.itemsize), LAYERS, KVShape.of(CONFIG, BLOCK, DTYPE), DTYPE)
+    memory = DeviceMemory(device, weight_units(CONFIG, DTYPE), LAYERS, KVShape.of(CONFIG, BLOCK, DTYPE))
     for unit in ("embed", *(f"layers.{i}" for i in range(LAYERS)), "head"):
         memory.weights.map(unit)
         memory.weights.fill(unit, DummySource(CONFIG))

@@ -9,6 +9,7 @@ from torch import Tensor
 from kunserve.compute.cuda.ops import CudaOps, Kernels, TorchKernels, cuda_dtype
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
+from kunserve.model.quant.linear import Linear
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -16,7 +17,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_linear_adds_bias_and_residual() -> None:
-    x, w, b, r = randn(5, 8, seed=0), randn(6, 8, seed=1), randn(6, seed=2), randn(5, 6, seed=3)
+    x, w, b, r = randn(5, 8, seed=0), Linear.of(randn(6, 8, seed=1)), randn(6, seed=2), randn(5, 6, seed=3)
     ops, reference = CudaOps(TorchKernels()), TorchOps()
     for bias in (None, b):
         for residual in (None, r):

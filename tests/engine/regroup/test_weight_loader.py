@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 MODEL = ModelConfig("llama", 500, 64, 96, 2, 4, 2, 16, 256)
 CHUNK_BYTES = 1 << 16
-UNITS = {unit.name: unit for unit in weight_units(MODEL, 4)}
+UNITS = {unit.name: unit for unit in weight_units(MODEL, "float32")}
 LAYER_BYTES = 4 * (64 + 64 * 64 + 2 * 32 * 64 + 64 * 64 + 64 + 3 * 64 * 96)
 MATE, DISK, FROM_HOST = WeightOrigin.MATE, WeightOrigin.DISK, WeightOrigin.HOST
 
@@ -88,11 +88,11 @@ async def loading(
         for i in range(num_devices):
             device = HostDevice(i, 16, CHUNK_BYTES)
             stack.callback(device.close)
-            memories.append(DeviceMemory(device, list(UNITS.values()), MODEL.num_layers, shape, torch.float32))
+            memories.append(DeviceMemory(device, list(UNITS.values()), MODEL.num_layers, shape))
             for unit in UNITS:
                 memories[-1].weights.map(unit)
                 memories[-1].weights.content(unit).fill_(0xAB)
-        host = keep_host_copy(kind, source, list(UNITS.values()), torch.float32)
+        host = keep_host_copy(kind, source, list(UNITS.values()))
         yield memories, WeightLoader(memories, host, islands), source
 
 

@@ -55,8 +55,8 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
     shape = KVShape.of(MODEL, BLOCK, torch.float32)
     chunks = model_shape(MODEL, shape, machine.chunk_bytes)
     views, devices = machine.views(chunks), machine.open()
-    units = weight_units(MODEL, 4)
-    memories = [DeviceMemory(device, units, MODEL.num_layers, shape, torch.float32) for device in devices]
+    units = weight_units(MODEL, "float32")
+    memories = [DeviceMemory(device, units, MODEL.num_layers, shape) for device in devices]
     loader = WeightLoader(memories, machine.host_weights(DummySource(MODEL)))
     groups = []
     for i, memory in enumerate(memories):
@@ -255,7 +255,7 @@ async def test_a_bad_row_ends_its_request_alone(num_ahead: int, num_groups: int,
     async with serving([FakeCuda(), FakeCuda()], num_ahead) as engine:
         assert isinstance(engine.executor, CudaExecutor)
         for decoder in engine.executor.decoders:
-            decoder._embed[BAD] = torch.nan
+            decoder._embed.parts[0].data[BAD] = torch.nan
         if num_groups == 1:
             await engine.drop()
 

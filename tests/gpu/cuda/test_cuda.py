@@ -140,8 +140,8 @@ def test_chunks_are_multiples_of_the_granularity(driver: FakeCuda) -> None:
 
 
 def test_the_memory_flow_runs_on_it(device: CudaDevice) -> None:
-    units = weight_units(TINY, 4)
-    memory = DeviceMemory(device, units, TINY.num_layers, KVShape.of(TINY, 4, torch.float32), torch.float32)
+    units = weight_units(TINY, "float32")
+    memory = DeviceMemory(device, units, TINY.num_layers, KVShape.of(TINY, 4, torch.float32))
     memory.weights.map("layers.1")
     memory.weights.fill("layers.1", DummySource(TINY))
     name = "model.layers.1.mlp.down_proj.weight"

@@ -36,20 +36,22 @@ def test_names() -> None:
 def test_chunks_of_the_8b_model_are_tens_of_mib_and_waste_little() -> None:
     config, mib = load_card("llama-8b").config, 1 << 20
     block = KVShape.of(config, 16, torch.bfloat16).block_bytes
-    chunk = choose_chunk_bytes(config, 2, block, GRANULARITY, 72 << 30)
+    chunk = choose_chunk_bytes(config, torch.bfloat16, block, GRANULARITY, 72 << 30)
     assert chunk % GRANULARITY == 0 and 16 * mib <= chunk <= 64 * mib
-    layer = weight_units(config, 2)[1].num_bytes
+    layer = weight_units(config, "bfloat16")[1].num_bytes
     assert -layer % chunk / layer < 0.02
-    small = choose_chunk_bytes(config, 2, block, GRANULARITY, 18 << 30)  # little KV: coarse chunks would lose it
-    weights = sum(-(-unit.num_bytes // small) for unit in weight_units(config, 2))
+    small = choose_chunk_bytes(
+        config, torch.bfloat16, block, GRANULARITY, 18 << 30
+    )  # little KV: coarse chunks would lose it
+    weights = sum(-(-unit.num_bytes // small) for unit in weight_units(config, "bfloat16"))
     kv = ((18 << 30) // small - weights) // config.num_layers * config.num_layers * small
-    assert kv >= 0.85 * ((18 << 30) - sum(unit.num_bytes for unit in weight_units(config, 2)))
+    assert kv >= 0.85 * ((18 << 30) - sum(unit.num_bytes for unit in weight_units(config, "bfloat16")))
 
 
 def test_chunks_of_a_small_model_are_small() -> None:
     config = load_card("smollm2-135m").config
     block = KVShape.of(config, 16, torch.float32).block_bytes
-    assert choose_chunk_bytes(config, 4, block, GRANULARITY, 730 << 20) <= 4 * GRANULARITY
+    assert choose_chunk_bytes(config, torch.float32, block, GRANULARITY, 730 << 20) <= 4 * GRANULARITY
 
 
 def test_budgets() -> None:

@@ -39,8 +39,8 @@ class CountingSource(DummySource):
 
 
 def test_pinned_weights_are_read_once_in_the_weights_dtype(driver: FakeCuda) -> None:
-    source, units = CountingSource(), weight_units(TINY, 2)
-    pinned = PinnedSource(source, units, torch.bfloat16, driver)
+    source, units = CountingSource(), weight_units(TINY, "bfloat16")
+    pinned = PinnedSource(source, units, driver)
     (address, num_bytes), name = next(iter(driver.pinned_ranges.items())), "model.layers.0.mlp.up_proj.weight"
     assert num_bytes >= sum(unit.num_bytes for unit in units) and address % 64 == 0
     expected = torch.empty(32, 16, dtype=torch.bfloat16)
@@ -66,7 +66,7 @@ def test_whoever_asks_while_a_tensor_is_read_waits_for_that_read(driver: FakeCud
             super().copy_into(name, out)
 
     source, name, all_ask = SlowSource(), "model.layers.0.mlp.up_proj.weight", threading.Event()
-    pinned = PinnedSource(source, weight_units(TINY, 4), torch.float32, driver)
+    pinned = PinnedSource(source, weight_units(TINY, "float32"), driver)
     outs = [torch.zeros(32, 16) for _ in range(4)]
     threads = [threading.Thread(target=pinned.copy_into, args=(name, out)) for out in outs]
     for thread in threads:
@@ -91,12 +91,12 @@ def test_memory_is_there_before_it_is_pinned(driver: FakeCuda, monkeypatch: pyte
     monkeypatch.setattr(driver, "pin", pin)
     monkeypatch.setattr(driver, "unpin", lambda address: None)
     large = ModelConfig("llama", 20_000, 256, 32, 2, 2, 1, 128, 64)  # 40 MB: fresh from the system
-    PinnedSource(DummySource(large), weight_units(large, 4), torch.float32, driver).close()
+    PinnedSource(DummySource(large), weight_units(large, "float32"), driver).close()
     assert shares == [1.0]
 
 
 def test_memory_that_cannot_be_pinned_says_what_to_do(driver: FakeCuda) -> None:
     driver.fail_at["pin"] = 1
-    source, units = DummySource(TINY), weight_units(TINY, 4)
+    source, units = DummySource(TINY), weight_units(TINY, "float32")
     with pytest.raises(ConfigError, match=r"cannot pin 0 MiB .*CUDA_ERROR_UNKNOWN.*start with --host-copy mapped$"):
-        keep_host_copy(HostCopy.PINNED, source, units, torch.float32, driver)
+        keep_host_copy(HostCopy.PINNED, source, units, driver)

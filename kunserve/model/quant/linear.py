@@ -1,0 +1,61 @@
+"""The matrix of a linear layer as a value: parts of rows, each stored in a form of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.dequantize import dequantize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a matrix that are stored alike. R rows, K columns."""
+
+    data: Tensor  # (R, K) numbers; of blocks (R, bytes of a row) uint8
+    blocks: Blocks | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.data.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """K."""
+        width = self.data.shape[1]
+        return width if self.blocks is None else width // self.blocks.num_bytes * self.blocks.num_values
+
+    def dense(self) -> Tensor:
+        """Return the rows as numbers: (R, K); a view where that is what is stored, else float32."""
+        return self.data if self.blocks is None else dequantize(self.data, self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix (N, K): what `Ops.linear` multiplies with and `Ops.embed` takes rows of."""
+
+    parts: tuple[Part, ...]  # their rows one after the other: N together
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Linear:
+        """Return the matrix that a tensor (N, K) of numbers is."""
+        return cls((Part(weight),))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return sum(part.num_rows for part in self.parts), self.parts[0].num_columns
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix as numbers: (N, K); a view where that is what is stored."""
+        rows = [part.dense().to(dtype) for part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return some rows as numbers: (R,) -> (R, K); of blocks float32. The matrix must be in one part."""
+        (part,) = self.parts
+        return Part(part.data.index_select(0, indices), part.blocks).dense()
