@@ -23,7 +23,7 @@ from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import layer_name, units_of_stage, weight_units
 
-BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 64, 1 << 16, 256
+BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 128, 1 << 16, 256
 NUM_LAYERS = 3
 
 

@@ -102,18 +102,18 @@ def test_rms_norm_matches_float64(ops: CpuOps, H: int) -> None:
 @pytest.mark.parametrize("width", [1, 3, 16, 37, 1536])
 def test_silu_and_mul_matches_float64_and_ignores_position(ops: CpuOps, width: int) -> None:
     gate_up = randn(4, 2 * width) * 20
-    actual, gate, up = ops.silu_and_mul(gate_up), gate_up[:, :width].double(), gate_up[:, width:].double()
-    expected = REFERENCE.silu_and_mul(gate_up.double())
+    actual, gate, up = ops.act_and_mul(gate_up), gate_up[:, :width].double(), gate_up[:, width:].double()
+    expected = REFERENCE.act_and_mul(gate_up.double())
     assert ((actual - expected).abs() <= 4 * 2.0**-23 * expected.abs() + 1e-30).all()
     assert torch.allclose(expected, up * gate / (1 + torch.exp(-gate)), rtol=1e-13)
     for column in {0, width // 2, width - 1}:
-        alone = ops.silu_and_mul(gate_up[:, [column, width + column]].contiguous())
+        alone = ops.act_and_mul(gate_up[:, [column, width + column]].contiguous())
         assert torch.equal(alone[:, 0], actual[:, column])
 
 
 def test_silu_and_mul_of_extremes(ops: CpuOps) -> None:
     gate = torch.tensor([0.0, -0.0, 88.5, 1e30, -86.0, -90.0, -1e30, float("inf"), float("nan")])
-    actual = ops.silu_and_mul(torch.stack([gate, torch.ones_like(gate)]).T.contiguous().view(len(gate), 2))[:, 0]
+    actual = ops.act_and_mul(torch.stack([gate, torch.ones_like(gate)]).T.contiguous().view(len(gate), 2))[:, 0]
     expected = torch.tensor([0.0, 0.0, 88.5, 1e30, 0.0, 0.0, 0.0, float("inf"), float("nan")])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 

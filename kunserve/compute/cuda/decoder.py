@@ -82,13 +82,13 @@ class CudaDecoder(Decoder):
         sampled_rows: Tensor,
     ) -> Tensor:
         num_rows, hidden = len(x), graphs.hidden(bucket)
-        hidden[:num_rows] = self._ops.embed(x, self._embed) if first_layer == 0 else x
+        hidden[:num_rows] = self._embedded(x) if first_layer == 0 else x
         for run, is_whole in cut_into_runs(first_layer, last_layer, graphs.run_layers):
 
             def work(run: Run = run) -> None:
                 y = hidden
                 for layer in range(*run):
-                    y = self._layer(self._layers[layer], self._kv[layer], y, batch)
+                    y = self._layer(layer, y, batch)
                 hidden.copy_(y)
 
             if is_whole:
