@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-clients paper bench-overload clean
+.PHONY: install serve test lint unit test-faults test-models test-clients paper bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -37,6 +37,10 @@ test: lint unit
 # Every fault in every state; `unit` has a quarter of them.
 test-faults: $(VENV)/.installed-test
 	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/e2e/server/test_bad_devices.py
+
+# Every family with all prompts and layouts; `unit` has one prompt of each.
+test-models: $(VENV)/.installed-test
+	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/compute/test_decoder.py
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients

@@ -11,6 +11,7 @@ import structlog
 import torch
 from fake_gpus import gpus  # noqa: F401  a fixture
 from hypothesis import settings
+from op_layers import ops  # noqa: F401  a fixture
 from tiny_models import make_tiny_model
 
 if not torch.cuda.is_available():
