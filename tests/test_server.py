@@ -132,8 +132,16 @@ def test_flags_of_gpus_do_nothing_on_cpus() -> None:
         ("kunserve.server", "smollm2-135m --port many", "--port: invalid int value: 'many'"),
         ("kunserve.server", "smollm2-135m --block-size 0", "--block-size 0: must be at least 1"),
         ("kunserve.server", "smolm2", "did you mean 'smollm2-135m'?"),
-        ("kunserve.server", "FOLDER", "holds GGUF files (x.gguf): GGUF is not served."),
-        ("kunserve.server", "FOLDER/x.gguf", "is a file; GGUF is not served."),
+        (
+            "kunserve.server",
+            "FOLDER",
+            "x.gguf: the file is damaged or its download is not complete; fetch it again (it is empty)",
+        ),
+        (
+            "kunserve.server",
+            "FOLDER/x.gguf",
+            "x.gguf: the file is damaged or its download is not complete; fetch it again (it is empty)",
+        ),
         ("kunserve.sim", "--policy none", "--policy: invalid choice: 'none'"),
         ("kunserve.sim", "--model none", "no model 'none'"),
     ],

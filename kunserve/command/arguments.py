@@ -167,7 +167,7 @@ def make_parser(prog: str) -> FlagParser:
 def _add_model_flags(group: Group) -> None:
     add = group.add_argument
     add("model_tag", nargs="?", metavar="MODEL", help="same as --model")
-    add("--model", help=f"a model card ({', '.join(list_cards())}), a Hugging Face folder, or a Hub id")
+    add("--model", help=f"a model card ({', '.join(list_cards())}), a Hugging Face folder, a GGUF file, or a Hub id")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use; the first is shown")
     add(
         "--max-model-len",

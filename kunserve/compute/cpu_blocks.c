@@ -7,23 +7,65 @@
  */
 #define GROUP 32          /* weights that are decoded at once */
 #define GV (GROUP / VL)   /* vectors of them */
+#define AHEAD_BYTES (8 << 10) /* of codes, from what is decoded to what is fetched */
 #define FEW 2             /* up to so many rows of x, weights are decoded into registers, once for all rows */
 
+typedef struct { vf w[GV]; } Group; /* 32 weights, in the order of their columns */
+
+enum {
+  F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
+  A4_128, A4_64, A4_32, A8_128, A8_64, A8_32, F8_128, F8_64, F8_32, /* ours: kunserve/model/quant/blocks.py */
+  NUM_FORMATS
+}; /* as in cpu_ops.py */
+
+/* VL integers or halves at p, widened. Written out: gcc 12 takes vectors of bytes apart, byte by byte. */
+#if VL == 16
+INLINE vi bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vi pairs(const uint8_t *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vf halves(const uint8_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+INLINE vi bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE vi pairs(const uint8_t *p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vf halves(const uint8_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#else
 typedef uint8_t u8s __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef int8_t s8s __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef uint16_t u16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
 typedef _Float16 f16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
-typedef struct { vf w[GV]; } Group; /* 32 weights, in the order of their columns */
-
-enum { F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, NUM_FORMATS }; /* as in cpu_ops.py */
-
 INLINE vi bytes(const uint8_t *p) { return __builtin_convertvector(*(const u8s *)p, vi); }
 INLINE vi signed_bytes(const uint8_t *p) { return __builtin_convertvector(*(const s8s *)p, vi); }
+INLINE vi pairs(const uint8_t *p) { return __builtin_convertvector(*(const u16s *)p, vi); }
+INLINE vf halves(const uint8_t *p) { return __builtin_convertvector(*(const f16s *)p, vf); }
+#endif
 INLINE vi splat_int(int32_t a) { return a - (vi){0}; }
+/* Not by a cast where AVX512-FP16 has one: that instruction waits for what was in its register before. */
 INLINE float half(const uint8_t *p) {
+#if defined(__F16C__)
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return _cvtsh_ss(h);
+#else
   _Float16 h;
   memcpy(&h, p, 2);
   return (float)h;
+#endif
+}
+/* The four halves at p, by way of memory: from there they are spread over a vector by the load alone, while the one port
+ * that spreads registers is what decoding waits for. */
+typedef struct { float f[4]; } Halves;
+INLINE Halves read_halves(const uint8_t *p) {
+  Halves h;
+#if defined(__F16C__)
+  __m128 v;
+  __asm__("vcvtph2ps %1, %0" : "=x"(v) : "m"(*(const char(*)[8])p)); /* gcc 12 would load by itself, for one more */
+  _mm_storeu_ps(h.f, v);
+  __asm__("" : "+m"(h));
+#else
+  for (int i = 0; i < 4; i++) h.f[i] = half(p + 2 * i);
+#endif
+  return h;
 }
 INLINE vf affine(vi code, vf scale, vf offset) { return fma_(__builtin_convertvector(code, vf), scale, offset); }
 
@@ -53,8 +95,8 @@ INLINE vi with_bit4(vi code, uint32_t bits) {
 #endif
 
 /* Codes of 32 weights in 16 bytes: the first 16 are the low halves. */
-INLINE Group halves4(const uint8_t *codes, float scale, float offset) {
-  const vf s = splat(scale), o = splat(offset), table = sixteen(s, o);
+INLINE Group halves4(const uint8_t *codes, vf s, vf o) {
+  const vf table = sixteen(s, o);
   Group g;
   UNROLL for (int v = 0; v < GV / 2; v++) {
     vi q = bytes(codes + v * VL);
@@ -64,8 +106,7 @@ INLINE Group halves4(const uint8_t *codes, float scale, float offset) {
   return g;
 }
 
-INLINE Group halves5(const uint8_t *codes, const uint8_t *high, float scale, float offset) {
-  const vf s = splat(scale), o = splat(offset);
+INLINE Group halves5(const uint8_t *codes, const uint8_t *high, vf s, vf o) {
   uint32_t bits;
   memcpy(&bits, high, 4);
   Group g;
@@ -129,9 +170,49 @@ INLINE Group group_of_q6_k(const uint8_t *block, int64_t i) {
 INLINE Group group_of_numbers(const int is_bfloat, const uint8_t *p) {
   Group g;
   UNROLL for (int v = 0; v < GV; v++)
-    g.w[v] = is_bfloat ? (vf)(__builtin_convertvector(*(const u16s *)(p + 2 * VL * v), vi) << 16)
-                       : __builtin_convertvector(*(const f16s *)(p + 2 * VL * v), vf);
+    g.w[v] = is_bfloat ? (vf)(pairs(p + 2 * VL * v) << 16) : halves(p + 2 * VL * v);
   return g;
+}
+
+INLINE float number(const uint8_t *p) {
+  float f;
+  memcpy(&f, p, 4);
+  return f;
+}
+
+/* Blocks of ours: `per` groups in each. */
+INLINE Group group_of_a4(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (8 + 16 * per) * (g / per);
+  return halves4(b + 8 + 16 * (g % per), splat(number(b)), splat(number(b + 4)));
+}
+
+INLINE Group group_of_a8(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (8 + 32 * per) * (g / per), *codes = b + 8 + 32 * (g % per);
+  const vf s = splat(number(b)), o = splat(number(b + 4));
+  Group r;
+  UNROLL for (int v = 0; v < GV; v++) r.w[v] = affine(bytes(codes + v * VL), s, o);
+  return r;
+}
+
+/* A float of 8 bits (e4m3) is one of 16 but for where its exponent begins: shifted, it is 2**-8 of its value. */
+INLINE vf of_f8(const uint8_t *codes) {
+  const vi q = bytes(codes), h = (q & 0x80) << 8 | (q & 0x7f) << 7;
+#if VL == 16
+  const vf f = (vf)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h));
+#else
+  uint16_t halves_[VL];
+  for (int l = 0; l < VL; l++) halves_[l] = (uint16_t)h[l];
+  const vf f = halves((const uint8_t *)halves_);
+#endif
+  return f * 256.0f;
+}
+
+INLINE Group group_of_f8(const uint8_t *row, int64_t g, const int per) {
+  const uint8_t *b = row + (4 + 32 * per) * (g / per), *codes = b + 4 + 32 * (g % per);
+  const vf s = splat(number(b));
+  Group r;
+  UNROLL for (int v = 0; v < GV; v++) r.w[v] = of_f8(codes + v * VL) * s;
+  return r;
 }
 
 /* Weights 32 * g to 32 * g + 31 of a row. */
@@ -139,16 +220,41 @@ INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
   switch (format) {
     case F16: return group_of_numbers(0, row + 64 * g);
     case BF16: return group_of_numbers(1, row + 64 * g);
-    case Q4_0: { const uint8_t *b = row + 18 * g; float d = half(b); return halves4(b + 2, d, -8 * d); }
-    case Q4_1: { const uint8_t *b = row + 20 * g; return halves4(b + 4, half(b), half(b + 2)); }
-    case Q5_0: { const uint8_t *b = row + 22 * g; float d = half(b); return halves5(b + 6, b + 2, d, -16 * d); }
-    case Q5_1: { const uint8_t *b = row + 24 * g; return halves5(b + 8, b + 4, half(b), half(b + 2)); }
+    case Q4_0: {
+      const uint8_t *b = row + 18 * g;
+      const vf d = splat(read_halves(b).f[0]);
+      return halves4(b + 2, d, d * -8.0f);
+    }
+    case Q4_1: {
+      const uint8_t *b = row + 20 * g;
+      const Halves h = read_halves(b);
+      return halves4(b + 4, splat(h.f[0]), splat(h.f[1]));
+    }
+    case Q5_0: {
+      const uint8_t *b = row + 22 * g;
+      const vf d = splat(read_halves(b).f[0]);
+      return halves5(b + 6, b + 2, d, d * -16.0f);
+    }
+    case Q5_1: {
+      const uint8_t *b = row + 24 * g;
+      const Halves h = read_halves(b);
+      return halves5(b + 8, b + 4, splat(h.f[0]), splat(h.f[1]));
+    }
+    case A4_128: return group_of_a4(row, g, 4);
+    case A4_64: return group_of_a4(row, g, 2);
+    case A4_32: return group_of_a4(row, g, 1);
+    case A8_128: return group_of_a8(row, g, 4);
+    case A8_64: return group_of_a8(row, g, 2);
+    case A8_32: return group_of_a8(row, g, 1);
+    case F8_128: return group_of_f8(row, g, 4);
+    case F8_64: return group_of_f8(row, g, 2);
+    case F8_32: return group_of_f8(row, g, 1);
     case Q4_K: return group_of_q4_k(row + 144 * (g >> 3), g & 7);
     case Q5_K: return group_of_q5_k(row + 176 * (g >> 3), g & 7);
     case Q6_K: return group_of_q6_k(row + 210 * (g >> 3), g & 7);
     default: { /* Q8_0 */
       const uint8_t *b = row + 34 * g;
-      const vf d = splat(half(b));
+      const vf d = splat(read_halves(b).f[0]);
       Group r;
       UNROLL for (int v = 0; v < GV; v++) r.w[v] = __builtin_convertvector(signed_bytes(b + 2 + v * VL), vf) * d;
       return r;
@@ -171,13 +277,18 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
                        const Tile *t) {
   vf acc[MR][NR];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
-  for (int64_t g = 0; g < t->num_k / GROUP; g++)
+  const float *x = t->x;
+  const int64_t K = t->K, first = k / GROUP, end = first + t->num_k / GROUP, step = nr * (row_bytes / (K / GROUP));
+  const uint8_t *ahead = codes + AHEAD_BYTES;
+  for (int64_t g = first; g < end; g++, x += GROUP, ahead += step) {
+    __builtin_prefetch(ahead, 0, L2);
+    if (nr == NR) __builtin_prefetch(ahead + 64, 0, L2); /* a step is up to 80 bytes of 4-bit codes */
     UNROLL for (int j = 0; j < nr; j++) {
-      const Group w = decode(format, codes + j * row_bytes, k / GROUP + g);
+      const Group w = decode(format, codes + j * row_bytes, g);
       UNROLL for (int v = 0; v < GV; v++)
-        UNROLL for (int i = 0; i < mr; i++)
-          acc[i][j] = fma_(load(t->x + i * t->K + g * GROUP + v * VL), w.w[v], acc[i][j]);
+        UNROLL for (int i = 0; i < mr; i++) acc[i][j] = fma_(load(x + i * K + v * VL), w.w[v], acc[i][j]);
     }
+  }
   finish(mr, nr, acc, t);
 }
 
@@ -195,9 +306,13 @@ typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, cons
   }
 FORMAT(F16) FORMAT(BF16) FORMAT(Q8_0) FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1)
 FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K)
+FORMAT(A4_128) FORMAT(A4_64) FORMAT(A4_32) FORMAT(A8_128) FORMAT(A8_64) FORMAT(A8_32)
+FORMAT(F8_128) FORMAT(F8_64) FORMAT(F8_32)
 #define BOTH(f) [f] = {rows_##f, tile_##f}
 static const struct { RowDecoder *rows; BlockTile *tile; } FORMATS[NUM_FORMATS] = {
-  BOTH(F16), BOTH(BF16), BOTH(Q8_0), BOTH(Q4_0), BOTH(Q4_1), BOTH(Q5_0), BOTH(Q5_1), BOTH(Q4_K), BOTH(Q5_K), BOTH(Q6_K)};
+  BOTH(F16), BOTH(BF16), BOTH(Q8_0), BOTH(Q4_0), BOTH(Q4_1), BOTH(Q5_0), BOTH(Q5_1), BOTH(Q4_K), BOTH(Q5_K), BOTH(Q6_K),
+  BOTH(A4_128), BOTH(A4_64), BOTH(A4_32), BOTH(A8_128), BOTH(A8_64), BOTH(A8_32),
+  BOTH(F8_128), BOTH(F8_64), BOTH(F8_32)};
 
 /* Rows of x that fit in L2 by all rows of W: four rows of W become floats, a run of K at a time, for all rows of x. */
 static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile t, int64_t M, int64_t N, int64_t K,

@@ -21,7 +21,10 @@ from kunserve.model.quant.linear import Linear
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 ENDLESS = 1 << 60  # tokens of a window that ends nowhere
 FLOAT, INT = torch.float32, torch.int32
-FORMATS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # as in cpu_blocks.c
+FORMATS = (  # as in cpu_blocks.c
+    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"),
+    *("A4_128", "A4_64", "A4_32", "A8_128", "A8_64", "A8_32", "F8_128", "F8_64", "F8_32"),
+)
 
 
 def _is_ours(tensor: Tensor) -> bool:
@@ -188,6 +191,17 @@ def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
     positions, ends, tables = batch.positions, batch.cu_seqlens_q, batch.block_tables
     assert positions.dtype is INT and ends.dtype is INT and tables.dtype is INT and tables.is_contiguous()
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
+
+
+def has_block_kernels(dtype: str) -> bool:
+    """Return whether CPU devices that compute in a dtype of `--dtype` multiply with matrices in blocks."""
+    if dtype not in ("auto", "float32"):
+        return False
+    try:
+        load_kernels()
+    except KernelsUnavailableError:
+        return False
+    return True
 
 
 def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:

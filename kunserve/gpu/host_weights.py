@@ -9,7 +9,7 @@ from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.cuda.pinned import PinnedSource
 from kunserve.gpu.host import available_bytes
-from kunserve.model.checkpoint import SafetensorsSource, WeightSource
+from kunserve.model.checkpoint import WeightSource
 from kunserve.model.host_copy import HostCopy, choose_host_copy
 from kunserve.model.layout import WeightUnit
 
@@ -45,7 +45,7 @@ def keep_host_copy(
     kind, because = choose_host_copy(
         asked, are_gpus=driver is not None, num_bytes=num_bytes, available_bytes=available_bytes()
     )
-    mapped_bytes = source.num_bytes if isinstance(source, SafetensorsSource) else 0
+    mapped_bytes = getattr(source, "num_bytes", 0)
     if kind is not HostCopy.PINNED:
         return HostWeights(kind, source, because, mapped_bytes=mapped_bytes)
     try:

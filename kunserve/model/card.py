@@ -19,7 +19,9 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.config_fields import check_range, show
 from kunserve.model.embedded import EmbeddedModel, prepare_embedded
 from kunserve.model.files import expand_home, reading
-from kunserve.model.folder import GGUF_ADVICE, check_tokenizer_file, check_weight_files, is_gguf
+from kunserve.model.folder import check_tokenizer_file, check_weight_files, gguf_name, gguf_of, is_gguf
+from kunserve.model.gguf.file import GgufFile, read_gguf
+from kunserve.model.gguf.shape import gguf_config
 from kunserve.model.hf_config import check_config, load_hf_config
 from kunserve.progress import Progress
 
@@ -71,6 +73,7 @@ class ModelFiles:
     folder: Path | None
     config: ModelConfig
     card: ModelCard | None = None
+    gguf: GgufFile | None = None  # what holds the weights, if not the folder
 
 
 def card_folders() -> tuple[Path, Path]:
@@ -112,7 +115,7 @@ def check_model(name_or_path: str, load_format: str = "auto", folders: Sequence[
     """Raise the ConfigError of `resolve_model`, as far as it is known without fetching, and without importing torch."""
     found = _locate(name_or_path, load_format, folders)
     if isinstance(found, Path):
-        _read_folder(found, load_format)
+        _read_config(found, load_format)
 
 
 def resolve_model(
@@ -123,7 +126,7 @@ def resolve_model(
     progress: Progress = lambda text, share: None,
     folders: Sequence[Path] | None = None,
 ) -> ModelFiles:
-    """Find or fetch a model: the name of a card, a Hugging Face folder, or a Hub id, in this order.
+    """Find or fetch a model: the name of a card, a Hugging Face folder, a GGUF file or its folder, or a Hub id.
 
     With `load_format="dummy"` a card needs no files at all. Raises ConfigError, one line that says what to do.
     """
@@ -131,6 +134,8 @@ def resolve_model(
     if isinstance(found, ModelCard):
         return _resolve_card(found, load_format, cache_dir or cache_root(), progress)
     if isinstance(found, Path):
+        if file := gguf_of(found):
+            return _resolve_gguf(file, cache_dir or cache_root(), progress)
         return ModelFiles(found.name, found, _read_folder(found, load_format))
     folder = _hub_folder(found, progress)
     return ModelFiles(found, folder, _read_folder(folder, load_format))
@@ -142,12 +147,12 @@ def find_config(name_or_path: str, folders: Sequence[Path] | None = None) -> Mod
     if isinstance(found, ModelCard):
         return found.config
     if isinstance(found, Path):
-        return load_hf_config(found)
+        return gguf_config(read_gguf(file)) if (file := gguf_of(found)) else load_hf_config(found)
     raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, list_cards(folders))}, nor a folder")
 
 
 def _locate(name_or_path: str, load_format: str, folders: Sequence[Path] | None) -> ModelCard | Path | str:
-    """Return what a name stands for: a card, a folder, or a Hub id. ConfigError if nothing can."""
+    """Return what a name stands for: a card, a folder or a GGUF file, or a Hub id. ConfigError if nothing can."""
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"no load format {load_format!r}{_suggest(load_format, LOAD_FORMATS)}")
     if not name_or_path.isprintable():  # a line break would break the one line of every error
@@ -160,13 +165,28 @@ def _locate(name_or_path: str, load_format: str, folders: Sequence[Path] | None)
         if path.is_dir():
             return path.resolve()
         if path.exists():
-            advice = GGUF_ADVICE if is_gguf(path.name) else "it must be a folder with config.json"
-            raise ConfigError(f"--model {name_or_path} is a file; {advice}")
+            if is_gguf(path.name):
+                return path.absolute()  # a link's own name is the model's, not that of a blob
+            raise ConfigError(f"--model {name_or_path} is a file; it must be a folder with config.json, or GGUF")
     if HUB_ID.fullmatch(name_or_path):
         return name_or_path
     if os.sep in name_or_path:
         raise ConfigError(f"--model {name_or_path}: there is no such folder, and the Hub has no names like this")
     raise ConfigError(f"no model {name_or_path!r}{_suggest(name_or_path, names)}")
+
+
+def _read_config(path: Path, load_format: str) -> ModelConfig:
+    """Return the model that a folder or a GGUF file holds. ConfigError if it is none that can be served."""
+    return gguf_config(read_gguf(file)) if (file := gguf_of(path)) else _read_folder(path, load_format)
+
+
+def _resolve_gguf(path: Path, cache_dir: Path, progress: Progress) -> ModelFiles:
+    from kunserve.model.gguf.prepare import prepare_gguf  # imports tokenizers
+
+    progress(f"reading {path.name}", 0.0)
+    file = read_gguf(path)
+    config = gguf_config(file)
+    return ModelFiles(gguf_name(path), prepare_gguf(file, config, cache_dir), config, gguf=file)
 
 
 def _read_folder(folder: Path, load_format: str) -> ModelConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
+from kunserve.model.quant.pack import take
+from kunserve.model.quant.scheme import ENDINGS
 from kunserve.model.safetensors_header import DAMAGED
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
@@ -38,7 +40,7 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
         return DummySource(config, seed)
     if folder is None:
         raise ConfigError("there is no folder to read weights from")
-    return SafetensorsSource(folder, config)
+    return SafetensorsSource(folder, config) if config.formats.scheme is None else QuantizedSource(folder, config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -53,12 +55,13 @@ class SafetensorsSource:
     raises ConfigError that lists what is missing.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        shapes = expected_shapes(config)
+    def __init__(self, folder: Path, config: ModelConfig, without: Collection[str] = ()) -> None:
+        """without: names that others read."""
+        shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
         self.stored_names = {name: stored_name(name, files) for name in shapes}  # what the files call each tensor
         if missing := [name for name in shapes if self.stored_names[name] not in files]:
-            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {_shorten(missing)}")
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
         self._files = {name: files[stored] for name, stored in self.stored_names.items()}
         self._handles = {path: _open(path) for path in set(self._files.values())}
         for name, shape in shapes.items():
@@ -86,7 +89,7 @@ class SafetensorsSource:
             raise ConfigError(f"cannot read {name} from {path}: {error}") from None
         if (form := form_of(name)) is not None:
             tensor = form.read(tensor)
-        _check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
+        check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
         out.copy_(tensor)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -98,7 +101,56 @@ class SafetensorsSource:
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
         form = form_of(name)
-        _check_shape(name, tuple(header.get_shape()), form.shape(shape) if form else shape, str(path))
+        check_shape(name, tuple(header.get_shape()), form.shape(shape) if form else shape, str(path))
+
+
+class QuantizedSource:
+    """A quantized checkpoint in safetensors: its matrices become blocks, or numbers where that is asked for.
+
+    What it holds is checked when it is opened; ConfigError says what is missing.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        scheme, self._quantized = config.formats.scheme, config.formats.quantized
+        assert scheme is not None
+        self._scheme, self._formats, self._shapes = scheme, config.formats, expected_shapes(config)
+        self._plain = SafetensorsSource(folder, config, self._quantized)
+        self._files = _tensor_files(folder)
+        names = [name.removesuffix("weight") + ending for name in self._quantized for ending in ENDINGS[scheme.layout]]
+        if missing := sorted(name for name in names if name not in self._files):
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
+        self._handles = {path: _open(path) for path in set(self._files.values())}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the mapped files: what the page cache holds of them at most."""
+        return sum(path.stat().st_size for path in self._handles)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy tensor `name` into `out`: blocks if it is uint8, else numbers, cast to its dtype.
+
+        Raises ConfigError, with the tensor's name, if the file's has another shape or dtype.
+        """
+        if name not in self._quantized:
+            self._plain.copy_into(name, out)
+            return
+        N, K = self._shapes[name]
+        prefix = name.removesuffix("weight")
+        try:
+            codes = take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error.message}") from None
+        blocks = self._formats.of(name)
+        out.copy_(codes.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else codes.numbers())
+
+    def _read(self, name: str) -> Tensor:
+        if (path := self._files.get(name)) is None:
+            raise ConfigError(f"{name.rpartition('.')[2]} is missing")
+        try:
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{name.rpartition('.')[2]} cannot be read from {path}: {error}") from None
+        return tensor
 
 
 class DummySource:
@@ -120,7 +172,7 @@ class DummySource:
         """Fill `out` (contiguous) with the random values of `name`: std 0.02; norms 1 + 0.1 * normal."""
         if name not in self._shapes:
             raise ConfigError(f"the model has no tensor {name}")
-        _check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
+        check_shape(name, self._shapes[name], tuple(out.shape), "the model's shape")
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
         start = int.from_bytes(digest, "little") % self.POOL_SIZE
         values = torch.roll(self._pool, -start)
@@ -153,10 +205,12 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"cannot read {path}: {DAMAGED} ({error})") from None
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    """Raise ConfigError if a tensor has another shape than the model wants."""
     if found != wanted:
         raise ConfigError(f"{name} has shape {list(found)} in {where}, not {list(wanted)}")
 
 
-def _shorten(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """Return the first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

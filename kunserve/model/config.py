@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kunserve.model.quant.blocks import NO_BLOCKS, Formats
+from kunserve.model.quant.formats import NO_BLOCKS, Formats
 
 ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")

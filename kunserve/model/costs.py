@@ -8,13 +8,15 @@ derived from the device's rates in `models/costs/devices.toml`.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.card import CARDS, cache_root
 from kunserve.model.config import ModelConfig
+from kunserve.model.layout import weight_units
+from kunserve.model.quant.formats import NO_BLOCKS
 from kunserve.planner.cost import CostModel
 
 COSTS = CARDS / "costs"
@@ -90,20 +92,27 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     )
     held = attention + mlp * (experts.num_experts * experts.intermediate_size if experts else config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    size = rates.element_bytes
+    size, stored = rates.element_bytes, _stored_share(config)
     return CostModel(
         pair_s=4 * config.q_size / (rates.flops_per_s * rates.attention_share),
         key_s=2 * config.kv_size * size / bytes_per_s,
         token_s=2 * layer / flops_per_s,
         chunk_s=0.0,
-        load_s=held * size / bytes_per_s,
+        load_s=held * size * stored["layers.0"] / bytes_per_s,
         embed_token_s=2 * config.hidden_size * size / bytes_per_s,
         head_row_s=2 * head / flops_per_s,
-        head_load_s=head * size / bytes_per_s,
+        head_load_s=head * size * stored["embed" if config.tie_embeddings else "head"] / bytes_per_s,
         stage_s=rates.stage_s,
         sample_s=16 * config.vocab_size / bytes_per_s,  # logits in float32, read and written twice
         overlap=OVERLAP,
     )
+
+
+def _stored_share(config: ModelConfig) -> dict[str, float]:
+    """Return the bytes that units take, as a share of what they would take as numbers: less where they are blocks."""
+    numbers = weight_units(replace(config, formats=NO_BLOCKS), "float32")
+    stored = weight_units(config, "float32")
+    return {unit.name: kept.num_bytes / unit.num_bytes for unit, kept in zip(numbers, stored, strict=True)}
 
 
 def write_costs(path: Path, kind: str, cost: CostModel, source: str) -> None:

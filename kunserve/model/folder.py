@@ -18,14 +18,11 @@ from kunserve.model.safetensors_header import check_whole
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SAFETENSORS = re.compile(r"[^/\x00-\x1f]+\.safetensors")
+GGUF_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TRAINING_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
-GGUF_ADVICE = (
-    "GGUF is not served. Take the model that they were made from, in safetensors "
-    "(for instance hf download ORGANIZATION/MODEL), and give its folder"
-)
 OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 NUM_SHOWN = 4
 
@@ -100,6 +97,38 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """Return all files of the model that a file is of, as their names say: NAME-00001-of-00003.gguf, ..."""
+    if (match := GGUF_PART.fullmatch(path.name)) is None:
+        return (path,)
+    name, suffix, count = match[1], path.suffix, int(match[3])
+    return tuple(path.with_name(f"{name}-{i:05}-of-{count:05}{suffix}") for i in range(1, count + 1))
+
+
+def gguf_name(path: Path) -> str:
+    """Return the name of a GGUF file's model: without its ending, and its number if it is one of several."""
+    match = GGUF_PART.fullmatch(path.name)
+    return match[1] if match else path.stem
+
+
+def gguf_of(path: Path) -> Path | None:
+    """Return the GGUF file that a path stands for: itself, or the one model of a folder without safetensors.
+
+    Of several files of one model it is the first. ConfigError if a folder holds several models.
+    """
+    with reading(path):
+        if not path.is_dir():
+            return path if is_gguf(path.name) else None
+        if any(os.path.lexists(path / name) for name in (SINGLE_FILE, INDEX_FILE)):
+            return None  # a folder may be readable without its list
+        names = sorted(os.listdir(path))
+    models = {gguf_parts(path / name)[0]: name for name in names if is_gguf(name)}
+    if len(models) > 1:
+        shown = ", ".join(list(models.values())[:NUM_SHOWN])
+        raise ConfigError(f"{path} holds {len(models)} GGUF models ({shown}): give --model the file of one of them")
+    return next(iter(models), None)
+
+
 def _check_shards(folder: Path) -> None:
     """Raise ConfigError if files that the index names are missing or not whole."""
     files = weight_files(folder)
@@ -116,8 +145,6 @@ def _what_it_holds(folder: Path) -> str:
     """Return the error for a folder without safetensors weights: what is there in their place, and what to do."""
     names = sorted(name for name in os.listdir(folder) if name.isprintable())
     neither = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
-    if gguf := [name for name in names if is_gguf(name)]:
-        return f"{folder} holds GGUF files ({_first(gguf)}): {GGUF_ADVICE}"
     if adapter := [name for name in names if name in ADAPTER_FILES]:
         return (
             f"{folder} is an adapter (it holds {_first(adapter)}), and adapters are not served: merge it into its "

@@ -22,6 +22,9 @@ from kunserve.model.config_fields import (
 from kunserve.model.family.families import FAMILIES, family_fields, family_of, shape_values
 from kunserve.model.family.rope import check_rope, read_rope
 from kunserve.model.files import reading
+from kunserve.model.layout import weight_units
+from kunserve.model.quant.formats import Formats
+from kunserve.model.quant.scheme import METHODS, scheme_of
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NUMBERS = (
@@ -74,7 +77,8 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     """Translate a `config.json` (old or new style); raises ConfigError naming the field that is not supported."""
     family = family_of(values)
     values = shape_values(values, family)
-    if quantization := values.get("quantization_config"):
+    quantization = values.get("quantization_config")
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
         raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
     num_heads = read_int(values, "num_attention_heads")
     vocab_size = read_int(values, "vocab_size")
@@ -106,7 +110,22 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         **fields,
     )
     check_config(config)
-    return config
+    if quantization and config.experts is not None:
+        raise ConfigError("field quantization_config: quantized experts are not supported; serve the unquantized model")
+    return replace(config, formats=_formats(config, quantization)) if quantization else config
+
+
+def _formats(config: ModelConfig, quantization: Mapping[str, Any]) -> Formats:
+    """Return the blocks that a quantized checkpoint's matrices are kept in."""
+    try:
+        scheme = scheme_of(quantization)
+    except ConfigError as error:
+        raise ConfigError(f"field quantization_config: {error.message}") from None
+    specs = (spec for unit in weight_units(config, config.dtype) for spec in unit.tensors)
+    matrices = {s.name: s.shape[1] for s in specs if len(s.shape) == 2 and s.name.endswith("_proj.weight")}
+    quantized = {name for name in matrices if not scheme.skips(name.removesuffix(".weight"))}
+    blocks = {name: scheme.blocks_of(matrices[name]) for name in matrices if name in quantized}
+    return Formats({name: kept for name, kept in blocks.items() if kept}, scheme, frozenset(quantized))
 
 
 def check_config(config: ModelConfig) -> None:
@@ -183,11 +202,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 # What names of quantized models commonly end in, by their method.
 QUANTIZED_NAMES = {
-    "awq": "-AWQ",
-    "gptq": "-GPTQ-Int4",
-    "fp8": "-FP8",
     "fbgemm_fp8": "-FP8",
-    "compressed-tensors": "-FP8 or -w4a16",
     "bitsandbytes": "-bnb-4bit",
     "mxfp4": "-MXFP4",
     "modelopt": "-FP8, -FP4 or -NVFP4",

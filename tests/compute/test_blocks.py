@@ -11,7 +11,7 @@ from torch import Tensor
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.cpu_ops import FORMATS, CpuOps
 from kunserve.compute.torch_ops import TorchOps
-from kunserve.model.quant.blocks import BLOCKS
+from kunserve.model.quant.blocks import BLOCKS, GGML_BLOCKS, OUR_BLOCKS
 from kunserve.model.quant.linear import Linear, Part
 
 
@@ -34,6 +34,11 @@ def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
     made = torch.randint(256, (N, count, blocks.num_bytes), generator=torch.Generator().manual_seed(seed)).byte()
     scales = (randn(N, count, 2, seed=seed + 1) * 0.02).half().view(torch.uint8).view(N, count, 4)
     match name:
+        case _ if name in OUR_BLOCKS:
+            numbers = (randn(N, count, 2, seed=seed + 1) * 0.02).view(torch.uint8)
+            header = 4 if name.startswith("F8") else 8
+            made[..., header:][made[..., header:] & 127 == 127] -= 1  # NaN of e4m3
+            made[..., :header] = numbers[..., :header]
         case "F16":
             return Part(randn(N, K, seed=seed).half().view(torch.uint8), blocks)
         case "BF16":
@@ -49,12 +54,14 @@ def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
 
 def ggml(part: Part) -> Tensor:
     assert part.blocks is not None
+    if part.blocks.name in OUR_BLOCKS:
+        return part.dense()
     return torch.from_numpy(ggml_dequantize(part.data.numpy(), gguf.GGMLQuantizationType[part.blocks.name]))
 
 
 def test_the_kernels_know_all_formats() -> None:
     assert set(FORMATS) == set(BLOCKS)
-    for blocks in BLOCKS.values():
+    for blocks in GGML_BLOCKS.values():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[blocks.name]] in (
             (blocks.num_values, blocks.num_bytes),
             (1, blocks.num_bytes // blocks.num_values),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 from kunserve.errors import ConfigError
 from kunserve.model.card import list_cards, load_card
 from kunserve.model.costs import COSTS, cost_file, cost_model, derive, device_kind, device_rates, write_costs
+from kunserve.model.layout import weight_units
+from kunserve.model.quant.blocks import BLOCKS
+from kunserve.model.quant.formats import Formats
 from kunserve.planner.cost import Chunk
 
 GPUS = ("h100", "a800", "h800")
@@ -64,3 +68,13 @@ def test_a_bad_file_is_named(text: str, named: str, tmp_path: Path) -> None:
 def test_kinds_of_devices_by_name() -> None:
     names = ("cpu", "NVIDIA H100 80GB HBM3", "NVIDIA A800-SXM4-80GB", "Some GPU 9000")
     assert [device_kind(name) for name in names] == ["cpu", "h100", "a800", "a800"]
+
+
+def test_reading_blocks_takes_the_time_of_their_bytes() -> None:
+    config, rates = load_card("smollm2-135m").config, device_rates()["cpu"]
+    names = [spec.name for unit in weight_units(config, "float32") for spec in unit.tensors if len(spec.shape) == 2]
+    plain = derive(config, rates)
+    packed = derive(replace(config, formats=Formats(dict.fromkeys(names, BLOCKS["Q4_1"]))), rates)
+    assert packed.load_s / plain.load_s == pytest.approx(20 / 128, rel=0.01)
+    assert packed.head_load_s / plain.head_load_s == pytest.approx(20 / 128, rel=0.01)
+    assert replace(packed, load_s=plain.load_s, head_load_s=plain.head_load_s) == plain

@@ -38,16 +38,19 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("has_config", [True, False])
 def test_a_folder_of_gguf_files(folder: Path, has_config: bool) -> None:
     (folder / "model.safetensors").rename(folder / "tiny-Q4_K_M.gguf")
-    (folder / "tiny-Q8_0.GGUF").touch()
     if not has_config:
         (folder / "config.json").unlink()
+    assert "tiny-Q4_K_M.gguf: the file is damaged" in refusal(str(folder))  # it is taken for what it says that it is
+    (folder / "tiny-Q8_0.GGUF").touch()
     message = refusal(str(folder))
-    assert message.startswith(f"{folder} holds GGUF files (tiny-Q4_K_M.gguf and 1 more): GGUF is not served. Take")
+    assert message.startswith(f"{folder} holds 2 GGUF models (tiny-Q4_K_M.gguf, tiny-Q8_0.GGUF): give --model")
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").touch()
-    assert "tiny.gguf is a file; GGUF is not served. Take" in refusal(str(tmp_path / "tiny.gguf"))
+    assert "tiny.gguf: the file is damaged or its download is not complete; fetch it again (it is empty)" in refusal(
+        str(tmp_path / "tiny.gguf")
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])

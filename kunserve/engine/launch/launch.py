@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from kunserve.compute.cpu_ops import has_block_kernels
 from kunserve.config import EngineConfig
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.assemble import assemble
@@ -22,6 +23,7 @@ from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.disk_source import DiskSource
+from kunserve.model.gguf.source import GgufSource
 from kunserve.model.host_copy import HostCopy
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.microbatch import Lookahead
@@ -52,6 +54,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     started = time.perf_counter()
     config = replace(config, devices=config.devices.resolved())
     files = await asyncio.to_thread(resolve_model, config.model, load_format=config.load_format, progress=progress)
+    files = replace(files, config=await asyncio.to_thread(_as_stored, files.config, config))
     machine = await asyncio.to_thread(_make_machine, files.config, config)
     try:
         served = await _launch_on(machine, files, config, served_name, progress)
@@ -86,11 +89,23 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
     return CudaMachine(model, CudaOptions.of(model, config))
 
 
+def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """Return the model as devices store it: matrices in blocks are dequantized while they load, but for C kernels."""
+    is_kept = config.devices.kind == "cpu" and config.load_format != "dummy" and has_block_kernels(config.dtype)
+    if model.formats.by_name and not is_kept:
+        log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
+    return model if is_kept else replace(model, formats=model.formats.as_numbers())
+
+
 async def _launch_on(
     machine: Machine, files: ModelFiles, config: EngineConfig, served_name: str, progress: Progress
 ) -> Served:
     def weights() -> WeightSource:
-        if config.host_copy is HostCopy.NONE and files.folder is not None and config.load_format != "dummy":
+        keeps_pages = config.host_copy is not HostCopy.NONE
+        if files.gguf is not None and config.load_format != "dummy":
+            return GgufSource(files.gguf, files.config, keeps_pages=keeps_pages)
+        is_quantized = files.config.formats.scheme is not None
+        if not keeps_pages and not is_quantized and files.folder is not None and config.load_format != "dummy":
             return DiskSource(files.folder, files.config)
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4}  # of a number
 
@@ -17,7 +17,7 @@ class Blocks:
 
 
 # ggml's formats, by its names: (values, bytes) of a block. All are codes with scale and offset per 16 or 32 values.
-BLOCKS = {
+GGML_BLOCKS = {
     name: Blocks(name, num_values, num_bytes)
     for name, num_values, num_bytes in [
         *[("F16", 32, 64), ("BF16", 32, 64)],  # numbers: in "blocks", so that they are widened on the way
@@ -27,15 +27,13 @@ BLOCKS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """In which blocks matrices are stored, by the tensors' names; all others are numbers of the model's dtype."""
-
-    by_name: dict[str, Blocks] = field(default_factory=dict, hash=False)
-
-    def of(self, name: str) -> Blocks | None:
-        """Return the blocks of a tensor, or None if it is stored as numbers."""
-        return self.by_name.get(name)
-
-
-NO_BLOCKS = Formats()
+GROUPS = (128, 64, 32)  # values of a block of ours: as many as a checkpoint's groups allow, so that scales take little
+# Ours, for what other checkpoints hold. Before the codes of a block stand its scale and, but for F8, its offset, both
+# float32: A4 and A8 have unsigned codes of 4 bits (as in Q4_0: the first 16 of 32 are the low halves) and 8; F8's are
+# floats of 8 bits (e4m3).
+OUR_BLOCKS = {
+    f"{kind}_{size}": Blocks(f"{kind}_{size}", size, header + size * bits // 8)
+    for kind, header, bits in [("A4", 8, 4), ("A8", 8, 8), ("F8", 4, 8)]
+    for size in GROUPS
+}
+BLOCKS = GGML_BLOCKS | OUR_BLOCKS

@@ -1,0 +1,1 @@
+"""GGUF files, served as they are: what they hold, as which model, with which tokenizer."""

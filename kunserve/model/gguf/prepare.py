@@ -1,0 +1,83 @@
+"""GGUF: what else a server reads of a model (config, tokenizer, chat template), as a small folder in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kunserve.errors import ConfigError
+from kunserve.model.config import ModelConfig
+from kunserve.model.file_lock import file_lock
+from kunserve.model.files import reading
+from kunserve.model.gguf.file import GgufFile, read_gguf
+from kunserve.model.gguf.shape import gguf_config
+from kunserve.model.gguf.tokenizer import save_tokenizer
+from kunserve.model.hf_config import to_hf_config
+from kunserve.model.quant.formats import NO_BLOCKS
+
+FORMAT = 1  # of the folder: raise it when other files would be written
+
+
+def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:
+    """Return the folder that belongs to a GGUF file, making it first where it is missing: all but the weights.
+
+    It is made once for each state of the file. Raises ConfigError (another tokenizer, no place in the cache).
+    """
+    first = file.paths[0]
+    with reading(first):
+        status = first.stat()
+    key = json.dumps([FORMAT, str(first.resolve()), status.st_size, status.st_mtime_ns])
+    folder = cache / "gguf" / f"{first.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.parent / f".{folder.name}.lock", lambda: None):
+            if not folder.exists():
+                work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+                try:
+                    _write(file, config, work)
+                    work.rename(folder)  # whole, or not at all
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        advice = "; KUNSERVE_CACHE=FOLDER names another place"
+        raise ConfigError(f"cannot prepare {first} in {folder}: {error.strerror or error}{advice}") from None
+    return folder
+
+
+def convert_gguf(path: Path, folder: Path, progress: Callable[[str], None] = lambda _: None) -> ModelConfig:
+    """Write config, tokenizer and float32 weights of a GGUF file into `folder`, a Hugging Face folder then.
+
+    Raises ConfigError when the file is damaged, or holds an architecture or tokenizer we do not know.
+    """
+    import torch  # names are judged without it
+
+    from kunserve.model.checkpoint import expected_shapes, save_checkpoint
+    from kunserve.model.gguf.source import GgufSource
+
+    file = read_gguf(path)
+    config = replace(gguf_config(file), formats=NO_BLOCKS)
+    source, tensors, shapes = GgufSource(file, config), {}, expected_shapes(config)
+    for i, (name, shape) in enumerate(shapes.items()):
+        if i % 90 == 0:
+            progress(f"dequantizing weights: {i} of {len(shapes)} tensors")
+        tensors[name] = torch.empty(shape)
+        source.copy_into(name, tensors[name])
+    progress("writing the converted model")
+    save_checkpoint(folder, config, tensors)
+    _write(file, config, folder)
+    return config
+
+
+def _write(file: GgufFile, config: ModelConfig, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config), indent=2), encoding="utf-8")
+    try:
+        save_tokenizer(file.metadata, config.max_position_embeddings, config.eos_token_ids, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{file.paths[0]}: {error.message}") from None

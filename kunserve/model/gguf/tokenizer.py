@@ -1,0 +1,135 @@
+"""GGUF: the tokenizer in a file's metadata, as the files that a Hugging Face folder has for it.
+
+Two kinds: GPT-2's byte-level BPE, whose way of cutting a text into words has a name, and SentencePiece's BPE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from kunserve.errors import ConfigError
+from kunserve.model.gguf.shape import CONTROL, UNKNOWN, USER_DEFINED
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+EACH_DIGIT = r"\p{N}"
+# What a name of llama.cpp stands for: texts are cut by each expression in turn.
+WORDS = {
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jina-v2-de", "jina-v2-es"), (GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (EACH_DIGIT, GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (QWEN2,)),
+}
+TAKES_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is that token, whatever merges say
+COMPOSES = ("qwen2", "deepseek-r1-qwen")  # characters are composed (NFC) first
+SPACE = "▁"
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tuple[int, ...], folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json (special tokens, chat template) and generation_config.json.
+
+    ConfigError for a tokenizer that is not known.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        raise ConfigError("the metadata have no tokenizer: tokens and their types")
+    ids = {name: metadata.get(f"tokenizer.ggml.{gguf}_token_id") for name, gguf in SPECIAL.items()}
+    if bad := [name for name, i in ids.items() if i is not None and not (type(i) is int and 0 <= i < len(tokens))]:
+        raise ConfigError(f"the metadata's {bad[0]} token is none of the {len(tokens)} tokens")
+    tokenizer = _tokenizer(metadata, tokens, ids)
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    defined = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in defined])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
+    }
+    generation = {"bos_token_id": ids["bos"], "eos_token_id": list(eos_ids) or None, "pad_token_id": ids["pad"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+
+
+def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str, int | None]) -> Tokenizer:
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    match kind:
+        case "gpt2" if pre in WORDS:
+            tokenizer = _byte_level(metadata, tokens, pre)
+        case "gpt2":
+            raise ConfigError(f"tokenizer gpt2 with words as of {pre!r} is not known; known are {', '.join(WORDS)}")
+        case "llama":
+            tokenizer = _sentence_piece(metadata, tokens, ids["unk"])
+        case _:
+            raise ConfigError(f"tokenizer {kind!r} is not served from GGUF files, only gpt2 and llama")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in TAKES_WHOLE_WORDS)
+    adds = {"bos": adds_bos, "eos": metadata.get("tokenizer.ggml.add_eos_token", False)}
+    around = {name: i for name, i in ids.items() if i is not None and adds.get(name)}
+    if around:
+        text = [name for name in ("bos", "$A", "eos") if name in around or name == "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(text), special_tokens=list(around.items())
+        )
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
+    lines = metadata.get("tokenizer.ggml.merges") or []
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in TAKES_WHOLE_WORDS))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"the tokenizer cannot be built: {error}") from None
+    cuts = [pre_tokenizers.Split(Regex(words), behavior="isolated") for words in WORDS[pre]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre in COMPOSES:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], unknown: int | None) -> Tokenizer:
+    """Return a BPE whose merges are those that SentencePiece finds by the tokens' scores, best first."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ConfigError("the metadata have no scores of the tokens")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token, i in vocab.items():
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        merges += [(-scores[i], vocab[left], vocab[right], left, right) for left, right in pairs]
+    merges.sort()
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for *_, left, right in merges],
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    marks = normalizers.Replace(" ", SPACE)
+    begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), marks]) if begins else marks
+    strip = [decoders.Strip(" ", 1, 0)] if begins else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer

@@ -1,0 +1,28 @@
+"""In which blocks the matrices of a model are stored, and how its checkpoint is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """In which blocks matrices are stored, by the tensors' names; all others are numbers of the model's dtype."""
+
+    by_name: dict[str, Blocks] = field(default_factory=dict, hash=False)
+    scheme: Scheme | None = None  # of the checkpoint that they are read from, if it is quantized
+    quantized: frozenset[str] = frozenset()  # what of it is, by name; some may be kept as numbers
+
+    def of(self, name: str) -> Blocks | None:
+        """Return the blocks of a tensor, or None if it is stored as numbers."""
+        return self.by_name.get(name)
+
+    def as_numbers(self) -> Formats:
+        """Return the same checkpoint, kept as numbers."""
+        return replace(self, by_name={})
+
+
+NO_BLOCKS = Formats()

@@ -1,0 +1,119 @@
+"""How a safetensors checkpoint is quantized: what its `quantization_config` says, as a value. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kunserve.errors import ConfigError
+from kunserve.model.config_fields import show
+from kunserve.model.quant.blocks import GROUPS, OUR_BLOCKS, Blocks
+
+# What is read of each matrix, by its ending; of "fp8" either of two scales.
+ENDINGS = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "gptq": ("qweight", "qzeros", "scales"),
+    "pack-quantized": ("weight_packed", "weight_scale"),
+    "int-quantized": ("weight", "weight_scale"),
+    "float-quantized": ("weight", "weight_scale"),
+    "fp8": ("weight",),
+}
+METHODS = ("awq", "gptq", "compressed-tensors", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way of storing all quantized matrices of a checkpoint."""
+
+    layout: str  # "awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8"
+    kind: str  # of codes: "A4", "A8", "F8", as our blocks are named
+    group: int | None  # columns that share a scale; None: a whole row, or the whole matrix
+    skipped: tuple[str, ...] = ()  # parts of the names of matrices that are not quantized
+    zero_shift: int = 0  # what is added to stored zero points
+    is_ordered: bool = True  # False: which group a column is of is stored (GPTQ's act-order)
+
+    def blocks_of(self, num_columns: int) -> Blocks | None:
+        """Return the blocks that a matrix is kept in without loss; None if it can only be kept as numbers."""
+        if not self.is_ordered:
+            return None
+        group = self.group or num_columns
+        size = next((size for size in GROUPS if group % size == 0 and num_columns % size == 0), None)
+        return None if size is None else OUR_BLOCKS[f"{self.kind}_{size}"]
+
+    def skips(self, name: str) -> bool:
+        """Whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
+        return name == "lm_head" or any(part == name or f".{part}." in f".{name}." for part in self.skipped)
+
+
+def scheme_of(values: Mapping[str, Any]) -> Scheme:
+    """Read a `quantization_config`. ConfigError, which names what is not served, for any other."""
+    method = values.get("quant_method")
+    match method:
+        case "awq":
+            _want(values, "version", ("gemm", "GEMM"), "gemm")
+            return Scheme("awq", _kind(values, "bits", (4,)), _group(values, "group_size"), _names(values))
+        case "gptq":
+            is_v2 = values.get("checkpoint_format", "gptq") == "gptq_v2"
+            _want(values, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+            kind, group = _kind(values, "bits", (4, 8)), _group(values, "group_size")
+            ordered = values.get("desc_act") is not True
+            return Scheme("gptq", kind, group, zero_shift=0 if is_v2 else 1, is_ordered=ordered)
+        case "compressed-tensors":
+            return _compressed(values)
+        case "fp8":
+            _want(values, "fmt", ("e4m3",), "e4m3")
+            size = values.get("weight_block_size")
+            if size is not None and size != [128, 128]:
+                raise ConfigError(f"weight_block_size {show(size)} is not served, only [128, 128]")
+            return Scheme("fp8", "F8", 128 if size else None, _names(values))
+    raise ConfigError(f"weights quantized with {show(method)} are not served, only {', '.join(METHODS)} and GGUF files")
+
+
+def _compressed(values: Mapping[str, Any]) -> Scheme:
+    layout, groups = values.get("format"), values.get("config_groups")
+    if layout not in ("pack-quantized", "int-quantized", "float-quantized"):
+        raise ConfigError(f"compressed-tensors of format {show(layout)} are not served")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    if len(weights) != 1 or not isinstance(weights[0], dict):
+        raise ConfigError("compressed-tensors are served with one group of layers, not more or none")
+    (how,) = weights
+    kind = "F8" if layout == "float-quantized" else _kind(how, "num_bits", (4, 8))
+    if layout == "int-quantized":
+        kind = "A8"
+    if how.get("actorder") not in (None, "weight", "static"):
+        raise ConfigError(f"compressed-tensors with actorder {show(how['actorder'])} are not served")
+    if how.get("symmetric") is False:
+        raise ConfigError("compressed-tensors with zero points are not served, only symmetric ones")
+    if (strategy := how.get("strategy")) not in ("group", "channel", "tensor"):
+        raise ConfigError(f"compressed-tensors with a scale per {show(strategy)} are not served")
+    group = _group(how, "group_size") if strategy == "group" else None
+    skipped = tuple(name for name in values.get("ignore") or () if isinstance(name, str))
+    if any(name.startswith("re:") for name in skipped):
+        raise ConfigError("compressed-tensors whose ignore holds an expression (re:) are not served")
+    return Scheme(layout, kind, group, skipped)
+
+
+def _want(values: Mapping[str, Any], field: str, known: tuple[str, ...], default: str) -> None:
+    if (value := values.get(field) or default) not in known:
+        raise ConfigError(f"{field} {show(value)} is not served, only {known[0]}")
+
+
+def _kind(values: Mapping[str, Any], field: str, known: tuple[int, ...]) -> str:
+    bits = values.get(field)
+    if bits not in known:
+        raise ConfigError(f"weights of {show(bits)} bits are not served, only of {' or '.join(map(str, known))}")
+    return f"A{bits}"
+
+
+def _group(values: Mapping[str, Any], field: str) -> int | None:
+    """Return the columns of a group; -1 in files stands for all."""
+    size = values.get(field)
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ConfigError(f"field {field}: expected a number of columns, not {show(size)}")
+    return None if size == -1 else size
+
+
+def _names(values: Mapping[str, Any]) -> tuple[str, ...]:
+    names = values.get("modules_to_not_convert") or values.get("ignored_layers") or ()
+    return tuple(name for name in names if isinstance(name, str))

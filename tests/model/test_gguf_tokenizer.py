@@ -1,0 +1,167 @@
+"""Tokenizers from a GGUF file's metadata: against transformers' own, and against SentencePiece's rule, written out."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import SPECIAL_TOKENS, save_tiny_tokenizer
+
+from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.errors import ConfigError
+from kunserve.model.gguf.tokenizer import save_tokenizer
+
+TEXTS = [
+    "the quick  brown\n\n fox's 1234567 dogs'll DON'T; x=3.14\t\r\n end ",
+    "  leading and trailing  ",
+    "Ünïcödé e\u0301 — 東京 🙂 ١٢٣",
+    "a  5 x =  10\n\n1. foo\nline  \n 42",
+    "",
+]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+
+
+def byte_level_metadata(folder: Path, pre: str) -> dict[str, Any]:
+    save_tiny_tokenizer(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL if token in SPECIAL_TOKENS else NORMAL for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def made(metadata: dict[str, Any], folder: Path) -> Tokenizer:
+    folder.mkdir(exist_ok=True)
+    save_tokenizer(metadata, 512, (2,), folder)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(("pre", "name"), [("qwen2", "Qwen2Tokenizer"), ("gpt-2", "GPT2Tokenizer")])
+def test_words_are_cut_as_transformers_cuts_them(pre: str, name: str, tmp_path: Path) -> None:
+    import transformers
+
+    metadata = byte_level_metadata(tmp_path / "tiny", pre)
+    tokenizer = made(metadata, tmp_path / "made")
+    vocab = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
+    reference = getattr(transformers, name)(vocab=vocab, merges=merges)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False), text
+
+
+def test_numbers_are_cut_as_each_name_says(tmp_path: Path) -> None:
+    lengths = {}
+    for pre in ("llama-bpe", "qwen2", "smollm", "gpt-2"):
+        metadata = byte_level_metadata(tmp_path / "tiny", pre) | {"tokenizer.ggml.add_bos_token": False}
+        digits = ["12", "123", "1234"]
+        tokens = [*metadata["tokenizer.ggml.tokens"], *digits]
+        metadata |= {
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], *[NORMAL] * 3],
+            "tokenizer.ggml.merges": [*metadata["tokenizer.ggml.merges"], "1 2", "12 3", "123 4"],
+        }
+        tokenizer = made(metadata, tmp_path / pre)
+        lengths[pre] = [tokenizer.token_text(i) for i in tokenizer.encode("12345")]
+    assert lengths == {
+        "llama-bpe": ["123", "4", "5"],
+        "qwen2": ["1", "2", "3", "4", "5"],
+        "smollm": ["1", "2", "3", "4", "5"],
+        "gpt-2": ["1234", "5"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "adds_eos", "first", "last"), [(None, None, [0], []), (False, None, [], []), (True, True, [0], [2])]
+)
+def test_what_stands_around_a_text(
+    adds_bos: bool | None, adds_eos: bool | None, first: list[int], last: list[int], tmp_path: Path
+) -> None:
+    metadata = byte_level_metadata(tmp_path / "tiny", "llama-bpe")  # which begins texts by default
+    for name, value in (("bos", adds_bos), ("eos", adds_eos)):
+        if value is not None:
+            metadata[f"tokenizer.ggml.add_{name}_token"] = value
+    tokenizer = made(metadata, tmp_path / "made")
+    inner = tokenizer.encode("the fox", add_special_tokens=False)
+    assert tokenizer.encode("the fox") == [*first, *inner, *last]
+
+
+PIECES = {
+    "▁": -1.0,
+    "▁the": -2.0,
+    "th": -3.0,
+    "he": -2.5,
+    "▁t": -2.2,
+    "the": -6.0,
+    "▁cat": -4.0,
+    "at": -5.0,
+    "▁c": -4.5,
+}
+
+
+def sentence_piece_metadata(begins: bool) -> dict[str, Any]:
+    letters = {letter: -10.0 - i for i, letter in enumerate("thecasmo.")}
+    special = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<mark>": USER_DEFINED}
+    data = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = [*special, *data, *PIECES, *letters]
+    kinds = [*special.values(), *[BYTE] * 256, *[NORMAL] * (len(PIECES) + len(letters))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * (4 + 256) + [*PIECES.values(), *letters.values()],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": begins,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+
+
+def by_the_rule(text: str, metadata: dict[str, Any], begins: bool) -> list[int]:
+    """SentencePiece's BPE: of all neighbours that are a token together, those with the best score become one."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    parts = list(("▁" if begins and text else "") + text.replace(" ", "▁"))
+    while pairs := [(-scores[ids[a + b]], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ids]:
+        _, best = min(pairs)
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    found: list[int] = []
+    for part in parts:
+        found += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
+    return found
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_sentence_piece_merges_by_score(begins: bool, tmp_path: Path) -> None:
+    metadata = sentence_piece_metadata(begins)
+    tokenizer = made(metadata, tmp_path / "made")
+    for text in ("the cat sat", "that  the", "these cats... chat", "Ümlaut\n 7", "hehehethethe", "", " "):
+        inner = by_the_rule(text, metadata, begins)
+        assert tokenizer.encode(text) == [1, *inner], text
+        assert tokenizer.decode(inner) == text
+    assert tokenizer.special_ids == {0, 1, 2} and tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.strips_space == begins and tokenizer.token_id("<mark>") in tokenizer.encode("the<mark>cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.tokens": None}, "the metadata have no tokenizer"),
+        ({"tokenizer.ggml.eos_token_id": 5000}, "the metadata's eos token is none of the 278 tokens"),
+        ({"tokenizer.ggml.scores": [1.0]}, "have no scores"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5' is not served from GGUF files"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "words as of 'tekken' is not known"),
+    ],
+)
+def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        save_tokenizer(sentence_piece_metadata(True) | change, 512, (2,), tmp_path)
