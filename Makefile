@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-fake-gpu test-random test-clients coverage docs pages paper bench-overload clean
+.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients coverage docs pages paper \
+  bench-overload clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -60,6 +61,10 @@ coverage: $(VENV)/.installed-test
 # The engine on GPUs that are not there, in many more orders of their streams; `unit` draws one of each kind.
 test-fake-gpu: $(VENV)/.installed-test
 	KUNSERVE_FAKE_GPU_ORDERS=8 $(BIN)/python -m pytest --numprocesses 2 tests/engine/step tests/engine/launch/test_cuda_launch.py tests/gpu tests/compute/cuda
+
+# Every family with all prompts and layouts; `unit` has one prompt of each.
+test-models: $(VENV)/.installed-test
+	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/compute/test_decoder.py
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients

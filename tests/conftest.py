@@ -11,6 +11,7 @@ import structlog
 import torch
 from fake_gpus import _rules_are_kept, gpus, kernels  # noqa: F401  fixtures
 from hypothesis import settings
+from op_layers import ops  # noqa: F401  a fixture
 from seeds import asked_seed
 from tiny_models import make_tiny_model
 

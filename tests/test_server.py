@@ -170,3 +170,12 @@ def test_help_has_groups_and_no_empty_defaults(capsys: pytest.CaptureFixture[str
     assert all(card in "".join(shown.split()) for card in list_cards())
     for group in ("model", "devices and memory", "batching and queue", "overload", "listening", "log and shutdown"):
         assert f"\n{group}:\n" in shown
+
+
+def test_a_folder_is_called_by_its_own_name_or_by_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    for path in (str(folder), f"{folder}/"):
+        assert parse_args(["--model", path]).served_names == ("some-model", path)
+    assert parse_args(["--model", str(folder), "--served-model-name", "a"]).served_names == ("a",)
+    assert parse_args(["--model", "org/some-model"]).served_names == ("org/some-model",)

@@ -6,8 +6,10 @@ Nothing here imports torch: a wrong flag is refused at once.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kunserve.command.flags import (
     LOG_LEVELS,
@@ -66,6 +68,15 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+def _own_names(model: str) -> tuple[str, ...]:
+    """Return what clients may call a model: a folder by its own name, and by the path that was given."""
+    try:
+        is_folder = os.path.isdir(model)
+    except ValueError:  # no path can hold a zero byte; what is wrong with the name is said where it is looked for
+        is_folder = False
+    return tuple(dict.fromkeys((Path(model).resolve().name or model, model))) if is_folder else (model,)
+
+
 def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> ServerConfig:
     """Turn flags into a config. Exits with one line on unknown flags; ConfigError for values that cannot be."""
     parser = make_parser(prog)
@@ -85,7 +96,7 @@ def parse_args(arguments: Sequence[str], prog: str = "python -m kunserve.server"
         raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout}: must be at least 0")
     return ServerConfig(
         engine=engine,
-        served_names=tuple(args.served_model_name or [model]),
+        served_names=tuple(args.served_model_name or _own_names(model)),
         host=args.host,
         port=args.port,
         http=http_config(args),

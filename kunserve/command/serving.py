@@ -195,7 +195,19 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
     max_model_len = served.engine.limits.max_model_len
     kwargs = config.http.chat_template_kwargs
     told = {**tokenizer.special_tokens, "chat_template": source}
-    info = ModelInfo(config.served_names, max_model_len, served.files.name, int(time.time()), sampling, kwargs, told)
+    stop, max_tokens = sampling.pop("stop", ()), sampling.pop("max_tokens", None)
+    info = ModelInfo(
+        config.served_names,
+        max_model_len,
+        files.name,
+        int(time.time()),
+        sampling,
+        kwargs,
+        told,
+        vocab_size=files.config.vocab_size,
+        max_tokens=max_tokens,
+        stop=stop if isinstance(stop, str) else tuple(stop),
+    )
     settings = ApiSettings(
         api_keys=config.http.api_keys,
         admin_keys=config.http.admin_keys,

@@ -7,19 +7,29 @@ typedef struct {
   int64_t num_blocks, num_kv_heads, block_size, head_dim, W;
 } Blocks;
 
-INLINE void rotate(const float *x, const float *rope, float *y, int64_t half) {
+/* What becomes of scores: `window` tokens are seen, the query's own among them; a softcap of 0 is none. */
+typedef struct {
+  int64_t window;
+  float softcap;
+} Scores;
+
+/* Rotate the first 2 * half of D elements; the others stay. */
+INLINE void rotate(const float *x, const float *rope, float *y, int64_t half, int64_t D) {
   for (int64_t i = 0; i < half; i++) {
     const float a = x[i], b = x[i + half], cos = rope[i], sin = rope[i + half];
     y[i] = a * cos - b * sin;
     y[i + half] = b * cos + a * sin;
   }
+  for (int64_t i = 2 * half; i < D; i++) y[i] = x[i];
 }
 
-/* Norm (if given) and rotate q in place; norm, rotate and append k; append v. -> 0, or 1 + the first bad token. */
+/* Norm (if given) and rotate q in place; norm, rotate and append k; append v. -> 0, or 1 + the first bad token.
+ * rope (max_positions, rotary_dim). is_whole: the norms are over all heads of q, and of k, together. */
 EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const float *q_norm, const float *k_norm,
                                  const int32_t *positions, const int32_t *cu_seqlens_q, const int32_t *block_tables,
                                  int64_t B, int64_t W, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size,
-                                 int64_t head_dim, int64_t num_heads, int64_t max_positions, float eps) {
+                                 int64_t head_dim, int64_t num_heads, int64_t max_positions, int64_t rotary_dim,
+                                 int64_t is_whole, float eps, float offset) {
   const int64_t D = head_dim, KH = num_kv_heads, H = num_heads, head = block_size * D;
   float t[DMAX];
   for (int64_t b = 0; b < B; b++) {
@@ -30,11 +40,13 @@ EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const
       if (id < 0 || id >= num_blocks) return i + 1;
       float *x = qkv + i * (H + 2 * KH) * D;
       float *keys = kv + id * 2 * KH * head + position % block_size * D;
+      if (is_whole && q_norm) norm_row(x, q_norm, x, H * D, eps, offset);
+      if (is_whole && k_norm) norm_row(x + H * D, k_norm, x + H * D, KH * D, eps, offset);
       for (int64_t h = 0; h < H + KH; h++) {
-        const float *norm = h < H ? q_norm : k_norm;
-        if (norm) norm_row(x + h * D, norm, t, D, eps);
+        const float *norm = is_whole ? 0 : h < H ? q_norm : k_norm;
+        if (norm) norm_row(x + h * D, norm, t, D, eps, offset);
         else memcpy(t, x + h * D, 4 * D);
-        rotate(t, rope + position * D, h < H ? x + h * D : keys + (h - H) * head, D / 2);
+        rotate(t, rope + position * rotary_dim, h < H ? x + h * D : keys + (h - H) * head, rotary_dim / 2, D);
       }
       for (int64_t h = 0; h < KH; h++) memcpy(keys + (KH + h) * head, x + (H + KH + h) * D, 4 * D);
     }
@@ -55,6 +67,11 @@ typedef struct {
   float sum[RR][VL];                  /* lane sums of the weights */
   float max[RR + VL], scale[RR + VL]; /* largest score so far; what this tile multiplies out and sum with */
 } Rows;
+
+/* The first position that a query at `position` sees. */
+INLINE int64_t start_of(int64_t position, Scores how) {
+  return position < how.window ? 0 : position - how.window + 1;
+}
 
 INLINE void transpose4(const float *const *row, int64_t d, float (*out)[TT], int64_t t) {
   v4 a = load4(row[t] + d), b = load4(row[t + 1] + d), c = load4(row[t + 2] + d), e = load4(row[t + 3] + d);
@@ -94,8 +111,9 @@ static void scores(Rows *s, int64_t r, int64_t end, int64_t D) {
     for (int64_t t = 0; t < TT; t += 2 * VL) score_tile(1, s, r, t, D);
 }
 
-/* Scores of rows [r, end) -> weights; maximum, sum and scale follow. `first` is the tile's first position. */
-static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
+/* Scores of rows [r, end) -> weights; maximum, sum and scale follow. `first` is the tile's first position.
+ * Each of these rows sees something of the tile: a maximum of -inf would make its weights no numbers. */
+static void softmax(Rows *s, int64_t r, int64_t end, int64_t first, Scores how) {
   static const int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vi lane;
   memcpy(&lane, lanes, sizeof lane);
@@ -104,10 +122,13 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first) {
   memcpy(old, s->max, sizeof old);
   for (int64_t i = r; i < end; i++) {
     const int32_t seen = (int32_t)min_(s->position[i] + 1 - first, TT);
+    const int32_t unseen = (int32_t)(first < start_of(s->position[i], how) ? start_of(s->position[i], how) - first : 0);
     vf top = splat(s->max[i]);
     for (int32_t t = 0; t < TT; t += VL) {
       vf x = load(&s->p[i][t]);
+      if (how.softcap > 0) store(&s->p[i][t], x = softcap_(x, how.softcap));
       if (seen < t + VL) store(&s->p[i][t], x = select_(lane + t < seen - (vi){0}, x, minus_inf));
+      if (unseen > t) store(&s->p[i][t], x = select_(lane + t < unseen - (vi){0}, minus_inf, x));
       top = select_(x > top, x, top);
     }
     s->max[i] = largest(top);
@@ -175,14 +196,15 @@ INLINE int locate(const Blocks *c, const int32_t *table, const float *kv, int64_
   return 0;
 }
 
-/* A sequence's keys of one KV head that some rows pass over: positions [0, end) of a block table. */
+/* A sequence's keys of one KV head that some rows pass over: positions [start, end) of a block table; start at a tile's
+ * first, so that tiles do not depend on how tokens were cut into chunks. */
 typedef struct {
   const int32_t *table;
-  int64_t h, end;
+  int64_t h, start, end;
 } Span;
 
 /* `num` rows over their span; of `next`, the first tile is fetched at the end. -> 0, or 1 if a block is not named. */
-static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span span, Span next) {
+static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span span, Span next, Scores how) {
   const int64_t D = c->head_dim, values_at = c->num_kv_heads * c->block_size * D; /* from a key to its value */
   const float *tiles[2][TT]; /* the tile at hand and the one to fetch meanwhile, by turns */
   for (int64_t i = 0; i < num; i++) {
@@ -190,40 +212,54 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     memset(s->sum[i], 0, sizeof s->sum[i]);
     s->max[i] = -__builtin_inff();
   }
-  if (locate(c, span.table, kv, span.h, 0, span.end, tiles[0])) return 1;
-  for (int64_t first = 0, r = 0; first < span.end; first += TT) {
+  if (locate(c, span.table, kv, span.h, span.start, span.end, tiles[span.start / TT % 2])) return 1;
+  for (int64_t first = span.start, r = 0, last = 0; first < span.end; first += TT) {
     const int64_t n = min_(TT, span.end - first);
     const float **row = tiles[first / TT % 2], **ahead = tiles[1 - first / TT % 2];
     if (first + TT < span.end) {
       if (locate(c, span.table, kv, span.h, first + TT, span.end, ahead)) return 1;
-    } else if (next.end <= 0 || locate(c, next.table, kv, next.h, 0, next.end, ahead)) {
+    } else if (next.end <= 0 || locate(c, next.table, kv, next.h, next.start, next.end, ahead)) {
       ahead = row;
     }
-    while (s->position[r] < first) r++; /* these rows see nothing of this tile, nor of later ones */
+    /* Rows [r, last) see something of this tile: those before it end earlier, those behind it begin later. */
+    while (r < num && s->position[r] < first) r++;
+    while (last < num && start_of(s->position[last], how) < first + TT) last++;
     for (int64_t t = 0; t < TT; t += 4)
       for (int64_t d = 0; d < D; d += 4) {
         __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15), 0, L2);
         transpose4(row, d, s->keys, t);
       }
-    scores(s, r, num, D);
-    softmax(s, r, num, first);
+    scores(s, r, last, D);
+    softmax(s, r, last, first, how);
     for (int64_t t = 0; t < n; t++) row[t] += values_at;
     if (D % VL)
       for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
-    values(s, r, num, D, row, ahead, ahead == row ? 0 : values_at, n);
+    values(s, r, last, D, row, ahead, ahead == row ? 0 : values_at, n);
   }
   return 0;
 }
 
-/* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence. */
+/* A row's weighted sum of values, divided by the sum of its weights; a sink is a weight without a value. */
+INLINE void divide(const Rows *s, int64_t r, const float *sink, float *y, int64_t D) {
+  float total = sum(load(s->sum[r])), share = 1.0f;
+  if (sink) {
+    const float max = s->max[r] > *sink ? s->max[r] : *sink;
+    share = exp_(splat(s->max[r] - max))[0];
+    total = total * share + exp_(splat(*sink - max))[0];
+  }
+  for (int64_t d = 0; d < D; d++) y[d] = s->out[r * s->stride + d] * share / total;
+}
+
+/* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence.
+ * sinks (H,) or null; window and softcap: see Scores. */
 EXPORT int64_t attention(const float *qkv, const float *kv, float *out, const int32_t *positions,
                          const int32_t *cu_seqlens_q, const int32_t *block_tables, int64_t B, int64_t W,
                          int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim,
-                         int64_t num_heads) {
+                         int64_t num_heads, int64_t window, const float *sinks, float scale, float softcap) {
+  const Scores how = {window, softcap};
   const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W};
   const int64_t D = head_dim, stride = (num_heads + 2 * num_kv_heads) * D;
   const int64_t group = num_heads / num_kv_heads, heads = min_(group, RR), tokens = RR / heads;
-  const float scale = 1.0f / __builtin_sqrtf((float)D);
   Rows s;
   s.stride = (D + VL - 1) / VL * VL;
   if (D % VL) memset(s.values, 0, sizeof s.values); /* the padding of rows stays zero */
@@ -237,18 +273,19 @@ EXPORT int64_t attention(const float *qkv, const float *kv, float *out, const in
           for (int64_t d = 0; d < D; d++) s.q[r * s.stride + d] = x[d] * scale;
           s.position[r] = positions[i + r / num_q];
         }
-        const Span span = {block_tables + b * W, q / group, positions[last - 1] + 1};
-        Span next = {span.table, (q + num_q) / group, span.end};
+        const int64_t start = start_of(positions[i], how) / TT * TT;
+        const Span span = {block_tables + b * W, q / group, start, positions[last - 1] + 1};
+        Span next = {span.table, (q + num_q) / group, start, span.end};
         if (q + num_q == num_heads) { /* the next tokens: of this sequence or of the next */
           next.h = 0;
           if (last == cu_seqlens_q[b + 1]) next.table += W;
           next.end = last < cu_seqlens_q[B] && next.table < block_tables + B * W ? positions[last] + 1 : 0;
+          next.start = next.end > 0 ? start_of(positions[last], how) / TT * TT : 0;
         }
-        if (attend(&s, num, &c, kv, span, next)) return i + 1;
+        if (attend(&s, num, &c, kv, span, next, how)) return i + 1;
         for (int64_t r = 0; r < num; r++) {
-          float *y = out + ((i + r / num_q) * num_heads + q + r % num_q) * D;
-          const float total = sum(load(s.sum[r]));
-          for (int64_t d = 0; d < D; d++) y[d] = s.out[r * s.stride + d] / total;
+          const int64_t h = q + r % num_q;
+          divide(&s, r, sinks ? sinks + h : 0, out + ((i + r / num_q) * num_heads + h) * D, D);
         }
       }
     }

@@ -164,6 +164,21 @@ INLINE vf exp_(vf x) {
   return select_(is_zero, splat(0), y);
 }
 
+/* tanh x: an odd polynomial near 0, where 1 - 2 / (e**2x + 1) would cancel (Cephes tanhf). */
+INLINE vf tanh_(vf x) {
+  const vi sign = (vi)x & (vi)(splat(-0.0f));
+  vf a = (vf)((vi)x ^ sign), z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = fma_(p, z, splat(2.06390887954e-2f));
+  p = fma_(p, z, splat(-5.37397155531e-2f));
+  p = fma_(p, z, splat(1.33314422036e-1f));
+  p = fma_(p, z, splat(-3.33332819422e-1f));
+  vf far = (vf)((vi)(1.0f - 2.0f / (exp_(a + a) + 1.0f)) | sign);
+  return select_(a < splat(0.625f), fma_(p * z, x, x), far);
+}
+
+INLINE vf softcap_(vf x, float cap) { return tanh_(x / cap) * cap; }
+
 /* ---- linear: y = residual + x @ W.T + bias ------------------------------------------------------------------- */
 
 typedef struct {
@@ -298,7 +313,7 @@ EXPORT void linear(const float *x, const float *w, const float *bias, const floa
 
 /* ---- norm, activation ---------------------------------------------------------------------------------------- */
 
-INLINE void norm_row(const float *x, const float *w, float *y, int64_t n, float eps) {
+INLINE void norm_row(const float *x, const float *w, float *y, int64_t n, float eps, float offset) {
   vf a = {0}, b = {0};
   int64_t i = 0;
   for (; i + 2 * VL <= n; i += 2 * VL) {
@@ -311,28 +326,57 @@ INLINE void norm_row(const float *x, const float *w, float *y, int64_t n, float 
     a = fma_(u, u, a);
   }
   const float scale = 1.0f / __builtin_sqrtf(sum(a + b) / (float)n + eps);
-  for (i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+  for (i = 0; i < n; i++) y[i] = x[i] * scale * (offset + w[i]);
 }
 
 /* x (T, H), w (H,) -> y (T, H). */
-EXPORT void rms_norm(const float *x, const float *w, float *y, int64_t T, int64_t H, float eps) {
-  for (int64_t t = 0; t < T; t++) norm_row(x + t * H, w, y + t * H, H, eps);
+EXPORT void rms_norm(const float *x, const float *w, float *y, int64_t T, int64_t H, float eps, float offset) {
+  for (int64_t t = 0; t < T; t++) norm_row(x + t * H, w, y + t * H, H, eps, offset);
 }
 
-INLINE vf silu_mul(vf gate, vf up) { return gate / (exp_(-gate) + 1.0f) * up; }
+enum { SILU, GELU_TANH, CLAMPED_SWIGLU }; /* the order of ACTIVATIONS in kunserve/model/config.py */
 
-/* gate_up (T, 2 * I) -> y (T, I). */
-EXPORT void silu_and_mul(const float *gate_up, float *y, int64_t T, int64_t I) {
+INLINE vf act_mul(const int kind, vf gate, vf up, float limit, float alpha) {
+  if (kind == SILU) return gate / (exp_(-gate) + 1.0f) * up;
+  if (kind == GELU_TANH) {
+    vf inner = (gate + 0.044715f * (gate * gate * gate)) * 0.79788456080286536f; /* sqrt(2 / pi) */
+    return 0.5f * gate * (tanh_(inner) + 1.0f) * up;
+  }
+  const vf top = splat(limit);
+  gate = select_(gate > top, top, gate);
+  up = select_(up > top, top, select_(up < -top, -top, up));
+  return (up + 1.0f) * (gate / (exp_(gate * -alpha) + 1.0f));
+}
+
+INLINE void act_rows(const int kind, const float *gate_up, float *y, int64_t T, int64_t I, float limit, float alpha) {
   for (int64_t t = 0; t < T; t++, gate_up += 2 * I, y += I) {
     int64_t i = 0;
-    for (; i + VL <= I; i += VL) store(y + i, silu_mul(load(gate_up + i), load(gate_up + I + i)));
+    for (; i + VL <= I; i += VL) store(y + i, act_mul(kind, load(gate_up + i), load(gate_up + I + i), limit, alpha));
     if (i < I) {
-      vf v = silu_mul(load_tail(gate_up + i, I - i), load_tail(gate_up + I + i, I - i));
+      vf v = act_mul(kind, load_tail(gate_up + i, I - i), load_tail(gate_up + I + i, I - i), limit, alpha);
       memcpy(y + i, &v, 4 * (I - i));
     }
   }
 }
 
-/* Rotation, the KV blocks and attention; matrices in blocks: in this unit, because they share the vectors above. */
+/* gate_up (T, 2 * I) -> y (T, I). limit and alpha are of CLAMPED_SWIGLU. */
+EXPORT void act_and_mul(const float *gate_up, float *y, int64_t T, int64_t I, int64_t kind, float limit, float alpha) {
+  if (kind == SILU) act_rows(SILU, gate_up, y, T, I, limit, alpha);
+  else if (kind == GELU_TANH) act_rows(GELU_TANH, gate_up, y, T, I, limit, alpha);
+  else act_rows(CLAMPED_SWIGLU, gate_up, y, T, I, limit, alpha);
+}
+
+/* cap * tanh(x / cap) of n numbers, in place. */
+EXPORT void softcap(float *x, int64_t n, float cap) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) store(x + i, softcap_(load(x + i), cap));
+  if (i < n) {
+    vf v = softcap_(load_tail(x + i, n - i), cap);
+    memcpy(x + i, &v, 4 * (n - i));
+  }
+}
+
+/* Rotation, the KV blocks, attention; matrices in blocks; experts: in this unit, because they share what is above. */
 #include "cpu_attention.c"
 #include "cpu_blocks.c"
+#include "cpu_experts.c"

@@ -20,7 +20,8 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in ("cpu_attention.c", "cpu_blocks.c")))  # included by it
+INCLUDED = ("cpu_attention.c", "cpu_blocks.c", "cpu_experts.c")
+SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in INCLUDED))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 
@@ -29,10 +30,13 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "linear": (None, [_POINTER] * 5 + [_INT] * 4),
     "linear_blocks": (None, [_INT, *[_POINTER] * 5, *[_INT] * 5]),
     "take_rows": (None, [_INT, *[_POINTER] * 3, *[_INT] * 3]),
-    "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float]),
-    "silu_and_mul": (None, [_POINTER] * 2 + [_INT] * 2),
-    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 8 + [c_float]),
-    "attention": (_INT, [_POINTER] * 6 + [_INT] * 7),
+    "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float] * 2),
+    "act_and_mul": (None, [_POINTER] * 2 + [_INT] * 3 + [c_float] * 2),
+    "softcap": (None, [_POINTER, _INT, c_float]),
+    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 10 + [c_float] * 2),
+    "attention": (_INT, [_POINTER] * 6 + [_INT] * 8 + [_POINTER] + [c_float] * 2),
+    "route": (None, [_POINTER] * 2 + [_INT] * 4),
+    "experts": (None, [_POINTER] * 11 + [_INT] * 5 + [c_float] * 2),
 }
 
 

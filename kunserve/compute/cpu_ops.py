@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
-from kunserve.compute.ops import AttentionBatch, Ops
+from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Ops, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
+from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
+ENDLESS = 1 << 60  # tokens of a window that ends nowhere
 FLOAT, INT = torch.float32, torch.int32
 FORMATS = (  # as in cpu_blocks.c
     *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"),
@@ -36,7 +38,9 @@ class CpuOps:
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._linear, self._linear_blocks, self._take_rows = kernels.linear, kernels.linear_blocks, kernels.take_rows
         self._rms_norm = kernels.rms_norm
-        self._silu_and_mul = kernels.silu_and_mul
+        self._act_and_mul = kernels.act_and_mul
+        self._softcap = kernels.softcap
+        self._route, self._experts = kernels.route, kernels.experts
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
 
@@ -55,12 +59,12 @@ class CpuOps:
         )  # fmt: skip
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         assert _is_ours(x) and _is_ours(weight)
         T, H = x.shape
         y = torch.empty(T, H, dtype=FLOAT)
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps, offset)
         return y
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -99,6 +103,7 @@ class CpuOps:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        offset: float = 0.0,
     ) -> None:
         """Norm and rotate q (in place in `qkv`) and k; write k and v into their slots of `kv`.
 
@@ -107,6 +112,8 @@ class CpuOps:
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         assert _is_ours(qkv) and _is_ours(kv) and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
+        max_positions, rotary_dim = rope.shape
+        is_whole = q_norm is not None and q_norm.numel() != head_dim
         bad = self._rotate_and_append(
             qkv.data_ptr(),
             rope.data_ptr(),
@@ -114,12 +121,20 @@ class CpuOps:
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
             *_where(batch),
-            num_blocks, num_kv_heads, block_size, head_dim, num_heads, rope.shape[0], eps,
+            num_blocks, num_kv_heads, block_size, head_dim, num_heads, max_positions, rotary_dim, is_whole, eps, offset,
         )  # fmt: skip
         if bad:
             raise EngineError(f"token {bad - 1} of the batch has no slot: position outside rope or block table")
 
-    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
+    def attention(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        scores: Scores = PLAIN_SCORES,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim).
 
         Raises EngineError if a block table names no block of `kv` for a position that is read.
@@ -130,17 +145,44 @@ class CpuOps:
         bad = self._attention(
             qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *_where(batch),
             num_blocks, num_kv_heads, block_size, head_dim, num_heads,
+            ENDLESS if scores.window is None else scores.window, None if sinks is None else sinks.data_ptr(),
+            head_dim**-0.5 if scores.scale is None else scores.scale, scores.softcap or 0.0,
         )  # fmt: skip
         if bad:
             raise EngineError(f"token {bad - 1} of the batch reads a position that its block table does not name")
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
         assert _is_ours(gate_up)
         T, width = gate_up.shape
         y = torch.empty(T, width // 2, dtype=FLOAT)
-        self._silu_and_mul(gate_up.data_ptr(), y.data_ptr(), T, width // 2)
+        kind = ACTIVATIONS.index(activation)
+        self._act_and_mul(gate_up.data_ptr(), y.data_ptr(), T, width // 2, kind, limit, SWIGLU_ALPHA)
+        return y
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap), element by element."""
+        y = x.clone(memory_format=torch.contiguous_format)
+        assert _is_ours(y)
+        self._softcap(y.data_ptr(), y.numel(), cap)
+        return y
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """Route each row to its experts, and sum what they make of it in the order of their numbers: -> (T, H)."""
+        assert _is_ours(x) and _is_ours(experts.gate_up) and _is_ours(experts.down)
+        (T, H), (E, _, I) = x.shape, experts.down.shape  # noqa: E741
+        logits = self.linear(x, experts.router, experts.router_bias)
+        weights, y, gathered, out = (torch.empty(T, n, dtype=FLOAT) for n in (E, H, H, H))
+        rows, inner = torch.empty(T, dtype=torch.int64), torch.empty(T, 3 * I, dtype=FLOAT)
+        self._route(logits.data_ptr(), weights.data_ptr(), T, E, experts.num_per_token, experts.normalize)
+        self._experts(
+            x.data_ptr(), weights.data_ptr(),
+            experts.gate_up.data_ptr(), None if experts.gate_up_bias is None else experts.gate_up_bias.data_ptr(),
+            experts.down.data_ptr(), None if experts.down_bias is None else experts.down_bias.data_ptr(),
+            y.data_ptr(), rows.data_ptr(), gathered.data_ptr(), inner.data_ptr(), out.data_ptr(),
+            T, E, H, I, ACTIVATIONS.index(experts.activation), experts.limit, SWIGLU_ALPHA,
+        )  # fmt: skip
         return y
 
 

@@ -1,4 +1,4 @@
-"""The decoder: one file for Llama, Mistral and Qwen, whose differences are flags of `ModelConfig`. The forward path.
+"""The decoder: one file for every family, whose differences are fields of `ModelConfig`. The forward path.
 
 Runs any range of layers on the weights and KV of one device. The views it holds are over ranges whose addresses never
 change, so a drop or a restore needs nothing here.
@@ -6,56 +6,17 @@ change, so a drop or a restore needs nothing here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from kunserve.compute.ops import AttentionBatch, Ops, rope_table
-from kunserve.compute.rope import rope_inv_freq
+from kunserve.compute.layer_weights import LayerWeights, MlpWeights
+from kunserve.compute.ops import AttentionBatch, Ops, Scores
+from kunserve.compute.rope import layer_rope_table, rope_kind
 from kunserve.gpu.kv_memory import KVMemory
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name
 from kunserve.model.quant.linear import Linear
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Views of one layer's weights. H hidden, I intermediate, D head_dim."""
-
-    input_norm: Tensor  # (H,)
-    qkv: Linear  # (q_size + 2 * kv_size, H)
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # (D,)
-    k_norm: Tensor | None
-    o: Linear  # (H, q_size)
-    post_norm: Tensor  # (H,)
-    gate_up: Linear  # (2 * I, H)
-    down: Linear  # (H, I)
-
-    @classmethod
-    def of(cls, config: ModelConfig, weights: Weights, layer: int) -> LayerWeights:
-        """Find the views of `layer` in a device's weights."""
-        unit, prefix = layer_name(layer), f"model.layers.{layer}."
-
-        def view(name: str, num_rows: int | None = None) -> Tensor:
-            return weights.tensor(unit, prefix + name, num_rows)
-
-        def linear(*names: str) -> Linear:
-            return weights.linear(unit, *(f"{prefix}{name}.weight" for name in names))
-
-        return cls(
-            input_norm=view("input_layernorm.weight"),
-            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            qkv_bias=view("self_attn.q_proj.bias", config.q_size + 2 * config.kv_size) if config.qkv_bias else None,
-            q_norm=view("self_attn.q_norm.weight") if config.qk_norm else None,
-            k_norm=view("self_attn.k_norm.weight") if config.qk_norm else None,
-            o=linear("self_attn.o_proj"),
-            post_norm=view("post_attention_layernorm.weight"),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-            down=linear("mlp.down_proj"),
-        )
 
 
 class Decoder:
@@ -65,13 +26,19 @@ class Decoder:
         self._config, self._ops, self._weights = config, ops, weights
         self._kv = kv.layers
         self._layers = [LayerWeights.of(config, weights, i) for i in range(config.num_layers)]
+        self._scores = [Scores.of(config, i) for i in range(config.num_layers)]
         self._embed = weights.linear("embed", "model.embed_tokens.weight")
         tied = config.tie_embeddings
         self._norm = weights.tensor("embed" if tied else "head", "model.norm.weight")
         self._head = self._embed if tied else weights.linear("head", "lm_head.weight")
-        self._rope = rope_table(config.head_dim, rope_inv_freq(config), max_model_len, self._norm.dtype).to(
-            self._norm.device
-        )
+        dtype, device = self._norm.dtype, self._norm.device
+        # A number of the weights' dtype, as Gemma has it: of bfloat16 its bits differ from a float's.
+        self._embed_scale = torch.tensor(config.embed_scale, dtype=dtype, device=device)
+        tables: dict[tuple[bool, bool], Tensor] = {}
+        for layer in range(config.num_layers):
+            if (kind := rope_kind(config, layer)) not in tables:
+                tables[kind] = layer_rope_table(config, layer, max_model_len, dtype).to(device)
+        self._ropes = [tables[rope_kind(config, layer)] for layer in range(config.num_layers)]
 
     @torch.inference_mode()
     def forward(
@@ -91,9 +58,9 @@ class Decoder:
         what `logits` takes: (R, H).
         """
         if first_layer == 0:
-            x = self._ops.embed(x, self._embed).to(self._norm.dtype)
+            x = self._embedded(x)
         for layer in range(first_layer, last_layer):
-            x = self._layer(self._layers[layer], self._kv[layer], x, batch)
+            x = self._layer(layer, x, batch)
         if last_layer < self._config.num_layers:
             return x
         return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
@@ -101,7 +68,11 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """The head: hidden states after the last layer (R, H) -> (R, V). Its weights must be present."""
-        return self._ops.linear(self._ops.rms_norm(x, self._norm, self._config.rms_norm_eps), self._head)
+        config = self._config
+        logits = self._ops.linear(self._normed(x, self._norm), self._head)
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
+        return logits if config.logit_softcap is None else self._ops.softcap(logits, config.logit_softcap)
 
     @torch.inference_mode()
     def probe(self, first_layer: int, last_layer: int) -> None:
@@ -111,12 +82,41 @@ class Decoder:
             if not self._weights.is_filled(layer_name(layer)):
                 continue  # it was dropped since it was asked for
             w = self._layers[layer]
-            self._ops.linear(self._ops.rms_norm(x, w.input_norm, self._config.rms_norm_eps), w.qkv, w.qkv_bias)
+            self._ops.linear(self._normed(x, w.before_attention), w.qkv, w.qkv_bias)
 
-    def _layer(self, w: LayerWeights, kv: Tensor, x: Tensor, batch: AttentionBatch) -> Tensor:
-        ops, eps = self._ops, self._config.rms_norm_eps
-        qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias)
-        ops.rotate_and_append(qkv, self._rope, kv, batch, w.q_norm, w.k_norm, eps)
-        x = ops.linear(ops.attention(qkv, kv, batch, self._config.num_heads), w.o, residual=x)
-        gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up)
-        return ops.linear(ops.silu_and_mul(gate_up), w.down, residual=x)
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        x = self._ops.embed(token_ids, self._embed).to(self._norm.dtype)
+        return x if self._config.embed_scale == 1 else x * self._embed_scale
+
+    def _layer(self, layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
+        ops, config, w, kv = self._ops, self._config, self._layers[layer], self._kv[layer]
+        qkv = ops.linear(self._normed(x, w.before_attention), w.qkv, w.qkv_bias)
+        ops.rotate_and_append(
+            qkv, self._ropes[layer], kv, batch, w.q_norm, w.k_norm, config.rms_norm_eps, config.norm_offset
+        )
+        attended = ops.attention(qkv, kv, batch, config.num_heads, self._scores[layer], w.sinks)
+        x = self._added(x, attended, w.o, w.o_bias, w.after_attention)
+        normed = self._normed(x, w.before_mlp)
+        if not isinstance(w.mlp, MlpWeights):
+            return self._joined(x, ops.moe(normed, w.mlp), w.after_mlp)
+        gate_up = ops.linear(normed, w.mlp.gate_up, w.mlp.gate_up_bias)
+        inner = ops.act_and_mul(gate_up, config.activation, config.swiglu_limit)
+        return self._added(x, inner, w.mlp.down, w.mlp.down_bias, w.after_mlp)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        config = self._config
+        return x if weight is None else self._ops.rms_norm(x, weight, config.rms_norm_eps, config.norm_offset)
+
+    def _added(self, x: Tensor, y: Tensor, weight: Linear, bias: Tensor | None, norm: Tensor | None) -> Tensor:
+        """Return the residual `x` and what a last matrix makes of `y`: in one operation where nothing is between."""
+        if norm is None and self._config.residual_scale == 1:
+            return self._ops.linear(y, weight, bias, residual=x)
+        return self._joined(x, self._ops.linear(y, weight, bias), norm)
+
+    def _joined(self, x: Tensor, y: Tensor, norm: Tensor | None) -> Tensor:
+        """Return the residual `x` and what a layer adds to it, normed and scaled.
+
+        Two operations: one that fused them would do so for some places in a row and not for others.
+        """
+        y, scale = self._normed(y, norm), self._config.residual_scale
+        return x + (y if scale == 1 else y * scale)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kunserve.model.config import ModelConfig
 from kunserve.model.quant.linear import Linear
 
 
@@ -26,6 +27,39 @@ class AttentionBatch:
     block_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of attention's scores before softmax: one value for all layers of a kind."""
+
+    scale: float | None = None  # of q @ k; None: head_dim ** -0.5
+    window: int | None = None  # a query at position p sees positions p - window + 1..p; None: all up to p
+    softcap: float | None = None  # c: scaled scores x become c * tanh(x / c)
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int) -> Scores:
+        """Return those of a layer of a model."""
+        return cls(config.attention_scale, config.window_of(layer), config.attention_softcap)
+
+
+PLAIN_SCORES = Scores()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Views of the experts of a layer. E experts, H hidden, I the width of one."""
+
+    router: Linear  # (E, H)
+    router_bias: Tensor | None  # (E,)
+    gate_up: Tensor  # (E, 2 * I, H): of each expert the rows of gate, then those of up
+    gate_up_bias: Tensor | None  # (E, 2 * I)
+    down: Tensor  # (E, H, I)
+    down_bias: Tensor | None  # (E, H)
+    num_per_token: int
+    normalize: bool  # whether the weights of the chosen experts sum to 1, or are those of all experts' softmax
+    activation: str = "silu"
+    limit: float = 0.0
+
+
 class Ops(Protocol):
     """Operations on one device. Inputs are contiguous unless said otherwise; results are new tensors.
 
@@ -36,8 +70,8 @@ class Ops(Protocol):
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H); of blocks in float32."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,), residual (T, N) -> (T, N)."""
@@ -51,26 +85,50 @@ class Ops(Protocol):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        offset: float = 0.0,
     ) -> None:
-        """Norm (if given, per head) and rotate q and k, and write k and v into their slots of `kv`.
+        """Norm (if given) and rotate q and k, and write k and v into their slots of `kv`.
 
         qkv (T, (num_heads + 2 * num_kv_heads) * head_dim) is changed in place: its q part is what `attention` reads.
-        rope (max_positions, head_dim): cosines in the first half of a row, sines in the second; the rotation is the
-        "rotate half" of Hugging Face: pairs are (i, i + head_dim / 2).
+        q_norm, k_norm: as wide as a head, for each head by itself, or as wide as all heads, for all of them together.
+        rope (max_positions, rotary_dim): cosines in the first half of a row, sines in the second; the rotation is the
+        "rotate half" of Hugging Face: pairs are (i, i + rotary_dim / 2), what lies behind stays. rotary_dim may be 0.
         """
 
-    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
-        """Causal attention of q in `qkv` over the blocks, scaled by head_dim**-0.5: -> (T, num_heads * head_dim)."""
+    def attention(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        scores: Scores = PLAIN_SCORES,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of q in `qkv` over the blocks: -> (T, num_heads * head_dim).
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+        sinks (num_heads,): a score that takes part in a head's softmax, for nothing.
+        """
+
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I). `activation` is one of kunserve.model.config.ACTIVATIONS.
+
+        clamped_swiglu bounds gate (above) and up (both ways) by `limit`, and multiplies with up + 1.
+        """
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap), element by element."""
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """Sum of what the chosen experts make of each row, times their weights: (T, H) -> (T, H)."""
 
 
-def rope_table(head_dim: int, inv_freq: Tensor, max_positions: int, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of every position: (max_positions, head_dim), computed in float64 and cast.
+def rope_table(
+    rotary_dim: int, inv_freq: Tensor, max_positions: int, dtype: torch.dtype, stretch: float = 1.0
+) -> Tensor:
+    """Cosines and sines of every position: (max_positions, rotary_dim), computed in float64 and cast.
 
-    inv_freq (head_dim / 2,): angular step of each pair per position.
+    inv_freq (rotary_dim / 2,): angular step of each pair per position; stretch: what both are multiplied by.
     """
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * inv_freq.double()[None, :]
-    assert inv_freq.numel() * 2 == head_dim
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    assert inv_freq.numel() * 2 == rotary_dim
+    return (torch.cat([angles.cos(), angles.sin()], dim=-1) * stretch).to(dtype)

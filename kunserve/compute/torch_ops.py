@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
+from kunserve.model.config import SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
 
 
@@ -22,10 +23,13 @@ class TorchOps:
         """Rows of `weight` (V, H) for `token_ids` (T,) -> (T, H)."""
         return weight.rows(token_ids)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (..., H) -> (..., H)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (..., H) -> (..., H)."""
         wide = x.to(_wide(x.dtype))
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if offset:  # Gemma rounds once, at the end
+            return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
+        return weight * normed.to(x.dtype)
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
@@ -41,6 +45,7 @@ class TorchOps:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        offset: float = 0.0,
     ) -> None:
         """Norm and rotate q (in place in `qkv`) and k; write k and v into their slots of `kv`."""
         _, _, num_kv_heads, block_size, head_dim = kv.shape
@@ -49,11 +54,13 @@ class TorchOps:
         q, k, v = torch.tensor_split(heads, (num_heads, num_heads + num_kv_heads), dim=1)
         positions = batch.positions.long()
         cos, sin = rope[positions].to(_wide(qkv.dtype)).unsqueeze(1).chunk(2, dim=-1)
+        half = cos.shape[-1]
 
         def normed_and_rotated(x: Tensor, norm: Tensor | None) -> Tensor:
-            x = x if norm is None else self.rms_norm(x, norm, eps)
-            a, b = x.to(cos.dtype).chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
+            if norm is not None:
+                x = self.rms_norm(x.reshape(len(x), -1, norm.numel()), norm, eps, offset).view(x.shape)
+            a, b, rest = torch.tensor_split(x.to(cos.dtype), (half, 2 * half), dim=-1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(qkv.dtype)
 
         num_tokens = batch.cu_seqlens_q.long().diff()
         sequence = torch.arange(len(num_tokens), device=qkv.device).repeat_interleave(num_tokens)
@@ -62,23 +69,62 @@ class TorchOps:
         kv[blocks, 1, :, positions % block_size] = v
         q.copy_(normed_and_rotated(q, q_norm))
 
-    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
+    def attention(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        scores: Scores = PLAIN_SCORES,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention, sequence by sequence over its gathered blocks: -> (T, num_heads * head_dim)."""
         _, _, num_kv_heads, block_size, head_dim = kv.shape
         q = qkv[:, : num_heads * head_dim].reshape(len(qkv), num_kv_heads, -1, head_dim)
         out = torch.empty_like(q)
+        scale = head_dim**-0.5 if scores.scale is None else scores.scale
         ends, contexts = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist()
         for b, context_len in enumerate(contexts):
             tokens = slice(ends[b], ends[b + 1])
             blocks = batch.block_tables[b, : -(-context_len // block_size)].long()
             keys, values = kv[blocks].to(_wide(kv.dtype)).movedim(0, 2).flatten(2, 3)[:, :, :context_len]
-            scores = torch.einsum("tkgd,ksd->kgts", q[tokens].to(keys.dtype), keys) * head_dim**-0.5
-            unseen = torch.arange(context_len, device=kv.device) > batch.positions[tokens, None]
-            weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+            x = torch.einsum("tkgd,ksd->kgts", q[tokens].to(keys.dtype), keys) * scale
+            x = x if scores.softcap is None else self.softcap(x, scores.softcap)
+            behind = batch.positions[tokens, None] - torch.arange(context_len, device=kv.device)
+            unseen = behind < 0 if scores.window is None else (behind < 0) | (behind >= scores.window)
+            x = x.masked_fill(unseen, float("-inf"))
+            if sinks is not None:
+                sink = sinks.to(x.dtype).view(num_kv_heads, -1, 1, 1).expand(*x.shape[:3], 1)
+                weights = torch.cat([x, sink], -1).softmax(-1)[..., :-1]
+            else:
+                weights = x.softmax(-1)
             out[tokens] = torch.einsum("kgts,ksd->tkgd", weights, values).to(qkv.dtype)
         return out.flatten(1)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        if activation == "clamped_swiglu":
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            return (up + 1) * (gate * torch.sigmoid(gate * SWIGLU_ALPHA))
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap), element by element."""
+        return torch.tanh(x / cap) * cap
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """Route each row to its experts, and sum what they make of it in the order of their numbers: -> (T, H)."""
+        wide = self.linear(x, experts.router, experts.router_bias).to(_wide(x.dtype)).softmax(-1)
+        top = wide.topk(experts.num_per_token, dim=-1)
+        chosen = top.values / top.values.sum(-1, keepdim=True) if experts.normalize else top.values
+        weights = torch.zeros_like(wide).scatter_(-1, top.indices, chosen).to(x.dtype)
+        out = torch.zeros_like(x)
+        for i in range(len(experts.down)):
+            rows = weights[:, i].nonzero()[:, 0]
+            bias = [None if b is None else b[i] for b in (experts.gate_up_bias, experts.down_bias)]
+            inner = self.act_and_mul(
+                self.linear(x[rows], Linear.of(experts.gate_up[i]), bias[0]), experts.activation, experts.limit
+            )
+            out[rows] += self.linear(inner, Linear.of(experts.down[i]), bias[1]) * weights[rows, i, None]
+        return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
+from kunserve.model.family.stored import form_of, stored_name
 from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
@@ -58,9 +59,10 @@ class SafetensorsSource:
         """without: names that others read."""
         shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
-        if missing := [name for name in shapes if name not in files]:
+        self.stored_names = {name: stored_name(name, files) for name in shapes}  # what the files call each tensor
+        if missing := [name for name in shapes if self.stored_names[name] not in files]:
             raise ConfigError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
-        self._files = {name: files[name] for name in shapes}
+        self._files = {name: files[stored] for name, stored in self.stored_names.items()}
         self._handles = {path: _open(path) for path in set(self._files.values())}
         for name, shape in shapes.items():
             self._check(name, shape)
@@ -81,21 +83,25 @@ class SafetensorsSource:
         if path is None:
             raise ConfigError(f"the checkpoint has no tensor {name}")
         try:
-            tensor = self._handles[path].get_tensor(name)  # a view of the mapped file: nothing is read yet
+            # A view of the mapped file: nothing is read yet.
+            tensor = self._handles[path].get_tensor(self.stored_names[name])
         except SafetensorError as error:
             raise ConfigError(f"cannot read {name} from {path}: {error}") from None
+        if (form := form_of(name)) is not None:
+            tensor = form.read(tensor)
         check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
         out.copy_(tensor)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         path = self._files[name]
         try:
-            header = self._handles[path].get_slice(name)
+            header = self._handles[path].get_slice(self.stored_names[name])
         except SafetensorError:
             raise ConfigError(f"{INDEX_FILE} says that {path} holds {name}, but it does not") from None
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
-        check_shape(name, tuple(header.get_shape()), shape, str(path))
+        form = form_of(name)
+        check_shape(name, tuple(header.get_shape()), form.shape(shape) if form else shape, str(path))
 
 
 class QuantizedSource:

@@ -1,4 +1,4 @@
-"""The shape of a decoder: what `config.json` says, as flags of one family of models."""
+"""The shape of a decoder: what `config.json` says, as values that one forward path reads."""
 
 from __future__ import annotations
 
@@ -6,22 +6,45 @@ from dataclasses import dataclass
 
 from kunserve.model.quant.formats import NO_BLOCKS, Formats
 
+ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
+SWIGLU_ALPHA = 1.702  # gain of clamped_swiglu: gpt-oss's
+
 
 @dataclass(frozen=True, slots=True)
-class Llama3RopeScaling:
-    """Frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
+class RopeScaling:
+    """How rotation is stretched for contexts longer than the original ones (`rope_type` of a `config.json`)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0  # llama3, yarn, longrope
+    kind: str = "llama3"  # one of ROPE_KINDS
+    attention_factor: float = 1.0  # yarn, longrope: cosines and sines are multiplied by it
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: a divisor for each pair, within the original length
+    long_factors: tuple[float, ...] = ()  # beyond it
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts that takes the place of a layer's MLP."""
+
+    num_experts: int
+    num_per_token: int  # that the router chooses for each token
+    intermediate_size: int  # of one expert
+    normalize: bool = True  # whether the weights of the chosen ones are made to sum to 1
+    style: str = "qwen"  # names of the checkpoint's tensors: a key of kunserve.model.layout.EXPERT_NAMES
+    has_bias: bool = False  # router and experts add biases
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One decoder-only transformer (Llama 2/3, Mistral, Qwen2/2.5, Qwen3). Sizes in elements."""
+    """One decoder-only transformer; `kunserve/model/family/families.py` says which. Sizes in elements."""
 
-    family: str  # "llama", "mistral", "qwen2", "qwen3"
+    family: str  # a name of kunserve.model.family.families.FAMILIES: only what it says below is computed
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -32,7 +55,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -40,6 +63,33 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     formats: Formats = NO_BLOCKS  # of matrices that are stored in blocks
+    # rotation
+    partial_rotary_factor: float = 1.0  # the share of a head, from its first element on, that is rotated
+    local_rope_theta: float | None = None  # of layers with a window, which then are not scaled
+    nope_layers: tuple[int, ...] = ()  # layers that do not rotate
+    # attention
+    window: int | None = None  # a token of `windowed_layers` sees itself and the `window` - 1 before it
+    windowed_layers: tuple[int, ...] = ()
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores x become c * tanh(x / c)
+    has_sinks: bool = False  # a learned score per head takes part in softmax and has no value
+    qk_norm_whole: bool = False  # q and k are normed over all heads together, not head by head
+    o_bias: bool = False
+    # norms, MLP
+    norm_offset: float = 0.0  # what is added to norm weights: 1 where they are kept around 0
+    pre_norms: bool = True  # what goes into attention and MLP is normed
+    post_norms: bool = False  # what comes out of them is normed, before it is added
+    activation: str = "silu"  # one of ACTIVATIONS
+    swiglu_limit: float = 0.0  # clamped_swiglu: bound of gate and up
+    mlp_bias: bool = False
+    has_fused_tensors: bool = False  # the checkpoint holds q, k, v as one tensor, and gate, up
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()  # layers that have an MLP in a model with experts
+    # scales
+    embed_scale: float = 1.0  # embeddings are multiplied by it
+    residual_scale: float = 1.0  # what attention and MLP add is multiplied by it
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def q_size(self) -> int:
@@ -50,3 +100,16 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Elements of all key (or value) heads of one token."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the experts of a layer; None if it has an MLP."""
+        return None if layer in self.dense_layers else self.experts
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the tokens that a token of a layer sees; None if it sees all."""
+        return self.window if layer in self.windowed_layers else None

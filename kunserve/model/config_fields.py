@@ -55,6 +55,24 @@ def read_object(values: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     return value
 
 
+def read_ints(values: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    """Return a list of integers that are not negative; an empty one where it is absent or null. ConfigError if not."""
+    value = _present(values, field, [])
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= HIGHEST_SIZE for item in value):
+        raise ConfigError(f"field {field}: expected a list of integers, not {show(value)}")
+    return tuple(value)
+
+
+def read_numbers(values: Mapping[str, Any], field: str) -> tuple[float, ...]:
+    """Return a list of positive numbers. Raises ConfigError naming the field."""
+    value = _present(values, field, None)
+    if not isinstance(value, list) or not value or not all(type(item) in (int, float) for item in value):
+        raise ConfigError(f"field {field}: expected a list of numbers, not {show(value)}")
+    for item in value:
+        check_range(field, item)
+    return tuple(float(item) for item in value)
+
+
 def read_names(values: Mapping[str, Any], field: str) -> list[str]:
     """Return a list of strings; an empty one where it is absent or null. Raises ConfigError naming the field."""
     value = _present(values, field, [])

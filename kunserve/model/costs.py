@@ -78,11 +78,19 @@ def device_kind(name: str) -> str:
 
 
 def derive(config: ModelConfig, rates: Rates) -> CostModel:
-    """Constants from a device's rates: floating-point operations or bytes by what is reached of the peak."""
+    """Constants from a device's rates: floating-point operations or bytes by what is reached of the peak.
+
+    A token goes through the experts that are chosen for it; a microbatch reads all of them, as full ones do: for a
+    few tokens alone that is too long.
+    """
     flops_per_s = rates.flops_per_s * rates.matrix_share
     bytes_per_s = rates.bytes_per_s * rates.memory_share
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    experts, mlp = config.experts, 3 * config.hidden_size
+    layer = attention + mlp * (
+        experts.num_per_token * experts.intermediate_size if experts else config.intermediate_size
+    )
+    held = attention + mlp * (experts.num_experts * experts.intermediate_size if experts else config.intermediate_size)
     head = config.vocab_size * config.hidden_size
     size, stored = rates.element_bytes, _stored_share(config)
     return CostModel(
@@ -90,7 +98,7 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
         key_s=2 * config.kv_size * size / bytes_per_s,
         token_s=2 * layer / flops_per_s,
         chunk_s=0.0,
-        load_s=layer * size * stored["layers.0"] / bytes_per_s,
+        load_s=held * size * stored["layers.0"] / bytes_per_s,
         embed_token_s=2 * config.hidden_size * size / bytes_per_s,
         head_row_s=2 * head / flops_per_s,
         head_load_s=head * size * stored["embed" if config.tie_embeddings else "head"] / bytes_per_s,

@@ -14,6 +14,7 @@ from torch import Tensor
 from kunserve.errors import ConfigError
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.config import ModelConfig
+from kunserve.model.family.stored import form_of
 
 SLICE_BYTES = 8 << 20  # read at a time: all of a tensor that is ever in host memory
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -37,9 +38,9 @@ class DiskSource:
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        files = SafetensorsSource(folder, config).files  # maps them, and reads their headers only
-        headers = {path: _places(path) for path in set(files.values())}
-        self._places = {name: headers[path][name] for name, path in files.items()}
+        source = SafetensorsSource(folder, config)  # maps the files, and reads their headers only
+        headers = {path: _places(path) for path in set(source.files.values())}
+        self._places = {name: headers[path][source.stored_names[name]] for name, path in source.files.items()}
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out` (contiguous), casting to its dtype, slice by slice.
@@ -49,14 +50,19 @@ class DiskSource:
         place = self._places.get(name)
         if place is None:
             raise ConfigError(f"the checkpoint has no tensor {name}")
-        if place.shape != out.shape:
+        form = form_of(name)
+        if place.shape != (form.shape(tuple(out.shape)) if form else out.shape):
             raise ConfigError(f"{name} has shape {list(place.shape)} in {place.path}, not {list(out.shape)}")
+        # What is not kept as it is read is in host memory whole for a moment.
+        read = out if form is None else torch.empty(place.shape, dtype=place.dtype)
         try:
             with place.path.open("rb", buffering=0) as file:
-                _read(file, place, out.view(-1))
+                _read(file, place, read.view(-1))
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # all of it: with what was read ahead
         except OSError as error:
             raise ConfigError(f"cannot read {name} from {place.path}: {error}") from None
+        if form is not None:
+            out.copy_(form.read(read))
 
 
 def _read(file: BinaryIO, place: _Place, out: Tensor) -> None:

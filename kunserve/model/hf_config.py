@@ -9,35 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from kunserve.errors import ConfigError
-from kunserve.model.config import Llama3RopeScaling, ModelConfig
+from kunserve.model.config import ACTIVATIONS, ModelConfig
 from kunserve.model.config_fields import (
     check_range,
     check_tokens,
     read_flag,
     read_float,
     read_int,
-    read_names,
-    read_object,
     read_tokens,
     show,
 )
+from kunserve.model.family.families import FAMILIES, family_fields, family_of, shape_values
+from kunserve.model.family.rope import check_rope, read_rope
 from kunserve.model.files import reading
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.formats import Formats
 from kunserve.model.quant.scheme import METHODS, scheme_of
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 NUMBERS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("max_position_embeddings", "rms_norm_eps", "rope_theta"),
 )
-SCALING_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALES = (
+    *("attention_scale", "attention_softcap", "logit_softcap", "embed_scale", "residual_scale", "logit_divisor"),
+    *("local_rope_theta", "window"),
+)
+EXPERT_NUMBERS = ("num_experts", "num_per_token", "intermediate_size")
 
 
 def load_hf_config(folder: Path) -> ModelConfig:
@@ -76,46 +74,44 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Translate a `config.json` (old or new style); raises ConfigError naming the field that is not supported.
-
-    Sliding windows are not run, but within one window they change nothing: `max_position_embeddings` is cut to it.
-    """
-    family = _family(values)
-    _refuse_unsupported(values, family)
+    """Translate a `config.json` (old or new style); raises ConfigError naming the field that is not supported."""
+    family = family_of(values)
+    values = shape_values(values, family)
+    quantization = values.get("quantization_config")
+    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
+        raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
     num_heads = read_int(values, "num_attention_heads")
     vocab_size = read_int(values, "vocab_size")
     hidden_size = read_int(values, "hidden_size")
-    if "num_key_value_heads" not in values and family != "llama":
-        raise ConfigError("field num_key_value_heads is missing")  # each family has another default: do not guess
-    if family != "qwen3" and values.get("head_dim") is None and hidden_size % num_heads:
+    fields = family_fields(values, family)
+    if values.get("head_dim") is None and hidden_size % num_heads:
         raise ConfigError(f"hidden_size {hidden_size} is no multiple of {num_heads} attention heads")
-    max_positions = read_int(values, "max_position_embeddings")
-    rope = read_object(values, "rope_parameters") or read_object(values, "rope_scaling")
+    positions = read_int(values, "max_position_embeddings")
+    rope = read_rope(values)
     bos = read_tokens(values, "bos_token_id", vocab_size)
     if len(bos) > 1:
         raise ConfigError(f"field bos_token_id: expected one token, not {show(values['bos_token_id'])}")
     config = ModelConfig(
-        family=family,
+        family=family.name,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=read_int(values, "intermediate_size"),
         num_layers=read_int(values, "num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=read_int(values, "num_key_value_heads", num_heads),
-        head_dim=read_int(values, "head_dim", None if family == "qwen3" else hidden_size // num_heads),
-        max_position_embeddings=min(max_positions, _sliding_window(values, family) or max_positions),
+        head_dim=read_int(values, "head_dim", hidden_size // num_heads),
+        max_position_embeddings=rope.num_positions(positions),
         rms_norm_eps=read_float(values, "rms_norm_eps", 1e-6),
-        rope_theta=read_float(rope, "rope_theta", read_float(values, "rope_theta", 10000.0)),
-        rope_scaling=_rope_scaling(rope, max_positions),
         tie_embeddings=read_flag(values, "tie_word_embeddings"),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
         dtype=_dtype(values),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=read_tokens(values, "eos_token_id", vocab_size),
+        **rope.fields,
+        **fields,
     )
     check_config(config)
-    quantization = read_object(values, "quantization_config")
+    if quantization and config.experts is not None:
+        raise ConfigError("field quantization_config: quantized experts are not supported; serve the unquantized model")
     return replace(config, formats=_formats(config, quantization)) if quantization else config
 
 
@@ -132,17 +128,10 @@ def _formats(config: ModelConfig, quantization: Mapping[str, Any]) -> Formats:
     return Formats({name: kept for name, kept in blocks.items() if kept}, scheme, frozenset(quantized))
 
 
-def cutting_window(folder: Path) -> tuple[int, int] | None:
-    """Return the tokens of a model's sliding window and its positions, if the window is what bounds its requests."""
-    values = read_json(folder / "config.json")
-    window, positions = _sliding_window(values, _family(values)), read_int(values, "max_position_embeddings")
-    return (window, positions) if window is not None and window < positions else None
-
-
 def check_config(config: ModelConfig) -> None:
     """Check a shape, wherever it was read: each number for itself, and that they fit each other. Raises ConfigError."""
-    if config.family not in ARCHITECTURES.values():
-        raise ConfigError(f"field family: {show(config.family)} is none of {', '.join(ARCHITECTURES.values())}")
+    if config.family not in FAMILIES:
+        raise ConfigError(f"field family: {show(config.family)} is none of {', '.join(FAMILIES)}")
     if config.dtype not in DTYPES:
         raise ConfigError(f"field dtype: {show(config.dtype)} is not supported, only {', '.join(DTYPES)}")
     for field in NUMBERS:
@@ -151,20 +140,35 @@ def check_config(config: ModelConfig) -> None:
         raise ConfigError(f"{config.num_heads} attention heads are no multiple of {config.num_kv_heads} KV heads")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim {config.head_dim} is odd: it cannot be rotated")
+    if not 0 < config.partial_rotary_factor <= 1 or config.rotary_dim % 2 or not config.rotary_dim:
+        share = show(config.partial_rotary_factor)
+        raise ConfigError(f"field partial_rotary_factor: {share} of head_dim {config.head_dim} cannot be rotated")
+    for field in SCALES:
+        if (value := getattr(config, field)) is not None:
+            check_range(field, value)
+    if config.activation not in ACTIVATIONS:
+        raise ConfigError(f"field activation: {show(config.activation)} is none of {', '.join(ACTIVATIONS)}")
+    if (experts := config.experts) is not None:
+        for field in EXPERT_NUMBERS:
+            check_range(field, getattr(experts, field))
     if config.bos_token_id is not None:
         check_tokens("bos_token_id", (config.bos_token_id,), config.vocab_size)
     check_tokens("eos_token_ids", config.eos_token_ids, config.vocab_size)
-    if (scaling := config.rope_scaling) is not None:
-        for field in SCALING_NUMBERS:
-            check_range(field, getattr(scaling, field))
-        if scaling.low_freq_factor >= scaling.high_freq_factor:  # what lies between is divided by their difference
-            factors = f"{scaling.low_freq_factor} is not below high_freq_factor {scaling.high_freq_factor}"
-            raise ConfigError(f"field low_freq_factor: {factors}")
+    if config.rope_scaling is not None:
+        check_rope(config.rope_scaling, config.rotary_dim)
+
+
+PLAIN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the `config.json` that `parse_hf_config` reads back as the same value (old rope style: every reader's)."""
-    architecture = next(name for name, family in ARCHITECTURES.items() if family == config.family)
+    """Return the `config.json` that `parse_hf_config` reads back as the same value (old rope style: every reader's).
+
+    Only of families without variants, which is what models are converted to: ConfigError for others.
+    """
+    if config.family not in PLAIN_FAMILIES:
+        raise ConfigError(f"a config.json is written for {', '.join(PLAIN_FAMILIES)} only, not for {config.family}")
+    architecture = FAMILIES[config.family].architectures[0]
     scaling = config.rope_scaling
     return {
         "architectures": [architecture],
@@ -196,36 +200,6 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _family(values: Mapping[str, Any]) -> str:
-    names = read_names(values, "architectures")
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise ConfigError(f"architectures {show(names)} is not supported; these are: {', '.join(ARCHITECTURES)}")
-
-
-def _refuse_unsupported(values: Mapping[str, Any], family: str) -> None:
-    """Raise ConfigError for the first field that changes the result and that we do not compute."""
-    quantization = values.get("quantization_config")
-    if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") in METHODS):
-        raise ConfigError(f"field quantization_config: {_quantized(quantization)}")
-    if (act := values.get("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"field hidden_act: {show(act)} is not supported, only 'silu'")
-    # transformers reads attention_bias for Llama and Qwen3 only; elsewhere a leftover has no effect.
-    for field in ("attention_bias", "mlp_bias") if family in ("llama", "qwen3") else ():
-        if read_flag(values, field):
-            raise ConfigError(f"field {field}: true is not supported for {family}")
-    for style in ("rope_parameters", "rope_scaling"):
-        rope = read_object(values, style)
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "llama3"):
-            raise ConfigError(f"field {style}: rope_type {show(kind)} is not supported, only 'default' and 'llama3'")
-        if read_float(rope, "partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError(f"field {style}: partial_rotary_factor is not supported")
-    if read_float(values, "partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("field partial_rotary_factor is not supported")
-
-
 # What names of quantized models commonly end in, by their method.
 QUANTIZED_NAMES = {
     "fbgemm_fp8": "-FP8",
@@ -245,29 +219,6 @@ def _quantized(quantization: object) -> str:
     example = f" (often the same name without {ending})" if ending else ""
     shown = method if ending else show(method)
     return f"weights quantized with {shown} are not supported; serve the unquantized model{example}"
-
-
-def _sliding_window(values: Mapping[str, Any], family: str) -> int | None:
-    """Tokens of the sliding window, or None where no layer uses one."""
-    if family == "mistral":
-        # transformers' default when the field is absent is 4096; null means none.
-        return None if values.get("sliding_window", 4096) is None else read_int(values, "sliding_window", 4096)
-    if not read_flag(values, "use_sliding_window") or values.get("sliding_window") is None:
-        return None
-    if read_int(values, "max_window_layers", 0, may_be_0=True) >= read_int(values, "num_hidden_layers"):
-        return None  # only layers from max_window_layers on slide
-    return read_int(values, "sliding_window")
-
-
-def _rope_scaling(rope: Mapping[str, Any], max_positions: int) -> Llama3RopeScaling | None:
-    if (rope.get("rope_type") or rope.get("type")) != "llama3":
-        return None
-    return Llama3RopeScaling(
-        factor=read_float(rope, "factor"),
-        low_freq_factor=read_float(rope, "low_freq_factor"),
-        high_freq_factor=read_float(rope, "high_freq_factor"),
-        original_max_position_embeddings=read_int(rope, "original_max_position_embeddings", max_positions),
-    )
 
 
 def _dtype(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from kunserve.model.config import ModelConfig
+from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
 
 if TYPE_CHECKING:
@@ -83,29 +83,109 @@ def layer_name(layer: int) -> str:
     return f"layers.{layer}"
 
 
-def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
-    prefix, hidden, inner = f"model.layers.{layer}.", config.hidden_size, config.intermediate_size
-    q, kv = config.q_size, config.kv_size
-    attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    groups: list[list[Named]] = [
-        [(prefix + "input_layernorm.weight", (hidden,))],
-        [
-            (attn + "q_proj.weight", (q, hidden)),
-            (attn + "k_proj.weight", (kv, hidden)),
-            (attn + "v_proj.weight", (kv, hidden)),
-        ],
-    ]
+# Norms of a layer by (pre_norms, post_norms): before and after attention, before and after the MLP.
+NORM_NAMES: dict[tuple[bool, bool], tuple[str | None, str | None, str | None, str | None]] = {
+    (True, False): ("input_layernorm", None, "post_attention_layernorm", None),
+    (False, True): (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    (True, True): (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a checkpoint calls the router and the matrices of an expert; {} is the expert's number.
+
+    Without {} a tensor holds all experts.
+    """
+
+    router: str
+    gate_up: tuple[str, ...]
+    down: str
+
+
+EXPERT_NAMES = {
+    "qwen": ExpertNames(
+        "mlp.gate",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.{}.down_proj.weight",
+    ),
+    "mixtral": ExpertNames(
+        "block_sparse_moe.gate",
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "block_sparse_moe.experts.{}.w2.weight",
+    ),
+    "gpt_oss": ExpertNames("mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj"),
+}
+
+
+def qkv_names(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names, within a layer, of what is one matrix with the rows of q, k and v."""
+    return ("self_attn.qkv_proj",) if config.has_fused_tensors else tuple(f"self_attn.{i}_proj" for i in "qkv")
+
+
+def gate_up_names(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names, within a layer, of what is one matrix with the rows of gate and up."""
+    return ("mlp.gate_up_proj",) if config.has_fused_tensors else ("mlp.gate_proj", "mlp.up_proj")
+
+
+def _rows(names: tuple[str, ...], sizes: tuple[int, ...], ending: str, *more: int) -> list[Named]:
+    """Name the tensors of one matrix, whose parts have `sizes` rows: one for each part, or one for all."""
+    sizes = sizes if len(names) > 1 else (sum(sizes),)
+    return [(name + ending, (size, *more)) for name, size in zip(names, sizes, strict=True)]
+
+
+def _attention(config: ModelConfig) -> list[list[Named]]:
+    hidden, q, kv, names = config.hidden_size, config.q_size, config.kv_size, qkv_names(config)
+    groups = [_rows(names, (q, kv, kv), ".weight", hidden)]
     if config.qkv_bias:
-        groups.append([(attn + "q_proj.bias", (q,)), (attn + "k_proj.bias", (kv,)), (attn + "v_proj.bias", (kv,))])
+        groups.append(_rows(names, (q, kv, kv), ".bias"))
     if config.qk_norm:
-        groups += [[(attn + "q_norm.weight", (config.head_dim,))], [(attn + "k_norm.weight", (config.head_dim,))]]
-    groups += [
-        [(attn + "o_proj.weight", (hidden, q))],
-        [(prefix + "post_attention_layernorm.weight", (hidden,))],
-        [(mlp + "gate_proj.weight", (inner, hidden)), (mlp + "up_proj.weight", (inner, hidden))],
-        [(mlp + "down_proj.weight", (hidden, inner))],
-    ]
-    return _pack(layer_name(layer), groups, config, dtype)
+        sizes = (q, kv) if config.qk_norm_whole else (config.head_dim, config.head_dim)
+        groups += [[(f"self_attn.{name}_norm.weight", (size,))] for name, size in zip("qk", sizes, strict=True)]
+    if config.has_sinks:
+        groups.append([("self_attn.sinks", (config.num_heads,))])
+    groups.append([("self_attn.o_proj.weight", (hidden, q))])
+    return groups + [[("self_attn.o_proj.bias", (hidden,))]] * config.o_bias
+
+
+def _mlp(config: ModelConfig) -> list[list[Named]]:
+    hidden, inner, names = config.hidden_size, config.intermediate_size, gate_up_names(config)
+    groups = [_rows(names, (inner, inner), ".weight", hidden)]
+    if config.mlp_bias:
+        groups.append(_rows(names, (inner, inner), ".bias"))
+    groups.append([("mlp.down_proj.weight", (hidden, inner))])
+    return groups + [[("mlp.down_proj.bias", (hidden,))]] * config.mlp_bias
+
+
+def _experts(config: ModelConfig, experts: Experts) -> list[list[Named]]:
+    """Name the tensors of a mixture: the gate and up of all experts are one matrix, and so are their downs."""
+    hidden, inner, num = config.hidden_size, experts.intermediate_size, experts.num_experts
+    names = EXPERT_NAMES[experts.style]
+    groups: list[list[Named]] = [[(names.router + ".weight", (num, hidden))]]
+    if "{}" not in names.down:
+        groups += [[(names.gate_up[0], (num, 2 * inner, hidden))], [(names.down, (num, hidden, inner))]]
+    else:
+        groups += [
+            [(name.format(i), (inner, hidden)) for i in range(num) for name in names.gate_up],
+            [(names.down.format(i), (hidden, inner)) for i in range(num)],
+        ]
+    if experts.has_bias:
+        groups.append([(names.router + ".bias", (num,))])
+        groups += [[(names.gate_up[0] + "_bias", (num, 2 * inner))], [(names.down + "_bias", (num, hidden))]]
+    return groups
+
+
+def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
+    prefix, experts = f"model.layers.{layer}.", config.experts_of(layer)
+    norms = NORM_NAMES[config.pre_norms, config.post_norms]
+    groups: list[list[Named]] = [[(name + ".weight", (config.hidden_size,))] for name in norms if name is not None]
+    groups += _attention(config)
+    groups += _mlp(config) if experts is None else _experts(config, experts)
+    named = [[(prefix + name, shape) for name, shape in group] for group in groups]
+    return _pack(layer_name(layer), named, config, dtype)
 
 
 def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightUnit, ...]:

@@ -170,7 +170,7 @@ def bench_model(ops: Ops, rows: list[int], repeats: int, context: int = 200) -> 
                 qkv = ops.linear(ops.rms_norm(x, layer["norm"][0], 1e-5), Linear.of(layer["qkv"]))
                 ops.rotate_and_append(qkv, rope, kv, batch)
                 x = ops.linear(ops.attention(qkv, kv, batch, HEADS), Linear.of(layer["o"]), residual=x)
-                inner = ops.silu_and_mul(
+                inner = ops.act_and_mul(
                     ops.linear(ops.rms_norm(x, layer["norm"][1], 1e-5), Linear.of(layer["gate_up"]))
                 )
                 x = ops.linear(inner, Linear.of(layer["down"]), residual=x)
@@ -191,7 +191,7 @@ def bench_calls(ops: CpuOps, repeats: int) -> dict[str, float]:
     calls: dict[str, Callable[[], object]] = {
         "linear": lambda: ops.linear(x, matrix),
         "rms_norm": lambda: ops.rms_norm(x, weight[0], 1e-5),
-        "silu_and_mul": lambda: ops.silu_and_mul(x),
+        "silu_and_mul": lambda: ops.act_and_mul(x),
         "rotate_and_append": lambda: ops.rotate_and_append(x, rope, kv, batch),
         "attention": lambda: ops.attention(x, kv, batch, 1),
     }  # fmt: skip

@@ -257,7 +257,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
     width = 256 if bench.is_quick else 4096
     x, weight, gate_up = randn(37, width), randn(width), randn(37, 7 * width)
     errors["rms_norm"] = error(fast.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    errors["silu_and_mul"] = error(fast.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+    errors["silu_and_mul"] = error(fast.act_and_mul(gate_up), reference.act_and_mul(gate_up))
     for head_dim, is_normed in ((64, False), (128, True)):
         positions = torch.tensor([0, 7, 3, 99, 5, 0], dtype=torch.int32, device=device)
         slots = torch.tensor([3, 17, 8, 0, 159, -1], dtype=torch.int32, device=device)

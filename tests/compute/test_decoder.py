@@ -23,23 +23,25 @@ from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import layer_name, units_of_stage, weight_units
 
-BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 64, 1 << 16, 256
+BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 128, 1 << 16, 256
 NUM_LAYERS = 3
 
 
 class TinyDecoder:
     """A decoder with all its weights on a device of its own, and one sequence in scattered blocks."""
 
-    def __init__(self, folder: Path, memory: DeviceMemory, dtype: torch.dtype, is_reference: bool) -> None:
+    def __init__(
+        self, folder: Path, memory: DeviceMemory, dtype: torch.dtype, is_reference: bool, max_model_len: int
+    ) -> None:
         self.memory = memory
         self.source = SafetensorsSource(folder, load_hf_config(folder))
         for unit in units_of_stage(load_hf_config(folder), 0, NUM_LAYERS):
             memory.weights.map(unit)
             memory.weights.fill(unit, self.source)
         for layer in range(NUM_LAYERS):
-            memory.kv.resize(layer, 2)
+            memory.kv.resize(layer, 2 * -(-max_model_len // MAX_MODEL_LEN))
         ops = TorchOps() if is_reference else cpu_ops_or_reference(dtype, 16)[0]
-        self.decoder = Decoder(load_hf_config(folder), ops, memory.weights, memory.kv, MAX_MODEL_LEN)
+        self.decoder = Decoder(load_hf_config(folder), ops, memory.weights, memory.kv, max_model_len)
         blocks = list(range(memory.kv.num_blocks(0)))
         random.Random(1).shuffle(blocks)
         self.block_table = torch.tensor([blocks], dtype=torch.int32)
@@ -62,13 +64,15 @@ class TinyDecoder:
 
 
 @contextmanager
-def tiny_decoder(folder: Path, dtype: torch.dtype, is_reference: bool = False) -> Iterator[TinyDecoder]:
+def tiny_decoder(
+    folder: Path, dtype: torch.dtype, is_reference: bool = False, max_model_len: int = MAX_MODEL_LEN
+) -> Iterator[TinyDecoder]:
     config = load_hf_config(folder)
-    device = HostDevice(0, NUM_CHUNKS, CHUNK_BYTES)
+    device = HostDevice(0, NUM_CHUNKS * -(-max_model_len // MAX_MODEL_LEN), CHUNK_BYTES)
     try:
         shape = KVShape.of(config, BLOCK_SIZE, dtype)
         memory = DeviceMemory(device, weight_units(config, dtype), NUM_LAYERS, shape)
-        yield TinyDecoder(folder, memory, dtype, is_reference)
+        yield TinyDecoder(folder, memory, dtype, is_reference, max_model_len)
         memory.check()
     finally:
         device.close()
@@ -146,3 +150,40 @@ def test_views_survive_drop_and_restore(family: str, folders: dict[str, Path]) -
             memory.weights.map(unit)
             memory.weights.fill(unit, tiny.source)
         assert torch.equal(tiny.logits(prompt(), 0), before)
+
+
+@torch.inference_mode()
+def last_logits(folder: Path, ids: list[int], piece: int = 1024) -> Tensor:
+    """transformers' logits after the last of many ids: in pieces, since eager attention keeps all scores of one."""
+    model, cache = load_reference(folder), None
+    for start in range(0, len(ids), piece):
+        out = model(torch.tensor([ids[start : start + piece]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    logits: Tensor = out.logits[0, -1]
+    return logits
+
+
+def our_last_logits(folder: Path, ids: list[int], max_model_len: int) -> Tensor:
+    """Ours, in pieces of the same kind."""
+    with tiny_decoder(folder, torch.float32, max_model_len=max_model_len) as tiny:
+        for start in range(0, len(ids), 1000):
+            last = tiny.logits(ids[start : start + 1000], start)[-1]
+    return last
+
+
+def test_yarn_beyond_the_original_length(tmp_path: Path) -> None:
+    """Who stretches a model leaves its positions as they were: what is served follows from the scaling."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
+    folder = make_tiny_model("llama-yarn", tmp_path, rope_parameters=yarn, max_position_embeddings=4096)
+    assert load_hf_config(folder).max_position_embeddings == 16384
+    expected, actual = last_logits(folder, prompt(12_000)), our_last_logits(folder, prompt(12_000), 12_288)
+    # transformers' angles are products of float32: at 12,000 radians their last bit is a thousandth.
+    torch.testing.assert_close(actual, expected, atol=5e-3, rtol=1e-3)
+
+
+def test_longrope_beyond_the_original_length(tmp_path: Path) -> None:
+    """A server that takes longer requests rotates all of them as transformers does the longer ones."""
+    folder = make_tiny_model("phi3-longrope", tmp_path)
+    for length, max_model_len in ((650, 700), (900, 1024)):
+        expected, actual = last_logits(folder, prompt(length)), our_last_logits(folder, prompt(length), max_model_len)
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from op_layers import REFERENCE, Layer, Shape, assert_near, randn
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
-from kunserve.compute.ops import AttentionBatch, rope_table
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
+from kunserve.model.config import ACTIVATIONS
 from kunserve.model.quant.linear import Linear, Part
-
-REFERENCE = TorchOps()
-VARIANTS = ["native", "-mno-avx512f", "-march=x86-64"]
-
-
-def _supports_avx512() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "avx512f" in info.read_text()
-
-
-@pytest.fixture(scope="session", params=VARIANTS)
-def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuOps:
-    """The kernels as built for this CPU, and for the narrower vectors that it can also run."""
-    flags = () if request.param == "native" else (request.param,)
-    if flags and not _supports_avx512():
-        pytest.skip("only where the CPU has AVX-512: else the native build is already a narrower one")
-    try:
-        return CpuOps(load_kernels(flags))
-    except KernelsUnavailableError as error:
-        pytest.skip(str(error))
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_near(actual: Tensor, expected: Tensor, ulps: float) -> None:
-    """Within `ulps` of float32, relative to the largest expected value of the row."""
-    scale = expected.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    error = ((actual.double() - expected.double()).abs() / scale).max().item()
-    assert error <= ulps * 2.0**-23, f"{error * 2**23:.2f} ulps"
-
 
 # ---- linear, norm, activation -------------------------------------------------------------------------------------
 
@@ -102,20 +70,57 @@ def test_rms_norm_matches_float64(ops: CpuOps, H: int) -> None:
 @pytest.mark.parametrize("width", [1, 3, 16, 37, 1536])
 def test_silu_and_mul_matches_float64_and_ignores_position(ops: CpuOps, width: int) -> None:
     gate_up = randn(4, 2 * width) * 20
-    actual, gate, up = ops.silu_and_mul(gate_up), gate_up[:, :width].double(), gate_up[:, width:].double()
-    expected = REFERENCE.silu_and_mul(gate_up.double())
+    actual, gate, up = ops.act_and_mul(gate_up), gate_up[:, :width].double(), gate_up[:, width:].double()
+    expected = REFERENCE.act_and_mul(gate_up.double())
     assert ((actual - expected).abs() <= 4 * 2.0**-23 * expected.abs() + 1e-30).all()
     assert torch.allclose(expected, up * gate / (1 + torch.exp(-gate)), rtol=1e-13)
     for column in {0, width // 2, width - 1}:
-        alone = ops.silu_and_mul(gate_up[:, [column, width + column]].contiguous())
+        alone = ops.act_and_mul(gate_up[:, [column, width + column]].contiguous())
         assert torch.equal(alone[:, 0], actual[:, column])
 
 
 def test_silu_and_mul_of_extremes(ops: CpuOps) -> None:
     gate = torch.tensor([0.0, -0.0, 88.5, 1e30, -86.0, -90.0, -1e30, float("inf"), float("nan")])
-    actual = ops.silu_and_mul(torch.stack([gate, torch.ones_like(gate)]).T.contiguous().view(len(gate), 2))[:, 0]
+    actual = ops.act_and_mul(torch.stack([gate, torch.ones_like(gate)]).T.contiguous().view(len(gate), 2))[:, 0]
     expected = torch.tensor([0.0, 0.0, 88.5, 1e30, 0.0, 0.0, 0.0, float("inf"), float("nan")])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 37, 1536])
+def test_activations_match_float64_and_ignore_position(ops: CpuOps, activation: str, width: int) -> None:
+    gate_up = randn(4, 2 * width) * 6
+    actual, expected = (o.act_and_mul(x, activation, 7.0) for o, x in ((ops, gate_up), (REFERENCE, gate_up.double())))
+    # 1 + tanh and 1 + up cancel: what is left of them has the error of what they were.
+    gate, up = gate_up[:, :width].abs(), gate_up[:, width:].abs()
+    scale = expected.abs() if activation == "silu" else gate * (1 + up)
+    assert ((actual - expected).abs() <= 6 * 2.0**-23 * scale + 1e-30).all()
+    for column in {0, width // 2, width - 1}:
+        alone = ops.act_and_mul(gate_up[:, [column, width + column]].contiguous(), activation, 7.0)
+        assert torch.equal(alone[:, 0], actual[:, column])
+
+
+def test_clamped_swiglu_bounds_gate_above_and_up_both_ways() -> None:
+    gate_up = torch.tensor([[9.0, 2.0], [7.0, 2.0], [1.0, -9.0], [1.0, -7.0], [-9.0, 0.0]], dtype=torch.float64)
+    a = REFERENCE.act_and_mul(gate_up, "clamped_swiglu", 7.0)[:, 0]
+    assert a[0] == a[1] and a[2] == a[3] and a[4] == -9 * torch.sigmoid(torch.tensor(-9 * 1.702, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1, 5, 333])
+def test_softcap_matches_float64_and_ignores_position(ops: CpuOps, size: int) -> None:
+    x = randn(size) * torch.logspace(-6, 3, size)
+    actual, expected = ops.softcap(x, 30.0), REFERENCE.softcap(x.double(), 30.0)
+    assert ((actual - expected).abs() <= 4 * 2.0**-23 * expected.abs()).all()
+    assert torch.equal(torch.cat([ops.softcap(x[i : i + 1], 30.0) for i in range(size)]), actual)
+    extremes = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+    torch.testing.assert_close(ops.softcap(extremes, 3.0), torch.tensor([3.0, -3.0, float("nan"), 0.0]), equal_nan=True)
+
+
+def test_norm_weights_may_be_kept_around_zero(ops: CpuOps) -> None:
+    x, weight = randn(5, 37), randn(37, seed=1) * 0.1
+    expected = REFERENCE.rms_norm(x.double(), 1 + weight.double(), 1e-5)
+    torch.testing.assert_close(REFERENCE.rms_norm(x.double(), weight.double(), 1e-5, 1.0), expected)
+    assert_near(ops.rms_norm(x, weight, 1e-5, 1.0), expected, ulps=6)
 
 
 def test_embed_takes_int32_and_checks_range(ops: CpuOps) -> None:
@@ -127,65 +132,6 @@ def test_embed_takes_int32_and_checks_range(ops: CpuOps) -> None:
 
 
 # ---- attention ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of an attention layer."""
-
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-    block_size: int = 16
-
-    @property
-    def width(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-
-class Layer:
-    """One layer's KV (NaN where nothing was written) and sequences that are appended to it in batches."""
-
-    def __init__(self, ops: CpuOps | TorchOps, shape: Shape, lengths: list[int], dtype: torch.dtype, seed: int) -> None:
-        self.ops, self.shape, self.dtype = ops, shape, dtype
-        counts = [-(-n // shape.block_size) for n in lengths]
-        order = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(seed)).tolist()
-        self.tables = [[order.pop() for _ in range(n)] for n in counts]
-        kv_shape = (sum(counts) + 5, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        self.kv = torch.full(kv_shape, float("nan"), dtype=dtype)
-        self.inputs = [randn(n, shape.width, seed=seed + i).to(dtype) for i, n in enumerate(lengths)]
-        frequencies = 10000.0 ** -(torch.arange(0, shape.head_dim, 2) / shape.head_dim)
-        self.rope = rope_table(shape.head_dim, frequencies, 4096, torch.float32).to(dtype)
-        self.norms = [randn(shape.head_dim, seed=seed + i + 100).to(dtype) for i in range(2)]
-        self.contexts = [0] * len(lengths)
-        self.outputs: list[list[Tensor]] = [[] for _ in lengths]
-
-    def batch(self, pieces: list[tuple[int, int]]) -> AttentionBatch:
-        """The next `n` tokens of each sequence `b`, for (b, n) in `pieces`."""
-        positions = [torch.arange(self.contexts[b], self.contexts[b] + n) for b, n in pieces]
-        tables = torch.zeros(len(pieces), max(len(table) for table in self.tables) + 2, dtype=torch.int32)
-        for i, (b, _) in enumerate(pieces):
-            tables[i, : len(self.tables[b])] = torch.tensor(self.tables[b])
-        return AttentionBatch(
-            positions=torch.cat(positions).int(),
-            cu_seqlens_q=torch.tensor([0, *torch.tensor([n for _, n in pieces]).cumsum(0).tolist()]).int(),
-            context_lens=torch.tensor([self.contexts[b] + n for b, n in pieces]).int(),
-            block_tables=tables,
-            block_size=self.shape.block_size,
-        )
-
-    def append(self, pieces: list[tuple[int, int]], norm: bool = False) -> Tensor:
-        """Run rotation and attention of one batch; outputs are also kept per sequence."""
-        batch = self.batch(pieces)
-        qkv = torch.cat([self.inputs[b][self.contexts[b] : self.contexts[b] + n] for b, n in pieces])
-        norms = self.norms if norm else [None, None]
-        self.ops.rotate_and_append(qkv, self.rope, self.kv, batch, norms[0], norms[1], 1e-6)
-        out = self.ops.attention(qkv, self.kv, batch, self.shape.num_heads)
-        ends = batch.cu_seqlens_q.tolist()
-        for i, (b, n) in enumerate(pieces):
-            self.contexts[b] += n
-            self.outputs[b].append(out[ends[i] : ends[i + 1]])
-        return out
 
 
 SHAPES = [

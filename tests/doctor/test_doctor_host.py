@@ -166,7 +166,7 @@ def test_models_on_this_machine_are_found_where_the_hub_puts_them(tmp_path: Path
     assert examine(cpu_machine(tmp_path))["models"].details["here"] == []  # an interrupted download
     (snapshot / "model-2-of-2.safetensors").write_bytes(b"12345")
     findings = examine(cpu_machine(tmp_path))
-    assert findings["models"].found == "1 of 7 are on this machine: qwen3-8b"
+    assert findings["models"].found == "1 of 12 are on this machine: qwen3-8b"
     assert findings["Hub"].details["bytes"] == len(index) + 5
 
 

@@ -13,12 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
+
+DTYPES, OPTIONS = {"q_data_type", "kv_data_type"}, {"sm_scale", "window_left", "logits_soft_cap"}
+
+
+def _scores(options: dict[str, Any]) -> Scores:
+    """What a plan was told of scores; the window leaves out the query's own token."""
+    assert DTYPES <= set(options) <= DTYPES | OPTIONS
+    window = options.get("window_left")
+    return Scores(options.get("sm_scale"), None if window is None else window + 1, options.get("logits_soft_cap"))
 
 
 class _Wrapper:
     """What both have in common."""
+
+    scores: Scores
 
     def __init__(self, floats: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
@@ -28,14 +39,23 @@ class _Wrapper:
     def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
         self.workspaces = [floats, ints]
 
-    def _attend(self, q: Tensor, kv: Tensor, ends: Tensor, indptr: Tensor, indices: Tensor, last: Tensor) -> Tensor:
+    def _attend(
+        self, q: Tensor, kv: Tensor, ends: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, return_lse: bool
+    ) -> Any:
         counts = indptr.diff().long()
         tables = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32)
         tables[torch.arange(tables.shape[1]) < counts[:, None]] = indices[: indptr[-1]]
         contexts = (counts - 1) * kv.shape[3] + last
         positions = [torch.arange(int(c) - n, int(c)) for c, n in zip(contexts, ends.diff().tolist(), strict=True)]
         batch = AttentionBatch(torch.cat(positions).int(), ends, contexts.int(), tables, kv.shape[3])
-        return TorchOps().attention(q.flatten(1), kv, batch, q.shape[1]).view(q.shape)
+        ops = TorchOps()
+        out = ops.attention(q.flatten(1), kv, batch, q.shape[1], self.scores).view(q.shape)
+        if not return_lse:
+            return out
+        # With a sink of 0 the share of all others is sum / (sum + 1): that tells their sum.
+        with_sinks = ops.attention(q.flatten(1), kv, batch, q.shape[1], self.scores, torch.zeros(q.shape[1]))
+        share = (with_sinks.view(q.shape) * out).sum(-1) / (out * out).sum(-1)
+        return out, torch.log2(share / (1 - share))
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
@@ -47,14 +67,15 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
 
     def plan(
         self, qo_indptr: Tensor, indptr: Tensor, indices: Tensor, last: Tensor,
-        num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, *, causal: bool, **dtypes: torch.dtype,
+        num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, *, causal: bool, **options: Any,
     ) -> None:  # fmt: skip
-        assert causal and set(dtypes) == {"q_data_type", "kv_data_type"}
+        assert causal
+        self.scores = _scores(options)
         self.num_plans += 1
         self._planned = qo_indptr.clone(), indptr.clone(), indices, last.clone()
 
-    def run(self, q: Tensor, kv: Tensor) -> Tensor:
-        return self._attend(q, kv, *self._planned)
+    def run(self, q: Tensor, kv: Tensor, return_lse: bool = False) -> Any:
+        return self._attend(q, kv, *self._planned, return_lse)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
@@ -70,8 +91,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         assert len(paged_kv_indptr_buffer) == self.batch_size + 1
         self.buffers = paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
 
-    def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int, **dtypes: torch.dtype) -> None:
-        assert len(shape) == 4 and set(dtypes) == {"q_data_type", "kv_data_type"}
+    def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int, **options: Any) -> None:
+        assert len(shape) == 4
+        self.scores = _scores(options)
         self._check(indptr, indices, last)
         for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):
             buffer[: len(values)].copy_(values)
@@ -81,18 +103,19 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         assert len(indptr) == self.batch_size + 1 and int(indptr[-1]) == len(indices) <= len(self.buffers[1])
         self.num_plans += 1
 
-    def run(self, q: Tensor, kv: Tensor) -> Tensor:
+    def run(self, q: Tensor, kv: Tensor, return_lse: bool = False) -> Any:
         assert len(q) == self.batch_size
-        return self._attend(q, kv, torch.arange(self.batch_size + 1, dtype=torch.int32), *self.buffers)
+        ends = torch.arange(self.batch_size + 1, dtype=torch.int32)
+        return self._attend(q, kv, ends, *self.buffers, return_lse)
 
 
 def fast_decode_plan(
     wrapper: BatchDecodeWithPagedKVCacheWrapper, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int,
-    global_override_indptr_cpu: Tensor, **dtypes: torch.dtype,
+    global_override_indptr_cpu: Tensor, **options: Any,
 ) -> None:  # fmt: skip
     """Plan without copying: the buffers have the arrays already."""
     assert wrapper.num_plans, "the first plan is the full one"
-    assert len(shape) == 4 and set(dtypes) == {"q_data_type", "kv_data_type"}
+    assert len(shape) == 4 and wrapper.scores == _scores(options)
     assert global_override_indptr_cpu.device.type == "cpu"
     wrapper._check(indptr, indices, last)
     for buffer, values in zip(wrapper.buffers, (indptr, indices, last), strict=True):

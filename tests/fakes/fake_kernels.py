@@ -5,6 +5,7 @@ Each launch is one piece of work, which a graph can hold; the arithmetic is the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kunserve.compute.cuda.attention import Attend, StepArrays, StepBuffers
 from kunserve.compute.cuda.ops import TorchKernels
-from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
 
 
@@ -25,26 +26,26 @@ class LaunchedKernels:
     def __init__(self) -> None:
         self._reference = TorchKernels()
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         out = torch.empty_like(x)
-        launch(lambda x, w, out: out.copy_(self._reference.rms_norm(x, w, eps)), [x, weight], [out])
+        launch(lambda x, w, out: out.copy_(self._reference.rms_norm(x, w, eps, offset)), [x, weight], [out])
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
-        launch(lambda x, out: out.copy_(self._reference.silu_and_mul(x)), [gate_up], [out])
+        launch(lambda x, out: out.copy_(self._reference.act_and_mul(x, activation, limit)), [gate_up], [out])
         return out
 
     def rotate_and_append(
         self, qkv: Tensor, rope: Tensor, kv: Tensor, positions: Tensor, slots: Tensor,
-        q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+        q_norm: Tensor | None, k_norm: Tensor | None, eps: float, offset: float = 0.0,
     ) -> None:  # fmt: skip
         norms = [norm for norm in (q_norm, k_norm) if norm is not None]
 
         def work(rope: Tensor, positions: Tensor, slots: Tensor, *rest: Any) -> None:
             *given, qkv, kv = rest
             q, k = given or (None, None)
-            self._reference.rotate_and_append(qkv, rope, kv, positions, slots, q, k, eps)
+            self._reference.rotate_and_append(qkv, rope, kv, positions, slots, q, k, eps, offset)
 
         launch(work, [rope, positions, slots, *norms], [qkv], [kv])
 
@@ -63,15 +64,24 @@ class LaunchedAttention:
         sizes = [seqs + 1, seqs + 1, len(buffers.kv_indices.device), seqs]
         read = [s.device[:size] for s, size in zip(staged, sizes, strict=True)]
 
-        def attend(q: Tensor, kv: Tensor) -> Tensor:
+        def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
+            assert sinks is None
             out = torch.empty_like(q)
-            launch(self._attend, [q, *read], [out], [kv])
+            launch(partial(self._attend, scores), [q, *read], [out], [kv])
             return out
 
         return attend
 
     def _attend(
-        self, q: Tensor, ends: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, out: Tensor, kv: Tensor
+        self,
+        scores: Scores,
+        q: Tensor,
+        ends: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        last: Tensor,
+        out: Tensor,
+        kv: Tensor,
     ) -> None:
         counts = indptr.long().diff()
         contexts = (counts - 1) * self._block_size + last
@@ -80,4 +90,4 @@ class LaunchedAttention:
         lens = ends.diff()
         positions = [torch.arange(int(c - n), int(c)) for c, n in zip(contexts, lens, strict=True)]
         batch = AttentionBatch(torch.cat(positions).int(), ends, contexts.int(), tables, self._block_size)
-        out.copy_(TorchOps().attention(q.flatten(1), kv, batch, q.shape[1]).view(q.shape))
+        out.copy_(TorchOps().attention(q.flatten(1), kv, batch, q.shape[1], scores).view(q.shape))

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3-tied")
+PLAIN = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3-tied")
 VOCAB_SIZE = 320
 SPECIAL_TOKENS = ("<|begin|>", "<|start|>", "<|end|>")  # ids 0, 1, 2
 BOS, EOS = 0, 2
@@ -33,6 +33,7 @@ SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "bos_token_id": BOS,
     "eos_token_id": EOS,
+    "pad_token_id": None,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -42,6 +43,60 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 700,
+    "short_factor": [1.0 + 0.1 * i for i in range(6)],
+    "long_factor": [2.0 + i for i in range(6)],
+    "partial_rotary_factor": 0.75,
+}
+LONG = {"sliding_window": None, "original_max_position_embeddings": 700, "max_position_embeddings": 1024}
+GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 40, "tie_word_embeddings": True}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.125,
+    "logits_scaling": 8.0,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
+# By name: what transformers calls its configuration, and what it has beside SHAPE.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LINEAR}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 50}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 1}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {"attention_bias": True}),
+    "gemma2": ("Gemma2", GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3Text",
+        GEMMA | {"sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-longrope": ("Phi3", LONG | {"rope_parameters": LONGROPE, "tie_word_embeddings": True}),
+    "phi3-window": ("Phi3", {"sliding_window": 47}),
+    "olmo2": ("Olmo2", {}),
+    "granite": ("Granite", GRANITE),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "olmoe": ("Olmoe", EXPERTS),
+    "gpt-oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 40}),
+}
+FAMILIES = tuple(VARIANTS)
+ROUTER_SCALE = 0.6  # routers that choose clearly: near ties would be told apart by rounding
 
 
 def make_tiny_model(
@@ -51,11 +106,14 @@ def make_tiny_model(
 
     Weights are large and norms and biases uneven, so that whatever a forward pass forgets shows in its logits.
     """
-    model = _model_class(family)(_config(family, overrides)).to(dtype)
+    model_class, config = _model_and_config(family, overrides)
+    model = model_class(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
+    offset = 0 if family.startswith("gemma") else 1  # Gemma keeps norm weights around 0
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
-        weight.data.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.15 * noise)
+        scale = ROUTER_SCALE if "gate.weight" in name or "router" in name else 1.0 if "sinks" in name else 0.15
+        weight.data.copy_(offset + 0.2 * noise if name.endswith("norm.weight") else scale * noise)
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
@@ -92,27 +150,10 @@ def save_tiny_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def _config(family: str, overrides: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+def _model_and_config(family: str, overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' model class and configuration of one of FAMILIES."""
+    import transformers
 
-    match family:
-        case "llama":
-            return LlamaConfig(**SHAPE | overrides)
-        case "llama3":
-            return LlamaConfig(**SHAPE | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True} | overrides)
-        case "mistral":
-            return MistralConfig(**SHAPE | {"sliding_window": None} | overrides)
-        case "qwen2":
-            return Qwen2Config(**SHAPE | overrides)
-        case "qwen3":
-            return Qwen3Config(**SHAPE | {"head_dim": 32} | overrides)
-        case "qwen3-tied":
-            return Qwen3Config(**SHAPE | {"tie_word_embeddings": True} | overrides)
-    raise ValueError(f"no tiny family {family!r}; these are: {', '.join(FAMILIES)}")
-
-
-def _model_class(family: str) -> Any:
-    from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
-
-    classes = {"mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
-    return classes.get(family.removesuffix("-tied"), LlamaForCausalLM)
+    prefix, more = VARIANTS[family]
+    config = getattr(transformers, f"{prefix}Config")(**SHAPE | more | overrides)
+    return getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM"), config

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import FAMILIES, make_tiny_model
+from tiny_models import PLAIN, make_tiny_model
 
 from kunserve.errors import ConfigError
-from kunserve.model.config import Llama3RopeScaling
-from kunserve.model.hf_config import check_config, cutting_window, load_hf_config, parse_hf_config, to_hf_config
+from kunserve.model.config import RopeScaling
+from kunserve.model.hf_config import check_config, load_hf_config, parse_hf_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,10 +22,11 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_what_transformers_writes_is_read(family: str, tmp_path: Path) -> None:
     config = load_hf_config(make_tiny_model(family, tmp_path))
 
@@ -38,11 +39,11 @@ def test_what_transformers_writes_is_read(family: str, tmp_path: Path) -> None:
     assert config.qkv_bias == (family == "qwen2")
     assert config.qk_norm == family.startswith("qwen3")
     assert config.tie_embeddings == (family in ("llama3", "qwen3-tied"))
-    assert config.rope_scaling == (Llama3RopeScaling(8.0, 1.0, 4.0, 64) if family == "llama3" else None)
+    assert config.rope_scaling == (RopeScaling(8.0, 1.0, 4.0, 64) if family == "llama3" else None)
     assert (config.dtype, config.bos_token_id, config.eos_token_ids) == ("float32", 0, (2,))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_what_we_write_is_read_by_us_and_by_transformers(family: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -71,7 +72,7 @@ def test_old_style_fields() -> None:
     }
     config = parse_hf_config(old)
     assert config.rope_theta == 500000.0
-    assert config.rope_scaling == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
     assert (config.dtype, config.eos_token_ids, config.head_dim) == ("bfloat16", (5, 6), 16)
     assert parse_hf_config({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}).num_kv_heads == 4
 
@@ -83,37 +84,30 @@ def test_end_tokens_of_generation_config_win(tmp_path: Path) -> None:
     assert load_hf_config(tmp_path).eos_token_ids == (1, 7)
 
 
-@pytest.mark.parametrize(
-    ("values", "max_positions"),
-    [
-        (MISTRAL, 512),
-        (MISTRAL | {"sliding_window": 100}, 100),
-        (MISTRAL | {"sliding_window": 4096}, 512),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, 512),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, 100),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 3}, 512),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, 100),
-    ],
-)
-def test_a_sliding_window_bounds_the_length(values: dict[str, Any], max_positions: int) -> None:
-    assert parse_hf_config(values).max_position_embeddings == max_positions
+ALL = (0, 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("values", "cut"),
+    ("values", "window", "layers"),
     [
-        (MISTRAL, None),
-        (MISTRAL | {"sliding_window": 100}, (100, 512)),
-        (MISTRAL | {"sliding_window": 512}, None),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, None),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, (100, 512)),
+        (MISTRAL, None, ()),
+        (MISTRAL | {"sliding_window": 100}, 100, ALL),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, None, ()),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, 100, ALL),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 3}, None, ()),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, 100, (2,)),
+        (
+            QWEN2
+            | {"sliding_window": 100, "use_sliding_window": True}
+            | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            100,
+            (0, 2),
+        ),
     ],
 )
-def test_a_window_that_bounds_the_length_is_told(
-    values: dict[str, Any], cut: tuple[int, int] | None, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert cutting_window(tmp_path) == cut
+def test_which_layers_have_a_window(values: dict[str, Any], window: int | None, layers: tuple[int, ...]) -> None:
+    config = parse_hf_config(values)
+    assert (config.window, config.windowed_layers, config.max_position_embeddings) == (window, layers, 512)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +144,7 @@ def test_quantized_weights_are_refused_by_their_method(quantization: object, mes
 
 def test_mistral_slides_when_it_says_nothing() -> None:
     values = {k: v for k, v in MISTRAL.items() if k != "sliding_window"} | {"max_position_embeddings": 9999}
-    assert parse_hf_config(values).max_position_embeddings == 4096
+    assert (parse_hf_config(values).window, parse_hf_config(values).max_position_embeddings) == (4096, 9999)
 
 
 @pytest.mark.parametrize(
@@ -159,16 +153,20 @@ def test_mistral_slides_when_it_says_nothing() -> None:
         (LLAMA | {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         (LLAMA | {"architectures": None}, "architectures"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act"),
-        (LLAMA | {"attention_bias": True}, "attention_bias"),
-        (LLAMA | {"mlp_bias": True}, "mlp_bias"),
-        (QWEN3 | {"attention_bias": True}, "attention_bias"),
         (LLAMA | {"quantization_config": {"quant_method": "fp4"}}, "quantization_config"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        (LLAMA | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        (LLAMA | {"architectures": ["DeepseekV2ForCausalLM"]}, r"multi-head latent attention \(MLA\)"),
+        (LLAMA | {"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters: rope_type 'proportional'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
-        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.05}}, "partial_rotary_factor"),
+        (LLAMA | {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        (
+            LLAMA | {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor",
+        ),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters: layers"),
+        (QWEN2 | WINDOW | {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
         (LLAMA | {"rope_scaling": "llama3"}, "rope_scaling"),
-        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA | {"torch_dtype": "float8_e4m3fn"}, "dtype"),
         (LLAMA | {"hidden_size": None}, "hidden_size"),
         (LLAMA | {"hidden_size": "64"}, "hidden_size"),
@@ -189,7 +187,6 @@ def test_what_would_run_wrongly_is_refused_by_name(values: dict[str, Any], field
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-WINDOW = {"use_sliding_window": True, "sliding_window": 64}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -265,7 +262,7 @@ def test_fields_of_another_kind_are_refused_in_one_line(values: dict[str, Any], 
 
 def test_windowed_layers_may_be_null_or_none() -> None:
     for layers in (None, 0):
-        assert parse_hf_config(QWEN2 | WINDOW | {"max_window_layers": layers}).max_position_embeddings == 64
+        assert parse_hf_config(QWEN2 | WINDOW | {"max_window_layers": layers}).windowed_layers == ALL
 
 
 def test_end_tokens_are_named_with_their_file(tmp_path: Path) -> None:
@@ -285,8 +282,8 @@ def test_end_tokens_are_named_with_their_file(tmp_path: Path) -> None:
         ({"vocab_size": -1}, "vocab_size"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"rope_scaling": Llama3RopeScaling(8.0, 4.0, 4.0, 64)}, "low_freq_factor"),
-        ({"rope_scaling": Llama3RopeScaling(8.0, 1.0, float("nan"), 64)}, "high_freq_factor"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 4.0, 64)}, "low_freq_factor"),
+        ({"rope_scaling": RopeScaling(8.0, 1.0, float("nan"), 64)}, "high_freq_factor"),
         ({"eos_token_ids": (-1,)}, "eos_token_ids"),
         ({"bos_token_id": 320}, "bos_token_id"),
         ({"family": "gpt2"}, "family"),

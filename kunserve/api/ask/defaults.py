@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kunserve.api.ask.declared.check import read
-from kunserve.api.ask.declared.generation import Sampling
+from kunserve.api.ask.declared.generation import Completion
 from kunserve.errors import ConfigError, KunServeError
 from kunserve.model.card import CardSampling
 from kunserve.model.hf_config import read_json
@@ -21,13 +21,19 @@ NEUTRAL = frozenset(
         *("output_attentions", "output_hidden_states", "output_logits"),
     )
 )
-NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of all that Hugging Face's file may hold
+# Of all that Hugging Face's file may hold, what is obeyed, and the fields of requests that mean it.
+FIELDS = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+}
 
 
 def sampling_defaults(
     source: str, folder: Path | None, overrides: Mapping[str, Any], card: CardSampling | None = None
 ) -> dict[str, Any]:
-    """Return values by the names of request fields; `overrides` win over `generation_config.json`.
+    """Return values by the names of request fields; `overrides` go before what `generation_config.json` says.
 
     `source`: "auto" reads the file in the model's `folder`, if there is one, over what the model's `card` says;
     "vllm" takes nothing of the model's; else it is a folder that must have the file. ConfigError for a file that cannot
@@ -35,15 +41,15 @@ def sampling_defaults(
     """
     values: dict[str, Any] = {}
     if source == "auto" and card is not None:
-        values = _known(asdict(card))
+        values = asdict(card)
         _check(values, "the model card")
     if (path := _file(source, folder)) is not None:
         found = read_json(path)
         _check(found, str(path))
-        values |= _known(found)
+        values |= {name: value for name, value in found.items() if value is not None}
     _check(overrides, "--override-generation-config")
-    if unknown := overrides.keys() - set(NAMES):
-        raise ConfigError(f"--override-generation-config: {sorted(unknown)[0]} is none of {', '.join(NAMES)}")
+    if unknown := overrides.keys() - FIELDS.keys():
+        raise ConfigError(f"--override-generation-config: {sorted(unknown)[0]} is none of {', '.join(FIELDS)}")
     return _known({**values, **overrides})
 
 
@@ -54,7 +60,7 @@ def settings_not_obeyed(source: str, folder: Path | None) -> dict[str, Any]:
     """
     path = _file(source, folder)
     values = {} if path is None else read_json(path)
-    known = {*NAMES, *NEUTRAL}
+    known = {*FIELDS, *NEUTRAL}
     return {
         name: value
         for name, value in values.items()
@@ -79,11 +85,11 @@ def _file(source: str, folder: Path | None) -> Path | None:
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in NAMES if values.get(name) is not None}
+    return {field: values[name] for name, field in FIELDS.items() if values.get(name) is not None}
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:
     try:
-        read(_known(values), Sampling)
+        read({"prompt": "", **_known(values)}, Completion)
     except KunServeError as error:
         raise ConfigError(f"{where}: {error.message}") from None

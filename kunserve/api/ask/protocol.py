@@ -116,11 +116,14 @@ def _read_logit_bias(biases: Mapping[str, float | None], vocab_size: int) -> tup
     return tuple(values)
 
 
-def read_params(asked: Asked, max_tokens: int, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+def read_params(
+    asked: Asked, model: ModelInfo, max_tokens: int, num_logprobs: int | None, vocab_size: int
+) -> SamplingParams:
     """Return how tokens are chosen, and when to stop."""
+    vocab_size = min(vocab_size, model.vocab_size or vocab_size)
     for name in ("stop_token_ids", "allowed_token_ids"):
         check_token_ids(getattr(asked, name) or [], vocab_size, name)
-    stop, allowed = asked.stop or (), asked.allowed_token_ids
+    stop, allowed = model.stop if asked.stop is None else asked.stop, asked.allowed_token_ids
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=asked.min_tokens,
@@ -210,8 +213,9 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
     if wanted == 0 and not asked.echo:
         name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
         wrong_value(name, "at least 1 (or 0 with `echo`)", wanted)
-    max_tokens = DEFAULT_COMPLETION_TOKENS if wanted is None else max(wanted, 1)  # the last prompt token computes one
-    params = read_params(asked, max_tokens, asked.logprobs, vocab_size)
+    default = model.max_tokens or DEFAULT_COMPLETION_TOKENS
+    max_tokens = default if wanted is None else max(wanted, 1)  # the last prompt token computes one
+    params = read_params(asked, model, max_tokens, asked.logprobs, vocab_size)
     generation = _read_generation(asked, model, params, wanted is not None, add_special_tokens=True)
     if asked.echo and asked.logprobs is not None:
         params = replace(params, num_prompt_logprobs=max(asked.logprobs, params.num_prompt_logprobs or 0))
@@ -223,7 +227,7 @@ def read_completion(values: dict[str, Any], model: ModelInfo, settings: ApiSetti
     for prompt in prompts:
         check_text(prompt, generation, model.max_model_len, "prompt")
         if isinstance(prompt, list):
-            check_token_ids(prompt, vocab_size, "prompt")
+            check_token_ids(prompt, model.vocab_size or vocab_size, "prompt")
     return CompletionCall(generation, prompts, asked.echo, is_echo_only=wanted == 0)
 
 
@@ -261,7 +265,7 @@ def chat_call(asked: ChatOptions, given: list[dict[str, Any]], model: ModelInfo,
     if asked.top_logprobs and not asked.logprobs:
         raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    params = read_params(asked, wanted or model.max_model_len, num_logprobs, vocab_size)
+    params = read_params(asked, model, wanted or model.max_tokens or model.max_model_len, num_logprobs, vocab_size)
     generation = _read_generation(asked, model, params, wanted is not None, add_special_tokens=False)
     if asked.continue_final_message and asked.add_generation_prompt:
         text = "`continue_final_message` and `add_generation_prompt` exclude each other."

@@ -146,6 +146,9 @@ class ModelInfo:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of requests that do not say (defaults.py)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # likewise, for the chat template
     tokenizer: Mapping[str, Any] = field(default_factory=dict)  # its special tokens and the chat template's source
+    vocab_size: int | None = None  # token ids that the model has numbers for; None: those of its tokenizer
+    max_tokens: int | None = None  # of answers to requests that do not say; None: as the route has it
+    stop: str | tuple[str, ...] = ()  # likewise: texts that end an answer
 
     @property
     def name(self) -> str:

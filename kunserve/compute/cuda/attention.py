@@ -8,6 +8,7 @@ one first waits until that has been copied.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,14 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda.driver import Driver, Event
 from kunserve.model.config import ModelConfig
 
 Ints = npt.NDArray[np.int32]
-Attend = Callable[[Tensor, Tensor], Tensor]  # q (T, num_heads, head_dim), kv of a layer -> (T, num_heads, head_dim)
+# q (T, num_heads, head_dim), kv of a layer, its scores and sinks -> (T, num_heads, head_dim)
+Attend = Callable[[Tensor, Tensor, Scores, Tensor | None], Tensor]
 
 MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 INT_WORKSPACE_BYTES = 8 << 20
@@ -197,10 +199,27 @@ def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) ->
     return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
 
 
+def _plan_options(scores: Scores) -> dict[str, float]:
+    """Return what FlashInfer's plans are told of a kind of layers, where it is not what they take anyway."""
+    window = None if scores.window is None else scores.window - 1  # theirs leaves out the query's own token
+    options = {"sm_scale": scores.scale, "window_left": window, "logits_soft_cap": scores.softcap}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _attend_with_sinks(run: Callable[..., Any], q: Tensor, kv: Tensor, sinks: Tensor | None) -> Tensor:
+    """Run a planned wrapper. A sink takes its share of softmax's sum, which is 2 ** lse, and gives nothing for it."""
+    if sinks is None:
+        out: Tensor = run(q, kv)
+        return out
+    out, lse = run(q, kv, return_lse=True)
+    return (out * torch.sigmoid(lse * math.log(2) - sinks.float())[..., None]).to(q.dtype)
+
+
 class FlashInferAttention:
     """FlashInfer's paged kernels: one wrapper for mixed batches, and one per bucket of captured decode steps.
 
-    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim.
+    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim. Layers
+    that differ in what becomes of scores (windows) are planned one kind after the other, each with its own wrappers.
     """
 
     is_capturable = True
@@ -208,53 +227,69 @@ class FlashInferAttention:
     def __init__(
         self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
     ) -> None:
-        self._flashinfer = importlib.import_module("flashinfer")
-        self._decode = importlib.import_module("flashinfer.decode")
-        self._shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
-        self._dtype, self._buffers = dtype, buffers
+        self.flashinfer = importlib.import_module("flashinfer")
+        self.decode = importlib.import_module("flashinfer.decode")
+        self.shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
+        self.dtypes, self.buffers = {"q_data_type": dtype, "kv_data_type": dtype}, buffers
         device = buffers.driver.torch_device
         float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
-        self._floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
-        self._ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._mixed = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._floats, "HND", backend="fa2")
-        self._mixed.reset_workspace_buffer(self._floats, self._ints)
-        self._buckets: dict[int, Any] = {}
+        self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
+        self._kinds = [
+            _Kind(self, scores) for scores in dict.fromkeys(Scores.of(config, i) for i in range(config.num_layers))
+        ]
 
     def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
         """See `PagedAttention.plan`."""
+        runs = {kind.scores: kind.plan(arrays, bucket) for kind in self._kinds}
+
+        def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
+            return _attend_with_sinks(runs[scores], q, kv, sinks)
+
+        return attend
+
+
+class _Kind:
+    """The wrappers of one kind of layers. What a plan says is kept in `ints` until all layers of a step have run."""
+
+    def __init__(self, attention: FlashInferAttention, scores: Scores) -> None:
+        self.scores, self._attention, self._options = scores, attention, _plan_options(scores)
+        self.ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=attention.buffers.driver.torch_device)
+        floats, flashinfer = attention.floats, attention.flashinfer
+        self._mixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend="fa2")
+        self._mixed.reset_workspace_buffer(floats, self.ints)
+        self.buckets: dict[int, Any] = {}
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Callable[..., Any]:
+        """Plan a step for these layers; returns what runs it."""
         if bucket is not None:
             return self._plan_bucket(arrays, bucket)
-        buffers = self._buffers
-        num_heads, num_kv_heads, head_dim, block_size = self._shape
+        buffers, attention = self._attention.buffers, self._attention
         seqs, blocks = len(arrays.last_block_len), len(arrays.kv_indices)
         self._mixed.plan(
             buffers.cu_seqlens_q.host[: seqs + 1],
             buffers.kv_indptr.host[: seqs + 1],
             buffers.kv_indices.device[:blocks],
             buffers.last_block_len.host[:seqs],
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
+            *attention.shape,
             causal=True,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
+            **attention.dtypes,
+            **self._options,
         )
-        run: Attend = self._mixed.run
+        run: Callable[..., Any] = self._mixed.run
         return run
 
-    def _plan_bucket(self, arrays: StepArrays, bucket: int) -> Attend:
-        buffers = self._buffers
+    def _plan_bucket(self, arrays: StepArrays, bucket: int) -> Callable[..., Any]:
+        buffers, attention = self._attention.buffers, self._attention
         host = (
             buffers.kv_indptr.host[: bucket + 1],
             buffers.kv_indices.device[: len(arrays.kv_indices)],
             buffers.last_block_len.host[:bucket],
         )
-        dtypes = {"q_data_type": self._dtype, "kv_data_type": self._dtype}
-        wrapper = self._buckets.get(bucket)
+        options = attention.dtypes | self._options
+        wrapper = self.buckets.get(bucket)
         if wrapper is None:
-            wrapper = self._buckets[bucket] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._floats,
+            wrapper = self.buckets[bucket] = attention.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                attention.floats,
                 "HND",
                 use_cuda_graph=True,
                 use_tensor_cores=True,
@@ -263,11 +298,13 @@ class FlashInferAttention:
                 paged_kv_last_page_len_buffer=buffers.last_block_len.device[:bucket],
                 backend="fa2",
             )
-            wrapper.reset_workspace_buffer(self._floats, self._ints)  # one for all: steps of a stream take turns
-            wrapper.plan(*host, *self._shape, **dtypes)
+            wrapper.reset_workspace_buffer(attention.floats, self.ints)  # one for all: steps of a stream take turns
+            wrapper.plan(*host, *attention.shape, **options)
         else:  # the arrays are on the device already: plan() would copy them once more, and wait
-            self._decode.fast_decode_plan(wrapper, *host, *self._shape, **dtypes, global_override_indptr_cpu=host[0])
-        run: Attend = wrapper.run
+            attention.decode.fast_decode_plan(
+                wrapper, *host, *attention.shape, **options, global_override_indptr_cpu=host[0]
+            )
+        run: Callable[..., Any] = wrapper.run
         return run
 
 
@@ -283,9 +320,9 @@ class ReferenceAttention:
         """See `PagedAttention.plan`. Reads the step's arrays when it attends, as captured kernels do."""
         seqs = len(arrays.last_block_len)
 
-        def attend(q: Tensor, kv: Tensor) -> Tensor:
+        def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
             batch = self._batch(seqs, q.device)
-            return self._ops.attention(q.flatten(1), kv, batch, q.shape[1]).view(q.shape)
+            return self._ops.attention(q.flatten(1), kv, batch, q.shape[1], scores, sinks).view(q.shape)
 
         return attend
 

@@ -126,7 +126,7 @@ class CudaDecoder(Decoder):
     def _run(self, run: Run, hidden: Tensor, batch: AttentionBatch) -> None:
         y = hidden
         for layer in range(*run):
-            y = self._layer(self._layers[layer], self._kv[layer], y, batch)
+            y = self._layer(layer, y, batch)
         hidden.copy_(y)
 
     def _replay(
@@ -140,7 +140,7 @@ class CudaDecoder(Decoder):
         sampled_rows: Tensor,
     ) -> Tensor:
         num_rows, hidden = len(x), graphs.hidden(bucket)
-        hidden[:num_rows] = self._ops.embed(x, self._embed) if first_layer == 0 else x
+        hidden[:num_rows] = self._embedded(x) if first_layer == 0 else x
         for run, is_whole in cut_into_runs(first_layer, last_layer, self._config.num_layers, graphs.run_layers):
             work = partial(self._run, run, hidden, batch)
             if is_whole:

@@ -11,55 +11,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024  # of one program in `silu_and_mul`
+from kunserve.compute.cuda.experts import moe
+from kunserve.compute.ops import ExpertWeights
+from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
+
+COLUMNS = 1024  # of one program in `act_and_mul`
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _rms_norm(x, weight, out, eps, H, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weighted(x, scale, norm, offset, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A norm's last step, rounded as TorchOps rounds it."""
+    wide, weight = x.to(tl.float32) * scale, norm.to(tl.float32)
+    if OFFSET:
+        weight += offset
+    else:
+        wide = wide.to(x.dtype).to(tl.float32)
+    return (wide * weight).to(x.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _rms_norm(x, weight, out, eps, offset, H, OFFSET: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     mask = i < H
     values = tl.load(x + row + i, mask, other=0.0)
     wide = values.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / H + eps)
-    normed = (wide * scale).to(values.dtype).to(tl.float32)
-    tl.store(out + row + i, (normed * tl.load(weight + i, mask, other=0.0).to(tl.float32)).to(values.dtype), mask)
+    normed = _weighted(values, scale, tl.load(weight + i, mask, other=0.0), offset, OFFSET)
+    tl.store(out + row + i, normed, mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _silu_and_mul(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(gate, up, limit, alpha, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """activation(gate) * up in float32, where the activation is rounded to gate's dtype; KIND: place in ACTIVATIONS."""
+    wide, up = gate.to(tl.float32), up.to(tl.float32)
+    if KIND == 2:
+        wide, up = tl.minimum(wide, limit), tl.minimum(tl.maximum(up, -limit), limit)
+        return (up + 1.0) * (wide / (1.0 + tl.exp(-wide * alpha)))
+    if KIND == 1:  # 1 + tanh(x) is 2 / (1 + e ** -2x)
+        inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+        return (wide / (1.0 + tl.exp(-2.0 * inner))).to(gate.dtype).to(tl.float32) * up
+    return (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32) * up
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _act_and_mul(  # type: ignore[no-untyped-def]
+    gate_up, out, width, limit, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < width
     gate = tl.load(gate_up + row * 2 * width + i, mask, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + i, mask, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * width + i, (silu * up.to(tl.float32)).to(gate.dtype), mask)
+    tl.store(out + row * width + i, _activated(gate, up, limit, alpha, KIND).to(gate.dtype), mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _rotate_and_append(  # type: ignore[no-untyped-def]
-    qkv, rope, kv, positions, slots, q_norm, k_norm, eps, width, block_size,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr,
+    qkv, rope, kv, positions, slots, q_norm, k_norm, eps, offset, width, block_size,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One program for a head of a token: q is rotated in place, k is rotated into its slot, v copied into it."""
+    """One program for a head of a token: q is rotated in place, k is rotated into its slot, v copied into it.
+
+    A head is two halves that are rotated and a rest that is not. A thread has both of a pair: none is read after it
+    was written.
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, BLOCK)
-    mask = i < HALF
-    source = qkv + token * width + head * (2 * HALF)
+    i, j = tl.arange(0, BLOCK), tl.arange(0, REST_BLOCK)
+    mask, rest_mask = i < HALF, j < REST
+    source = qkv + token * width + head * (2 * HALF + REST)
     a, b = tl.load(source + i, mask, other=0.0), tl.load(source + HALF + i, mask, other=0.0)
+    c = tl.load(source + 2 * HALF + j, rest_mask, other=0.0)
     slot = tl.load(slots + token).to(tl.int64)
     if head < HEADS + KV_HEADS:
         if NORMED:
-            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-            square = tl.sum(wide_a * wide_a, 0) + tl.sum(wide_b * wide_b, 0)
-            scale = 1.0 / tl.sqrt(square / (2 * HALF) + eps)
+            wide_a, wide_b, wide_c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
+            square = tl.sum(wide_a * wide_a, 0) + tl.sum(wide_b * wide_b, 0) + tl.sum(wide_c * wide_c, 0)
+            scale = 1.0 / tl.sqrt(square / (2 * HALF + REST) + eps)
             norm = q_norm if head < HEADS else k_norm
-            norm_a = tl.load(norm + i, mask, other=0.0).to(tl.float32)
-            norm_b = tl.load(norm + HALF + i, mask, other=0.0).to(tl.float32)
-            a = ((wide_a * scale).to(a.dtype).to(tl.float32) * norm_a).to(a.dtype)
-            b = ((wide_b * scale).to(b.dtype).to(tl.float32) * norm_b).to(b.dtype)
+            a = _weighted(a, scale, tl.load(norm + i, mask, other=0.0), offset, OFFSET)
+            b = _weighted(b, scale, tl.load(norm + HALF + i, mask, other=0.0), offset, OFFSET)
+            c = _weighted(c, scale, tl.load(norm + 2 * HALF + j, rest_mask, other=0.0), offset, OFFSET)
         angles = rope + tl.load(positions + token).to(tl.int64) * (2 * HALF)
         cos = tl.load(angles + i, mask, other=0.0).to(tl.float32)
         sin = tl.load(angles + HALF + i, mask, other=0.0).to(tl.float32)
@@ -68,12 +101,14 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     if head < HEADS:
         tl.store(source + i, a, mask)
         tl.store(source + HALF + i, b, mask)
+        tl.store(source + 2 * HALF + j, c, rest_mask)
     elif slot >= 0:
         is_value = (head - HEADS) // KV_HEADS
         row = ((slot // block_size * 2 + is_value) * KV_HEADS + (head - HEADS) % KV_HEADS) * block_size
-        target = kv + (row + slot % block_size) * (2 * HALF)
+        target = kv + (row + slot % block_size) * (2 * HALF + REST)
         tl.store(target + i, a, mask)
         tl.store(target + HALF + i, b, mask)
+        tl.store(target + 2 * HALF + j, c, rest_mask)
 
 
 class TritonKernels:
@@ -81,19 +116,25 @@ class TritonKernels:
 
     is_capturable = True
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         T, H = x.shape
         out = torch.empty_like(x)
-        _rms_norm[(T,)](x, weight, out, eps, H, BLOCK=triton.next_power_of_2(H))
+        _rms_norm[(T,)](x, weight, out, eps, offset, H, OFFSET=offset != 0, BLOCK=triton.next_power_of_2(H))
         return out
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
         T, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(T, width, dtype=gate_up.dtype, device=gate_up.device)
-        _silu_and_mul[(T, triton.cdiv(width, COLUMNS))](gate_up, out, width, BLOCK=COLUMNS)
+        kind = ACTIVATIONS.index(activation)
+        grid = (T, triton.cdiv(width, COLUMNS))
+        _act_and_mul[grid](gate_up, out, width, limit, SWIGLU_ALPHA, KIND=kind, BLOCK=COLUMNS)
         return out
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """See `Kernels.moe`."""
+        return moe(x, experts, self.act_and_mul)
 
     def rotate_and_append(
         self,
@@ -105,14 +146,25 @@ class TritonKernels:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        offset: float = 0.0,
     ) -> None:
         """See `Kernels.rotate_and_append`."""
         T, width = qkv.shape
         _, _, num_kv_heads, block_size, head_dim = kv.shape
-        num_all_heads, half = width // head_dim, head_dim // 2
+        num_all_heads = width // head_dim
+        num_heads, half = num_all_heads - 2 * num_kv_heads, rope.shape[1] // 2
+        rest = head_dim - 2 * half
+        if q_norm is not None and k_norm is not None and q_norm.numel() != head_dim:
+            q, k = qkv[:, : num_heads * head_dim], qkv[:, num_heads * head_dim : -num_kv_heads * head_dim]
+            q.copy_(self.rms_norm(q.contiguous(), q_norm, eps, offset))
+            k.copy_(self.rms_norm(k.contiguous(), k_norm, eps, offset))
+            q_norm = k_norm = None
         _rotate_and_append[(T, num_all_heads)](
             qkv, rope, kv, positions, slots,
-            qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, eps, width, block_size,
-            HEADS=num_all_heads - 2 * num_kv_heads, KV_HEADS=num_kv_heads, HALF=half,
-            BLOCK=triton.next_power_of_2(half), NORMED=q_norm is not None,
+            qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, eps, offset,
+            width, block_size,
+            HEADS=num_heads, KV_HEADS=num_kv_heads,
+            HALF=half, BLOCK=triton.next_power_of_2(max(half, 1)),
+            REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
+            NORMED=q_norm is not None, OFFSET=offset != 0,
         )  # fmt: skip

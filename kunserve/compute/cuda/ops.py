@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kunserve.compute.cuda.attention import PlannedBatch
-from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
 from kunserve.model.quant.linear import Linear
@@ -27,11 +27,14 @@ class Kernels(Protocol):
 
     is_capturable: bool  # whether a CUDA graph can hold them: nothing in them waits for the host
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """As `Ops.moe`."""
 
     def rotate_and_append(
         self,
@@ -43,6 +46,7 @@ class Kernels(Protocol):
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        offset: float = 0.0,
     ) -> None:
         """As `Ops.rotate_and_append`, into `slots` (T,) int32: block * block_size + offset; below 0: not written."""
 
@@ -55,13 +59,17 @@ class TorchKernels:
     def __init__(self) -> None:
         self._ops = TorchOps()
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """See `Kernels.rms_norm`."""
-        return self._ops.rms_norm(x, weight, eps)
+        return self._ops.rms_norm(x, weight, eps, offset)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See `Kernels.silu_and_mul`."""
-        return self._ops.silu_and_mul(gate_up)
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """See `Kernels.act_and_mul`."""
+        return self._ops.act_and_mul(gate_up, activation, limit)
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """See `Kernels.moe`."""
+        return self._ops.moe(x, experts)
 
     def rotate_and_append(
         self,
@@ -73,6 +81,7 @@ class TorchKernels:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
+        offset: float = 0.0,
     ) -> None:
         """See `Kernels.rotate_and_append`: the reference on one sequence of all tokens, whose blocks are scattered."""
         kept = (slots >= 0).nonzero()[:, 0]
@@ -84,7 +93,7 @@ class TorchKernels:
         one_each = torch.empty(len(kept), 2, kv.shape[2], 1, kv.shape[4], dtype=kv.dtype, device=kv.device)
         batch = AttentionBatch(order, ends, ends[1:], order[None], block_size=1)
         angles = rope[positions[kept].long()]
-        self._ops.rotate_and_append(tokens, angles, one_each, batch, q_norm, k_norm, eps)
+        self._ops.rotate_and_append(tokens, angles, one_each, batch, q_norm, k_norm, eps, offset)
         qkv[kept] = tokens
         kv[places // kv.shape[3], :, :, places % kv.shape[3]] = one_each[:, :, :, 0]
 
@@ -99,9 +108,9 @@ class CudaOps:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
         return weight.rows(token_ids)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root mean square norm over the last dimension: (T, H) -> (T, H)."""
-        return self._kernels.rms_norm(x, weight, eps)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        return self._kernels.rms_norm(x, weight, eps, offset)
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
@@ -120,21 +129,38 @@ class CudaOps:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
+        offset: float = 0.0,
     ) -> None:
         """Norm and rotate q (in place in `qkv`) and k; write k and v into their slots of `kv`."""
         assert isinstance(batch, PlannedBatch)
-        self._kernels.rotate_and_append(qkv, rope, kv, batch.positions, batch.slots, q_norm, k_norm, eps)
+        self._kernels.rotate_and_append(qkv, rope, kv, batch.positions, batch.slots, q_norm, k_norm, eps, offset)
 
-    def attention(self, qkv: Tensor, kv: Tensor, batch: AttentionBatch, num_heads: int) -> Tensor:
+    def attention(
+        self,
+        qkv: Tensor,
+        kv: Tensor,
+        batch: AttentionBatch,
+        num_heads: int,
+        scores: Scores = PLAIN_SCORES,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim)."""
         assert isinstance(batch, PlannedBatch)
         head_dim = kv.shape[-1]
         q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
-        return batch.attend(q, kv).flatten(1)
+        return batch.attend(q, kv, scores, sinks).flatten(1)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up: (T, 2 * I) -> (T, I)."""
-        return self._kernels.silu_and_mul(gate_up)
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
+        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        return self._kernels.act_and_mul(gate_up, activation, limit)
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap * tanh(x / cap), element by element."""
+        return torch.tanh(x / cap) * cap
+
+    def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
+        """Route each row to its experts, on the device, and sum what they make of it: -> (T, H)."""
+        return self._kernels.moe(x, experts)
 
 
 def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:

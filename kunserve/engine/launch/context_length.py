@@ -5,7 +5,7 @@ from __future__ import annotations
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.model.card import ModelFiles
-from kunserve.model.hf_config import cutting_window
+from kunserve.model.config import ModelConfig
 
 DEFAULT_MAX_MODEL_LEN = 8192  # a model may have a million positions: a first start should not need memory for them
 
@@ -17,7 +17,7 @@ def wanted_max_model_len(files: ModelFiles, config: EngineConfig) -> int:
     """
     limit, asked = files.config.max_position_embeddings, config.max_model_len
     if asked is not None and asked > limit:
-        reason = _window(files) or f"the model has {limit} positions"
+        reason = _rope(files.config) or f"the model has {limit} positions"
         raise ConfigError(f"--max-model-len {asked} is more than {limit}: {reason}")
     return asked or min(_default(files), limit)
 
@@ -31,17 +31,29 @@ def reason_for_max_model_len(files: ModelFiles, config: EngineConfig, served: in
         return None
     if served < limit:
         whose = "the card's default" if files.card and files.card.defaults.max_model_len else "the default"
+        if not files.card and served == _original(files.config):
+            whose = "the length the model was trained for first, beyond which it rotates all requests otherwise"
         return f"it is {whose}; --max-model-len allows up to {limit}"
-    return _window(files)
+    return _rope(files.config)
 
 
 def _default(files: ModelFiles) -> int:
-    return (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
+    default = (files.card and files.card.defaults.max_model_len) or DEFAULT_MAX_MODEL_LEN
+    # Longer requests would change how the short ones are rotated: that must be asked for.
+    return min(default, _original(files.config) or default)
 
 
-def _window(files: ModelFiles) -> str | None:
-    """Return what a sliding window does to the length, if the model has one that does."""
-    if files.folder is None or (cut := cutting_window(files.folder)) is None:
+def _original(config: ModelConfig) -> int | None:
+    """Return the length up to which a model has rotations of their own (longrope); None where there is one for all."""
+    scaling = config.rope_scaling
+    return scaling.original_max_position_embeddings if scaling is not None and scaling.kind == "longrope" else None
+
+
+def _rope(config: ModelConfig) -> str | None:
+    """Return why a model that could be stretched as it goes ends where it does; None for others."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "dynamic":
         return None
-    window, positions = cut
-    return f"the model has {positions} positions, but a sliding window of {window}: longer requests are not supported"
+    positions = config.max_position_embeddings
+    return (
+        f"the model has {positions} positions; dynamic scaling beyond them is not supported, as it would turn old keys"
+    )

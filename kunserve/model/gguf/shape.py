@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from kunserve.errors import ConfigError
-from kunserve.model.config import Llama3RopeScaling, ModelConfig
+from kunserve.model.config import ModelConfig, RopeScaling
 from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, GgufTensor
 from kunserve.model.hf_config import check_config
@@ -18,7 +18,7 @@ from kunserve.model.quant.formats import Formats
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3.1 and later: what each pair's step is divided by
 # The scalings that were published; a file has their factors, not these numbers.
-LLAMA3_SCALINGS = (Llama3RopeScaling(8.0, 1.0, 4.0, 8192), Llama3RopeScaling(32.0, 1.0, 4.0, 8192))
+LLAMA3_SCALINGS = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
 GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -139,7 +139,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
         raise ConfigError("mixtures of experts are not supported in GGUF files")
 
 
-def _rope_scaling(file: GgufFile, theta: float) -> Llama3RopeScaling | None:
+def _rope_scaling(file: GgufFile, theta: float) -> RopeScaling | None:
     """Return the scaling that the file's factors are of."""
     if (tensor := file.tensors.get(ROPE_FACTORS)) is None:
         return None
@@ -155,7 +155,7 @@ def _rope_scaling(file: GgufFile, theta: float) -> Llama3RopeScaling | None:
     raise ConfigError(f"tensor {tensor.name} scales positions in another way than Llama 3.1 and 3.2: not supported")
 
 
-def _factor(scaling: Llama3RopeScaling, step: float) -> float:
+def _factor(scaling: RopeScaling, step: float) -> float:
     """Return what Llama 3.1 divides a pair's step per position (radians) by."""
     turns = scaling.original_max_position_embeddings * step / (2 * math.pi)  # within the original context
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

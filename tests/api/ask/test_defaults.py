@@ -41,11 +41,8 @@ def test_what_is_not_obeyed_is_named(folder: Path, tmp_path: Path) -> None:
         "_from_model_config": True,
     }
     other = {
-        "max_new_tokens": 7,
         "max_length": 99,
         "do_sample": False,
-        "min_new_tokens": 2,
-        "stop_strings": ["###"],
         "typical_p": 0.5,
         "num_beams": 4,
     }
@@ -56,6 +53,18 @@ def test_what_is_not_obeyed_is_named(folder: Path, tmp_path: Path) -> None:
     assert settings_not_obeyed("auto", tmp_path) == settings_not_obeyed(str(tmp_path), None) == other
     assert settings_not_obeyed("vllm", tmp_path) == settings_not_obeyed("auto", None) == {}
     assert settings_not_obeyed("auto", tmp_path / "none") == {}
+
+
+def test_lengths_and_stops_of_the_file_are_those_of_requests(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"max_new_tokens": 7, "min_new_tokens": 2, "stop_strings": ["###"]}))
+    assert sampling_defaults("auto", tmp_path, {}) == {"max_tokens": 7, "min_tokens": 2, "stop": ["###"]}
+    assert sampling_defaults("auto", tmp_path, {"max_new_tokens": 9})["max_tokens"] == 9
+    assert settings_not_obeyed("auto", tmp_path) == {}
+    for bad, message in (({"max_new_tokens": "7"}, "max_tokens"), ({"stop_strings": [3]}, "stop")):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ConfigError, match=f"generation_config.json: `{message}"):
+            sampling_defaults("auto", tmp_path, {})
 
 
 def test_a_card_speaks_where_the_folder_does_not(folder: Path, tmp_path: Path) -> None:

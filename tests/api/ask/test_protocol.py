@@ -7,7 +7,7 @@ import pytest
 
 from kunserve.api.ask.protocol import ChatCall, CompletionCall, read_chat, read_completion
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
-from kunserve.errors import KunServeError
+from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.sampling import SamplingParams
 
 MODEL = ModelInfo(("tiny",), max_model_len=100, root="tiny", created=0)
@@ -243,3 +243,27 @@ def test_errors_do_not_contradict_themselves(field: str, value: Any, message: st
 def test_the_limit_that_is_exceeded_has_the_name_that_was_sent() -> None:
     assert chat(max_completion_tokens=5).generation.max_tokens_param == "max_completion_tokens"
     assert chat(max_tokens=5).generation.max_tokens_param == "max_tokens"
+
+
+def test_the_model_says_what_requests_do_not() -> None:
+    model = replace(MODEL, max_tokens=7, stop=("###",), sampling={"min_tokens": 2})
+    call = read_completion({"prompt": "x"}, model, ApiSettings(), 320).generation
+    assert (call.params.max_tokens, call.params.min_tokens, call.params.stop) == (7, 2, ("###",))
+    assert not call.has_max_tokens  # a prompt that leaves less room gets what there is
+    call = read_completion(
+        {"prompt": "x", "max_tokens": 9, "stop": [], "min_tokens": 0}, model, ApiSettings(), 320
+    ).generation
+    assert (call.params.max_tokens, call.params.min_tokens, call.params.stop) == (9, 0, ())
+    chat = read_chat({"messages": [{"role": "user", "content": "x"}]}, model, 320).generation
+    assert (chat.params.max_tokens, chat.params.stop, chat.has_max_tokens) == (7, ("###",), False)
+
+
+def test_prompts_may_hold_what_the_model_has_numbers_for() -> None:
+    """A tokenizer may have fewer tokens than that, or more."""
+    for rows, good, bad in ((300, 299, 300), (400, 399, 400)):
+        model = replace(MODEL, vocab_size=rows)
+        assert read_completion({"prompt": [good]}, model, ApiSettings(), 320).prompts == ([good],)
+        with pytest.raises(InvalidRequestError, match=f"token id {bad}, out of the vocabulary of {rows}"):
+            read_completion({"prompt": [bad]}, model, ApiSettings(), 320)
+    with pytest.raises(InvalidRequestError, match="token id 310, out of the vocabulary of 300"):
+        read_completion({"prompt": "x", "stop_token_ids": [310]}, replace(MODEL, vocab_size=300), ApiSettings(), 320)

@@ -44,7 +44,7 @@ def pair(attention: FlashInferAttention) -> Iterator[Pair]:
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
     plain, cuda = (memory_on(device) for device in devices)
     decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)
-    decoder._planner = Planner(attention._buffers, attention)
+    decoder._planner = Planner(attention.buffers, attention)
     decoder.capture()
     layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
     yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
@@ -60,11 +60,12 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
     sequences, cuts = [[0, 1, 2], [0, 1, 2], [2, 1], [1], [1, 2, 0], [2, 0]], [(), (), (), (2,), (1, 4), (4,)]
     for i, (which, cut) in enumerate(zip(sequences, cuts, strict=True)):
         assert_same(pair, decode(i, which), 10 + i, cut)
-    buckets = attention._buckets
+    (kind,) = attention._kinds
+    buckets = kind.buckets
     assert set(buckets) == {1, 2, 4, 6}
     assert [buckets[n].num_plans - 1 for n in (1, 2, 4, 6)] == [1 + 2, 1 + 2, 2 + 3, 0]  # once per step and stage
     for wrapper in buckets.values():
-        assert wrapper.workspaces == [attention._floats, attention._ints]  # one of each for all
+        assert wrapper.workspaces == [attention.floats, kind.ints]  # one of each for all
     addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
     assert len(addresses) == 1
 

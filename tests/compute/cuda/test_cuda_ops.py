@@ -64,7 +64,7 @@ def test_triton_norm_and_activation(triton_kernels: Kernels, dtype: torch.dtype)
     x, weight = randn(5, 576, seed=0, dtype=dtype), randn(576, seed=1, dtype=dtype)
     assert_near(triton_kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     gate_up = randn(3, 2 * 1536, seed=2, dtype=dtype)
-    assert_near(triton_kernels.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+    assert_near(triton_kernels.act_and_mul(gate_up), reference.act_and_mul(gate_up))
 
 
 @pytest.mark.parametrize("is_normed", [False, True])

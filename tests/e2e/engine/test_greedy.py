@@ -1,11 +1,11 @@
-"""Greedy output is transformers', token for token: the embedded model and tiny models of every family."""
+"""Greedy output is transformers', token for token: the embedded model and tiny models of the plain families."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from tiny_models import FAMILIES
+from tiny_models import PLAIN
 
 from e2e.engines import LAYOUTS, assert_idle, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels
@@ -34,7 +34,7 @@ LENGTHS = (1, 16, 17, 25, 60, 200)
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 async def test_every_family_with_prompts_cut_into_chunks(
     family: str, dtype: str, name: str, tiny_models: TinyModels
 ) -> None:

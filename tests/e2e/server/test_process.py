@@ -52,12 +52,13 @@ def test_a_port_in_use(tiny_flags: tuple[str, ...]) -> None:
 def test_a_start_says_what_bounds_requests_and_what_is_not_obeyed(tmp_path: Path) -> None:
     folder = make_tiny_model("mistral", tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
-    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    (folder / "generation_config.json").write_text(json.dumps({"max_length": 7}))
     with running_server("--model", str(folder), "--devices", "cpu:2", "--num-gpu-blocks-override", "64") as server:
         lines = server.log.splitlines()
-    assert [line for line in lines if "sliding window of 100" in line and "max_model_len=100" in line]
-    assert [line for line in lines if "not obeyed" in line and "max_new_tokens=7" in line]
+    assert [line for line in lines if "dynamic scaling" in line and "max_model_len=512" in line]
+    assert [line for line in lines if "not obeyed" in line and "max_length=7" in line]
 
 
 def test_closed_standard_files_are_nobodys_fault(tiny_flags: tuple[str, ...]) -> None:

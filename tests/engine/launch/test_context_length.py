@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,6 @@ from kunserve.config import EngineConfig
 from kunserve.engine.launch.context_length import reason_for_max_model_len, wanted_max_model_len
 from kunserve.errors import ConfigError
 from kunserve.model.card import ModelFiles, resolve_model
-
-
-@pytest.fixture
-def windowed(tmp_path: Path) -> ModelFiles:
-    """A Mistral with 512 positions and a sliding window of 100."""
-    folder = make_tiny_model("mistral", tmp_path)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"sliding_window": 100}))
-    return resolve_model(str(folder))
 
 
 def test_the_flag_goes_before_the_card_and_the_card_before_the_default() -> None:
@@ -46,9 +36,25 @@ def test_what_shortens_requests_is_said(tmp_path: Path) -> None:
     assert reason_for_max_model_len(whole, config, 512) is None
 
 
-def test_a_sliding_window_that_shortens_requests_is_said(windowed: ModelFiles) -> None:
-    reason = "the model has 512 positions, but a sliding window of 100: longer requests are not supported"
-    assert wanted_max_model_len(windowed, EngineConfig("m")) == 100
-    assert reason_for_max_model_len(windowed, EngineConfig("m"), 100) == reason
-    with pytest.raises(ConfigError, match=f"--max-model-len 200 is more than 100: {reason}"):
-        wanted_max_model_len(windowed, EngineConfig("m", max_model_len=200))
+def test_a_sliding_window_shortens_no_request(tmp_path: Path) -> None:
+    windowed = resolve_model(str(make_tiny_model("mistral-window", tmp_path)))
+    assert wanted_max_model_len(windowed, EngineConfig("m")) == 512
+    assert reason_for_max_model_len(windowed, EngineConfig("m"), 512) is None
+
+
+def test_what_dynamic_scaling_cannot_do_is_said(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    dynamic = resolve_model(str(make_tiny_model("llama", tmp_path, rope_parameters=scaling)))
+    reason = "the model has 512 positions; dynamic scaling beyond them is not supported, as it would turn old keys"
+    assert wanted_max_model_len(dynamic, EngineConfig("m")) == 512
+    assert reason_for_max_model_len(dynamic, EngineConfig("m"), 512) == reason
+    with pytest.raises(ConfigError, match=f"--max-model-len 600 is more than 512: {reason}"):
+        wanted_max_model_len(dynamic, EngineConfig("m", max_model_len=600))
+
+
+def test_longer_requests_than_a_model_was_trained_for_first_must_be_asked_for(tmp_path: Path) -> None:
+    longrope = resolve_model(str(make_tiny_model("phi3-longrope", tmp_path)))
+    assert wanted_max_model_len(longrope, EngineConfig("m")) == 700
+    reason = reason_for_max_model_len(longrope, EngineConfig("m"), 700)
+    assert reason is not None and reason.endswith("otherwise; --max-model-len allows up to 1024")
+    assert wanted_max_model_len(longrope, EngineConfig("m", max_model_len=900)) == 900

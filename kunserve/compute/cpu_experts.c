@@ -1,0 +1,51 @@
+/* Included by cpu_kernels.c, whose rules and kernels these are: a mixture of experts. A row's result is the sum over its
+ * experts in the order of their numbers, whoever else chose them. */
+
+/* logits (T, E) -> weights (T, E): softmax of each row, kept for the `num` largest and 0 for the others; of equals the
+ * first is taken. normalize: those that are kept sum to 1. */
+EXPORT void route(const float *logits, float *weights, int64_t T, int64_t E, int64_t num, int64_t normalize) {
+  for (int64_t t = 0; t < T; t++, logits += E, weights += E) {
+    float max = logits[0], all = 0, kept = 0;
+    for (int64_t e = 1; e < E; e++) max = logits[e] > max ? logits[e] : max;
+    for (int64_t e = 0; e < E; e++) {
+      all += exp_(splat(logits[e] - max))[0];
+      weights[e] = 0;
+    }
+    for (int64_t i = 0; i < num; i++) {
+      int64_t best = -1;
+      for (int64_t e = 0; e < E; e++)
+        if (weights[e] == 0 && (best < 0 || logits[e] > logits[best])) best = e;
+      /* What is so unlikely that it comes to 0 must not be taken twice; a row of NaN has no largest. */
+      const float w = exp_(splat(logits[best] - max))[0];
+      weights[best] = w == 0 ? 1e-38f : w;
+      kept += weights[best];
+    }
+    const float total = normalize ? kept : all;
+    for (int64_t e = 0; e < E; e++) weights[e] = weights[e] == 0 ? 0 : weights[e] / total;
+  }
+}
+
+/* x (T, H), weights (T, E) -> y (T, H): the sum over the experts with a weight of weight * down(act(gate_up(x))).
+ * gate_up (E, 2 * I, H) and down (E, H, I), their biases (E, 2 * I) and (E, H) or null. rows (T,), in (T, H),
+ * inner (T, 3 * I) and out (T, H) are for its own use. */
+EXPORT void experts(const float *x, const float *weights, const float *gate_up, const float *gate_up_bias,
+                    const float *down, const float *down_bias, float *y, int64_t *rows, float *in, float *inner,
+                    float *out, int64_t T, int64_t E, int64_t H, int64_t I, int64_t kind, float limit, float alpha) {
+  memset(y, 0, 4 * T * H);
+  for (int64_t e = 0; e < E; e++) {
+    int64_t n = 0;
+    for (int64_t t = 0; t < T; t++)
+      if (weights[t * E + e] != 0) rows[n++] = t;
+    if (!n) continue;
+    for (int64_t i = 0; i < n; i++) memcpy(in + i * H, x + rows[i] * H, 4 * H);
+    float *activated = inner + 2 * I * T;
+    linear(in, gate_up + e * 2 * I * H, gate_up_bias ? gate_up_bias + e * 2 * I : 0, 0, inner, n, 2 * I, H, 2 * I);
+    act_and_mul(inner, activated, n, I, kind, limit, alpha);
+    linear(activated, down + e * H * I, down_bias ? down_bias + e * H : 0, 0, out, n, H, I, H);
+    for (int64_t i = 0; i < n; i++) {
+      const float w = weights[rows[i] * E + e];
+      float *sum = y + rows[i] * H;
+      for (int64_t h = 0; h < H; h++) sum[h] = sum[h] + out[i * H + h] * w;
+    }
+  }
+}

@@ -1,0 +1,1 @@
+"""How the `config.json` of each family becomes a `ModelConfig`."""

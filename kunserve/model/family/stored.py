@@ -1,0 +1,46 @@
+"""How a checkpoint keeps a tensor, where that is not as a decoder reads it: under another name, or in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """A form of tensors in files."""
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of what a decoder reads -> in the file
+    read: Callable[[Tensor], Tensor]  # in the file -> as a decoder reads it
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2)
+
+
+def _pairs(tensor: Tensor) -> Tensor:
+    return tensor.view(*tensor.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+
+
+# By what names end in: gpt-oss keeps the weights of an output as a column, and gate and up by turns.
+FORMS = {
+    ".experts.gate_up_proj": Form(_turned, lambda tensor: _columns(_pairs(tensor))),
+    ".experts.gate_up_proj_bias": Form(lambda shape: shape, _pairs),
+    ".experts.down_proj": Form(_turned, _columns),
+}
+
+
+def form_of(name: str) -> Form | None:
+    """Return the form of a tensor in files; None where it is as a decoder reads it."""
+    return next((form for ending, form in FORMS.items() if name.endswith(ending)), None)
+
+
+def stored_name(name: str, names: Container[str]) -> str:
+    """Return what a checkpoint with these names calls a tensor: decoders of models that also see are a part of them."""
+    candidates = (name, f"language_model.{name}", f"model.language_model.{name.removeprefix('model.')}")
+    return next((candidate for candidate in candidates if candidate in names), name)

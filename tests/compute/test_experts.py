@@ -1,0 +1,91 @@
+"""Mixtures of experts on CPU against the torch reference in float64; and bitwise batch invariance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from op_layers import REFERENCE, assert_near, randn
+
+from kunserve.compute.cpu_ops import CpuOps
+from kunserve.compute.ops import ExpertWeights
+from kunserve.model.quant.linear import Linear
+
+
+def random_experts(
+    dtype: torch.dtype, num: int, chosen: int, H: int, inner: int, has_bias: bool, **more: Any
+) -> ExpertWeights:
+    """Experts with large routers: near ties would be told apart by rounding."""
+    biases = [
+        randn(*shape, seed=9 + len(shape)).to(dtype) if has_bias else None
+        for shape in ((num,), (num, 2 * inner), (num, H))
+    ]
+    return ExpertWeights(
+        Linear.of(randn(num, H, seed=1).to(dtype)), biases[0],
+        randn(num, 2 * inner, H, seed=2).to(dtype), biases[1], randn(num, H, inner, seed=3).to(dtype), biases[2],
+        num_per_token=chosen, **more,
+    )  # fmt: skip
+
+
+EXPERTS = [
+    (8, 2, 24, 40, False, {"normalize": True}),
+    (16, 4, 33, 16, False, {"normalize": False}),
+    (4, 4, 16, 24, True, {"normalize": True, "activation": "clamped_swiglu", "limit": 7.0}),
+    (1, 1, 8, 8, False, {"normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("num", "chosen", "H", "inner", "has_bias", "more"), EXPERTS)
+def test_experts_match_float64(
+    ops: CpuOps,
+    num: int,
+    chosen: int,
+    H: int,
+    inner: int,
+    has_bias: bool,
+    more: dict[str, Any],
+) -> None:
+    x = randn(37, H)
+    actual = ops.moe(x, random_experts(torch.float32, num, chosen, H, inner, has_bias, **more))
+    expected = REFERENCE.moe(x.double(), random_experts(torch.float64, num, chosen, H, inner, has_bias, **more))
+    assert_near(actual, expected, ulps=64)
+
+
+@pytest.mark.parametrize(("num", "chosen", "H", "inner", "has_bias", "more"), EXPERTS)
+def test_experts_are_batch_invariant(
+    ops: CpuOps,
+    num: int,
+    chosen: int,
+    H: int,
+    inner: int,
+    has_bias: bool,
+    more: dict[str, Any],
+) -> None:
+    x, experts = randn(60, H), random_experts(torch.float32, num, chosen, H, inner, has_bias, **more)
+    whole = ops.moe(x, experts)
+    for M in (1, 2, 3, 7, 30):
+        for first in (0, 1, 60 - M):
+            assert torch.equal(ops.moe(x[first : first + M], experts), whole[first : first + M])
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ops.moe(x[order], experts), whole[order])
+
+
+def test_of_equal_experts_the_first_are_chosen(ops: CpuOps) -> None:
+    experts = random_experts(torch.float32, 4, 2, 8, 8, False, normalize=True)
+    experts = replace(experts, router=Linear.of(torch.zeros(4, 8)))
+    x = randn(3, 8)
+    halves = [
+        replace(
+            experts,
+            num_per_token=1,
+            normalize=True,
+            router=Linear.of(torch.zeros(1, 8)),
+            gate_up=experts.gate_up[i : i + 1],
+            down=experts.down[i : i + 1],
+        )
+        for i in (0, 1)
+    ]
+    expected = sum((0.5 * ops.moe(x, half) for half in halves), torch.zeros(3, 8))
+    torch.testing.assert_close(ops.moe(x, experts), expected)
