@@ -26,14 +26,16 @@ from typing import Any
 import torch
 
 from kunserve.compute.cuda.ops import CHECKPOINT_DTYPES
+from kunserve.compute.ops import ExpertWeights
 from kunserve.model.card import load_card
 from kunserve.model.config import ModelConfig
+from kunserve.model.quant.linear import Linear
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODELS = Path(__file__).parents[2] / "models"
 MAX_REGISTERS = 128  # of a thread: then four warps of it fit into a multiprocessor four times
 MAX_SHARED_BYTES = 48 << 10  # what a block gets without asking on any architecture
-KERNELS = ("_rms_norm", "_silu_and_mul", "_rotate_and_append")
+KERNELS = ("_rms_norm", "_act_and_mul", "_rotate_and_append", "expert_linear")
 
 
 class _Target:
@@ -78,7 +80,7 @@ def shapes(names: tuple[str, ...]) -> Iterator[tuple[str, ModelConfig]]:
         config = load_card(name).config
         key = (
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
-            config.head_dim, config.qk_norm,
+            config.head_dim, config.qk_norm, config.experts, config.rotary_dim, config.activation,
         )  # fmt: skip
         if key not in seen:
             seen.add(key)
@@ -92,17 +94,28 @@ def launch_all(kernels: Any, config: ModelConfig, dtype: torch.dtype) -> None:
     def made(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind)
 
-    kernels.rms_norm(made(num_rows, config.hidden_size), made(config.hidden_size), 1e-5)
-    kernels.silu_and_mul(made(num_rows, 2 * config.intermediate_size))
+    kernels.rms_norm(made(num_rows, config.hidden_size), made(config.hidden_size), 1e-5, config.norm_offset)
+    if (experts := config.experts) is None:
+        kernels.act_and_mul(made(num_rows, 2 * config.intermediate_size), config.activation)
+    else:
+        num, inner, hidden = experts.num_per_token, experts.intermediate_size, config.hidden_size  # as few as can be
+        weights = ExpertWeights(
+            Linear.of(torch.zeros(num, hidden, dtype=dtype)), None,
+            made(num, 2 * inner, hidden), made(num, 2 * inner) if experts.has_bias else None,
+            made(num, hidden, inner), made(num, hidden) if experts.has_bias else None,
+            num, normalize=True, activation=config.activation,
+        )  # fmt: skip
+        kernels.moe(torch.zeros(num_rows, hidden, dtype=dtype), weights)
     norms = [made(config.head_dim) if config.qk_norm else None for _ in range(2)]
     kernels.rotate_and_append(
         made(num_rows, config.q_size + 2 * config.kv_size),
-        made(64, config.head_dim),
+        made(64, config.rotary_dim),
         made(4, 2, config.num_kv_heads, block_size, config.head_dim),
         made(num_rows, kind=torch.int32),
         made(num_rows, kind=torch.int32),
         *norms,
         1e-5,
+        config.norm_offset,
     )
 
 
@@ -111,12 +124,14 @@ def compile_for(names: tuple[str, ...], architecture: int) -> list[dict[str, Any
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
+    from kunserve.compute.cuda import experts
     from kunserve.compute.cuda import kernels as module
 
     triton.runtime.driver.set_active(_Target(architecture))
     found: dict[str, Any] = {}
     for name in KERNELS:
-        setattr(module, name, _Compiled(getattr(module, name), found))
+        home = experts if hasattr(experts, name) else module
+        setattr(home, name, _Compiled(getattr(home, name), found))
     rows, known = [], set[str]()
     for model, config in shapes(names):
         for dtype_name, dtype in CHECKPOINT_DTYPES.items():

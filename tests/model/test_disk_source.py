@@ -91,6 +91,8 @@ def test_no_page_of_the_file_stays_in_the_cache(tmp_path: Path) -> None:
     if not _can_be_let_go(tmp_path / "other"):
         pytest.skip("this file system keeps its files in memory")
     path = tmp_path / FILE
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())  # pages that are not on the disk yet cannot be let go
     assert _resident_pages(path) > 4000
     source = DiskSource(tmp_path, config)
     for name, shape in expected_shapes(config).items():

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kunserve.compute.ops import ExpertWeights
 
-BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER = 16, 64, 64
+# Of one program. With as many elements in float32 as in 16 bits it would have too few registers (sm_120).
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER_BYTES = 16, 64, 128
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -91,6 +92,6 @@ def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, sha
     expert_linear[(len(routes.block_experts), triton.cdiv(N, BLOCK_COLUMNS))](
         x, weight, weight if bias is None else bias, out, routes.places, routes.block_experts, num_places, N, K,
         SHARED=shared, HAS_BIAS=bias is not None, PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
-        ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, INNER=BLOCK_INNER,
+        ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, INNER=BLOCK_INNER_BYTES // x.dtype.itemsize,
     )  # fmt: skip
     return out

@@ -1,10 +1,7 @@
-"""Experts in Triton: in its interpreter against the reference, and compiled for a GPU that need not be there."""
+"""Experts in Triton's interpreter against the reference; `test_compiled_kernels.py` compiles them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -56,42 +53,3 @@ def test_all_rows_may_choose_one_expert(moe: Callable[[torch.Tensor, ExpertWeigh
     router[5] = 1
     experts = replace(experts, router=Linear.of(router))
     torch.testing.assert_close(moe(x, experts), REFERENCE.moe(x, experts), rtol=1e-4, atol=1e-3)
-
-
-COMPILE = """
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kunserve.compute.cuda import experts, kernels
-
-def build(function, types, constants):
-    names = function.arg_names
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    source = ASTSource(function, signature, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert built.asm["cubin"], function
-    print(function.__name__)
-
-for dtype in ("fp32", "bf16"):
-    p, i, f = "*" + dtype, "*i32", "fp32"
-    build(experts.expert_linear,
-          dict(x=p, weight=p, bias=p, out=p, places=i, block_experts=i, num_places="i32", N="i32", K="i32"),
-          dict(SHARED=2, HAS_BIAS=True, PRECISION="ieee" if dtype == "fp32" else "tf32", ROWS=16, COLUMNS=64, INNER=64))
-    build(kernels._rms_norm, dict(x=p, weight=p, out=p, eps=f, offset=f, H="i32"), dict(OFFSET=True, BLOCK=1024))
-    for kind in range(3):
-        build(kernels._act_and_mul, dict(gate_up=p, out=p, width="i32", limit=f, alpha=f), dict(KIND=kind, BLOCK=1024))
-    build(kernels._rotate_and_append,
-          dict(qkv=p, rope=p, kv=p, positions=i, slots=i, q_norm=p, k_norm=p, eps=f, offset=f, width="i32",
-               block_size="i32"),
-          dict(HEADS=4, KV_HEADS=2, HALF=24, BLOCK=32, REST=16, REST_BLOCK=16, NORMED=True, OFFSET=True))
-"""
-
-
-def test_kernels_compile_for_sm_90() -> None:
-    """In a process of its own: here Triton's functions are those of its interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split().count("expert_linear") == 2
