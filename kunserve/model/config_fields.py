@@ -12,10 +12,12 @@ from kunserve.errors import ConfigError
 # here: layers are made one by one, sizes are multiplied and handed to C, and a float32 ends at 3e38.
 HIGHEST_SIZE = 2**27  # the longest context known has 10 M positions, the largest vocabulary 0.3 M tokens
 HIGHEST_LAYERS = 2000  # known: 126
+HIGHEST_EXPERTS = 10_000  # of a layer; known: 512
 HIGHEST_EPS = 0.1  # known: 1e-5; it is added to the mean square of a token's values, which is near 1
 HIGHEST_THETA = 1e15  # known: 5e10
 HIGHEST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers"), HIGHEST_LAYERS),  # in a config.json, in a model card
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), HIGHEST_EXPERTS),
     "rms_norm_eps": HIGHEST_EPS,
     "rope_theta": HIGHEST_THETA,
 }

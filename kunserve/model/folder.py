@@ -99,7 +99,7 @@ def is_gguf(name: str) -> bool:
 
 def gguf_parts(path: Path) -> tuple[Path, ...]:
     """Return all files of the model that a file is of, as their names say: NAME-00001-of-00003.gguf, ..."""
-    if (match := GGUF_PART.fullmatch(path.name)) is None:
+    if (match := GGUF_PART.fullmatch(path.name)) is None or int(match[3]) == 0:
         return (path,)
     name, suffix, count = match[1], path.suffix, int(match[3])
     return tuple(path.with_name(f"{name}-{i:05}-of-{count:05}{suffix}") for i in range(1, count + 1))

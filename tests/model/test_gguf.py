@@ -233,6 +233,37 @@ def test_another_scaling_of_positions_is_refused(tmp_path: Path) -> None:
         gguf_config(read_gguf(path))
 
 
+def test_a_tensor_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    """Else answers are wrong, as of a Llama with biases."""
+    path = write_tiny_gguf(tmp_path)
+    config = replace(gguf_config(read_gguf(path)), num_layers=2)
+    with pytest.raises(ConfigError, match=r"tiny.gguf has 9 tensors that llama is not run with: model\.layers\.2"):
+        GgufSource(read_gguf(path), config)
+
+
+@pytest.mark.parametrize("alignment", [0, [32]])
+def test_an_alignment_that_is_none_is_damaged(alignment: object, tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    if isinstance(alignment, list):
+        writer.add_array("general.alignment", alignment)
+    else:
+        writer.add_uint32("general.alignment", alignment)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"cannot read .*odd\.gguf") as error:
+        read_gguf(path)
+    assert "\n" not in error.value.message
+
+
+def test_metadata_of_another_kind_is_damaged(tmp_path: Path) -> None:
+    file = read_gguf(write_tiny_gguf(tmp_path))
+    for change in ({"tokenizer.ggml.token_type": 3}, {"tokenizer.ggml.tokens": 5}):
+        with pytest.raises(ConfigError, match="its metadata is damaged"):
+            gguf_config(replace(file, metadata={**file.metadata, **change}))
+
+
 def test_a_folder_of_several_models_names_them(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path)
     path.with_name("other.gguf").write_bytes(path.read_bytes())

@@ -23,6 +23,7 @@ LLAMA: dict[str, Any] = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"]}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
@@ -93,7 +94,8 @@ ALL = (0, 1, 2)
         (MISTRAL, None, ()),
         (MISTRAL | {"sliding_window": 100}, 100, ALL),
         (QWEN2 | {"sliding_window": 100, "use_sliding_window": False}, None, ()),
-        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, 100, ALL),
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True}, None, ()),  # from layer 28 on
+        (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 0}, 100, ALL),
         (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 3}, None, ()),
         (QWEN2 | {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, 100, (2,)),
         (
@@ -129,6 +131,16 @@ def test_which_layers_have_a_window(values: dict[str, Any], window: int | None, 
             "'nvfp4-pack-quantized' are not served",
         ),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "with one group of layers"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": {"W8A8": ["Linear"]},
+            },
+            "with one group of layers",
+        ),
+        ({"quant_method": "awq", "bits": 4.0, "group_size": 128}, "weights of 4.0 bits are not served"),
+        ({"quant_method": "fp8", "modules_to_not_convert": 5}, "modules_to_not_convert: expected a list of names"),
         ({"quant_method": "mxfp4"}, "quantized with mxfp4 .* without -MXFP4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantized with modelopt .* without .*-NVFP4"),
         ({"quant_method": "other"}, "quantized with 'other' are not supported; serve the unquantized model$"),
@@ -140,6 +152,32 @@ def test_which_layers_have_a_window(values: dict[str, Any], window: int | None, 
 def test_quantized_weights_are_refused_by_their_method(quantization: object, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"quantization_config: .*{message}"):
         parse_hf_config(LLAMA | {"quantization_config": quantization})
+
+
+def test_a_scaling_that_is_added_in_the_old_style_goes_before_what_the_file_had() -> None:
+    """As in transformers: model cards tell people to add `rope_scaling` for long texts."""
+    new = {"rope_type": "default", "rope_theta": 1e6}
+    added = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = parse_hf_config(LLAMA | {"rope_parameters": new, "rope_scaling": added})
+    assert config.rope_scaling is not None and config.rope_scaling.factor == 4.0
+    assert (config.rope_theta, config.max_position_embeddings) == (1e6, 2048)
+    assert parse_hf_config(LLAMA | {"rope_parameters": new}).rope_scaling is None
+
+
+def test_gpt_oss_reads_its_scaling_in_the_old_style_too() -> None:
+    values = LLAMA | {"architectures": ["GptOssForCausalLM"], "head_dim": 16, "num_local_experts": 4}
+    values |= {"num_experts_per_tok": 2, "max_position_embeddings": 2048}
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}
+    own, default = parse_hf_config(values | {"rope_scaling": scaling}), parse_hf_config(values)
+    assert own.rope_scaling is not None and default.rope_scaling is not None
+    assert (own.rope_scaling.factor, default.rope_scaling.factor) == (2.0, 32.0)
+    assert own.rope_theta == default.rope_theta == 150000.0
+
+
+@pytest.mark.parametrize(("family", "eps"), [("Llama", 1e-6), ("Mixtral", 1e-5), ("Phi3", 1e-5), ("Olmo2", 1e-5)])
+def test_an_absent_epsilon_is_transformers_default(family: str, eps: float) -> None:
+    values = LLAMA | {"architectures": [f"{family}ForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert parse_hf_config(values | {"pad_token_id": 0}).rms_norm_eps == eps
 
 
 def test_mistral_slides_when_it_says_nothing() -> None:
@@ -244,6 +282,8 @@ def test_a_token_is_one_of_the_vocabulary(field: str, value: object) -> None:
         (LLAMA | {"rope_scaling": {"type": ["llama3"]}}, "rope_scaling: rope_type .* is not supported"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor: 1.0 is not below"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "low_freq_factor: 1.0 is not below"),
+        (LLAMA | {"hidden_act": ["silu"]}, r"hidden_act: \['silu'\] is not supported"),
+        (MIXTRAL | {"num_local_experts": 10**8}, "num_local_experts"),
         (LLAMA | {"partial_rotary_factor": "1"}, "partial_rotary_factor: expected a number"),
         (LLAMA | {"hidden_size": 65}, "hidden_size 65 is no multiple of 4 attention heads"),
         (LLAMA | {"bos_token_id": [1, 2]}, "bos_token_id: expected one token"),
@@ -258,11 +298,6 @@ def test_fields_of_another_kind_are_refused_in_one_line(values: dict[str, Any], 
     with pytest.raises(ConfigError, match=message) as caught:
         parse_hf_config(values)
     assert "\n" not in caught.value.message and len(caught.value.message) < 200
-
-
-def test_windowed_layers_may_be_null_or_none() -> None:
-    for layers in (None, 0):
-        assert parse_hf_config(QWEN2 | WINDOW | {"max_window_layers": layers}).windowed_layers == ALL
 
 
 def test_end_tokens_are_named_with_their_file(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def settings_not_obeyed(source: str, folder: Path | None) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if name not in known and name[0] != "_" and _has_effect(name, value)
+        if name not in known and not name.startswith("_") and _has_effect(name, value)
     }
 
 

@@ -56,7 +56,7 @@ def window_if_used(values: Values) -> dict[str, Any]:
     """Read Qwen's window, which all layers have from `max_window_layers` on, or those that `layer_types` names."""
     if not read_flag(values, "use_sliding_window") or values.get("sliding_window") is None:
         return {}
-    first = read_int(values, "max_window_layers", 0, may_be_0=True)
+    first = read_int(values, "max_window_layers", 28, may_be_0=True)  # transformers' default
     return _window(values, lambda layer: layer >= first)
 
 
@@ -193,6 +193,7 @@ GPT_OSS_ROPE = {
 }
 BIASES = (attention_bias, mlp_bias)
 KV_HEADS = ("num_key_value_heads",)
+EPS = {"rms_norm_eps": 1e-5}  # of families whose default in transformers is not 1e-6
 
 FAMILIES = {
     family.name: family
@@ -217,7 +218,7 @@ FAMILIES = {
         ),
         Family(
             *("mixtral", ("MixtralForCausalLM",)),
-            defaults={"rope_theta": 1e6},
+            defaults={"rope_theta": 1e6, **EPS},
             needs=KV_HEADS,
             readers=(window_everywhere, mixtral_experts),
         ),
@@ -234,14 +235,15 @@ FAMILIES = {
             readers=(attention_bias, gemma_scales, window_of_layer_types),
             act_field="hidden_activation",
         ),
-        Family("phi3", ("Phi3ForCausalLM",), {"has_fused_tensors": True}, readers=(window_everywhere,)),
+        Family("phi3", ("Phi3ForCausalLM",), {"has_fused_tensors": True}, EPS, readers=(window_everywhere,)),
         Family(
             *("olmo2", ("Olmo2ForCausalLM",)),
             always={"qk_norm": True, "qk_norm_whole": True, "pre_norms": False, "post_norms": True},
+            defaults=EPS,
             readers=(attention_bias,),
         ),
         Family(
-            *("olmoe", ("OlmoeForCausalLM",), {"qk_norm": True, "qk_norm_whole": True}),
+            *("olmoe", ("OlmoeForCausalLM",), {"qk_norm": True, "qk_norm_whole": True}, EPS),
             readers=(attention_bias, no_clipping, olmoe_experts),
         ),
         Family("granite", ("GraniteForCausalLM",), readers=(*BIASES, granite_scales)),
@@ -249,7 +251,7 @@ FAMILIES = {
             *("smollm3", ("SmolLM3ForCausalLM",)),
             defaults={"rope_theta": 2e6, "tie_word_embeddings": True},
             needs=KV_HEADS,
-            readers=(*BIASES, nope_layers),
+            readers=(*BIASES, nope_layers, window_if_used),
         ),
         Family(
             *("gpt_oss", ("GptOssForCausalLM",), {"has_sinks": True}),
@@ -260,6 +262,7 @@ FAMILIES = {
                 "sliding_window": 128,
                 "rope_theta": 150000.0,
                 "rope_parameters": GPT_OSS_ROPE,
+                **EPS,
             },
             readers=(attention_bias, window_of_layer_types, gpt_oss_experts),
         ),
@@ -301,7 +304,7 @@ def family_fields(values: Values, family: Family) -> dict[str, Any]:
         if values.get(name) is None:
             raise ConfigError(f"field {name} is missing")
     act = values.get(family.act_field) or "silu"
-    if act not in HIDDEN_ACTS:
+    if not isinstance(act, str) or act not in HIDDEN_ACTS:
         raise ConfigError(f"field {family.act_field}: {show(act)} is not supported, only {', '.join(HIDDEN_ACTS)}")
     fields: dict[str, Any] = {"activation": HIDDEN_ACTS[act]}
     for reader in family.readers:

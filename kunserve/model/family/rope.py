@@ -20,7 +20,7 @@ from kunserve.model.config_fields import (
 )
 
 Values = Mapping[str, Any]
-STYLES = ("rope_parameters", "rope_scaling")  # the new one goes before the old one
+STYLES = ("rope_scaling", "rope_parameters")  # the old one goes before the new one: it is what people add to a file
 OLD_KINDS = {"su": "longrope"}
 SCALING_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow")
 
@@ -55,8 +55,10 @@ def read_rope(values: Values) -> Rope:
             raise ConfigError(f"field {style}: scaling is not supported in layers with windows")
         local = windowed.get("rope_theta", local)
     factor = read_float(values, "partial_rotary_factor", 1.0)
+    # Where the old style has none, it may stand in the new one, or beside both.
+    beside = {"rope_theta": read_object(values, "rope_parameters").get("rope_theta")} | dict(values)
     fields = {
-        "rope_theta": read_float(rope, "rope_theta", read_float(values, "rope_theta", 10000.0)),
+        "rope_theta": read_float(rope, "rope_theta", read_float(beside, "rope_theta", 10000.0)),
         "rope_scaling": _scaling(values, rope, style),
         "partial_rotary_factor": read_float(rope, "partial_rotary_factor", factor),
         "local_rope_theta": None if local is None else read_float({"rope_theta": local}, "rope_theta"),

@@ -112,6 +112,9 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(paths, metadata, tensors)
 
 
+TOO_DEEP = (RecursionError, MemoryError)  # what a damaged file asks for
+
+
 def _read_one(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     with reading(path), path.open("rb") as file:
         if not path.stat().st_size:
@@ -119,7 +122,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             try:
                 metadata, tensors = _Reader(buffer, path).read()
-            except (struct.error, LookupError, ValueError, OverflowError, MemoryError) as error:
+            except (struct.error, LookupError, ValueError, TypeError, ArithmeticError, *TOO_DEEP) as error:
                 raise ConfigError(f"cannot read {path}: {AGAIN} ({error})") from None
             for tensor in tensors:
                 if tensor.offset + tensor.num_bytes > len(buffer):

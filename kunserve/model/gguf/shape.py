@@ -63,6 +63,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         return _config(file)
     except ConfigError as error:
         raise ConfigError(f"{file.paths[0]}: {error.message}") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # values of another kind than they are known
+        raise ConfigError(f"{file.paths[0]}: its metadata is damaged ({error})") from None
 
 
 def _config(file: GgufFile) -> ModelConfig:

@@ -36,6 +36,10 @@ class GgufSource:
         shapes = expected_shapes(config)
         if missing := [name for name in shapes if name not in self._tensors]:
             raise ConfigError(f"{file.paths[0]} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
+        if unused := sorted(self._tensors.keys() - shapes.keys()):  # answers would be wrong without them
+            raise ConfigError(
+                f"{file.paths[0]} has {len(unused)} tensors that {config.family} is not run with: {shorten(unused)}"
+            )
         for name, shape in shapes.items():
             check_shape(name, self._tensors[name].shape, shape, str(self._tensors[name].path))
         self._maps: Mapping[Path, mmap.mmap] = {path: _map(path) for path in file.paths}

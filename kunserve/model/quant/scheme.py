@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kunserve.errors import ConfigError
-from kunserve.model.config_fields import show
+from kunserve.model.config_fields import read_names, show
 from kunserve.model.quant.blocks import GROUPS, OUR_BLOCKS, Blocks
 
 # What is read of each matrix, by its ending; of "fp8" either of two scales.
@@ -74,7 +74,8 @@ def _compressed(values: Mapping[str, Any]) -> Scheme:
     layout, groups = values.get("format"), values.get("config_groups")
     if layout not in ("pack-quantized", "int-quantized", "float-quantized"):
         raise ConfigError(f"compressed-tensors of format {show(layout)} are not served")
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    weights = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in weights]
     if len(weights) != 1 or not isinstance(weights[0], dict):
         raise ConfigError("compressed-tensors are served with one group of layers, not more or none")
     (how,) = weights
@@ -88,7 +89,7 @@ def _compressed(values: Mapping[str, Any]) -> Scheme:
     if (strategy := how.get("strategy")) not in ("group", "channel", "tensor"):
         raise ConfigError(f"compressed-tensors with a scale per {show(strategy)} are not served")
     group = _group(how, "group_size") if strategy == "group" else None
-    skipped = tuple(name for name in values.get("ignore") or () if isinstance(name, str))
+    skipped = tuple(read_names(values, "ignore"))
     if any(name.startswith("re:") for name in skipped):
         raise ConfigError("compressed-tensors whose ignore holds an expression (re:) are not served")
     return Scheme(layout, kind, group, skipped)
@@ -101,7 +102,7 @@ def _want(values: Mapping[str, Any], field: str, known: tuple[str, ...], default
 
 def _kind(values: Mapping[str, Any], field: str, known: tuple[int, ...]) -> str:
     bits = values.get(field)
-    if bits not in known:
+    if type(bits) is not int or bits not in known:
         raise ConfigError(f"weights of {show(bits)} bits are not served, only of {' or '.join(map(str, known))}")
     return f"A{bits}"
 
@@ -115,5 +116,4 @@ def _group(values: Mapping[str, Any], field: str) -> int | None:
 
 
 def _names(values: Mapping[str, Any]) -> tuple[str, ...]:
-    names = values.get("modules_to_not_convert") or values.get("ignored_layers") or ()
-    return tuple(name for name in names if isinstance(name, str))
+    return tuple(read_names(values, "modules_to_not_convert") or read_names(values, "ignored_layers"))
