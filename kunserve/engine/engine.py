@@ -241,8 +241,7 @@ class Engine(Operated):
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.signals.next_commit(group)
             if failure is None:
-                results = results_of(batch, tokens)
-                await judge(results)
+                await judge(results := results_of(batch, tokens))
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.signals.progress()
@@ -253,8 +252,9 @@ class Engine(Operated):
         if failure is None:
             self._publish(group, batch, results)
             self._retries.came_back(group, batch)
+            step_s = group.returned(started, loop_time())
             if self.mover is not None:
-                self.mover.stepped(group, group.returned(started, loop_time()))
+                self.mover.stepped(group, step_s)
         else:
             for request, why in self._retries.failed(group, batch, failure):
                 self._fail(self._live[request.request_id], why)

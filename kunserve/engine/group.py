@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from kunserve.averages import smooth
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.occupancy import Occupancy
@@ -47,6 +48,7 @@ class Group:
     idle: OrderedDict[Block, None] = field(default_factory=OrderedDict)  # cached blocks; the first is the oldest
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
+    step_s: float | None = None  # how long a microbatch is computed, on average; None: none has come back
     origin: Origin | None = None  # how it was launched or merged
     num_pauses: int = 0  # that hold it now: see `Fleet.pause`
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
@@ -97,6 +99,7 @@ class Group:
         begun_s = max(launched_s, before[0]) if len(before) == len(self.stages) else launched_s
         before.append(now_s)
         del before[: -len(self.stages)]
+        self.step_s = smooth(self.step_s, now_s - begun_s)
         return now_s - begun_s
 
     def check(self, num_layers: int) -> None:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from kunserve.averages import smooth
+
 HOST = -1  # the host as an end of a link
 
 
@@ -40,17 +42,9 @@ class Links:
     is_coordinated = True
 
     def __init__(self, usual_bytes_per_s: float = 0.5e9) -> None:
-        """Make the links. `usual_bytes_per_s`: of KV, until some has been seen (171 MB in 0.37 s between CPU devices).
-
-        What has been seen counts as much as a second of it.
-        """
+        """Make the links. `usual_bytes_per_s`: of KV, until some has gone (171 MB in 0.37 s between CPU devices)."""
         self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
-        self._kv_bytes, self._kv_s = usual_bytes_per_s, 1.0
-
-    @property
-    def kv_bytes_per_s(self) -> float:
-        """Bytes of KV that go over one link in a second, as far as is known."""
-        return self._kv_bytes / self._kv_s
+        self.kv_bytes_per_s = usual_bytes_per_s  # over one link, lately
 
     def layers_in_turn(self, layer_bytes: int) -> int:
         """How many layers of so many bytes go in one turn: one at least."""
@@ -77,9 +71,9 @@ class Links:
         begun_s = asyncio.get_running_loop().time()
         try:
             yield
-            if priority is Priority.KV:
-                self._kv_bytes += num_bytes
-                self._kv_s += asyncio.get_running_loop().time() - begun_s
+            taken_s = asyncio.get_running_loop().time() - begun_s
+            if priority is Priority.KV and num_bytes and taken_s > 0:
+                self.kv_bytes_per_s = smooth(self.kv_bytes_per_s, num_bytes / taken_s)
         finally:
             self._pass_on(link)
 

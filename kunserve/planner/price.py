@@ -32,7 +32,7 @@ class Shortage:
         """How long it will go on."""
         rest_s = max(self.lasted_s, USUAL_S)
         if self.growth_per_s < 0:
-            rest_s = min(rest_s, self.blocks / -self.growth_per_s)
+            rest_s = min(rest_s, max(0.0, self.blocks) / -self.growth_per_s)
         return rest_s
 
     def saved_s(self, added_blocks: float) -> float:

@@ -130,3 +130,23 @@ async def test_random_transfers_and_cancellations() -> None:
     assert len(done) >= 100 and set(done) <= set(transfers.order)
     async with transfers.links.turn(0, 2, Priority.WEIGHTS, 1), transfers.links.turn(1, 2, Priority.WEIGHTS, 1):
         pass  # both are free
+
+
+async def test_how_fast_kv_goes_is_what_it_was_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    links, now = Links(usual_bytes_per_s=1e9), [0.0]
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
+
+    async def send(num_bytes: int, seconds: float, priority: Priority = Priority.KV) -> None:
+        async with links.turn(0, 1, priority, num_bytes):
+            now[0] += seconds
+
+    await send(1 << 30, 100.0, Priority.ACTIVATION)  # waits for more than its bytes
+    assert links.kv_bytes_per_s == 1e9
+    for _ in range(200):
+        await send(100, 1.0)
+    assert links.kv_bytes_per_s == pytest.approx(100)
+    for _ in range(100):
+        await send(10_000, 1.0)
+    assert links.kv_bytes_per_s == pytest.approx(10_000)  # the slow minutes are forgotten
+    await send(0, 5.0)
+    assert links.kv_bytes_per_s == pytest.approx(10_000)

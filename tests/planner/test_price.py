@@ -29,6 +29,9 @@ def test_a_shortage_goes_on_as_long_as_it_has_lasted_unless_it_ends_before() -> 
     assert Shortage(10, 1.0, 1.0, 2 * USUAL_S).rest_s == 2 * USUAL_S
     assert Shortage(10, -5.0, 1.0, 2 * USUAL_S).rest_s == 2.0
     assert Shortage(10, -1e-6, 1.0).rest_s == USUAL_S
+    assert (
+        Shortage(-50, -1.0, 1.0).rest_s == 0.0
+    )  # there is none: nothing is saved, and a merge never costs less than 0
 
 
 def test_more_blocks_never_save_less_and_none_save_more_than_what_waits() -> None:

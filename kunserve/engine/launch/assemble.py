@@ -158,7 +158,7 @@ def make_control(
         engine.fit,
         engine.halt,
     )
-    worth = Worth(fleet, scheduler.waiting, metrics, links, shape, thresholds)
+    worth = Worth(fleet, scheduler.waiting, links, shape, thresholds)
     control = OverloadControl(
         fleet,
         scheduler,

@@ -327,13 +327,15 @@ class OverloadControl:
     def _begin_drop(self, now: float) -> None:
         snapshot = self.snapshot()
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
-        if not (plan.merges or plan.meets_need):
-            self._merged_epoch = plan.epoch
-        begun = self._worth.merges(now, snapshot, plan, self._demand(1.0))
+        if not plan.merges:
+            if not plan.meets_need:
+                self._merged_epoch = plan.epoch
+            return
+        begun = self._worth.merges(now, snapshot, plan, self._demand(1.0), self._estimate.mean_tokens)
         for merge in begun:
             groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
             self._spawn(self.reconfigure.drop(snapshot, merge, most_lost_blocks=merge.added_blocks), groups)
-        if plan.merges and not begun:  # it may be when more waits
+        if not begun:  # it may be when more waits
             self._calm_until_s = now + WEIGH_EVERY_S
             self._look_in(WEIGH_EVERY_S)
 

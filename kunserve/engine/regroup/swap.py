@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kunserve.averages import smooth
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.regroup.transfer import Transfer, Transfers
 from kunserve.engine.request import Request
@@ -26,8 +27,6 @@ from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.links import HOST, Links
 from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
-
-SMOOTHING = 0.2  # weight of the newest measurement
 
 
 @dataclass(slots=True)
@@ -41,13 +40,13 @@ class CopyBudget:
 
     def stepped(self, seconds: float) -> None:
         """An iteration that computed so long is over; the next begins."""
-        self.step_s = _smooth(self.step_s, seconds)
+        self.step_s = smooth(self.step_s, seconds)
         self.num_bytes_left = int((self.bytes_per_s or 0.0) * self.step_s)
         self.is_untouched = True
 
     def copied(self, num_bytes: int, seconds: float) -> None:
         """A copy took so long."""
-        self.bytes_per_s = _smooth(self.bytes_per_s, num_bytes / max(seconds, 1e-9))
+        self.bytes_per_s = smooth(self.bytes_per_s, num_bytes / max(seconds, 1e-9))
 
     def take(self, layer_bytes: int, num_layers: int) -> int:
         """How many of `num_layers` may be copied now. One in every iteration, however large, so that all end."""
@@ -55,10 +54,6 @@ class CopyBudget:
         self.num_bytes_left = max(0, self.num_bytes_left - granted * layer_bytes)
         self.is_untouched &= granted == 0
         return granted
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + SMOOTHING * (new - old)
 
 
 @dataclass(frozen=True, slots=True)

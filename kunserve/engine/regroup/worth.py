@@ -10,7 +10,6 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.regroup.live_kv import loss_of
 from kunserve.engine.schedule.waiting import WaitingQueue
 from kunserve.gpu.links import Links
-from kunserve.observe.metrics import Metrics
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.price import Change, Shortage, Trend
@@ -26,14 +25,13 @@ class Worth:
         self,
         fleet: Fleet,
         waiting: WaitingQueue,
-        metrics: Metrics,
         links: Links,
         shape: ModelShape,
         thresholds: Thresholds,
     ) -> None:
-        self._fleet, self._waiting, self._metrics, self._links = fleet, waiting, metrics, links
+        self._fleet, self._waiting, self._links = fleet, waiting, links
         self._shape, self._thresholds = shape, thresholds
-        self._asked, self._generated = Trend(), Trend()  # blocks, tokens
+        self._asked = Trend()  # of blocks
         self._short_since_s = self._short_at_s = -inf
 
     def look(self, now_s: float) -> None:
@@ -41,18 +39,21 @@ class Worth:
         if self._asked.is_due(now_s):
             in_use = sum(group.num_used for group in self._fleet.groups)
             self._asked.sample(now_s, in_use + self._shape.blocks_for(self._waiting.num_tokens))
-            self._generated.sample(now_s, self._metrics.num_generation_tokens)
 
-    def merges(self, now_s: float, snapshot: Snapshot, plan: DropPlan, demand_blocks: int) -> list[Merge]:
-        """Return the merges of a plan if they save more seconds than they cost, but those that lose too much KV."""
+    def merges(
+        self, now_s: float, snapshot: Snapshot, plan: DropPlan, demand_blocks: int, answer_tokens: float
+    ) -> list[Merge]:
+        """Return the merges of a plan if they save more seconds than they cost, but those that lose too much KV.
+
+        `demand_blocks`: of all requests; `answer_tokens`: how many answers have on average.
+        """
         if now_s - self._short_at_s > self._asked.window_s:  # there was none for a while
             self._short_since_s = now_s
         self._short_at_s = now_s
-        num_requests = len(self._waiting) + sum(len(group.running) for group in self._fleet.groups)
         shortage = Shortage(
             demand_blocks - self._thresholds.drop_watermark * snapshot.capacity_blocks(),
             self._asked.per_s,
-            max(1.0, demand_blocks / max(1, num_requests)),
+            self._request_blocks(demand_blocks, answer_tokens),
             now_s - self._short_since_s,
         )
         merges = [merge for merge in plan.merges if self._keeps_more_than_it_loses(snapshot, merge)]
@@ -71,12 +72,15 @@ class Worth:
         num_bytes = used * self._shape.kv_block_bytes * self._shape.num_layers
         exchange_s = num_bytes / 4 / self._links.kv_bytes_per_s
         passed = sum(len(group.running) * len(group.stages) for group in groups) / max(1, num_requests)
-        return Change(num_requests, self._step_s(), exchange_s, len(merge.stages) - passed)
+        boundary_s = max(group.step_s or 0.0 for group in groups)
+        return Change(num_requests, boundary_s, exchange_s, len(merge.stages) - passed)
 
-    def _step_s(self) -> float:
-        """Return how long a step has taken lately: each request that runs gets a token in it."""
-        num_running = sum(len(group.running) for group in self._fleet.groups)
-        return num_running / self._generated.per_s if self._generated.per_s > 0 else 0.0
+    def _request_blocks(self, demand_blocks: int, answer_tokens: float) -> float:
+        """Return the blocks of one of those who lack them: of who waits, or if nobody does, of who runs and grows."""
+        if num_waiting := len(self._waiting):
+            num_tokens = self._waiting.num_tokens / num_waiting + answer_tokens
+            return max(1.0, num_tokens / self._shape.block_size)
+        return max(1.0, demand_blocks / max(1, sum(len(group.running) for group in self._fleet.groups)))
 
     def _keeps_more_than_it_loses(self, snapshot: Snapshot, merge: Merge) -> bool:
         """Return whether a merge gives more blocks than it takes from requests whose KV cannot follow its layers.
