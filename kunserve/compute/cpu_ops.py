@@ -16,15 +16,13 @@ from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Op
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
+from kunserve.model.quant.blocks import BLOCKS
 from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 ENDLESS = 1 << 60  # tokens of a window that ends nowhere
 FLOAT, INT = torch.float32, torch.int32
-FORMATS = (  # as in cpu_blocks.c
-    *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"),
-    *("A4_128", "A4_64", "A4_32", "A8_128", "A8_64", "A8_32", "F8_128", "F8_64", "F8_32"),
-)
+FORMATS = tuple(BLOCKS)  # cpu_blocks.c has them in the same order
 
 
 def _is_ours(tensor: Tensor) -> bool:
@@ -193,15 +191,9 @@ def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
 
 
-def has_block_kernels(dtype: str) -> bool:
+def has_block_kernels(dtype: str, head_dim: int = 64) -> bool:
     """Return whether CPU devices that compute in a dtype of `--dtype` multiply with matrices in blocks."""
-    if dtype not in ("auto", "float32"):
-        return False
-    try:
-        load_kernels()
-    except KernelsUnavailableError:
-        return False
-    return True
+    return dtype in ("auto", "float32") and isinstance(cpu_ops_or_reference(FLOAT, head_dim)[0], CpuOps)
 
 
 def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:

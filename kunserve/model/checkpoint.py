@@ -117,7 +117,7 @@ class QuantizedSource:
         self._plain = SafetensorsSource(folder, config, self._quantized)
         self._files = _tensor_files(folder)
         names = [name.removesuffix("weight") + ending for name in self._quantized for ending in ENDINGS[scheme.layout]]
-        if missing := sorted(name for name in names if name not in self._files):
+        if missing := sorted(name for name in names if stored_name(name, self._files) not in self._files):
             raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
         self._handles = {path: _open(path) for path in set(self._files.values())}
 
@@ -144,10 +144,11 @@ class QuantizedSource:
         out.copy_(codes.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else codes.numbers())
 
     def _read(self, name: str) -> Tensor:
-        if (path := self._files.get(name)) is None:
+        stored = stored_name(name, self._files)
+        if (path := self._files.get(stored)) is None:
             raise ConfigError(f"{name.rpartition('.')[2]} is missing")
         try:
-            tensor: Tensor = self._handles[path].get_tensor(name)
+            tensor: Tensor = self._handles[path].get_tensor(stored)
         except SafetensorError as error:
             raise ConfigError(f"{name.rpartition('.')[2]} cannot be read from {path}: {error}") from None
         return tensor

@@ -29,41 +29,26 @@ def random_experts(
     )  # fmt: skip
 
 
-EXPERTS = [
-    (8, 2, 24, 40, False, {"normalize": True}),
-    (16, 4, 33, 16, False, {"normalize": False}),
-    (4, 4, 16, 24, True, {"normalize": True, "activation": "clamped_swiglu", "limit": 7.0}),
-    (1, 1, 8, 8, False, {"normalize": False}),
+MIXTURES: list[dict[str, Any]] = [
+    {"num": 8, "chosen": 2, "H": 24, "inner": 40, "has_bias": False, "normalize": True},
+    {"num": 16, "chosen": 4, "H": 33, "inner": 16, "has_bias": False, "normalize": False},
+    {"num": 4, "chosen": 4, "H": 16, "inner": 24, "has_bias": True, "normalize": True}
+    | {"activation": "clamped_swiglu", "limit": 7.0},
+    {"num": 1, "chosen": 1, "H": 8, "inner": 8, "has_bias": False, "normalize": False},
 ]
 
 
-@pytest.mark.parametrize(("num", "chosen", "H", "inner", "has_bias", "more"), EXPERTS)
-def test_experts_match_float64(
-    ops: CpuOps,
-    num: int,
-    chosen: int,
-    H: int,
-    inner: int,
-    has_bias: bool,
-    more: dict[str, Any],
-) -> None:
-    x = randn(37, H)
-    actual = ops.moe(x, random_experts(torch.float32, num, chosen, H, inner, has_bias, **more))
-    expected = REFERENCE.moe(x.double(), random_experts(torch.float64, num, chosen, H, inner, has_bias, **more))
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_experts_match_float64(ops: CpuOps, mixture: dict[str, Any]) -> None:
+    x = randn(37, mixture["H"])
+    actual = ops.moe(x, random_experts(torch.float32, **mixture))
+    expected = REFERENCE.moe(x.double(), random_experts(torch.float64, **mixture))
     assert_near(actual, expected, ulps=64)
 
 
-@pytest.mark.parametrize(("num", "chosen", "H", "inner", "has_bias", "more"), EXPERTS)
-def test_experts_are_batch_invariant(
-    ops: CpuOps,
-    num: int,
-    chosen: int,
-    H: int,
-    inner: int,
-    has_bias: bool,
-    more: dict[str, Any],
-) -> None:
-    x, experts = randn(60, H), random_experts(torch.float32, num, chosen, H, inner, has_bias, **more)
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_experts_are_batch_invariant(ops: CpuOps, mixture: dict[str, Any]) -> None:
+    x, experts = randn(60, mixture["H"]), random_experts(torch.float32, **mixture)
     whole = ops.moe(x, experts)
     for M in (1, 2, 3, 7, 30):
         for first in (0, 1, 60 - M):

@@ -51,6 +51,17 @@ def test_matrices_that_are_not_quantized_are_numbers(tmp_path: Path) -> None:
     assert config.formats.of(name) is None and config.formats.of(name.replace("down", "up")) is not None
 
 
+def test_the_decoder_of_a_model_that_also_sees_is_found_under_its_longer_names(tmp_path: Path) -> None:
+    """As of Gemma 3: what is quantized has them too."""
+    folder = write_tiny_quantized("awq", tmp_path)
+    path, config = folder / "model.safetensors", load_hf_config(folder)
+    name, short, long = "model.layers.1.mlp.down_proj.weight", torch.empty(256, 384), torch.empty(256, 384)
+    QuantizedSource(folder, config).copy_into(name, short)
+    save_file({f"language_model.{other}": tensor for other, tensor in load_file(path).items()}, path)
+    QuantizedSource(folder, config).copy_into(name, long)
+    assert torch.equal(short, long) and short.count_nonzero()
+
+
 @pytest.mark.parametrize("kind", ["awq", "gptq", "w4a16", "compressed fp8", "fp8 of blocks"])
 def test_what_is_missing_or_of_another_shape_is_named(kind: str, tmp_path: Path) -> None:
     folder = write_tiny_quantized(kind, tmp_path)

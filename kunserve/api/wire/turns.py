@@ -54,18 +54,15 @@ class Turns:
 
     def _next(self) -> None:
         """Begin a new round."""
-        self._num_left = self._per_round
-        work: list[Callable[[], None]] = []
+        loop, self._num_left = asyncio.get_running_loop(), self._per_round
         while self._waiting and self._num_left > 0:
             turn = self._waiting.popleft()
             if not isinstance(turn, asyncio.Future):
-                work.append(turn)
+                loop.call_soon(turn)  # by the loop: what fails there stops no other
             elif turn.done():  # its client has left
                 continue
             else:
                 turn.set_result(None)
             self._num_left -= 1
         if self._num_left < self._per_round:
-            asyncio.get_running_loop().call_soon(self._next)
-        for call in work:
-            call()
+            loop.call_soon(self._next)

@@ -114,8 +114,8 @@ class CudaDecoder(Decoder):
         step = self._planner.plan(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
         runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
         works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
-        if here := next(filter(self._is_here, runs), None):
-            works[here]()  # compiles, and loads what a capture could not; all runs have the same kernels
+        for run in filter(self._is_here, runs):  # each, as layers may differ
+            works[run]()  # compiles, and loads what a capture could not
         for run, work in works.items():
             graphs.capture(run, bucket, work)
 

@@ -91,7 +91,8 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
 
 def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
     """Return the model as devices store it: matrices in blocks are dequantized while they load, but for C kernels."""
-    is_kept = config.devices.kind == "cpu" and config.load_format != "dummy" and has_block_kernels(config.dtype)
+    has_kernels = config.devices.kind == "cpu" and has_block_kernels(config.dtype, model.head_dim)
+    is_kept = has_kernels and config.load_format != "dummy"
     if model.formats.by_name and not is_kept:
         log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
     return model if is_kept else replace(model, formats=model.formats.as_numbers())

@@ -34,13 +34,13 @@ def _dequantize_ours(data: Tensor, blocks: Blocks) -> Tensor:
         case "F8":
             values = codes.view(torch.float8_e4m3fn).float() * scale
         case "A8":
-            values = _affine(codes, scale, offset)
+            values = affine(codes, scale, offset)
         case _:
             halves = codes.view(*codes.shape[:2], -1, 16)
-            values = _affine(torch.cat([halves & 15, halves >> 4], dim=-1).flatten(2), scale, offset)
+            values = affine(torch.cat([halves & 15, halves >> 4], dim=-1).flatten(2), scale, offset)
     return values.flatten(1)
 
 
-def _affine(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def affine(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return code * scale + offset, rounded once: the product of a byte and a float32 is exact in float64."""
     return (codes.double() * scale.double() + offset.double()).float()

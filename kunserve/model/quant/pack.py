@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.dequantize import affine
 from kunserve.model.quant.scheme import Scheme
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight codes in 32 bits, where each column's is
@@ -45,7 +46,7 @@ class Codes:
         of = torch.arange(self.codes.shape[1]) // self.group if self.group_of is None else self.group_of.long()
         if self.offset is None:
             return self.codes.view(torch.float8_e4m3fn).float() * self.scale[:, of]
-        return (self.codes.double() * self.scale.double()[:, of] + self.offset.double()[:, of]).float()
+        return affine(self.codes, self.scale[:, of], self.offset[:, of])
 
 
 def take(scheme: Scheme, read: Read, shape: tuple[int, int]) -> Codes:
@@ -58,7 +59,7 @@ def _awq(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     G = K // group
     codes = _unpacked(_shaped(read, "qweight", (K, N // 8)), 4).view(K, -1, 8)[..., AWQ_ORDER].reshape(K, N)
     zeros = _unpacked(_shaped(read, "qzeros", (G, N // 8)), 4).view(G, -1, 8)[..., AWQ_ORDER].reshape(G, N)
-    return _affine(group, codes.T, _shaped(read, "scales", (G, N)).T, zeros.T)
+    return _with_zeros(group, codes.T, _shaped(read, "scales", (G, N)).T, zeros.T)
 
 
 def _gptq(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
@@ -69,21 +70,21 @@ def _gptq(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     codes = _unpacked(packed.T.contiguous(), bits)
     zeros = _unpacked(_shaped(read, "qzeros", (G, N // per)), bits) + scheme.zero_shift
     of = _shaped(read, "g_idx", (K,)) if not scheme.is_ordered else None
-    return _affine(group, codes, _shaped(read, "scales", (G, N)).T, zeros.T, of)
+    return _with_zeros(group, codes, _shaped(read, "scales", (G, N)).T, zeros.T, of)
 
 
 def _pack_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     bits, group = int(scheme.kind[1:]), scheme.group or K
     codes = _unpacked(_shaped(read, "weight_packed", (N, K // (32 // bits))), bits)
     scale = _scales(read, "weight_scale", N, K // group)
-    return _affine(group, codes, scale, torch.full_like(scale, 1 << (bits - 1)))
+    return _with_zeros(group, codes, scale, torch.full_like(scale, 1 << (bits - 1)))
 
 
 def _int_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     group = scheme.group or K
     codes = _shaped(read, "weight", (N, K)).to(torch.int16) + 128
     scale = _scales(read, "weight_scale", N, K // group)
-    return _affine(group, codes, scale, torch.full_like(scale, 128))
+    return _with_zeros(group, codes, scale, torch.full_like(scale, 128))
 
 
 def _float_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
@@ -116,7 +117,7 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
     return (packed.to(torch.int32)[..., None] >> shifts & ((1 << bits) - 1)).flatten(-2)
 
 
-def _affine(group: int, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor | None = None) -> Codes:
+def _with_zeros(group: int, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor | None = None) -> Codes:
     """Return codes with offsets for zero points: (code - zero) * scale. Exact for scales of 16 bits."""
     wide = scale.double()
     offset = (-zero.double() * wide).float()
