@@ -16,7 +16,7 @@ enum {
   F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
   A4_128, A4_64, A4_32, A8_128, A8_64, A8_32, F8_128, F8_64, F8_32, /* ours: kunserve/model/quant/blocks.py */
   NUM_FORMATS
-}; /* as in cpu_ops.py */
+}; /* the order of BLOCKS there */
 
 /* VL integers or halves at p, widened. Written out: gcc 12 takes vectors of bytes apart, byte by byte. */
 #if VL == 16
