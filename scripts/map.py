@@ -35,7 +35,7 @@ from kunserve.sim.policies import PLENTY
 
 BASELINES = ("recompute", "swap", "queue")
 QUICK_BASELINES = ("recompute", "swap")
-NEEDS = ((0.9, 1.2), (0.8, 1.4), (1.1, 1.6), (1.0, 2.0))  # of points with the same lengths, one after the other
+NEEDS = ((0.9, 1.2), (0.8, 1.4), (1.1, 1.75), (1.0, 2.0))  # of points with the same lengths, one after the other
 # Requests per second and GPU before the burst, and in it; four GPUs, whose chains then have up to four stages.
 RATES = {
     (80, "burstgpt"): (4.0, 8.0),

@@ -348,7 +348,7 @@ def _add_overload_flags(group: Group) -> None:
         "--swap-space",
         metavar="SIZE",
         default="4GiB",
-        help="host memory for the KV of swapped requests (--overload-policy swap); a plain number is GiB",
+        help="host memory for the KV of requests that have to make way (policies drop and swap); a plain number is GiB",
     )
 
 

@@ -1,9 +1,9 @@
-"""What a merge costs and what it saves, both in seconds that requests wait in all: a merge is for those who win by it.
+"""What a merge or a split costs and saves, in seconds that requests wait in all: it is for those who win by it.
 
 A request that finds no blocks waits, and so does one whose KV moves, and a chain is a little slower than its devices
-apart. A merge is worth it where it saves more seconds than it costs. How much a shortage of blocks goes on to grow
-nobody knows. It is taken to go on as it has lately, and for as long as it has lasted: whoever looks at something at a
-random moment has on average as much of it before them as behind them.
+apart. A merge is worth it where it saves more seconds than it costs, and so is a split. How much a shortage of blocks
+goes on to grow nobody knows, nor how long a calm lasts. It is taken to go on as it has lately, and for as long as it
+has lasted: whoever looks at something at a random moment has on average as much of it before them as behind them.
 """
 
 from __future__ import annotations
@@ -50,17 +50,27 @@ class Shortage:
 
 
 class Change(NamedTuple):
-    """What a merge does to those who run in its groups."""
+    """What a merge, or the split that undoes it, does to those who run in its groups."""
 
     num_requests: int
     boundary_s: float  # until the step that runs has ended
     exchange_s: float  # until all KV has moved; a request waits half of that on average
-    added_stages: float  # that a request passes, on average
+    added_stages: float  # that a request passes while they are merged, on average
 
     def cost_s(self, chained_s: float) -> float:
         """Return the seconds that its requests lose, all together, if it is a chain for so long."""
-        paused_s = self.boundary_s + self.exchange_s / 2
-        return self.num_requests * (paused_s + BUBBLE * self.added_stages * chained_s)
+        return self.num_requests * self._paused_s + self._slowed_s(chained_s)
+
+    def pays_back_in(self, split_s: float) -> bool:
+        """Return whether a split costs its requests no more than they gain by it in so long."""
+        return self.num_requests * self._paused_s <= self._slowed_s(split_s)
+
+    @property
+    def _paused_s(self) -> float:
+        return self.boundary_s + self.exchange_s / 2
+
+    def _slowed_s(self, chained_s: float) -> float:
+        return self.num_requests * BUBBLE * self.added_stages * chained_s
 
 
 @dataclass(slots=True)

@@ -49,6 +49,14 @@ def test_a_chain_costs_pauses_once_and_bubbles_for_its_time() -> None:
     assert Change(0, 5.0, 5.0, 4).cost_s(100.0) == 0.0  # nobody runs there
 
 
+def test_a_split_pays_back_once_the_bubbles_it_ends_outweigh_its_pause() -> None:
+    change = Change(num_requests=10, boundary_s=0.1, exchange_s=1.0, added_stages=1)
+    even_s = (0.1 + 0.5) / BUBBLE
+    assert not change.pays_back_in(0.99 * even_s) and change.pays_back_in(1.01 * even_s)
+    assert Change(10, 0.1, 1.0, added_stages=2).pays_back_in(0.51 * even_s)
+    assert Change(0, 5.0, 5.0, 1).pays_back_in(0.0)  # nobody runs there
+
+
 def test_a_trend_is_the_slope_of_its_window() -> None:
     trend = Trend(window_s=4.0, every_s=0.5)
     assert trend.is_due(0.0) and trend.per_s == 0.0

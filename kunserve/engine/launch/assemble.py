@@ -43,6 +43,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.copies import why_no_drop
+from kunserve.planner.cost import Chunk
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
@@ -86,7 +87,7 @@ async def assemble(
         model,
         _limits(config, placement.max_model_len),
         fleet,
-        _scheduler(fleet, config, _num_host_blocks(config, kv_shape, model), lookahead),
+        _scheduler(fleet, config, kv_shape.block_bytes * model.num_layers, links, lookahead),
         memories,
         executor,
         Signals(),
@@ -119,9 +120,18 @@ def _limits(config: EngineConfig, max_model_len: int) -> ServingLimits:
     return ServingLimits(max_model_len, config.max_num_queued_reqs, device_timeout_s=device_timeout_s)
 
 
-def _scheduler(fleet: Fleet, config: EngineConfig, num_host_blocks: int, lookahead: Lookahead | None) -> Scheduler:
+def _scheduler(
+    fleet: Fleet, config: EngineConfig, block_bytes: int, links: Links, lookahead: Lookahead | None
+) -> Scheduler:
+    """Return the scheduler; `block_bytes`: of all layers."""
     limits = Limits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
-    return Scheduler(fleet, limits, make_policy(config.overload_policy, config.watermark), num_host_blocks, lookahead)
+
+    def is_host_faster(num_tokens: int) -> bool:
+        copied_s = 2 * num_tokens * block_bytes / config.block_size / links.kv_bytes_per_s  # there and back
+        return lookahead is None or copied_s < lookahead.added_time(Chunk(0, num_tokens))
+
+    policy = make_policy(config.overload_policy, config.watermark, is_host_faster)
+    return Scheduler(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
 
 
 def make_control(
@@ -158,7 +168,7 @@ def make_control(
         engine.fit,
         engine.halt,
     )
-    worth = Worth(fleet, scheduler.waiting, links, shape, thresholds)
+    worth = Worth(fleet, scheduler, links, shape, thresholds)
     control = OverloadControl(
         fleet,
         scheduler,
@@ -185,7 +195,7 @@ def _reopen(machine: Machine, model: ModelConfig, kv_shape: KVShape, memories: l
 def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> Mover | None:
     """Return who moves requests' KV because the policy wants it; None for policies that do not."""
     match policy:
-        case OverloadPolicy.SWAP:
+        case OverloadPolicy.DROP | OverloadPolicy.SWAP:
             return Swap(engine.scheduler, engine.memories, links, engine.signals)
         case OverloadPolicy.MIGRATE:
             return Migration(engine.fleet, engine.scheduler, engine.memories, links, engine.signals)
@@ -200,11 +210,11 @@ def _only_by_hand(config: EngineConfig) -> str | None:
     return "--pin: weights are dropped only when an operator asks." if config.is_pinned else None
 
 
-def _num_host_blocks(config: EngineConfig, shape: KVShape, model: ModelConfig) -> int:
-    """Blocks, of all layers, that `--swap-space` holds."""
-    if config.overload_policy is not OverloadPolicy.SWAP:
+def _num_host_blocks(config: EngineConfig, block_bytes: int) -> int:
+    """Return how many blocks, of all layers, `--swap-space` holds."""
+    if config.overload_policy not in (OverloadPolicy.DROP, OverloadPolicy.SWAP):
         return 0
-    return config.swap_space_bytes // (shape.block_bytes * model.num_layers)
+    return config.swap_space_bytes // block_bytes
 
 
 async def _open(

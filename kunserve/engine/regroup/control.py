@@ -65,7 +65,7 @@ class OverloadControl:
         *,
         is_automatic: bool,
     ) -> None:
-        self._fleet, self._scheduler, self._waiting = fleet, scheduler, scheduler.waiting
+        self._fleet, self._scheduler = fleet, scheduler
         self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
         self._worth, self._shape, self._devices, self._thresholds = worth, shape, tuple(devices), thresholds
         self._is_automatic, self._is_stopping = is_automatic, False
@@ -228,18 +228,22 @@ class OverloadControl:
         """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
         per_request = 1 + horizon // self._shape.block_size
-        if any(group.num_free < len(group.running) * per_request for group in changed):
+        if any(self._num_free(group) < len(group.running) * per_request for group in changed):
             return True
-        head = self._waiting.head
+        head = self._scheduler.head
         return head is not None and self._has_to_wait(head)
 
     def _has_to_wait(self, head: Request) -> bool:
         """Whether no group has blocks for a request: those that it would share with others, it does not take."""
         num_blocks = self._fleet.blocks_for(head.num_tokens)
         groups = self._fleet.working
-        if any(group.num_free >= num_blocks for group in groups):
+        if any(self._num_free(group) >= num_blocks for group in groups):
             return False
-        return all(group.num_free < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+        return all(self._num_free(group) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+
+    def _num_free(self, group: Group) -> int:
+        """Blocks that requests which are admitted may get."""
+        return group.num_free - self._scheduler.policy.num_reserved(group)
 
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
@@ -281,20 +285,20 @@ class OverloadControl:
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
         if not (working := self._fleet.working):  # none that could merge
             return False
-        waiting, now = self._waiting, loop_time()
+        head, now = self._scheduler.head, loop_time()
         if now < self._calm_until_s:
             self._look_in(CALM_S)
             return False
         blocks_for = self._fleet.blocks_for
-        head_blocks = blocks_for(waiting.head.num_tokens) if waiting.head is not None else None
-        has_to_wait = waiting.head is not None and self._has_to_wait(waiting.head)
+        head_blocks = blocks_for(head.num_tokens) if head is not None else None
+        has_to_wait = head is not None and self._has_to_wait(head)
         if has_to_wait:
             self._calm_until_s = now + CALM_S
         return is_overloaded(
             head_blocks if has_to_wait else None,
-            blocks_for(waiting.num_tokens),
+            blocks_for(self._scheduler.num_waiting_tokens),
             [
-                GroupLoad(g.num_free, list(map(_view, g.running)))
+                GroupLoad(self._num_free(g), list(map(_view, g.running)))
                 for g in (working if has_to_wait else changed)
                 if not g.is_suspect
             ],
@@ -313,7 +317,7 @@ class OverloadControl:
         """Blocks that all requests need, if outputs are `headroom` times as long as expected; shared ones once."""
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
         running: Iterator[RequestView] = (_view(r) for group in self._fleet.groups for r in group.running)
-        waiting = map(_view, self._waiting)
+        waiting = map(_view, self._scheduler.queued())
         blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
         return blocks - self._fleet.num_shared
 
@@ -344,9 +348,11 @@ class OverloadControl:
         before, undropped = self._relaxation, snapshot.undropped_blocks()
         self._relaxation = before.observed(now, demand, undropped, self._thresholds)
         if self._relaxation.is_over(now, self._thresholds):
-            if plan := plan_restore(snapshot, demand):
+            assert self._relaxation.since_s is not None
+            plan = plan_restore(snapshot, demand)
+            if plan and (splits := self._worth.splits(plan, now - self._relaxation.since_s)):
                 self._relaxation = Relaxation()
-                self._spawn(self.reconfigure.restore(plan))
+                self._spawn(self.reconfigure.restore(replace(plan, splits=tuple(splits))))
         elif self._relaxation != before and self._relaxation.since_s is not None:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
 

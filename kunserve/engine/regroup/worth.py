@@ -1,17 +1,19 @@
-"""Whether a merge is worth it: what the planner's prices need of the engine, looked at as it runs."""
+"""Whether a merge or a split is worth it: what the planner's prices need of the engine, looked at as it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 import structlog
 
 from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
 from kunserve.engine.regroup.live_kv import loss_of
-from kunserve.engine.schedule.waiting import WaitingQueue
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.gpu.links import Links
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.plan import DropPlan, Merge
+from kunserve.planner.plan import DropPlan, Merge, RestorePlan, Split
 from kunserve.planner.price import Change, Shortage, Trend
 from kunserve.planner.snapshot import ModelShape, Snapshot
 
@@ -19,17 +21,17 @@ log = structlog.get_logger()
 
 
 class Worth:
-    """Knows how what is asked of memory changes and how long a step takes, and so which merges pay."""
+    """Knows how what is asked of memory changes and how long a step takes, and so which merges and splits pay."""
 
     def __init__(
         self,
         fleet: Fleet,
-        waiting: WaitingQueue,
+        scheduler: Scheduler,
         links: Links,
         shape: ModelShape,
         thresholds: Thresholds,
     ) -> None:
-        self._fleet, self._waiting, self._links = fleet, waiting, links
+        self._fleet, self._scheduler, self._links = fleet, scheduler, links
         self._shape, self._thresholds = shape, thresholds
         self._asked = Trend()  # of blocks
         self._short_since_s = self._short_at_s = -inf
@@ -38,7 +40,7 @@ class Worth:
         """Note what is asked of memory, now and then: called before every step."""
         if self._asked.is_due(now_s):
             in_use = sum(group.num_used for group in self._fleet.groups)
-            self._asked.sample(now_s, in_use + self._shape.blocks_for(self._waiting.num_tokens))
+            self._asked.sample(now_s, in_use + self._shape.blocks_for(self._scheduler.num_waiting_tokens))
 
     def merges(
         self, now_s: float, snapshot: Snapshot, plan: DropPlan, demand_blocks: int, answer_tokens: float
@@ -64,21 +66,35 @@ class Worth:
         log.debug("merges weighed", groups=[m.group_ids for m in merges], saved_s=saved_s, cost_s=cost_s)
         return merges if saved_s > cost_s else []
 
+    def splits(self, plan: RestorePlan, calm_s: float) -> list[Split]:
+        """Return the splits of a plan that pay before the calm is over: it has lasted for `calm_s`."""
+        return [split for split in plan.splits if self._change_back(split).pays_back_in(calm_s)]
+
     def _change(self, merge: Merge) -> Change:
-        """Return what a merge does to those who run in its groups: half of their KV moves, both ways at once."""
+        """Return what a merge does to those who run in its groups."""
         groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
         num_requests = sum(len(group.running) for group in groups)
+        passed = sum(len(group.running) * len(group.stages) for group in groups) / max(1, num_requests)
+        return self._moving(groups, len(merge.stages) - passed)
+
+    def _change_back(self, split: Split) -> Change:
+        """Return what a split does to those who run in its group, if each half takes as many of them."""
+        group = self._fleet.group(split.group_id)
+        passed = sum(len(part.stages) for part in split.into) / len(split.into)
+        return self._moving([group], len(group.stages) - passed)
+
+    def _moving(self, groups: Sequence[Group], added_stages: float) -> Change:
+        """Return the change in which half of the KV of some groups moves, both ways at once."""
         used = sum(group.num_used for group in groups)
         num_bytes = used * self._shape.kv_block_bytes * self._shape.num_layers
         exchange_s = num_bytes / 4 / self._links.kv_bytes_per_s
-        passed = sum(len(group.running) * len(group.stages) for group in groups) / max(1, num_requests)
         boundary_s = max(group.step_s or 0.0 for group in groups)
-        return Change(num_requests, boundary_s, exchange_s, len(merge.stages) - passed)
+        return Change(sum(len(group.running) for group in groups), boundary_s, exchange_s, added_stages)
 
     def _request_blocks(self, demand_blocks: int, answer_tokens: float) -> float:
         """Return the blocks of one of those who lack them: of who waits, or if nobody does, of who runs and grows."""
-        if num_waiting := len(self._waiting):
-            num_tokens = self._waiting.num_tokens / num_waiting + answer_tokens
+        if num_waiting := self._scheduler.num_waiting:
+            num_tokens = self._scheduler.num_waiting_tokens / num_waiting + answer_tokens
             return max(1.0, num_tokens / self._shape.block_size)
         return max(1.0, demand_blocks / max(1, sum(len(group.running) for group in self._fleet.groups)))
 

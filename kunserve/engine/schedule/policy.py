@@ -2,13 +2,13 @@
 
 The policies are those of the published engines, with their constants, so that they can be compared in one engine:
 recompute (vLLM 0.32), retract (SGLang, mid-2026), swap (InferCept), migrate (Llumnix v0). `drop` acts one level
-higher, in the planner; below it, when even the largest merge is not enough, it preempts like recompute.
+higher, in the planner; below it, when even the largest merge is not enough, KV goes to the host or is recomputed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from weakref import WeakKeyDictionary
@@ -50,6 +50,14 @@ class Policy(ABC):
         """Whom to preempt so that `request` gets a block, perhaps itself; None: wait for what is in flight."""
         return None
 
+    def num_reserved(self, group: Group) -> int:
+        """Blocks that admission leaves free for those who run."""
+        return 0
+
+    def goes_to_host(self, request: Request) -> bool:
+        """Whether the KV of a request that has to make way is to be kept in host memory, if there is room."""
+        return False
+
     def load(self, group: Group) -> float:
         """How full a group is; the least loaded that may admit a request takes it."""
         return len(group.running) / len(group.stages) + group.num_used / (group.num_blocks + 1)
@@ -80,8 +88,11 @@ class Recompute(Policy):
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """The whole input fits, above the watermark."""
-        kept = int(self.watermark * group.num_blocks) if group.running else 0
-        return group.blocks_for(request.num_tokens) - num_shared <= group.num_free - kept
+        return group.blocks_for(request.num_tokens) - num_shared <= group.num_free - self.num_reserved(group)
+
+    def num_reserved(self, group: Group) -> int:
+        """The watermark's share, while anything runs."""
+        return int(self.watermark * group.num_blocks) if group.running else 0
 
     def victim(self, group: Group, request: Request) -> Request | None:
         """Of the last priority, the tail. Nobody on the move: it may be waiting for the blocks of those that run."""
@@ -169,12 +180,37 @@ class Swap(Recompute):
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
         """Of the last priority first, from the tail of the running list; one stays."""
+        if group.num_free + num_leaving >= len(group.running):  # each lacks one block at most
+            return []
         settled = (r for r in reversed(group.running) if is_settled(r))
         return _until_fits(group, sorted(settled, key=_priority, reverse=True), num_leaving)
 
     def victim(self, group: Group, request: Request) -> Request | None:
         """Nobody: whoever has to leave is on the way."""
         return None
+
+    def goes_to_host(self, request: Request) -> bool:
+        """Always."""
+        return True
+
+
+class Drop(Swap):
+    """KunServe below its planner, where nothing is left to drop: whoever has to leave goes the quicker of two ways.
+
+    `is_host_faster`: whether KV of so many tokens is sooner copied to the host and back than computed again.
+    """
+
+    def __init__(self, watermark: float, is_host_faster: Callable[[int], bool]) -> None:
+        super().__init__(watermark)
+        self._is_host_faster = is_host_faster
+
+    def victim(self, group: Group, request: Request) -> Request | None:
+        """Whom vLLM names: `make_way` counts on a block for each, and KV that has moved here may lack more."""
+        return Recompute.victim(self, group, request)
+
+    def goes_to_host(self, request: Request) -> bool:
+        """Where a copy there and back is faster."""
+        return self._is_host_faster(request.num_computed_tokens)
 
 
 class Migrate(Recompute):
@@ -232,8 +268,13 @@ def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -
     return victims
 
 
-def make_policy(policy: OverloadPolicy, watermark: float) -> Policy:
-    """The policy that a flag names. `watermark` as in `Recompute`; 0: the published engine's default."""
+def make_policy(
+    policy: OverloadPolicy, watermark: float, is_host_faster: Callable[[int], bool] = lambda num_tokens: True
+) -> Policy:
+    """Return the policy that a flag names. `watermark` as in `Recompute`; 0: the published engine's default.
+
+    `is_host_faster` as in `Drop`.
+    """
     match policy:
         case OverloadPolicy.QUEUE:
             return Queue()
@@ -243,5 +284,7 @@ def make_policy(policy: OverloadPolicy, watermark: float) -> Policy:
             return Swap(watermark or SWAP_WATERMARK)
         case OverloadPolicy.MIGRATE:
             return Migrate(watermark)
-        case OverloadPolicy.DROP | OverloadPolicy.RECOMPUTE:
+        case OverloadPolicy.DROP:
+            return Drop(watermark or SWAP_WATERMARK, is_host_faster)
+        case OverloadPolicy.RECOMPUTE:
             return Recompute(watermark)

@@ -7,7 +7,7 @@ more than its share of one step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from weakref import WeakKeyDictionary
@@ -73,11 +73,20 @@ class Scheduler:
         """Requests bound to no group."""
         return len(self.waiting) + len(self.swapped.ready)
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Return the tokens of all requests that are bound to no group."""
+        return self.waiting.num_tokens + sum(request.num_tokens for request in self.swapped.ready)
+
+    def queued(self) -> Iterator[Request]:
+        """Yield all requests that are bound to no group, in the order in which they are to join one."""
+        return chain(self.swapped.ready, self.waiting)
+
     def waiting_of(self, owner: str | None) -> Waiting:
         """Return how much is queued, of all or of one owner."""
         if owner is not None:
             return self.waiting.waiting_of(owner)
-        return Waiting(self.num_waiting, self.waiting.num_tokens)
+        return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
@@ -182,8 +191,8 @@ class Scheduler:
         return self.num_preemptions + self.swapped.num_swaps
 
     def _evict(self, group: Group, request: Request) -> None:
-        """To the host if there is room, else to be recomputed."""
-        if not self.swapped.begin_out(group, request):
+        """Let a settled request make way: to the host if the policy wants it and there is room, else to the queue."""
+        if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
             self.preempt(group, request)
 
     def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
@@ -227,6 +236,8 @@ class Scheduler:
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
         """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
         while not self.fleet.allocate(request, group, num_tokens):
+            if self.swapped.num_leaving(group):  # blocks come free without anybody else's having to leave
+                return False
             victim = self.policy.victim(group, request)
             if victim is None:
                 return False

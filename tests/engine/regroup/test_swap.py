@@ -24,6 +24,7 @@ from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason
 
 SWAP = OverloadPolicy.SWAP
+NO_PRICES: dict[str, Any] = {"microbatching": "tokens"}  # a model this tiny is sooner computed again than copied
 LAYOUTS: dict[str, dict[str, Any]] = {
     "cpu:2": {"num_blocks": 40},
     "chain": {"num_blocks": 1, "pipeline_parallel_size": 2},
@@ -157,6 +158,40 @@ async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(tiny6
         await served.control.drop()
         assert [len(group.stages) for group in engine.groups] == [2]
         assert await readers == expected
+
+
+async def test_with_nothing_to_drop_kv_goes_to_the_host_and_nothing_is_computed_twice(tiny64: Path) -> None:
+    expected = await uncontended(tiny64, make_crowd())
+    async with serving(tiny64, 40, "cpu:1", **NO_PRICES) as served:
+        assert await read_all(served.engine, make_crowd()) == expected
+        assert served.engine.scheduler.swapped.num_swaps > 0
+        assert served.engine.scheduler.num_preemptions == 0 and not buffers(served.engine)
+
+
+async def test_what_does_not_fit_after_a_drop_either_goes_to_the_host(tiny64: Path) -> None:
+    expected = await uncontended(tiny64, make_crowd(64))
+    async with serving(tiny64, 40, **NO_PRICES) as served:
+        engine, swapped = served.engine, served.engine.scheduler.swapped
+        readers = asyncio.create_task(read_all(engine, make_crowd(64)))
+        await until(engine, lambda: len(swapped.ready) > 0)
+        await served.control.drop(is_forced=True)
+        num_swaps = swapped.num_swaps
+        assert await readers == expected
+        assert swapped.num_swaps > num_swaps and not buffers(engine)
+
+
+async def test_who_is_on_the_host_counts_as_waiting_for_blocks(tiny64: Path) -> None:
+    async with serving(tiny64, 40, "cpu:1", **NO_PRICES) as served:
+        engine, scheduler = served.engine, served.engine.scheduler
+        readers = asyncio.create_task(read_all(engine, make_crowd()))
+        await until(engine, lambda: len(scheduler.swapped.ready) > 0)
+        on_host = list(scheduler.swapped.ready)
+        assert list(scheduler.queued())[: len(on_host)] == on_host
+        assert scheduler.num_waiting_tokens == sum(request.num_tokens for request in scheduler.queued())
+        assert scheduler.waiting_of(None).num_tokens == scheduler.num_waiting_tokens
+        in_groups = sum(group.num_used for group in engine.groups) / engine.groups[0].num_blocks
+        assert served.control.demand_over_undropped() > max(1.0, in_groups)
+        await readers
 
 
 # --- the queue ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.gpu.links import Links
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.plan import Merge
-from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
+from kunserve.planner.plan import Merge, Part, RestorePlan, Split
+from kunserve.planner.price import BUBBLE
+from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot, StageView
 
 SHAPE = ModelShape(8, 8, 0, 0, tied=True, kv_block_bytes=1 << 20, chunk_bytes=1 << 20, block_size=4)
 BUDGET = 8 * (8 + 16)  # chunks: the weights, and 16 blocks of KV beside them; a merged group holds 40
@@ -23,7 +24,7 @@ class Scene:
     def __init__(self, num_running: int, num_waiting: int, num_prompt: int = 8, links: Links | None = None) -> None:
         self.groups = [make_group(i) for i in range(2)]
         self.scheduler: Scheduler = make_scheduler(*self.groups)
-        self.worth = Worth(self.scheduler.fleet, self.scheduler.waiting, links or Links(1e9), SHAPE, Thresholds())
+        self.worth = Worth(self.scheduler.fleet, self.scheduler, links or Links(1e9), SHAPE, Thresholds())
         for i in range(num_running):
             self.scheduler.fleet.admit(make_request(f"running {i}", num_prompt, 8), self.groups[i % 2])
         for i in range(num_waiting):
@@ -96,3 +97,18 @@ def test_there_is_nothing_to_gain_where_demand_falls_below_what_there_is() -> No
         for _ in range(4):
             scene.scheduler.waiting.popleft()
     assert not scene.merges(4.5, demand_blocks=10)
+
+
+def test_a_split_waits_until_the_calm_has_lasted_as_long_as_its_pause_takes_to_pay_back() -> None:
+    chain = make_group(0, num_stages=2)
+    scheduler = make_scheduler(chain)
+    worth = Worth(scheduler.fleet, scheduler, Links(1e9), SHAPE, Thresholds())
+    halves = [Part((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
+    plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
+    assert worth.splits(plan, 0.0) == list(plan.splits)  # nobody runs: nothing is lost
+    scheduler.fleet.admit(make_request("running", 8, 8), chain)
+    chain.step_s = 0.12
+    moved_s = 2 * 8 * (1 << 20) / 4 / 1e9  # two blocks of eight layers: a half of their KV, both ways at once
+    even_s = (0.12 + moved_s / 2) / BUBBLE
+    assert worth.splits(plan, 0.99 * even_s) == []
+    assert worth.splits(plan, 1.01 * even_s) == list(plan.splits)

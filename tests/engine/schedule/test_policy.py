@@ -15,6 +15,7 @@ from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import (
     INIT_NEW_TOKEN_RATIO,
     MIN_NEW_TOKEN_RATIO,
+    Drop,
     Freeness,
     Migrate,
     Queue,
@@ -27,6 +28,7 @@ from kunserve.engine.schedule.policy import (
     remaining_steps,
     shortest_running,
 )
+from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.policies import OverloadPolicy
 
 
@@ -63,7 +65,7 @@ def names(requests: list[Request]) -> list[str]:
 def test_every_flag_names_a_policy_with_its_watermark() -> None:
     made = {policy: make_policy(policy, 0.0) for policy in OverloadPolicy}
     assert {policy: type(it) for policy, it in made.items()} == {
-        OverloadPolicy.DROP: Recompute,
+        OverloadPolicy.DROP: Drop,
         OverloadPolicy.RECOMPUTE: Recompute,
         OverloadPolicy.RETRACT: Retract,
         OverloadPolicy.SWAP: Swap,
@@ -205,6 +207,33 @@ def test_swap_takes_the_tail_unless_enough_is_leaving_already() -> None:
 
 
 # --- migrate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_host_faster", "on_host"), [(True, 1), (False, 0)])
+def test_below_a_drop_whoever_makes_way_goes_the_quicker_way(is_host_faster: bool, on_host: int) -> None:
+    group, asked = make_group(num_blocks=6), list[int]()
+
+    def answer(num_tokens: int) -> bool:
+        asked.append(num_tokens)
+        return is_host_faster
+
+    policy = Drop(0.0, answer)
+    scheduler = Scheduler(Fleet([group]), Limits(64, 64), policy, num_host_blocks=100)
+    for name in "ab":
+        decoding(group, name, 10, 3)  # both hold three blocks, and need a fourth for their next token
+    scheduler.schedule(group, [group], 0)
+    assert asked == [12]  # of the last: the KV of all but its newest token
+    assert scheduler.swapped.num_swaps == on_host and scheduler.num_preemptions == 1 - on_host
+
+
+def test_admission_below_a_drop_leaves_a_hundredth_free_and_control_is_told() -> None:
+    group = make_group(num_blocks=200)
+    policy = make_policy(OverloadPolicy.DROP, 0.0)
+    assert policy.num_reserved(group) == 0  # nobody runs
+    decoding(group, "a", 10, 3)
+    assert policy.num_reserved(group) == 2
+    assert make_policy(OverloadPolicy.DROP, 0.25).num_reserved(group) == 50
+    assert make_policy(OverloadPolicy.QUEUE, 0.25).num_reserved(group) == 0
 
 
 def test_remaining_steps() -> None:
