@@ -38,6 +38,18 @@ class Experts:
     normalize: bool = True  # whether the weights of the chosen ones are made to sum to 1
     style: str = "qwen"  # names of the checkpoint's tensors: a key of kunserve.model.layout.EXPERT_NAMES
     has_bias: bool = False  # router and experts add biases
+    shared_size: int = 0  # intermediate size of the shared expert, which every token goes through; 0: there is none
+    has_shared_gate: bool = False  # what it makes of a token is multiplied by the sigmoid of a number for each token
+
+    @property
+    def held_size(self) -> int:
+        """Intermediate size of all experts together."""
+        return self.num_experts * self.intermediate_size + self.shared_size
+
+    @property
+    def active_size(self) -> int:
+        """Intermediate size of the experts that one token goes through."""
+        return self.num_per_token * self.intermediate_size + self.shared_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ HIGHEST_THETA = 1e15  # known: 5e10
 HIGHEST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers"), HIGHEST_LAYERS),  # in a config.json, in a model card
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), HIGHEST_EXPERTS),
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts"), HIGHEST_EXPERTS),
     "rms_norm_eps": HIGHEST_EPS,
     "rope_theta": HIGHEST_THETA,
 }

@@ -24,6 +24,11 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 64}
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"]}
+DEEPSEEK = (
+    LLAMA
+    | {"architectures": ["DeepseekForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 24}
+)
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
@@ -192,6 +197,9 @@ def test_mistral_slides_when_it_says_nothing() -> None:
         (LLAMA | {"architectures": None}, "architectures"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act"),
         (LLAMA | {"quantization_config": {"quant_method": "fp4"}}, "quantization_config"),
+        (DEEPSEEK | {"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid' times 1.0 is not supported"),
+        (DEEPSEEK | {"routed_scaling_factor": 2.5}, "scoring_func: 'softmax' times 2.5 is not supported"),
+        (DEEPSEEK | {"n_shared_experts": 10**8}, "n_shared_experts"),
         (LLAMA | {"architectures": ["DeepseekV2ForCausalLM"]}, r"multi-head latent attention \(MLA\)"),
         (LLAMA | {"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters: rope_type 'proportional'"),
         (LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "factor"),
