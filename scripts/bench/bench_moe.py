@@ -98,12 +98,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
                 speed = await tokens_per_s(models[name].engine, serial, num, args.tokens if i else 4)
                 if i:  # the first warms up
                     speeds.append(speed)
-    speeds = {f"{name}_{num}": round(median(values), 1) for (name, num), values in found.items()}
+    medians = {f"{name}_{num}": round(median(values), 1) for (name, num), values in found.items()}
     ratios = {
         f"ratio_{num}": round(median(a / b for a, b in zip(found["moe", num], found["dense", num], strict=True)), 3)
         for num in args.streams
     }
-    return {"rounds": args.rounds, "weight_mb": sizes, **speeds, **ratios}
+    return {"rounds": args.rounds, "weight_mb": sizes, **medians, **ratios}
 
 
 def main() -> None:
