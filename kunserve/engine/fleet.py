@@ -30,10 +30,13 @@ from kunserve.planner.snapshot import Origin, StageView
 class Fleet:
     """Owns the groups and all residence of KV. `groups` and `pools` are for reading.
 
-    `has_prefix_cache`: blocks are kept, and shared, for requests that begin alike.
+    `has_prefix_cache`: blocks are kept, and shared, for requests that begin alike. `window`: how many tokens one sees
+    in each layer, itself among them; blocks behind the windows of all that is to come are let go. None: in some layer
+    a token sees all.
     """
 
-    def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False) -> None:
+    def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False, window: int | None = None) -> None:
+        self._window = window
         self.groups = list(groups)
         self.block_size = groups[0].block_size if groups else 1
         self.prefixes = PrefixCache() if has_prefix_cache else None
@@ -137,7 +140,7 @@ class Fleet:
     def allocate(self, request: Request, group: Group, num_tokens: int) -> bool:
         """Let a request of `group` hold blocks for its first `num_tokens`; False, and no change, if it cannot."""
         table = request.table
-        if num_tokens <= len(table.blocks) * group.block_size:
+        if num_tokens <= table.num_places * group.block_size:
             return True
         return self._blocks.append(table, group, group.missing_blocks(request, num_tokens))
 
@@ -150,7 +153,13 @@ class Fleet:
         request.table, request.group_id = BlockTable(), None
 
     def computed(self, request: Request, group: Group) -> None:
-        """Let others find the blocks that a running request has filled: a step has computed more of its tokens."""
+        """Let others find the blocks that a running request has filled, and let go of those that it needs no more.
+
+        A step has computed more of its tokens. What is in flight begins with the next one, or behind it.
+        """
+        if self._window is not None:  # before any is found: what was behind may have been copied after it was let go
+            behind = max(0, request.num_computed_tokens + 1 - self._window) // group.block_size
+            self._blocks.leave_behind(request.table, group, behind)
         if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
             new = self._blocks.index(request.table, group, self._keys(request, group))
             if self.prefixes.listener is not None:
@@ -271,7 +280,7 @@ class Fleet:
 
     def extend(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let an expected table have so many blocks in all; False, and no change, if `group` has not got them."""
-        return self._blocks.append(table, group, num_blocks - len(table.blocks))
+        return self._blocks.append(table, group, num_blocks - table.num_places)
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
         """Bind a settled request to another group, where its KV is in an expected table by now."""

@@ -122,6 +122,11 @@ class ModelConfig:
         """Return the experts of a layer; None if it has an MLP."""
         return None if layer in self.dense_layers else self.experts
 
+    @property
+    def common_window(self) -> int | None:
+        """Tokens that a token sees in every layer, itself among them; None if it sees all in one of them."""
+        return self.window if set(self.windowed_layers) >= set(range(self.num_layers)) else None
+
     def window_of(self, layer: int) -> int | None:
         """Return the tokens that a token of a layer sees; None if it sees all."""
         return self.window if layer in self.windowed_layers else None
