@@ -69,16 +69,16 @@ class BlockStore:
     # --- tables of a group --------------------------------------------------------------------------------------
 
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
-        """Let an empty table begin with the blocks that its group has of these keys; returns how many."""
+        """Let an empty table begin with the blocks that its group has of these keys; returns for how many it has KV."""
         assert self.prefixes is not None
-        found = self.prefixes.find(group, keys)
+        num_places, found = self.prefixes.find(group, keys)
         for block in found:
             if block.num_refs == 0:
                 del group.idle[block]
             else:
                 self.num_shared += 1
-        table.share(found, [stage.device for stage in group.stages])
-        return len(found)
+        table.share(found, [stage.device for stage in group.stages], num_places - len(found))
+        return num_places
 
     def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let a table have so many blocks more; False, and no change, if its group has not got them."""
@@ -113,15 +113,15 @@ class BlockStore:
 
     def release(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
         """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
-        self._let_go(table.blocks, group, is_kept=is_kept)
+        self._let_go(reversed(table.blocks), group, is_kept=is_kept)
 
     def leave_behind(self, table: BlockTable, group: Group, num_places: int) -> None:
         """Let go of the blocks in a table's first places: they are behind the window. Who can be found is idle."""
         self._let_go(table.leave_behind(num_places), group, is_kept=True)
 
-    def _let_go(self, blocks: Sequence[Block], group: Group, *, is_kept: bool) -> None:
+    def _let_go(self, blocks: Iterable[Block], group: Group, *, is_kept: bool) -> None:
         freed = list[Block]()
-        for block in reversed(blocks):
+        for block in blocks:
             block.num_refs -= 1
             if block.num_refs:
                 self.num_shared -= 1

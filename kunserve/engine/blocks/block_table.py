@@ -58,13 +58,13 @@ class BlockTable:
             ids[: self.num_behind] = [self.blocks[0].ids[device]] * self.num_behind
         return left
 
-    def share(self, blocks: Sequence[Block], devices: Iterable[int]) -> None:
-        """Begin with blocks that are there already; the table is empty."""
+    def share(self, blocks: Sequence[Block], devices: Iterable[int], num_behind: int = 0) -> None:
+        """Begin with blocks that are there already, after so many places behind the window; the table is empty."""
         for block in blocks:
             block.num_refs += 1
-        self.blocks = list(blocks)
+        self.blocks, self.num_behind = list(blocks), num_behind
         self.read_ids(devices)
-        self.num_indexed = len(blocks)
+        self.num_indexed = self.num_places
 
     def read_ids(self, devices: Iterable[int]) -> None:
         """Say by device what the blocks say now."""
