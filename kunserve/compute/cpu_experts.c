@@ -25,6 +25,14 @@ EXPORT void route(const float *logits, float *weights, int64_t T, int64_t E, int
   }
 }
 
+/* x (T, H), gate (T,) -> y (T, H): each row times the sigmoid of its number. */
+EXPORT void gate_rows(const float *x, const float *gate, float *y, int64_t T, int64_t H) {
+  for (int64_t t = 0; t < T; t++, x += H, y += H) {
+    const float weight = (1.0f / (exp_(splat(-gate[t])) + 1.0f))[0];
+    for (int64_t h = 0; h < H; h++) y[h] = x[h] * weight;
+  }
+}
+
 /* x (T, H), weights (T, E) -> y (T, H): the sum over the experts with a weight of weight * down(act(gate_up(x))).
  * gate_up (E, 2 * I, H) and down (E, H, I), their biases (E, 2 * I) and (E, H) or null. rows (T,), in (T, H),
  * inner (T, 3 * I) and out (T, H) are for its own use. */

@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "softcap": (None, [_POINTER, _INT, c_float]),
     "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 10 + [c_float] * 2),
     "attention": (_INT, [_POINTER] * 6 + [_INT] * 8 + [_POINTER] + [c_float] * 2),
+    "gate_rows": (None, [_POINTER] * 3 + [_INT] * 2),
     "route": (None, [_POINTER] * 2 + [_INT] * 4),
     "experts": (None, [_POINTER] * 11 + [_INT] * 5 + [c_float] * 2),
 }

@@ -38,7 +38,7 @@ class CpuOps:
         self._rms_norm = kernels.rms_norm
         self._act_and_mul = kernels.act_and_mul
         self._softcap = kernels.softcap
-        self._route, self._experts = kernels.route, kernels.experts
+        self._route, self._experts, self._gate_rows = kernels.route, kernels.experts, kernels.gate_rows
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
 
@@ -164,6 +164,13 @@ class CpuOps:
         y = x.clone(memory_format=torch.contiguous_format)
         assert _is_ours(y)
         self._softcap(y.data_ptr(), y.numel(), cap)
+        return y
+
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        assert _is_ours(x) and _is_ours(gate) and gate.shape == (len(x), 1)
+        y = torch.empty_like(x)
+        self._gate_rows(x.data_ptr(), gate.data_ptr(), y.data_ptr(), *x.shape)
         return y
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:

@@ -97,11 +97,21 @@ class Decoder:
         attended = ops.attention(qkv, kv, batch, config.num_heads, self._scores[layer], w.sinks)
         x = self._added(x, attended, w.o, w.o_bias, w.after_attention)
         normed = self._normed(x, w.before_mlp)
-        if not isinstance(w.mlp, MlpWeights):
-            return self._joined(x, ops.moe(normed, w.mlp), w.after_mlp)
-        gate_up = ops.linear(normed, w.mlp.gate_up, w.mlp.gate_up_bias)
-        inner = ops.act_and_mul(gate_up, config.activation, config.swiglu_limit)
-        return self._added(x, inner, w.mlp.down, w.mlp.down_bias, w.after_mlp)
+        if w.experts is not None:
+            chosen = ops.moe(normed, w.experts)
+            return self._joined(x, chosen if w.mlp is None else chosen + self._shared(normed, w.mlp), w.after_mlp)
+        assert w.mlp is not None
+        return self._added(x, self._inner(normed, w.mlp), w.mlp.down, w.mlp.down_bias, w.after_mlp)
+
+    def _inner(self, x: Tensor, mlp: MlpWeights) -> Tensor:
+        """Return what an MLP makes of `x` before its last matrix: (T, H) -> (T, I)."""
+        gate_up = self._ops.linear(x, mlp.gate_up, mlp.gate_up_bias)
+        return self._ops.act_and_mul(gate_up, self._config.activation, self._config.swiglu_limit)
+
+    def _shared(self, x: Tensor, mlp: MlpWeights) -> Tensor:
+        """Return what the expert that all tokens share makes of `x`: (T, H) -> (T, H)."""
+        y = self._ops.linear(self._inner(x, mlp), mlp.down)
+        return y if mlp.shared_gate is None else self._ops.gated(y, self._ops.linear(x, mlp.shared_gate))
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         config = self._config

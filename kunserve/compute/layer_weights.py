@@ -15,12 +15,13 @@ from kunserve.model.quant.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
-    """Views of a dense MLP. H hidden, I intermediate."""
+    """Views of a dense MLP, or of a shared expert. H hidden, I intermediate."""
 
     gate_up: Linear  # (2 * I, H)
     gate_up_bias: Tensor | None
     down: Linear  # (H, I)
     down_bias: Tensor | None
+    shared_gate: Linear | None = None  # (1, H): its sigmoid is the weight of a shared expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class LayerWeights:
     sinks: Tensor | None  # (num_heads,)
     o: Linear  # (H, q_size)
     o_bias: Tensor | None
-    mlp: MlpWeights | ExpertWeights
+    mlp: MlpWeights | None  # of all tokens: a dense MLP, or the shared expert beside `experts`
+    experts: ExpertWeights | None
 
     @classmethod
     def of(cls, config: ModelConfig, weights: Weights, layer: int) -> LayerWeights:
@@ -59,7 +61,8 @@ class LayerWeights:
             sinks=views.find(config.has_sinks, "self_attn.sinks"),
             o=views.linear("self_attn.o_proj"),
             o_bias=views.find(config.o_bias, "self_attn.o_proj.bias"),
-            mlp=_mlp(config, views) if experts is None else _experts(config, experts, views),
+            mlp=_mlp(config, views) if experts is None else _shared_expert(experts, views),
+            experts=None if experts is None else _experts(config, experts, views),
         )
 
 
@@ -88,6 +91,21 @@ def _mlp(config: ModelConfig, views: _Views) -> MlpWeights:
         gate_up_bias=views.find(config.mlp_bias, gate_up[0] + ".bias", 2 * config.intermediate_size),
         down=views.linear("mlp.down_proj"),
         down_bias=views.find(config.mlp_bias, "mlp.down_proj.bias"),
+    )
+
+
+def _shared_expert(experts: Experts, views: _Views) -> MlpWeights | None:
+    name = EXPERT_NAMES[experts.style].shared
+    return (
+        MlpWeights(
+            gate_up=views.linear(f"{name}.gate_proj", f"{name}.up_proj"),
+            gate_up_bias=None,
+            down=views.linear(f"{name}.down_proj"),
+            down_bias=None,
+            shared_gate=views.linear(f"{name}_gate") if experts.has_shared_gate else None,
+        )
+        if experts.shared_size
+        else None
     )
 
 

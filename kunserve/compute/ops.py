@@ -118,6 +118,9 @@ class Ops(Protocol):
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         """cap * tanh(x / cap), element by element."""
 
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """Sum of what the chosen experts make of each row, times their weights: (T, H) -> (T, H)."""
 

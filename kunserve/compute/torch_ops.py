@@ -113,6 +113,10 @@ class TorchOps:
         """cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        return x * torch.sigmoid(gate)
+
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """Route each row to its experts, and sum what they make of it in the order of their numbers: -> (T, H)."""
         wide = self.linear(x, experts.router, experts.router_bias).to(_wide(x.dtype)).softmax(-1)

@@ -69,16 +69,16 @@ class BlockStore:
     # --- tables of a group --------------------------------------------------------------------------------------
 
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
-        """Let an empty table begin with the blocks that its group has of these keys; returns how many."""
+        """Let an empty table begin with the blocks that its group has of these keys; returns for how many it has KV."""
         assert self.prefixes is not None
-        found = self.prefixes.find(group, keys)
+        num_places, found = self.prefixes.find(group, keys)
         for block in found:
             if block.num_refs == 0:
                 del group.idle[block]
             else:
                 self.num_shared += 1
-        table.share(found, [stage.device for stage in group.stages])
-        return len(found)
+        table.share(found, [stage.device for stage in group.stages], num_places - len(found))
+        return num_places
 
     def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let a table have so many blocks more; False, and no change, if its group has not got them."""
@@ -94,12 +94,13 @@ class BlockStore:
         """Let others find the first blocks of a table by their keys; returns the places of those that nobody had."""
         assert self.prefixes is not None
         new = []
-        for position in range(table.num_indexed, len(keys)):
-            if table.blocks[position].key is None:
+        for position in range(max(table.num_indexed, table.num_behind), len(keys)):
+            block = table.blocks[position - table.num_behind]
+            if block.key is None:
                 if not self.prefixes.has(keys[position]):
                     new.append(position)
                 parent = keys[position - 1] if position else None
-                self.prefixes.add(group, table.blocks[position], keys[position], parent)
+                self.prefixes.add(group, block, keys[position], parent)
         table.num_indexed = max(table.num_indexed, len(keys))
         return new
 
@@ -108,12 +109,19 @@ class BlockStore:
         if self.prefixes is not None:
             for block in table.blocks:
                 self.prefixes.remove(group, block)
-        table.num_indexed = len(table.blocks)
+        table.num_indexed = table.num_places
 
     def release(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
         """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
+        self._let_go(reversed(table.blocks), group, is_kept=is_kept)
+
+    def leave_behind(self, table: BlockTable, group: Group, num_places: int) -> None:
+        """Let go of the blocks in a table's first places: they are behind the window. Who can be found is idle."""
+        self._let_go(table.leave_behind(num_places), group, is_kept=True)
+
+    def _let_go(self, blocks: Iterable[Block], group: Group, *, is_kept: bool) -> None:
         freed = list[Block]()
-        for block in reversed(table.blocks):
+        for block in blocks:
             block.num_refs -= 1
             if block.num_refs:
                 self.num_shared -= 1
@@ -181,10 +189,10 @@ class BlockStore:
     def arrive(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
         """Free what a table holds outside its group. `keys`: of its full blocks; those that are there already go."""
         self._leave(table.blocks, group)
-        for position, key in enumerate(keys):
-            block, there = table.blocks[position], self.prefixes and self.prefixes.get(group, key)
+        for i, key in enumerate(keys[table.num_behind :]):
+            block, there = table.blocks[i], self.prefixes and self.prefixes.get(group, key)
             if there and there is not block:
-                table.blocks[position] = self._join(block, there, group)
+                table.blocks[i] = self._join(block, there, group)
         table.read_ids([stage.device for stage in group.stages])
 
     def _leave(self, blocks: Iterable[Block], group: Group) -> None:

@@ -30,13 +30,16 @@ from kunserve.planner.snapshot import Origin, StageView
 class Fleet:
     """Owns the groups and all residence of KV. `groups` and `pools` are for reading.
 
-    `has_prefix_cache`: blocks are kept, and shared, for requests that begin alike.
+    `has_prefix_cache`: blocks are kept, and shared, for requests that begin alike. `window`: how many tokens one sees
+    in each layer, itself among them; blocks behind the windows of all that is to come are let go. None: in some layer
+    a token sees all.
     """
 
-    def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False) -> None:
+    def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False, window: int | None = None) -> None:
+        self._window = window
         self.groups = list(groups)
         self.block_size = groups[0].block_size if groups else 1
-        self.prefixes = PrefixCache() if has_prefix_cache else None
+        self.prefixes = PrefixCache(None if window is None else self._num_behind) if has_prefix_cache else None
         self._blocks = BlockStore(groups, self.prefixes)
         self.pools: Mapping[int, BlockPool] = self._blocks.pools
         self._epoch = 0
@@ -129,6 +132,7 @@ class Fleet:
         """
         request.group_id = group.group_id
         group.running.append(request)
+        request.table.num_indexed = self._num_behind_token(request.num_computed_tokens)  # no KV comes for those
         if finds_prefix and self.prefixes is not None:
             self._begin_with_prefix(request, group)
         is_allocated = self.allocate(request, group, request.num_tokens)
@@ -137,7 +141,7 @@ class Fleet:
     def allocate(self, request: Request, group: Group, num_tokens: int) -> bool:
         """Let a request of `group` hold blocks for its first `num_tokens`; False, and no change, if it cannot."""
         table = request.table
-        if num_tokens <= len(table.blocks) * group.block_size:
+        if num_tokens <= table.num_places * group.block_size:
             return True
         return self._blocks.append(table, group, group.missing_blocks(request, num_tokens))
 
@@ -150,7 +154,10 @@ class Fleet:
         request.table, request.group_id = BlockTable(), None
 
     def computed(self, request: Request, group: Group) -> None:
-        """Let others find the blocks that a running request has filled: a step has computed more of its tokens."""
+        """Let others find the blocks that a running request has filled, and let go of those that it needs no more.
+
+        A step has computed more of its tokens. What is in flight begins with the next one, or behind it.
+        """
         if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
             new = self._blocks.index(request.table, group, self._keys(request, group))
             if self.prefixes.listener is not None:
@@ -158,6 +165,16 @@ class Fleet:
                     tokens = request.token_ids[position * group.block_size : (position + 1) * group.block_size]
                     parent = request.block_keys[position - 1] if position else None
                     self.prefixes.listener.stored(request.block_keys[position], parent, tokens, request.cache_salt)
+        if self._window is not None:
+            self._blocks.leave_behind(request.table, group, self._num_behind_token(request.num_computed_tokens))
+
+    def _num_behind_token(self, position: int) -> int:
+        """Return how many blocks are behind the window of a token."""
+        return 0 if self._window is None else max(0, position + 1 - self._window) // self.block_size
+
+    def _num_behind(self, num_blocks: int) -> int:
+        """Return how many of the first blocks are behind the window of what follows them; one at least is not."""
+        return min(num_blocks - 1, self._num_behind_token(num_blocks * self.block_size)) if num_blocks else 0
 
     @staticmethod
     def _keys(request: Request, group: Group) -> Sequence[bytes]:
@@ -187,11 +204,12 @@ class Fleet:
         return self._lengths[1]
 
     def shared_blocks(self, request: Request, group: Group) -> int:
-        """Return how many blocks that others use now a waiting request would use, too, in `group`."""
+        """Return how many blocks a waiting request need not take in `group`: others use them, or it does without."""
         num_found = self.prefix_lengths(request).get(group.group_id, 0)
         if not num_found or self.prefixes is None:
             return 0
-        return sum(block.num_refs > 0 for block in self.prefixes.find(group, request.block_keys[:num_found]))
+        number, found = self.prefixes.find(group, request.block_keys[:num_found])
+        return number - len(found) + sum(block.num_refs > 0 for block in found)
 
     def is_prefix_coming(self, request: Request, group: Group) -> bool:
         """Return whether the next block that a waiting request would have to compute in `group` is being computed.
@@ -271,13 +289,14 @@ class Fleet:
 
     def extend(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let an expected table have so many blocks in all; False, and no change, if `group` has not got them."""
-        return self._blocks.append(table, group, num_blocks - len(table.blocks))
+        return self._blocks.append(table, group, num_blocks - table.num_places)
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
         """Bind a settled request to another group, where its KV is in an expected table by now."""
         self.release(request)
         self._expected.remove((destination, table))
         request.group_id, request.table = destination.group_id, table
+        table.num_indexed = self._num_behind_token(request.num_computed_tokens)  # copied after they were let go
         destination.running.append(request)
         self.computed(request, destination)
 

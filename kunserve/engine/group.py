@@ -91,7 +91,7 @@ class Group:
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
         """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
-        return max(0, self.blocks_for(num_tokens) - len(request.table.blocks))
+        return max(0, self.blocks_for(num_tokens) - request.num_places)
 
     def returned(self, launched_s: float, now_s: float) -> float:
         """Note that a microbatch comes back now; returns how long it was computed, not while it waited for others."""
@@ -117,4 +117,4 @@ class Group:
             if request.is_moving:
                 continue
             assert list(request.table.ids) == [stage.device for stage in self.stages]
-            assert len(request.table.blocks) >= self.blocks_for(request.num_scheduled_tokens)
+            assert request.num_places >= self.blocks_for(request.num_scheduled_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -44,9 +44,13 @@ class Listener(Protocol):
 
 
 class PrefixCache:
-    """Knows which groups hold the block of a key. It holds nothing itself: the fleet does."""
+    """Knows which groups hold the block of a key. It holds nothing itself: the fleet does.
 
-    def __init__(self) -> None:
+    `num_behind`: how many of the first n blocks are behind the window of what follows them; None: there is no window.
+    """
+
+    def __init__(self, num_behind: Callable[[int], int] | None = None) -> None:
+        self._num_behind = num_behind
         self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
         self.version = 0  # of what can be found
         self.listener: Listener | None = None
@@ -107,26 +111,30 @@ class PrefixCache:
         """Return the block of a group with this key."""
         return self._homes.get(key, {}).get(group.group_id)
 
-    def find(self, group: Group, keys: Sequence[bytes]) -> list[Block]:
-        """Return the blocks of a group with these keys, up to the first that it has not got."""
-        found = []
-        for key in keys:
-            if (block := self.get(group, key)) is None:
-                break
-            found.append(block)
-        return found
+    def find(self, group: Group, keys: Sequence[bytes]) -> tuple[int, list[Block]]:
+        """Return with how many of these keys' blocks a request can begin, and those that are not behind its window."""
+        number = self.lengths(keys).get(group.group_id, 0)
+        found = [self.get(group, key) for key in keys[self._behind(number) : number]]
+        return number, [block for block in found if block is not None]
 
     def lengths(self, keys: Sequence[bytes]) -> dict[int, int]:
-        """Return how many blocks each group has of the front of these keys, by group id; without those with none."""
+        """Return with how many of these keys' blocks a request can begin, by group id; without groups with none.
+
+        All that it needs are there: of the last ones, as many as its window reaches back.
+        """
         lengths: dict[int, int] = {}
-        holding: set[int] | None = None
+        runs: dict[int, int] = {}  # group id -> of the keys so far, the last ones that it has without a gap
         for number, key in enumerate(keys, 1):
             homes = self._homes.get(key, {})
-            holding = set(homes) if holding is None else holding & homes.keys()
-            if not holding:
+            needed = number - self._behind(number)
+            runs = {i: runs.get(i, 0) + 1 for i in homes if needed < number or number == 1 or i in runs}
+            lengths.update((i, number) for i, run in runs.items() if run >= needed)
+            if not runs and self._num_behind is None:
                 break
-            lengths.update(dict.fromkeys(holding, number))
         return lengths
+
+    def _behind(self, number: int) -> int:
+        return 0 if self._num_behind is None else self._num_behind(number)
 
     def check(self, groups: Sequence[Group], blocks: Collection[Block]) -> None:
         """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""

@@ -129,6 +129,11 @@ class Request:
         return len(self.table.blocks)
 
     @property
+    def num_places(self) -> int:
+        """Logical blocks of all its tokens that have one, with those that it has let go behind a window."""
+        return self.table.num_places
+
+    @property
     def num_own_blocks(self) -> int:
         """Of those, the ones that no other request holds: they come free when it leaves."""
         return sum(block.num_refs == 1 for block in self.table.blocks)

@@ -38,6 +38,18 @@ class Experts:
     normalize: bool = True  # whether the weights of the chosen ones are made to sum to 1
     style: str = "qwen"  # names of the checkpoint's tensors: a key of kunserve.model.layout.EXPERT_NAMES
     has_bias: bool = False  # router and experts add biases
+    shared_size: int = 0  # intermediate size of the shared expert, which every token goes through; 0: there is none
+    has_shared_gate: bool = False  # what it makes of a token is multiplied by the sigmoid of a number for each token
+
+    @property
+    def held_size(self) -> int:
+        """Intermediate size of all experts together."""
+        return self.num_experts * self.intermediate_size + self.shared_size
+
+    @property
+    def active_size(self) -> int:
+        """Intermediate size of the experts that one token goes through."""
+        return self.num_per_token * self.intermediate_size + self.shared_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,11 @@ class ModelConfig:
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts of a layer; None if it has an MLP."""
         return None if layer in self.dense_layers else self.experts
+
+    @property
+    def common_window(self) -> int | None:
+        """Tokens that a token sees in every layer, itself among them; None if it sees all in one of them."""
+        return self.window if set(self.windowed_layers) >= set(range(self.num_layers)) else None
 
     def window_of(self, layer: int) -> int | None:
         """Return the tokens that a token of a layer sees; None if it sees all."""

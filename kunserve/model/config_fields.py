@@ -18,9 +18,14 @@ HIGHEST_THETA = 1e15  # known: 5e10
 HIGHEST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers"), HIGHEST_LAYERS),  # in a config.json, in a model card
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), HIGHEST_EXPERTS),
+    **dict.fromkeys(("n_routed_experts", "n_shared_experts"), HIGHEST_EXPERTS),
     "rms_norm_eps": HIGHEST_EPS,
-    "rope_theta": HIGHEST_THETA,
+    **dict.fromkeys(("rope_theta", "local_rope_theta"), HIGHEST_THETA),
 }
+# What a field must be above: of 1 all pairs of a head would turn alike, and a logarithm of it is what YaRN divides by;
+# what is smaller than any model's number is 0 as a float32, and what is divided by it no number any more.
+LOWEST = dict.fromkeys(("rope_theta", "local_rope_theta"), 1.0)
+LOWEST_NUMBER = 1e-30
 
 
 def read_int(values: Mapping[str, Any], field: str, default: int | None = None, may_be_0: bool = False) -> int:
@@ -100,10 +105,11 @@ def check_tokens(field: str, tokens: tuple[Any, ...], vocab_size: int) -> None:
 
 def check_range(field: str, value: float, may_be_0: bool = False) -> None:
     """Raise ConfigError, naming the field, for a number that is not positive (or 0), for NaN and for a huge one."""
-    highest = HIGHEST.get(field, HIGHEST_SIZE)
+    highest, lowest = HIGHEST.get(field, HIGHEST_SIZE), LOWEST.get(field, LOWEST_NUMBER)
     # Each comparison with NaN is false, and one with a huge integer makes no float of it.
-    if not (0 < value <= highest or (may_be_0 and value == 0)):
-        raise ConfigError(f"field {field}: expected a positive number up to {highest:.9g}, not {show(value)}")
+    if not (lowest < value <= highest or (may_be_0 and value == 0)):
+        kind = f"number above {lowest:.9g} and" if field in LOWEST else "positive number"
+        raise ConfigError(f"field {field}: expected a {kind} up to {highest:.9g}, not {show(value)}")
 
 
 def show(value: object) -> str:

@@ -87,10 +87,8 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     bytes_per_s = rates.bytes_per_s * rates.memory_share
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
     experts, mlp = config.experts, 3 * config.hidden_size
-    layer = attention + mlp * (
-        experts.num_per_token * experts.intermediate_size if experts else config.intermediate_size
-    )
-    held = attention + mlp * (experts.num_experts * experts.intermediate_size if experts else config.intermediate_size)
+    layer = attention + mlp * (experts.active_size if experts else config.intermediate_size)
+    held = attention + mlp * (experts.held_size if experts else config.intermediate_size)
     head = config.vocab_size * config.hidden_size
     size, stored = rates.element_bytes, _stored_share(config)
     return CostModel(

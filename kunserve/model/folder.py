@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from kunserve.errors import ConfigError
@@ -23,7 +24,8 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TRAINING_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
-OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
+SENTENCE_PIECE_FILES = ("tokenizer.model", "spiece.model")
+OTHER_TOKENIZERS = ("tekken.json", "vocab.json")
 NUM_SHOWN = 4
 
 
@@ -42,21 +44,34 @@ def check_weight_files(folder: Path) -> None:
 
 
 def check_tokenizer_file(folder: Path) -> None:
-    """Raise ConfigError if a folder has no tokenizer.json, the only form of tokenizer that is read."""
+    """Raise ConfigError if a folder has no tokenizer that can be read: tokenizer.json, or SentencePiece's."""
     path = folder / "tokenizer.json"
     with reading(path):
         if path.exists():
             path.open("rb").close()
             return
-        other = next((name for name in OTHER_TOKENIZERS if (folder / name).exists()), None)
+        model, other = (
+            next((folder / name for name in names if (folder / name).exists()), None)
+            for names in (SENTENCE_PIECE_FILES, OTHER_TOKENIZERS)
+        )
         if path.is_symlink():
             path.stat()  # it leads nowhere
+    if model is not None:
+        if any(find_spec(package) is None for package in ("sentencepiece", "google", "google.protobuf")):
+            raise ConfigError(needs_packages(model))
+        return
     if other is None:
         raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another form are not supported)")
     raise ConfigError(
-        f"{folder} has {other}, but no tokenizer.json (tokenizers of another form are not supported); "
+        f"{folder} has {other.name}, but no tokenizer.json (tokenizers of another form are not supported); "
         "convert it: transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
+
+
+def needs_packages(model: Path) -> str:
+    """Return what to do about a SentencePiece model where what reads it is not installed."""
+    command = "pip install 'kunserve[sentencepiece]'"
+    return f"{model.parent} has {model.name}, but no tokenizer.json: to read it needs {command}"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from kunserve.model.config_fields import (
 from kunserve.model.family.families import FAMILIES, family_fields, family_of, shape_values
 from kunserve.model.family.rope import check_rope, read_rope
 from kunserve.model.files import reading
-from kunserve.model.layout import weight_units
+from kunserve.model.layout import EXPERT_NAMES, weight_units
 from kunserve.model.quant.formats import Formats
 from kunserve.model.quant.scheme import METHODS, scheme_of
 
@@ -151,6 +151,9 @@ def check_config(config: ModelConfig) -> None:
     if (experts := config.experts) is not None:
         for field in EXPERT_NUMBERS:
             check_range(field, getattr(experts, field))
+        check_range("shared_size", experts.shared_size, may_be_0=True)
+        if experts.style not in EXPERT_NAMES:
+            raise ConfigError(f"field style: {show(experts.style)} is none of {', '.join(EXPERT_NAMES)}")
     if config.bos_token_id is not None:
         check_tokens("bos_token_id", (config.bos_token_id,), config.vocab_size)
     check_tokens("eos_token_ids", config.eos_token_ids, config.vocab_size)

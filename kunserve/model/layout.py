@@ -104,13 +104,15 @@ class ExpertNames:
     router: str
     gate_up: tuple[str, ...]
     down: str
+    shared: str = ""  # what the names of the shared expert's matrices begin with
 
 
-EXPERT_NAMES = {
+EXPERT_NAMES: dict[str, ExpertNames] = {
     "qwen": ExpertNames(
         "mlp.gate",
         ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
         "mlp.experts.{}.down_proj.weight",
+        shared="mlp.shared_expert",
     ),
     "mixtral": ExpertNames(
         "block_sparse_moe.gate",
@@ -119,6 +121,7 @@ EXPERT_NAMES = {
     ),
     "gpt_oss": ExpertNames("mlp.router", ("mlp.experts.gate_up_proj",), "mlp.experts.down_proj"),
 }
+EXPERT_NAMES["deepseek"] = replace(EXPERT_NAMES["qwen"], shared="mlp.shared_experts")
 
 
 def qkv_names(config: ModelConfig) -> tuple[str, ...]:
@@ -175,6 +178,11 @@ def _experts(config: ModelConfig, experts: Experts) -> list[list[Named]]:
     if experts.has_bias:
         groups.append([(names.router + ".bias", (num,))])
         groups += [[(names.gate_up[0] + "_bias", (num, 2 * inner))], [(names.down + "_bias", (num, hidden))]]
+    if shared := experts.shared_size:
+        groups.append([(f"{names.shared}.{part}_proj.weight", (shared, hidden)) for part in ("gate", "up")])
+        groups.append([(f"{names.shared}.down_proj.weight", (hidden, shared))])
+    if experts.has_shared_gate:
+        groups.append([(names.shared + "_gate.weight", (1, hidden))])
     return groups
 
 

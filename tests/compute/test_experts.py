@@ -57,6 +57,13 @@ def test_experts_are_batch_invariant(ops: CpuOps, mixture: dict[str, Any]) -> No
     assert torch.equal(ops.moe(x[order], experts), whole[order])
 
 
+def test_gates_of_rows_match_float64_wherever_a_row_stands(ops: CpuOps) -> None:
+    x, gate = randn(21, 19), 30 * randn(21, 1, seed=1)
+    actual, expected = ops.gated(x, gate), REFERENCE.gated(x.double(), gate.double())
+    assert ((actual - expected).abs() <= 6 * 2.0**-23 * expected.abs() + 1e-30).all()
+    assert torch.equal(torch.cat([ops.gated(x[i : i + 1], gate[i : i + 1]) for i in range(21)]), actual)
+
+
 def test_of_equal_experts_the_first_are_chosen(ops: CpuOps) -> None:
     experts = random_experts(torch.float32, 4, 2, 8, 8, False, normalize=True)
     experts = replace(experts, router=Linear.of(torch.zeros(4, 8)))

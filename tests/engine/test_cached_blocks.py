@@ -71,7 +71,10 @@ class KvModel:
         """Fill the blocks of a request from `first_block` on."""
         for key, end in zip(extend_keys(request, BLOCK_SIZE), range(4, request.num_tokens + 1, 4), strict=True):
             self.of_key[key] = tuple(request.token_ids[:end])
-        for position, block in list(enumerate(request.table.blocks))[first_block:]:
+        table = request.table
+        for position, block in list(enumerate(table.blocks, table.num_behind))[
+            max(0, first_block - table.num_behind) :
+        ]:
             for stage in group.stages:
                 for layer in range(stage.first_layer, stage.last_layer):
                     end = (position + 1) * BLOCK_SIZE
@@ -92,10 +95,12 @@ NUM_STEPS, MOST_STEPS = 150, 1500
 class Scene:
     """Three devices with a prefix cache, and what may happen to them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, window: int | None = None) -> None:
         self.rng = random.Random(seed)
         self.kv = KvModel()
-        self.fleet = Fleet([make_group(i, num_blocks=NUM_BLOCKS) for i in range(3)], has_prefix_cache=True)
+        groups = [make_group(i, num_blocks=NUM_BLOCKS) for i in range(3)]
+        self.fleet = Fleet(groups, has_prefix_cache=True, window=window)
+        self.num_behind = 0
         self.followers = Followers(self.fleet, cast(Transfers, self.kv))
         self.prefixes = [[10 * i + j for j in range(self.rng.choice([4, 8, 12]))] for i in range(1, 4)]
         self.num_requests = self.num_found = self.num_convoys = 0
@@ -113,7 +118,9 @@ class Scene:
                 if (block := self.fleet.prefixes.get(group, key)) is not None:
                     assert self.kv.holds(group, block) == {tokens}
             for request in group.running:
-                for number, block in enumerate(request.table.blocks[: request.num_computed_tokens // BLOCK_SIZE], 1):
+                table, num_full = request.table, request.num_computed_tokens // BLOCK_SIZE
+                self.num_behind += table.num_behind
+                for number, block in enumerate(table.blocks[: num_full - table.num_behind], 1 + table.num_behind):
                     assert self.kv.holds(group, block) == {tuple(request.token_ids[: BLOCK_SIZE * number])}
 
     def admit(self, among: Sequence[Group] | None = None) -> None:
@@ -232,7 +239,8 @@ class Scene:
 
 @pytest.mark.parametrize("seed", seeds(30))
 async def test_what_is_found_is_what_was_computed(seed: int) -> None:
-    scene = Scene(seed)
+    window = None if seed % 3 else 6
+    scene = Scene(seed, window)
     for count in range(MOST_STEPS):
         if count >= NUM_STEPS and scene.num_found and scene.num_convoys:
             break  # enough happened
@@ -251,7 +259,7 @@ async def test_what_is_found_is_what_was_computed(seed: int) -> None:
                 group = scene.rng.choice(scene.fleet.groups)
                 await scene.shrink(group, scene.rng.choice(group.stages).device)
         scene.check()
-    assert scene.num_found and scene.num_convoys
+    assert scene.num_found and scene.num_convoys and (scene.num_behind > 0) is (window is not None)
     for request, _ in scene.running:
         scene.fleet.release(request)
     for group in scene.fleet.groups:
@@ -264,6 +272,27 @@ def cached(fleet: Fleet, group: Group, prompt: Sequence[int]) -> int:
     """How many blocks of a prompt a group has."""
     request = Request("q", [*prompt, 0], SamplingParams(max_tokens=1))
     return fleet.prefix_lengths(request).get(group.group_id, 0)
+
+
+async def test_of_a_prefix_its_window_is_enough() -> None:
+    scene = Scene(0, window=6)
+    group, prompt = scene.fleet.groups[0], list(range(21))
+
+    def admitted(name: str) -> Request:
+        request = Request(name, list(prompt), SamplingParams(max_tokens=9))
+        scene.fleet.admit(request, group, finds_prefix=True)
+        return request
+
+    first = admitted("first")
+    scene.kv.compute(first, group, 0)
+    first.num_computed_tokens = first.num_scheduled_tokens = 21
+    scene.fleet.computed(first, group)
+    assert (len(first.table.blocks), len(group.idle)) == (2, 4)  # of six
+    scene.fleet._blocks._forget_oldest(group)
+    scene.fleet._blocks._forget_oldest(group)
+    second = admitted("second")
+    assert second.num_computed_tokens == 20 and second.table.num_behind == 3 and second.table.num_places == 6
+    scene.check()
 
 
 async def test_equal_blocks_of_two_groups_become_one() -> None:

@@ -92,6 +92,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen3-moe": ("Qwen3Moe", EXPERTS | {"moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        EXPERTS | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
     "olmoe": ("Olmoe", EXPERTS),
     "gpt-oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 40}),
 }

@@ -116,8 +116,8 @@ def test_a_link_to_a_file_that_is_gone_is_called_so(folder: Path, name: str) -> 
     [
         (None, "has no tokenizer.json (tokenizers of another form are not supported)"),
         (
-            "tokenizer.model",
-            "has tokenizer.model, but no tokenizer.json (tokenizers of another form are not supported); ",
+            "tekken.json",
+            "has tekken.json, but no tokenizer.json (tokenizers of another form are not supported); ",
         ),
     ],
 )

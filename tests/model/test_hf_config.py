@@ -24,6 +24,11 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 64}
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"]}
+DEEPSEEK = (
+    LLAMA
+    | {"architectures": ["DeepseekForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 24}
+)
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
@@ -192,6 +197,9 @@ def test_mistral_slides_when_it_says_nothing() -> None:
         (LLAMA | {"architectures": None}, "architectures"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act"),
         (LLAMA | {"quantization_config": {"quant_method": "fp4"}}, "quantization_config"),
+        (DEEPSEEK | {"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid' times 1.0 is not supported"),
+        (DEEPSEEK | {"routed_scaling_factor": 2.5}, "scoring_func: 'softmax' times 2.5 is not supported"),
+        (DEEPSEEK | {"n_shared_experts": 10**8}, "n_shared_experts"),
         (LLAMA | {"architectures": ["DeepseekV2ForCausalLM"]}, r"multi-head latent attention \(MLA\)"),
         (LLAMA | {"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters: rope_type 'proportional'"),
         (LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "factor"),
@@ -224,6 +232,7 @@ def test_what_would_run_wrongly_is_refused_by_name(values: dict[str, Any], field
     assert "\n" not in caught.value.message
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -278,6 +287,9 @@ def test_a_token_is_one_of_the_vocabulary(field: str, value: object) -> None:
         (LLAMA | {"architectures": [["x"]]}, "architectures: expected a list of names"),
         (LLAMA | {"architectures": [{}]}, "architectures: expected a list of names"),
         (LLAMA | {"architectures": ["x\ny"]}, r"architectures \['x\\ny'\] is not supported"),
+        (LLAMA | {"rope_theta": 1.0}, "rope_theta: expected a number above 1 and up to 1e.15, not 1.0"),
+        (LLAMA | {"rope_scaling": YARN | {"rope_theta": 1}}, "rope_theta: expected a number above 1"),
+        (LLAMA | {"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast: 0.5 is below beta_slow 1.0"),
         (LLAMA | {"rope_scaling": []}, "rope_scaling: expected an object"),
         (LLAMA | {"rope_scaling": {"type": ["llama3"]}}, "rope_scaling: rope_type .* is not supported"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor: 1.0 is not below"),

@@ -7,10 +7,12 @@ import random
 from typing import Any
 
 import fuzz_structures
+import gguf_answers
 import loop_holds
 import made_structures
 import scrape_metrics
 import structured_output
+import torch
 
 
 class Validator:
@@ -73,3 +75,14 @@ def test_made_structures_are_json_and_the_same_every_time() -> None:
 def test_half_of_the_streams_to_be_exact_are_constrained() -> None:
     bodies = fuzz_structures.stream_bodies(1)
     assert len(bodies) == 16 and sum("response_format" in body for body in bodies) == 8
+
+
+def test_a_token_that_is_not_the_likeliest_has_a_gap() -> None:
+    class Model:
+        def __call__(self, ids: torch.Tensor) -> Any:
+            """After a token the next one is likeliest, by 2."""
+            logits = 2 * torch.nn.functional.one_hot((ids + 1) % 9, 9).float()
+            return type("Output", (), {"logits": logits})
+
+    assert gguf_answers.gaps(Model(), [3, 4], [5, 6, 7]).tolist() == [0, 0, 0]
+    assert gguf_answers.gaps(Model(), [3, 4], [5, 8, 0]).tolist() == [0, 2, 0]

@@ -158,6 +158,10 @@ class CudaOps:
         """cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        return x * torch.sigmoid(gate)
+
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """Route each row to its experts, on the device, and sum what they make of it: -> (T, H)."""
         return self._kernels.moe(x, experts)

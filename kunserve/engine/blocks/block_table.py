@@ -24,15 +24,22 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """The logical blocks of one request, in the order of its tokens.
+    """The logical blocks of one request, in the order of its tokens. A place is where a block is, or was.
 
-    `ids` says the same by device, in the order of the chain: these lists are only appended to while the request runs,
-    and each step reads them as they are.
+    `ids` says the same by device, in the order of the chain, with an id for each place: these lists are only appended
+    to while the request runs, and each step reads them as they are. The first `num_behind` places are behind the
+    window of all layers: their blocks are let go, and some id that is mapped stands there, which nobody reads.
     """
 
     blocks: list[Block] = field(default_factory=list)
     ids: dict[int, list[int]] = field(default_factory=dict)
-    num_indexed: int = 0  # of the first blocks: others may find them
+    num_indexed: int = 0  # of the first places: others may find their blocks
+    num_behind: int = 0
+
+    @property
+    def num_places(self) -> int:
+        """Return how many blocks it holds or has let go."""
+        return self.num_behind + len(self.blocks)
 
     def append(self, ids: Mapping[int, Sequence[int]]) -> None:
         """Add new logical blocks, as many as each device of the chain has ids for."""
@@ -40,22 +47,35 @@ class BlockTable:
             self.ids.setdefault(device, []).extend(new)
         self.blocks += [Block(dict(zip(ids, row, strict=True))) for row in zip(*ids.values(), strict=True)]
 
-    def share(self, blocks: Sequence[Block], devices: Iterable[int]) -> None:
-        """Begin with blocks that are there already; the table is empty."""
+    def leave_behind(self, num_places: int) -> list[Block]:
+        """Let the first places be behind the window; returns their blocks. One block stays at least."""
+        num_left = min(num_places - self.num_behind, len(self.blocks) - 1)
+        if num_left <= 0:
+            return []
+        left, self.blocks = self.blocks[:num_left], self.blocks[num_left:]
+        self.num_behind += num_left
+        for device, ids in self.ids.items():  # all of them: what stood there may be unmapped one day
+            ids[: self.num_behind] = [self.blocks[0].ids[device]] * self.num_behind
+        return left
+
+    def share(self, blocks: Sequence[Block], devices: Iterable[int], num_behind: int = 0) -> None:
+        """Begin with blocks that are there already, after so many places behind the window; the table is empty."""
         for block in blocks:
             block.num_refs += 1
-        self.blocks = list(blocks)
+        self.blocks, self.num_behind = list(blocks), num_behind
         self.read_ids(devices)
-        self.num_indexed = len(blocks)
+        self.num_indexed = self.num_places
 
     def read_ids(self, devices: Iterable[int]) -> None:
         """Say by device what the blocks say now."""
-        self.ids = {device: [block.ids[device] for block in self.blocks] for device in devices}
+        places = [*self.blocks[:1] * self.num_behind, *self.blocks]
+        self.ids = {device: [block.ids[device] for block in places] for device in devices}
 
     def check(self) -> None:
         """Assert that blocks and lists say the same."""
         for device, ids in self.ids.items():
-            assert ids == [block.ids[device] for block in self.blocks]
+            assert ids[self.num_behind :] == [block.ids[device] for block in self.blocks]
+            assert set(ids[: self.num_behind]) <= {ids[self.num_behind]} if self.num_behind else True
         assert all(block.num_refs > 0 for block in self.blocks)
 
 

@@ -82,7 +82,7 @@ async def assemble(
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
     links, groups = machine.links(), _groups(placement.groups, memories, config.block_size)
-    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching)
+    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window)
     engine = Engine(
         model,
         _limits(config, placement.max_model_len),

@@ -298,7 +298,7 @@ class OverloadControl:
             head_blocks if has_to_wait else None,
             blocks_for(self._scheduler.num_waiting_tokens),
             [
-                GroupLoad(self._num_free(g), list(map(_view, g.running)))
+                GroupLoad(self._num_free(g), list(map(self._view, g.running)))
                 for g in (working if has_to_wait else changed)
                 if not g.is_suspect
             ],
@@ -316,8 +316,8 @@ class OverloadControl:
     def _demand(self, headroom: float) -> int:
         """Blocks that all requests need, if outputs are `headroom` times as long as expected; shared ones once."""
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
-        running: Iterator[RequestView] = (_view(r) for group in self._fleet.groups for r in group.running)
-        waiting = map(_view, self._scheduler.queued())
+        running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
+        waiting = map(self._view, self._scheduler.queued())
         blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
         return blocks - self._fleet.num_shared
 
@@ -389,6 +389,12 @@ class OverloadControl:
         self._not_before_s = loop_time() + RETRY_S
         asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
 
+    def _view(self, request: Request) -> RequestView:
+        """Return what the planner knows of a request: one with a window as if it began where that does."""
+        table, num_output_tokens = request.table, request.num_output_tokens
+        num_tokens = len(request.token_ids) - table.num_behind * self._shape.block_size
+        return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(table.blocks))
+
     def snapshot(self) -> Snapshot:
         """Return the groups that do their work, as the planner sees them."""
         groups = tuple(
@@ -402,9 +408,3 @@ def _two_smallest(snapshot: Snapshot) -> list[int]:
     """Ids of the groups that are the cheapest to merge."""
     smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
     return [group.group_id for group in smallest[:2]]
-
-
-def _view(request: Request) -> RequestView:
-    num_tokens = len(request.token_ids)
-    num_output_tokens = num_tokens - len(request.prompt_token_ids)
-    return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(request.table.blocks))

@@ -225,7 +225,8 @@ class Exchange:
         Blocks in `there` have been copied, for another request that shares them; those that are copied now join them.
         """
         request = moving.request
-        used = moving.table.blocks[: moving.group.blocks_for(request.num_computed_tokens)]
+        table = moving.table
+        used = table.blocks[: moving.group.blocks_for(request.num_computed_tokens) - table.num_behind]
         blocks = [block for block in used if block not in there]
         if await self.transfers.between(
             move.source,

@@ -174,7 +174,7 @@ class Migration:
         self._fleet.suspend(m.request)
         while m.is_here and m.request.num_in_flight:  # a step that fails takes its KV
             await self._signals.next_commit(m.source)
-        if not m.is_here or m.request.finish_reason is not None or not self._allocate(m, m.request.num_blocks):
+        if not m.is_here or m.request.finish_reason is not None or not self._allocate(m, m.request.num_places):
             return False
         await self._copy(m, m.source.blocks_for(m.request.num_computed_tokens))
         return m.request.finish_reason is None

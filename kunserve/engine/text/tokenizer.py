@@ -1,4 +1,4 @@
-"""Request flow, between the API and the engine: text <-> token ids, over one `tokenizer.json`."""
+"""Request flow, between the API and the engine: text <-> token ids, over one tokenizer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from kunserve.errors import ConfigError, InvalidRequestError
 from kunserve.model.hf_config import read_json
+from kunserve.model.sentence_piece import SPACE, read_sentence_piece, sentence_piece_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the devices' cores
 
@@ -22,7 +23,6 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 SHORT_CHARS = 1000
 LONG_TOKENS = 4096  # 1 ms
-SPACE_MARK = "▁"  # SentencePiece's space
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,21 @@ class Tokenizer:
     """A model's tokenizer, special tokens and chat template. Immutable; called from several threads at once."""
 
     def __init__(self, folder: Path) -> None:
-        """Read `tokenizer.json` and its companions from a Hugging Face folder. Raises ConfigError."""
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another form are not supported)")
-        try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"cannot read {path}: {error}") from None
+        """Read `tokenizer.json`, else `tokenizer.model`, and their companions in a folder. Raises ConfigError."""
         config = folder / "tokenizer_config.json"
         settings = read_json(config) if config.exists() else {}
+        path = folder / "tokenizer.json"
+        if path.exists():
+            try:
+                core = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises bare Exception
+                raise ConfigError(f"cannot read {path}: {error}") from None
+        elif model := sentence_piece_file(folder):
+            path = model
+            core, special = read_sentence_piece(model, settings, _special_tokens(settings))
+            settings |= special
+        else:
+            raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another form are not supported)")
         template = folder / "chat_template.jinja"
         if template.exists():
             settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -79,8 +84,7 @@ class Tokenizer:
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}  # filled as tokens appear; at most the vocabulary
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
-        texts = {name: _token_text(settings.get(name)) for name in SPECIAL_NAMES}
-        self.special_tokens: dict[str, str] = {name: text for name, text in texts.items() if text is not None}
+        self.special_tokens = _special_tokens(settings)
         self.chat_template = _chat_template(settings.get("chat_template"))
 
     @property
@@ -151,7 +155,7 @@ class Tokenizer:
                 return token.encode()
         if self.form.has_byte_fallback and BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(token[3:5])
-        return token.replace(SPACE_MARK, " ").encode()
+        return token.replace(SPACE, " ").encode()
 
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -180,7 +184,7 @@ def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
     kinds = set(by_type)
     if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
         return TokenForm(is_byte_level=True)
-    marks_space = "Metaspace" in kinds or by_type.get("Replace", {}).get("pattern") == {"String": SPACE_MARK}
+    marks_space = "Metaspace" in kinds or by_type.get("Replace", {}).get("pattern") == {"String": SPACE}
     if not marks_space or not kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
         raise ConfigError(f"decoder {sorted(kinds)} is not supported, only byte-level and SentencePiece ones")
     strips = (
@@ -188,6 +192,12 @@ def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
         or by_type.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
     )
     return TokenForm(is_byte_level=False, has_byte_fallback="ByteFallback" in kinds, strips_space=bool(strips))
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a `tokenizer_config.json` names."""
+    texts = {name: _token_text(settings.get(name)) for name in SPECIAL_NAMES}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _token_text(token: object) -> str | None:

@@ -7,7 +7,7 @@ those that are absent, and what its models have without saying so. What is not s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kunserve.errors import ConfigError
@@ -37,6 +37,11 @@ def attention_bias(values: Values) -> dict[str, Any]:
     """Read whether all four projections of attention have biases."""
     has_bias = read_flag(values, "attention_bias")
     return {"qkv_bias": has_bias, "o_bias": has_bias}
+
+
+def qkv_bias(values: Values) -> dict[str, Any]:
+    """Read whether the projections that go into attention have biases."""
+    return {"qkv_bias": read_flag(values, "qkv_bias")}
 
 
 def mlp_bias(values: Values) -> dict[str, Any]:
@@ -71,6 +76,14 @@ def window_of_layer_types(values: Values) -> dict[str, Any]:
         return {}
     every = read_int(values, "sliding_window_pattern", 2)
     return _window(values, lambda layer: (layer + 1) % every != 0)
+
+
+def window_of_early_layers(values: Values) -> dict[str, Any]:
+    """Read Qwen2-MoE's window, which every second of the first layers has, or those that `layer_types` names."""
+    if not read_flag(values, "use_sliding_window") or values.get("sliding_window") is None:
+        return {}
+    end = read_int(values, "max_window_layers", 28, may_be_0=True)  # transformers' default
+    return _window(values, lambda layer: layer < end and layer % 2 == 0)
 
 
 def _window(values: Values, is_windowed: Callable[[int], bool]) -> dict[str, Any]:
@@ -146,6 +159,29 @@ def qwen_experts(values: Values) -> dict[str, Any]:
     return found | {"dense_layers": dense}
 
 
+def qwen2_experts(values: Values) -> dict[str, Any]:
+    """Read the experts of Qwen2-MoE, beside which all tokens share one that has a gate."""
+    found = qwen_experts(values)
+    shared = read_int(values, "shared_expert_intermediate_size")
+    return found | {"experts": replace(found["experts"], shared_size=shared, has_shared_gate=True)}
+
+
+def deepseek_experts(values: Values) -> dict[str, Any]:
+    """Read the experts of the first DeepSeek, beside which all tokens share some, which are one MLP."""
+    scoring, scale = values.get("scoring_func") or "softmax", read_float(values, "routed_scaling_factor", 1.0)
+    if scoring != "softmax" or scale != 1:
+        raise ConfigError(f"field scoring_func: {show(scoring)} times {scale} is not supported, only softmax times 1")
+    size, num_layers = read_int(values, "moe_intermediate_size"), read_int(values, "num_hidden_layers")
+    first, step = read_int(values, "first_k_dense_replace", 0, may_be_0=True), read_int(values, "moe_layer_freq", 1)
+    return _experts(
+        values,
+        size,
+        normalize=read_flag(values, "norm_topk_prob"),
+        style="deepseek",
+        shared_size=size * read_int(values, "n_shared_experts", 0, may_be_0=True),
+    ) | {"dense_layers": tuple(layer for layer in range(num_layers) if layer < first or layer % step)}
+
+
 def gpt_oss_experts(values: Values) -> dict[str, Any]:
     """Read the experts of gpt-oss; their activation has a gain and bounds."""
     alpha = read_float(values, "swiglu_alpha", SWIGLU_ALPHA)
@@ -157,7 +193,8 @@ def gpt_oss_experts(values: Values) -> dict[str, Any]:
 
 
 def _experts(values: Values, size: int, **more: Any) -> dict[str, Any]:
-    count = "num_experts" if values.get("num_local_experts") is None else "num_local_experts"
+    names = ("num_local_experts", "n_routed_experts")
+    count = next((name for name in names if values.get(name) is not None), "num_experts")
     num, chosen = read_int(values, count), read_int(values, "num_experts_per_tok")
     if chosen > num:
         raise ConfigError(f"field num_experts_per_tok: {chosen} is more than the {num} experts")
@@ -216,6 +253,13 @@ FAMILIES = {
             needs=KV_HEADS,
             readers=(attention_bias, window_of_all_if_used, qwen_experts),
         ),
+        Family(
+            *("qwen2_moe", ("Qwen2MoeForCausalLM",)),
+            defaults={"qkv_bias": True},
+            needs=KV_HEADS,
+            readers=(qkv_bias, window_of_early_layers, qwen2_experts),
+        ),
+        Family("deepseek", ("DeepseekForCausalLM",), readers=(attention_bias, deepseek_experts)),
         Family(
             *("mixtral", ("MixtralForCausalLM",)),
             defaults={"rope_theta": 1e6, **EPS},

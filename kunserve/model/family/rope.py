@@ -77,6 +77,8 @@ def check_rope(scaling: RopeScaling, rotary_dim: int) -> None:
     if scaling.low_freq_factor >= scaling.high_freq_factor:  # what lies between is divided by their difference
         factors = f"{scaling.low_freq_factor} is not below high_freq_factor {scaling.high_freq_factor}"
         raise ConfigError(f"field low_freq_factor: {factors}")
+    if scaling.kind == "yarn" and scaling.beta_fast < scaling.beta_slow:
+        raise ConfigError(f"field beta_fast: {scaling.beta_fast} is below beta_slow {scaling.beta_slow}")
     if scaling.kind == "longrope":
         for name, divisors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
             if len(divisors) != rotary_dim // 2:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from kunserve.errors import ConfigError
 from kunserve.model.gguf.shape import CONTROL, UNKNOWN, USER_DEFINED
+from kunserve.model.sentence_piece import add_around, bpe, set_spaces
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -31,7 +32,6 @@ WORDS = {
 }
 TAKES_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is that token, whatever merges say
 COMPOSES = ("qwen2", "deepseek-r1-qwen")  # characters are composed (NFC) first
-SPACE = "▁"
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -77,13 +77,8 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str,
         case _:
             raise ConfigError(f"tokenizer {kind!r} is not served from GGUF files, only gpt2 and llama")
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in TAKES_WHOLE_WORDS)
-    adds = {"bos": adds_bos, "eos": metadata.get("tokenizer.ggml.add_eos_token", False)}
-    around = {name: i for name, i in ids.items() if i is not None and adds.get(name)}
-    if around:
-        text = [name for name in ("bos", "$A", "eos") if name in around or name == "$A"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=" ".join(text), special_tokens=list(around.items())
-        )
+    adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    add_around(tokenizer, ids["bos"] if adds_bos else None, ids["eos"] if adds_eos else None)
     return tokenizer
 
 
@@ -109,27 +104,6 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], unknown: int
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise ConfigError("the metadata have no scores of the tokens")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token, i in vocab.items():
-        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-        merges += [(-scores[i], vocab[left], vocab[right], left, right) for left, right in pairs]
-    merges.sort()
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[(left, right) for *_, left, right in merges],
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    marks = normalizers.Replace(" ", SPACE)
-    begins = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), marks]) if begins else marks
-    strip = [decoders.Strip(" ", 1, 0)] if begins else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer = bpe(tokens, scores, unknown)
+    set_spaces(tokenizer, begins=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
     return tokenizer
