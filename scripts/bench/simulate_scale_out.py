@@ -21,13 +21,16 @@ from typing import Any
 
 from kept_runs import kept_run
 
+from kunserve.model.card import find_config
 from kunserve.sim.nodes.router import ROUTERS
-from kunserve.sim.options import Options
+from kunserve.sim.options import Options, cluster_of
+from kunserve.sim.plan.capacity import Capacity
 from kunserve.sim.policies import PLENTY
 
 BEFORE_S, BURST_S, AFTER_S = 45.0, 240.0, 30.0
 POD_START_S = 180.0
 RATES = {"burstgpt": 3.0, "sharegpt": 1.0, "longbench": 0.15}  # requests per second and GPU outside the burst
+FIRST_RATES = {"burstgpt": 5.0, "sharegpt": 1.8, "longbench": 0.36}  # in the burst: where the search begins
 MOST_TRIES, PRECISION = 6, 0.05  # to find a load of some need, to this share of it
 WAYS: dict[str, dict[str, Any]] = {
     "neither": {"policy": "recompute"},
@@ -66,13 +69,23 @@ def keep(report: dict[str, Any]) -> dict[str, Any]:
         "p99_s": report["ttft_s"]["p99"],
         "preemptions": report["preemptions"],
         "drops": kinds.count("drop"),
-        "need": report["memory"]["peak_usage_of_undropped"],
+        "peak_tokens": report["memory"]["peak_usage_of_undropped"] * report["memory"]["kv_tokens"],
         "added_s": [at_s for at_s in report.get("node_started_s", ()) if at_s > 0.0],
     }
 
 
-def find_load(args: argparse.Namespace, need: float, known: dict[float, float]) -> Options:
-    """Return a load of this need: by interpolation between the nearest ones known, which are shared by all needs."""
+def need_of(args: argparse.Namespace, rate: float) -> float:
+    """Return the need of a load: `plenty`'s peak over what all servers map without a drop."""
+    options = load(args, rate)
+    capacity = Capacity.of(find_config(options.model), cluster_of(options), options.block_size)
+    peak: float = kept_run(replace(options, policy=PLENTY), args.out, keep)["peak_tokens"]
+    need = peak / (capacity.kv_tokens * options.nodes)
+    print(f"{rate:g} requests/s and GPU: need {need:.2f}", file=sys.stderr, flush=True)
+    return need
+
+
+def find_rate(args: argparse.Namespace, need: float, known: dict[float, float]) -> float:
+    """Return a rate of this need: by interpolation between the nearest ones known, which are shared by all needs."""
     for _ in range(MOST_TRIES):
         rate = min(known, key=lambda rate: abs(known[rate] - need))
         if abs(known[rate] - need) <= PRECISION * need:
@@ -84,24 +97,23 @@ def find_load(args: argparse.Namespace, need: float, known: dict[float, float]) 
         else:
             low = known.get(below, 0.0)
             rate = round(below + (above - below) * (need - low) / (known[above] - low), 4)
-        known[rate] = kept_run(replace(load(args, rate), policy=PLENTY), args.out, keep)["need"]
-        print(f"{rate:g} requests/s and GPU: need {known[rate]:.2f}", file=sys.stderr, flush=True)
-    return load(args, min(known, key=lambda rate: abs(known[rate] - need)))
+        known[rate] = need_of(args, rate)
+    return min(known, key=lambda rate: abs(known[rate] - need))
 
 
 def explore(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each need, way and router, in this order."""
     rows = []
-    first = 2 * RATES[args.workload]
-    known = {first: kept_run(replace(load(args, first), policy=PLENTY), args.out, keep)["need"]}
-    for need in args.needs:
-        options = find_load(args, need, known)
+    known = {FIRST_RATES[args.workload]: need_of(args, FIRST_RATES[args.workload])}
+    for aim in args.needs:
+        rate = find_rate(args, aim, known)
+        options, need = load(args, rate), {"need": round(known[rate], 2)}
         plenty = kept_run(replace(options, policy=PLENTY), args.out, keep)
-        rows.append({"need": round(plenty["need"], 2), "router": "least", "way": "endless memory"} | plenty)
+        rows.append(plenty | need | {"router": "least", "way": "endless memory"})
         routers = ("least", *args.routers)
         for router, (way, changes) in product(routers, WAYS.items()):
             report = kept_run(replace(options, router=router, **changes), args.out, keep)
-            rows.append(report | {"need": round(plenty["need"], 2), "router": router, "way": way})
+            rows.append(report | need | {"router": router, "way": way})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
