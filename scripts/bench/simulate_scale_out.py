@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A burst over several servers, simulated: what drops, an autoscaler, both and neither make of it.
 
-    python scripts/bench/simulate_scale_out.py [--nodes 2] [--gpus 4] [--needs 1.2,1.5,2.0] [--routers random]
+    python scripts/bench/simulate_scale_out.py [--nodes 2] [--gpus 2] [--needs 1.2,1.5,2.0] [--routers random]
 
-The load steps up at second 45 and stays up for 240 s, longer than the 180 s that a new server takes to start. How far
+The load steps up at second 45 and stays up for 420 s, longer than the 180 s that a new server takes to start. How far
 it steps is fixed beforehand by the need: the most KV that `plenty` (the same servers with memory without end) uses at
 once, over what the servers have without a drop. Every simulation is kept in --out: a run that was interrupted goes on.
 Prints a table in Markdown, and ends with one JSON line. Times follow from data sheets; nothing is measured.
@@ -27,10 +27,10 @@ from kunserve.sim.options import Options, cluster_of
 from kunserve.sim.plan.capacity import Capacity
 from kunserve.sim.policies import PLENTY
 
-BEFORE_S, BURST_S, AFTER_S = 45.0, 240.0, 30.0
+BEFORE_S, BURST_S, AFTER_S = 45.0, 420.0, 30.0
 POD_START_S = 180.0
 RATES = {"burstgpt": 3.0, "sharegpt": 1.0, "longbench": 0.15}  # requests per second and GPU outside the burst
-FIRST_RATES = {"burstgpt": 5.0, "sharegpt": 1.8, "longbench": 0.36}  # in the burst: where the search begins
+FIRST_RATES = {"burstgpt": 5.0, "sharegpt": 1.8, "longbench": 0.28}  # in the burst: where the search begins
 MOST_TRIES, PRECISION = 6, 0.05  # to find a load of some need, to this share of it
 WAYS: dict[str, dict[str, Any]] = {
     "neither": {"policy": "recompute"},
@@ -136,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--gpus", type=int, default=4, help="of each node")
+    parser.add_argument("--gpus", type=int, default=2, help="of each node")
     parser.add_argument("--workload", choices=RATES, default="longbench")
     parser.add_argument("--memory", type=float, default=40.0, help="GiB of a GPU")
     parser.add_argument("--needs", type=lambda text: [float(x) for x in text.split(",")], default=[1.2, 1.5, 2.0])

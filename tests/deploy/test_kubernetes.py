@@ -17,7 +17,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 PATHS = {(route.method, route.path) for route in ROUTES}
 ENVIRONMENT = {*API_KEY_VARIABLES, ADMIN_KEY_VARIABLE, "HF_TOKEN", "POD_IP"}
-# InferencePool v1 (gateway-api-inference-extension, api/v1/inferencepool_types.go): fields that there are, and must be
+# Of InferencePool in inference.networking.k8s.io/v1: the fields that a pool has to have
 POOL = {"selector", "targetPorts", "endpointPickerRef"}
 
 
