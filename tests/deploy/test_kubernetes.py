@@ -146,6 +146,15 @@ def test_gpus_keys_and_tokens_reach_the_pod() -> None:
     assert secrets == {"KUNSERVE_API_KEY": "api", "KUNSERVE_ADMIN_KEY": "admin", "HF_TOKEN": "token"}
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_images_have_the_extras_that_flags_of_the_manifests_need(name: str) -> None:
+    flags = {argument.partition("=")[0] for path in FILES for argument in pod_of(path)[1]["args"]}
+    needed = {"--kv-events-config": "kv-events", "--otlp-traces-endpoint": "otel"}
+    assert flags >= needed.keys()
+    [extras] = re.findall(r"'\.\[([\w,-]+)\]'", (DEPLOY / name).read_text())
+    assert set(extras.split(",")) >= set(needed.values()) | ({"cuda"} if "cuda" in name else set())
+
+
 def test_templates_name_no_value_that_is_not_there() -> None:
     values = yaml.safe_load((DEPLOY / "chart" / "values.yaml").read_text())
     for path in (DEPLOY / "chart" / "templates").iterdir():
