@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients coverage docs pages paper \
+.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients test-chart manifests coverage docs pages paper \
   bench-overload clean
 
 install: $(VENV)/.installed
@@ -82,6 +82,25 @@ $(CLIENTS)/ai_sdk/node_modules/.installed: $(CLIENTS)/ai_sdk/package-lock.json
 	npm ci --no-audit --no-fund --prefix $(CLIENTS)/ai_sdk
 	touch $@
 
+# The Helm chart: rendered by Helm's own engine, compared with deploy/kubernetes, held against published schemas; and the
+# Dockerfiles, linted. In an environment of its own (350 MB), which no other target needs: CI does not run it. Wants npm.
+CHART := scripts/check/chart
+RENDER := .chart/bin/python scripts/check/render_chart.py
+
+test-chart: .chart/.installed
+	$(RENDER)
+	.chart/bin/hadolint --failure-threshold error deploy/Dockerfile deploy/Dockerfile.cuda
+
+manifests: .chart/.installed
+	$(RENDER) --write
+
+.chart/.installed: $(CHART)/requirements.txt $(CHART)/package.json
+	$(PYTHON) -m venv .chart
+	.chart/bin/pip install --quiet --requirement $(CHART)/requirements.txt
+	cp $(CHART)/package.json .chart/
+	npm install --no-audit --no-fund --no-package-lock --prefix .chart
+	touch $@
+
 paper: $(VENV)/.installed-test
 	$(BIN)/python scripts/figures/paper.py
 
@@ -89,4 +108,4 @@ bench-overload: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench/compare_policies.py
 
 clean:
-	rm -rf $(VENV) .clients $(CLIENTS)/ai_sdk/node_modules build *.egg-info
+	rm -rf $(VENV) .clients .chart $(CLIENTS)/ai_sdk/node_modules build *.egg-info

@@ -9,12 +9,13 @@ from difflib import get_close_matches
 
 from kunserve.version import installed_version
 
-COMMANDS = ("serve", "top", "replay", "loadgen", "plan", "doctor")
+COMMANDS = ("serve", "top", "replay", "loadgen", "plan", "simulate", "doctor")
 USAGE = """usage: kunserve serve MODEL [flags]    serve a model (kunserve serve --help lists the flags)
        kunserve top [URL]              watch a server in the terminal
        kunserve replay FILE            make a page of a recorded run
        kunserve loadgen [URL] [flags]  put load on a server and measure its answers
        kunserve plan --gpus 4xH100 --model MODEL --rate R   say what GPUs carry, and what a drop gains
+       kunserve simulate [flags]       run a load on simulated GPUs, of one server or of several
        kunserve doctor [--json]        say what this machine lacks
        kunserve --version
 """
@@ -53,6 +54,10 @@ def _run(command: str, rest: list[str]) -> None:
         from kunserve.sim.plan import command as plan
 
         plan.main(rest)
+    elif command == "simulate":
+        from kunserve.sim import __main__ as simulate
+
+        simulate.main(rest)
     elif command == "doctor":
         from kunserve.doctor import command as doctor
 

@@ -18,18 +18,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import kunserve
-from kunserve.log import set_up_logging
+from kept_runs import kept_run
+
 from kunserve.model.card import find_config
-from kunserve.sim.options import HOST_TOKEN_S, Options, cluster_of, simulate
+from kunserve.sim.options import HOST_TOKEN_S, Options, cluster_of
 from kunserve.sim.plan.capacity import Capacity
 from kunserve.sim.policies import PLENTY
 
@@ -105,33 +103,21 @@ class Run(NamedTuple):
     freed: float  # most KV that was mapped, over what was before
 
 
-@cache
-def code_version() -> str:
-    """Return a digest of the package: results of other code are not this code's."""
-    root = Path(kunserve.__file__).parent
-    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".toml", ".json"))
-    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
 def run(options: Options, out: Path) -> Run:
     """Simulate, unless it has been done."""
-    key = sha256(json.dumps(asdict(options), sort_keys=True, default=str).encode()).hexdigest()[:20]
-    path = out / f"{code_version()}-{key}.json"
-    if not path.exists():
-        set_up_logging("error", as_json=False)
-        report = simulate(options)
-        memory = report["memory"]
-        kinds = [transition["kind"] for transition in report["transitions"]]
-        kept = {name: report[name] for name in KEPT} | {
-            "peak_tokens": memory["peak_usage_of_undropped"] * memory["kv_tokens"],
-            "freed": memory["most_kv_tokens"] / memory["kv_tokens"],
-            "num_drops": kinds.count("drop"),
-        }
-        path.with_suffix(".part").write_text(json.dumps({"options": asdict(options), "report": kept}, default=str))
-        path.with_suffix(".part").rename(path)
-    report = json.loads(path.read_text())["report"]
+    report = kept_run(options, out, _keep)
     p99_s, rate = report["ttft_s"]["p99"], report["output_tokens_per_s"]
     return Run(p99_s, rate, report["peak_tokens"], report["num_drops"], report["freed"])
+
+
+def _keep(report: dict[str, Any]) -> dict[str, Any]:
+    memory = report["memory"]
+    kinds = [transition["kind"] for transition in report["transitions"]]
+    return {name: report[name] for name in KEPT} | {
+        "peak_tokens": memory["peak_usage_of_undropped"] * memory["kv_tokens"],
+        "freed": memory["most_kv_tokens"] / memory["kv_tokens"],
+        "num_drops": kinds.count("drop"),
+    }
 
 
 def need_of(point: Point, burst_s: float, seed: int, out: Path) -> float:

@@ -35,7 +35,7 @@ def test_other_commands(arguments: list[str], message: str) -> None:
 
 
 def test_each_command_shows_its_flags_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "top", "replay", "loadgen", "doctor"):
+    for command in ("serve", "top", "replay", "loadgen", "simulate", "doctor"):
         for flag, shown in (("--help", f"usage: kunserve {command}"), ("--version", installed_version())):
             with pytest.raises(SystemExit) as caught:
                 main([command, flag])

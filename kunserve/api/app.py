@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
@@ -42,7 +43,7 @@ from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_
 from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
 from kunserve.api.wire.body_memory import BodyMemory
-from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, new_request_id
+from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, join_trace, new_request_id
 from kunserve.api.wire.errors import ErrorJson, error_of_http, error_response, internal_error, openai_error
 from kunserve.api.wire.grammars import Grammars
 from kunserve.api.wire.response_store import ResponseStore
@@ -50,6 +51,9 @@ from kunserve.api.wire.sse import send_response
 from kunserve.api.wire.turns import Turns
 from kunserve.errors import KunServeError
 from kunserve.observe.metrics import Metrics
+
+if TYPE_CHECKING:  # needs an extra
+    from kunserve.observe.tracer import Tracer
 
 log = structlog.get_logger()
 
@@ -145,6 +149,7 @@ def _refusal(request: web.Request, error: KunServeError) -> web.Response:
 async def answer_always(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, turn whatever goes wrong into an error that its client reads, and see the answer off."""
     request[REQUEST_ID] = new_request_id(request)
+    join_trace(request)
     await request.app[API].arrivals.take()
     if request.match_info.http_exception is not None:
         request, handler = await _with_tidy_path(request, handler)
@@ -167,6 +172,7 @@ def create_app(
     metrics: Metrics,
     settings: ApiSettings,
     grammars: Grammars | None = None,
+    tracer: Tracer | None = None,
 ) -> web.Application:
     """Make the application: all routes on one engine. Its runner needs no further arguments.
 
@@ -189,7 +195,7 @@ def create_app(
     bodies = BodyMemory(metrics, settings)
     responses = ResponseStore(settings.max_response_bytes, settings.response_file)
     turns = (Turns(ARRIVALS_PER_ROUND), Turns(), Turns(DELIVERIES_PER_ROUND), Turns(DEPARTURES_PER_ROUND))
-    shared = (settings, threads, *turns, admission, bodies, grammars, responses, itertools.count())
+    shared = (settings, threads, *turns, admission, bodies, grammars, responses, itertools.count(), tracer)
     app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
     app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
     app[BURSTS] = Bursts()

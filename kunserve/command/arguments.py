@@ -356,6 +356,12 @@ def _add_process_flags(group: Group) -> None:
     add = group.add_argument
     add("--log-level", choices=LOG_LEVELS, help="lowest level that is logged (default: VLLM_LOGGING_LEVEL, or info)")
     add("--log-format", default="console", choices=("console", "json"), help="how log lines are written")
+    add(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="collector that gets a trace of each request, as http://HOST:4318/v1/traces or grpc://HOST:4317 (default: "
+        "none is made); needs the extra otel",
+    )
     add("--disable-log-stats", action="store_true", help="log no summary line every ten seconds")
     for name in ("--disable-access-log", "--disable-uvicorn-access-log"):
         add(name, dest="disable_access_log", action="store_true", help="log no line for each request")

@@ -21,6 +21,7 @@ from kunserve.api.say.reasoning import REASONING_FORMATS
 from kunserve.command.command_line import OneLineParser
 from kunserve.errors import ConfigError
 from kunserve.observe.kv_events import KVEventsConfig, kv_events_config
+from kunserve.observe.trace_endpoint import TraceEndpoint, trace_endpoint
 from kunserve.sizes import parse_size
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
@@ -72,6 +73,7 @@ class HttpConfig:
     closes_objects: bool
     chat_template_kwargs: Mapping[str, Any]  # of requests that bring none
     kv_events: KVEventsConfig | None  # None: nobody is told what the prefix cache has
+    traces: TraceEndpoint | None  # None: nothing is traced
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -238,6 +240,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         closes_objects=not args.open_objects,
         chat_template_kwargs=args.default_chat_template_kwargs,
         kv_events=kv_events_config(args.kv_events_config),
+        traces=trace_endpoint(args.otlp_traces_endpoint),
         ignored=args.ignored_flags or {},
     )
 

@@ -38,6 +38,7 @@ from kunserve.progress import LoadingProgress
 if TYPE_CHECKING:
     from kunserve.engine.launch.launch import Served
     from kunserve.observe.kv_publisher import KVPublisher
+    from kunserve.observe.tracer import Tracer
 
 log = structlog.get_logger()
 
@@ -115,12 +116,12 @@ async def _serve(
     config: ServerConfig, served: Served, listener: Listener, stop: asyncio.Event, stuck: list[str]
 ) -> None:
     """Serve what is loaded until `stop`; then drain. Closes the engine; `stuck` as in `_load_and_serve`."""
-    engine, is_hurried = served.engine, False
+    engine, is_hurried, tracer = served.engine, False, _tracer(config)
     sys.setswitchinterval(GIL_SWITCH_S)
     gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
         await engine.start()
-        runner = web.AppRunner(_app(config, served), handle_signals=False, shutdown_timeout=1.0)
+        runner = web.AppRunner(_app(config, served, tracer), handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
         watchers = [asyncio.create_task(_watch_loop(served.metrics))]
         if (interval_s := config.http.stats_interval_s) is not None:
@@ -142,6 +143,8 @@ async def _serve(
             await runner.cleanup()
     finally:
         await served.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
         stuck += served.machine.stuck()
 
 
@@ -181,7 +184,7 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
 
-def _app(config: ServerConfig, served: Served) -> web.Application:
+def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> web.Application:
     tokenizer, path = served.tokenizer, config.http.chat_template
     source = tokenizer.chat_template if path is None else _read_template(path)
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
@@ -232,7 +235,7 @@ def _app(config: ServerConfig, served: Served) -> web.Application:
         served.metrics.structure_process_died,
         config.http.closes_objects,
     )
-    return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars)
+    return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars, tracer)
 
 
 def _new_turn(template: ChatTemplate | None) -> str:
@@ -264,6 +267,15 @@ def _kv_events(config: ServerConfig) -> KVPublisher | None:
     from kunserve.observe.kv_publisher import KVPublisher  # needs the extra kv-events
 
     return KVPublisher(config.http.kv_events, config.engine.block_size)
+
+
+def _tracer(config: ServerConfig) -> Tracer | None:
+    """Open what sends traces, if they are wanted."""
+    if config.http.traces is None:
+        return None
+    from kunserve.observe.tracer import open_tracer  # needs the extra otel
+
+    return open_tracer(config.http.traces, config.served_names[0])
 
 
 def _without_cache(config: ServerConfig) -> dict[str, str]:

@@ -118,7 +118,7 @@ REFUSED = {
     ),
     "set HF_TOKEN instead": ("--hf-token",),
     "there is no sleep mode: weights leave memory when KV needs it": ("--enable-sleep-mode",),
-    "traces are not sent": ("--otlp-traces-endpoint", "--collect-detailed-traces"),
+    "spans have the phases of a request, and no calls": ("--collect-detailed-traces",),
 }
 
 

@@ -335,8 +335,8 @@ class Engine(Operated):
         request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
         del self._live[request.request_id]
-        live.close_constraint()
-        self.metrics.request_finished(request, loop_time())
+        live.close(now := loop_time())
+        self.metrics.request_finished(request, now)
         if self.control is not None:
             self.control.finished(request)
         self._release(request)
@@ -412,9 +412,9 @@ class Engine(Operated):
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()
-        for request, num_tokens in preempted:
+        for r, num_tokens in preempted:
             self.metrics.preemption()
-            log.info("preempted", request=request.request_id, times=request.num_preemptions, lost_tokens=num_tokens)
+            log.info("preempted", request=r.request_id, times=r.num_preemptions, lost_tokens=num_tokens, **r.trace_ids)
         if preempted:  # blocks are free, perhaps without any microbatch on its way
             self.signals.progress()
             self.signals.wake()

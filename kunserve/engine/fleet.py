@@ -255,6 +255,7 @@ class Fleet:
         source.running.remove(request)
         destination.running.append(request)
         table = self._departed[request] = request.table
+        request.note("kv departed", group=source.group_id, to_group=destination.group_id, blocks=len(table.blocks))
         self._blocks.depart(table, source, destination)
         request.table, request.group_id, request.is_moving = BlockTable(), destination.group_id, True
         return table
@@ -271,12 +272,14 @@ class Fleet:
         table = self._departed.pop(request)
         self._blocks.arrive(table, group, self._keys(request, group) if self.prefixes is not None else ())
         request.table, request.is_moving = table, False
+        request.note("kv arrived", group=group.group_id)
         self.computed(request, group)
 
     def lose(self, request: Request) -> None:
         """Take a request that departed out of its group: its KV did not arrive, or nobody wants it any more."""
         assert request.group_id is not None
         group = self.group(request.group_id)
+        request.note("kv lost", group=group.group_id)
         group.running.remove(request)
         self._blocks.release(self._departed.pop(request), group, is_kept=False)
         request.group_id, request.is_moving = None, False
@@ -297,6 +300,7 @@ class Fleet:
         self._expected.remove((destination, table))
         request.group_id, request.table = destination.group_id, table
         table.num_indexed = self._num_behind_token(request.num_computed_tokens)  # copied after they were let go
+        request.note("kv arrived", group=destination.group_id)
         destination.running.append(request)
         self.computed(request, destination)
 

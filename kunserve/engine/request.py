@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -52,6 +53,18 @@ class Constraint(Protocol):
         """Whether nothing may follow."""
 
 
+class Trace(Protocol):
+    """Who is told what becomes of a request, if it is traced (observe/tracer.py)."""
+
+    ids: Mapping[str, str]  # by which lines of the log name it
+
+    def event(self, name: str, **attributes: str | int) -> None:
+        """Note that something happens to it now."""
+
+    def end(self, request: Request, now_s: float) -> None:
+        """Note that it has ended, at `now_s` on the engine's clock."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence being generated. Owned by the engine from `submit` to its final `Output`.
@@ -70,6 +83,7 @@ class Request:
     owner: str = ""  # whose it is, where several share the server (engine/schedule/waiting.py)
     constraint: Constraint | None = None
     cache_salt: str = ""  # its prefix is shared with requests of the same salt only
+    trace: Trace | None = None
 
     token_ids: list[int] = field(init=False)  # prompt, then everything generated
     num_computed_tokens: int = 0
@@ -97,6 +111,16 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+
+    def note(self, event: str, **attributes: str | int) -> None:
+        """Tell its trace, if it has one, that something happens to it."""
+        if self.trace is not None:
+            self.trace.event(event, **attributes)
+
+    @property
+    def trace_ids(self) -> Mapping[str, str]:
+        """By what lines of the log name its trace, if it has one."""
+        return {} if self.trace is None else self.trace.ids
 
     @property
     def is_suspect(self) -> bool:

@@ -92,7 +92,7 @@ class Metrics:
         self._counters_text = b""
         self._counters_text_s = -inf
         self.num_prompt_tokens = self.num_generation_tokens = 0  # since start
-        self._num_looked_for_tokens = self._num_cached_tokens = 0  # in the prefix cache
+        self.num_looked_for_tokens = self.num_cached_tokens = 0  # in the prefix cache
         self._make_counters()
         self._make_histograms(_token_buckets(max_model_len))
         self.recent = Recent()
@@ -209,12 +209,12 @@ class Metrics:
     @property
     def prefix_hit_rate(self) -> float:
         """Return the share of prompt tokens whose KV was in the prefix cache, since the start."""
-        return self._num_cached_tokens / max(1, self._num_looked_for_tokens)
+        return self.num_cached_tokens / max(1, self.num_looked_for_tokens)
 
     def prefix_cache(self, num_tokens: int, num_cached_tokens: int) -> None:
         """Count a prompt that was looked for in the prefix cache, and how much of it was there."""
-        self._num_looked_for_tokens += num_tokens
-        self._num_cached_tokens += num_cached_tokens
+        self.num_looked_for_tokens += num_tokens
+        self.num_cached_tokens += num_cached_tokens
         self.recent.prompt(num_tokens, num_cached_tokens)
         for queries, hits in self._prefix_cache:
             queries.inc(num_tokens)

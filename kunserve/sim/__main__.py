@@ -1,4 +1,4 @@
-"""`python -m kunserve.sim`: an overload policy on a simulated cluster; the last line of stdout is one JSON object."""
+"""`kunserve simulate`: an overload policy on simulated GPUs, of one server or several; prints one JSON object."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from kunserve.command.command_line import OneLineParser, number_from
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
+from kunserve.sim.nodes.router import ROUTERS
 from kunserve.sim.options import HOST_TOKEN_S, Options, simulate
 from kunserve.sim.policies import POLICIES
 from kunserve.sim.workload import WORKLOADS
@@ -23,10 +24,10 @@ _count = number_from(int, 1, 1_000_000)
 def make_parser() -> OneLineParser:
     """Return the parser of the command's flags."""
     default = Options()
-    parser = OneLineParser("python -m kunserve.sim", description=__doc__)
+    parser = OneLineParser("kunserve simulate", description=__doc__)
     add_version_flag(parser)
     add = parser.add_argument
-    add("--cluster", default=default.cluster, help="GPUs, as 8xA800 or 16xH800 (default %(default)s)")
+    add("--cluster", default=default.cluster, help="GPUs of a server, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")
     add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
     add("--policy", choices=POLICIES, default=default.policy, help="what makes room (default %(default)s)")
@@ -34,7 +35,11 @@ def make_parser() -> OneLineParser:
     add(
         "--duration", dest="duration_s", type=_amount, default=default.duration_s, help="seconds in which requests come"
     )
-    add("--rate", type=_amount, help="requests per second on average, of all GPUs (default: about the paper's demand)")
+    add(
+        "--rate",
+        type=_amount,
+        help="requests per second on average, of all servers (default: about the paper's demand)",
+    )
     add("--scale", type=_amount, default=default.scale, help="times as many arrivals, bursts kept")
     add("--time-scale", type=_amount, default=default.time_scale, help="times between arrivals so many times as long")
     add("--burst-height", type=_amount, default=default.burst_height, help="rate in a burst, over that outside")
@@ -46,9 +51,36 @@ def make_parser() -> OneLineParser:
         help="GiB of each GPU, instead of what it has",
     )
     add("--lengths", type=Path, help="draw lengths from this file (ShareGPT lengths, Azure, BurstGPT, Mooncake)")
+    _add_node_flags(parser, default)
     _add_engine_flags(parser, default)
     add("--brief", action="store_true", help="without what is kept over time and the transitions")
     return parser
+
+
+def _add_node_flags(parser: OneLineParser, default: Options) -> None:
+    """Add the flags of several servers."""
+    add = parser.add_argument
+    add("--nodes", type=number_from(int, 1, 1000), default=default.nodes, help="servers, each of such a cluster")
+    add(
+        "--router",
+        choices=ROUTERS,
+        default=default.router,
+        help="who of them gets a request: the one with the fewest, any, or as llm-d scores queue, KV and prefix "
+        "(default %(default)s)",
+    )
+    add(
+        "--pod-start",
+        dest="pod_start_s",
+        type=_seconds,
+        help="an autoscaler starts servers, which take requests so many seconds after they were asked for",
+    )
+    add(
+        "--scale-at",
+        type=_amount,
+        default=default.scale_at,
+        help="demand over undropped capacity that it aims at, for each server (default %(default)s)",
+    )
+    add("--most-nodes", type=number_from(int, 2, 1000), help="servers that it starts at most (default: twice --nodes)")
 
 
 def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
@@ -100,9 +132,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, bool]:
     return Options(**values), is_brief
 
 
-def main() -> None:
-    """Entry point."""
-    options, is_brief = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command."""
+    options, is_brief = parse_arguments(arguments)
     set_up_logging("warning", as_json=False)
     try:
         report = simulate(options)

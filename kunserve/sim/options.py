@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.model.card import find_config
 from kunserve.sim.cluster import GIB, Cluster, parse_cluster
+from kunserve.sim.nodes.router import make_router
+from kunserve.sim.nodes.scaler import Scaler
 from kunserve.sim.policies import PLENTY, PLENTY_TIMES, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
 from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
@@ -25,7 +28,7 @@ MOST_REQUESTS = 1_000_000  # of one simulation
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is simulated. Rates per second of the whole cluster, times in seconds."""
+    """What is simulated. Rates per second of all servers together, times in seconds."""
 
     cluster: str = "8xA800"
     model: str = "qwen2.5-14b"
@@ -52,6 +55,11 @@ class Options:
     is_restoring: bool = True
     restore_hold_s: float = 5.0
     has_prefix_cache: bool = False
+    nodes: int = 1  # servers, of as many GPUs as `cluster` says, when the load begins
+    router: str = "least"  # one of ROUTERS
+    pod_start_s: float | None = None  # until a server that was asked for takes requests; None: none is ever started
+    scale_at: float = 0.8  # demand over undropped capacity, for each server, that the autoscaler aims at
+    most_nodes: int | None = None  # None: twice `nodes`
 
 
 def rows_of(options: Options) -> list[TraceRow]:
@@ -95,7 +103,7 @@ def default_rate(options: Options) -> float:
     """The rate of a workload on a cluster; ConfigError where none is known."""
     cluster = parse_cluster(options.cluster)
     try:
-        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus
+        return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus * options.nodes
     except KeyError:
         raise ConfigError(f"no default rate for {options.model} on {cluster.kind}: give --rate") from None
 
@@ -106,6 +114,22 @@ def cluster_of(options: Options) -> Cluster:
     if options.memory_gib is not None:
         cluster = replace(cluster, memory_bytes=int(options.memory_gib * GIB))
     return cluster
+
+
+def scaler_of(options: Options) -> Scaler | None:
+    """Return the autoscaler that the options ask for. ConfigError if they contradict each other."""
+    if options.router == "prefix" and not options.has_prefix_cache:
+        raise ConfigError(
+            "--router prefix: there is nothing to find; give --enable-prefix-caching and a Mooncake trace"
+        )
+    if options.pod_start_s is None:
+        if options.most_nodes is not None:
+            raise ConfigError("--most-nodes: no server is ever started without --pod-start")
+        return None
+    most = 2 * options.nodes if options.most_nodes is None else options.most_nodes
+    if most <= options.nodes:
+        raise ConfigError(f"--most-nodes {most}: there are {options.nodes} already when the load begins")
+    return Scaler(options.scale_at, options.pod_start_s, most)
 
 
 def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
@@ -137,11 +161,23 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
     if not options.is_looking_ahead:
         config = replace(config, microbatching="tokens")
     host = HostTime(options.host_step_s, options.host_token_s, is_apart=True)
-    machine = SimMachine.of_gpus(model, cluster, options.block_size, is_coordinated=options.is_coordinated, host=host)
+    make_machine = partial(
+        SimMachine.of_gpus, model, cluster, options.block_size, is_coordinated=options.is_coordinated, host=host
+    )
+    scaler = scaler_of(options)
     rows = rows_of(options) if rows is None else rows
     if not rows:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
-    simulation = Simulation(machine, model, with_policy(config, options.policy), rows, model.max_position_embeddings)
+    simulation = Simulation(
+        make_machine,
+        model,
+        with_policy(config, options.policy),
+        rows,
+        model.max_position_embeddings,
+        num_nodes=options.nodes,
+        router=make_router(options.router, options.seed),
+        scaler=scaler,
+    )
     report = simulation.run()
     what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
     return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / (rows[-1].at_s or 1.0)} | report

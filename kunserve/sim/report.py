@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from kunserve.percentiles import percentiles
 
 DIGITS = 6  # of seconds, in reports
+SLO_TTFT_S = 5.0  # a first token that comes later misses the objective
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The server at one moment; blocks over all groups, of the KV that is mapped."""
+    """A server at one moment, or several; blocks over all groups, of the KV that is mapped."""
 
     at_s: float
     num_blocks: int
@@ -57,6 +58,11 @@ class Sample:
     num_running: int
     num_groups: int
     num_tokens: int  # generated since the start
+
+    def __add__(self, other: Sample) -> Sample:
+        """Return both servers at the same moment, taken as one."""
+        mine, others = astuple(self)[1:], astuple(other)[1:]
+        return Sample(self.at_s, *(a + b for a, b in zip(mine, others, strict=True)))
 
 
 @dataclass(slots=True)
@@ -85,6 +91,7 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
         "elapsed_s": round(record.elapsed_s, DIGITS),
         "ttft_s": _rounded(ttfts),
         "ttft_shares": _shares(ttfts),
+        "slo_attainment": _attainment(answers, SLO_TTFT_S),
         "tpot_s": _rounded([t for a in finished if (t := a.tpot_s) is not None]),
         "longest_gap_s": round(max((a.longest_gap_s for a in answers), default=0.0), DIGITS),
         "gap_s": _rounded([a.longest_gap_s for a in finished]),
@@ -113,6 +120,11 @@ def _rounded(seconds: Sequence[float]) -> dict[str, float | None]:
     """Return the percentiles, to `DIGITS`, by names without dots: those that reports have always had."""
     found = {name.replace(".", ""): value for name, value in percentiles(seconds).items()}
     return {name: None if value is None else round(value, DIGITS) for name, value in found.items()}
+
+
+def _attainment(answers: Sequence[Answer], slo_s: float) -> float:
+    """Return the share of all requests whose first token came in time; who had none did not."""
+    return round(sum(a.ttft_s is not None and a.ttft_s <= slo_s for a in answers) / max(1, len(answers)), 6)
 
 
 def _shares(values: Sequence[float]) -> list[tuple[float, float]]:

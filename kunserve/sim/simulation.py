@@ -1,114 +1,95 @@
-"""A simulation: the engine as launched, on simulated devices, answering the rows of a trace."""
+"""A simulation: engines as launched, on simulated devices, answering the rows of a trace behind a router."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from kunserve.config import EngineConfig
-from kunserve.engine.engine import Engine
-from kunserve.engine.launch.assemble import assemble
-from kunserve.engine.regroup.control import OverloadControl
-from kunserve.engine.request import Output, Request
+from kunserve.engine.request import Request
 from kunserve.engine.signals import loop_time
-from kunserve.engine.text.stream import Sink
-from kunserve.errors import KunServeError
 from kunserve.model.config import ModelConfig
-from kunserve.observe.metrics import Metrics
-from kunserve.planner.microbatch import Lookahead
 from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
-from kunserve.sim.machine import NoWeights, SimMachine
+from kunserve.sim.machine import SimMachine
+from kunserve.sim.nodes.node import Node, prefix_hit_rate, totals
+from kunserve.sim.nodes.router import Least, Router
+from kunserve.sim.nodes.scaler import LOOK_EVERY_S, Scaler
 from kunserve.sim.prompts import ANY_TOKEN, make_prompt
-from kunserve.sim.report import Answer, Record, Sample, by_answer, summarize
+from kunserve.sim.report import Answer, Record, by_answer, summarize
 from kunserve.sim.traces import TraceRow, cut
 
 SAMPLE_EVERY_S = 1.0
 
 
-@dataclass(slots=True)
-class _Client(Sink):
-    """Whom a request's outputs go to: it notes their times and keeps no tokens."""
-
-    answer: Answer
-    loop: asyncio.AbstractEventLoop
-    on_end: Callable[[], None]
-
-    def put(self, output: Output) -> None:
-        """See `OutputStream.put`."""
-        if output.token_ids:
-            self.answer.token(self.loop.time())
-        if output.finish_reason is not None:
-            self.answer.is_finished = True
-            self.on_end()
-
-    def fail(self, error: KunServeError) -> None:
-        """See `OutputStream.fail`."""
-        self.answer.failure = error.message
-        self.on_end()
-
-
-class _QuietMetrics(Metrics):
-    """Nobody scrapes a simulation: what is counted for every token is not."""
-
-    def inter_token(self, seconds: float) -> None:
-        """Nothing."""
-
-
 class Simulation:
-    """One run. `rows`: what arrives when; outputs are exactly as long as a row says."""
+    """One run. `rows`: what arrives when; outputs are exactly as long as a row says.
+
+    `make_machine` makes what one server has; there are `num_nodes` of them when the first row arrives, and more if
+    there is a `scaler` that wants them.
+    """
 
     def __init__(
         self,
-        machine: SimMachine,
+        make_machine: Callable[[], SimMachine],
         model: ModelConfig,
         config: EngineConfig,
         rows: Sequence[TraceRow],
         max_model_len: int,
+        *,
+        num_nodes: int = 1,
+        router: Router | None = None,
+        scaler: Scaler | None = None,
     ) -> None:
-        self._machine, self._model = machine, model
+        self._make_machine, self._model = make_machine, model
         self._config = config
         self._rows, self._max_model_len = rows, max_model_len
+        self._num_nodes, self._router, self._scaler = num_nodes, router or Least(), scaler
+        self._nodes: list[Node] = []
         self.record = Record()
-        self._stage_seconds: dict[int, tuple[float, float]] = {}  # of each chain: with work, and with work anywhere
 
     def run(self) -> dict[str, Any]:
         """Simulate to the last answer; the report."""
         return simulate(self._run())
 
     async def _run(self) -> dict[str, Any]:
-        engine, control = await assemble(
-            self._machine,
-            self._model,
-            self._config,
-            "simulated",
-            self._max_model_len,
-            NoWeights,
-            None,
-            lookahead=self._lookahead(),
-            metrics=_QuietMetrics,
-        )
-        await engine.start()
-        sampling = asyncio.create_task(self._sample(engine))
-        await self._send(engine)
+        for _ in range(self._num_nodes):
+            await self._start()
+        watching = [asyncio.create_task(self._sample())]
+        if self._scaler is not None:
+            watching.append(asyncio.create_task(self._scale(self._scaler)))
+        await self._send()
         self.record.elapsed_s = loop_time()
-        sampling.cancel()
-        engine.check()
-        await engine.stop()
-        self._machine.close()
-        return self._report(engine, control)
+        for task in watching:
+            task.cancel()
+        for node in self._nodes:
+            await node.stop()
+        return self._report()
 
-    def _lookahead(self) -> Lookahead | None:
-        """As at launch, with the constants that the devices have."""
-        if self._config.microbatching != "lookahead":
-            return None
-        return Lookahead(self._machine.cost, self._model.num_layers, self._config.num_batched_tokens)
+    async def _start(self) -> None:
+        self._nodes.append(await Node.start(self._make_machine(), self._model, self._config, self._max_model_len))
 
-    async def _send(self, engine: Engine) -> None:
+    async def _scale(self, scaler: Scaler) -> None:
+        """Start servers as the gauge asks. They get new requests only: those that wait elsewhere stay there."""
+
+        async def start() -> None:
+            await asyncio.sleep(scaler.start_s)
+            await self._start()
+
+        num_started = len(self._nodes)
+        async with asyncio.TaskGroup() as starting:
+            while True:
+                await asyncio.sleep(LOOK_EVERY_S)
+                num_wanted = scaler.num_wanted([node.demand() for node in self._nodes], num_started)
+                for _ in range(num_wanted - num_started):
+                    starting.create_task(start())
+                num_started = num_wanted
+
+    async def _send(self) -> None:
         """Submit every row at its time, and return when all are answered."""
-        loop, start_s, num_open, last_ended = asyncio.get_running_loop(), loop_time(), 0, asyncio.Event()
+        start_s, num_open, last_ended = loop_time(), 0, asyncio.Event()
 
         def end() -> None:
             nonlocal num_open
@@ -118,22 +99,22 @@ class Simulation:
         for i, row in enumerate(self._rows):
             if (delay_s := start_s + row.at_s - loop_time()) > 0:
                 await asyncio.sleep(delay_s)
-            row = cut(row, engine.limits.max_model_len)
+            row = cut(row, self._nodes[0].engine.limits.max_model_len)
             answer = Answer(loop_time(), row.num_prompt_tokens)
-            client = _Client(answer, loop, end)
             self.record.answers.append(answer)
             token_ids, keys = self._prompt(row, i, row.num_prompt_tokens)
             request = Request(f"{i}", token_ids, SamplingParams(row.num_output_tokens, ignore_eos=True, seed=0))
             request.block_keys = keys
-            try:
-                engine.submit_to(request, client)
-            except KunServeError as error:
-                answer.failure = error.message
-            else:
-                num_open += 1
+            num_open += 1
+            self._pick(keys).submit(request, answer, end)
         while num_open:
             last_ended.clear()
             await last_ended.wait()
+
+    def _pick(self, keys: Sequence[bytes]) -> Node:
+        if len(self._nodes) == 1:
+            return self._nodes[0]
+        return self._nodes[self._router.pick([node.load() for node in self._nodes], keys)]
 
     def _prompt(self, row: TraceRow, number: int, num_tokens: int) -> tuple[list[int], list[bytes]]:
         """Return token ids and, if anybody looks for them, keys of full blocks."""
@@ -141,44 +122,23 @@ class Simulation:
             return [ANY_TOKEN] * num_tokens, []
         return make_prompt(row, number, num_tokens, self._config.block_size)
 
-    async def _sample(self, engine: Engine) -> None:
+    async def _sample(self) -> None:
         while True:
-            groups = engine.groups
-            self.record.samples.append(
-                Sample(
-                    loop_time(),
-                    sum(group.num_blocks for group in groups),
-                    sum(group.num_used for group in groups),
-                    engine.scheduler.num_waiting,
-                    engine.num_running,
-                    len(groups),
-                    engine.metrics.num_generation_tokens,
-                )
-            )
-            for group in groups:
-                if len(group.stages) > 1:
-                    active_s = group.occupancy.active_s(loop_time()) * len(group.stages)
-                    self._stage_seconds[group.group_id] = sum(group.occupancy.busy_s(loop_time())), active_s
+            samples = [node.sample() for node in self._nodes]
+            self.record.samples.append(reduce(lambda a, b: a + b, samples))
             await asyncio.sleep(SAMPLE_EVERY_S)
 
-    def _report(self, engine: Engine, control: OverloadControl) -> dict[str, Any]:
-        transitions = control.state()["transitions"]
-        for transition in transitions:
-            del transition["weight_sources"]  # there are no bytes that could come from anywhere
-        busy_s, active_s = (sum(seconds) for seconds in zip((0.0, 0.0), *self._stage_seconds.values(), strict=True))
+    def _report(self) -> dict[str, Any]:
         cache = {}
         if self._config.enable_prefix_caching:
-            cache["prefix_hit_rate"] = round(engine.metrics.prefix_hit_rate, 4)  # of all prompt tokens
+            cache["prefix_hit_rate"] = round(prefix_hit_rate(self._nodes), 4)  # of all prompt tokens
+        nodes = {}
+        if self._num_nodes > 1 or self._scaler is not None:
+            nodes["node_started_s"] = [round(node.started_s, 3) for node in self._nodes]
         return (
             summarize(self.record, self._config.block_size)
             | cache
-            | {
-                "preemptions": engine.scheduler.num_preemptions,
-                "swaps": engine.scheduler.swapped.num_swaps,
-                "migrations": engine.scheduler.num_migrations,
-                "bubble_share": round(1 - busy_s / active_s, 4) if active_s else None,  # of all chains
-                "num_transitions": len(transitions),
-                "transitions": transitions,
-                "answers": by_answer(self.record),
-            }
+            | nodes
+            | totals(self._nodes)
+            | {"answers": by_answer(self.record)}
         )

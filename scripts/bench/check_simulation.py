@@ -141,7 +141,7 @@ def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
         model, cost, links, views, torch.float32, config.chunk_bytes, "cpu", shares_head=True, host=host
     )
     rows = [TraceRow(job.at_s, job.num_prompt_tokens, job.num_output_tokens) for job in jobs]
-    found = Simulation(machine, model, config, rows, model.max_position_embeddings).run()
+    found = Simulation(lambda: machine, model, config, rows, model.max_position_embeddings).run()
     return figures(found) | {"transitions": found["transitions"]}
 
 

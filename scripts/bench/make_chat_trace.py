@@ -2,7 +2,7 @@
 """Write a made trace of chats in Mooncake's format: requests of a chat begin with all that was said in it before.
 
     python scripts/bench/make_chat_trace.py --chats 600 --seconds 300 > chats.jsonl
-    python -m kunserve.sim --workload chats.jsonl --enable-prefix-caching
+    kunserve simulate --workload chats.jsonl --enable-prefix-caching
 
 Chats begin at random moments, twice as often in the middle third; each has one of a few system prompts, and turns whose
 lengths are log-normal. The last line, on stderr, is the share of input tokens that the ids allow to be found.

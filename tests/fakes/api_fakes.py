@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from aiohttp import ClientResponse, web
@@ -20,6 +20,9 @@ from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.observe.gauges import DeviceStats, EngineStats
 from kunserve.observe.metrics import Metrics
 from kunserve.sampling import FinishReason
+
+if TYPE_CHECKING:
+    from kunserve.observe.tracer import Tracer
 
 MODEL = ModelInfo(served_names=("tiny", "org/tiny"), max_model_len=64, root="/models/tiny", created=1234)
 BOS = 1
@@ -174,11 +177,12 @@ def make_app(
     tokenizer: TextTokenizer | None = None,
     template: Template | None = BRACKETS,
     grammars: Grammars | None = None,
+    tracer: Tracer | None = None,
 ) -> web.Application:
     """The application on `engine`."""
     metrics = Metrics(model.name, model.max_model_len, engine.stats)
     tokenizer = tokenizer or CharTokenizer()
-    return create_app(engine, tokenizer, template, model, metrics, settings or ApiSettings(), grammars)
+    return create_app(engine, tokenizer, template, model, metrics, settings or ApiSettings(), grammars, tracer)
 
 
 @asynccontextmanager

@@ -27,6 +27,10 @@ NUMBERS = [
     "--host-step",
     "--host-token",
     "--restore-hold",
+    "--nodes",
+    "--pod-start",
+    "--scale-at",
+    "--most-nodes",
 ]
 
 
@@ -36,7 +40,7 @@ def test_every_number_is_checked_in_one_line(flag: str, capsys: pytest.CaptureFi
         with pytest.raises(SystemExit, match="2"):
             parse_arguments([f"{flag}={value}"])
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"python -m kunserve.sim: argument {flag}: '{value}' is not a ")
+        assert line.startswith(f"kunserve simulate: argument {flag}: '{value}' is not a ")
 
 
 @pytest.mark.parametrize("flag", ["--duration", "--rate", "--scale", "--time-scale", "--memory", "--block-size"])

@@ -33,7 +33,7 @@ def report(num_devices: int, host: HostTime, policy: str = "recompute", *, is_ah
     views = [DeviceView(i, 1000) for i in range(num_devices)]
     links = TimedLinks(lambda source, destination: 1e15, 0.0)
     machine = SimMachine(model, cost, links, views, torch.float32, config.chunk_bytes, "cpu", host=host)
-    return Simulation(machine, model, config, ROWS, 512).run()
+    return Simulation(lambda: machine, model, config, ROWS, 512).run()
 
 
 def test_the_host_takes_its_time_from_the_devices() -> None:

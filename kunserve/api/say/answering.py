@@ -18,7 +18,7 @@ from kunserve.api.say.generation import SLICE, submitted
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.admission import Reservation
-from kunserve.api.wire.context import Api, json_response, to_json
+from kunserve.api.wire.context import Api, begin_trace, json_response, to_json
 from kunserve.api.wire.errors import internal_error
 from kunserve.api.wire.sse import EventStream
 from kunserve.engine.request import Output, Request
@@ -61,6 +61,7 @@ async def make_choices(
             request_id = f"{answer_id}-{next(api.serials)}"
             own = None if constraint is None else constraint.copy()
             request = Request(request_id, ids, params, priority=priority, owner=owner, constraint=own, cache_salt=salt)
+            request.trace = begin_trace(call.n)
             choice = Choice(index, request, echo, new_parser() if new_parser else None)
             choice.reasoning = None if reasoning is None else reasoning.fresh()
             choices.append(choice)

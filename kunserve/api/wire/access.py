@@ -10,6 +10,7 @@ from hmac import compare_digest
 
 import structlog
 from aiohttp import web
+from structlog.contextvars import get_contextvars
 
 from kunserve.api.wire.context import API, REQUEST_ID
 from kunserve.errors import UnauthorizedError
@@ -131,5 +132,6 @@ async def log_access(request: web.Request, handler: Handler) -> web.StreamRespon
             seconds=round(time.monotonic() - started_s, 3),
             client=request.remote,
             request_id=request.get(REQUEST_ID, ""),
+            **get_contextvars(),  # the line may be written later, where they are others
         )
         request.app[API].departures.run(line)

@@ -7,11 +7,13 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from aiohttp import web
+from structlog.contextvars import bind_contextvars
 
 from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
@@ -21,6 +23,9 @@ from kunserve.api.wire.grammars import Grammars
 from kunserve.api.wire.response_store import ResponseStore
 from kunserve.api.wire.turns import Turns
 from kunserve.observe.metrics import Metrics
+
+if TYPE_CHECKING:  # needs an extra
+    from kunserve.observe.tracer import HttpTrace, RequestTrace, Tracer
 
 T = TypeVar("T")
 
@@ -49,6 +54,7 @@ class Api:
     grammars: Grammars | None
     responses: ResponseStore
     serials: Iterator[int]  # tell apart requests of clients that chose the same id
+    tracer: Tracer | None = None
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
         """Return the result of `work` on so much text: done here if it is short, else on a thread."""
@@ -60,6 +66,25 @@ class Api:
 
 
 API = web.AppKey("api", Api)
+HTTP_TRACE: ContextVar[HttpTrace | None] = ContextVar("HTTP_TRACE", default=None)  # of the request that is handled
+
+
+def join_trace(request: web.Request) -> None:
+    """Let what is done for a request belong to its client's trace, if traces are wanted; its lines of the log, too."""
+    if (tracer := request.app[API].tracer) is not None:
+        http_trace = tracer.of(request.headers)
+        HTTP_TRACE.set(http_trace)
+        if http_trace.trace_id is not None:
+            bind_contextvars(trace_id=http_trace.trace_id)
+
+
+def begin_trace(n: int) -> RequestTrace | None:
+    """Begin the span of a sequence, one of `n` of its prompt; None where nothing is traced."""
+    if (http_trace := HTTP_TRACE.get()) is None:
+        return None
+    request_trace = http_trace.begin(n)
+    bind_contextvars(**request_trace.ids)
+    return request_trace
 
 
 def new_request_id(request: web.Request) -> str:

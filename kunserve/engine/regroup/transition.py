@@ -158,6 +158,8 @@ class Transitions:
         self._fleet.regroup(old, new)
         transition.epoch, transition.new_groups = self._fleet.epoch, tuple(group.group_id for group in new)
         transition.seconds["committed"] = loop_time() - transition.started_s
+        for request in [request for group in (*old, *new) for request in group.running]:  # some have departed already
+            request.note(transition.kind, epoch=self._fleet.epoch, groups=str(transition.new_groups))
         for group in new:
             group.on_first_commit = partial(self._first_token, transition)
         if on_commit is not None:

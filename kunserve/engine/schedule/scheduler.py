@@ -151,6 +151,7 @@ class Scheduler:
     def requeue(self, group: Group, request: Request) -> None:
         """Let a request that has lost its KV in a group wait again, to be recomputed."""
         self._preempted.append((request, request.num_computed_tokens))
+        request.note("preempted", group=group.group_id, lost_tokens=request.num_computed_tokens)
         request.num_computed_tokens = request.num_scheduled_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1

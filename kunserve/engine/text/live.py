@@ -55,8 +55,10 @@ class Live:
             prompt_logprobs = tuple(request.prompt_logprobs)
         return Output(text, (token.token_id,), logprobs, reason, stop, prompt_logprobs)
 
-    def close_constraint(self) -> None:
-        """Let go of the grammar, if there is one. The request has ended, and goes on to end, whatever that raises."""
+    def close(self, now_s: float) -> None:
+        """End the trace and let go of the grammar, if there are. The request ends, whatever the grammar raises."""
+        if self.request.trace is not None:
+            self.request.trace.end(self.request, now_s)
         if self.request.constraint is not None:
             try:
                 self.request.constraint.close()

@@ -1,0 +1,1 @@
+"""Several simulated servers behind a router, and an autoscaler that starts more."""
