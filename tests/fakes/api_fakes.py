@@ -16,6 +16,7 @@ from kunserve.api.wire.backend import ApiSettings, ModelInfo, Template, TextToke
 from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
+from kunserve.engine.text.live import replay
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.observe.gauges import DeviceStats, EngineStats
 from kunserve.observe.metrics import Metrics
@@ -126,6 +127,9 @@ class FakeEngine:
             else:
                 await item.wait()
         await asyncio.Event().wait()
+
+    async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
+        return await replay(request, token_ids, None, ())
 
     def abort(self, request_id: str) -> None:
         self.aborted.put_nowait(request_id)
