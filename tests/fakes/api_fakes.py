@@ -109,6 +109,7 @@ class FakeEngine:
         self.is_ready = True
         self.illness: str | None = None
         self.infirmity: str | None = None
+        self.eos_token_ids: tuple[int, ...] = ()  # that end what is replayed
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
         if self.refusal is not None:
@@ -129,7 +130,7 @@ class FakeEngine:
         await asyncio.Event().wait()
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
-        return await replay(request, token_ids, None, ())
+        return await replay(request, token_ids, None, self.eos_token_ids)
 
     def abort(self, request_id: str) -> None:
         self.aborted.put_nowait(request_id)
