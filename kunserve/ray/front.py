@@ -91,6 +91,7 @@ class Front:
     def __init__(self, models: Mapping[str, Replicas], key: str) -> None:
         """`models`: replicas by the name that requests give; the first get what names none. `key`: a front's."""
         self._models, self._key = dict(models), key
+        self.num_repeated = self.num_resumed = 0  # requests sent again whole; streams gone on with
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request; see the ASGI specification."""
@@ -147,6 +148,8 @@ class Front:
                     return
                 log.warning("elsewhere again", path=asked.path, because=str(gone)[:300], tokens=asked.passed.num_tokens)
             asked.passed.forget()
+            is_begun = asked.passed.num_tokens > 0
+            self.num_resumed, self.num_repeated = self.num_resumed + is_begun, self.num_repeated + (not is_begun)
             await asyncio.sleep(FIRST_PAUSE_S * 2 ** (num_attempts - 1) * random.uniform(0.5, 1.0))
 
     def _replicas_for(self, asked: Asked) -> Replicas:

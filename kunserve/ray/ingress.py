@@ -40,6 +40,10 @@ class Ingress:
             known.setdefault(handle.deployment_name, RayReplicas(handle))
         self._front = Front({name: known[handle.deployment_name] for name, handle in models.items()}, key)
 
+    def counts(self) -> dict[str, int]:
+        """Return how often this front has sent a request again, and let another replica go on with a stream."""
+        return {"repeated": self._front.num_repeated, "resumed": self._front.num_resumed}
+
     def __serve_build_asgi_app__(self) -> Front:
         """Return the application; Serve calls this."""
         return self._front

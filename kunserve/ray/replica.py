@@ -46,6 +46,10 @@ class Replica:
         """Return the process ids of the replica and of its server."""
         return os.getpid(), self._server.pid
 
+    async def socket(self) -> str:
+        """Return the path of the server's socket, for who is on this machine."""
+        return str(self._server.socket)
+
     async def __del__(self) -> None:
         """End the server. Serve calls this when the replica's requests have ended."""
         await self._server.stop()

@@ -32,16 +32,16 @@ class ServerProcess:
         """Set up a server with these flags; nothing runs yet."""
         self._flags, self._front_key = list(flags), front_key
         self._folder = tempfile.TemporaryDirectory(prefix="kunserve-")
-        self._socket = Path(self._folder.name) / "http"
+        self.socket = Path(self._folder.name) / "http"
         self._process: asyncio.subprocess.Process | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
         """Start it, and return when it is ready. RuntimeError if it ends before."""
-        command = [sys.executable, "-c", _CHILD, *self._flags, "--uds", str(self._socket)]
+        command = [sys.executable, "-c", _CHILD, *self._flags, "--uds", str(self.socket)]
         environment = {**os.environ, FRONT_KEY_VARIABLE: self._front_key}
         self._process = await asyncio.create_subprocess_exec(*command, env=environment)
-        connector = aiohttp.UnixConnector(str(self._socket), limit=0)
+        connector = aiohttp.UnixConnector(str(self.socket), limit=0)
         self._session = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None), cookie_jar=None
         )

@@ -108,6 +108,7 @@ async def test_a_stream_survives_wherever_its_replicas_die(monkeypatch: Any) -> 
             assert (told.status, "".join(texts), len(replicas.seeds)) == (200, ANSWER, 1)
             assert told.body.count(b'"finish_reason":"stop"') == told.body.count(b"[DONE]") == 1
             resumed = [asked["token_ids"] for path, asked in replicas.asked if path == "/kunserve/resume"]
+            assert front.num_resumed == len(resumed)
             assert all(bytes(ids).decode() == ANSWER[: len(ids)] for [ids] in resumed)
 
 
