@@ -20,7 +20,7 @@ from kunserve.command.flags import FRONT_KEY_VARIABLE
 _CHILD = "import ctypes; ctypes.CDLL(None).prctl(1, 9); from kunserve.server import main; main()"
 _POLL_S = 0.1
 _READ_BYTES = 1 << 18
-_KILL_S = 10.0  # after the server's own time to stop
+_KILL_S = 10.0  # it has nothing to do any more: its requests have ended, or go on elsewhere
 
 Head = tuple[int, list[tuple[bytes, bytes]]]  # status and headers of an answer
 
@@ -93,7 +93,7 @@ class ServerProcess:
                     await asyncio.sleep(0)
 
     async def stop(self) -> None:
-        """End it: it lets accepted requests finish, within its own `--shutdown-timeout`."""
+        """End it, and what is still asked of it."""
         if self._session is not None:
             await self._session.close()
         if self._process is not None and self._process.returncode is None:
