@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 
+import ray
+
+from kunserve.ray.lease import Lease, Leases
 from kunserve.ray.scaling import DEMAND
 from kunserve.ray.server_process import Head, ServerProcess
 
@@ -20,13 +24,24 @@ class Replica:
         """Start the server and wait until it is ready. RuntimeError if it ends before."""
         self._server = ServerProcess(flags, front_key)
         await self._server.start()
+        self._leases = Leases(self._server.socket.with_name("leases"), self._server.socket)
+        await self._leases.open()
+        self._node = ray.get_runtime_context().get_node_id()
 
     async def answer(
-        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
-    ) -> AsyncIterator[Head | bytes]:
-        """See `ServerProcess.answer`."""
-        async for part in self._server.answer(method, path, headers, body):
-            yield part
+        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes, node: str
+    ) -> AsyncIterator[Head | bytes | Lease]:
+        """Yield an answer of the server (see `answer_of`); to a front on this `node` a lease, and it asks itself.
+
+        The request counts as running here until the front lets go: Serve waits for it before the replica goes.
+        """
+        if node == self._node:
+            async for lease in self._leases.give():
+                yield lease
+            return
+        async with aclosing(self._server.answer(method, path, headers, body)) as parts:
+            async for part in parts:
+                yield part
 
     async def check_health(self) -> None:
         """Raise RuntimeError if the server makes no progress: then Serve replaces the replica."""
@@ -52,4 +67,5 @@ class Replica:
 
     async def __del__(self) -> None:
         """End the server. Serve calls this when the replica's requests have ended."""
+        await self._leases.close()
         await self._server.stop()

@@ -45,5 +45,5 @@ class PrefixRouter(FIFOMixin, RequestRouter):
 
 def _body_of(pending: PendingRequest) -> bytes:
     """Return the body of a request to `Replica.answer`; nothing of another call."""
-    body = pending.args[3] if len(pending.args) == 4 else b""
+    body = pending.args[3] if len(pending.args) == 5 else b""
     return body if isinstance(body, bytes) else b""
