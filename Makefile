@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients test-chart manifests coverage docs pages paper \
-  bench-overload clean
+.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients test-chart test-ray manifests \
+  coverage docs pages paper bench-overload bench-ray clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -101,6 +101,20 @@ manifests: .chart/.installed
 	npm install --no-audit --no-fund --no-package-lock --prefix .chart
 	touch $@
 
+# Replicas behind Ray Serve, one of which is killed, in an environment of their own: CI does not run it.
+test-ray: .ray/.installed
+	PYTHONPATH=scripts/bench .ray/bin/python scripts/check/ray_replicas.py
+
+# What the front costs: the same load direct and through it, side by side.
+bench-ray: .ray/.installed
+	PYTHONPATH=scripts/check .ray/bin/python scripts/bench/bench_ray.py
+
+.ray/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .ray
+	.ray/bin/pip install --quiet --constraint constraints.txt torch
+	.ray/bin/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	touch $@
+
 paper: $(VENV)/.installed-test
 	$(BIN)/python scripts/figures/paper.py
 
@@ -108,4 +122,4 @@ bench-overload: $(VENV)/.installed-test
 	$(BIN)/python scripts/bench/compare_policies.py
 
 clean:
-	rm -rf $(VENV) .clients .chart $(CLIENTS)/ai_sdk/node_modules build *.egg-info
+	rm -rf $(VENV) .clients .chart .ray $(CLIENTS)/ai_sdk/node_modules build *.egg-info

@@ -37,6 +37,7 @@ from kunserve.api.routes.operations import (
 )
 from kunserve.api.routes.responses import count_input_tokens
 from kunserve.api.routes.responses import responses as create_response
+from kunserve.api.routes.resume import resume
 from kunserve.api.routes.stored_responses import delete_response, list_input_items, show_response
 from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_access, preflight_response
@@ -90,6 +91,7 @@ ROUTES = (
     web.get("/page/{name}", show_page),
     web.get("/kunserve/state", state),
     web.get("/kunserve/events", events, allow_head=False),
+    web.post("/kunserve/resume", resume),
     web.post("/kunserve/burst", start_burst),
     web.post("/kunserve/drop", drop),
     web.post("/kunserve/restore", restore),

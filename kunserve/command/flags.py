@@ -25,7 +25,7 @@ from kunserve.observe.trace_endpoint import TraceEndpoint, trace_endpoint
 from kunserve.sizes import parse_size
 
 API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
-ADMIN_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY"
+ADMIN_KEY_VARIABLE, FRONT_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY", "KUNSERVE_FRONT_KEY"
 LOG_LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 LEAST_BODY_MEMORY_BYTES = 1 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -44,7 +44,7 @@ _UNITS = {
     "G": 1 << 30,
     "T": 1 << 40,
 }
-_REPEATED = ("--api-key", "--admin-key")
+_REPEATED = ("--api-key", "--admin-key", "--front-key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class HttpConfig:
 
     api_keys: tuple[str, ...]
     admin_keys: tuple[str, ...]
+    front_keys: tuple[str, ...]
     max_num_queued_tokens: int
     max_body_memory_bytes: int
     max_response_bytes: int
@@ -150,6 +151,13 @@ def add_access_flags(group: argparse._ArgumentGroup) -> None:
         help="key that operators must send to drop, restore, burst, remove and add devices; without one nobody may",
     )
     add(
+        "--front-key",
+        action="append",
+        metavar="KEY",
+        help="key of a front before several servers, which may resume here the streams of one that is gone; without "
+        "one nobody may",
+    )
+    add(
         "--max-body-memory",
         default="512MiB",
         metavar="SIZE",
@@ -201,10 +209,11 @@ def add_router_flags(group: argparse._ArgumentGroup) -> None:
 
 def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> HttpConfig:
     """Return the values of the flags, and keys of the environment where no flag gives one. Raises ConfigError."""
-    keys = args.api_key or [environment[name] for name in API_KEY_VARIABLES if environment.get(name)]
-    admin_keys = args.admin_key or [environment[name] for name in (ADMIN_KEY_VARIABLE,) if environment.get(name)]
-    if "" in (*keys, *admin_keys):
-        raise ConfigError("--api-key and --admin-key must not be empty")
+    keys = args.api_key or _keys_of(environment, API_KEY_VARIABLES)
+    admin_keys = args.admin_key or _keys_of(environment, (ADMIN_KEY_VARIABLE,))
+    front_keys = args.front_key or _keys_of(environment, (FRONT_KEY_VARIABLE,))
+    if "" in (*keys, *admin_keys, *front_keys):
+        raise ConfigError("--api-key, --admin-key and --front-key must not be empty")
     if args.default_chat_template_kwargs:
         from kunserve.api.ask.protocol import TEMPLATE_FIELDS  # with most of the API: flags are judged without
 
@@ -220,6 +229,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
     return HttpConfig(
         api_keys=tuple(keys),
         admin_keys=tuple(admin_keys),
+        front_keys=tuple(front_keys),
         max_num_queued_tokens=args.max_num_queued_tokens,
         max_body_memory_bytes=max_body_memory_bytes,
         max_response_bytes=max_response_bytes,
@@ -243,6 +253,10 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         traces=trace_endpoint(args.otlp_traces_endpoint),
         ignored=args.ignored_flags or {},
     )
+
+
+def _keys_of(environment: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    return [environment[name] for name in names if environment.get(name)]
 
 
 def parse_known(

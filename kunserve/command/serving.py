@@ -214,6 +214,7 @@ def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> web.App
     settings = ApiSettings(
         api_keys=config.http.api_keys,
         admin_keys=config.http.admin_keys,
+        front_keys=config.http.front_keys,
         allowed_origins=config.http.allowed_origins,
         max_num_queued_reqs=config.engine.max_num_queued_reqs,
         max_num_queued_tokens=config.http.max_num_queued_tokens,

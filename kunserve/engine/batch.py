@@ -56,7 +56,7 @@ def count_prompt_tokens(batch: Microbatch) -> int:
     for request, start, end, _, _ in batch.spans:
         counted, end = request.num_counted_tokens, min(end, len(request.prompt_token_ids))
         if counted < end and not request.has_failed:
-            num_new += end - max(start, counted)
+            num_new += max(0, end - max(start, counted))  # of a request begun elsewhere, all of it may be cached
             request.num_counted_tokens = end
     return num_new
 

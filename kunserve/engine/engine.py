@@ -30,8 +30,7 @@ from kunserve.engine.step.executor import Executor
 from kunserve.engine.step.results import Result, judge, results_of
 from kunserve.engine.survive.health import Health
 from kunserve.engine.survive.retries import Retries
-from kunserve.engine.text.detokenizer import Detokenizer
-from kunserve.engine.text.live import Live
+from kunserve.engine.text.live import Live, replay
 from kunserve.engine.text.stream import OutputStream, Sink
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.engine.view import View
@@ -164,17 +163,18 @@ class Engine(Operated):
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.limits.check(request)
-        if request.num_prompt_tokens >= self._most_tokens:
+        if request.num_tokens >= self._most_tokens:
             raise overlong(self._most_tokens)
         request.arrival_s = loop_time()
-        request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.limits.max_model_len)
-        seed = request.params.seed
-        request.seed = self._random.getrandbits(63) if seed is None else seed
-        tokenizer, prompt = self.tokenizer, request.prompt_token_ids
-        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.params, prompt)
-        self._live[request.request_id] = Live(request, sink, detokenizer)
+        request.seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
+        self._live[request.request_id] = Live.of(request, sink, self.tokenizer)
         self.scheduler.waiting.append(request)
         self.signals.wake_for_queue()
+
+    async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
+        """Bring a request that is not submitted yet to where an engine like this one has left it. See `live.replay`."""
+        self.limits.check(request)
+        return await replay(request, token_ids, self.tokenizer, self.model.eos_token_ids)
 
     def abort(self, request_id: str) -> None:
         """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
@@ -223,7 +223,7 @@ class Engine(Operated):
         for span in batch.spans:
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
-                if self.fleet.prefixes is not None:
+                if self.fleet.prefixes is not None and not span.request.is_continued:
                     self.metrics.prefix_cache(span.request.num_prompt_tokens, span.request.num_cached_tokens)
         inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
         self._tasks.create_task(self._step(group, batch, self.executor.execute(group, inputs)))

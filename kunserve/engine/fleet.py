@@ -186,7 +186,7 @@ class Fleet:
         keys = extend_keys(request, group.block_size)[: self._most_found(request)]
         num_tokens = self._blocks.begin(request.table, group, keys) * group.block_size
         request.num_computed_tokens = request.num_scheduled_tokens = num_tokens
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and not request.is_continued:
             request.num_cached_tokens = num_tokens
 
     def distrust(self, request: Request, group: Group) -> None:

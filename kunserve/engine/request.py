@@ -91,10 +91,11 @@ class Request:
     num_counted_tokens: int = 0  # of the prompt, that metrics have counted as computed: a preemption leaves it
     num_sampling: int = 0  # microbatches in flight that will bring a token
     max_num_tokens: int = sys.maxsize  # it ends when it has so many; set by the engine
+    is_continued: bool = False  # another engine has begun it: it came with tokens generated there
     group_id: int | None = None  # while admitted
     table: BlockTable = field(default_factory=BlockTable)  # what it holds in its group
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
-    num_cached_tokens: int = 0  # that it found in the prefix cache when it was admitted first
+    num_cached_tokens: int = 0  # that it found in the prefix cache when it was admitted first, in whichever engine
     admitted_s: float | None = None
     first_token_s: float | None = None
     num_preemptions: int = 0

@@ -18,13 +18,14 @@ class ServingLimits:
     device_timeout_s: float | None = None  # a device that ends nothing of its work for so long is lost; None: never
 
     def check(self, request: Request) -> None:
-        """Raise InvalidRequestError if a request's prompt can never be served."""
+        """Set how long a request may get. Raises InvalidRequestError if its prompt can never be served."""
         if not 0 < request.num_prompt_tokens < self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; between 1 and {self.max_model_len - 1} "
                 "can be served",
                 param="prompt",
             )
+        request.max_num_tokens = min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len)
 
 
 def overlong(most_tokens: int) -> OverloadedError:

@@ -16,6 +16,7 @@ from kunserve.api.wire.backend import ApiSettings, ModelInfo, Template, TextToke
 from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
+from kunserve.engine.text.live import replay
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.observe.gauges import DeviceStats, EngineStats
 from kunserve.observe.metrics import Metrics
@@ -111,6 +112,7 @@ class FakeEngine:
         self.is_ready = True
         self.illness: str | None = None
         self.infirmity: str | None = None
+        self.eos_token_ids: tuple[int, ...] = ()  # that end what is replayed
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
         if self.refusal is not None:
@@ -129,6 +131,9 @@ class FakeEngine:
             else:
                 await item.wait()
         await asyncio.Event().wait()
+
+    async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
+        return await replay(request, token_ids, None, self.eos_token_ids)
 
     def abort(self, request_id: str) -> None:
         self.aborted.put_nowait(request_id)

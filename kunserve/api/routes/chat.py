@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from kunserve.api.say.answers import AnswerFormat, Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.say.parts import deltas_of, deltas_of_output, was_cut
 from kunserve.api.say.token_logprobs import token_logprobs
-from kunserve.api.wire.access import owner_of
+from kunserve.api.wire.access import created_s, owner_of
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, choose_request_id, long_list
 from kunserve.engine.request import Output
@@ -125,6 +124,6 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
     generation = call.generation
     answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
-    writer = ChatFormat(answer_id, int(time.time()), generation, api.tokenizer)
+    writer = ChatFormat(answer_id, created_s(request), generation, api.tokenizer)
     writer.is_call_the_end = call.tools.mode != "named"  # OpenAI ends a call that it was told to make with "stop"
     return await answer_chat(request, api, call, writer, answer_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from kunserve.api.ask.structured import compile_structure
 from kunserve.api.say.answering import answer, make_choices
 from kunserve.api.say.answers import AnswerFormat, Choice, usage_json
 from kunserve.api.say.echo import Echo, echo_of, positions_of_answer
-from kunserve.api.wire.access import owner_of
+from kunserve.api.wire.access import created_s, owner_of
 from kunserve.api.wire.admission import estimated_tokens
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, Api, choose_request_id, fragment, long_list
@@ -162,5 +161,5 @@ async def completions(request: web.Request) -> web.StreamResponse:
         answer_id = f"cmpl-{choose_request_id(request, generation.request_id)}"
         choices = await make_choices(api, answer_id, generation, owner, prompts, constraint)
         make_form = EchoFormat if call.is_echo_only else CompletionFormat
-        writer = make_form(answer_id, int(time.time()), generation, api.tokenizer)
+        writer = make_form(answer_id, created_s(request), generation, api.tokenizer)
         return await answer(request, api, writer, choices, reservation)

@@ -11,7 +11,8 @@ from kunserve.api.ask.prompts import ChatPrompt, fit_to_context, tokenize_bad_wo
 from kunserve.api.ask.protocol import ChatCall
 from kunserve.api.ask.structured import compile_structure
 from kunserve.api.ask.tools import Tools
-from kunserve.api.say.answering import AnswerWriter, answer, make_choices
+from kunserve.api.say.answering import answer, make_choices
+from kunserve.api.say.answers import AnswerWriter
 from kunserve.api.say.calls.formats import BARE, HARMONY, TOOL_FORMATS, CallFormat
 from kunserve.api.say.calls.harmony import Channels
 from kunserve.api.say.calls.parser import CallsParser, NamedCall, ToolParser

@@ -11,7 +11,7 @@ from kunserve.api.ask.declared.anthropic import AnthropicMessages, Counted
 from kunserve.api.ask.declared.chat import Chat, Tokenize
 from kunserve.api.ask.declared.fields import body_schema
 from kunserve.api.ask.declared.generation import Completion
-from kunserve.api.ask.declared.others import Burst, Detokenize, Drop, Groups, Remove
+from kunserve.api.ask.declared.others import Burst, Detokenize, Drop, Groups, Remove, Resume
 from kunserve.api.ask.declared.responses import Response
 
 Schema = dict[str, Any]
@@ -44,6 +44,7 @@ ROUTES: tuple[tuple[str, str, str, type[Struct] | None], ...] = (
     ("/page/{name}", "get", "A file of that page", None),
     ("/kunserve/state", "get", "Devices, groups, requests", None),
     ("/kunserve/events", "get", "What /kunserve/state shows, as it changes: server-sent events", None),
+    ("/kunserve/resume", "post", "The rest of a stream that another server has begun; needs a front's key", Resume),
     ("/kunserve/burst", "post", "A burst of made-up requests; answers when it is over; needs the admin key", Burst),
     ("/kunserve/drop", "post", "Merge groups; needs the admin key", Drop),
     ("/kunserve/restore", "post", "Split groups; needs the admin key", Groups),

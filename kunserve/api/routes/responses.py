@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from kunserve.api.ask.responses import chat_of, input_items
 from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.routes.earlier_items import items_before, references_of, with_referred_items
 from kunserve.api.routes.response_format import ResponseFormat
-from kunserve.api.wire.access import keeper_of, owner_of
+from kunserve.api.wire.access import created_s, keeper_of, owner_of
 from kunserve.api.wire.body import read_body
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
 from kunserve.api.wire.naming import FieldNames
@@ -69,7 +68,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     loop = asyncio.get_running_loop()
     store = partial(_store, api, loop, answer_id, keeper_of(request), asked) if _keeps(api, asked.values) else None
     generation = asked.chat.generation
-    writer = ResponseFormat(answer_id, int(time.time()), generation, asked.values, asked.names, api.tokenizer, store)
+    writer = ResponseFormat(answer_id, created_s(request), generation, asked.values, asked.names, api.tokenizer, store)
     with asked.names.told():
         return await answer_chat(request, api, asked.chat, writer, answer_id)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 from aiohttp import web
 
 from kunserve.api.ask.prompts import CALL_CHARS
 from kunserve.api.ask.protocol import GenerationCall
-from kunserve.api.say.answers import Choice
+from kunserve.api.say.answers import AnswerWriter, Choice
 from kunserve.api.say.echo import Echo
 from kunserve.api.say.generation import SLICE, submitted
+from kunserve.api.say.marks import Marked, check_past, seed_choices
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
+from kunserve.api.wire.access import front_of
 from kunserve.api.wire.admission import Reservation
-from kunserve.api.wire.context import Api, begin_trace, json_response, to_json
+from kunserve.api.wire.context import RESUMED, Api, Past, begin_trace, json_response, to_json
 from kunserve.api.wire.errors import internal_error
 from kunserve.api.wire.sse import EventStream
 from kunserve.engine.request import Output, Request
@@ -74,39 +76,56 @@ def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
     return f"{owner if is_apart else ''}\n{call.cache_salt}"
 
 
-class AnswerWriter(Protocol):
-    """How one endpoint writes its answers."""
-
-    call: GenerationCall
-
-    def opening(self, choice: Choice, output: Output) -> bytes:
-        """Return events before a choice's first chunk, which is for `output`."""
-
-    def chunk(self, choice: Choice, output: Output) -> bytes:
-        """Return events for a delta, not yet counted into `choice`; perhaps none."""
-
-    def ending(self, choices: Sequence[Choice]) -> bytes:
-        """Return events after the last chunk."""
-
-    def error(self, error: KunServeError) -> bytes:
-        """Return events that end the answer with an error."""
-
-    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Return the answer in one piece."""
-
-
 async def answer(
     request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], reservation: Reservation
 ) -> web.StreamResponse:
     """Generate and send an answer. Leaving early in any way (a client that goes cancels this) ends the generation."""
-    async with submitted(api, reservation, [choice.request for choice in choices]) as outputs:
+    if (front := front_of(request)) is not None:
+        seed_choices(choices, front)
+        writer = Marked(writer)
+    if (resumed := request.get(RESUMED)) is None:
+        return await _answer(request, api, writer, choices, choices, reservation)
+    check_past(choices, resumed.past)
+    try:
+        running = await _replay(api, writer, choices, resumed.past)
+        return await _answer(request, api, writer, choices, running, reservation)
+    finally:
+        for choice in choices:  # a grammar that has taken tokens is followed, even if its request never ran
+            if choice.request.constraint is not None:
+                choice.request.constraint.close()
+
+
+async def _answer(
+    request: web.Request,
+    api: Api,
+    writer: AnswerWriter,
+    choices: Sequence[Choice],
+    running: Sequence[Choice],
+    reservation: Reservation,
+) -> web.StreamResponse:
+    """As `answer`; those that are `running` are generated, the others have ended."""
+    async with submitted(api, reservation, [choice.request for choice in running]) as outputs:
         if writer.call.is_stream:
-            return await _stream(request, api, writer, choices, outputs)
+            return await _stream(request, api, writer, choices, running, outputs)
         async for index, output in outputs:
-            choices[index].advance(output)
-            choices[index].outputs.append(output)
+            running[index].advance(output)
+            running[index].outputs.append(output)
     work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
     return json_response(await api.offload(work, lambda: to_json(writer.answer_json(choices))))
+
+
+async def _replay(api: Api, writer: AnswerWriter, choices: Sequence[Choice], past: Sequence[Past]) -> list[Choice]:
+    """Bring choices, and what writes them, to where their tokens have left them elsewhere; return those that go on."""
+    running = []
+    for choice, before in zip(choices, past, strict=True):
+        output = Output()
+        if before.token_ids:
+            choice.request.num_cached_tokens = before.num_cached_tokens
+            output = await api.backend.replay(choice.request, before.token_ids)
+            await _tell(api, writer, choice, output)  # the client has it
+        if output.finish_reason is None:
+            running.append(choice)
+    return running
 
 
 def _work(choice: Choice) -> int:
@@ -126,13 +145,21 @@ def _work_of_prompt(choice: Choice) -> int:
 
 
 async def _stream(
-    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
+    request: web.Request,
+    api: Api,
+    writer: AnswerWriter,
+    choices: Sequence[Choice],
+    running: Sequence[Choice],
+    outputs: Outputs,
 ) -> web.StreamResponse:
     events = EventStream(request, api.settings.write_timeout_s)
     try:
         await events.open()
         try:
-            await _send_chunks(api, events, writer, choices, outputs)
+            async for index, output in outputs:
+                if data := await _tell(api, writer, running[index], output):
+                    await events.send(data)
+            await events.send(writer.ending(choices))
         except ConnectionError:
             raise
         except KunServeError as error:
@@ -146,19 +173,12 @@ async def _stream(
     return events.response
 
 
-async def _send_chunks(
-    api: Api, events: EventStream, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
-) -> None:
-    """Send one event per delta; what opens a choice goes out with its first."""
-    opened = [False] * len(choices)
-    async for index, output in outputs:
-        choice = choices[index]
-        data = b""
-        if not opened[index]:
-            opened[index] = True
-            data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
-        data += writer.chunk(choice, output)
-        choice.advance(output)
-        if data:
-            await events.send(data)
-    await events.send(writer.ending(choices))
+async def _tell(api: Api, writer: AnswerWriter, choice: Choice, output: Output) -> bytes:
+    """Return the events of a delta, perhaps none; what opens a choice goes out with its first."""
+    data = b""
+    if not choice.has_begun:
+        choice.has_begun = True
+        data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
+    data += writer.chunk(choice, output)
+    choice.advance(output)
+    return data

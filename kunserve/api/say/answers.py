@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import orjson
 
@@ -33,6 +33,7 @@ class Choice:
     parser: MessageParser | None = None  # None: the text is the message
     num_tokens: int = 0
     text_length: int = 0
+    has_begun: bool = False  # what opens it has been said
     outputs: list[Output] = field(default_factory=list)  # kept for an answer in one piece only
     positions: Positions | None = None  # of its tokens in its text, once somebody has asked
     reasoning: ReasoningTokens | None = None  # if the model may reason
@@ -92,6 +93,27 @@ def total_usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     num_reasoning_tokens = sum(choice.num_reasoning_tokens for choice in choices) if reasons else None
     num_tokens = sum(choice.num_tokens for choice in choices)
     return usage_json(num_prompt_tokens, num_tokens, num_cached_tokens, num_reasoning_tokens)
+
+
+class AnswerWriter(Protocol):
+    """How one endpoint writes its answers."""
+
+    call: GenerationCall
+
+    def opening(self, choice: Choice, output: Output) -> bytes:
+        """Return events before a choice's first chunk, which is for `output`."""
+
+    def chunk(self, choice: Choice, output: Output) -> bytes:
+        """Return events for a delta, not yet counted into `choice`; perhaps none."""
+
+    def ending(self, choices: Sequence[Choice]) -> bytes:
+        """Return events after the last chunk."""
+
+    def error(self, error: KunServeError) -> bytes:
+        """Return events that end the answer with an error."""
+
+    def answer_json(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Return the answer in one piece."""
 
 
 class AnswerFormat(ABC):

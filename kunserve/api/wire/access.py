@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
@@ -13,7 +14,8 @@ from aiohttp import web
 from structlog.contextvars import get_contextvars
 
 from kunserve.api.wire.context import API, REQUEST_ID
-from kunserve.errors import UnauthorizedError
+from kunserve.api.wire.fields import INT64_MAX
+from kunserve.errors import ForbiddenError, UnauthorizedError
 
 log = structlog.get_logger()
 
@@ -28,6 +30,8 @@ PAGE_PREFIX = "/page/"  # with "/": files that everybody has; what they show ask
 ADMIN_PATHS = frozenset({"/kunserve/drop", "/kunserve/restore", "/kunserve/burst"})
 DEVICES_PREFIX = "/kunserve/devices/"
 _PREFLIGHT_AGE_S = 600
+# What a front sends with each request, a resumed one, too: so the same answer comes of it wherever it is computed.
+FRONT_KEY, FRONT_SEED, FRONT_CREATED = "X-KunServe-Front", "X-KunServe-Seed", "X-KunServe-Created"
 
 
 def bearer(request: web.Request) -> str:
@@ -79,6 +83,46 @@ def keeper_of(request: web.Request) -> str:
     """
     keys, key = request.app[API].settings.api_keys, bearer(request)
     return sha256(_bytes(key)).hexdigest() if len(keys) > 1 else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What stands between clients and several servers, and lets another one go on with a stream whose server is gone.
+
+    Its streams say which tokens are in what it has got (`say/marks.py`); clients never see that.
+    """
+
+    seed: int | None  # of the first choice, if the client gives none
+    created_s: int  # when the answer began, since 1970
+
+
+def front_of(request: web.Request) -> Front | None:
+    """Return the front that a request comes through; None if it does not say so with a front's key."""
+    keys, headers = request.app[API].settings.front_keys, request.headers
+    if FRONT_KEY not in headers or not is_key(headers[FRONT_KEY], keys):
+        return None
+    created_s = _number(headers.get(FRONT_CREATED))
+    return Front(_number(headers.get(FRONT_SEED)), int(time.time()) if created_s is None else created_s)
+
+
+def check_front(request: web.Request) -> None:
+    """Raise unless the request comes from a front."""
+    if not request.app[API].settings.front_keys:
+        raise ForbiddenError("This server was started without --front-key, so nobody may do this.")
+    if front_of(request) is None:
+        raise UnauthorizedError(f"The front's key is missing or wrong (send it as `{FRONT_KEY}: KEY`).")
+
+
+def created_s(request: web.Request) -> int:
+    """Return when the answer to a request began, in seconds since 1970."""
+    front = front_of(request)
+    return int(time.time()) if front is None else front.created_s
+
+
+def _number(text: str | None) -> int | None:
+    """Return the number that a header holds; None if it holds none."""
+    is_number = text is not None and text.isascii() and text.isdigit() and len(text) < 20
+    return int(text) & INT64_MAX if text is not None and is_number else None
 
 
 def is_preflight(request: web.Request) -> bool:

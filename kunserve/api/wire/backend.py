@@ -98,6 +98,12 @@ class Backend(Protocol):
         Raises OverloadedError and the like at once; the iterator raises KunServeError when a step failed.
         """
 
+    async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
+        """Bring a new request to where another server has left it; what these tokens say, in one piece.
+
+        If that has a finish reason, the request is over. Raises InvalidRequestError for tokens that it cannot have.
+        """
+
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks within one step; no effect if it has ended or is unknown."""
 
@@ -174,6 +180,7 @@ class ApiSettings:
     tokenizer_threads: int = 2
     api_keys: tuple[str, ...] = ()  # none: everybody may come in
     admin_keys: tuple[str, ...] = ()  # none: nobody is an admin
+    front_keys: tuple[str, ...] = ()  # none: there is no front that resumes streams of other servers here
     allowed_origins: tuple[str, ...] = ()  # of browsers; "*" is any
     max_num_queued_reqs: int = 1024  # sequences waiting, accepted ones included
     max_num_queued_tokens: int = 4 << 20  # of their prompts: 64 MiB of them

@@ -21,7 +21,7 @@ from aiohttp import web
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.body_memory import Body, too_large
-from kunserve.api.wire.context import Api
+from kunserve.api.wire.context import RESUMED, Api
 from kunserve.api.wire.fields import pieces
 from kunserve.errors import InvalidRequestError
 
@@ -43,6 +43,8 @@ async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, An
     413 beyond the bound, 503 if there is no memory for it now, 400 if it is no JSON or does not come in time;
     KunServeError of `read`.
     """
+    if (resumed := request.get(RESUMED)) is not None:  # it stood in another body, which has been read
+        return await api.on_thread(lambda: read(resumed.body))
     settings, deadline = api.settings, asyncio.timeout(api.settings.body_timeout_s)
     _check_headers(request, settings)
 

@@ -87,6 +87,25 @@ def begin_trace(n: int) -> RequestTrace | None:
     return request_trace
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One choice of an answer that another server has begun."""
+
+    token_ids: list[int]  # that its client has been told of
+    num_cached_tokens: int  # of its prompt, that the other server found in its prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A stream of another server's that goes on here: its request's body, and its choices as far as they came."""
+
+    body: dict[str, Any]
+    past: tuple[Past, ...]
+
+
+RESUMED = web.RequestKey("resumed", Resumed)
+
+
 def new_request_id(request: web.Request) -> str:
     """Return the client's X-Request-ID if it is one printable word, else a new id."""
     given = request.headers.get(_REQUEST_ID_HEADER, "")

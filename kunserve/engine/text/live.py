@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -10,7 +11,9 @@ from kunserve.compute.sampler import SampledToken
 from kunserve.engine.request import Output, Request
 from kunserve.engine.text.detokenizer import Detokenizer
 from kunserve.engine.text.stop import finish_of
-from kunserve.engine.text.stream import Sink
+from kunserve.engine.text.stream import OutputStream, Sink, merged
+from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.errors import InvalidRequestError
 from kunserve.sampling import FinishReason, TokenLogprobs
 
 log = structlog.get_logger()
@@ -24,6 +27,16 @@ class Live:
     stream: Sink
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
+
+    @classmethod
+    def of(cls, request: Request, stream: Sink, tokenizer: Tokenizer | None) -> Live:
+        """Return a request's way out, at its newest token."""
+        if tokenizer is None:
+            return cls(request, stream, None)
+        detokenizer = Detokenizer(tokenizer, request.params, request.prompt_token_ids)
+        for token_id in request.output_token_ids:  # none, unless another engine has begun it
+            detokenizer.push(token_id)
+        return cls(request, stream, detokenizer)
 
     def take(self, token: SampledToken, eos_token_ids: tuple[int, ...]) -> Output:
         """Append a token to the request; returns what it says, and whether it is the last.
@@ -64,3 +77,29 @@ class Live:
                 self.request.constraint.close()
             except Exception:
                 log.exception("a grammar did not close")
+
+
+async def replay(
+    request: Request, token_ids: Sequence[int], tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]
+) -> Output:
+    """Give a new request the tokens that another engine has generated for it; return what they say, in one piece.
+
+    Afterwards the request goes on as if it had never been interrupted: its next token is a function of its tokens,
+    parameters and seed. If the output has a finish reason, it is over. Log-probabilities are not known again: those
+    that were asked for are 0, so that what counts them still does. Raises InvalidRequestError for tokens that this
+    request cannot have.
+    """
+    request.is_continued = True
+    live, constraint, whole = Live.of(request, OutputStream(), tokenizer), request.constraint, Output()
+    for i, token_id in enumerate(token_ids):
+        if constraint is not None:
+            constraint.accept(token_id)
+            if i == len(token_ids) - 1:  # only the last can be the end; waiting for each would take seconds
+                await constraint.settled()
+                if constraint.error is not None:
+                    raise InvalidRequestError(constraint.error.message, param="token_ids")
+        if whole.finish_reason is not None:
+            raise InvalidRequestError("`token_ids` go on after the end of the answer.", param="token_ids")
+        scored = None if request.params.num_logprobs is None else TokenLogprobs(token_id, 0.0, ())
+        whole = merged(whole, live.take(SampledToken(token_id, scored), eos_token_ids))
+    return whole

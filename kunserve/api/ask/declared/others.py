@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from kunserve.api.ask.declared.values import AtLeastOne, TokenId
+from kunserve.api.ask.declared.values import AtLeastOne, Count, NonEmpty, Object, TokenId
 from kunserve.api.wire.fields import INT64_MAX
 
 MAX_REQUESTS = 1000
@@ -29,6 +29,15 @@ class Burst(Struct, kw_only=True):
     rate: Annotated[float, Meta(ge=0.01, le=MAX_RATE)] = 16.0  # requests per second, Poisson arrivals
     prompt_tokens: AtLeastOne | None = None
     output_tokens: AtLeastOne | None = None
+
+
+class Resume(Struct, kw_only=True):
+    """POST /kunserve/resume."""
+
+    path: NonEmpty  # of the request that another server has begun to answer
+    body: Object  # of that request
+    token_ids: list[list[TokenId]]  # that its client has been told of, choice by choice
+    num_cached_tokens: list[Count]  # of each choice, as that server said
 
 
 class Groups(Struct, kw_only=True):
