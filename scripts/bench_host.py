@@ -34,6 +34,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import uvloop
 from aiohttp import web
 from rich.console import Console
 from rich.table import Table
@@ -411,7 +412,7 @@ def main() -> None:
     args = parser.parse_args()
     set_up_logging("warning", False)
     if args.one:
-        print(json.dumps(asyncio.run(serve(Setting(**json.loads(args.one))))))
+        print(json.dumps(uvloop.run(serve(Setting(**json.loads(args.one))))))
         return
     results = [{**asdict(setting), **run(setting)} for setting in settings_of(args)]
     Console(stderr=True, width=170).print(table_of(results))

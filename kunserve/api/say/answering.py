@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,7 @@ from kunserve.api.ask.prompts import CALL_CHARS
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.echo import Echo
-from kunserve.api.say.generation import SLICE, submitted
+from kunserve.api.say.generation import SLICE, Delivered, Deliveries, submitted
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.admission import Reservation
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOGPROB_CHARS = 4  # a log-probability costs as much to write as so many characters to tokenize: 2 us
-
-Outputs = AsyncIterator[tuple[int, Output]]
 
 
 async def make_choices(
@@ -101,11 +99,19 @@ async def answer(
     async with submitted(api, reservation, [choice.request for choice in choices]) as outputs:
         if writer.call.is_stream:
             return await _stream(request, api, writer, choices, outputs)
-        async for index, output in outputs:
-            choices[index].advance(output)
-            choices[index].outputs.append(output)
+        outputs.take_now = partial(_keep, choices)
+        async for came in outputs:
+            _keep(choices, came)
     work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
     return json_response(await api.offload(work, lambda: to_json(writer.answer_json(choices))))
+
+
+def _keep(choices: Sequence[Choice], came: Delivered) -> bool:
+    """Keep outputs for an answer in one piece."""
+    for index, output in came.items():
+        choices[index].advance(output)
+        choices[index].outputs.append(output)
+    return True
 
 
 def _work(choice: Choice) -> int:
@@ -125,7 +131,7 @@ def _work_of_prompt(choice: Choice) -> int:
 
 
 async def _stream(
-    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
+    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], outputs: Deliveries
 ) -> web.StreamResponse:
     events = EventStream(request, api.settings.write_timeout_s)
     try:
@@ -146,18 +152,37 @@ async def _stream(
 
 
 async def _send_chunks(
-    api: Api, events: EventStream, writer: AnswerWriter, choices: Sequence[Choice], outputs: Outputs
+    api: Api, events: EventStream, writer: AnswerWriter, choices: Sequence[Choice], outputs: Deliveries
 ) -> None:
-    """Send one event per delta; what opens a choice goes out with its first."""
+    """Send one event per delta and choice, all that came at once in one write; what opens a choice with its first.
+
+    This task wakes only for what may take time: a choice's first, log-probabilities of several, whoever reads slowly.
+    """
     opened = [False] * len(choices)
-    async for index, output in outputs:
-        choice = choices[index]
-        data = b""
-        if not opened[index]:
-            opened[index] = True
-            data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
-        data += writer.chunk(choice, output)
-        choice.advance(output)
-        if data:
-            await events.send(data)
+
+    def write(came: Delivered) -> bytes:
+        chunks = [writer.chunk(choices[index], output) for index, output in came.items()]
+        for index, output in came.items():
+            choices[index].advance(output)
+        return b"".join(chunks)
+
+    def send_now(came: Delivered) -> bool:
+        is_short = len(came) == 1 or writer.call.params.num_logprobs is None
+        if not (is_short and all(opened[index] for index in came) and events.is_free):
+            return False
+        if data := write(came):
+            events.send_now(data)
+        return True
+
+    outputs.take_now = send_now
+    async for came in outputs:
+        for index, output in came.items():
+            choice, data = choices[index], b""
+            if not opened[index]:
+                opened[index] = True
+                data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
+            if data := data + write({index: output}):
+                await events.send(data)
+            if len(came) > 1:
+                await api.deliveries.take()
     await events.send(writer.ending(choices))

@@ -31,7 +31,7 @@ class OutputStream(Sink):
     def put(self, output: Output) -> None:
         """Add a delta; the one with a finish reason is the last."""
         last = self._pending
-        self._pending = output if last is None else _merge(last, output)
+        self._pending = output if last is None else merged(last, output)
         self._ready.set()
 
     def fail(self, error: KunServeError) -> None:
@@ -57,7 +57,8 @@ class OutputStream(Sink):
         raise self._error
 
 
-def _merge(a: Output, b: Output) -> Output:
+def merged(a: Output, b: Output) -> Output:
+    """Return two deltas of one request, one after the other, as one."""
     return Output(
         a.text + b.text,
         a.token_ids + b.token_ids,
