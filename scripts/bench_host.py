@@ -414,7 +414,10 @@ def main() -> None:
     if args.one:
         print(json.dumps(uvloop.run(serve(Setting(**json.loads(args.one))))))
         return
-    results = [{**asdict(setting), **run(setting)} for setting in settings_of(args)]
+    results = list[dict[str, Any]]()
+    for setting in settings_of(args):
+        results.append({**asdict(setting), **run(setting)})
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     Console(stderr=True, width=170).print(table_of(results))
     print(json.dumps({"bench": "host", "results": results}))
 

@@ -7,9 +7,12 @@ writes what is here.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+ID = "i"  # the type of ids in arrays: int32, as kernels read them
 
 
 @dataclass(slots=True, eq=False)
@@ -26,18 +29,18 @@ class Block:
 class BlockTable:
     """The logical blocks of one request, in the order of its tokens.
 
-    `ids` says the same by device, in the order of the chain: these lists are only appended to while the request runs,
-    and each step reads them as they are.
+    `ids` says the same by device, in the order of the chain: these are only appended to while the request runs, and
+    each step copies them as they are, 4 bytes an id.
     """
 
     blocks: list[Block] = field(default_factory=list)
-    ids: dict[int, list[int]] = field(default_factory=dict)
+    ids: dict[int, array[int]] = field(default_factory=dict)
     num_indexed: int = 0  # of the first blocks: others may find them
 
     def append(self, ids: Mapping[int, Sequence[int]]) -> None:
         """Add new logical blocks, as many as each device of the chain has ids for."""
         for device, new in ids.items():
-            self.ids.setdefault(device, []).extend(new)
+            self.ids.setdefault(device, array(ID)).extend(new)
         self.blocks += [Block(dict(zip(ids, row, strict=True))) for row in zip(*ids.values(), strict=True)]
 
     def share(self, blocks: Sequence[Block], devices: Iterable[int]) -> None:
@@ -50,12 +53,12 @@ class BlockTable:
 
     def read_ids(self, devices: Iterable[int]) -> None:
         """Say by device what the blocks say now."""
-        self.ids = {device: [block.ids[device] for block in self.blocks] for device in devices}
+        self.ids = {device: array(ID, [block.ids[device] for block in self.blocks]) for device in devices}
 
     def check(self) -> None:
         """Assert that blocks and lists say the same."""
         for device, ids in self.ids.items():
-            assert ids == [block.ids[device] for block in self.blocks]
+            assert list(ids) == [block.ids[device] for block in self.blocks]
         assert all(block.num_refs > 0 for block in self.blocks)
 
 

@@ -51,7 +51,7 @@ class Live:
             reason = FinishReason.STOP
         logprobs = (token.logprobs,) if token.logprobs else ()
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if request.num_output_tokens == 1:
+        if request.prompt_logprobs and request.num_output_tokens == 1:
             prompt_logprobs = tuple(request.prompt_logprobs)
         return Output(text, (token.token_id,), logprobs, reason, stop, prompt_logprobs)
 

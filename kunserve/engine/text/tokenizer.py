@@ -78,6 +78,7 @@ class Tokenizer:
         self.form = _token_form(core)
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}  # filled as tokens appear; at most the vocabulary
+        self._whole: dict[int, str | None] = {}  # likewise
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
         texts = {name: _token_text(settings.get(name)) for name in SPECIAL_NAMES}
         self.special_tokens: dict[str, str] = {name: text for name, text in texts.items() if text is not None}
@@ -129,6 +130,15 @@ class Tokenizer:
         if (found := self._bytes.get(token_id)) is None:
             found = self._bytes[token_id] = self._to_bytes(self._core.id_to_token(token_id) or "")
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Text of a token that begins and ends with a character, as it is for most of them; None for any other."""
+        if token_id not in self._whole:
+            try:
+                self._whole[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                self._whole[token_id] = None
+        return self._whole[token_id]
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, special tokens included; half a character is U+FFFD."""
