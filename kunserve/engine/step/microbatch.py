@@ -105,7 +105,9 @@ def _sampled(
             rows.append(SamplingRow(params, 0, (), (), (), given=r.prompt_token_ids[position + 1]))
         num_tokens += span.end - span.start
         if span.samples:
-            output: Sequence[int] = range(r.num_output_tokens + span.is_ahead)  # a copy would be longer in each step
+            output: Sequence[int] = range(
+                len(r.token_ids) - len(r.prompt_token_ids) + span.is_ahead
+            )  # a copy would be longer in each step
             if reads_output(params):
                 output = (*r.output_token_ids, -1 - places[r]) if span.is_ahead else r.output_token_ids
             mask = None if r.constraint is None else _mask(r.constraint, len(output))

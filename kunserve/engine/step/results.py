@@ -33,7 +33,7 @@ def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result
     for span in batch.spans:
         positions, token = scored_positions(span), None
         scored = [(position, next(sampled)) for position in positions] if positions else []
-        error = next((row.error for _, row in scored if row.error is not None), None)
+        error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
         if span.samples:
             token = next(sampled)
             error = token.error if error is None else error
