@@ -290,12 +290,10 @@ class Engine(Operated):
                 self._fail_alone(live, result.error)
             elif result.token is not None:
                 num_generated += 1
-                if live.request.first_token_s is None:
-                    live.request.first_token_s = now
-                    self.metrics.first_token(live.request, now)
+                if (gap_s := live.came(now)) is not None:
+                    gaps_s.append(gap_s)
                 else:
-                    gaps_s.append(now - live.last_token_s)
-                live.last_token_s = now
+                    self.metrics.first_token(live.request, now)
                 self._publish_one(live, result.token)
         self.metrics.generation_tokens(num_generated)
         self.metrics.inter_tokens(gaps_s)

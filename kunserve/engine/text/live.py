@@ -25,6 +25,14 @@ class Live:
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
 
+    def came(self, now_s: float) -> float | None:
+        """Note when a token came; return the seconds since the one before, None for the first."""
+        before_s, self.last_token_s = self.last_token_s, now_s
+        if self.request.first_token_s is None:
+            self.request.first_token_s = now_s
+            return None
+        return now_s - before_s
+
     def take(self, token: SampledToken, eos_token_ids: tuple[int, ...]) -> Output:
         """Append a token to the request; returns what it says, and whether it is the last.
 
