@@ -158,17 +158,18 @@ async def _send_chunks(
 
     This task wakes only for what may take time: a choice's first, log-probabilities of several, whoever reads slowly.
     """
-    opened = [False] * len(choices)
+    unopened = set(range(len(choices)))
+    has_logprobs = writer.call.params.num_logprobs is not None
 
     def write(came: Delivered) -> bytes:
-        chunks = [writer.chunk(choices[index], output) for index, output in came.items()]
+        chunks = []
         for index, output in came.items():
+            chunks.append(writer.chunk(choices[index], output))
             choices[index].advance(output)
         return b"".join(chunks)
 
     def send_now(came: Delivered) -> bool:
-        is_short = len(came) == 1 or writer.call.params.num_logprobs is None
-        if not (is_short and all(opened[index] for index in came) and events.is_free):
+        if not unopened.isdisjoint(came) or (has_logprobs and len(came) > 1) or not events.is_free:
             return False
         if data := write(came):
             events.send_now(data)
@@ -178,8 +179,8 @@ async def _send_chunks(
     async for came in outputs:
         for index, output in came.items():
             choice, data = choices[index], b""
-            if not opened[index]:
-                opened[index] = True
+            if index in unopened:
+                unopened.remove(index)
                 data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
             if data := data + write({index: output}):
                 await events.send(data)
