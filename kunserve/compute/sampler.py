@@ -11,8 +11,8 @@ A row's fault is its own as well: where others have a token, it has an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,11 @@ NUM_CANDIDATES = 256  # largest weights looked at before the whole row is sorted
 SLICE_ELEMENTS = 1 << 22  # bounds the workspace on a device: about 40 bytes per element
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """All that decides one row's token. `output_token_ids` must not change while `sample` runs."""
+class SamplingRow(NamedTuple):
+    """All that decides one row's token. `output_token_ids` must not change while `sample` runs.
+
+    Where the token does not depend on which they are (`reads_output`), anything as long may stand for them.
+    """
 
     params: SamplingParams
     seed: int
@@ -42,8 +44,7 @@ class SamplingRow:
     given: int | None = None  # not to choose but to score this token of the prompt
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
 
     token_id: int

@@ -277,11 +277,12 @@ class Engine(Operated):
         if group.on_first_commit is not None:
             group.on_first_commit()
             group.on_first_commit = None
-        now, num_generated = loop_time(), 0
+        now, num_generated, gaps_s = loop_time(), 0, list[float]()
         for result in results:
             if result.request.is_over_here:
                 continue
-            result.add_prompt_logprobs()
+            if result.scored:
+                result.add_prompt_logprobs()
             self.fleet.computed(result.request, group)
             live = self._live[result.request.request_id]
             if result.error is not None:
@@ -289,16 +290,15 @@ class Engine(Operated):
                 self._fail_alone(live, result.error)
             elif result.token is not None:
                 num_generated += 1
-                self._publish_one(live, result.token, now)
+                if (gap_s := live.came(now)) is not None:
+                    gaps_s.append(gap_s)
+                else:
+                    self.metrics.first_token(live.request, now)
+                self._publish_one(live, result.token)
         self.metrics.generation_tokens(num_generated)
+        self.metrics.inter_tokens(gaps_s)
 
-    def _publish_one(self, live: Live, token: SampledToken, now: float) -> None:
-        if live.request.first_token_s is None:
-            live.request.first_token_s = now
-            self.metrics.first_token(live.request, now)
-        else:
-            self.metrics.inter_token(now - live.last_token_s)
-        live.last_token_s = now
+    def _publish_one(self, live: Live, token: SampledToken) -> None:
         try:
             output = live.take(token, self.model.eos_token_ids)
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -164,7 +165,7 @@ class Request:
         return sum(block.num_refs == 1 for block in self.table.blocks)
 
     @property
-    def block_tables(self) -> list[list[int]]:
+    def block_tables(self) -> list[array[int]]:
         """Ids of its blocks on each stage of its group."""
         return list(self.table.ids.values())
 

@@ -9,6 +9,7 @@ formatting) may be `COUNTERS_AGE_S` old.
 from __future__ import annotations
 
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from typing import Protocol
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from kunserve.grammar.limits import DEATH_REASONS
 from kunserve.observe.gauges import EngineStats as EngineStats  # for whoever feeds both
 from kunserve.observe.gauges import Gauges
+from kunserve.observe.many import ManyHistogram
 from kunserve.observe.recent import Recent
 from kunserve.sampling import FinishReason, SamplingParams
 
@@ -160,9 +162,10 @@ class Metrics:
         self._ttft = seconds(
             "time_to_first_token", "Seconds from a request's arrival to its first token.", TTFT_BUCKETS_S
         )
-        self._inter_token = seconds(
-            "inter_token_latency", "Seconds from one token of a request to its next.", ITL_BUCKETS_S
-        )
+        text = "Seconds from one token of a request to its next."
+        name = "vllm:inter_token_latency_seconds"
+        self._inter_token = ManyHistogram(name, text, self._labels, ITL_BUCKETS_S)
+        self._registry.register(self._inter_token)
         self._per_token = seconds(
             "request_time_per_output_token",
             "Mean seconds per output token of a request, after its first.",
@@ -225,10 +228,11 @@ class Metrics:
         self._ttft.observe(now_s - request.arrival_s)
         self.recent.first_token(now_s, now_s - request.arrival_s)
 
-    def inter_token(self, seconds: float) -> None:
-        """Count the time from one token of a request to its next."""
-        self._inter_token.observe(seconds)
-        self.recent.gap_s = max(self.recent.gap_s, seconds)
+    def inter_tokens(self, seconds: Sequence[float]) -> None:
+        """Count the times from a token to the next of its request, of all requests of a step."""
+        for value, count in Tally(seconds).items():  # nearly always one: they were in the step before as well
+            self._inter_token.observe(value, count)
+            self.recent.gap_s = max(self.recent.gap_s, value)
 
     def step(self, num_tokens: int) -> None:
         """Count one step that computed `num_tokens` (prompt and decode)."""

@@ -97,7 +97,7 @@ async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
                 else:
                     pool.free(held)
             served.metrics.generation_tokens(7)
-            served.metrics.inter_token(0.01 + engine.scheduler.num_preemptions % 7 / 1000)
+            served.metrics.inter_tokens([0.01 + engine.scheduler.num_preemptions % 7 / 1000])
 
     changing = asyncio.create_task(change())
     shares: dict[int, list[float]] = {0: [], args.viewers: []}

@@ -197,7 +197,7 @@ def adjusted_by_oracle(logits: list[float], row: SamplingRow) -> list[float]:
 
 def test_greedy_with_penalties_follows_a_naive_oracle() -> None:
     rng = random.Random(3)
-    rows = [replace(row, params=replace(row.params, temperature=0.0)) for row in random_rows(rng, 300, 12)]
+    rows = [row._replace(params=replace(row.params, temperature=0.0)) for row in random_rows(rng, 300, 12)]
     logits = torch.randn(300, 12, generator=torch.Generator().manual_seed(4)) * 2
     expected = []
     for row, values in zip(rows, logits.double().tolist(), strict=True):
@@ -310,7 +310,7 @@ def test_what_the_work_for_a_row_raises_is_that_rows(bad: set[int]) -> None:
 
     logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2))
     rows = [
-        replace(row, mask=panic if i in bad else None) for i, row in enumerate(random_rows(random.Random(1), 7, 50))
+        row._replace(mask=panic if i in bad else None) for i, row in enumerate(random_rows(random.Random(1), 7, 50))
     ]
     assert_others_unharmed(logits, rows, bad, "rust")
 
@@ -318,7 +318,7 @@ def test_what_the_work_for_a_row_raises_is_that_rows(bad: set[int]) -> None:
 def test_a_scored_row_that_is_no_number_is_an_error_of_that_row() -> None:
     logits = torch.zeros(3, 8)
     logits[1, 3] = torch.nan
-    rows = [replace(make_row(replace(GREEDY, num_prompt_logprobs=1)), given=2)] * 3
+    rows = [make_row(replace(GREEDY, num_prompt_logprobs=1))._replace(given=2)] * 3
     assert_others_unharmed(logits, rows, {1}, "largest logit is not finite")
 
 

@@ -33,7 +33,7 @@ def chosen(row: SamplingRow) -> int:
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_only_what_a_mask_allows_is_chosen(temperature: float) -> None:
     params = replace(GREEDY, temperature=temperature)
-    seen = {sample(LOGITS, [replace(row(params, mask=mask_of(2, 4)), seed=seed)])[0].token_id for seed in range(200)}
+    seen = {sample(LOGITS, [row(params, mask=mask_of(2, 4))._replace(seed=seed)])[0].token_id for seed in range(200)}
     assert seen == ({2} if temperature == 0 else {2, 4})
     assert chosen(row(mask=lambda: None)) == 0
 
@@ -55,7 +55,7 @@ def test_a_masked_row_alone_is_chosen_as_among_many(density: float) -> None:
         bits = np.packbits(generator.random(size) < density, bitorder="little")
         words = np.pad(bits, (0, -len(bits) % 4)).view(np.uint32)
         params = replace(GREEDY, temperature=[1e-300, 0.2, 1.0, 5.0][seed % 4], top_p=[1.0, 0.9][seed // 4 % 2])
-        return replace(row(params, mask=lambda: words), seed=seed)
+        return row(params, mask=lambda: words)._replace(seed=seed)
 
     rows = [masked(seed) for seed in range(60)]
     assert [token.token_id for token in sample(logits, rows)] == sampler._choose(logits, rows)
@@ -91,7 +91,7 @@ def test_others_in_the_batch_do_not_notice() -> None:
 
 def test_scored_tokens() -> None:
     params = replace(GREEDY, num_prompt_logprobs=2, num_logprobs=None)
-    token = sample(LOGITS, [replace(row(params), given=3)])[0]
+    token = sample(LOGITS, [row(params)._replace(given=3)])[0]
     expected = LOGITS[0].double().log_softmax(-1)
     assert token.token_id == 3
     assert token.logprobs is not None and token.logprobs.rank == 4

@@ -102,7 +102,7 @@ async def until_read(stream: OutputStream) -> list[Output]:
 
 async def test_the_next_step_is_launched_with_a_placeholder_before_the_token_is_known() -> None:
     async with scripted_engine(num_ahead=1) as (engine, executor):
-        streams = [engine.submit(make_request(name, 5, 3)) for name in ("a", "b")]
+        streams = [engine.submit(make_request(name, 5, 3, presence_penalty=0.5)) for name in ("a", "b")]
         first, second = await executor.next_step(), await executor.next_step()
         assert second.inputs.token_ids.tolist() == [-1, -2] and second.inputs.positions.tolist() == [5, 5]
         assert second.inputs.ahead_of is first.inputs.sampled

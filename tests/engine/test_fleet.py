@@ -93,10 +93,10 @@ def empty_a_tail(fleet: Fleet, group: Group, rng: random.Random) -> None:
             if is_failing:
                 raise ValueError
     except ValueError:
-        assert all(request.table.ids[stage.device] == blocks for request, blocks in before.items())
+        assert all(list(request.table.ids[stage.device]) == blocks for request, blocks in before.items())
     else:
         for request, blocks in before.items():
-            assert request.table.ids[stage.device] == [tail.moved.get(block, block) for block in blocks]
+            assert list(request.table.ids[stage.device]) == [tail.moved.get(block, block) for block in blocks]
     fleet.limit(stage.device, stage.pool.num_blocks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import orjson
 from aiohttp import ClientResponse, web
@@ -17,6 +17,7 @@ from kunserve.api.wire.grammars import Grammars
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.text.live import replay
+from kunserve.engine.text.stream import Sink
 from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.observe.gauges import DeviceStats, EngineStats
 from kunserve.observe.metrics import Metrics
@@ -39,6 +40,8 @@ class Waited(Protocol):
     async def wait(self) -> object:
         """Return when it has happened."""
 
+
+ROUNDS_OF_A_STEP = 10  # of the event loop: enough to send each output before the next comes
 
 Script = Callable[[Request], Iterable[Output | BaseException | Waited]]
 
@@ -109,34 +112,41 @@ class FakeEngine:
         self.submitted: asyncio.Queue[str] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
         self.refusal: KunServeError | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self.is_ready = True
         self.illness: str | None = None
         self.infirmity: str | None = None
         self.eos_token_ids: tuple[int, ...] = ()  # that end what is replayed
 
-    def submit(self, request: Request) -> AsyncIterator[Output]:
+    def submit_to(self, request: Request, sink: Sink) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.requests.append(request)
         self.submitted.put_nowait(request.request_id)
-        return self._outputs(request)
+        self._tasks[request.request_id] = asyncio.create_task(self._answer(request, sink))
 
-    async def _outputs(self, request: Request) -> AsyncIterator[Output]:
+    async def _answer(self, request: Request, sink: Sink) -> None:
         for item in self.script(request):
-            await asyncio.sleep(0)
+            for _ in range(ROUNDS_OF_A_STEP):
+                await asyncio.sleep(0)
             if isinstance(item, BaseException):
-                raise item
+                sink.fail(cast(KunServeError, item))
+                return
             if isinstance(item, Output):
-                yield item
+                sink.put(item)
             else:
                 await item.wait()
-        await asyncio.Event().wait()
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
         return await replay(request, token_ids, None, self.eos_token_ids)
 
     def abort(self, request_id: str) -> None:
         self.aborted.put_nowait(request_id)
+        self._tasks[request_id].cancel()
+
+    async def ended(self) -> None:
+        """Return when nothing is on its way any more."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def stats(self) -> EngineStats:
         return STATS

@@ -190,7 +190,7 @@ def test_what_is_counted_as_it_happens() -> None:
     metrics.generation_tokens(3)
     metrics.preemption()
     metrics.step(10)
-    metrics.inter_token(0.5)
+    metrics.inter_tokens([0.5])
     metrics.choices_asked(2)
     metrics.rejection("queue_full")
     for lag_s in (0.001, 0.25, 0.002):

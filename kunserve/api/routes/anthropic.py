@@ -15,9 +15,8 @@ from kunserve.api.ask.protocol import ChatCall, GenerationCall, chat_call
 from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.say.answers import Choice
 from kunserve.api.say.parts import AnswerPart, PartStream, deltas_of, deltas_of_output, named_event, was_cut
-from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.anthropic_errors import error_details
-from kunserve.api.wire.body import read_body
+from kunserve.api.wire.body import read_body, read_call
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
 from kunserve.api.wire.naming import FieldNames
 from kunserve.engine.request import Output
@@ -147,8 +146,7 @@ def _reader(api: Api, declared: type[AnthropicMessages | Counted]) -> Callable[[
 async def messages(request: web.Request) -> web.StreamResponse:
     """Answer POST /v1/messages."""
     api = request.app[API]
-    api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    call, names = await read_body(request, api, _reader(api, AnthropicMessages))
+    call, names = await read_call(request, api, _reader(api, AnthropicMessages))
     answer_id = f"msg_{choose_request_id(request, call.generation.request_id)}"
     with names.told():
         return await answer_chat(request, api, call, MessageFormat(answer_id, call.generation, names), answer_id)

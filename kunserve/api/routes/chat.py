@@ -13,8 +13,8 @@ from kunserve.api.say.answers import AnswerFormat, Choice
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Message, Reasoning, Text
 from kunserve.api.say.parts import deltas_of, deltas_of_output, was_cut
 from kunserve.api.say.token_logprobs import token_logprobs
-from kunserve.api.wire.access import created_s, owner_of
-from kunserve.api.wire.body import read_body
+from kunserve.api.wire.access import created_s
+from kunserve.api.wire.body import read_call
 from kunserve.api.wire.context import API, choose_request_id, long_list
 from kunserve.engine.request import Output
 from kunserve.sampling import TokenLogprobs
@@ -120,8 +120,7 @@ def delta_json(delta: Delta) -> dict[str, Any]:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer POST /v1/chat/completions."""
     api = request.app[API]
-    api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    call = await read_body(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
+    call = await read_call(request, api, lambda values: read_chat(values, api.model, api.tokenizer.vocab_size))
     generation = call.generation
     answer_id = f"chatcmpl-{choose_request_id(request, generation.request_id)}"
     writer = ChatFormat(answer_id, created_s(request), generation, api.tokenizer)

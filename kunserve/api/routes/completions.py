@@ -16,7 +16,7 @@ from kunserve.api.say.answers import AnswerFormat, Choice, usage_json
 from kunserve.api.say.echo import Echo, echo_of, positions_of_answer
 from kunserve.api.wire.access import created_s, owner_of
 from kunserve.api.wire.admission import estimated_tokens
-from kunserve.api.wire.body import read_body
+from kunserve.api.wire.body import read_call
 from kunserve.api.wire.context import API, Api, choose_request_id, fragment, long_list
 from kunserve.engine.request import Output
 from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
@@ -145,9 +145,8 @@ async def _echoes(
 async def completions(request: web.Request) -> web.StreamResponse:
     """Answer POST /v1/completions."""
     api = request.app[API]
-    api.admission.check(owner_of(request))  # a full queue refuses before it reads
     vocab_size = api.tokenizer.vocab_size
-    call = await read_body(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
+    call = await read_call(request, api, lambda values: read_completion(values, api.model, api.settings, vocab_size))
     generation = call.generation
     owner = owner_of(request, generation.user)
     num_tokens = sum(map(estimated_tokens, call.prompts)) * generation.n

@@ -18,8 +18,8 @@ from kunserve.api.ask.responses import chat_of, input_items
 from kunserve.api.routes.conversation import answer_chat
 from kunserve.api.routes.earlier_items import items_before, references_of, with_referred_items
 from kunserve.api.routes.response_format import ResponseFormat
-from kunserve.api.wire.access import created_s, keeper_of, owner_of
-from kunserve.api.wire.body import read_body
+from kunserve.api.wire.access import created_s, keeper_of
+from kunserve.api.wire.body import read_body, read_call
 from kunserve.api.wire.context import API, Api, choose_request_id, json_response
 from kunserve.api.wire.naming import FieldNames
 from kunserve.api.wire.response_store import Stored
@@ -36,7 +36,7 @@ class ResponseCall:
     num_items: int
 
 
-async def _read(request: web.Request, api: Api) -> ResponseCall:
+async def _read(request: web.Request, api: Api, *, generates: bool) -> ResponseCall:
     """Read a body, and the items of the responses that it goes on with, which are in the store."""
 
     def read(values: dict[str, Any], before: list[Any]) -> ResponseCall:
@@ -51,7 +51,7 @@ async def _read(request: web.Request, api: Api) -> ResponseCall:
         needs_store = asked.previous_response_id is not None or references_of(asked.input)
         return values if needs_store else read(values, [])
 
-    found = await read_body(request, api, read_alone)
+    found = await (read_call if generates else read_body)(request, api, read_alone)
     if isinstance(found, ResponseCall):
         return found
     keeper = keeper_of(request)
@@ -62,8 +62,7 @@ async def _read(request: web.Request, api: Api) -> ResponseCall:
 async def responses(request: web.Request) -> web.StreamResponse:
     """Answer POST /v1/responses."""
     api = request.app[API]
-    api.admission.check(owner_of(request))  # a full queue refuses before it reads
-    asked = await _read(request, api)
+    asked = await _read(request, api, generates=True)
     answer_id = f"resp_{choose_request_id(request, asked.chat.generation.request_id)}"
     loop = asyncio.get_running_loop()
     store = partial(_store, api, loop, answer_id, keeper_of(request), asked) if _keeps(api, asked.values) else None
@@ -95,7 +94,7 @@ def _store(
 async def count_input_tokens(request: web.Request) -> web.Response:
     """Answer POST /v1/responses/input_tokens."""
     api = request.app[API]
-    asked = await _read(request, api)
+    asked = await _read(request, api, generates=False)
     with asked.names.told():
         num_tokens = len((await tokenize_chat(api, asked.chat)).ids)
     return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})

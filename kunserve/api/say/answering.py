@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from kunserve.api.ask.prompts import CALL_CHARS
 from kunserve.api.ask.protocol import GenerationCall
 from kunserve.api.say.answers import AnswerWriter, Choice
 from kunserve.api.say.echo import Echo
-from kunserve.api.say.generation import SLICE, submitted
+from kunserve.api.say.generation import SLICE, Delivered, Deliveries, submitted
 from kunserve.api.say.marks import Marked, check_past, seed_choices
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOGPROB_CHARS = 4  # a log-probability costs as much to write as so many characters to tokenize: 2 us
-
-Outputs = AsyncIterator[tuple[int, Output]]
 
 
 async def make_choices(
@@ -107,9 +105,9 @@ async def _answer(
     async with submitted(api, reservation, [choice.request for choice in running]) as outputs:
         if writer.call.is_stream:
             return await _stream(request, api, writer, choices, running, outputs)
-        async for index, output in outputs:
-            running[index].advance(output)
-            running[index].outputs.append(output)
+        outputs.take_now = partial(_keep, running)
+        async for came in outputs:
+            _keep(running, came)
     work = sum(_work(choice) + _work_of_prompt(choice) for choice in choices)
     return json_response(await api.offload(work, lambda: to_json(writer.answer_json(choices))))
 
@@ -122,10 +120,19 @@ async def _replay(api: Api, writer: AnswerWriter, choices: Sequence[Choice], pas
         if before.token_ids:
             choice.request.num_cached_tokens = before.num_cached_tokens
             output = await api.backend.replay(choice.request, before.token_ids)
-            await _tell(api, writer, choice, output)  # the client has it
+            await _open(api, writer, choice, output)
+            _write(writer, choice, output)  # the client has it
         if output.finish_reason is None:
             running.append(choice)
     return running
+
+
+def _keep(choices: Sequence[Choice], came: Delivered) -> bool:
+    """Keep outputs for an answer in one piece."""
+    for index, output in came.items():
+        choices[index].advance(output)
+        choices[index].outputs.append(output)
+    return True
 
 
 def _work(choice: Choice) -> int:
@@ -150,15 +157,13 @@ async def _stream(
     writer: AnswerWriter,
     choices: Sequence[Choice],
     running: Sequence[Choice],
-    outputs: Outputs,
+    outputs: Deliveries,
 ) -> web.StreamResponse:
     events = EventStream(request, api.settings.write_timeout_s)
     try:
         await events.open()
         try:
-            async for index, output in outputs:
-                if data := await _tell(api, writer, running[index], output):
-                    await events.send(data)
+            await _send_chunks(api, events, writer, running, outputs)
             await events.send(writer.ending(choices))
         except ConnectionError:
             raise
@@ -173,12 +178,46 @@ async def _stream(
     return events.response
 
 
-async def _tell(api: Api, writer: AnswerWriter, choice: Choice, output: Output) -> bytes:
-    """Return the events of a delta, perhaps none; what opens a choice goes out with its first."""
-    data = b""
-    if not choice.has_begun:
-        choice.has_begun = True
-        data = await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
-    data += writer.chunk(choice, output)
+async def _open(api: Api, writer: AnswerWriter, choice: Choice, output: Output) -> bytes:
+    """Return what goes out before a choice's first delta."""
+    choice.has_begun = True
+    return await api.offload(_work_of_prompt(choice), partial(writer.opening, choice, output))
+
+
+def _write(writer: AnswerWriter, choice: Choice, output: Output) -> bytes:
+    """Return the events of a delta, perhaps none."""
+    data = writer.chunk(choice, output)
     choice.advance(output)
     return data
+
+
+async def _send_chunks(
+    api: Api, events: EventStream, writer: AnswerWriter, running: Sequence[Choice], outputs: Deliveries
+) -> None:
+    """Send one event per delta and choice, all that came at once in one write; what opens a choice with its first.
+
+    This task wakes only for what may take time: a choice's first, log-probabilities of several, whoever reads slowly.
+    """
+    has_logprobs = writer.call.params.num_logprobs is not None
+    num_unopened = sum(not choice.has_begun for choice in running)
+
+    def send_now(came: Delivered) -> bool:
+        if num_unopened and not all(running[index].has_begun for index in came):
+            return False
+        if (has_logprobs and len(came) > 1) or not events.is_free:
+            return False
+        if data := b"".join([_write(writer, running[index], output) for index, output in came.items()]):
+            events.send_now(data)
+        return True
+
+    outputs.take_now = send_now
+    async for came in outputs:
+        for index, output in came.items():
+            choice, data = running[index], b""
+            if not choice.has_begun:
+                num_unopened -= 1
+                data = await _open(api, writer, choice, output)
+            if data := data + _write(writer, choice, output):
+                await events.send(data)
+            if len(came) > 1:
+                await api.deliveries.take()

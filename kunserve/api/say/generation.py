@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -11,83 +11,108 @@ from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.turns import Turns
 from kunserve.engine.request import Output, Request
-from kunserve.errors import EngineError
+from kunserve.engine.text.stream import Sink, merged
+from kunserve.errors import KunServeError
 
 SLICE = 32  # sequences in a turn of the event loop: 1 to 2 ms
 
-Delivery = tuple[int, Output]  # index of the sequence, what came of it
+Delivered = dict[int, Output]  # index of a sequence -> what came of it
 
 
-async def _next(stream: AsyncIterator[Output]) -> Output:
-    async for output in stream:
-        return output
-    raise EngineError("The engine ended a request without its final output.")
+class Deliveries(AsyncIterator[Delivered]):
+    """What comes of some sequences, until each has given its final output: what came at once is read at once.
 
-
-class Deliveries(AsyncIterator[Delivery]):
-    """What comes of some sequences, until each has given its final output.
-
-    A step ends for hundreds of sequences in one moment, and each then has something to write: they take turns.
+    A step ends for hundreds of sequences in one moment, and each then has something to write: they take turns. Waking
+    a task for each would cost more than the writing, so `take_now` may take what comes while the reader waits.
     """
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
-        self._num_open = 0
-        self._only: AsyncIterator[Output] | None = None  # nearly always there is one: no task then
-        self._came: asyncio.Queue[Delivery | Exception] = asyncio.Queue(1)
-        self._tasks: list[asyncio.Task[None]] = []
+    def __init__(self, turns: Turns, num_sequences: int) -> None:
+        self._turns, self._num_open = turns, num_sequences
+        self._came: Delivered = {}
+        self._error: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None  # while it waits
+        self._is_due = False  # a turn will come to hand over what came
+        # Takes what came, without waiting, and returns True; False to leave all of it to the reader.
+        self.take_now: Callable[[Delivered], bool] = lambda came: False
 
-    def add(self, stream: AsyncIterator[Output], is_only: bool) -> None:
-        """Read one more."""
-        if is_only:
-            self._only = stream
-        else:
-            self._tasks.append(asyncio.create_task(self._read(self._num_open, stream)))
-        self._num_open += 1
+    def put(self, index: int, output: Output) -> None:
+        """Add a delta of a sequence to what the reader, if it is slow, has not taken yet."""
+        last = self._came.get(index)
+        self._came[index] = output if last is None else merged(last, output)
+        if output.finish_reason is not None:
+            self._num_open -= 1
+        self._hand_over_soon()
 
-    async def _read(self, index: int, stream: AsyncIterator[Output]) -> None:
+    def fail(self, error: Exception) -> None:
+        """End all with an error, after what is already there."""
+        self._error = self._error or error
+        self._hand_over_soon()
+
+    def _hand_over_soon(self) -> None:
+        if self._reader is not None and not self._is_due:
+            self._is_due = True
+            self._turns.later(self._hand_over)
+
+    def _hand_over(self) -> None:
+        """Give what came to `take_now`, or to the reader."""
+        self._is_due = False
+        if self._reader is None or self._reader.done():  # it has left
+            return
         try:
-            output = Output()
-            while output.finish_reason is None:
-                output = await _next(stream)
-                await self._came.put((index, output))
+            if self._came and self.take_now(self._came):
+                self._came = {}
         except Exception as error:
-            await self._came.put(error)
+            self._came, self._error = {}, error
+        if self._came or self._error is not None or self._num_open == 0:
+            self._reader.set_result(None)
 
-    async def __anext__(self) -> Delivery:
-        if self._num_open == 0:
-            raise StopAsyncIteration
-        delivery = (0, await _next(self._only)) if self._only is not None else await self._came.get()
-        if isinstance(delivery, Exception):
-            raise delivery
-        self._num_open -= delivery[1].finish_reason is not None
-        await self._turns.take()
-        return delivery
+    async def __anext__(self) -> Delivered:
+        if not self._came and self._error is None and self._num_open:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+            await self._turns.take()
+        if self._came:
+            came, self._came = self._came, {}
+            return came
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
 
-    async def close(self) -> None:
-        """Leave no task behind."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+class _Sequence(Sink):
+    """One of the sequences, as the engine sees it."""
+
+    __slots__ = ("_deliveries", "_index")
+
+    def __init__(self, deliveries: Deliveries, index: int) -> None:
+        self._deliveries, self._index = deliveries, index
+
+    def put(self, output: Output) -> None:
+        """See `Sink.put`."""
+        self._deliveries.put(self._index, output)
+
+    def fail(self, error: KunServeError) -> None:
+        """See `Sink.fail`."""
+        self._deliveries.fail(error)
 
 
 @asynccontextmanager
-async def submitted(
-    api: Api, reservation: Reservation, requests: Sequence[Request]
-) -> AsyncIterator[AsyncIterator[Delivery]]:
+async def submitted(api: Api, reservation: Reservation, requests: Sequence[Request]) -> AsyncIterator[Deliveries]:
     """Submit all requests or none, some in each turn of the loop; inside, read what comes of them.
 
     However the block is left (end, error, the client gone: cancellation), nothing of them stays in the engine.
     """
-    deliveries, num_submitted = Deliveries(api.deliveries), 0
+    deliveries, num_submitted = Deliveries(api.deliveries, len(requests)), 0
     try:
         async for some in api.turns.slices(requests, SLICE):
             for request in some:
-                deliveries.add(api.backend.submit(request), is_only=len(requests) == 1)
+                api.backend.submit_to(request, _Sequence(deliveries, num_submitted))
                 num_submitted += 1
                 reservation.leave()
         yield deliveries
     finally:
         for request in requests[:num_submitted]:
             api.departures.run(partial(api.backend.abort, request.request_id))
-        await deliveries.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
+from kunserve.engine.text.stream import Sink
 from kunserve.errors import InvalidRequestError
 from kunserve.observe.gauges import EngineStats
 
@@ -92,10 +93,10 @@ class Backend(Protocol):
     def is_ready(self) -> bool:
         """Return True once the model is loaded, until the server begins to stop."""
 
-    def submit(self, request: Request) -> AsyncIterator[Output]:
-        """Queue a request. The iterator yields deltas up to and including the one with a finish_reason.
+    def submit_to(self, request: Request, sink: Sink) -> None:
+        """Queue a request. `sink` gets deltas up to and including the one with a finish_reason, or an error.
 
-        Raises OverloadedError and the like at once; the iterator raises KunServeError when a step failed.
+        Raises OverloadedError and the like at once.
         """
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:

@@ -11,6 +11,7 @@ import asyncio
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from json import JSONDecoder
 from math import isinf
 from typing import Any, NoReturn, TypeVar
@@ -37,11 +38,27 @@ MAX_DEPTH = 200
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
+async def read_call(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
+    """Return what `read_body` does, for a route that generates: 503 if the queue has no room for one sequence more.
+
+    It is asked before the body is read, and once it is there; from then on the place is held. Else all who come while
+    one is free would wait for their turn to be parsed, one after the other, to be refused then.
+    """
+    owner = owner_of(request)
+    api.admission.check(owner)
+    return await read_body(request, api, read, lambda: api.admission.accepted(owner, 1, 0))
+
+
+async def read_body(
+    request: web.Request,
+    api: Api,
+    read: Callable[[dict[str, Any]], T],
+    place: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> T:
     """Return what `read` makes of the JSON object in the body; of a large one on a thread.
 
-    413 beyond the bound, 503 if there is no memory for it now, 400 if it is no JSON or does not come in time;
-    KunServeError of `read`.
+    `place`: held from the body's last byte until it is parsed. 413 beyond the bound, 503 if there is no memory for it
+    now, 400 if it is no JSON or does not come in time; KunServeError of `read`.
     """
     if (resumed := request.get(RESUMED)) is not None:  # it stood in another body, which has been read
         return await api.on_thread(lambda: read(resumed.body))
@@ -59,10 +76,11 @@ async def read_body(request: web.Request, api: Api, read: Callable[[dict[str, An
         except TimeoutError:
             body.end()  # it may have had to give way
             raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-        await api.turns.take()
-        if body.num_bytes <= SMALL_BYTES:
-            return read(_object(body.whole, _small(body.whole)))
-        return await api.on_thread(lambda: read(_object(body.whole, _large(body.whole))))
+        with place():
+            await api.turns.take()
+            if body.num_bytes <= SMALL_BYTES:
+                return read(_object(body.whole, _small(body.whole)))
+            return await api.on_thread(lambda: read(_object(body.whole, _large(body.whole))))
 
 
 def _check_headers(request: web.Request, settings: ApiSettings) -> None:

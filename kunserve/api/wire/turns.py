@@ -36,6 +36,13 @@ class Turns:
         else:
             self._waiting.append(work)
 
+    def later(self, work: Callable[[], None]) -> None:
+        """Call `work` when it is its turn, but not yet: what comes until then may become one piece of work."""
+        self._waiting.append(work)
+        if self._num_left == self._per_round:
+            self._num_left = 0  # what is left of this round
+            asyncio.get_running_loop().call_soon(self._next)
+
     def _is_now(self) -> bool:
         """Use up a turn of this round, if one is left."""
         if self._num_left == 0:

@@ -7,9 +7,12 @@ writes what is here.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+ID = "i"  # the type of ids in arrays: int32, as kernels read them
 
 
 @dataclass(slots=True, eq=False)
@@ -26,13 +29,14 @@ class Block:
 class BlockTable:
     """The logical blocks of one request, in the order of its tokens. A place is where a block is, or was.
 
-    `ids` says the same by device, in the order of the chain, with an id for each place: these lists are only appended
-    to while the request runs, and each step reads them as they are. The first `num_behind` places are behind the
-    window of all layers: their blocks are let go, and some id that is mapped stands there, which nobody reads.
+    `ids` says the same by device, in the order of the chain, with an id for each place: these are only appended to
+    while the request runs, and each step copies them as they are, 4 bytes an id. The first `num_behind` places are
+    behind the window of all layers: their blocks are let go, and some id that is mapped stands there, which nobody
+    reads.
     """
 
     blocks: list[Block] = field(default_factory=list)
-    ids: dict[int, list[int]] = field(default_factory=dict)
+    ids: dict[int, array[int]] = field(default_factory=dict)
     num_indexed: int = 0  # of the first places: others may find their blocks
     num_behind: int = 0
 
@@ -44,7 +48,7 @@ class BlockTable:
     def append(self, ids: Mapping[int, Sequence[int]]) -> None:
         """Add new logical blocks, as many as each device of the chain has ids for."""
         for device, new in ids.items():
-            self.ids.setdefault(device, []).extend(new)
+            self.ids.setdefault(device, array(ID)).extend(new)
         self.blocks += [Block(dict(zip(ids, row, strict=True))) for row in zip(*ids.values(), strict=True)]
 
     def leave_behind(self, num_places: int) -> list[Block]:
@@ -55,7 +59,7 @@ class BlockTable:
         left, self.blocks = self.blocks[:num_left], self.blocks[num_left:]
         self.num_behind += num_left
         for device, ids in self.ids.items():  # all of them: what stood there may be unmapped one day
-            ids[: self.num_behind] = [self.blocks[0].ids[device]] * self.num_behind
+            ids[: self.num_behind] = array(ID, [self.blocks[0].ids[device]]) * self.num_behind
         return left
 
     def share(self, blocks: Sequence[Block], devices: Iterable[int], num_behind: int = 0) -> None:
@@ -69,12 +73,12 @@ class BlockTable:
     def read_ids(self, devices: Iterable[int]) -> None:
         """Say by device what the blocks say now."""
         places = [*self.blocks[:1] * self.num_behind, *self.blocks]
-        self.ids = {device: [block.ids[device] for block in places] for device in devices}
+        self.ids = {device: array(ID, [block.ids[device] for block in places]) for device in devices}
 
     def check(self) -> None:
         """Assert that blocks and lists say the same."""
         for device, ids in self.ids.items():
-            assert ids[self.num_behind :] == [block.ids[device] for block in self.blocks]
+            assert list(ids[self.num_behind :]) == [block.ids[device] for block in self.blocks]
             assert set(ids[: self.num_behind]) <= {ids[self.num_behind]} if self.num_behind else True
         assert all(block.num_refs > 0 for block in self.blocks)
 

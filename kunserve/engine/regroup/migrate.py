@@ -188,7 +188,7 @@ class Migration:
         source, target = _stage(m.source).device, _stage(m.destination)
         new = slice(m.num_copied, end)
         layers = range(target.first_layer, target.last_layer)
-        read, write = m.request.table.ids[source][new], m.table.ids[target.device][new]
+        read, write = m.request.table.ids[source][new].tolist(), m.table.ids[target.device][new].tolist()
         if await self._transfers.between(
             source, target.device, layers, read, write, is_wanted=lambda: m.is_wanted or m.request.is_moving
         ):

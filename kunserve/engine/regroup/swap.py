@@ -156,7 +156,7 @@ class Swap:
     async def _copy_stage(self, move: SwapMove, stage: Stage) -> None:
         """The layers of one stage, as many at a time as the budget allows. Nothing for a request that has ended."""
         request, device = move.request, stage.device
-        ids = request.table.ids[device][: move.num_blocks]
+        ids = request.table.ids[device][: move.num_blocks].tolist()
         kv, buffers = self._transfers.kv(device), self._buffers[request.request_id]
 
         def copies(layers: range) -> list[BlockCopy]:

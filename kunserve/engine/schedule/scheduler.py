@@ -227,7 +227,7 @@ class Scheduler:
     @staticmethod
     def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
         budget.take(request, num_tokens)
-        start, num_known = request.num_scheduled_tokens, request.num_tokens
+        start, num_known = request.num_scheduled_tokens, len(request.token_ids)
         request.num_scheduled_tokens = end = start + num_tokens
         samples, is_ahead = end == num_known + request.num_sampling, end > num_known
         request.num_in_flight += 1
@@ -257,14 +257,16 @@ class Scheduler:
     def _fill(self, group: Group, ready: Sequence[tuple[Request, int]], spans: list[Span], budget: Budget) -> None:
         """Let running requests join a microbatch of `group`, in this order; one that is suspected only alone."""
         for request, num_pending in ready:
-            if len(spans) == self.limits.max_num_seqs or _is_alone(spans):
+            if len(spans) == self.limits.max_num_seqs or (len(spans) == 1 and _is_alone(spans)):
                 return
-            if request.group_id != group.group_id or (
-                spans and request.is_suspect
-            ):  # preempted meanwhile, or not alone
+            if request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            num_tokens = budget.fits(request, num_pending)
-            if num_tokens and self._make_room(group, request, request.num_scheduled_tokens + num_tokens):
+            if request.suspect_until and request.is_suspect and spans:
+                continue
+            if not (num_tokens := budget.fits(request, num_pending)):
+                continue
+            end = request.num_scheduled_tokens + num_tokens  # nearly always in a block that it has
+            if end <= len(request.table.blocks) * group.block_size or self._make_room(group, request, end):
                 spans.append(self._span(request, num_tokens, budget))
 
     def _admit(
@@ -362,5 +364,8 @@ def _can_run_ahead(oldest: Microbatch) -> set[Request]:
 
     Only by the oldest: whatever waits for a younger one would hold up those between.
     """
-    sampling = (span.request for span in oldest.spans if span.samples)
-    return {r for r in sampling if r.num_sampling == 1 and r.num_expected_tokens < r.max_num_tokens}
+    return {
+        r
+        for r, _, _, samples, _ in oldest.spans
+        if samples and r.num_sampling == 1 and len(r.token_ids) + 1 < r.max_num_tokens
+    }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -59,8 +60,8 @@ def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
 def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) -> list[SamplingRow]:
     """As `fill_token_ids`, in the rows whose next token depends on it."""
     return [
-        replace(
-            row, output_token_ids=(*row.output_token_ids[:-1], sampled[-1 - row.output_token_ids[-1]] if sampled else 0)
+        row._replace(
+            output_token_ids=(*row.output_token_ids[:-1], sampled[-1 - row.output_token_ids[-1]] if sampled else 0)
         )
         if row.output_token_ids and row.output_token_ids[-1] < 0 and reads_output(row.params)
         else row
@@ -70,36 +71,49 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
 
 def _places(batch: Microbatch) -> dict[Request, int]:
     """Which of the tokens that a microbatch samples is each request's."""
-    places, num_sampled = {}, 0
+    places, num_sampled = dict[Request, int](), 0
     for span in batch.spans:
-        num_sampled += len(scored_positions(span)) + span.samples
+        num_sampled += len(scored_positions(span))
         if span.samples:
-            places[span.request] = num_sampled - 1
+            places[span.request] = num_sampled
+            num_sampled += 1
     return places
 
 
-def _token_ids(span: Span, places: Mapping[Request, int]) -> list[int]:
-    known = span.request.token_ids[span.start : span.end]
-    return [*known, -1 - places[span.request]] if span.is_ahead else known
+def _token_ids(spans: Sequence[Span], places: Mapping[Request, int]) -> list[int]:
+    """Tokens of all spans; of one that nobody knows yet its place, as `StepInputs.token_ids` says."""
+    token_ids = list[int]()
+    for request, start, end, _, is_ahead in spans:
+        token_ids += request.token_ids[start:end]
+        if is_ahead:
+            token_ids.append(-1 - places[request])
+    return token_ids
 
 
 def _sampled(
     batch: Microbatch, places: Mapping[Request, int], eos_token_ids: tuple[int, ...]
-) -> Iterator[tuple[int, SamplingRow]]:
-    """Rows whose logits are needed, span by span: the prompt's tokens to score, then the next to choose."""
-    first_row = 0
+) -> tuple[list[int], list[SamplingRow]]:
+    """Rows whose logits are needed, and what decides their tokens.
+
+    Span by span: the prompt's tokens to score, then the next to choose.
+    """
+    numbers, rows, num_tokens = list[int](), list[SamplingRow](), 0
     for span in batch.spans:
-        r = span.request
+        r, params = span.request, span.request.params
         for position in scored_positions(span):
-            given = r.prompt_token_ids[position + 1]
-            yield first_row + position - span.start, SamplingRow(r.params, 0, (), (), (), given=given)
-        first_row += span.end - span.start
+            numbers.append(num_tokens + position - span.start)
+            rows.append(SamplingRow(params, 0, (), (), (), given=r.prompt_token_ids[position + 1]))
+        num_tokens += span.end - span.start
         if span.samples:
-            output = tuple(r.output_token_ids)
-            if span.is_ahead:
-                output = (*output, -1 - places[r])
+            output: Sequence[int] = range(
+                len(r.token_ids) - len(r.prompt_token_ids) + span.is_ahead
+            )  # a copy would be longer in each step
+            if reads_output(params):
+                output = (*r.output_token_ids, -1 - places[r]) if span.is_ahead else r.output_token_ids
             mask = None if r.constraint is None else _mask(r.constraint, len(output))
-            yield first_row - 1, SamplingRow(r.params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask)
+            numbers.append(num_tokens - 1)
+            rows.append(SamplingRow(params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask))
+    return numbers, rows
 
 
 def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
@@ -117,10 +131,12 @@ def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
     return mask
 
 
-def _padded(tables: Sequence[list[int]], width: int) -> Tensor:
+def _padded(tables: Sequence[array[int]], width: int) -> Tensor:
+    """Return the first ids of tables as rows, zeros behind those of a shorter one: (B, width) int32."""
+    tables = [table if len(table) <= width else table[:width] for table in tables]
     out = np.zeros((len(tables), width), np.int32)
-    for row, table in zip(out, tables, strict=True):
-        row[: min(len(table), width)] = table[:width]
+    lens = np.array([len(table) for table in tables])
+    out[np.arange(width) < lens[:, None]] = np.frombuffer(b"".join(tables), np.int32)
     return torch.from_numpy(out)
 
 
@@ -131,23 +147,23 @@ def step_inputs(
     spans = batch.spans
     is_ahead = any(span.is_ahead for span in spans)
     places = _places(oldest) if is_ahead and oldest is not None else {}
-    lens = np.array([span.end - span.start for span in spans], np.int32)
     starts = np.array([span.start for span in spans], np.int32)
+    ends = np.array([span.end for span in spans], np.int32)
+    lens = ends - starts
     cu_seqlens = np.zeros(len(spans) + 1, np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
-    token_ids = np.concatenate([np.array(_token_ids(span, places), np.int32) for span in spans])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
-    width = -(-int((starts + lens).max()) // block_size)
-    tables = zip(*(span.request.block_tables for span in spans), strict=True)  # by stage
-    sampled = list(_sampled(batch, places, eos_token_ids))
+    width = -(-int(ends.max()) // block_size)
+    tables = zip(*[span.request.table.ids.values() for span in spans], strict=True)  # by stage
+    sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
     return StepInputs(
-        token_ids=torch.from_numpy(token_ids),
+        token_ids=torch.from_numpy(np.array(_token_ids(spans, places), np.int32)),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
-        context_lens=torch.from_numpy(starts + lens),
+        context_lens=torch.from_numpy(ends),
         block_tables=tuple(_padded(of_stage, width) for of_stage in tables),
-        sampled_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64),
-        sampling=tuple(row for _, row in sampled),
+        sampled_rows=torch.from_numpy(np.array(sampled_rows, np.int64)),
+        sampling=tuple(sampling),
         block_size=block_size,
         sampled=batch.sampled,
         ahead_of=oldest.sampled if is_ahead and oldest is not None else None,

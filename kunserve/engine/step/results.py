@@ -29,12 +29,14 @@ class Result:
 
 def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result]:
     """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
-    sampled, results = iter(tokens), []
+    sampled, results = iter(tokens), list[Result]()
     for span in batch.spans:
-        scored = [(position, next(sampled)) for position in scored_positions(span)]
-        token = next(sampled) if span.samples else None
-        rows = [row for _, row in scored] if token is None else [*(row for _, row in scored), token]
-        error = next((row.error for row in rows if row.error is not None), None)
+        positions, token = scored_positions(span), None
+        scored = [(position, next(sampled)) for position in positions] if positions else []
+        error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
+        if span.samples:
+            token = next(sampled)
+            error = token.error if error is None else error
         results.append(Result(span.request, scored, token, error))
     return results
 

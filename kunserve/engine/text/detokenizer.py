@@ -23,6 +23,7 @@ class Detokenizer:
         "_checked_from",
         "_held",
         "_include_stop",
+        "_is_inside",
         "_num_tokens",
         "_skipped",
         "_stops",
@@ -43,7 +44,8 @@ class Detokenizer:
         self._held = ""  # text that may be the beginning of a stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         tail = [i for i in prompt_token_ids[-PROMPT_TAIL:] if i not in self._skipped]
-        self._utf8.decode(b"".join(map(tokenizer.token_bytes, tail)))
+        self._strip = False
+        self._decode(b"".join(map(tokenizer.token_bytes, tail)))  # perhaps it ends inside a character
         self._strip = not tail and tokenizer.form.strips_space
 
     def push(self, token_id: int) -> str:
@@ -51,13 +53,20 @@ class Detokenizer:
         self._num_tokens += 1
         if self.stopped is not None or token_id in self._skipped:
             return ""
-        data = self._tokenizer.token_bytes(token_id)
-        if self._strip and data:
-            data, self._strip = data.removeprefix(b" "), False
-        text = self._utf8.decode(data)
+        text = self._tokenizer.whole_text(token_id)
+        if text is None or self._is_inside or self._strip:
+            text = self._decode(self._tokenizer.token_bytes(token_id))
         if not self._stops or self._num_tokens < self._checked_from:
             return text
         return self._until_stop(text) if text else ""
+
+    def _decode(self, data: bytes) -> str:
+        """Return the text of a token's bytes, as far as it is sure with those before them."""
+        if self._strip and data:
+            data, self._strip = data.removeprefix(b" "), False
+        text = self._utf8.decode(data)
+        self._is_inside = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         """The request ended without a stop string: return what was held back."""

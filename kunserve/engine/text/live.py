@@ -38,6 +38,14 @@ class Live:
             detokenizer.push(token_id)
         return cls(request, stream, detokenizer)
 
+    def came(self, now_s: float) -> float | None:
+        """Note when a token came; return the seconds since the one before, None for the first."""
+        before_s, self.last_token_s = self.last_token_s, now_s
+        if self.request.first_token_s is None:
+            self.request.first_token_s = now_s
+            return None
+        return now_s - before_s
+
     def take(self, token: SampledToken, eos_token_ids: tuple[int, ...]) -> Output:
         """Append a token to the request; returns what it says, and whether it is the last.
 
@@ -64,7 +72,7 @@ class Live:
             reason = FinishReason.STOP
         logprobs = (token.logprobs,) if token.logprobs else ()
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if request.num_output_tokens == 1:
+        if request.prompt_logprobs and request.num_output_tokens == 1:
             prompt_logprobs = tuple(request.prompt_logprobs)
         return Output(text, (token.token_id,), logprobs, reason, stop, prompt_logprobs)
 

@@ -83,6 +83,7 @@ class Tokenizer:
         self.form = _token_form(core)
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}  # filled as tokens appear; at most the vocabulary
+        self._whole: dict[int, str | None] = {}  # likewise
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
         self.special_tokens = _special_tokens(settings)
         self.chat_template = _chat_template(settings.get("chat_template"))
@@ -133,6 +134,15 @@ class Tokenizer:
         if (found := self._bytes.get(token_id)) is None:
             found = self._bytes[token_id] = self._to_bytes(self._core.id_to_token(token_id) or "")
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Text of a token that begins and ends with a character, as it is for most of them; None for any other."""
+        if token_id not in self._whole:
+            try:
+                self._whole[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                self._whole[token_id] = None
+        return self._whole[token_id]
 
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, special tokens included; half a character is U+FFFD."""

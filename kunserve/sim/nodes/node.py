@@ -48,7 +48,7 @@ class _Client(Sink):
 class _QuietMetrics(Metrics):
     """Nobody scrapes a simulation: what is counted for every token is not."""
 
-    def inter_token(self, seconds: float) -> None:
+    def inter_tokens(self, seconds: Sequence[float]) -> None:
         """Nothing."""
 
 

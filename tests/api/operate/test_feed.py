@@ -252,17 +252,17 @@ async def test_rates() -> None:
         application = client.app
         assert isinstance(application, web.Application)
         metrics = application[feed_module.FEED]._metrics
-        metrics.inter_token(9.0)  # while nobody watched
+        metrics.inter_tokens([9.0])  # while nobody watched
         shown = ticks(metrics, [5.0, 6.0, 7.0, 8.0])
         assert [rates["tok_s"] for rates in shown] == [0.0, 10.0, 10.0, 10.0]
         assert all(rates.keys() == {"tok_s"} for rates in shown)
-        metrics.inter_token(0.25)
+        metrics.inter_tokens([0.25])
         metrics.recent.first_token(9.0, 0.5)
         [rates] = ticks(metrics, [9.0])
         assert "gap_s" not in rates  # Rates began anew: the gap was of the time before
         assert (rates["ttft_p50_s"], rates["ttft_p99_s"]) == (0.5, 0.5)
         again = feed_module.Rates(metrics)
-        metrics.inter_token(0.25)
+        metrics.inter_tokens([0.25])
         assert again.at(9.1)["gap_s"] == 0.25 == again.at(11.0)["gap_s"]
         assert "gap_s" not in again.at(11.2)
 

@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 from api_fakes import FakeEngine, make_app, say
 
-from kunserve.api.say.generation import SLICE, Delivery, submitted
+from kunserve.api.say.generation import SLICE, Delivered, Deliveries, submitted
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.context import API, Api
-from kunserve.engine.request import Output, Request
+from kunserve.engine.request import Request
 from kunserve.engine.schedule.waiting import Waiting
+from kunserve.engine.text.stream import Sink
 from kunserve.errors import EngineError, OverloadedError
 from kunserve.sampling import FinishReason, SamplingParams
 
@@ -21,7 +22,7 @@ def requests(num: int) -> list[Request]:
 
 
 @asynccontextmanager
-async def generating(engine: FakeEngine, num: int) -> AsyncIterator[AsyncIterator[Delivery]]:
+async def generating(engine: FakeEngine, num: int) -> AsyncIterator[Deliveries]:
     api = make_app(engine)[API]
     with api.admission.accepted("", num, num) as place:
         async with submitted(api, place, requests(num)) as outputs:
@@ -43,17 +44,18 @@ async def test_each_stream_comes_whole_and_in_order(num: int) -> None:
     engine = FakeEngine(lambda request: say("abcd"[: request.prompt_token_ids[0]]))
     texts = [""] * num
     async with generating(engine, num) as outputs:
-        async for index, output in outputs:
-            texts[index] += output.text
+        async for came in outputs:
+            for index, output in came.items():
+                texts[index] += output.text
     assert texts == ["a", "ab", "abc"][:num]
 
 
 async def test_a_refusal_takes_back_what_was_submitted() -> None:
     class Narrow(FakeEngine):
-        def submit(self, request: Request):  # type: ignore[no-untyped-def]
+        def submit_to(self, request: Request, sink: Sink) -> None:
             if len(self.requests) == 2:
                 raise OverloadedError("full")
-            return super().submit(request)
+            super().submit_to(request, sink)
 
     engine = Narrow()
     with pytest.raises(OverloadedError):
@@ -76,6 +78,7 @@ async def test_cancellation_aborts_before_anything_is_awaited() -> None:
     await asyncio.wait([task])
     assert task.cancelled()
     assert aborted(engine) == ["r0", "r1"]
+    await engine.ended()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -85,23 +88,44 @@ async def test_a_failed_stream_leaves_no_task_behind(error: Exception) -> None:
     with pytest.raises(type(error), match="boom"):
         await read_all(engine, 3)
     assert aborted(engine) == ["r0", "r1", "r2"]
+    await engine.ended()
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.mark.parametrize("num", [1, 2])
-async def test_an_engine_that_ends_without_a_final_output(num: int) -> None:
-    class Hasty(FakeEngine):
-        async def _outputs(self, request: Request):  # type: ignore[no-untyped-def]
-            yield Output("a", (97,))
-
-    with pytest.raises(EngineError, match="final output"):
-        await read_all(Hasty(), num)
 
 
 async def test_nothing_is_read_after_the_final_output() -> None:
     engine = FakeEngine(lambda _: [*say("a", FinishReason.STOP), EngineError("too late")])
     async with generating(engine, 1) as outputs:
-        assert [output.text async for _, output in outputs] == ["a"]
+        assert [came[0].text async for came in outputs] == ["a"]
+
+
+async def test_a_reader_that_waits_need_not_wake_for_what_is_taken_at_once() -> None:
+    engine, taken, read = FakeEngine(lambda _: say("abcd")), list[Delivered](), list[Delivered]()
+
+    def take(came: Delivered) -> bool:
+        if is_slow := "c" in came[0].text:
+            return not is_slow
+        taken.append(came)
+        return True
+
+    async with generating(engine, 2) as outputs:
+        outputs.take_now = take
+        async for came in outputs:
+            read.append(came)
+    texts = [["".join(came[i].text for came in part if i in came) for i in range(2)] for part in (taken, read)]
+    assert texts == [["abd", "abd"], ["c", "c"]]
+    assert all(len(came) == 2 for came in taken)  # what came at once comes together
+
+
+async def test_what_fails_at_once_ends_the_answer() -> None:
+    engine = FakeEngine(lambda _: say("ab", None))
+
+    def take(came: Delivered) -> bool:
+        raise RuntimeError("boom")
+
+    async with generating(engine, 1) as outputs:
+        outputs.take_now = take
+        with pytest.raises(RuntimeError, match="boom"):
+            await anext(outputs)
 
 
 class CountingEngine(FakeEngine):

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from api_fakes import STATS, CharTokenizer, FakeEngine, error_of, serving
+from aiohttp.test_utils import TestClient
+from api_fakes import STATS, CharTokenizer, FakeEngine, PlainServer, error_of, make_app, serving
 
 from kunserve.api.wire.admission import Admission, estimated_tokens
 from kunserve.api.wire.backend import ApiSettings
+from kunserve.api.wire.context import API
+from kunserve.api.wire.turns import Turns
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError, OverloadedError
 from kunserve.observe.metrics import Metrics
@@ -99,6 +104,40 @@ def test_estimates() -> None:
     assert estimated_tokens([1, 2, 3]) == 3
     assert estimated_tokens("x" * 400) == 101
     assert estimated_tokens("") == 1
+
+
+class StuckTurns(Turns):
+    """Whose turn it is waits until `go`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def take(self) -> None:
+        self.is_asked.set()
+        await self.go.wait()
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}),
+        ("/v1/responses", {"input": "x"}),
+    ],
+)
+async def test_a_refusal_waits_for_no_body_that_is_to_be_parsed(url: str, body: dict[str, Any]) -> None:
+    turns, app = StuckTurns(), make_app(FakeEngine(), ApiSettings(max_num_queued_reqs=STATS.num_waiting + 1))
+    app[API] = replace(app[API], turns=turns)
+    async with TestClient(PlainServer(app)) as client:
+        first = asyncio.create_task(client.post(url, json=body))
+        await turns.is_asked.wait()
+        async with asyncio.timeout(30):  # it is answered although the first still waits for its turn
+            assert (await client.post(url, json=body)).status in (503, 529)
+        turns.go.set()
+        assert (await first).status == 200
+        assert (await client.post(url, json=body)).status == 200
 
 
 class StuckTokenizer(CharTokenizer):

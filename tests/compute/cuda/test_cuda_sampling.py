@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +68,7 @@ def test_rows_that_ask_for_more(params: dict[str, Any]) -> None:
 
 
 def test_rows_that_score_a_prompt_token() -> None:
-    assert not is_plain([PLAIN[0], replace(row(6), given=17)])
+    assert not is_plain([PLAIN[0], row(6)._replace(given=17)])
 
 
 def test_tokens_that_the_host_knows() -> None:

@@ -58,7 +58,7 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Client, Engine]]:
     served = await launch(config.engine, "tiny", lambda text, share: None)
     await served.engine.start()
     try:
-        async with TestClient(PlainServer(_app(config, served))) as client:
+        async with TestClient(PlainServer(_app(config, served, None))) as client:
             yield client, served.engine
     finally:
         await served.engine.stop()

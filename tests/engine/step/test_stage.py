@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.blocks.block_pool import BlockPool
-from kunserve.engine.blocks.block_table import BlockTable
+from kunserve.engine.blocks.block_table import ID, BlockTable
 from kunserve.engine.group import Stage
 from kunserve.engine.request import Request
 from kunserve.engine.step.microbatch import step_inputs
@@ -41,7 +42,9 @@ class HeadOnly:
 @pytest.mark.parametrize("num_prompt_logprobs", [None, 2])
 def test_a_scored_prompt_makes_few_logits_at_a_time(num_prompt_logprobs: int | None) -> None:
     params = SamplingParams(4, temperature=0, num_prompt_logprobs=num_prompt_logprobs)
-    request = Request("r", [i % VOCAB for i in range(PROMPT)], params, table=BlockTable(ids={0: list(range(PROMPT))}))
+    request = Request(
+        "r", [i % VOCAB for i in range(PROMPT)], params, table=BlockTable(ids={0: array(ID, range(PROMPT))})
+    )
     inputs = step_inputs(Microbatch(0, 0, (Span(request, 0, PROMPT, samples=True),)), 1, ())
     decoder: Any = HeadOnly()
     tokens = run_last_stage(decoder, Stage(0, 0, 1, BlockPool(1)), 0, inputs, None)
