@@ -378,9 +378,9 @@ static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile
   }
 }
 
-/* As `linear`, with W (N, row_bytes) in blocks; K is a multiple of 32. */
-EXPORT void linear_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
-                          float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
+/* As `linear_blocks` (cpu_team.c), by this thread. */
+static void multiply_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
+                            float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
   const int64_t num_k = run_along(K), rows = rows_in_l2(K);
   for (int64_t m = 0; m < M; m += rows) {
     Tile t = {.x = x + m * K, .bias = bias, .residual = residual ? residual + m * Y : 0, .y = y + m * Y, .K = K, .Y = Y};

@@ -2,7 +2,7 @@
 
     python scripts/bench/bench_cpu_blocks.py [FOLDER ...] [--formats Q4_1,Q5_0] [--shapes 3072x576] [--rows 1,16]
 
-Each FOLDER has another version of the kernels' C files, which is timed by turns with this one, and its results compared:
+Each FOLDER has another version of the kernels' C files, which is timed by turns with this one, their results compared:
 `git worktree add OLD COMMIT` makes one, in OLD/kunserve/compute. A step is what a chain of additions takes for one,
 timed before and after each run: so figures hold while others slow the core down. Ends in one JSON line.
 """
