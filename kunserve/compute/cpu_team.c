@@ -4,12 +4,17 @@
  * A helper is in a job only between two counts of `inside`, and looks after the first whether the job is still open;
  * the leader closes it and then waits until nobody is inside. So nobody touches a job's memory when its product returns.
  */
-#include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #define PIECE (128 << 10) /* weights times rows of x of a piece, about: some microseconds */
 #define SHARED (256 << 10) /* of a product from which on it is cut */
-#define SPINS 2000 /* looks for a job before a helper lets others onto its core */
+#define LATE_NS 20000 /* that a helper may need for its last piece, besides half of the leader's time */
+#define LEAST_REST 64 /* products without help after one that waited; doubled each time, up to MOST_REST */
+#define MOST_REST 8192
+#define SPINS 500     /* looks for a job before a helper lets others onto its core */
+#define NAP_NS 50000   /* for which it does then */
+#define SLEEP_NS 1000000 /* or while the leader rests from it */
 
 typedef struct {
   int64_t format; /* of `w`; negative: floats */
@@ -26,6 +31,8 @@ typedef struct {
   _Atomic int64_t num_helped;       /* pieces that helpers have computed */
   Product product;
   int64_t piece;                    /* rows of W */
+  _Atomic int64_t alone;            /* products to come without help */
+  int64_t rest;                     /* those after the next one that waits */
 } Team;
 
 static _Thread_local Team *led; /* whose leader the thread is, if any */
@@ -48,20 +55,39 @@ static void take_pieces(Team *team, const _Atomic int32_t *leave) {
   }
 }
 
+static void nap(int64_t ns) { nanosleep(&(struct timespec){.tv_nsec = ns}, 0); }
+
 static void relax(int64_t spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-  if (spins > SPINS) sched_yield();
+  if (spins > SPINS) nap(NAP_NS);
+}
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Where other processes have the helper's core, its pieces come late, and help costs more than it gives: do without for
+ * a while, the longer the more often that happens. */
+static void judge_help(Team *team, int64_t worked_ns, int64_t waited_ns) {
+  if (waited_ns > worked_ns / 2 + LATE_NS) {
+    team->rest = team->rest ? min_(2 * team->rest, MOST_REST) : LEAST_REST;
+    atomic_store(&team->alone, team->rest);
+  } else if (team->rest > LEAST_REST) team->rest -= 1;
 }
 
 /* Compute a product, with whoever helps this thread. */
 static void multiply_together(const Product *p) {
   Team *team = led;
-  if (!team || p->M * p->N * p->K < SHARED || !atomic_load(&team->helpers)) {
+  if (!team || p->M * p->N * p->K < SHARED || !atomic_load(&team->helpers) || team->alone > 0) {
+    if (team && team->alone > 0) atomic_fetch_sub(&team->alone, 1);
     multiply(p, 0, p->N);
     return;
   }
+  const int64_t start = now_ns();
   const int64_t rows = min_(PIECE / (p->K * min_(p->M, 16)), p->N / 4) / NR * NR;
   team->product = *p;
   team->piece = rows < 8 * NR ? 8 * NR : rows;
@@ -69,7 +95,9 @@ static void multiply_together(const Product *p) {
   atomic_fetch_add(&team->job, 1);
   take_pieces(team, 0);
   atomic_fetch_add(&team->job, 1);
-  for (int64_t spins = 0; atomic_load(&team->inside); spins++) relax(spins);
+  const int64_t done = now_ns();
+  while (atomic_load(&team->inside)) relax(0);
+  judge_help(team, done - start, now_ns() - done);
 }
 
 /* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
@@ -102,7 +130,8 @@ EXPORT void help(Team *team, const _Atomic int32_t *leave) {
       atomic_fetch_sub(&team->inside, 1);
       last = job;
       spins = 0;
-    } else relax(spins);
+    } else if (atomic_load(&team->alone) > 0) nap(SLEEP_NS);
+    else relax(spins);
   }
   atomic_fetch_sub(&team->helpers, 1);
 }
