@@ -73,14 +73,20 @@ class HostMachine(Machine):
         return [self.faults.wrap(view.device, device) for view, device in zip(self._views, opened, strict=True)]
 
     def _open_one(self, view: DeviceView) -> HostDevice:
-        cores = sorted(os.sched_getaffinity(0))
-        core = cores[view.device] if len(self._views) <= len(cores) else None
+        cores = self._cores()
+        core = cores[view.device] if cores else None
         device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
         self._devices.append(device)
         return device
 
+    def _cores(self) -> list[int]:
+        """Return the cores, of which each device has its own; none if there are too few."""
+        cores = sorted(os.sched_getaffinity(0))
+        return cores if len(self._views) <= len(cores) else []
+
     def _join(self, device: HostDevice) -> None:
-        if self._new_team is not None:
+        """Let idle devices help it: where devices share cores, they would take the core that it computes on."""
+        if self._new_team is not None and self._cores():
             device.join(self._new_team(), self._devices)
 
     def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
