@@ -11,6 +11,13 @@
 #define FEW 2             /* up to so many rows of x, weights are decoded into registers, once for all rows */
 
 typedef struct { vf w[GV]; } Group; /* 32 weights, in the order of their columns */
+#if VL == 16
+#define NUMBERED ((vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) /* lanes */
+#elif VL == 8
+#define NUMBERED ((vi){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define NUMBERED ((vi){0, 1, 2, 3})
+#endif
 
 enum {
   F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
@@ -69,34 +76,33 @@ INLINE Halves read_halves(const uint8_t *p) {
 }
 INLINE vf affine(vi code, vf scale, vf offset) { return fma_(__builtin_convertvector(code, vf), scale, offset); }
 
-/* Codes of 4 bits, of which only the lowest count; `sixteen` are the weights of codes 0 to 15 where a vector has room. */
+/* Codes of 4 and of 5 bits, of which only the lowest bits count. `sixteen` are the weights of codes `first` to `first` + 15
+ * where a vector has room. `turned` moves bit 4 - left of each lane to bit 4 (left is at most 4), with those above it;
+ * `mixed` has the bits of `mask` from `high` and the others from `low`. Shifts are by vectors: by a number they cost two
+ * steps. */
 #if VL == 16
-INLINE vf sixteen(vf scale, vf offset) {
-  const vi codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return affine(codes, scale, offset);
-}
+INLINE vf sixteen(int first, vf scale, vf offset) { return affine(NUMBERED + first, scale, offset); }
 INLINE vf of_nibble(vi code, vf table, vf scale, vf offset) {
   return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
 }
-INLINE vi with_bit4(vi code, uint32_t bits) { /* lane l gets 16 more where bit l is set */
-  return (vi)_mm512_mask_or_epi32((__m512i)code, (__mmask16)bits, (__m512i)code, _mm512_set1_epi32(16));
+INLINE vf of_five(vi code, vf table, vf table16, vf scale, vf offset) {
+  return (vf)_mm512_permutex2var_ps((__m512)table, (__m512i)code, (__m512)table16);
+}
+INLINE vi turned(vi q, vi left) { return (vi)_mm512_rolv_epi32((__m512i)q, (__m512i)left); }
+INLINE vi mixed(int mask, vi high, vi low) {
+  return (vi)_mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), (__m512i)high, (__m512i)low, 0xca);
 }
 #else
-INLINE vf sixteen(vf scale, vf offset) { return scale; }
+INLINE vf sixteen(int first, vf scale, vf offset) { return scale; }
 INLINE vf of_nibble(vi code, vf table, vf scale, vf offset) { return affine(code & 15, scale, offset); }
-INLINE vi with_bit4(vi code, uint32_t bits) {
-#if VL == 8
-  const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-#else
-  const vi lanes = {0, 1, 2, 3};
-#endif
-  return code | ((splat_int((int32_t)bits) >> lanes & 1) << 4);
-}
+INLINE vf of_five(vi code, vf table, vf table16, vf scale, vf offset) { return affine(code & 31, scale, offset); }
+INLINE vi turned(vi q, vi left) { return q >> (4 - left) << 4; }
+INLINE vi mixed(int mask, vi high, vi low) { return (high & mask) | (low & ~mask); }
 #endif
 
 /* Codes of 32 weights in 16 bytes: the first 16 are the low halves. */
 INLINE Group halves4(const uint8_t *codes, vf s, vf o) {
-  const vf table = sixteen(s, o);
+  const vf table = sixteen(0, s, o);
   Group g;
   UNROLL for (int v = 0; v < GV / 2; v++) {
     vi q = bytes(codes + v * VL);
@@ -109,60 +115,70 @@ INLINE Group halves4(const uint8_t *codes, vf s, vf o) {
 INLINE Group halves5(const uint8_t *codes, const uint8_t *high, vf s, vf o) {
   uint32_t bits;
   memcpy(&bits, high, 4);
+  const vf table = sixteen(0, s, o), table16 = sixteen(16, s, o);
+  const vi all = splat_int((int32_t)bits);
   Group g;
   UNROLL for (int v = 0; v < GV / 2; v++) {
     vi q = bytes(codes + v * VL);
-    g.w[v] = affine(with_bit4(q & 15, bits >> v * VL), s, o);
-    g.w[GV / 2 + v] = affine(with_bit4(q >> 4, bits >> (16 + v * VL)), s, o);
+    g.w[v] = of_five(mixed(16, turned(all, 4 - v * VL - NUMBERED), q), table, table16, s, o);
+    g.w[GV / 2 + v] = of_five(mixed(16, turned(all, -12 - v * VL - NUMBERED), q >> 4), table, table16, s, o);
   }
   return g;
 }
 
-/* Scale and offset of group i of a block of 256, of which each is 6 bits times a half. */
-INLINE void scale_k(const uint8_t *block, int64_t i, float *scale, float *offset) {
-  const uint8_t *q = block + 4;
-  int s = i < 4 ? q[i] & 63 : (q[i + 4] & 15) | (q[i - 4] >> 6) << 4;
-  int o = i < 4 ? q[i + 4] & 63 : q[i + 4] >> 4 | (q[i] >> 6) << 4;
-  *scale = half(block) * (float)s;
-  *offset = -(half(block + 2) * (float)o);
+/* What the 16 bytes at p stand for, by what the first 8 and the others are taken: 16 floats. */
+INLINE void spread_scales(vi (*widened)(const uint8_t *), const uint8_t *p, float first, float others, float *out) {
+  UNROLL for (int i = 0; i < 16; i += VL) {
+    const vf by = select_(NUMBERED + i < splat_int(8), splat(first), splat(others));
+    store(out + i, __builtin_convertvector(widened(p + i), vf) * by);
+  }
 }
 
-INLINE Group group_of_q4_k(const uint8_t *block, int64_t i) {
-  float scale, offset;
-  scale_k(block, i, &scale, &offset);
-  const vf s = splat(scale), o = splat(offset), table = sixteen(s, o);
+/* Of a block of Q4_K or Q5_K: the scales of its 8 groups, then their offsets; each is 6 bits times a half. */
+INLINE void scales_of_k(const uint8_t *block, float *out) {
+  const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+  uint32_t q[3];
+  memcpy(q, block + 4, 12);
+  const uint32_t codes[] = {q[0] & six, (q[2] & four) | (q[0] >> 6 & two) << 4,
+                            q[1] & six, (q[2] >> 4 & four) | (q[1] >> 6 & two) << 4};
+  spread_scales(bytes, (const uint8_t *)codes, half(block), -half(block + 2), out);
+}
+
+/* Of a block of Q6_K: a scale for each 16 weights. */
+INLINE void scales_of_q6_k(const uint8_t *block, float *out) {
+  const float d = half(block + 208);
+  spread_scales(signed_bytes, block + 192, d, d, out);
+}
+
+INLINE Group group_of_q4_k(const uint8_t *block, int64_t i, const float *scales) {
+  const vf s = splat(scales[i]), o = splat(scales[8 + i]), table = sixteen(0, s, o);
   const uint8_t *codes = block + 16 + 32 * (i >> 1);
-  const int shift = 4 * (i & 1);
+  const vi shift = splat_int(4 * (i & 1));
   Group g;
   UNROLL for (int v = 0; v < GV; v++) g.w[v] = of_nibble(bytes(codes + v * VL) >> shift, table, s, o);
   return g;
 }
 
-INLINE Group group_of_q5_k(const uint8_t *block, int64_t i) {
-  float scale, offset;
-  scale_k(block, i, &scale, &offset);
-  const vf s = splat(scale), o = splat(offset);
+INLINE Group group_of_q5_k(const uint8_t *block, int64_t i, const float *scales) {
+  const vf s = splat(scales[i]), o = splat(scales[8 + i]), table = sixteen(0, s, o), table16 = sixteen(16, s, o);
   const uint8_t *high = block + 16, *codes = block + 48 + 32 * (i >> 1);
-  const int shift = 4 * (i & 1), bit = (int)i;
+  const vi shift = splat_int(4 * (i & 1)), left = splat_int(4 - i);
   Group g;
   UNROLL for (int v = 0; v < GV; v++) {
-    vi q = (bytes(codes + v * VL) >> shift & 15) | (bytes(high + v * VL) >> bit & 1) << 4;
-    g.w[v] = affine(q, s, o);
+    vi q = mixed(16, turned(bytes(high + v * VL), left), bytes(codes + v * VL) >> shift);
+    g.w[v] = of_five(q, table, table16, s, o);
   }
   return g;
 }
 
-INLINE Group group_of_q6_k(const uint8_t *block, int64_t i) {
+INLINE Group group_of_q6_k(const uint8_t *block, int64_t i, const float *scales) {
   const int64_t part = i >> 2, j = i & 3; /* of 128 weights; of 32 in it */
   const uint8_t *low = block + 64 * part + 32 * (j & 1), *high = block + 128 + 32 * part;
-  const int8_t *scales = (const int8_t *)block + 192 + 8 * part + 2 * j;
-  const float d = half(block + 208);
-  const int shift = 4 * (int)(j >> 1), shift2 = 2 * (int)j;
+  const vi shift = splat_int(4 * (j >> 1)), left = splat_int(4 - 2 * j);
   Group g;
   UNROLL for (int v = 0; v < GV; v++) {
-    const float scale = d * (float)scales[v * VL / 16];
-    vi q = (bytes(low + v * VL) >> shift & 15) | (bytes(high + v * VL) >> shift2 & 3) << 4;
-    g.w[v] = affine(q, splat(scale), splat(-32 * scale));
+    vi q = mixed(48, turned(bytes(high + v * VL), left), bytes(low + v * VL) >> shift) & 63;
+    g.w[v] = __builtin_convertvector(q - 32, vf) * scales[2 * i + v * VL / 16];
   }
   return g;
 }
@@ -215,8 +231,16 @@ INLINE Group group_of_f8(const uint8_t *row, int64_t g, const int per) {
   return r;
 }
 
-/* Weights 32 * g to 32 * g + 31 of a row. */
-INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
+/* Formats with blocks of 256 have scales in codes: they are decoded where a block begins, or the run of groups does. */
+INLINE void decode_scales(const int format, const uint8_t *row, int64_t g, int is_first, float *scales) {
+  if (g & 7 && !is_first) return;
+  if (format == Q4_K) scales_of_k(row + 144 * (g >> 3), scales);
+  else if (format == Q5_K) scales_of_k(row + 176 * (g >> 3), scales);
+  else if (format == Q6_K) scales_of_q6_k(row + 210 * (g >> 3), scales);
+}
+
+/* Weights 32 * g to 32 * g + 31 of a row; `scales` are what decode_scales left. */
+INLINE Group decode(const int format, const uint8_t *row, int64_t g, const float *scales) {
   switch (format) {
     case F16: return group_of_numbers(0, row + 64 * g);
     case BF16: return group_of_numbers(1, row + 64 * g);
@@ -249,9 +273,9 @@ INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
     case F8_128: return group_of_f8(row, g, 4);
     case F8_64: return group_of_f8(row, g, 2);
     case F8_32: return group_of_f8(row, g, 1);
-    case Q4_K: return group_of_q4_k(row + 144 * (g >> 3), g & 7);
-    case Q5_K: return group_of_q5_k(row + 176 * (g >> 3), g & 7);
-    case Q6_K: return group_of_q6_k(row + 210 * (g >> 3), g & 7);
+    case Q4_K: return group_of_q4_k(row + 144 * (g >> 3), g & 7, scales);
+    case Q5_K: return group_of_q5_k(row + 176 * (g >> 3), g & 7, scales);
+    case Q6_K: return group_of_q6_k(row + 210 * (g >> 3), g & 7, scales);
     default: { /* Q8_0 */
       const uint8_t *b = row + 34 * g;
       const vf d = splat(read_halves(b).f[0]);
@@ -265,9 +289,11 @@ INLINE Group decode(const int format, const uint8_t *row, int64_t g) {
 /* Columns [k, k + num_k) of nr rows, `row_bytes` apart, as floats: out (nr, num_k). */
 INLINE void decode_rows(const int format, const uint8_t *w, int64_t row_bytes, int64_t nr, int64_t k, int64_t num_k,
                         float *out) {
+  float scales[16];
   for (int64_t j = 0; j < nr; j++, w += row_bytes, out += num_k)
     for (int64_t i = 0; i < num_k; i += GROUP) {
-      const Group g = decode(format, w, (k + i) / GROUP);
+      decode_scales(format, w, (k + i) / GROUP, i == 0, scales);
+      const Group g = decode(format, w, (k + i) / GROUP, scales);
       UNROLL for (int v = 0; v < GV; v++) store(out + i + v * VL, g.w[v]);
     }
 }
@@ -277,6 +303,7 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
                        const Tile *t) {
   vf acc[MR][NR];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
+  float scales[NR][16];
   const float *x = t->x;
   const int64_t K = t->K, first = k / GROUP, end = first + t->num_k / GROUP, step = nr * (row_bytes / (K / GROUP));
   const uint8_t *ahead = codes + AHEAD_BYTES;
@@ -284,7 +311,8 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
     __builtin_prefetch(ahead, 0, L2);
     if (nr == NR) __builtin_prefetch(ahead + 64, 0, L2); /* a step is up to 80 bytes of 4-bit codes */
     UNROLL for (int j = 0; j < nr; j++) {
-      const Group w = decode(format, codes + j * row_bytes, g);
+      decode_scales(format, codes + j * row_bytes, g, g == first, scales[j]);
+      const Group w = decode(format, codes + j * row_bytes, g, scales[j]);
       UNROLL for (int v = 0; v < GV; v++)
         UNROLL for (int i = 0; i < mr; i++) acc[i][j] = fma_(load(x + i * K + v * VL), w.w[v], acc[i][j]);
     }
@@ -350,9 +378,9 @@ static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile
   }
 }
 
-/* As `linear`, with W (N, row_bytes) in blocks; K is a multiple of 32. */
-EXPORT void linear_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
-                          float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
+/* As `linear_blocks` (cpu_team.c), by this thread. */
+static void multiply_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
+                            float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
   const int64_t num_k = run_along(K), rows = rows_in_l2(K);
   for (int64_t m = 0; m < M; m += rows) {
     Tile t = {.x = x + m * K, .bias = bias, .residual = residual ? residual + m * Y : 0, .y = y + m * Y, .K = K, .Y = Y};

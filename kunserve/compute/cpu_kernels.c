@@ -7,7 +7,8 @@
  *  - attention: keys come in tiles of TT positions, aligned to multiples of TT; a score is one chain of FMAs along
  *    head_dim, a value one chain along positions; rows that see nothing of a tile are left untouched.
  * Therefore fused multiply-add is written out (fma_) and the file is compiled with -ffp-contract=off: the compiler must
- * not decide by itself, differently in each tile, what to fuse. Single-threaded: a virtual device is one core.
+ * not decide by itself, differently in each tile, what to fuse. A virtual device is one core: its thread is the only one,
+ * unless idle devices help it (cpu_team.c).
  */
 #include <stdint.h>
 #include <string.h>
@@ -303,9 +304,9 @@ INLINE int64_t rows_in_l2(int64_t K) {
   return rows < 2 * MR ? 2 * MR : rows;
 }
 
-/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
-EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                   int64_t M, int64_t N, int64_t K, int64_t Y) {
+/* As `linear` (cpu_team.c), by this thread. */
+static void multiply_floats(const float *x, const float *w, const float *bias, const float *residual, float *y,
+                            int64_t M, int64_t N, int64_t K, int64_t Y) {
   const int64_t num_k = run_along(K), rows = rows_in_l2(K);
   for (int64_t m = 0; m < M; m += rows)
     linear_rows(x + m * K, w, bias, residual ? residual + m * Y : 0, y + m * Y, min_(rows, M - m), N, K, Y, num_k);
@@ -376,7 +377,9 @@ EXPORT void softcap(float *x, int64_t n, float cap) {
   }
 }
 
-/* Rotation, the KV blocks, attention; matrices in blocks; experts: in this unit, because they share what is above. */
+/* Rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts: in this unit, because
+ * they share what is above. */
 #include "cpu_attention.c"
 #include "cpu_blocks.c"
+#include "cpu_team.c"
 #include "cpu_experts.c"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
+from kunserve.compute.cpu_team import CpuTeam
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Ops, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
@@ -41,6 +42,11 @@ class CpuOps:
         self._route, self._experts, self._gate_rows = kernels.route, kernels.experts, kernels.gate_rows
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
+        self._kernels = kernels
+
+    def new_team(self) -> CpuTeam:
+        """Return a team whose leader's products others can take part in."""
+        return CpuTeam(self._kernels)
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""

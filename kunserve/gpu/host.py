@@ -7,12 +7,13 @@ back (never a hole, so that nothing else can land there). Linux only.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import mmap
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from kunserve.sizes import format_size
 T = TypeVar("T")
 
 CHUNK_BYTES = 2 << 20  # one huge page
+IDLE_S = 0.05  # without work, after which a device helps another: shorter pauses are those between its own steps
 
 _libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
 _libc.mmap.restype = ctypes.c_void_p
@@ -66,6 +68,16 @@ def available_bytes(read_text: ReadText = read_file) -> int:
     return available if left is None else min(available, left)
 
 
+class Team(Protocol):
+    """Threads that compute together what one of them is asked for (kunserve/compute/cpu_team.py)."""
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Run `work`, in which those who help take part."""
+
+    def help(self, leave: ctypes.c_int32) -> None:
+        """Take part in what is led, until `leave` is set."""
+
+
 class HostDevice:
     """One virtual CPU device: `num_chunks` chunks of host memory, and one worker thread on its own core."""
 
@@ -87,6 +99,11 @@ class HostDevice:
         self._commit(needed)
         self._compute = WorkQueue(f"{self.name}-compute", core)
         self._copy = WorkQueue(f"{self.name}-copy", core)
+        self._team: Team | None = None
+        self._mates: Sequence[HostDevice] = ()
+        self._num_asked, self._idle_since = 0, 0.0  # work that has not ended; of the event loop's clock
+        self._leave = ctypes.c_int32(1)  # 0 while it helps another
+        self._helpers: list[ctypes.c_int32] = []  # what those who help this one look at
 
     def _commit(self, num_bytes: int) -> None:
         """Take all physical memory now, in huge pages if possible: a later remap then moves page tables only."""
@@ -151,8 +168,42 @@ class HostDevice:
         return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """See `Device.run`."""
-        return await self._compute.run(work)
+        """See `Device.run`. Devices that have long had nothing to do help with it."""
+        if self._team is None:
+            return await self._compute.run(work)
+        clock = asyncio.get_running_loop().time
+        self._stop_helping()
+        helpers = [mate.begin_to_help(self._team, clock()) for mate in self._mates]
+        self._helpers += [leave for leave in helpers if leave is not None]
+        self._num_asked += 1
+        try:
+            return await self._compute.run(partial(self._team.lead, work))
+        finally:
+            self._num_asked -= 1
+            if not self._num_asked:
+                self._idle_since = clock()
+                self._dismiss()
+
+    def join(self, team: Team, mates: Sequence[HostDevice]) -> None:
+        """Have `mates` help, by way of a team of its own, while they have nothing to do. It may be among them."""
+        self._team, self._mates = team, mates
+
+    def begin_to_help(self, team: Team, now: float) -> ctypes.c_int32 | None:
+        """Help a team, until there is work or what is returned is set; None of a device that is not idle."""
+        is_idle = not self._num_asked and self._leave.value and now - self._idle_since >= IDLE_S
+        if not is_idle or self.is_lost or self._team in (None, team):
+            return None
+        self._leave = ctypes.c_int32(0)
+        self._compute.begin(partial(team.help, self._leave))
+        return self._leave
+
+    def _stop_helping(self) -> None:
+        self._leave.value = 1
+
+    def _dismiss(self) -> None:
+        for leave in self._helpers:
+            leave.value = 1
+        self._helpers.clear()
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
@@ -171,6 +222,8 @@ class HostDevice:
     def abandon(self) -> None:
         """See `Device.abandon`."""
         self.is_lost = True
+        self._stop_helping()
+        self._dismiss()
         for queue in (self._compute, self._copy):
             queue.abandon()
 
@@ -187,6 +240,7 @@ class HostDevice:
         """See `Device.close`."""
         if self._fd is None:
             return
+        self._stop_helping()
         if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in (self._compute, self._copy)):
             return  # its threads may still touch what is mapped
         self._compute.close()

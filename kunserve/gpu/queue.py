@@ -28,6 +28,10 @@ class WorkQueue:
         """Run `work` after everything submitted before. Once begun it is not interrupted: a cancelled caller waits."""
         return await to_the_end(asyncio.get_running_loop().run_in_executor(self._threads, work))
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Have `work` run after everything submitted before. Nobody hears of its end, nor of its errors."""
+        self._threads.submit(work)
+
     def abandon(self) -> None:
         """Begin nothing more, and wait for nothing."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from kunserve.compute.cpu_ops import cpu_ops_or_reference
+from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
 from kunserve.compute.decoder import Decoder
 from kunserve.config import EngineConfig
 from kunserve.engine.launch.faults import Faults
@@ -18,7 +18,7 @@ from kunserve.engine.step.executor import DeviceExecutor, Executor
 from kunserve.errors import ConfigError, ConflictError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.gpu.host import HostDevice, available_bytes
+from kunserve.gpu.host import HostDevice, Team, available_bytes
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
@@ -43,6 +43,7 @@ class HostMachine(Machine):
         self._devices: list[HostDevice] = []  # with those that are gone, whose threads may not have ended
         self._new_decoder: Callable[[DeviceMemory], Decoder]
         self._executor: DeviceExecutor
+        self._new_team: Callable[[], Team] | None = None  # where devices can help each other
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -72,11 +73,21 @@ class HostMachine(Machine):
         return [self.faults.wrap(view.device, device) for view, device in zip(self._views, opened, strict=True)]
 
     def _open_one(self, view: DeviceView) -> HostDevice:
-        cores = sorted(os.sched_getaffinity(0))
-        core = cores[view.device] if len(self._views) <= len(cores) else None
+        cores = self._cores()
+        core = cores[view.device] if cores else None
         device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
         self._devices.append(device)
         return device
+
+    def _cores(self) -> list[int]:
+        """Return the cores, of which each device has its own; none if there are too few."""
+        cores = sorted(os.sched_getaffinity(0))
+        return cores if len(self._views) <= len(cores) else []
+
+    def _join(self, device: HostDevice) -> None:
+        """Let idle devices help it: where devices share cores, they would take the core that it computes on."""
+        if self._new_team is not None and self._cores():
+            device.join(self._new_team(), self._devices)
 
     def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
         """See `Machine.reopen`. Its faults do not come again."""
@@ -86,6 +97,7 @@ class HostMachine(Machine):
             memory = remember(self._open_one(view))
         except ConfigError as error:  # no memory any more
             raise ConflictError(error.message) from None
+        self._join(self._devices[-1])
         self._executor.renew(device, memory.device, self._new_decoder(memory))
         return memory
 
@@ -101,6 +113,9 @@ class HostMachine(Machine):
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
         """See `Machine.executor`."""
         ops, note = cpu_ops_or_reference(self.dtype, self._model.head_dim)
+        self._new_team = ops.new_team if isinstance(ops, CpuOps) else None
+        for device in self._devices:
+            self._join(device)
 
         def new_decoder(memory: DeviceMemory) -> Decoder:
             return Decoder(self._model, ops, memory.weights, memory.kv, max_model_len)
@@ -117,7 +132,7 @@ class HostMachine(Machine):
     def _close(self, devices: Sequence[HostDevice]) -> None:
         with ThreadPoolExecutor(len(devices) or 1) as threads:  # each may wait for what does not end
             list(threads.map(HostDevice.close, devices))
-        self._devices = [device for device in self._devices if device.is_open]
+        self._devices[:] = [device for device in self._devices if device.is_open]  # their mates have this very list
 
     def stuck(self) -> list[str]:
         """See `Machine.stuck`."""

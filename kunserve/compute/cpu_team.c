@@ -1,0 +1,137 @@
+/* Included by cpu_kernels.c: threads that multiply together. A leader's products are cut along the rows of W, and whoever
+ * helps takes pieces as well. No output depends on who computes it, and none on its neighbours: results are the same.
+ *
+ * A helper is in a job only between two counts of `inside`, and looks after the first whether the job is still open;
+ * the leader closes it and then waits until nobody is inside. So nobody touches a job's memory when its product returns.
+ */
+#include <stdatomic.h>
+#include <time.h>
+
+#define PIECE (128 << 10) /* weights times rows of x of a piece, about: some microseconds */
+#define SHARED (256 << 10) /* of a product from which on it is cut */
+#define LATE_NS 20000 /* that a helper may need for its last piece, besides half of the leader's time */
+#define LEAST_REST 64 /* products without help after one that waited; doubled each time, up to MOST_REST */
+#define MOST_REST 8192
+#define SPINS 500     /* looks for a job before a helper lets others onto its core */
+#define NAP_NS 50000   /* for which it does then */
+#define SLEEP_NS 1000000 /* or while the leader rests from it */
+
+typedef struct {
+  int64_t format; /* of `w`; negative: floats */
+  const float *x, *bias, *residual;
+  const uint8_t *w;
+  float *y;
+  int64_t M, N, K, Y, row_bytes;
+} Product;
+
+typedef struct {
+  _Atomic int64_t job;              /* odd while there is one */
+  _Atomic int64_t next;             /* row of W that nobody has taken */
+  _Atomic int32_t helpers, inside;  /* threads that look for jobs; that are in one */
+  _Atomic int64_t num_helped;       /* pieces that helpers have computed */
+  Product product;
+  int64_t piece;                    /* rows of W */
+  _Atomic int64_t alone;            /* products to come without help */
+  int64_t rest;                     /* those after the next one that waits */
+} Team;
+
+static _Thread_local Team *led; /* whose leader the thread is, if any */
+
+static void multiply(const Product *p, int64_t n, int64_t N) {
+  const uint8_t *w = p->w + n * p->row_bytes;
+  const float *bias = p->bias ? p->bias + n : 0, *residual = p->residual ? p->residual + n : 0;
+  if (p->format < 0) multiply_floats(p->x, (const float *)w, bias, residual, p->y + n, p->M, N, p->K, p->Y);
+  else multiply_blocks(p->format, p->x, w, bias, residual, p->y + n, p->M, N, p->K, p->Y, p->row_bytes);
+}
+
+/* Take pieces until there are none, or `leave` is set. */
+static void take_pieces(Team *team, const _Atomic int32_t *leave) {
+  const int64_t N = team->product.N, piece = team->piece;
+  while (!leave || !atomic_load_explicit(leave, memory_order_relaxed)) {
+    const int64_t n = atomic_fetch_add(&team->next, piece);
+    if (n >= N) return;
+    multiply(&team->product, n, min_(piece, N - n));
+    if (leave) atomic_fetch_add(&team->num_helped, 1);
+  }
+}
+
+static void nap(int64_t ns) { nanosleep(&(struct timespec){.tv_nsec = ns}, 0); }
+
+static void relax(int64_t spins) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+  if (spins > SPINS) nap(NAP_NS);
+}
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Where other processes have the helper's core, its pieces come late, and help costs more than it gives: do without for
+ * a while, the longer the more often that happens. */
+static void judge_help(Team *team, int64_t worked_ns, int64_t waited_ns) {
+  if (waited_ns > worked_ns / 2 + LATE_NS) {
+    team->rest = team->rest ? min_(2 * team->rest, MOST_REST) : LEAST_REST;
+    atomic_store(&team->alone, team->rest);
+  } else if (team->rest > LEAST_REST) team->rest -= 1;
+}
+
+/* Compute a product, with whoever helps this thread. */
+static void multiply_together(const Product *p) {
+  Team *team = led;
+  if (!team || p->M * p->N * p->K < SHARED || !atomic_load(&team->helpers) || team->alone > 0) {
+    if (team && team->alone > 0) atomic_fetch_sub(&team->alone, 1);
+    multiply(p, 0, p->N);
+    return;
+  }
+  const int64_t start = now_ns();
+  const int64_t rows = min_(PIECE / (p->K * min_(p->M, 16)), p->N / 4) / NR * NR;
+  team->product = *p;
+  team->piece = rows < 8 * NR ? 8 * NR : rows;
+  atomic_store(&team->next, 0);
+  atomic_fetch_add(&team->job, 1);
+  take_pieces(team, 0);
+  atomic_fetch_add(&team->job, 1);
+  const int64_t done = now_ns();
+  while (atomic_load(&team->inside)) relax(0);
+  judge_help(team, done - start, now_ns() - done);
+}
+
+/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
+EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
+                   int64_t M, int64_t N, int64_t K, int64_t Y) {
+  multiply_together(&(Product){-1, x, bias, residual, (const uint8_t *)w, y, M, N, K, Y, 4 * K});
+}
+
+/* As `linear`, with W (N, row_bytes) in blocks; K is a multiple of 32. */
+EXPORT void linear_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
+                          float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
+  multiply_together(&(Product){format, x, bias, residual, w, y, M, N, K, Y, row_bytes});
+}
+
+EXPORT int64_t team_bytes(void) { return sizeof(Team); }
+EXPORT int64_t pieces_helped(Team *team) { return atomic_load(&team->num_helped); }
+
+/* Let this thread's products be computed with `team`, zeroed memory at first; null: by itself. */
+EXPORT void lead(Team *team) { led = team; }
+
+/* Take part in the products of the team's leader until `leave` is set; what was begun is finished. */
+EXPORT void help(Team *team, const _Atomic int32_t *leave) {
+  atomic_fetch_add(&team->helpers, 1);
+  int64_t last = 0;
+  for (int64_t spins = 0; !atomic_load(leave); spins++) {
+    const int64_t job = atomic_load(&team->job);
+    if (job & 1 && job != last) {
+      atomic_fetch_add(&team->inside, 1);
+      if (atomic_load(&team->job) == job) take_pieces(team, leave);
+      atomic_fetch_sub(&team->inside, 1);
+      last = job;
+      spins = 0;
+    } else if (atomic_load(&team->alone) > 0) nap(SLEEP_NS);
+    else relax(spins);
+  }
+  atomic_fetch_sub(&team->helpers, 1);
+}

@@ -1,0 +1,74 @@
+"""Products in which another thread takes part: the same to the last bit, and over when they return."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
+from kunserve.compute.cpu_ops import CpuOps
+from kunserve.compute.cpu_team import CpuTeam
+from kunserve.model.quant.blocks import BLOCKS
+from kunserve.model.quant.linear import Linear, Part
+
+
+@pytest.fixture(scope="module")
+def ops() -> CpuOps:
+    try:
+        return CpuOps(load_kernels())
+    except KernelsUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def team(ops: CpuOps) -> Iterator[CpuTeam]:
+    """A team with one helper, until the test ends."""
+    team, leave = ops.new_team(), ctypes.c_int32(0)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(team.help, leave)
+        yield team
+        leave.value = 1
+
+
+def matrices() -> list[Linear]:
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]))
+
+    def blocks(name: str, N: int, K: int) -> Linear:
+        rows = torch.randint(1, 60, (N, K // BLOCKS[name].num_values * BLOCKS[name].num_bytes)).byte()
+        return Linear((Part(rows, BLOCKS[name]),))
+
+    floats = [Linear.of(made(N, K)) for N, K in [(3000, 100), (577, 900), (131, 8192)]]
+    return [*floats, blocks("Q4_1", 1009, 576), blocks("Q8_0", 577, 4864), blocks("Q6_K", 2050, 512)]
+
+
+@pytest.mark.parametrize("M", [1, 2, 7, 70])
+def test_help_changes_no_bit(ops: CpuOps, team: CpuTeam, M: int) -> None:
+    for matrix in matrices():
+        N, K = matrix.shape
+        x, bias, residual = torch.randn(M, K), torch.randn(N), torch.randn(M, N)
+        alone = ops.linear(x, matrix, bias, residual)
+        before = team.num_helped
+        while True:  # until the helper had its part in one of them
+            assert torch.equal(team.lead(lambda: ops.linear(x, matrix, bias, residual)), alone)  # noqa: B023
+            if team.num_helped > before:
+                break
+
+
+def test_a_thread_leads_only_meanwhile(ops: CpuOps, team: CpuTeam) -> None:
+    (matrix, *_), x = matrices(), torch.randn(1, 100)
+
+    def fails() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        team.lead(fails)
+    before = team.num_helped
+    for _ in range(100):
+        ops.linear(x, matrix)
+    assert team.num_helped == before
