@@ -1,6 +1,7 @@
 """Cost of the CPU kernels for matrices in blocks, in steps of the core's own clock per 16 weights.
 
-    python scripts/bench/bench_cpu_blocks.py [FOLDER ...] [--formats Q4_1,Q5_0] [--shapes 3072x576] [--rows 1,16]
+    python scripts/bench/kernels/bench_cpu_blocks.py [FOLDER ...]
+        [--formats Q4_1,Q5_0] [--shapes 3072x576] [--rows 1,16]
 
 Each FOLDER has another version of the kernels' C files, which is timed by turns with this one, their results compared:
 `git worktree add OLD COMMIT` makes one, in OLD/kunserve/compute. A step is what a chain of additions takes for one,

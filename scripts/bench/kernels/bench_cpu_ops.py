@@ -1,6 +1,6 @@
 """Microbenchmark of the CPU kernels on one pinned core: GFLOP/s or GB/s, against torch with one thread.
 
-    python scripts/bench/bench_cpu_ops.py [--core 1] [--quick] [--cflags=-mno-avx512f]
+    python scripts/bench/kernels/bench_cpu_ops.py [--core 1] [--quick] [--cflags=-mno-avx512f]
 
 Shapes are SmolLM2-135M's. Weights and KV are read from memory, not from caches (as in serving): each timed run passes
 over at least 32 MiB of them. Shown is the median CPU time of the one thread, ours and torch's by turns: the speed of a
