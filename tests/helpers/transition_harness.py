@@ -128,11 +128,8 @@ class Checked:
         return await asyncio.gather(*map(self.answer, requests))
 
     async def commits(self, number: int) -> None:
-        """Wait for so many steps; for a moment, where nobody is left for whom one would be computed."""
+        """Wait for so many steps."""
         for _ in range(number):
-            if not self.engine._live:
-                await asyncio.sleep(0.01)
-                return
             await self.engine.signals.next_commit()
 
     async def settled(self) -> list[Transition]:

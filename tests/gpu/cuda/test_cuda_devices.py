@@ -162,7 +162,8 @@ for name in ("triton", "flashinfer", "cuda", "cuda.bindings"):
     sys.modules[name] = None
 import kunserve
 for module in pkgutil.walk_packages(kunserve.__path__, "kunserve."):
-    if not module.name.endswith(("cuda.kernels", "cuda.experts", "__main__")):
+    needs_ray = module.name.startswith("kunserve.ray.")
+    if not (needs_ray or module.name.endswith(("cuda.kernels", "cuda.experts", "__main__"))):
         importlib.import_module(module.name)
 try:
     import kunserve.compute.cuda.kernels
