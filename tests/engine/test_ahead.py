@@ -90,7 +90,8 @@ async def test_same_tokens_as_without(tiny64: Path, layout: str, num_blocks: int
             async with open_pool(vocabulary) as pool:
                 found.append(await answers(served.engine, await requests(pool)))
             await assert_idle(served.engine)
-            assert (served.engine.scheduler.num_preemptions > 0) is (num_blocks == 15)
+            scheduler = served.engine.scheduler
+        assert (scheduler.num_preemptions + scheduler.swapped.num_swaps > 0) is (num_blocks == 15)
     off, on = found
     assert on == off
     assert {len(tokens) for _, tokens, *_ in off if isinstance(tokens, list)} > {1, 16}
