@@ -266,7 +266,7 @@ class Scheduler:
             if not (num_tokens := budget.fits(request, num_pending)):
                 continue
             end = request.num_scheduled_tokens + num_tokens  # nearly always in a block that it has
-            if end <= len(request.table.blocks) * group.block_size or self._make_room(group, request, end):
+            if end <= request.table.num_places * group.block_size or self._make_room(group, request, end):
                 spans.append(self._span(request, num_tokens, budget))
 
     def _admit(
