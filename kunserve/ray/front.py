@@ -22,6 +22,7 @@ import structlog
 from kunserve.api.routes.resume import RESUMABLE
 from kunserve.api.wire.access import FRONT_CREATED, FRONT_KEY, FRONT_SEED
 from kunserve.api.wire.anthropic_errors import PREFIX, error_json
+from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.errors import error_event, openai_error
 from kunserve.api.wire.sse import DONE
 from kunserve.errors import KunServeError, OverloadedError, PayloadTooLargeError
@@ -32,7 +33,7 @@ log = structlog.get_logger()
 
 MOST_ATTEMPTS = 6  # without a token more for the client: then the request may be what ends replicas
 FIRST_PAUSE_S = 0.2  # doubled with each attempt: in all, the six seconds in which Serve learns of a death
-MOST_BODY_BYTES = 8 << 20  # servers take no more
+MOST_BODY_BYTES = ApiSettings().max_body_bytes  # servers take no more
 _OURS = re.compile(rb"x-kunserve-.*|host|connection|keep-alive|transfer-encoding|te|upgrade|expect|content-length")
 _HOPS = frozenset({b"connection", b"keep-alive", b"transfer-encoding"})
 
@@ -187,9 +188,7 @@ async def _attempt(replicas: Replicas, asked: Asked) -> None:
             asked.was_refused = True
             raise ReplicaGoneError("status 503")
         if not _is_stream(headers):
-            await _send_whole(
-                asked, status, headers, b"".join([part async for part in parts if isinstance(part, bytes)])
-            )
+            await _send_whole(asked, status, headers, await _rest(parts))
             return
         if not asked.has_begun:
             await _begin(asked, status, headers)
@@ -206,7 +205,12 @@ async def _whole(replicas: Replicas, asked: Asked) -> tuple[int, Headers, bytes]
     """Return a short answer."""
     async with aclosing(replicas.answer(asked.method, asked.target, asked.headers, asked.body)) as parts:
         status, headers = await _head(parts)
-        return status, headers, b"".join([part async for part in parts if isinstance(part, bytes)])
+        return status, headers, await _rest(parts)
+
+
+async def _rest(parts: AsyncGenerator[Head | bytes, None]) -> bytes:
+    """Return all of an answer behind its head."""
+    return b"".join([part async for part in parts if isinstance(part, bytes)])
 
 
 async def _head(parts: AsyncGenerator[Head | bytes, None]) -> Head:

@@ -257,7 +257,7 @@ class Scheduler:
     def _fill(self, group: Group, ready: Sequence[tuple[Request, int]], spans: list[Span], budget: Budget) -> None:
         """Let running requests join a microbatch of `group`, in this order; one that is suspected only alone."""
         for request, num_pending in ready:
-            if len(spans) == self.limits.max_num_seqs or (len(spans) == 1 and _is_alone(spans)):
+            if len(spans) == self.limits.max_num_seqs or _is_alone(spans):
                 return
             if request.group_id != group.group_id:  # preempted meanwhile
                 continue
