@@ -108,6 +108,11 @@ class Room(NamedTuple):
     device: int
     chunks: int  # that each layer that stays gets at once, so that new requests can run meanwhile
     num_blocks: int  # with those beyond the limit, for the KV that comes
+    num_near: int = 0  # likewise, of layers with a window whose KV is a kind of its own
+
+    def by_kind(self, num_kinds: int) -> tuple[int, ...]:
+        """Return the blocks of each kind."""
+        return (self.num_blocks, self.num_near)[:num_kinds]
 
 
 @dataclass(frozen=True, slots=True)

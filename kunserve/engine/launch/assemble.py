@@ -15,8 +15,9 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.hooks import Mover
+from kunserve.engine.kinds.mixed_group import NearLayers, new_group
 from kunserve.engine.launch.machine import Machine
-from kunserve.engine.launch.placement import model_shape, num_copies, place
+from kunserve.engine.launch.placement import model_shape, near_kv, num_copies, place
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.exchange import Exchange
@@ -34,6 +35,7 @@ from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
@@ -44,6 +46,7 @@ from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.copies import why_no_drop
 from kunserve.planner.cost import Chunk
+from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
@@ -71,7 +74,12 @@ async def assemble(
     ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
-    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
+    near = near_kv(model, config, kv_shape, machine.chunk_bytes)
+    if near is not None and not machine.has_kinds:
+        raise ConfigError(
+            "--windowed-kv-share: these devices do not free KV behind the windows of only some layers yet"
+        )
+    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head, near=near)
     views, per_group = machine.views(shape), config.pipeline_parallel_size
     is_len_required = config.max_model_len is not None
     placement = place(
@@ -81,8 +89,9 @@ async def assemble(
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
-    links, groups = machine.links(), _groups(placement.groups, memories, config.block_size)
-    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window)
+    links, near_layers = machine.links(), _near_layers(model, shape)
+    groups = _groups(placement.groups, memories, shape, near_layers)
+    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window, near=near_layers)
     engine = Engine(
         model,
         _limits(config, placement.max_model_len),
@@ -250,9 +259,8 @@ async def _load(
         memory = memories[stage.device]
         for unit in units_of_stage(model, stage.first_layer, stage.last_layer):
             memory.weights.map(unit)
-        per_layer = shape.kv_chunks(memory.device.num_chunks, stage.first_layer, stage.last_layer)
-        for layer in range(stage.first_layer, stage.last_layer):
-            memory.kv.resize(layer, per_layer)
+        for layer, num_chunks in enumerate(stage_layout(shape, memory.device.num_chunks, stage).kv_chunks):
+            memory.kv.resize(layer, num_chunks)
     total = sum(shape.weight_chunks(s.first_layer, s.last_layer) for s in stages)
     links, done = Links(), 0  # nobody else is on the way yet
 
@@ -267,10 +275,24 @@ async def _load(
     await gather_all(load(stage.device) for stage in stages)
 
 
-def _groups(placed: Sequence[Sequence[StageView]], memories: Sequence[DeviceMemory], block_size: int) -> list[Group]:
+def _near_layers(model: ModelConfig, shape: ModelShape) -> NearLayers | None:
+    """Return the layers with a window, if their KV is a kind of its own."""
+    if shape.near is None or model.window is None:
+        return None
+    return NearLayers(frozenset(shape.near.layers), model.window)
+
+
+def _groups(
+    placed: Sequence[Sequence[StageView]],
+    memories: Sequence[DeviceMemory],
+    shape: ModelShape,
+    near: NearLayers | None,
+) -> list[Group]:
     groups = []
     for group_id, stages in enumerate(placed):
-        pools = [BlockPool(memories[s.device].kv.num_blocks(s.first_layer)) for s in stages]
-        chain = (Stage(s.device, s.first_layer, s.last_layer, p) for s, p in zip(stages, pools, strict=True))
-        groups.append(Group(group_id, tuple(chain), block_size, origin=Origin(tuple(stages))))
+        chain = []
+        for stage in stages:
+            layout = stage_layout(shape, memories[stage.device].device.num_chunks, stage)
+            chain.append(Stage(*stage, *map(BlockPool, blocks_of(shape, layout))))
+        groups.append(new_group(group_id, chain, shape.block_size, Origin(tuple(stages)), near))
     return groups

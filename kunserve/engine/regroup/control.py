@@ -13,7 +13,7 @@ import structlog
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.regroup.live_kv import loss_of
+from kunserve.engine.regroup.live_kv import loss_of, near_demand
 from kunserve.engine.regroup.membership import Membership
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.transition import Transition
@@ -235,15 +235,15 @@ class OverloadControl:
 
     def _has_to_wait(self, head: Request) -> bool:
         """Whether no group has blocks for a request: those that it would share with others, it does not take."""
-        num_blocks = self._fleet.blocks_for(head.num_tokens)
+        num_blocks, n = self._fleet.blocks_for(head.num_tokens), head.num_tokens
         groups = self._fleet.working
-        if any(self._num_free(group) >= num_blocks for group in groups):
+        if any(self._num_free(group, n) >= num_blocks for group in groups):
             return False
-        return all(self._num_free(group) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+        return all(self._num_free(group, n) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
 
-    def _num_free(self, group: Group) -> int:
-        """Blocks that requests which are admitted may get."""
-        return group.num_free - self._scheduler.policy.num_reserved(group)
+    def _num_free(self, group: Group, num_tokens: int = 1) -> int:
+        """Blocks that requests of so many tokens which are admitted may get."""
+        return group.free_for(num_tokens) - self._scheduler.policy.num_reserved(group)
 
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
@@ -292,13 +292,14 @@ class OverloadControl:
         blocks_for = self._fleet.blocks_for
         head_blocks = blocks_for(head.num_tokens) if head is not None else None
         has_to_wait = head is not None and self._has_to_wait(head)
+        num_tokens = head.num_tokens if head is not None and has_to_wait else 1
         if has_to_wait:
             self._calm_until_s = now + CALM_S
         return is_overloaded(
             head_blocks if has_to_wait else None,
             blocks_for(self._scheduler.num_waiting_tokens),
             [
-                GroupLoad(self._num_free(g), list(map(self._view, g.running)))
+                GroupLoad(self._num_free(g, num_tokens), list(map(self._view, g.running)))
                 for g in (working if has_to_wait else changed)
                 if not g.is_suspect
             ],
@@ -318,8 +319,11 @@ class OverloadControl:
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
         running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
         waiting = map(self._view, self._scheduler.queued())
-        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
-        return blocks - self._fleet.num_shared
+        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+        if self._fleet.near is None:
+            return blocks
+        everybody = [r for group in self._fleet.groups for r in group.running] + list(self._scheduler.queued())
+        return max(blocks, near_demand(self._fleet, map(self._view, everybody), estimate))
 
     def need_blocks(self) -> int:
         """Return the blocks that groups which are made now should hold."""

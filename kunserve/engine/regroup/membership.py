@@ -26,6 +26,7 @@ from kunserve.engine.signals import Signals
 from kunserve.engine.survive.health import DeviceState, Health
 from kunserve.errors import ConflictError, DeviceLostError
 from kunserve.gpu.refusal import log_failure
+from kunserve.planner.layouts import blocks_of
 from kunserve.planner.plan import Part
 from kunserve.planner.rebuild import plan_rebuild
 from kunserve.planner.snapshot import GroupView, Snapshot
@@ -227,8 +228,8 @@ class Membership:
         return plan_rebuild(rest, free, held, self._need_blocks(), self._least_blocks) if free else None
 
     def _form(self, part: Part) -> Group:
-        for stage, num_blocks in zip(part.stages, part.num_blocks, strict=True):
-            self._fleet.refill(stage.device, num_blocks)
+        for layout in part.layouts:
+            self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
         return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
 
     def _longest_blocks(self) -> int:

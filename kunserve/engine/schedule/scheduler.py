@@ -265,9 +265,21 @@ class Scheduler:
                 continue
             if not (num_tokens := budget.fits(request, num_pending)):
                 continue
-            end = request.num_scheduled_tokens + num_tokens  # nearly always in a block that it has
-            if end <= request.table.num_places * group.block_size or self._make_room(group, request, end):
+            if group.is_mixed and not (num_tokens := self._within_reach(group, request, num_tokens)):
+                continue
+            table, end = request.table, request.num_scheduled_tokens + num_tokens  # nearly always in a block it has
+            has_blocks = end <= (table.near or table).num_places * group.block_size
+            if has_blocks or self._make_room(group, request, end):
                 spans.append(self._span(request, num_tokens, budget))
+
+    @staticmethod
+    def _within_reach(group: Group, request: Request, num_tokens: int) -> int:
+        """Return how many of its next tokens a request can have near blocks for; one at least if it cannot wait.
+
+        It waits for what it has in flight: its window moves on then.
+        """
+        most = group.reach(request) - request.num_scheduled_tokens
+        return min(num_tokens, max(most, 0 if request.num_in_flight else 1))
 
     def _admit(
         self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget, *, only_first: bool = False
@@ -284,7 +296,10 @@ class Scheduler:
             head = self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)
             self.fleet.admit(head, group, finds_prefix=True)
-            if num_tokens := budget.fits(head, head.num_tokens - head.num_scheduled_tokens):
+            num_tokens = budget.fits(head, head.num_tokens - head.num_scheduled_tokens)
+            if group.is_mixed:
+                num_tokens = self._within_reach(group, head, num_tokens)
+            if num_tokens and self.fleet.allocate(head, group, head.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(head, num_tokens, budget))
 
     def _may_admit_head(self, group: Group, groups: Sequence[Group], *, is_first: bool) -> bool:
