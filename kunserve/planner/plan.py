@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
 
 class DeviceLayout(NamedTuple):
@@ -26,6 +26,19 @@ class Merge:
     origin: Origin
     freed_bytes: int = 0  # of weights
     added_blocks: int = 0  # capacity after minus before
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A group that devices of none join. Once they hold their weights it is like a merge with them.
+
+    `snapshot` has them as if they were a group, which holds their layers only.
+    """
+
+    group_id: int
+    snapshot: Snapshot
+    merge: Merge
+    newcomers: tuple[StageView, ...]
 
 
 @dataclass(frozen=True, slots=True)

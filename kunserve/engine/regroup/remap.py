@@ -68,7 +68,7 @@ class Remap:
         kept = units_of_stage(self._model, stage.first_layer, stage.last_layer)
         return [unit for unit in self.memories[stage.device].weights.present if unit not in kept]
 
-    def num_blocks(self, stage: Stage) -> int:
+    def num_blocks(self, stage: Stage | StageView) -> int:
         """Return how many blocks the layers of a stage have mapped."""
         return self.memories[stage.device].kv.num_blocks(stage.first_layer)
 

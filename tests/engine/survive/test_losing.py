@@ -78,20 +78,23 @@ def some(cases: Iterable[tuple[int, Any]]) -> list[Any]:
     return [case for place, case in cases if place % 4 == 0 or os.environ.get("KUNSERVE_ALL_FAULTS")]
 
 
-IN_STEPS = [kind for kind in FaultKind if kind not in (FaultKind.COPY_FAILS, FaultKind.MAP_FAILS)]
-
-
 @pytest.mark.parametrize(
-    ("layout", "kind"),
-    some((2 * (i + j), (layout, kind)) for i, layout in enumerate(LAYOUTS) for j, kind in enumerate(IN_STEPS)),
+    ("layout", "kind", "device"),
+    some(
+        (2 * (i + j), (layout, kind, (i + j) % 2))
+        for i, layout in enumerate(LAYOUTS)
+        for j, kind in enumerate(FaultKind)
+    ),
 )
-async def test_a_device_fails_in_a_step(layout: str, kind: FaultKind, tiny64: Path, expected: list[Answer]) -> None:
-    answers, bad, transitions = await answers_with(tiny64, layout, f"1:{kind}@0.05s")
+async def test_a_device_fails_in_a_step(
+    layout: str, kind: FaultKind, device: int, tiny64: Path, expected: list[Answer]
+) -> None:
+    answers, bad, transitions = await answers_with(tiny64, layout, f"{device}:{kind}@0.05s")
     assert_same(answers, [*expected, *expected])
-    assert set(bad) <= {1}
+    assert set(bad) <= {device}
     if kind in (FaultKind.LOST, FaultKind.HANG) or (kind is FaultKind.RAISE_ALWAYS and "chain" in layout):
-        assert bad == {1: "lost"} and "lose done" in transitions
-    elif kind is FaultKind.RAISE:
+        assert bad == {device: "lost"} and "lose done" in transitions
+    elif kind in (FaultKind.RAISE, FaultKind.COPY_FAILS, FaultKind.MAP_FAILS):  # a step copies and maps nothing
         assert not bad
 
 
@@ -117,30 +120,34 @@ async def drop_and_restore(checked: Checked) -> None:
 
 PHASES = [
     *((phase, drop) for phase in ("drop.boundary", "drop.remap", "exchange")),
-    *((phase, drop_and_restore) for phase in ("restore.shrink", "restore.remap", "restore.load", "restore.exchange")),
+    *(
+        (phase, drop_and_restore)
+        for phase in ("restore.shrink", "restore.remap", "restore.load", "restore.split", "restore.exchange")
+    ),
 ]
 
 
 TRANSITION_CASES = some(
-    (i + j + k, (devices, kind, *phase))
+    (i + j + k, (devices, kind, *phase, (i + j + k // 4) % (i + 2)))  # the first of a chain, the last, one within
     for i, devices in enumerate(["cpu:2", "cpu:3", "cpu:4"])
     for j, kind in enumerate(FaultKind)
     for k, phase in enumerate(PHASES)
 )
 
 
-@pytest.mark.parametrize(("devices", "kind", "phase", "disturb"), TRANSITION_CASES)
+@pytest.mark.parametrize(("devices", "kind", "phase", "disturb", "device"), TRANSITION_CASES)
 async def test_a_device_fails_in_a_transition(
     devices: str,
     kind: FaultKind,
     phase: str,
     disturb: Callable[[Checked], Awaitable[None]],
+    device: int,
     tiny64: Path,
     expected: list[Answer],
 ) -> None:
-    answers, bad, _ = await answers_with(tiny64, devices, f"1:{kind}@{phase}", disturb)
+    answers, bad, _ = await answers_with(tiny64, devices, f"{device}:{kind}@{phase}", disturb)
     assert_same(answers, [*expected, *expected])
-    assert set(bad) <= {1}
+    assert set(bad) <= {device}
 
 
 @pytest.mark.parametrize("kind", FaultKind)
@@ -160,8 +167,14 @@ async def test_a_device_fails_while_kv_goes_by_layer(kind: FaultKind, tiny64: Pa
         assert ("drop", "by_layer") in {(kind, mode) for kind, _, mode in checked.outcomes}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FaultKind if kind is not FaultKind.MAP_FAILS])
-@pytest.mark.parametrize("layout", ["cpu:2", "cpu:3"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    some(
+        (2 * (i + j), (layout, kind))
+        for i, layout in enumerate(["cpu:2", "cpu:3", "cpu:4"])
+        for j, kind in enumerate(FaultKind)
+    ),
+)
 async def test_a_device_fails_while_requests_are_swapped(layout: str, kind: FaultKind, tiny64: Path) -> None:
     requests = [make_request(f"r{i}", 5 + i, 60, 0.8 * (i % 2)) for i in range(16)]
     async with checked_engine(tiny64, "cpu:1", 600) as checked:
