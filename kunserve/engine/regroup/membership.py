@@ -2,7 +2,7 @@
 
 All requests of a group that dissolves are recomputed from their tokens, at once where another group has room: a part of
 the layers' KV is gone with the device, and hidden states of the others cannot be had without it. The weights that the
-remaining devices lack come from the host copy, or from a device that has them.
+remaining devices lack come from the host copy, or from a device that has them. Those that can make no group join one.
 """
 
 from __future__ import annotations
