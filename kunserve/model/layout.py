@@ -52,7 +52,7 @@ class TensorSpec:
         return self.offset + self.num_bytes
 
     def is_stored_like(self, other: TensorSpec) -> bool:
-        """Whether the rows of both can be those of one matrix."""
+        """Tell whether the rows of both tensors can be those of one matrix."""
         return (self.dtype, self.blocks, self.stored_shape[1:]) == (other.dtype, other.blocks, other.stored_shape[1:])
 
 
@@ -79,7 +79,7 @@ def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str)
 
 
 def layer_name(layer: int) -> str:
-    """Name of the unit that holds decoder layer `layer`."""
+    """Return the name of the unit that holds decoder layer `layer`."""
     return f"layers.{layer}"
 
 
@@ -197,7 +197,7 @@ def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
 
 
 def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightUnit, ...]:
-    """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
+    """Return all units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
 
     dtype: of what is stored as numbers, or its name.
     """
@@ -213,7 +213,7 @@ def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightU
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:
-    """Names of the units that layers `[first_layer, last_layer)` need, with embedding and head at the ends."""
+    """Return the names of the units that a stage `[first_layer, last_layer)` needs, embedding and head at the ends."""
     names = [layer_name(i) for i in range(first_layer, last_layer)]
     is_first, is_last = first_layer == 0, last_layer == config.num_layers
     if is_first or (is_last and config.tie_embeddings):
