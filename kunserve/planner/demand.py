@@ -52,7 +52,7 @@ class Demand:
 
     @property
     def blocks(self) -> int:
-        """All of them."""
+        """All blocks that the server needs."""
         return self.in_use + self.prompts + self.growth
 
 

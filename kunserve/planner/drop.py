@@ -54,7 +54,7 @@ class _Shapes:
         self._known: dict[tuple[Place, ...], _Shape] = {}
 
     def of(self, places: tuple[Place, ...]) -> _Shape:
-        """The one shape with these places. Its devices keep a part of what they hold: nothing is loaded in a drop."""
+        """Return the one shape with these places. Its devices keep a part of what they hold: a drop loads nothing."""
         if (shape := self._known.get(places)) is None:
             cuts = cuts_within([(first, last) for first, last, _ in places])
             chain = Chain(self.model, [-budget for _, _, budget in places], cuts)
@@ -63,17 +63,17 @@ class _Shapes:
         return shape
 
     def merge(self, a: _Shape, b: _Shape) -> _Shape:
-        """Both in one chain: every device stays near the layers it has."""
+        """Join two shapes in one chain, in which every device stays near the layers it has."""
         if (shape := a.merged.get(b)) is None:
             shape = a.merged[b] = self.of(tuple(sorted(a.places + b.places)))
         return shape
 
     def most_blocks(self, shape: _Shape) -> int:
-        """Blocks in the split that holds most; 0 if no cut leaves each device some of its layers, with KV."""
+        """Return the blocks of the split that holds most; 0 if no cut leaves each device layers of its own, with KV."""
         return self.model.blocks_in(shape.chain.most_chunks or 0)
 
     def cut(self, shape: _Shape, need_blocks: int) -> _Cut:
-        """The best split that holds `need_blocks`; there is one."""
+        """Return the best split that holds `need_blocks`; there must be one."""
         min_chunks = self.model.chunks_for(need_blocks)
         if (cut := shape.cuts.get(min_chunks)) is None:
             ends = shape.chain.best(min_chunks)
@@ -111,7 +111,7 @@ class _Node:
 
 
 def _merged(shapes: _Shapes, a: _Node, b: _Node, least_gain: float) -> _Node | None:
-    """Both as one; None if that holds nothing, or has not this share more blocks than they hold apart."""
+    """Merge two nodes; None unless they hold blocks together, and more by `least_gain` than the two do alone."""
     num_devices = a.num_devices + b.num_devices
     if num_devices > shapes.model.num_layers:
         return None
@@ -229,7 +229,7 @@ def plan_drop_of(snapshot: Snapshot, group_ids: Sequence[int], need_blocks: int 
 
 
 def _nodes(snapshot: Snapshot, shapes: _Shapes) -> list[_Node]:
-    """The groups as they stand."""
+    """Return a node for each group of the server, before any merge."""
     devices = {view.device: (-view.budget_chunks, view.island) for view in snapshot.devices}
     nodes = []
     for group in snapshot.groups:
@@ -267,7 +267,7 @@ def _plan(
 
 
 def _seated(seats: Iterable[Seat], cut: _Cut) -> list[int]:
-    """Devices in the order of the chain. Of equal places, the longer is for the group with more KV: less moves."""
+    """Return the devices in the order of the chain. Of equal places, the longer is for who has more KV: less moves."""
     devices = [seat[4] for seat in sorted(seats)]
     seated = devices.copy()
     for position, device in zip(cut.by_length, devices, strict=True):

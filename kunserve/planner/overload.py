@@ -36,7 +36,7 @@ def is_overloaded(
     thresholds: Thresholds,
     block_size: int,
 ) -> bool:
-    """Whether memory is, or is about to be, too small for what is asked of it.
+    """Tell whether memory is, or is about to be, too small for what is asked of it.
 
     The whole demand exceeds the watermark, and: the running requests of a group may outgrow its blocks within the
     horizon, before any of them ends; or the head of the queue (None: nothing waits) fits nowhere, and what comes free
@@ -58,7 +58,7 @@ def is_overloaded(
 
 
 def growth(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:
-    """Blocks that so many steps add to running requests if none ends before the others have grown."""
+    """Return the blocks that so many steps add to running requests if none ends before the others have grown."""
     added = 0
     for request in running:
         tokens = request.num_tokens + min(horizon_steps, request.most_remaining)
@@ -67,7 +67,7 @@ def growth(running: Iterable[RequestView], horizon_steps: int, block_size: int) 
 
 
 def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:
-    """Blocks a group has more (or fewer) after so many steps: of requests that reach `max_tokens`, less growth.
+    """Return the blocks that a group gains in so many steps: of requests that reach `max_tokens`, less growth.
 
     A request may stop earlier, but nobody can count on that.
     """
@@ -96,5 +96,5 @@ class Relaxation:
         return self if self.since_s is not None else replace(self, since_s=now)
 
     def is_over(self, now: float, thresholds: Thresholds) -> bool:
-        """Whether the burst is over: demand has been low for the hold time."""
+        """Tell whether the burst is over: demand has been low for the hold time."""
         return self.since_s is not None and now - self.since_s >= thresholds.hold_s
