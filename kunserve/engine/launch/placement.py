@@ -26,7 +26,7 @@ class Placement:
 
 
 def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, shares_head: bool = False) -> ModelShape:
-    """The sizes that the planner works with. Times are relative: bytes of weights that a step reads.
+    """Return the sizes that the planner works with. Times are relative: bytes of weights that a step reads.
 
     Where layers are stored differently, all count as the largest.
     `shares_head`: the executor lets both ends of a chain compute the head, if both have it.
@@ -51,7 +51,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
 
 
 def budget_chunks(shape: ModelShape, memory_bytes: int | None, num_blocks: int | None, default_bytes: int) -> int:
-    """Chunks of one device: `--device-memory`, or the weights plus `num_blocks`, or weights plus `default_bytes`."""
+    """Return the chunks of one device: `--device-memory`, or the weights plus `num_blocks` or `default_bytes`."""
     weights = shape.weight_chunks(0, shape.num_layers)
     if num_blocks is not None:
         return weights + shape.num_layers * shape.chunks_for(num_blocks)
@@ -116,7 +116,7 @@ def num_copies(
 
 
 def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceView]]:
-    """Neighbours in chains of `size`; what is left over makes the first chains longer, so that no device idles."""
+    """Join neighbours in chains of `size`; those left over make the first chains longer, so that no device idles."""
     num_chains = len(devices) // size
     extra = len(devices) - num_chains * size
     chains, start = [], 0

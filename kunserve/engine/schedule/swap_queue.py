@@ -43,7 +43,7 @@ class SwapQueue:
         return self.num_blocks - sum(self._held.values())
 
     def num_leaving(self, group: Group) -> int:
-        """Blocks of a group that come free when their copies to the host are done."""
+        """Return the blocks of a group that come free when their copies to the host are done."""
         return sum(self._leaving[group.group_id].values())
 
     def begin_out(self, group: Group, request: Request) -> bool:
@@ -64,12 +64,12 @@ class SwapQueue:
         self._begin(SwapMove(request, group, self._held[request.request_id], is_out=False))
 
     def take_begun(self) -> list[SwapMove]:
-        """Moves that began since the last call, in order: the caller copies them, and ends each."""
+        """Return the moves that began since the last call, in order: the caller copies them, and ends each."""
         begun, self._begun = self._begun, []
         return begun
 
     def end(self, move: SwapMove, *, is_kept: bool) -> None:
-        """The copy is over. `is_kept`: the host has the KV now, and the request has left its group."""
+        """End a copy that is over. `is_kept`: the host has the KV now, and the request has left its group."""
         del self._moving[move.request.request_id]
         if move.is_out:
             del self._leaving[move.group.group_id][move.request.request_id]

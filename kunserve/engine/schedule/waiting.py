@@ -26,14 +26,14 @@ class _Level:
     """The requests of one priority."""
 
     preempted: _Queue = field(default_factory=OrderedDict)
-    # An owner may be here with nothing: it has exactly one entry in `order` as long as it is.
+    # May hold an empty queue; while an owner is a key here it has exactly one entry in `order`.
     by_owner: dict[str, _Queue] = field(default_factory=dict)
     order: list[tuple[int, int, str]] = field(default_factory=list)  # heap: (counter or less, arrival, owner)
 
 
 @dataclass(slots=True)
 class Waiting:
-    """How much waits."""
+    """Number of requests that wait, and of their tokens."""
 
     num_reqs: int = 0
     num_tokens: int = 0
@@ -59,7 +59,7 @@ class WaitingQueue:
         return self._queue_of(request) is not None
 
     def __iter__(self) -> Iterator[Request]:
-        """All of them in order, as far as it is known now; do not change the queue meanwhile."""
+        """Yield all requests in order, as far as it is known now; do not change the queue meanwhile."""
         counters = dict(self._counters)
         for priority in sorted(self._levels):
             level = self._levels[priority]
@@ -68,7 +68,7 @@ class WaitingQueue:
 
     @property
     def head(self) -> Request | None:
-        """Who is next; None if nobody waits."""
+        """The request that is next; None if nobody waits."""
         if (level := self._first_level()) is None:
             return None
         return next(iter((level.preempted or level.by_owner[self._turn(level)]).values()))
@@ -79,7 +79,7 @@ class WaitingQueue:
         return self._total.num_tokens
 
     def waiting_of(self, owner: str) -> Waiting:
-        """How much of one owner waits."""
+        """Return how much of one owner waits."""
         return self._by_owner.get(owner, Waiting())
 
     def append(self, request: Request) -> None:
@@ -95,7 +95,7 @@ class WaitingQueue:
         self._count(request)
 
     def extend(self, requests: Iterable[Request]) -> None:
-        """Append each."""
+        """Append each request."""
         for request in requests:
             self.append(request)
 
@@ -141,7 +141,7 @@ class WaitingQueue:
         return level
 
     def _first_level(self) -> _Level | None:
-        """The first that is not empty; those before it are forgotten."""
+        """Return the first level that is not empty; those before it are forgotten."""
         while self._priorities:
             level = self._levels[self._priorities[0]]
             if level.preempted or self._has_turn(level):
@@ -205,7 +205,7 @@ class WaitingQueue:
 
 
 def _by_turns(level: _Level, counters: dict[str, int]) -> Iterator[Request]:
-    """As `popleft` would take them, if nothing is generated meanwhile. Charges `counters`."""
+    """Yield requests as `popleft` would take them, if nothing is generated meanwhile. Charges `counters`."""
     turns = [(counters[owner], arrival, owner) for _, arrival, owner in level.order if level.by_owner[owner]]
     heapq.heapify(turns)
     queues = {owner: iter(level.by_owner[owner].values()) for _, _, owner in turns}
