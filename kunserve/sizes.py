@@ -19,7 +19,7 @@ _SIZES = {
 
 
 def parse_size(text: str, plain_unit: str = "") -> int:
-    """Bytes of "730MiB", "18GiB", "500MB" or a plain number of `plain_unit` (bytes); ConfigError otherwise."""
+    """Read the bytes of "730MiB", "18GiB", "500MB" or a number of `plain_unit` (bytes); ConfigError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and _SIZES.get((match[2] or plain_unit).lower())
     if not match or not unit:
