@@ -155,6 +155,7 @@ class _Smallest:
 
     @staticmethod
     def _first(heap: list[Entry]) -> _Node | None:
+        # A node is in two heaps and is taken out of neither when it finds a partner: left there it would merge twice.
         while heap and not heap[0][-1].is_waiting:
             heappop(heap)
         return heap[0][-1] if heap else None
@@ -224,7 +225,7 @@ def plan_drop_of(snapshot: Snapshot, group_ids: Sequence[int], need_blocks: int 
     heap = _Smallest(nodes[group_id] for group_id in group_ids)
     merged = [node for _ in group_ids[1:] if (node := heap.merge_next(shapes, least_gain=-1.0))]
     if len(merged) < len(group_ids) - 1 or merged[-1].blocks < merged[-1].apart:
-        raise ConflictError("these groups cannot be one: too few layers for all devices, or less KV than apart")
+        raise ConflictError("cannot merge: fewer layers than devices, or the merged group would hold less KV than now")
     return _plan(snapshot, shapes, before, merged[-1:], need_blocks)
 
 

@@ -207,6 +207,7 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
         return max(0, scene.model.chunks_for(scene.num_blocks(device, room)) - scene.range_chunks[device] - room)
 
     while pending:
+        # A layer that comes before there is room for it would wait for one behind it in the order, which waits for it.
         fitting = [move for move in pending if growth(move) <= free[move.destination]]
         if not fitting:
             return None

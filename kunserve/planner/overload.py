@@ -47,13 +47,19 @@ def is_overloaded(
     """
 
     def is_short() -> bool:
+        # Without a look ahead a drop would begin when running requests lack blocks already, and they would be preempted
+        # while it remaps.
         if any(g.free_blocks < growth(g.running, thresholds.horizon_steps, block_size) for g in groups):
             return True
         if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
             return False
+        # What ends within a few steps is free before a drop is done. But it may be enough for the head alone, and each
+        # of those behind it would find the same: so all that wait count as well.
         soon = [g.free_blocks + surely_freed(g.running, thresholds.patience_steps, block_size) for g in groups]
         return max(soon) < head_blocks or sum(max(0, blocks) for blocks in soon) < waiting_blocks
 
+    # Both: a head that fits nowhere while memory is free elsewhere needs time, not a drop. Demand is asked for last, as
+    # it costs a pass over all requests.
     return is_short() and demand_blocks() > thresholds.drop_watermark * mapped_blocks
 
 

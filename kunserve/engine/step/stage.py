@@ -47,7 +47,8 @@ def run_last_stage_sharing(
 ) -> list[SampledToken]:
     """Run as `run_last_stage`, but sample only some rows: hidden states (R, H) go to whoever has the others.
 
-    In one piece, because between two the next microbatch's layers could come. Blocking.
+    One item of the queue: between two, the layers of the next microbatch could come, and the samples of this one, which
+    its first stage waits for, would be late by as much. Blocking.
     """
     try:
         hidden.set_result(x := run_last_layers(decoder, stage, position, inputs, x))
