@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, Protocol, TypeVar
 
 from kunserve.errors import ConfigError
 
@@ -16,6 +17,17 @@ _SIZES = {
     "mb": 10**6,
     "gb": 10**9,
 }
+
+
+class _Divisible(Protocol):
+    """An integer, or an array or tensor of integers."""
+
+    def __neg__(self) -> Any: ...
+
+    def __floordiv__(self, divisor: int, /) -> Any: ...
+
+
+Amount = TypeVar("Amount", bound=_Divisible)
 
 
 def parse_size(text: str, plain_unit: str = "") -> int:
@@ -32,6 +44,7 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes * 10 // (1 << 30) / 10:.1f} GiB"
 
 
-def ceil_div(amount: int, size: int) -> int:
-    """Return how many pieces of `size` hold `amount`: the quotient, rounded up."""
-    return -(-amount // size)
+def ceil_div(amount: Amount, size: int) -> Amount:
+    """Return how many pieces of `size` hold `amount`, or each amount of an array: the quotient, rounded up."""
+    pieces: Amount = -(-amount // size)
+    return pieces

@@ -9,6 +9,7 @@ from torch import Tensor
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.model.config import SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
+from kunserve.sizes import ceil_div
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -86,7 +87,7 @@ class TorchOps:
         ends, contexts = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist()
         for b, context_len in enumerate(contexts):
             tokens = slice(ends[b], ends[b + 1])
-            blocks = batch.block_tables[b, : -(-context_len // block_size)].long()
+            blocks = batch.block_tables[b, : ceil_div(context_len, block_size)].long()
             keys, values = kv[blocks].to(_wide(kv.dtype)).movedim(0, 2).flatten(2, 3)[:, :, :context_len]
             x = torch.einsum("tkgd,ksd->kgts", q[tokens].to(keys.dtype), keys) * scale
             x = x if scores.softcap is None else self.softcap(x, scores.softcap)

@@ -14,6 +14,7 @@ from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     from kunserve.engine.batch import Microbatch
@@ -87,7 +88,7 @@ class Group:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that hold `num_tokens` tokens of one request."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
         """Return the blocks that `request` has to get on every stage before it can hold `num_tokens`."""

@@ -12,6 +12,7 @@ from kunserve.gpu.chunk_pool import ChunkPool, Owner
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.config import ModelConfig
+from kunserve.sizes import ceil_div
 
 RESERVED_BYTES = 8 << 40  # of addresses for one device's KV: a process has 128 TiB of them
 
@@ -74,7 +75,7 @@ class KVMemory:
 
     def chunks_for(self, num_blocks: int) -> int:
         """Return the chunks that a layer needs for `num_blocks`."""
-        return -(-num_blocks * self.shape.block_bytes // self._chunk_bytes)
+        return ceil_div(num_blocks * self.shape.block_bytes, self._chunk_bytes)
 
     @property
     def mapped_chunks(self) -> list[int]:

@@ -16,6 +16,7 @@ from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import TensorSpec, WeightUnit
 from kunserve.model.quant.linear import Linear, Part
+from kunserve.sizes import ceil_div
 
 
 class Weights:
@@ -29,7 +30,7 @@ class Weights:
 
     def num_chunks(self, unit: str) -> int:
         """Return the chunks that a unit takes when present."""
-        return -(-self._units[unit].num_bytes // self._chunk_bytes)
+        return ceil_div(self._units[unit].num_bytes, self._chunk_bytes)
 
     def num_tensor_bytes(self, unit: str) -> int:
         """Return the bytes of a unit's tensors, without what lies between them."""

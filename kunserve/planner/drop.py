@@ -16,6 +16,7 @@ from kunserve.errors import ConflictError, InvalidRequestError
 from kunserve.planner.layer_split import Chain, cuts_within, stages_of
 from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.snapshot import ModelShape, Origin, Snapshot
+from kunserve.sizes import ceil_div
 
 FULL = 0.85  # share of a group's blocks in use
 LEAST_GAIN = 0.08  # of a merge, as a share of the blocks that its groups hold apart
@@ -258,7 +259,7 @@ def _plan(
     most = sum(node.blocks for node in merged)
     merges, chunk_bytes = [], snapshot.model.chunk_bytes
     for node in merged:
-        share = node.blocks if rest > most else -(-rest * node.blocks // most)
+        share = node.blocks if rest > most else ceil_div(rest * node.blocks, most)
         cut = shapes.cut(node.shape, min(node.blocks, max(share, node.apart)))
         stages = stages_of(_seated(node.seats, cut), cut.ends)
         ids, freed_bytes, added = tuple(sorted(node.group_ids)), cut.freed_chunks * chunk_bytes, cut.blocks - node.apart

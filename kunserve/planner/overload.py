@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kunserve.planner.demand import RequestView
+from kunserve.sizes import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def growth(running: Iterable[RequestView], horizon_steps: int, block_size: int) 
     added = 0
     for request in running:
         tokens = request.num_tokens + min(horizon_steps, request.most_remaining)
-        added += max(0, -(-tokens // block_size) - request.num_blocks)
+        added += max(0, ceil_div(tokens, block_size) - request.num_blocks)
     return added
 
 
@@ -82,7 +83,7 @@ def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size:
         if request.most_remaining <= horizon_steps:
             freed += request.num_blocks
         else:
-            freed -= max(0, -(-(request.num_tokens + horizon_steps) // block_size) - request.num_blocks)
+            freed -= max(0, ceil_div(request.num_tokens + horizon_steps, block_size) - request.num_blocks)
     return freed
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kunserve.sizes import ceil_div
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -71,11 +73,11 @@ class ModelShape:
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens of one request."""
-        return -(-tokens // self.block_size)
+        return ceil_div(tokens, self.block_size)
 
     def chunks_for(self, blocks: int) -> int:
         """Return the chunks that one layer's KV needs to hold `blocks` blocks."""
-        return -(-blocks * self.kv_block_bytes // self.chunk_bytes)
+        return ceil_div(blocks * self.kv_block_bytes, self.chunk_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 from kunserve.planner.cost import Chunk, Work
 from kunserve.planner.microbatch import MANY, Lookahead
+from kunserve.sizes import ceil_div
 
 LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all its KV again
 
@@ -35,7 +36,7 @@ class TokenBudget:
         self._num_rows: int | None = None  # alone, a device has all rows in each microbatch
         if len(group.stages) > 1:
             num_decoding = sum(1 for r in group.running if _has_output(r) and is_schedulable(r))
-            self._num_rows = max(1, -(-num_decoding // len(group.stages)))
+            self._num_rows = max(1, ceil_div(num_decoding, len(group.stages)))
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""

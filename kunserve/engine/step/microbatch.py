@@ -17,6 +17,7 @@ from kunserve.compute.sampler import SamplingRow, reads_output
 from kunserve.engine.batch import Microbatch, Span, scored_positions
 from kunserve.engine.request import Constraint, Request
 from kunserve.sampling import TokenMask
+from kunserve.sizes import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def step_inputs(
     cu_seqlens = np.zeros(len(spans) + 1, np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
-    width = -(-int(ends.max()) // block_size)
+    width = ceil_div(int(ends.max()), block_size)
     tables = zip(*[span.request.table.ids.values() for span in spans], strict=True)  # by stage
     sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
     return StepInputs(
