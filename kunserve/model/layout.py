@@ -9,11 +9,13 @@ where they are stored alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     import torch  # names are judged without it
@@ -73,7 +75,7 @@ def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str)
             blocks, end = config.formats.of(tensor_name), tensors[-1].end if tensors else 0
             spec = TensorSpec(tensor_name, shape, end, dtype if blocks is None else "uint8", blocks)
             if i == 0 or not spec.is_stored_like(tensors[-1]):
-                spec = replace(spec, offset=-(-end // ALIGNMENT) * ALIGNMENT)
+                spec = replace(spec, offset=ceil_div(end, ALIGNMENT) * ALIGNMENT)
             tensors.append(spec)
     return WeightUnit(name, tuple(tensors), tensors[-1].end)
 
@@ -201,7 +203,11 @@ def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightU
 
     dtype: of what is stored as numbers, or its name.
     """
-    dtype = str(dtype).removeprefix("torch.")
+    return _weight_units(config, str(dtype).removeprefix("torch."))
+
+
+@lru_cache(maxsize=32)  # a mixture of experts has tens of thousands of tensors, and a plan asks a hundred times
+def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
     vocab = (config.vocab_size, config.hidden_size)
     norm: list[Named] = [("model.norm.weight", (config.hidden_size,))]
     embed: list[list[Named]] = [[("model.embed_tokens.weight", vocab)]]
