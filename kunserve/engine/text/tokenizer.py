@@ -188,7 +188,8 @@ def byte_alphabet() -> dict[str, int]:
 
 def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
     """Read the form from the decoder's description. Raises ConfigError for a decoder we cannot follow byte by byte."""
-    decoder = json.loads(core.to_str())["decoder"] or {}
+    # The whole tokenizer as JSON would say it, too, but is megabytes. A decoder pickles as its JSON.
+    decoder = {} if core.decoder is None else json.loads(core.decoder.__getstate__())
     parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     by_type = {str(part.get("type")): part for part in parts}
     kinds = set(by_type)

@@ -169,6 +169,19 @@ class _Reader:
             raise ValueError("a string ends beyond the file")
         return self._buffer[start : self._offset].decode(errors="surrogateescape")
 
+    def _strings(self, count: int) -> list[str]:
+        """Return the next `count` strings: as `_string`, for vocabularies, where calls would take most of the time."""
+        buffer, end, strings = self._buffer, self._offset, list[str]()
+        unpack = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            start = end + 8
+            end = start + unpack(buffer, end)[0]
+            strings.append(buffer[start:end].decode(errors="surrogateescape"))
+        if end > len(buffer):  # a slice beyond the file is only shorter
+            raise ValueError("a string ends beyond the file")
+        self._offset = end
+        return strings
+
     def _value(self, kind: int) -> Any:
         if kind == STRING:
             return self._string()
@@ -177,7 +190,9 @@ class _Reader:
         item, count = self._scalar(4), self._scalar(10)
         if count > len(self._buffer):
             raise ValueError(f"an array of {count} values")
-        if item in (STRING, ARRAY):
+        if item == STRING:
+            return self._strings(count)
+        if item == ARRAY:
             return [self._value(item) for _ in range(count)]
         code = f"<{count}{SCALARS[item][1]}"
         values = list(struct.unpack_from(code, self._buffer, self._offset))
