@@ -24,7 +24,7 @@ from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, WorkQueue
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class HostDevice:
         """See `Device.reserve`."""
         # Over-reserve to align, then give head and tail back.
         start = _mmap(None, num_bytes + self.chunk_bytes, _PROT_NONE, _RESERVED)
-        address = -(-start // self.chunk_bytes) * self.chunk_bytes
+        address = ceil_div(start, self.chunk_bytes) * self.chunk_bytes
         if address > start:
             _libc.munmap(start, address - start)
         if tail := start + self.chunk_bytes - address:

@@ -18,6 +18,7 @@ from kunserve.errors import ConfigError
 from kunserve.model.files import reading
 from kunserve.model.folder import gguf_parts
 from kunserve.model.quant.blocks import GGML_BLOCKS, Blocks
+from kunserve.sizes import ceil_div
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -149,7 +150,7 @@ class _Reader:
         metadata = {self._string(): self._value(self._scalar(4)) for _ in range(num_fields)}
         headers = [self._tensor() for _ in range(num_tensors)]
         alignment = int(metadata.get("general.alignment", 32))
-        start = -(-self._offset // alignment) * alignment
+        start = ceil_div(self._offset, alignment) * alignment
         return metadata, [
             GgufTensor(name, shape, format, self._path, start + offset) for name, shape, format, offset in headers
         ]
