@@ -24,6 +24,7 @@ import sys
 import time
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 from compare_policies import Burst, measure
@@ -128,26 +129,25 @@ async def commits(args: argparse.Namespace) -> dict[str, Any]:
         steps.append((now_s, step_s))
         return step_s
 
-    Group.returned = note  # type: ignore[method-assign]
     committed, beyond = list[float](), list[float]()
-    for seed in range(args.drops):
-        streams = asked(engine, seed)
-        async for _ in streams[-1]:  # all of them have begun
-            break
-        await asyncio.sleep(rng.uniform(0.0, 0.5))
-        decided_s = loop_time()
-        committed.append((await engine.drop())["seconds"]["committed"])
-        ended_s = decided_s + committed[-1]
-        during = [step_s for at_s, step_s in steps if at_s > decided_s and at_s - step_s < ended_s]
-        beyond.append(committed[-1] - max(during, default=0.0))
-        print(f"{seed}: {1e3 * committed[-1]:.1f} ms, {1e3 * beyond[-1]:+.1f} beyond a step", file=sys.stderr)
-        await settled(served)
-        await engine.restore()
-        await settled(served)
-        for i in range(LOAD.num_requests):
-            engine.abort(f"{seed}-{i}")
-        steps.clear()
-    Group.returned = returned  # type: ignore[method-assign]
+    with patch.object(Group, "returned", note):
+        for seed in range(args.drops):
+            streams = asked(engine, seed)
+            async for _ in streams[-1]:  # all of them have begun
+                break
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+            decided_s = loop_time()
+            committed.append((await engine.drop())["seconds"]["committed"])
+            ended_s = decided_s + committed[-1]
+            during = [step_s for at_s, step_s in steps if at_s > decided_s and at_s - step_s < ended_s]
+            beyond.append(committed[-1] - max(during, default=0.0))
+            print(f"{seed}: {1e3 * committed[-1]:.1f} ms, {1e3 * beyond[-1]:+.1f} beyond a step", file=sys.stderr)
+            await settled(served)
+            for i in range(LOAD.num_requests):
+                engine.abort(f"{seed}-{i}")
+            await engine.restore()
+            await settled(served)
+            steps.clear()
     await engine.stop()
     await served.close()
     return {"committed_s": spread(committed), "beyond_a_step_s": spread(beyond)}
