@@ -17,7 +17,7 @@ from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.restore_time import measure_restore
 from kunserve.engine.regroup.control import OverloadControl
-from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
@@ -111,7 +111,8 @@ async def _launch_on(
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 
     max_model_len = wanted_max_model_len(files, config)
-    tokenizer = await asyncio.to_thread(_tokenizer, files)
+    model = files.config
+    tokenizer = await asyncio.to_thread(tokenizer_of, files.folder, model.vocab_size, model.eos_token_ids)
     lookahead, constants = _lookahead(machine, files, config)
     engine, control = await assemble(
         machine,
@@ -134,12 +135,6 @@ def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tup
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
     return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
-
-
-def _tokenizer(files: ModelFiles) -> Tokenizer:
-    if files.folder is None:
-        return Tokenizer.dummy(files.config.vocab_size, files.config.eos_token_ids)
-    return Tokenizer(files.folder)
 
 
 async def _log_host_copy(served: Served) -> None:
