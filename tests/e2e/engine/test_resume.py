@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from aiohttp import web
 from aiohttp.test_utils import TestClient
 from api_fakes import Client, PlainServer, error_of
 
@@ -49,8 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[tuple[Client, Engine]]:
-    """A server in this process, as its command line makes it."""
+async def app_serving(folder: Path) -> AsyncIterator[tuple[web.Application, Engine]]:
+    """A server's application in this process, as its command line makes it."""
     flags = (str(folder), "--devices", "cpu:1", "--num-gpu-blocks-override", "64")
     formats = ("--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1")
     process = ("--served-model-name", "tiny", "--front-key", "front", "--disable-access-log")
@@ -58,11 +59,17 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Client, Engine]]:
     served = await launch(config.engine, "tiny", lambda text, share: None)
     await served.engine.start()
     try:
-        async with TestClient(PlainServer(_app(config, served, None))) as client:
-            yield client, served.engine
+        yield _app(config, served, None), served.engine
     finally:
         await served.engine.stop()
         await served.close()
+
+
+@asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[tuple[Client, Engine]]:
+    """The same, and a client of it."""
+    async with app_serving(folder) as (app, engine), TestClient(PlainServer(app)) as client:
+        yield client, engine
 
 
 GROWING = ("text", "content", "thinking", "arguments", "reasoning", "reasoning_content", "partial_json")
