@@ -333,28 +333,18 @@ def _decode_step(ordinal: int, num_heads: int, num_kv_heads: int, head_dim: int)
     return {"error": error, "plan_us": plan_us, "run_us": run_us, "gb_per_s": kv.numel() * 2 / run_us / 1e3}
 
 
-# --- packed weights -------------------------------------------------------------------------------------------------
+def packed_weights(ordinal: int) -> dict[str, Any]:
+    """torch's product of 8-bit floats, and KunServe's kernel for 4 and 8 bits: right, and in a graph the same."""
+    from gpucheck import contact
 
-
-def fp8_product(ordinal: int) -> dict[str, Any]:
-    """torch's product of 8-bit floats with a scale for each row of both: accepted, right, and in a graph the same."""
-    from gpucheck.contact import fp8_product
-
-    return fp8_product(ordinal)
-
-
-def packed_products(ordinal: int) -> dict[str, Any]:
-    """KunServe's kernel for matrices in 4 and 8 bits: right, and in a graph the same."""
-    from gpucheck.contact import packed_products
-
-    return packed_products(ordinal)
+    return {"fp8": contact.fp8_product(ordinal), "ours": contact.packed_products(ordinal)}
 
 
 STEPS: dict[str, Step] = {  # what may end the process comes last
     step.__name__: step
     for step in (
         versions, calls, unmap_runs, reserve_much, tensors_over_mappings, graph_after_remap, pin, launches,
-        flashinfer_decode, fp8_product, packed_products, pinned_after_stream, remap_beside_work,
+        flashinfer_decode, packed_weights, pinned_after_stream, remap_beside_work,
     )
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, config: ModelConfig, without: Collection[str] = ()) -> None:
-        """without: names that others read."""
+        """Open the files of `folder`. without: names of tensors that others read."""
         shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
         self.stored_names = {name: stored_name(name, files) for name in shapes}  # what the files call each tensor

@@ -9,12 +9,14 @@ where they are stored alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
 from kunserve.model.quant.planes import SCALES, Planes
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     import torch  # names are judged without it
@@ -53,7 +55,7 @@ class TensorSpec:
         return self.offset + self.num_bytes
 
     def is_stored_like(self, other: TensorSpec) -> bool:
-        """Whether the rows of both can be those of one matrix."""
+        """Tell whether the rows of both tensors can be those of one matrix."""
         return (self.dtype, self.blocks, self.stored_shape[1:]) == (other.dtype, other.blocks, other.stored_shape[1:])
 
 
@@ -80,7 +82,7 @@ def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str)
             for i, spec in enumerate(alike):
                 end = tensors[-1].end if tensors else 0
                 is_continued = i > 0 and spec.is_stored_like(tensors[-1])
-                tensors.append(replace(spec, offset=end if is_continued else -(-end // ALIGNMENT) * ALIGNMENT))
+                tensors.append(replace(spec, offset=end if is_continued else ceil_div(end, ALIGNMENT) * ALIGNMENT))
     return WeightUnit(name, tuple(tensors), tensors[-1].end)
 
 
@@ -90,7 +92,7 @@ def _scales(spec: TensorSpec, planes: Planes) -> TensorSpec:
 
 
 def layer_name(layer: int) -> str:
-    """Name of the unit that holds decoder layer `layer`."""
+    """Return the name of the unit that holds decoder layer `layer`."""
     return f"layers.{layer}"
 
 
@@ -208,11 +210,15 @@ def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
 
 
 def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightUnit, ...]:
-    """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
+    """Return all units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
 
     dtype: of what is stored as numbers, or its name.
     """
-    dtype = str(dtype).removeprefix("torch.")
+    return _weight_units(config, str(dtype).removeprefix("torch."))
+
+
+@lru_cache(maxsize=32)  # a mixture of experts has tens of thousands of tensors, and a plan asks a hundred times
+def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
     vocab = (config.vocab_size, config.hidden_size)
     norm: list[Named] = [("model.norm.weight", (config.hidden_size,))]
     embed: list[list[Named]] = [[("model.embed_tokens.weight", vocab)]]
@@ -224,7 +230,7 @@ def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightU
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:
-    """Names of the units that layers `[first_layer, last_layer)` need, with embedding and head at the ends."""
+    """Return the names of the units that a stage `[first_layer, last_layer)` needs, embedding and head at the ends."""
     names = [layer_name(i) for i in range(first_layer, last_layer)]
     is_first, is_last = first_layer == 0, last_layer == config.num_layers
     if is_first or (is_last and config.tie_embeddings):

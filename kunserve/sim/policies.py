@@ -7,10 +7,10 @@ from dataclasses import replace
 from kunserve.config import EngineConfig
 from kunserve.policies import OverloadPolicy
 
-PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
-PLENTY = "plenty"  # memory for KV that never ends: what any policy could reach at best
+PIPELINE = "pipeline"  # chains of two from the start, and `recompute` on them
+PLENTY = "plenty"  # `recompute` with memory that never runs out: what any policy could reach at best
 POLICIES = (*OverloadPolicy, PIPELINE, PLENTY)
-PLENTY_TIMES = 16  # a GPU's memory
+PLENTY_TIMES = 16  # how many times its memory each GPU has under `PLENTY`
 
 
 def with_policy(config: EngineConfig, policy: str) -> EngineConfig:

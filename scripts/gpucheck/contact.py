@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpucheck.packed import FORMS, random_part
+from kunserve.compute.cuda.ops import FP8_SINCE
 from kunserve.compute.cuda.packed import packed_linear
 
 N, K, ROWS, REPEATS = 4096, 14336, (1, 16, 129), 50
@@ -18,6 +19,8 @@ N, K, ROWS, REPEATS = 4096, 14336, (1, 16, 129), 50
 
 def fp8_product(ordinal: int) -> dict[str, Any]:
     """Error, microseconds and bytes of the matrix a second; AssertionError if it is wrong."""
+    if (found := torch.cuda.get_device_capability(ordinal)) < FP8_SINCE:
+        return {"skipped": f"compute capability {found}"}
     device, figures = torch.device("cuda", ordinal), dict[str, Any]()
     weight = torch.randn(N, K, device=device).clamp(-4, 4).to(torch.float8_e4m3fn)
     of_columns = torch.rand(1, N, device=device) + 0.5

@@ -18,6 +18,7 @@ from fake_cuda import FakeCuda
 from fake_gpus import Gpus
 from gpucheck import forward, memory, packed, report, serving, worker
 from gpucheck.bench import BLOCK_SIZE, Bench, llama_1b
+from gpucheck.likelihood import likelihood
 from gpucheck.worker import tell
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,6 +123,19 @@ async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) ->
     assert result["same_tokens"] and not result["errors"]
     assert [t["kind"] for t in result["transitions"]] == ["drop", "restore"]
     assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [origin]]
+
+
+async def test_a_text_is_as_likely_in_every_grouping(tmp_path: Path) -> None:
+    """On CPU devices it is, to the last bit."""
+    model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4))
+    config = serving.engine_config(
+        DeviceSpec("cpu", (0, 1)), model, num_blocks=40, is_pinned=True, num_batched_tokens=64
+    )
+    config = replace(config, max_model_len=400, chunk_bytes=64 << 10)
+    found = await likelihood(config, text_len=50, num_tokens=64)
+    assert list(found) == ["launch", "drop", "restore", "second drop", "generated"]
+    assert all(state["nll_per_token"] > 1 for state in found.values())
+    assert all(state["worst_change"] == 0 and state["worst_error"] == 0 for state in found.values())
 
 
 async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kunserve.model.quant.linear import Part
 from kunserve.model.quant.planes import KINDS, Planes
+from kunserve.sizes import ceil_div
 
 COLUMNS = 64  # rows of the matrix, of a program: columns of what comes out
 FEW_ROWS, MANY_ROWS = 16, 64  # of activations, of a program
@@ -123,12 +124,12 @@ def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual:
     inner = min(half, WIDE_INNER_BYTES if is_wide else INNER_BYTES)
     rows = FEW_ROWS if is_wide or T <= FEW_ROWS else MANY_ROWS
     grid, num_turns, is_shared = (
-        (triton.cdiv(N, COLUMNS), triton.cdiv(T, rows)),
+        (ceil_div(N, COLUMNS), ceil_div(T, rows)),
         row_bytes // inner,
         T <= MAX_SHARED_ROWS,
     )
     span = _span(grid[0] * grid[1], num_turns) if is_shared else num_turns
-    num_parts = triton.cdiv(num_turns, span)
+    num_parts = ceil_div(num_turns, span)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     parts = torch.empty(num_parts, T, N, dtype=torch.float32, device=x.device) if is_shared else out
     packed_product[(*grid, num_parts)](
@@ -139,7 +140,7 @@ def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual:
         ROWS=rows, COLUMNS=COLUMNS, INNER=inner, num_warps=4, num_stages=4,
     )  # fmt: skip
     if is_shared:
-        sum_parts[(triton.cdiv(T * N, SUMMED),)](
+        sum_parts[(ceil_div(T * N, SUMMED),)](
             parts, out if added is None else added, out, T * N, N, num_parts, stride, has_added, BLOCK=SUMMED
         )
     return out if bias is None or residual is None else out + bias
@@ -147,7 +148,7 @@ def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual:
 
 def _span(num_programs: int, num_turns: int) -> int:
     """Return the turns of a program, where so many of them would take all turns: enough that there are enough."""
-    return triton.cdiv(num_turns, max(1, min(WANTED_PROGRAMS // num_programs, num_turns // MIN_TURNS)))
+    return ceil_div(num_turns, max(1, min(WANTED_PROGRAMS // num_programs, num_turns // MIN_TURNS)))
 
 
 def can_scale(x: Tensor, weight: Part) -> bool:

@@ -81,7 +81,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
 
 
 def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
-    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    """Return the machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
     if config.devices.kind == "cpu":
         return HostMachine(model, config)
     from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
@@ -134,7 +134,7 @@ async def _launch_on(
 
 
 def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
-    """What forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
+    """Return what forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))

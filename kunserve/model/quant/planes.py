@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kunserve.model.quant.blocks import GROUPS, Blocks
+from kunserve.sizes import ceil_div
 
 KINDS = ("A4", "A8", "F8")  # codes of 4 bits and of 8, floats of 8
 SCALES = ".scales"  # what the name of the other tensor ends with
@@ -40,7 +41,7 @@ class Planes(Blocks):
 
     def scales_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Shape of the scales of a matrix: of each row, group by group."""
-        return num_rows, -(-num_columns // (self.group or num_columns)) * self.numbers_per_group
+        return num_rows, ceil_div(num_columns, self.group or num_columns) * self.numbers_per_group
 
 
 # Of ggml's formats those that lose nothing and save something. Codes of 5 bits take 8; Q6_K has a scale for every 16.
