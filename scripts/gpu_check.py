@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpucheck import forward, memory, report, serving
+from gpucheck import forward, memory, packed, report, serving
 from gpucheck.bench import GIB, Bench
 from gpucheck.likelihood import likelihood
 from gpucheck.worker import Part, run_parts, serve
@@ -40,10 +40,12 @@ def parts_of(bench: Bench) -> dict[str, Part]:
         "contract": partial(memory.contract, bench),
         "driver_calls": partial(memory.driver_calls, bench),
         "kernels": partial(forward.kernels, bench),
+        "packed": partial(packed.products, bench),
         "logits": partial(forward.logits, bench),
         "graphs": partial(forward.graphs, bench),
         "remap": partial(memory.remap, bench),
         "decode": partial(forward.decode, bench),
+        "decode_packed": partial(packed.decode, bench),
         "prefill": partial(forward.prefill, bench),
         "regroup": partial(regroup, bench),
         "regroup_from_mates": partial(regroup, bench, HostCopy.NONE),

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gpucheck.packed import worst_error
+
 Parts = dict[str, Any]
 
 TARGETS: tuple[tuple[str, str, Callable[[Parts], Any], Callable[[Any], bool]], ...] = (
     ("device contract", "passes", lambda p: p["contract"]["ok"], bool),
     ("logits against float32, relative error", "< 2e-2", lambda p: _worst_error(p["logits"]), lambda v: v < 2e-2),
+    ("packed products, relative error", "< 1e-2", lambda p: worst_error(p["packed"], is_fp8=False), lambda v: v < 1e-2),
+    ("FP8 products, relative error", "< 5e-2", lambda p: worst_error(p["packed"], is_fp8=True), lambda v: v < 5e-2),
     ("same tokens through drop, exchange, restore", "yes", lambda p: p["regroup"]["same_tokens"], bool),
     ("same tokens, weights back from a mate", "yes", lambda p: p["regroup_from_mates"]["same_tokens"], bool),
     (

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from fake_gpus import Gpus
-from gpucheck import forward, memory, report, serving, worker
+from gpucheck import forward, memory, packed, report, serving, worker
 from gpucheck.bench import BLOCK_SIZE, Bench, llama_1b
 from gpucheck.likelihood import likelihood
 from gpucheck.worker import tell
@@ -90,6 +90,18 @@ def test_figures(bench: Bench) -> None:
     assert all(math.isfinite(v) and v >= 0 for v in decode["3"].values())
     assert forward.prefill(bench, TINY)["tokens"] == 256
     assert forward.kernels(bench)["rms_norm"] == 0  # torch against itself
+
+
+def test_packed_figures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "ROWS", (1, 3))
+    figures = packed.products(bench)
+    assert {name for name in figures if name != "kernels"} == {f"{form}, {n}" for form in packed.FORMS for n in (1, 3)}
+    worst = max(packed.worst_error(figures, is_fp8=is_fp8) for is_fp8 in (False, True))
+    assert 0 < worst < 5e-3 and all(figures[name]["us"] > 0 for name in figures if name != "kernels")
+    targets = {row["name"]: row["met"] for row in report.targets({"packed": figures})}
+    assert targets["packed products, relative error"] and targets["FP8 products, relative error"]
+    wide = replace(TINY, hidden_size=128, intermediate_size=256, num_heads=2, head_dim=64)
+    assert packed.decode(bench, wide)["1"]["floor_ms"] < forward.decode(bench, wide)["1"]["floor_ms"]
 
 
 def test_the_1b_shape_has_about_as_many_weights() -> None:

@@ -90,12 +90,17 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
 
 
 def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
-    """Return the model as devices store it: matrices in blocks are dequantized while they load, but for C kernels."""
-    has_kernels = config.devices.kind == "cpu" and has_block_kernels(config.dtype, model.head_dim)
-    is_kept = has_kernels and config.load_format != "dummy"
-    if model.formats.by_name and not is_kept:
-        log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
-    return model if is_kept else replace(model, formats=model.formats.as_numbers())
+    """Return the model as devices store it: in blocks for C kernels, in planes for GPUs, or dequantized."""
+    formats = model.formats
+    if not formats.by_name or config.load_format == "dummy":
+        kept = formats.as_numbers()
+    elif config.devices.kind != "cpu":
+        kept = formats.as_planes()
+    else:
+        kept = formats if has_block_kernels(config.dtype, model.head_dim) else formats.as_numbers()
+    if lost := len(formats.by_name) - len(kept.by_name):
+        log.warning("matrices are dequantized while they load", matrices=lost, kept=len(kept.by_name))
+    return model if kept is formats else replace(model, formats=kept)
 
 
 async def _launch_on(
