@@ -55,7 +55,7 @@ class PrefillFirst(Scheduler):
         """Admit from the head of the queue, as long as the next prompt fits into the step as a whole."""
         num_tokens = self.limits.max_num_batched_tokens
         while (head := self.waiting.head) is not None and len(spans) < self.limits.max_num_seqs:
-            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, is_first=not spans):
+            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, spans):
                 return
             self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)
