@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kunserve.compute.logprobs import logprobs_of, scored
 from kunserve.errors import EngineError
-from kunserve.sampling import SamplingParams, TokenLogprobs, TokenMask
+from kunserve.sampling import SampledToken as SampledToken  # for whoever calls this
+from kunserve.sampling import SamplingParams, TokenMask
 
 UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
 LOWEST = -28.0  # log of a probability relative to the most likely token's; UNIT times less than this is 0
@@ -42,14 +43,6 @@ class SamplingRow(NamedTuple):
     eos_token_ids: tuple[int, ...]
     mask: TokenMask | None = None  # of a grammar; read, and waited for, when the logits are there
     given: int | None = None  # not to choose but to score this token of the prompt
-
-
-class SampledToken(NamedTuple):
-    """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: BaseException | None = None  # then token_id is 0: an id like any, for the microbatch that runs ahead
 
 
 def failed(error: BaseException) -> SampledToken:

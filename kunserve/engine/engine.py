@@ -176,10 +176,10 @@ class Engine(Operated):
         self.limits.check(request)
         return await replay(request, token_ids, self.tokenizer, self.model.eos_token_ids)
 
-    def abort(self, request_id: str) -> None:
-        """Abort a request whose client left: its blocks are free once its running step is done. Idempotent."""
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request whose client left: its blocks are free once its running step is done. Idempotent."""
         if (live := self._live.get(request_id)) is not None:
-            self._finish(live, FinishReason.ABORT)
+            self._finish(live, reason)
             self.signals.wake()
 
     def fit(self, most_tokens: int) -> None:

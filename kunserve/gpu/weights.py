@@ -16,6 +16,7 @@ from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import TensorSpec, WeightUnit
 from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.sizes import ceil_div
 
 
@@ -75,8 +76,10 @@ class Weights:
         for first, spec in enumerate(specs):
             if first and spec.is_stored_like(specs[first - 1]):
                 continue  # it is in the part before
-            alike = takewhile(spec.is_stored_like, specs[first:])
-            parts.append(Part(self.tensor(unit, spec.name, sum(other.shape[0] for other in alike)), spec.blocks))
+            num_rows = sum(other.shape[0] for other in takewhile(spec.is_stored_like, specs[first:]))
+            has_scales = isinstance(spec.blocks, Planes)
+            scales = self.tensor(unit, spec.name + SCALES, num_rows) if has_scales else None
+            parts.append(Part(self.tensor(unit, spec.name, num_rows), spec.blocks, scales))
         return Linear(tuple(parts))
 
     def _spec(self, unit: str, name: str) -> TensorSpec:

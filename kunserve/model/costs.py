@@ -90,7 +90,8 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     layer = attention + mlp * (experts.active_size if experts else config.intermediate_size)
     held = attention + mlp * (experts.held_size if experts else config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    size, stored = rates.element_bytes, _stored_share(config)
+    size = rates.element_bytes
+    stored = _stored_share(config, "bfloat16" if size == 2 else "float32")
     return CostModel(
         pair_s=4 * config.q_size / (rates.flops_per_s * rates.attention_share),
         key_s=2 * config.kv_size * size / bytes_per_s,
@@ -106,10 +107,10 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     )
 
 
-def _stored_share(config: ModelConfig) -> dict[str, float]:
+def _stored_share(config: ModelConfig, dtype: str) -> dict[str, float]:
     """Return the bytes that units take, as a share of what they would take as numbers: less where they are blocks."""
-    numbers = weight_units(replace(config, formats=NO_BLOCKS), "float32")
-    stored = weight_units(config, "float32")
+    numbers = weight_units(replace(config, formats=NO_BLOCKS), dtype)
+    stored = weight_units(config, dtype)
     return {unit.name: kept.num_bytes / unit.num_bytes for unit, kept in zip(numbers, stored, strict=True)}
 
 

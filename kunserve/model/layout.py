@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
+from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
@@ -68,16 +69,26 @@ class WeightUnit:
 
 
 def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str) -> WeightUnit:
-    """Lay groups of tensors one after the other; tensors of a group touch where they are stored alike."""
+    """Lay groups of tensors one after the other; tensors of a group touch where they are stored alike.
+
+    Behind a group lie the scales of those whose scales are tensors of their own, in the same way.
+    """
     tensors: list[TensorSpec] = []
     for group in groups:
-        for i, (tensor_name, shape) in enumerate(group):
-            blocks, end = config.formats.of(tensor_name), tensors[-1].end if tensors else 0
-            spec = TensorSpec(tensor_name, shape, end, dtype if blocks is None else "uint8", blocks)
-            if i == 0 or not spec.is_stored_like(tensors[-1]):
-                spec = replace(spec, offset=ceil_div(end, ALIGNMENT) * ALIGNMENT)
-            tensors.append(spec)
+        of_group = [(tensor, shape, config.formats.of(tensor)) for tensor, shape in group]
+        specs = [TensorSpec(*it, 0, dtype if blocks is None else "uint8", blocks) for *it, blocks in of_group]
+        scales = [_scales(spec, spec.blocks) for spec in specs if isinstance(spec.blocks, Planes)]
+        for alike in (specs, scales):
+            for i, spec in enumerate(alike):
+                end = tensors[-1].end if tensors else 0
+                is_continued = i > 0 and spec.is_stored_like(tensors[-1])
+                tensors.append(replace(spec, offset=end if is_continued else ceil_div(end, ALIGNMENT) * ALIGNMENT))
     return WeightUnit(name, tuple(tensors), tensors[-1].end)
+
+
+def _scales(spec: TensorSpec, planes: Planes) -> TensorSpec:
+    N, K = spec.shape
+    return TensorSpec(spec.name + SCALES, planes.scales_shape(N, K), 0, planes.scale_dtype)
 
 
 def layer_name(layer: int) -> str:

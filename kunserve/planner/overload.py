@@ -31,7 +31,8 @@ class GroupLoad(NamedTuple):
 def is_overloaded(
     head_blocks: int | None,
     waiting_blocks: int,
-    groups: Sequence[GroupLoad],
+    changed: Sequence[GroupLoad],
+    groups: Callable[[], Sequence[GroupLoad]],
     demand_blocks: Callable[[], int],
     mapped_blocks: int,
     thresholds: Thresholds,
@@ -39,29 +40,37 @@ def is_overloaded(
 ) -> bool:
     """Tell whether memory is, or is about to be, too small for what is asked of it.
 
-    The whole demand exceeds the watermark, and: the running requests of a group may outgrow its blocks within the
-    horizon, before any of them ends; or the head of the queue (None: nothing waits) fits nowhere, and what comes free
-    within a few steps is not enough for it or for all that wait.
+    The whole demand exceeds the watermark, and: the running requests of all groups may outgrow their blocks within the
+    horizon, before any of them ends; or the head of the queue (None: nothing has waited for long) fits nowhere, and
+    what comes free within a few steps is not enough for it or for all that wait. A group that is full while others have
+    room is no overload: whoever has to leave it goes there.
     waiting_blocks: for the tokens of all that wait; demand_blocks: tells `Demand.blocks`, and is asked only if the rest
-    holds; mapped_blocks: capacity of all groups as they stand. `groups` may leave out those that have not changed since
-    they were looked at, unless the head has to wait.
+    holds; mapped_blocks: capacity of all groups as they stand. `changed`: groups that have changed since they were
+    looked at; `groups` tells all of them, and is asked only if one of those is full, or the head waits.
     """
 
     def is_short() -> bool:
         # Without a look ahead a drop would begin when running requests lack blocks already, and they would be preempted
         # while it remaps.
-        if any(g.free_blocks < growth(g.running, thresholds.horizon_steps, block_size) for g in groups):
+        is_full = any(_spare(group, thresholds, block_size) < 0 for group in changed)
+        everywhere = groups() if is_full or head_blocks is not None else []
+        if is_full and sum(_spare(group, thresholds, block_size) for group in everywhere) < 0:
             return True
-        if head_blocks is None or any(group.free_blocks >= head_blocks for group in groups):
+        if head_blocks is None or any(group.free_blocks >= head_blocks for group in everywhere):
             return False
         # What ends within a few steps is free before a drop is done. But it may be enough for the head alone, and each
         # of those behind it would find the same: so all that wait count as well.
-        soon = [g.free_blocks + surely_freed(g.running, thresholds.patience_steps, block_size) for g in groups]
+        soon = [g.free_blocks + surely_freed(g.running, thresholds.patience_steps, block_size) for g in everywhere]
         return max(soon) < head_blocks or sum(max(0, blocks) for blocks in soon) < waiting_blocks
 
     # Both: a head that fits nowhere while memory is free elsewhere needs time, not a drop. Demand is asked for last, as
     # it costs a pass over all requests.
     return is_short() and demand_blocks() > thresholds.drop_watermark * mapped_blocks
+
+
+def _spare(group: GroupLoad, thresholds: Thresholds, block_size: int) -> int:
+    """Blocks of a group that are left at the horizon if none of its requests ends before."""
+    return group.free_blocks - growth(group.running, thresholds.horizon_steps, block_size)
 
 
 def growth(running: Iterable[RequestView], horizon_steps: int, block_size: int) -> int:

@@ -47,6 +47,8 @@ class RandomSource:
         """See `WeightSource.copy_into`."""
         if name.endswith("norm.weight"):
             out.fill_(1.0)
+        elif not out.is_floating_point():  # codes
+            out.random_(256)
         else:
             out.normal_(std=0.02)
 

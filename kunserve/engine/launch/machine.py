@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.step.executor import Executor
 from kunserve.errors import ConflictError
 from kunserve.gpu.device import Device
@@ -25,6 +26,7 @@ class Machine(Protocol):
     chunk_bytes: int
     shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
     device_name: str  # as its maker calls it; all devices are alike
+    scheduler: type[Scheduler] = Scheduler  # plans its microbatches
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """Return the devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""

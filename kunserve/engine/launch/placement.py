@@ -44,7 +44,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
         kv_block_bytes=kv_shape.block_bytes,
         chunk_bytes=chunk_bytes,
         block_size=kv_shape.block_size,
-        head_time=(head or embed).tensors[-1 if head else 0].num_bytes / layer.num_bytes,
+        head_time=sum(t.num_bytes for t in (head or embed).tensors if len(t.shape) == 2) / layer.num_bytes,
         shares_head=shares_head and config.tie_embeddings,
         max_layer_chunks=max_layer_chunks(config.num_layers, chunk_bytes),
     )

@@ -172,6 +172,11 @@ class Tokenizer:
         return None if text is None else self._core.token_to_id(text)
 
 
+def tokenizer_of(folder: Path | None, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
+    """Return the tokenizer of a model's folder; of dummy weights, where there is none. Raises ConfigError."""
+    return Tokenizer.dummy(vocab_size, eos_token_ids) if folder is None else Tokenizer(folder)
+
+
 # A chat template for weights that say nothing anyway.
 DUMMY_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
