@@ -38,7 +38,7 @@ class RunAhead:
     """
 
     def __init__(self, lookahead: Lookahead | None, on_due: Callable[[Group], None]) -> None:
-        """`on_due` is called when the time has come for a group. Without `lookahead` it always has."""
+        """Call `on_due` when the time has come for a group. Without `lookahead` it always has."""
         self._lookahead, self._on_due = lookahead, on_due
         self._steps: dict[int, _Step] = {}  # by group id
         self._slowness = 1.0  # what steps take of what the cost model predicts

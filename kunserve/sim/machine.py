@@ -92,7 +92,7 @@ class NoWeights:
     """A source for devices that hold no bytes."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """Nothing to copy."""
+        """Copy nothing: simulated weights have no content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ class SimExecutor(Executor):
         return [TOKEN] * int(work.num_samples)
 
     async def _enter(self, group: Group, device: SimDevice, inputs: Step, seconds: float) -> None:
-        """The first stage of a chain, once tokens that are still being sampled elsewhere are there."""
+        """Run the first stage of a chain, once tokens that are still being sampled elsewhere are there."""
         async with self._entrances.setdefault(group, asyncio.Lock()):
             if inputs.ahead_of is not None:
                 await asyncio.wrap_future(inputs.ahead_of)
@@ -191,7 +191,7 @@ class SimExecutor(Executor):
         await asyncio.sleep(left_s)
 
     async def _end_at_both_ends(self, group: Group, seconds: float, num_samples: int) -> None:
-        """The last stage's layers and its half of the rows in one piece; the first device's half from then on."""
+        """Run the last stage's layers and its half of the rows in one piece; the first device's half from then on."""
         half = num_samples // 2
         head_s = self._cost.head_time(half)
         left_s = self._devices[group.stages[-1].device].queue(seconds + head_s)
@@ -237,7 +237,7 @@ class SimMachine(Machine):
         overlap: float | None = None,
         scheduler: type[Scheduler] = Scheduler,
     ) -> SimMachine:
-        """The GPUs of a cluster, as many to a device as an instance needs. ConfigError if there are too few.
+        """Make devices of a cluster's GPUs, of as many each as an instance needs. ConfigError if there are too few.
 
         `overlap`: of reading weights and multiplying, as in `CostModel`; None: what is assumed of such GPUs.
         """

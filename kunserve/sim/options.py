@@ -65,7 +65,7 @@ class Options:
 
 
 def rows_of(options: Options) -> list[TraceRow]:
-    """The trace that the options name, scaled. ValueError if it cannot be read."""
+    """Read or draw the trace that the options name, scaled. ValueError if it cannot be read."""
     rng = default_rng([options.seed, 9])
     if options.workload in WORKLOADS:
         arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
@@ -102,7 +102,7 @@ RATES = {
 
 
 def default_rate(options: Options) -> float:
-    """The rate of a workload on a cluster; ConfigError where none is known."""
+    """Return the rate of a workload on a cluster; ConfigError where none is known."""
     cluster = parse_cluster(options.cluster)
     try:
         return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus * options.nodes
@@ -158,7 +158,7 @@ def config_of(options: Options) -> EngineConfig:
 
 
 def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
-    """Run it; the report. `rows` instead of those that the options name.
+    """Simulate what the options say, and return the report. `rows` instead of those that the options name.
 
     How long an answer gets no policy knows: every request may have as many tokens as the longest of them all has.
     ConfigError or ValueError if the options cannot be met.

@@ -7,11 +7,11 @@ from dataclasses import replace
 from kunserve.config import EngineConfig
 from kunserve.policies import OverloadPolicy
 
-PIPELINE = "pipeline"  # chains of two from the start, requests recomputed: not a policy of the engine
-PLENTY = "plenty"  # memory for KV that never ends: what any policy could reach at best
+PIPELINE = "pipeline"  # chains of two from the start, and `recompute` on them
+PLENTY = "plenty"  # `recompute` with memory that never runs out: what any policy could reach at best
 VLLM = "vllm-0.6.3"  # as it was published: a queue for each copy of the weights, prompts first (published.py)
 POLICIES = (*OverloadPolicy, PIPELINE, PLENTY, VLLM)
-PLENTY_TIMES = 16  # a GPU's memory
+PLENTY_TIMES = 16  # how many times its memory each GPU has under `PLENTY`
 
 
 def with_policy(config: EngineConfig, policy: str) -> EngineConfig:

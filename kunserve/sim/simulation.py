@@ -54,7 +54,7 @@ class Simulation:
         self.record = Record()
 
     def run(self) -> dict[str, Any]:
-        """Simulate to the last answer; the report."""
+        """Simulate to the last answer, and return the report."""
         return simulate(self._run())
 
     async def _run(self) -> dict[str, Any]:
