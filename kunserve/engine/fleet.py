@@ -25,6 +25,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.prefix_cache import PrefixCache, extend_keys
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 
 class Fleet:
@@ -71,7 +72,7 @@ class Fleet:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold so many tokens of one request."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def group(self, group_id: int) -> Group:
         """Return the group of that id."""

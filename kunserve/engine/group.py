@@ -14,6 +14,7 @@ from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     from kunserve.engine.batch import Microbatch
@@ -86,11 +87,11 @@ class Group:
         return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` of one request."""
-        return -(-num_tokens // self.block_size)
+        """Return the number of blocks that hold `num_tokens` tokens of one request."""
+        return ceil_div(num_tokens, self.block_size)
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
-        """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
+        """Return the blocks that `request` has to get on every stage before it can hold `num_tokens`."""
         return max(0, self.blocks_for(num_tokens) - request.num_places)
 
     def returned(self, launched_s: float, now_s: float) -> float:

@@ -40,10 +40,10 @@ class Constraint(Protocol):
         """Return when `error` and `is_finished` are known for all accepted tokens: after a bounded time."""
 
     def release(self) -> None:
-        """The token that was to be accepted next does not come now: who waits for the mask after it may go on."""
+        """Let who waits for the mask after the next token go on: that token does not come now."""
 
     def close(self) -> None:
-        """Nothing will be accepted any more: whoever waits may go on, with any token."""
+        """Let whoever waits go on, with any token: nothing will be accepted any more."""
 
     @property
     def error(self) -> KunServeError | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kunserve.sizes import ceil_div
+
 
 class RequestView(NamedTuple):
     """What the planner knows of one request; waiting ones hold no blocks."""
@@ -52,7 +54,7 @@ class Demand:
 
     @property
     def blocks(self) -> int:
-        """All of them."""
+        """All blocks that the server needs."""
         return self.in_use + self.prompts + self.growth
 
 
@@ -69,10 +71,10 @@ def measure_demand(
     for num_tokens, num_output, max_tokens, held in running:
         in_use += held
         tokens = num_tokens + max(0, min(max_tokens - num_output, max(expected - num_output, min_growth)))
-        growth += max(0, -(-tokens // block_size) - held)
+        growth += max(0, ceil_div(tokens, block_size) - held)
     for num_tokens, num_output, max_tokens, _ in waiting:
-        needed = -(-num_tokens // block_size)
+        needed = ceil_div(num_tokens, block_size)
         prompts += needed
         tokens = num_tokens + max(0, min(max_tokens - num_output, max(expected - num_output, min_growth)))
-        growth += -(-tokens // block_size) - needed
+        growth += ceil_div(tokens, block_size) - needed
     return Demand(in_use, prompts, growth)

@@ -40,12 +40,12 @@ class LayerMove(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many."""
+        """Number of layers that move."""
         return self.last_layer - self.first_layer
 
 
 def layer_moves(before: Sequence[StageView], after: Sequence[StageView]) -> tuple[LayerMove, ...]:
-    """Layers whose device differs between two chains, in runs as long as can be."""
+    """Return the layers whose device differs between two chains, in runs as long as can be."""
     moves = []
     for old in before:
         for new in after:
@@ -138,7 +138,7 @@ class _Scene:
 
 
 def _most_rooms(scene: _Scene) -> dict[int, int]:
-    """Chunks that each layer that stays can have more, at once, beside the growth of a few layers, and in the end.
+    """Return the chunks that each kept layer can get at once beside the growth of a few ranges, and in the end.
 
     The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
     """
@@ -197,7 +197,7 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
     filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
     def growth(move: LayerMove) -> int:
-        """Chunks that the destination's range of the next layer must get.
+        """Return the chunks that the destination's range of the next layer must get.
 
         With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
         """
@@ -207,6 +207,7 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
         return max(0, scene.model.chunks_for(scene.num_blocks(device, room)) - scene.range_chunks[device] - room)
 
     while pending:
+        # A layer that comes before there is room for it would wait for one behind it in the order, which waits for it.
         fitting = [move for move in pending if growth(move) <= free[move.destination]]
         if not fitting:
             return None

@@ -12,6 +12,7 @@ from kunserve.planner.layer_split import Chain, cuts_within, free_cuts, split_la
 from kunserve.planner.layouts import whole_part
 from kunserve.planner.plan import Part
 from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, Snapshot, StageView
+from kunserve.sizes import ceil_div
 
 
 def plan_rebuild(
@@ -21,7 +22,7 @@ def plan_rebuild(
     need_blocks: int,
     least_blocks: int,
 ) -> tuple[Part, ...] | None:
-    """Form new groups of free devices, which each hold all layers; None if they cannot hold all, with a block of KV.
+    """Group free devices anew, each group with all layers; None if they cannot hold all, with a block of KV.
 
     As many groups as hold `least_blocks` (the longest request) each; or all devices in one chain, if only that keeps
     the server as a whole holding `need_blocks`, or holds more at least. A restore can split that chain again.
@@ -57,7 +58,7 @@ def _apart(
         budgets = {view.device: view.budget_chunks for view in devices}
         parts = []
         for chain, blocks in zip(chains, most, strict=True):
-            stages = split_layers(model, chain, max(least_blocks, -(-need_blocks * blocks // sum(most))))
+            stages = split_layers(model, chain, max(least_blocks, ceil_div(need_blocks * blocks, sum(most))))
             assert stages is not None
             parts.append(whole_part(model, budgets, stages, Origin(stages)))
         return tuple(parts)
@@ -93,7 +94,7 @@ def _in_a_row(
 ) -> list[DeviceView]:
     """Sort devices by the layers they hold; one that holds nothing stands where fewest of the others hold a layer."""
     num_holders, places = [0] * model.num_layers, {}
-    length = -(-num_copies * model.num_layers // len(devices))
+    length = ceil_div(num_copies * model.num_layers, len(devices))
     for view in sorted(devices, key=lambda view: (view.device not in held, view.device)):
         if stage := held.get(view.device):
             first, last = stage.first_layer, stage.last_layer

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kunserve.sizes import ceil_div
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -40,42 +42,42 @@ class ModelShape:
         assert not (self.tied and self.head_chunks) and (self.tied or not self.shares_head)
 
     def end_chunks(self, is_first: bool, is_last: bool) -> int:
-        """Chunks of embedding and head that a stage holds besides its layers."""
+        """Return the chunks of embedding and head that a stage holds besides its layers."""
         embed = self.embed_chunks if is_first or (is_last and self.tied) else 0
         return embed + (self.head_chunks if is_last else 0)
 
     def end_time(self, is_first: bool, is_last: bool) -> float:
-        """Time of embedding and head on a stage."""
+        """Return the time of embedding and head on a stage."""
         if self.shares_head and is_first != is_last:
             return self.head_time / 2 + (self.embed_time if is_first else 0.0)
         return (self.embed_time if is_first else 0.0) + (self.head_time if is_last else 0.0)
 
     def weight_chunks(self, first_layer: int, last_layer: int) -> int:
-        """Chunks of all units that layers `[first_layer, last_layer)` need."""
+        """Return the chunks of all units that layers `[first_layer, last_layer)` need."""
         ends = self.end_chunks(first_layer == 0, last_layer == self.num_layers)
         return ends + (last_layer - first_layer) * self.layer_chunks
 
     def stage_time(self, first_layer: int, last_layer: int) -> float:
-        """Time of one pass through layers `[first_layer, last_layer)`."""
+        """Return the time of one pass through layers `[first_layer, last_layer)`."""
         ends = self.end_time(first_layer == 0, last_layer == self.num_layers)
         return ends + (last_layer - first_layer) * self.layer_time
 
     def kv_chunks(self, budget_chunks: int, first_layer: int, last_layer: int) -> int:
-        """Chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
+        """Return the chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
         left = budget_chunks - self.weight_chunks(first_layer, last_layer)
         return min(self.max_layer_chunks, left // (last_layer - first_layer))
 
     def blocks_in(self, chunks: int) -> int:
-        """Blocks that `chunks` chunks of one layer's KV hold."""
+        """Return the blocks that `chunks` chunks of one layer's KV hold."""
         return max(0, chunks) * self.chunk_bytes // self.kv_block_bytes
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` of one request."""
-        return -(-tokens // self.block_size)
+        """Return the number of blocks that hold `tokens` tokens of one request."""
+        return ceil_div(tokens, self.block_size)
 
     def chunks_for(self, blocks: int) -> int:
-        """Chunks that one layer's KV needs to hold `blocks` blocks."""
-        return -(-blocks * self.kv_block_bytes // self.chunk_bytes)
+        """Return the chunks that one layer's KV needs to hold `blocks` blocks."""
+        return ceil_div(blocks * self.kv_block_bytes, self.chunk_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Origin(NamedTuple):
     parts: tuple[Origin, ...] = ()
 
     def launched(self) -> Iterator[Origin]:
-        """All origins of the tree that were launched, not merged."""
+        """Yield all origins of the tree that were launched, not merged."""
         if not self.parts:
             yield self
         for part in self.parts:
@@ -129,39 +131,39 @@ class Snapshot:
     groups: tuple[GroupView, ...]
 
     def budgets(self) -> dict[int, int]:
-        """Budget of each device, in chunks."""
+        """Return the budget of each device, in chunks."""
         return {view.device: view.budget_chunks for view in self.devices}
 
     def capacity_blocks(self) -> int:
-        """Blocks that all groups hold together as they stand."""
+        """Return the blocks that all groups hold together now."""
         budgets = self.budgets()
         return sum(capacity_blocks(self.model, budgets, group.stages) for group in self.groups)
 
     def longest_blocks(self) -> int:
-        """Blocks that one request can have wherever it runs first, if every drop were undone: in the largest group."""
+        """Return the most blocks of one request wherever it runs first, with every drop undone: the largest group's."""
         budgets = self.budgets()
         launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
         return max((capacity_blocks(self.model, budgets, stages) for stages in launched), default=0)
 
     def undropped_blocks(self) -> int:
-        """Blocks that all groups would hold together if every drop were undone."""
+        """Return the blocks that all groups would hold together if every drop were undone."""
         budgets = self.budgets()
         launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
         return sum(capacity_blocks(self.model, budgets, stages) for stages in launched)
 
 
 def stage_blocks(model: ModelShape, budgets: dict[int, int], stage: StageView) -> int:
-    """Blocks that one stage holds when all its device's chunks are given to it."""
+    """Return the blocks that one stage holds when all its device's chunks are given to it."""
     return model.blocks_in(model.kv_chunks(budgets[stage.device], stage.first_layer, stage.last_layer))
 
 
 def capacity_blocks(model: ModelShape, budgets: dict[int, int], stages: Iterable[StageView]) -> int:
-    """Blocks that a group with these stages holds: the least of its stages'."""
+    """Return the blocks that a group with these stages holds: the least of its stages'."""
     return min(stage_blocks(model, budgets, stage) for stage in stages)
 
 
 def launched_stages(model: ModelShape, budgets: dict[int, int], group: GroupView) -> list[tuple[StageView, ...]]:
-    """Stages of the groups that a group was at launch.
+    """Return the stages of the groups that a group was at launch.
 
     Of a group without a known origin: each device alone, if each can hold the model and some KV; else as it is.
     """

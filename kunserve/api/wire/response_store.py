@@ -29,9 +29,7 @@ _TABLE = """
         number integer primary key, key text unique, response blob, items blob, num_input_items integer
     )
 """
-
-
-_SIZE = f"length(response) + length(items) + {_OVERHEAD_BYTES}"
+_SIZE = f"length(response) + length(items) + {_OVERHEAD_BYTES}"  # of a row, as `Stored.num_bytes`
 
 
 @dataclass(frozen=True, slots=True)

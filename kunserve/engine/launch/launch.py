@@ -81,7 +81,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
 
 
 def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
-    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    """Return the machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
     if config.devices.kind == "cpu":
         return HostMachine(model, config)
     from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
@@ -90,12 +90,17 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
 
 
 def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
-    """Return the model as devices store it: matrices in blocks are dequantized while they load, but for C kernels."""
-    has_kernels = config.devices.kind == "cpu" and has_block_kernels(config.dtype, model.head_dim)
-    is_kept = has_kernels and config.load_format != "dummy"
-    if model.formats.by_name and not is_kept:
-        log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
-    return model if is_kept else replace(model, formats=model.formats.as_numbers())
+    """Return the model as devices store it: in blocks for C kernels, in planes for GPUs, or dequantized."""
+    formats = model.formats
+    if not formats.by_name or config.load_format == "dummy":
+        kept = formats.as_numbers()
+    elif config.devices.kind != "cpu":
+        kept = formats.as_planes()
+    else:
+        kept = formats if has_block_kernels(config.dtype, model.head_dim) else formats.as_numbers()
+    if lost := len(formats.by_name) - len(kept.by_name):
+        log.warning("matrices are dequantized while they load", matrices=lost, kept=len(kept.by_name))
+    return model if kept is formats else replace(model, formats=kept)
 
 
 async def _launch_on(
@@ -130,7 +135,7 @@ async def _launch_on(
 
 
 def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
-    """What forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
+    """Return what forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))

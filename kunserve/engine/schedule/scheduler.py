@@ -37,7 +37,7 @@ class Limits:
     num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
 
     def num_seats(self, group: Group) -> int:
-        """How many requests may run in `group`: a microbatch full for each stage, so that no merge costs a seat."""
+        """Return how many requests may run in `group`: a microbatch full for each stage, so that no merge costs one."""
         return self.max_num_seqs * len(group.stages)
 
 
@@ -89,7 +89,7 @@ class Scheduler:
         return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
+        """Form the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
         spans: list[Span] = []
         num_leaving = self.swapped.num_leaving(group)
         evictions_before = self._num_evictions
@@ -123,13 +123,13 @@ class Scheduler:
         return self.swapped.ready[0] if self.swapped.ready else self.waiting.head
 
     def can_admit(self, group: Group) -> bool:
-        """Whether `group` has room for whoever is next; perhaps another should take it."""
+        """Tell whether `group` has room for whoever is next; perhaps another should take it."""
         return self.head is not None and self._has_room(group, self.head)
 
     def commit(self, group: Group, batch: Microbatch) -> None:
-        """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
+        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens."""
         group.in_flight.remove(batch)
-        is_contended = len(self.waiting) > 0  # else nobody keeps accounts
+        is_contended = len(self.waiting) > 0  # else there is nobody to share with, and no counter is kept
         for request, _, end, samples, _ in batch.spans:
             request.num_in_flight -= 1
             request.num_sampling -= samples
@@ -162,7 +162,7 @@ class Scheduler:
             self.waiting.appendleft(request)
 
     def take_preempted(self) -> list[tuple[Request, int]]:
-        """Who was preempted since the last call, and how many of its tokens have to be computed again."""
+        """Return who was preempted since the last call, and how many of its tokens have to be computed again."""
         taken, self._preempted = self._preempted, []
         return taken
 
@@ -173,7 +173,7 @@ class Scheduler:
         self.preempted_by.pop(request.request_id, None)
 
     def end_swap(self, move: SwapMove, *, is_lost: bool = False) -> None:
-        """A copy to the host or back is over, or has failed: then the request is recomputed."""
+        """End a copy to the host or back that is over, or has failed: then the request is recomputed."""
         request, group = move.request, move.group
         is_kept = move.is_out and not is_lost and request.finish_reason is None
         if is_kept or request.finish_reason is not None:
@@ -197,7 +197,7 @@ class Scheduler:
             self.preempt(group, request)
 
     def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
-        """Requests with tokens to schedule, and how many: those with one token first, in order of admission.
+        """Return requests with tokens to schedule, and how many: those with one token first, in order of admission.
 
         Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
         must not be in flight, and nobody new comes in.
@@ -219,7 +219,7 @@ class Scheduler:
         return ready, is_short
 
     def _budget(self, group: Group) -> Budget:
-        """Room of the group's next microbatch."""
+        """Return the room of the group's next microbatch."""
         if self.lookahead is None or len(group.stages) == 1:
             return TokenBudget(self.limits.max_num_batched_tokens, group)
         return TimeBudget(self.lookahead, group, self.waiting, self.limits.num_seats(group))
@@ -288,7 +288,7 @@ class Scheduler:
                 spans.append(self._span(head, num_tokens, budget))
 
     def _may_admit_head(self, group: Group, groups: Sequence[Group], *, is_first: bool) -> bool:
-        """Whether the head of the queue should join `group` now. Whoever is on the host goes first.
+        """Tell whether the head of the queue should join `group` now. Whoever is on the host goes first.
 
         `is_first`: nobody is in the microbatch yet that it would go with.
         """
@@ -298,7 +298,7 @@ class Scheduler:
         return not self.fleet.is_prefix_coming(head, group) and (is_first or not head.is_suspect)
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
-        """Whether `group` has room for `head`, and no other that has room is better for it.
+        """Tell whether `group` has room for `head`, and no other that has room is better for it.
 
         The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones. A group that has
         its first blocks already takes it even if it is more loaded, by as much as computing them costs; it may be busy
@@ -344,7 +344,7 @@ class Scheduler:
         return self.fleet.give_up_followers(group) and self.policy.may_admit(group, head)
 
     def _should_go_elsewhere(self, group: Group, head: Request) -> bool:
-        """Whether a request had better go to a group in which no step has failed.
+        """Tell whether a request had better go to a group in which no step has failed.
 
         To one that has room now, so that nobody waits because of one failure; if step after step fails here, to any
         that can ever hold it.
@@ -355,12 +355,12 @@ class Scheduler:
 
 
 def _is_alone(spans: Sequence[Span]) -> bool:
-    """Whether nobody may join a microbatch, because a step with its only request failed before."""
+    """Tell whether nobody may join a microbatch, because a step with its only request failed before."""
     return len(spans) == 1 and spans[0].request.is_suspect
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:
-    """Whose last token is sampled by the oldest microbatch in flight, and will not be the last of all.
+    """Return who may be scheduled a token ahead: the oldest microbatch samples their next one, and not their last.
 
     Only by the oldest: whatever waits for a younger one would hold up those between.
     """

@@ -18,12 +18,12 @@ from own_server import free_port
 
 from e2e.engines import assert_idle
 from e2e.tiny import TinyModels
-from kunserve.command.arguments import parse_args
+from kunserve.command.arguments import ServerConfig, parse_args
 from kunserve.command.listen import Listener
 from kunserve.command.serving import _app
 from kunserve.command.workers import Workers
 from kunserve.engine.engine import Engine
-from kunserve.engine.launch.launch import launch
+from kunserve.engine.launch.launch import Served, launch
 
 FRONT = {"X-KunServe-Front": "front", "X-KunServe-Seed": "17", "X-KunServe-Created": "1234", "X-Request-ID": "r1"}
 STEP = 1 if os.environ.get("KUNSERVE_ALL_MODELS") else 16  # a stream is broken off at every so-manieth token
@@ -53,30 +53,48 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @asynccontextmanager
-async def serving(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[ClientSession, Engine]]:
-    """A server in this process, as its command line makes it; HTTP may be in others."""
+async def launched(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[ServerConfig, Served]]:
+    """An engine that runs, as its command line makes it."""
     flags = (str(folder), "--devices", "cpu:1", "--num-gpu-blocks-override", "64")
     formats = ("--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1")
     process = ("--served-model-name", "tiny", "--front-key", "front", "--disable-access-log")
     listen = ("--api-workers", str(num_workers), "--port", str(free_port()))
     config = parse_args([*flags, *formats, *process, *listen])
     served = await launch(config.engine, "tiny", lambda text, share: None)
-    listener = Listener(config.host, config.port, None, None)
     await served.engine.start()
-    app, setup = _app(config, served, None)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    workers = Workers(setup, runner, listener.fileno(), num_workers)
     try:
-        await (workers.open() if num_workers else listener.serve(runner))
-        async with ClientSession(listener.url) as client:
-            yield client, served.engine
+        yield config, served
     finally:
         await served.engine.stop()
-        await workers.close()
-        await runner.cleanup()
-        listener.close()
         await served.close()
+
+
+@asynccontextmanager
+async def app_serving(folder: Path) -> AsyncIterator[tuple[web.Application, Engine]]:
+    """A server's application in this process."""
+    async with launched(folder) as (config, served):
+        app, _ = _app(config, served, None)
+        yield app, served.engine
+
+
+@asynccontextmanager
+async def serving(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[ClientSession, Engine]]:
+    """A server in this process, and a client of it; HTTP may be in others."""
+    async with launched(folder, num_workers) as (config, served):
+        listener = Listener(config.host, config.port, None, None)
+        app, setup = _app(config, served, None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        workers = Workers(setup, runner, listener.fileno(), num_workers)
+        try:
+            await (workers.open() if num_workers else listener.serve(runner))
+            async with ClientSession(listener.url) as client:
+                yield client, served.engine
+        finally:
+            await served.engine.stop()
+            await workers.close()
+            await runner.cleanup()
+            listener.close()
 
 
 GROWING = ("text", "content", "thinking", "arguments", "reasoning", "reasoning_content", "partial_json")
