@@ -6,7 +6,7 @@ MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
 .PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients test-chart test-ray manifests \
-  coverage docs pages paper bench-overload bench-ray clean
+  coverage docs pages paper bench-overload bench-ray scale-out clean
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-test
@@ -31,13 +31,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: lint unit
 
 # Every fault in every state; `unit` has a quarter of them.
 test-faults: $(VENV)/.installed-test
-	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/e2e/server/test_bad_devices.py
+	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/engine/regroup/test_exactness.py \
+	  tests/e2e/server/test_bad_devices.py
 
 # The documentation as a site in build/site; a warning ends it. `unit` builds it as well.
 docs: $(VENV)/.installed-test
@@ -64,7 +65,8 @@ test-fake-gpu: $(VENV)/.installed-test
 
 # Every family with all prompts and layouts; `unit` has one prompt of each.
 test-models: $(VENV)/.installed-test
-	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/compute/test_decoder.py
+	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/e2e/engine/test_greedy.py \
+	  tests/compute/test_decoder.py
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients
@@ -101,13 +103,18 @@ manifests: .chart/.installed
 	npm install --no-audit --no-fund --no-package-lock --prefix .chart
 	touch $@
 
-# Replicas behind Ray Serve, one of which is killed, in an environment of their own: CI does not run it.
+# Replicas behind Ray Serve: one is killed, one comes and goes. In an environment of their own: CI does not run it.
 test-ray: .ray/.installed
 	PYTHONPATH=scripts/bench .ray/bin/python scripts/check/ray_replicas.py
+	PYTHONPATH=scripts/bench .ray/bin/python scripts/check/ray_scaled_down.py
 
 # What the front costs: the same load direct and through it, side by side.
 bench-ray: .ray/.installed
 	PYTHONPATH=scripts/check .ray/bin/python scripts/bench/bench_ray.py
+
+# A burst over two replicas that drop, until a third one is ready.
+scale-out: .ray/.installed
+	PYTHONPATH=scripts/bench:scripts/check .ray/bin/python scripts/scale_out.py
 
 .ray/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .ray

@@ -69,7 +69,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """The head: hidden states after the last layer (R, H) -> (R, V). Its weights must be present."""
+        """Apply the head to hidden states after the last layer: (R, H) -> (R, V). Its weights must be present."""
         config = self._config
         logits = self._ops.linear(self._normed(x, self._norm), self._head)
         if config.logit_divisor != 1:

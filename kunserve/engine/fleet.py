@@ -27,6 +27,7 @@ from kunserve.engine.kinds.mixed_store import MixedStore
 from kunserve.engine.prefix_cache import extend_keys, is_being_computed
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 
 class Fleet:
@@ -82,7 +83,7 @@ class Fleet:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold so many tokens of one request."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def group(self, group_id: int) -> Group:
         """Return the group of that id."""
@@ -93,9 +94,7 @@ class Fleet:
     def make_group(self, stages: Sequence[StageView], block_size: int, origin: Origin | None) -> Group:
         """Return a new group, with an id of its own, on devices that there are. It joins the others by `regroup`."""
         pools = [self.store(kind).pools for kind in range(self.num_kinds)]
-        chain = [
-            Stage(s.device, s.first_layer, s.last_layer, *(of_kind[s.device] for of_kind in pools)) for s in stages
-        ]
+        chain = [Stage(*stage, *(of_kind[stage.device] for of_kind in pools)) for stage in stages]
         self._next_group_id += 1
         return new_group(self._next_group_id - 1, chain, block_size, origin, self.near)
 

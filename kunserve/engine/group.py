@@ -17,6 +17,7 @@ from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     from kunserve.engine.batch import Microbatch
@@ -97,23 +98,23 @@ class Group:
         return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
 
     def free_for(self, num_tokens: int) -> int:
-        """Blocks that a new request of so many tokens could get now; 0 if something else keeps it from running."""
+        """Return the blocks that a new request of so many tokens could get now; 0 if something else is lacking."""
         return self.num_free
 
     def can_hold(self, lengths: Sequence[int]) -> bool:
-        """Whether requests of so many tokens each fit all at once."""
+        """Return whether requests of so many tokens each fit all at once."""
         return sum(map(self.blocks_for, lengths)) <= self.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` of one request."""
-        return -(-num_tokens // self.block_size)
+        """Return the number of blocks that hold `num_tokens` tokens of one request."""
+        return ceil_div(num_tokens, self.block_size)
 
     def reach(self, request: Request) -> int:
-        """Tokens up to which a request could be computed now without anybody's making way; asked if it `is_mixed`."""
+        """Return up to which token a request could be computed now, if nobody makes way; asked if it `is_mixed`."""
         return (request.num_places + self.num_free) * self.block_size
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
-        """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
+        """Return the blocks that `request` has to get on every stage before it can hold `num_tokens`."""
         return max(0, self.blocks_for(num_tokens) - request.num_places)
 
     def returned(self, launched_s: float, now_s: float) -> float:

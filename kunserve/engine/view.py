@@ -31,7 +31,7 @@ class View:
         self.no_drop: str | None = None  # why no weights are ever dropped by themselves
 
     def stats(self, demand_over_undropped: float = 0.0) -> EngineStats:
-        """The figures that metrics show."""
+        """Return the figures that metrics show."""
         groups = [group for group in self._fleet.groups if not group.is_lost]
         return EngineStats(
             num_running=self._fleet.num_running,
@@ -77,7 +77,7 @@ class View:
         }
 
     def _device(self, index: int, home: Sequence[str]) -> dict[str, Any]:
-        """`home`: the weight units that it was launched with."""
+        """Describe a device. `home`: the weight units that it was launched with."""
         memory, fleet = self._memories[index], self._fleet
         counts = self._counts(memory)
         if memory.device.is_lost:
@@ -126,7 +126,7 @@ class View:
         }
 
     def _home_units(self) -> dict[int, list[str]]:
-        """Units that each device was launched with: where dropped weights come back to."""
+        """Return the units that each device was launched with: where dropped weights come back to."""
         origins = [origin for group in self._fleet.groups if group.origin for origin in group.origin.launched()]
         return {
             stage.device: list(units_of_stage(self._model, stage.first_layer, stage.last_layer))

@@ -45,12 +45,12 @@ class LayerMove(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many."""
+        """Number of layers that move."""
         return self.last_layer - self.first_layer
 
 
 def layer_moves(before: Sequence[StageView], after: Sequence[StageView]) -> tuple[LayerMove, ...]:
-    """Layers whose device differs between two chains, in runs as long as can be."""
+    """Return the layers whose device differs between two chains, in runs as long as can be."""
     moves = []
     for old in before:
         for new in after:
@@ -134,18 +134,18 @@ class _Scene:
         return scene
 
     def ranges(self, device: int, layers: tuple[int, ...]) -> int:
-        """Chunks of KV that so many layers of each kind had on a device."""
+        """Return the chunks of KV that so many layers of each kind had on a device."""
         chunks = self.model.chunks_by_kind(self.range_chunks[device])
         return sum(number * of_one for number, of_one in zip(layers, chunks, strict=True))
 
     def holds(self, device: int, free: int) -> tuple[int, ...]:
-        """Blocks of each kind that a device holds once its layers that stay have what is free there."""
+        """Return the blocks of each kind that a device holds once its layers that stay have what is free there."""
         kept = self.kept[device]
         chunks = self.model.chunks_within(self.ranges(device, kept) + free, kept)
         return self.model.blocks_by_kind(chunks)
 
     def num_blocks(self, device: int, room_chunks: int) -> tuple[int, ...]:
-        """Ids of each kind that a device needs when all KV has come, if layers that stay have so many chunks more.
+        """Return the ids of each kind that a device needs when all KV has come, if layers that stay have more chunks.
 
         What comes is beyond those, so that new requests can have them; without any it goes wherever nobody is.
         """
@@ -165,7 +165,7 @@ def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _most_rooms(scene: _Scene) -> dict[int, int]:
-    """Chunks that each layer that stays can have more, at once, beside the growth of a few layers, and in the end.
+    """Return the chunks that each kept layer can get at once beside the growth of a few ranges, and in the end.
 
     The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
     Where KV is of two kinds there is none: what new requests would get is theirs when all KV has come.
@@ -227,7 +227,7 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
     filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
     def growth(move: LayerMove) -> int:
-        """Chunks that the destination's range of the next layer must get.
+        """Return the chunks that the destination's range of the next layer must get.
 
         With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
         """
@@ -238,6 +238,7 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
         return max(0, scene.model.chunks_for(scene.num_blocks(device, room)[kind]) - has)
 
     while pending:
+        # A layer that comes before there is room for it would wait for one behind it in the order, which waits for it.
         fitting = [move for move in pending if growth(move) <= free[move.destination]]
         if not fitting:
             return None

@@ -37,22 +37,22 @@ def split_layers(
 
 
 def stages_of(devices: Sequence[int], ends: Sequence[int]) -> tuple[StageView, ...]:
-    """Stages on these devices that end at these layers."""
+    """Return the stages on these devices that end at these layers."""
     return tuple(map(StageView, devices, (0, *ends), ends))
 
 
 def free_cuts(model: ModelShape, num_stages: int) -> Cuts:
-    """Any cut will do: the devices hold all layers, or will load what they lack."""
+    """Allow every cut: the devices hold all layers, or will load what they lack."""
     return [(1, model.num_layers - 1)] * (num_stages - 1)
 
 
 def cuts_within(held: Sequence[tuple[int, int]]) -> Cuts:
-    """Cuts that give each device only layers of the range it holds: nothing has to be loaded."""
+    """Allow the cuts that give each device only layers of the range it holds: nothing has to be loaded."""
     return [(after[0], before[1]) for before, after in pairwise(held)]
 
 
 def cuts_around(kept: Sequence[tuple[int, int]]) -> Cuts:
-    """Cuts that leave each device all layers of the range it holds: nothing has to be dropped."""
+    """Allow the cuts that leave each device all layers of the range it holds: nothing has to be dropped."""
     return [(before[1], after[0]) for before, after in pairwise(kept)]
 
 
@@ -75,7 +75,7 @@ class Chain:
         return self._most(range(max(0, as_one_device + 1)), inf)
 
     def best(self, min_chunks: int) -> tuple[int, ...] | None:
-        """Where the stages of the best split end, whose layers have `min_chunks` of KV each if that can be."""
+        """Return the ends of the best split's stages, whose layers have `min_chunks` of KV each if that can be."""
         if self.most_chunks is None:
             return None
         # The last chunks may not make a block more.
@@ -86,18 +86,18 @@ class Chain:
         return self._ends_with(chunks, slowest)
 
     def _most(self, choices: range, slowest: float) -> int | None:
-        """The greatest of these chunks of KV per layer that is possible; None if none is."""
+        """Return the greatest of these chunks of KV per layer that is possible; None if none is."""
         num_possible = bisect_left(choices, True, key=lambda chunks: not self._is_possible(chunks, slowest))
         return choices[num_possible - 1] if num_possible else None
 
     def _least_time(self, chunks: int) -> float:
-        """Time of the slowest stage in the best balanced split with `chunks` of KV per layer; there is one."""
+        """Return the slowest stage's time in the best balanced split with `chunks` of KV per layer; there is one."""
         layer_time, lengths = self.model.layer_time, range(1, self.model.num_layers + 1)
         times = sorted(end + length * layer_time for end in set(self.end_times) for length in lengths)
         return times[bisect_left(times, True, key=lambda time: self._is_possible(chunks, time))]
 
     def _ends_with(self, chunks: int, slowest: float) -> tuple[int, ...] | None:
-        """Where stages within both bounds end, as even as can be; None if they cannot cover all layers."""
+        """Return the ends of stages within both bounds, as even as can be; None if they cannot cover all layers."""
         if self.model.near is None:
             return self._ends(self._most_layers(chunks, slowest))
         of_kind = self.model.chunks_by_kind(chunks)
@@ -106,7 +106,7 @@ class Chain:
         in_time = self._most_in_time(slowest)
 
         def first_start(stage: int, end: int) -> int:
-            """Where a stage that ends there can begin at the earliest."""
+            """Return where a stage that ends there can begin at the earliest."""
             return max(end - in_time[stage], bisect_left(before, before[end] - self.rooms[stage]))
 
         starts, reach = [0], list[list[int]]()  # where each stage can begin
@@ -124,19 +124,19 @@ class Chain:
         return tuple(reversed(ends))
 
     def _most_in_time(self, slowest: float) -> list[int]:
-        """Layers that each stage can have at most, if it is no slower than `slowest`."""
+        """Return the layers that each stage can have at most, if it is no slower than `slowest`."""
         if slowest == inf:
             return [self.model.num_layers] * len(self.rooms)
         return [floor((slowest - end) / self.model.layer_time + ROUNDING) for end in self.end_times]
 
     def _most_layers(self, chunks: int, slowest: float) -> list[int]:
-        """Layers that each stage can have at most, with `chunks` of KV per layer and no slower than `slowest`."""
+        """Return the most layers of each stage, with `chunks` of KV per layer and no slower than `slowest`."""
         chunks += self.model.layer_chunks
         limits = [room // chunks for room in self.rooms]
         return limits if slowest == inf else list(map(min, limits, self._most_in_time(slowest)))
 
     def _is_possible(self, chunks: int, slowest: float) -> bool:
-        """Whether stages within both bounds can cover all layers."""
+        """Tell whether stages within both bounds can cover all layers."""
         if self.model.near is not None:
             return self._ends_with(chunks, slowest) is not None
         limits, num_layers = self._most_layers(chunks, slowest), self.model.num_layers
@@ -145,7 +145,7 @@ class Chain:
         return self.is_free or self._ends(limits) is not None
 
     def _ends(self, limits: Sequence[int]) -> tuple[int, ...] | None:
-        """Where stages of at most so many layers end, as even as can be; None if they cannot cover all layers."""
+        """Return the ends of stages of at most so many layers, as even as can be; None if they cannot cover all."""
         low = high = 0
         reach = []  # every layer from low to high can be the end of this stage
         for limit, (least, greatest) in zip(limits, self.cuts, strict=True):

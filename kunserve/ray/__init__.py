@@ -11,7 +11,8 @@ the prefix of a request and by load, and goes on elsewhere with streams whose re
 | `broken` | a stream as far as it came: what its client has, and what a resumed one begins with |
 | `ingress`, `replica` | what Ray runs: the front's deployment, and a server's |
 | `lease` | lets a front on the same machine speak to the server's socket itself |
-| `server_process` | a replica's server: start, ask, end |
+| `server_process` | a replica's server: start, look after, end |
+| `upstream` | a request to a server's socket, and its answer as it comes |
 | `router`, `prefixes` | which replica a request goes to |
 | `scaling` | how many replicas there are: by demand over undropped capacity |
 """

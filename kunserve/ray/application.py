@@ -23,6 +23,8 @@ from kunserve.ray.scaling import by_demand
 
 MOST_ONGOING = 4096  # of a replica: its server has a queue of its own, and refuses what is too much for it
 STATS_PERIOD_S = 1.0
+# Serve would pass each event of a stream through two threads of the front otherwise.
+FRONT_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
@@ -36,6 +38,8 @@ class Model(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_replicas: AtLeastOne | None = None  # more than `replicas`: between them, as demand asks for
     num_gpus: Annotated[float, Meta(ge=0)] = 0  # of one replica
     num_cpus: Annotated[float, Meta(ge=0)] = 1
+    upscale_delay_s: Annotated[float, Meta(ge=0)] = 10.0  # that demand must last before another replica starts
+    downscale_delay_s: Annotated[float, Meta(ge=0)] = 600.0  # that it must lack before one goes
     drain_s: Annotated[float, Meta(ge=0)] = 120.0  # for requests of a replica that goes; then they go on elsewhere
 
     @property
@@ -84,7 +88,7 @@ def build(args: Mapping[str, Any]) -> Application:
         name="front",
         num_replicas=num_fronts,
         max_ongoing_requests=MOST_ONGOING,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": FRONT_ENVIRONMENT}},
     )
     return front.bind(handles, key)
 
@@ -93,9 +97,7 @@ def _deployment(model: Model, number: int) -> Any:
     name = re.sub(r"[^\w.-]+", "-", model.model.strip("/").rpartition("/")[2])
     scaling: dict[str, Any] = {"num_replicas": model.replicas}
     if model.max_replicas is not None and model.max_replicas > model.replicas:
-        policy = AutoscalingPolicy(policy_function=by_demand)
-        bounds = {"min_replicas": model.replicas, "max_replicas": model.max_replicas}
-        scaling = {"autoscaling_config": AutoscalingConfig(**bounds, look_back_period_s=5.0, policy=policy)}
+        scaling = {"autoscaling_config": _autoscaling(model.replicas, model.max_replicas, model)}
     return serve.deployment(
         Replica,
         name=f"{name}-{number}",
@@ -108,4 +110,16 @@ def _deployment(model: Model, number: int) -> Any:
             request_router_class=PrefixRouter, request_routing_stats_period_s=STATS_PERIOD_S
         ),
         **scaling,
+    )
+
+
+def _autoscaling(least: int, most: int, model: Model) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        upscale_delay_s=model.upscale_delay_s,
+        downscale_delay_s=model.downscale_delay_s,
+        metrics_interval_s=STATS_PERIOD_S,
+        look_back_period_s=5 * STATS_PERIOD_S,
+        policy=AutoscalingPolicy(policy_function=by_demand),
     )

@@ -25,18 +25,22 @@ class Passed:
 
     def take(self, data: bytes) -> bytes:
         """Return what may pass on."""
-        self._held += data
-        passed = b""
-        while (place := self._held.find(MARK)) >= 0 and (end := self._held.find(END, place)) >= 0:
-            mark = orjson.loads(self._held[place + len(MARK) : end])
-            events, self._held = self._held[:place], self._held[end + len(END) :]
+        data, passed, at = self._held + data, list[bytes](), 0
+        while True:
+            # A mark begins a line. What a model says cannot: in JSON its line breaks are escaped.
+            place = at if data.startswith(MARK, at) else data.find(b"\n" + MARK, at) + 1
+            if place < at or not data.startswith(MARK, place) or (end := data.find(END, place)) < 0:
+                break
+            mark = orjson.loads(data[place + len(MARK) : end])
+            events, at = data[at:place], end + len(END)
             if "error" in mark:
                 self.last_words = events
             else:
-                passed += events
+                passed.append(events)
                 self._token_ids.setdefault(mark["choice"], []).extend(mark["token_ids"])
                 self._num_cached[mark["choice"]] = mark["cached"]
-        return passed
+        self._held = data[at:]
+        return b"".join(passed)
 
     def end(self) -> bytes:
         """Return what the answer ends with; it has come to its end."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import string
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import orjson
 import structlog
@@ -27,7 +29,7 @@ from kunserve.api.wire.errors import error_event, openai_error
 from kunserve.api.wire.sse import DONE
 from kunserve.errors import KunServeError, OverloadedError, PayloadTooLargeError
 from kunserve.ray.broken import Passed, num_choices_of
-from kunserve.ray.server_process import Head
+from kunserve.ray.upstream import Head, Headers
 
 log = structlog.get_logger()
 
@@ -35,12 +37,12 @@ MOST_ATTEMPTS = 6  # without a token more for the client: then the request may b
 FIRST_PAUSE_S = 0.2  # doubled with each attempt: in all, the six seconds in which Serve learns of a death
 MOST_BODY_BYTES = ApiSettings().max_body_bytes  # servers take no more
 _OURS = re.compile(rb"x-kunserve-.*|host|connection|keep-alive|transfer-encoding|te|upgrade|expect|content-length")
+_PLAIN = "/:@!$&'()*+,;=~"  # in a path
 _HOPS = frozenset({b"connection", b"keep-alive", b"transfer-encoding"})
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
-Headers = list[tuple[bytes, bytes]]
 
 
 class ReplicaGoneError(Exception):
@@ -122,14 +124,15 @@ class Front:
 
     def _asked(self, scope: Message, send: Send) -> Asked:
         """Return the request with what makes its answer the same wherever it is computed."""
-        query = scope.get("query_string", b"").decode("latin-1")
+        query = quote(scope.get("query_string", b""), safe=string.punctuation)
         headers = [(name, value) for name, value in scope["headers"] if not _OURS.fullmatch(name)]
         if all(name != b"x-request-id" for name, _ in headers):
             headers.append((b"x-request-id", f"{random.getrandbits(128):032x}".encode()))
         own = {FRONT_KEY: self._key, FRONT_SEED: str(random.getrandbits(62)), FRONT_CREATED: str(int(time.time()))}
         headers += [(name.encode(), value.encode()) for name, value in own.items()]
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        return Asked(scope["method"], path, f"{path}?{query}" if query else path, headers, b"", send)
+        target = quote(path, safe=_PLAIN)  # what comes to us is decoded, line breaks as well
+        return Asked(scope["method"], path, f"{target}?{query}" if query else target, headers, b"", send)
 
     async def _answer(self, asked: Asked) -> None:
         if asked.path == "/v1/models" and len(self._models) > 1:

@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
-import aiohttp
 import ray
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from kunserve.ray.front import Front, Headers, ReplicaGoneError
+from kunserve.ray.front import Front, ReplicaGoneError
 from kunserve.ray.lease import Lease
-from kunserve.ray.server_process import Head, answer_of, session_to
+from kunserve.ray.upstream import Head, Headers, answer_of
 
 
 class RayReplicas:
@@ -24,7 +23,6 @@ class RayReplicas:
         """`handle`: of the deployment."""
         self._handle = handle.options(stream=True)
         self._node = ray.get_runtime_context().get_node_id()
-        self._sessions: dict[str, aiohttp.ClientSession] = {}  # with servers on this machine
         self._ending: set[asyncio.Task[None]] = set()
 
     async def answer(self, method: str, path: str, headers: Headers, body: bytes) -> AsyncGenerator[Head | bytes, None]:
@@ -35,24 +33,19 @@ class RayReplicas:
                 if not isinstance(part, Lease):
                     yield part
                     continue
-                direct = answer_of(self._session_to(part.server), method, path, headers, body)
+                direct = answer_of(part.server, method, path, headers, body)
                 async with part.held(), aclosing(direct):
                     async for piece in direct:
                         yield piece
                 is_over = True
                 return
-        except (RayError, RuntimeError, OSError, aiohttp.ClientError) as error:
+        except (RayError, RuntimeError, OSError) as error:
             raise ReplicaGoneError(f"{type(error).__name__}: {error}") from error
         finally:
             if is_over:  # the replica will see that the lease has ended; the client need not wait for that
                 self._end(parts)
             else:
                 parts.cancel()  # no effect on one that has ended
-
-    def _session_to(self, server: str) -> aiohttp.ClientSession:
-        if server not in self._sessions:
-            self._sessions[server] = session_to(server)
-        return self._sessions[server]
 
     def _end(self, parts: DeploymentResponseGenerator) -> None:
         """Let a call come to its end in the background."""

@@ -10,7 +10,8 @@ import ray
 
 from kunserve.ray.lease import Lease, Leases
 from kunserve.ray.scaling import DEMAND
-from kunserve.ray.server_process import Head, ServerProcess
+from kunserve.ray.server_process import ServerProcess
+from kunserve.ray.upstream import Head, answer_of
 
 WAITING, RUNNING = "num_waiting", "num_running"
 _LOADS = {"vllm:num_requests_waiting": WAITING, "vllm:num_requests_running": RUNNING}
@@ -39,7 +40,7 @@ class Replica:
             async for lease in self._leases.give():
                 yield lease
             return
-        async with aclosing(self._server.answer(method, path, headers, body)) as parts:
+        async with aclosing(answer_of(str(self._server.socket), method, path, headers, body)) as parts:
             async for part in parts:
                 yield part
 

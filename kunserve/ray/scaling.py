@@ -18,21 +18,22 @@ TARGET = 0.8  # of a replica's undropped capacity, in use
 SLACK = 0.15  # of the target, that demand must fall below it before a replica goes
 
 
-def wanted(demands: list[float], num_replicas: int, target: float = TARGET) -> int:
-    """Return how many replicas the demands of those that answer ask for; `num_replicas` if none answers.
+def wanted(demands: list[float], num_running: int, num_asked: int, target: float = TARGET) -> int:
+    """Return how many replicas demands ask for; `num_asked` of them, some of which may still start, if none says.
 
-    Each demand is a share of one replica's undropped capacity; they are alike.
+    Each demand is a share of one replica's undropped capacity; they are alike. Those of the `num_running` that do not
+    say have as much as the others; those that start have none yet.
     """
     if not demands:
-        return num_replicas
-    total = sum(demands) / len(demands) * max(num_replicas, len(demands))  # of those that did not say as well
+        return num_asked
+    total = sum(demands) / len(demands) * max(num_running, len(demands))
     up, down = ceil(total / target), ceil(total / (target * (1 - SLACK)))
-    return max(up, 1) if up > num_replicas else min(num_replicas, max(down, 1))
+    return max(up, 1) if up > num_asked else min(num_asked, max(down, 1))
 
 
 def by_demand(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """Return the number of replicas, as Serve's autoscaler asks for it (an autoscaling policy)."""
-    metrics = context.aggregated_metrics or {}
-    number = wanted(list(metrics.get(DEMAND, {}).values()), context.target_num_replicas)
+    demands = list((context.aggregated_metrics or {}).get(DEMAND, {}).values())
+    number = wanted(demands, context.current_num_replicas, context.target_num_replicas)
     bounds = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
     return max(bounds[0], min(number, bounds[1])), {}

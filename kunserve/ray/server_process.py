@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -20,31 +20,6 @@ from kunserve.command.flags import FRONT_KEY_VARIABLE
 _CHILD = "import ctypes; ctypes.CDLL(None).prctl(1, 9); from kunserve.server import main; main()"
 _POLL_S = 0.1
 _KILL_S = 10.0  # it has nothing to do any more: its requests have ended, or go on elsewhere
-
-Head = tuple[int, list[tuple[bytes, bytes]]]  # status and headers of an answer
-
-
-def session_to(socket: str) -> aiohttp.ClientSession:
-    """Return a session with the server that listens on a Unix socket."""
-    connector, timeout = aiohttp.UnixConnector(socket, limit=0), aiohttp.ClientTimeout(total=None)
-    return aiohttp.ClientSession(
-        connector=connector, auto_decompress=False, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()
-    )
-
-
-async def answer_of(
-    session: aiohttp.ClientSession, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
-) -> AsyncGenerator[Head | bytes, None]:
-    """Yield status and headers of a server's answer, then the body as it comes. Raises aiohttp.ClientError if it dies.
-
-    Leaving early closes the connection, and so ends the work for it.
-    """
-    asked = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-    url = f"http://kunserve{path}"
-    async with session.request(method, url, headers=asked, data=body, allow_redirects=False) as response:
-        yield response.status, [(name.lower(), value) for name, value in response.raw_headers]
-        while data := await response.content.readany():
-            yield data
 
 
 class ServerProcess:
@@ -63,7 +38,7 @@ class ServerProcess:
         command = [sys.executable, "-c", _CHILD, *self._flags, "--uds", str(self.socket)]
         environment = {**os.environ, FRONT_KEY_VARIABLE: self._front_key}
         self._process = await asyncio.create_subprocess_exec(*command, env=environment)
-        self._session = session_to(str(self.socket))
+        self._session = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)))
         while not await self._is_ready():
             if self._process.returncode is not None:
                 raise RuntimeError(f"kunserve {shlex.join(self._flags)} has ended; the log above says why")
@@ -93,13 +68,6 @@ class ServerProcess:
         async with self._session.get("http://kunserve/metrics") as response:
             families = text_string_to_metric_families(await response.text())
             return {names[family.name]: family.samples[0].value for family in families if family.name in names}
-
-    def answer(
-        self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes
-    ) -> AsyncGenerator[Head | bytes, None]:
-        """See `answer_of`."""
-        assert self._session is not None
-        return answer_of(self._session, method, path, headers, body)
 
     async def stop(self) -> None:
         """End it, and what is still asked of it."""

@@ -1,7 +1,8 @@
 """What the way through Ray Serve costs: the same streams to one replica direct and through the front, by turns.
 
 The server is the same in both cases: direct, clients ask it on the replica's own Unix socket. So the figures differ by
-Serve's proxy, the front and the replica's relay alone. Needs the extra `ray`. Ends with one line of JSON.
+Serve's proxy and the front alone. Where cores are shared, what counts is what a token costs each process: that is said,
+too. Needs the extra `ray`. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -18,16 +20,38 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from ray_replicas import APP, NAME, make_model, replicas
+from ray_replicas import APP, FLAGS, NAME, application, make_model
+
+# Processes by what is in their command lines; those of Ray have titles.
+KINDS = {"front": "ServeReplica:kunserve:front", "replica": "ServeReplica:kunserve:", "server": "--uds"}
+KINDS |= {"proxy": "haproxy", "proxy of Ray": "ProxyActor"}
+CLIENT = "client"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One round: how long first tokens took, and how many tokens came in how long."""
+    """One round: how long first tokens took, how many tokens came in how long, and what each process spent."""
 
     ttfts_s: list[float]
     num_tokens: int
     seconds: float
+    cpu_s: dict[str, float]
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Return the CPU seconds of all processes so far, by kind; what they have lost to others does not count."""
+    found = dict.fromkeys((CLIENT, *KINDS), 0.0)
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            times = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+        except OSError:  # it has ended
+            continue
+        own = CLIENT if int(folder.name) == os.getpid() else None
+        kind = own or next((kind for kind, part in KINDS.items() if part in title), None)
+        if kind is not None:
+            found[kind] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 async def round_of(session: aiohttp.ClientSession, url: str, args: argparse.Namespace, rate: float, seed: int) -> Run:
@@ -51,9 +75,11 @@ async def round_of(session: aiohttp.ClientSession, url: str, args: argparse.Name
                     usage = json.loads(line[6:])["usage"] or usage
         return ttft_s, usage["completion_tokens"]
 
-    started = time.perf_counter()
+    started, before = time.perf_counter(), cpu_seconds()
     told = await asyncio.gather(*map(one, range(args.streams)))
-    return Run([ttft for ttft, _ in told], sum(n for _, n in told), time.perf_counter() - started)
+    seconds, after = time.perf_counter() - started, cpu_seconds()
+    spent = {kind: after[kind] - before[kind] for kind in after}
+    return Run([ttft for ttft, _ in told], sum(n for _, n in told), seconds, spent)
 
 
 async def measure(args: argparse.Namespace, url: str, socket: str) -> dict[str, Any]:
@@ -62,25 +88,34 @@ async def measure(args: argparse.Namespace, url: str, socket: str) -> dict[str, 
     through = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
     ways = {"direct": (direct, "http://kunserve"), "front": (through, url)}
     async with direct, through:
-        full = {name: list[float]() for name in ways}
+        full = {name: list[Run]() for name in ways}
         half = {name: list[float]() for name in ways}
         for i in range(args.rounds + 1):  # the first warms up
             for name, way in ways.items():
                 run = await round_of(*way, args, 0.0, i)
-                full[name] += [run.num_tokens / run.seconds] if i else []
-        rate = statistics.median(full["direct"]) / args.tokens / 2
+                full[name] += [run] if i else []
+        speeds = {name: statistics.median(run.num_tokens / run.seconds for run in runs) for name, runs in full.items()}
+        rate = speeds["direct"] / args.tokens / 2
         for i in range(args.rounds):
             for name, way in ways.items():
                 half[name].append(statistics.median((await round_of(*way, args, rate, 100 + i)).ttfts_s))
-    tokens = {name: round(statistics.median(values)) for name, values in full.items()}
+    tokens = {name: round(speed) for name, speed in speeds.items()}
     ttfts = {name: round(1000 * statistics.median(values), 1) for name, values in half.items()}
     return {
         "requests_per_s_at_half_load": round(rate, 2),
         "ttft_p50_ms": ttfts,
         "tokens_per_s_at_full_load": tokens,
+        "cpu_us_a_token": {name: cpu_of(runs) for name, runs in full.items()},
         "ttft_more_ms": round(ttfts["front"] - ttfts["direct"], 1),
         "throughput_less_percent": round(100 * (1 - tokens["front"] / tokens["direct"]), 1),
     }
+
+
+def cpu_of(runs: list[Run]) -> dict[str, float]:
+    """Return the CPU microseconds that a token costs each kind of process, at full load."""
+    num_tokens = sum(run.num_tokens for run in runs)
+    spent = {kind: 1e6 * sum(run.cpu_s[kind] for run in runs) / num_tokens for kind in runs[0].cpu_s}
+    return {kind: round(us, 1) for kind, us in spent.items() if us >= 0.1}
 
 
 async def run(args: argparse.Namespace, url: str, deployment: str) -> dict[str, Any]:
@@ -102,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or make_model(Path(folder) / NAME)
-        with replicas(model, 1, args.flags) as url:
+        with application(4, model=model, flags=args.flags or f"{FLAGS} {NAME}") as url:
             print(json.dumps(asyncio.run(run(args, url, f"{Path(model).name}-0"))))
 
 

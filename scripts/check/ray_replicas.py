@@ -1,6 +1,6 @@
-"""Two replicas behind Ray Serve, many streams, some cancelled, one replica killed: every finished stream must be right.
+"""Replicas of two models behind Ray Serve, many streams, some cancelled, one replica killed: all must be right.
 
-What is right, a server of the same weights says that nothing disturbs. Needs the extra `ray`: `make test-ray`. Ends
+What is right, servers of the same weights say that nothing disturbs. Needs the extra `ray`: `make test-ray`. Ends
 with one line of JSON, and with status 1 if a stream is wrong or lost.
 """
 
@@ -15,8 +15,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from own_server import ServerProcess, free_port
 
 from kunserve.engine.text.tokenizer import Tokenizer
 
-NAME, APP = "tiny", "kunserve"
+NAME, OTHER, APP = "tiny", "other", "kunserve"
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320, "head_dim": 16}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 CONFIG: dict[str, Any] = {
@@ -37,10 +37,9 @@ CONFIG: dict[str, Any] = {
     **SHAPE,
 }
 CONFIG |= {"bos_token_id": 300, "eos_token_id": 301, "hidden_act": "silu", "tie_word_embeddings": False}
-FLAGS = (
-    "--devices cpu:1 --load-format dummy --num-gpu-blocks-override 1024 --served-model-name tiny --disable-access-log"
-)
-START_S, STREAM_S = 120.0, 120.0
+OTHER_SHAPE = {"num_hidden_layers": 2}  # says other things than the first
+FLAGS = "--devices cpu:1 --load-format dummy --num-gpu-blocks-override 1024 --disable-access-log --served-model-name"
+STREAM_S = 120.0
 SCHEMA = {
     "type": "object",
     "properties": {"days": {"type": "integer"}, "why": {"enum": ["a", "b"]}},
@@ -70,22 +69,27 @@ class Said:
     num_events: int = 0
 
 
-def make_model(folder: Path) -> str:
+def make_model(folder: Path, **shape: int) -> str:
     """Write a tiny model without weights (they are random), with a tokenizer; returns its path."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tokenizer = Tokenizer.dummy(CONFIG["vocab_size"], (CONFIG["eos_token_id"],))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | shape))
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": tokenizer.chat_template}))
     return str(folder)
 
 
 def make_jobs(count: int, seconds: float, num_tokens: int, seed: int) -> list[Job]:
-    """Return streams of several kinds, greedy and seeded; every third is left by its client."""
+    """Return streams of several kinds, greedy and seeded; every third is left by its client, every seventh OTHER's."""
     chance, jobs = random.Random(seed), []
     for i in range(count):
         seeded = {"seed": i, "temperature": 1.0} if i % 4 else {"temperature": 0}
-        body = {"model": NAME, "stream": True, "stream_options": {"include_usage": True}, **seeded}
+        body = {
+            "model": OTHER if i % 7 == 6 else NAME,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **seeded,
+        }
         prompt = "".join(chance.choices("abcdefgh ", k=chance.randrange(10, 80)))
         if i % 5 == 4:
             messages = [{"role": "user", "content": prompt}]
@@ -126,13 +130,15 @@ def _take(said: Said, event: dict[str, Any]) -> None:
     said.num_tokens = (event.get("usage") or {}).get("completion_tokens", said.num_tokens)
 
 
-async def run_jobs(url: str, jobs: list[Job], disturb: asyncio.Task[None] | None = None) -> list[Said | BaseException]:
-    """Return what all streams say, each begun at its time."""
+async def run_jobs(
+    urls: Mapping[str, str], jobs: Sequence[Job], disturb: asyncio.Task[None] | None = None
+) -> list[Said | BaseException]:
+    """Return what all streams say, each begun at its time; `urls`: by model."""
 
     async def run(job: Job) -> Said:
         await asyncio.sleep(job.at_s)
         async with asyncio.timeout(STREAM_S):
-            return await stream(session, url, job)
+            return await stream(session, urls[job.body["model"]], job)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         results = await asyncio.gather(*map(run, jobs), return_exceptions=True)
@@ -153,19 +159,29 @@ def problem_of(job: Job, said: Said | BaseException, expected: Said | BaseExcept
     return None if whole == wanted else f"{whole} instead of {wanted}"
 
 
+async def undisturbed(models: Mapping[str, str], jobs: Sequence[Job]) -> list[Said | BaseException]:
+    """Return what servers of their own say to the jobs; `models`: folders by name."""
+    calm = [Job(job.path, job.body, 0.0, None) for job in jobs]
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(ServerProcess(path, *f"{FLAGS} {name}".split())) for name, path in models.items()
+        }
+        return await run_jobs({name: server.url for name, server in servers.items()}, calm)
+
+
 @contextmanager
-def replicas(model: str, count: int, flags: str | None = None) -> Iterator[str]:
-    """Run the application with so many replicas until the block is left; yields its address."""
+def application(num_cpus: int, **arguments: Any) -> Iterator[str]:
+    """Run an application (`kunserve.ray.application.Arguments`) until the block is left; yields its address."""
     import ray
     from ray import serve
 
     from kunserve.ray import app
 
     port = free_port()
-    ray.init(num_cpus=2 * count + 2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         serve.start(http_options={"port": port, "host": "127.0.0.1"})
-        serve.run(app({"model": model, "flags": flags or FLAGS, "replicas": count}), name=APP)
+        serve.run(app(arguments), name=APP)
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -182,27 +198,31 @@ async def kill_one(deployment: str, after_s: float, victims: list[int]) -> None:
     victims += pids
 
 
-async def check(args: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Run everything; returns the figures."""
+async def check(args: argparse.Namespace, models: Mapping[str, str]) -> dict[str, Any]:
+    """Run everything; returns the figures. `models`: folders by name."""
     from ray import serve
 
     jobs = make_jobs(args.streams, args.seconds, args.tokens, args.seed)
-    calm = [Job(job.path, job.body, 0.0, None) for job in jobs]
-    with ServerProcess(model, *FLAGS.split()) as server:
-        expected = await run_jobs(server.url, calm)
-    with replicas(model, args.replicas) as url:
+    expected = await undisturbed(models, jobs)
+    asked = [
+        {"model": path, "flags": f"{FLAGS} {name}", "replicas": args.replicas if name == NAME else 1}
+        for name, path in models.items()
+    ]
+    with application(2 * args.replicas + 4, models=asked) as url:
         victims: list[int] = []
-        killing = asyncio.create_task(kill_one(f"{Path(model).name}-0", args.seconds / 2, victims))
+        killing = asyncio.create_task(kill_one(f"{NAME}-0", args.seconds / 2, victims))
         started = time.monotonic()
-        told = await run_jobs(url, jobs, killing)
+        told = await run_jobs(dict.fromkeys(models, url), jobs, killing)
         seconds = time.monotonic() - started
         counts = await serve.get_deployment_handle("front", APP).counts.remote()
-        problems = [problem_of(*each) for each in zip(jobs, told, expected, strict=True)]
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/v1/models") as response:
+            listed = [model["id"] for model in (await response.json())["data"]]
+    problems = [problem_of(*each) for each in zip(jobs, told, expected, strict=True)]
     for problem in filter(None, problems):
         print(problem[:500], file=sys.stderr)
     num_left = sum(isinstance(said, Said) and not said.is_whole for said in told)
     figures = {"streams": len(jobs), "left": num_left, "killed": victims, "seconds": round(seconds, 1)}
-    return {**figures, **counts, "wrong": sum(problem is not None for problem in problems)}
+    return {**figures, **counts, "models": listed, "wrong": sum(problem is not None for problem in problems)}
 
 
 def main() -> None:
@@ -215,9 +235,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = asyncio.run(check(args, make_model(Path(folder) / NAME)))
+        models = {
+            NAME: make_model(Path(folder) / NAME),
+            OTHER: make_model(Path(folder) / OTHER, **OTHER_SHAPE),
+        }
+        figures = asyncio.run(check(args, models))
     print(json.dumps(figures))
-    sys.exit(figures["wrong"] > 0 or figures["resumed"] == 0)  # none resumed: the kill has disturbed nothing
+    is_right = figures["wrong"] == 0 and figures["models"] == list(models)
+    sys.exit(not is_right or figures["resumed"] == 0)  # none resumed: the kill has disturbed nothing
 
 
 if __name__ == "__main__":

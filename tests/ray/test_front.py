@@ -11,14 +11,15 @@ from typing import Any
 import orjson
 from aiohttp.test_utils import TestClient
 from api_fakes import CharTokenizer, Client, FakeEngine, PlainServer, make_app
+from front_client import ask
 
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.engine.request import Output, Request
 from kunserve.ray.broken import Passed, num_choices_of
-from kunserve.ray.front import MOST_ATTEMPTS, Front, Headers, ReplicaGoneError
+from kunserve.ray.front import MOST_ATTEMPTS, Front, ReplicaGoneError
 from kunserve.ray.prefixes import LOAD_OF_ALL, PIECE, Prefixes, keys_of, ranked
 from kunserve.ray.scaling import wanted
-from kunserve.ray.server_process import Head
+from kunserve.ray.upstream import Head, Headers
 from kunserve.sampling import FinishReason
 
 ANSWER = "what is said"
@@ -54,34 +55,6 @@ class MortalReplicas:
             if life is not None and start >= life:
                 raise ReplicaGoneError("dead")
             yield whole[start : start + 7]
-
-
-@dataclass
-class Told:
-    status: int = 0
-    body: bytes = b""
-
-
-async def ask(front: Front, path: str, body: Any, method: str = "POST", stay: asyncio.Event | None = None) -> Told:
-    """What a client is told."""
-    told, messages = Told(), [{"type": "http.request", "body": orjson.dumps(body), "more_body": False}]
-
-    async def receive() -> Any:
-        if not messages:
-            await (stay or asyncio.Event()).wait()
-            return {"type": "http.disconnect"}
-        return messages.pop()
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            assert not told.status, "an answer began twice"
-            told.status = message["status"]
-        else:
-            told.body += message["body"]
-
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [], "root_path": ""}
-    await front(scope, receive, send)
-    return told
 
 
 @asynccontextmanager
@@ -143,10 +116,11 @@ async def test_a_client_that_leaves_ends_the_work_for_it() -> None:
 
 
 def test_a_mark_is_found_however_bytes_are_cut() -> None:
-    stream = b'data: a\n\n: kunserve {"choice":0,"token_ids":[1,2],"cached":3}\n\ndata: b\n\n'
+    said = b'data: ": kunserve {1}\\n\\n"\n\n'  # no mark: it begins no line
+    stream = said + b': kunserve {"choice":0,"token_ids":[1,2],"cached":3}\n\ndata: b\n\n'
     for cut in range(len(stream)):
         passed = Passed()
-        assert passed.take(stream[:cut]) + passed.take(stream[cut:]) == b"data: a\n\n"
+        assert passed.take(stream[:cut]) + passed.take(stream[cut:]) == said
         asked = orjson.loads(passed.resumption("/v1/completions", {}, 2))
         assert (asked["token_ids"], asked["num_cached_tokens"]) == ([[1, 2], []], [3, 0])
         assert passed.end() == b"data: b\n\n"
@@ -168,6 +142,7 @@ def test_a_body_goes_where_its_beginning_is_unless_that_replica_is_busy() -> Non
 
 
 def test_replicas_come_before_their_undropped_memory_is_full_and_go_when_fewer_would_do() -> None:
-    assert [wanted(demands, 2) for demands in ([0.7, 0.8], [0.9, 0.8], [2.4, 1.0], [0.1, 0.1])] == [2, 3, 5, 1]
-    assert wanted([0.33, 0.33], 2) == 1 and wanted([0.36, 0.36], 2) == 2  # not to and fro
-    assert wanted([], 3) == 3 and wanted([1.0], 2) == 3  # one that does not answer is taken to be as the others
+    assert [wanted(demands, 2, 2) for demands in ([0.7, 0.8], [0.9, 0.8], [2.4, 1.0], [0.1, 0.1])] == [2, 3, 5, 1]
+    assert wanted([0.33, 0.33], 2, 2) == 1 and wanted([0.36, 0.36], 2, 2) == 2  # not to and fro
+    assert wanted([], 3, 4) == 4 and wanted([1.0], 2, 2) == 3  # one that does not answer is taken to be as the others
+    assert wanted([1.1, 1.1], 2, 3) == 3  # one that starts has no demand of its own: no fourth for its sake

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kunserve.compute.ops import ExpertWeights
+from kunserve.sizes import ceil_div
 
 # Of one program. With as many elements in float32 as in 16 bits it would have too few registers (sm_120).
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER_BYTES = 16, 64, 128
@@ -62,7 +63,7 @@ def route(logits: Tensor, num_per_token: int, normalize: bool) -> Routes:
     top = logits.float().softmax(-1).topk(num_per_token, dim=-1)
     weights = top.values / top.values.sum(-1, keepdim=True) if normalize else top.values
     num_places, chosen = T * num_per_token, top.indices.flatten()
-    num_blocks = -(-num_places // BLOCK_ROWS) + min(E, num_places)
+    num_blocks = ceil_div(num_places, BLOCK_ROWS) + min(E, num_places)
     counts = (chosen[:, None] == torch.arange(E, device=device)).sum(0)
     ends = ((counts + BLOCK_ROWS - 1) // BLOCK_ROWS).cumsum(0)  # blocks of the experts up to this one
     chosen, order = chosen.sort(stable=True)

@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kunserve.compute.cuda.experts import moe
+from kunserve.compute.cuda.packed import can_scale, packed_linear, scaled_linear
 from kunserve.compute.ops import ExpertWeights
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
+from kunserve.model.quant.linear import Part
 
 COLUMNS = 1024  # of one program in `act_and_mul`
 
@@ -115,6 +117,18 @@ class TritonKernels:
     """Launches on torch's current stream."""
 
     is_capturable = True
+
+    def __init__(self, *, has_fp8: bool = False) -> None:
+        """has_fp8: whether the GPU multiplies floats of 8 bits."""
+        self._has_fp8 = has_fp8
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `Kernels.packed_linear`: floats with a scale for each row by torch, where that can be, else by ours."""
+        if self._has_fp8 and can_scale(x, weight):
+            return scaled_linear(x, weight, bias, residual)
+        return packed_linear(x, weight, bias, residual)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""

@@ -17,8 +17,9 @@ from kunserve.compute.cuda.attention import PlannedBatch
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
-from kunserve.model.quant.linear import Linear
+from kunserve.model.quant.linear import Linear, Part
 
+FP8_SINCE = (8, 9)  # compute capability whose tensor cores multiply floats of 8 bits
 CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,6 +36,11 @@ class Kernels(Protocol):
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """As `Ops.moe`."""
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As `Ops.linear`, for rows that are stored in planes. Rows of `residual` may lie apart."""
 
     def rotate_and_append(
         self,
@@ -70,6 +76,12 @@ class TorchKernels:
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """See `Kernels.moe`."""
         return self._ops.moe(x, experts)
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `Kernels.packed_linear`."""
+        return self._ops.linear(x, Linear((weight,)), bias, residual)
 
     def rotate_and_append(
         self,
@@ -114,11 +126,13 @@ class CudaOps:
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
-        matrix = weight.dense(x.dtype)
-        if residual is None:
-            return F.linear(x, matrix, bias)
-        y = torch.addmm(residual, x, matrix.t())  # the sum costs nothing: it is the matrix product's epilogue
-        return y if bias is None else y + bias
+        parts, first = [], 0
+        for part in weight.parts:
+            rows = slice(first, first := first + part.num_rows)
+            linear = _linear if part.blocks is None else self._kernels.packed_linear
+            of_part = (None if bias is None else bias[rows], None if residual is None else residual[:, rows])
+            parts.append(linear(x, part, *of_part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rotate_and_append(
         self,
@@ -167,6 +181,14 @@ class CudaOps:
         return self._kernels.moe(x, experts)
 
 
+def _linear(x: Tensor, weight: Part, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`Ops.linear` for rows that are stored as numbers."""
+    if residual is None:
+        return F.linear(x, weight.data, bias)
+    y = torch.addmm(residual, x, weight.data.t())  # the sum costs nothing: it is the matrix product's epilogue
+    return y if bias is None else y + bias
+
+
 def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
     """The dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError for what is not served."""
     wanted = checkpoint if name == "auto" else name
@@ -185,5 +207,6 @@ def load_kernels(device: torch.device) -> tuple[Kernels, str]:
         module = importlib.import_module("kunserve.compute.cuda.kernels")
     except ImportError:
         return TorchKernels(), "torch reference: triton is not installed"
-    kernels: Kernels = module.TritonKernels()
+    has_fp8 = torch.cuda.get_device_capability(device) >= FP8_SINCE
+    kernels: Kernels = module.TritonKernels(has_fp8=has_fp8)
     return kernels, "Triton kernels"

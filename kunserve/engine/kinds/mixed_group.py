@@ -20,7 +20,7 @@ from kunserve.planner.snapshot import Origin
 
 
 class NearLayers(NamedTuple):
-    """Layers with a window whose KV is a kind of its own."""
+    """Name the layers with a window whose KV is a kind of its own."""
 
     layers: frozenset[int]
     window: int  # tokens that one sees, itself among them
@@ -48,7 +48,7 @@ def near_pool(stage: Stage) -> BlockPool:
 
 @dataclass(slots=True, eq=False)
 class MixedGroup(Group):
-    """As `Group`. `window`: of the near layers, in tokens."""
+    """Be a `Group` that counts both kinds. `window`: of the near layers, in tokens."""
 
     is_mixed: ClassVar[bool] = True
 
@@ -57,32 +57,32 @@ class MixedGroup(Group):
 
     @property
     def num_near_free(self) -> int:
-        """Near blocks that a request could get now."""
+        """Return the near blocks that a request could get now."""
         return min(near_pool(stage).num_free for stage in self.stages) + len(self.near_idle)
 
     @property
     def num_near_blocks(self) -> int:
-        """Near blocks that requests can hold at once."""
+        """Return the near blocks that requests can hold at once."""
         return min(near_pool(stage).limit for stage in self.stages)
 
     @property
     def num_near_used(self) -> int:
-        """Near blocks in use by requests on the fullest stage."""
+        """Return the near blocks in use by requests on the fullest stage."""
         return max(near_pool(stage).num_used for stage in self.stages) - len(self.near_idle)
 
     @property
     def num_full_free(self) -> int:
-        """Full blocks that a request could get now."""
+        """Return the full blocks that a request could get now."""
         return min(stage.pool.num_free for stage in self.stages) + len(self.idle)
 
     @property
     def num_free(self) -> int:
-        """Blocks that a request could get now of both kinds."""
+        """Return the blocks that a request could get now of both kinds."""
         return min(self.num_full_free, self.num_near_free)
 
     @property
     def num_used(self) -> int:
-        """Blocks in use by requests; if near ones are scarcer, as many as have the same share of all."""
+        """Return the blocks in use by requests; if near ones are scarcer, as many as are the same share of all."""
         full = max(stage.pool.num_used for stage in self.stages) - len(self.idle)
         return max(full, -(-self.num_near_used * self.num_blocks // max(1, self.num_near_blocks)))
 
@@ -102,7 +102,7 @@ class MixedGroup(Group):
         return sum(map(self.blocks_for, lengths)) <= self.num_blocks and near <= self.num_near_blocks
 
     def near_blocks_for(self, num_tokens: int) -> int:
-        """Near blocks that a request of so many tokens has at once while it decodes."""
+        """Return the near blocks that a request of so many tokens has at once while it decodes."""
         return near_blocks(num_tokens, self.window, self.block_size)
 
     def reach(self, request: Request) -> int:

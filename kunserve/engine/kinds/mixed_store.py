@@ -19,7 +19,7 @@ from kunserve.engine.request import Request
 
 
 class MixedPrefixCache(PrefixCache):
-    """Knows full blocks, and with how many of some keys a request can begin that needs near ones, too.
+    """Know full blocks, and with how many of some keys a request can begin that needs near ones, too.
 
     `near`: those blocks.
     """
@@ -43,7 +43,7 @@ class MixedPrefixCache(PrefixCache):
 
 
 class NearStore(BlockStore):
-    """As `BlockStore`, of near blocks."""
+    """Do what `BlockStore` does, of near blocks."""
 
     def pool(self, stage: Stage) -> BlockPool:
         """See `BlockStore.pool`."""
@@ -60,7 +60,7 @@ class NearStore(BlockStore):
 
 
 class MixedStore(BlockStore):
-    """As `BlockStore`, of both kinds."""
+    """Do what `BlockStore` does, of both kinds."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], num_behind: NumBehind | None, *, has_prefix_cache: bool) -> MixedStore:

@@ -96,7 +96,7 @@ async def assemble(
         model,
         _limits(config, placement.max_model_len),
         fleet,
-        _scheduler(fleet, config, kv_shape.block_bytes * model.num_layers, links, lookahead),
+        _scheduler(machine.scheduler, fleet, config, kv_shape.block_bytes * model.num_layers, links, lookahead),
         memories,
         executor,
         Signals(),
@@ -130,7 +130,12 @@ def _limits(config: EngineConfig, max_model_len: int) -> ServingLimits:
 
 
 def _scheduler(
-    fleet: Fleet, config: EngineConfig, block_bytes: int, links: Links, lookahead: Lookahead | None
+    kind: type[Scheduler],
+    fleet: Fleet,
+    config: EngineConfig,
+    block_bytes: int,
+    links: Links,
+    lookahead: Lookahead | None,
 ) -> Scheduler:
     """Return the scheduler; `block_bytes`: of all layers."""
     limits = Limits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
@@ -140,7 +145,7 @@ def _scheduler(
         return lookahead is None or copied_s < lookahead.added_time(Chunk(0, num_tokens))
 
     policy = make_policy(config.overload_policy, config.watermark, is_host_faster)
-    return Scheduler(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
+    return kind(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
 
 
 def make_control(

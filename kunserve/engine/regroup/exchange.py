@@ -45,7 +45,7 @@ class Moving:
 
     @property
     def tables(self) -> tuple[BlockTable, ...]:
-        """Its blocks of each kind."""
+        """Return its blocks of each kind."""
         return (self.table,) if self.table.near is None else (self.table, self.table.near)
 
     @property

@@ -27,7 +27,7 @@ from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
 from kunserve.planner.exchange import plan_exchange
 from kunserve.planner.layouts import blocks_of
-from kunserve.planner.plan import ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
+from kunserve.planner.plan import ExchangeMode, ExchangePlan, Join, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
@@ -76,8 +76,41 @@ class Reconfigure:
         Raises ConflictError, and nothing has changed, if a group is gone or in another transition, or KV cannot follow;
         DeviceError after rolling back.
         """
-        with self.transitions.begin("drop", merge.group_ids) as (transition, old), self.boundary.paused(old):
+        with self.transitions.begin("drop", merge.group_ids) as (transition, old):
             transition.planned_bytes = merge.freed_bytes
+            await self._merge_at_boundary(transition, old, snapshot, merge, on_commit, most_lost_blocks)
+        return transition
+
+    async def join(self, plan: Join) -> Transition:
+        """Let devices that are in no group become stages of one; returns when every request has arrived.
+
+        They load their weights while it serves. Raises as `drop`; what they have loaded stays there then.
+        """
+        with self.transitions.begin("add", [plan.group_id]) as (transition, old):
+            layouts = {stage.device: self._remap.of_stage(stage) for stage in plan.newcomers}
+            with self.transitions.step(transition, "remap"):
+                await self._remap.apply(layouts)
+            transition.planned_bytes = self._remap.num_unfilled_bytes(layouts)
+            with self.transitions.step(transition, "load"):
+                transition.weight_bytes = await self._remap.load(layouts, lambda: old[0].is_suspect)
+            if self._remap.num_unfilled_bytes(layouts):
+                raise ConflictError("a device does not answer", retry_after_s=1)
+            for stage in plan.newcomers:
+                self._fleet.refill(stage.device, *self._remap.num_blocks(stage))
+            await self._merge_at_boundary(transition, old, plan.snapshot, plan.merge, None, 0)
+        return transition
+
+    async def _merge_at_boundary(
+        self,
+        transition: Transition,
+        old: Sequence[Group],
+        snapshot: Snapshot,
+        merge: Merge,
+        on_commit: Callable[[Transition], None] | None,
+        most_lost_blocks: int | None,
+    ) -> None:
+        """Put one chain in the place of groups, and bring it the KV of their requests."""
+        with self.boundary.paused(old):
             with self.transitions.step(transition, "boundary"):  # 2
                 await self.boundary.reached(old, gives_up=True)
                 await self._settle(old)
@@ -89,7 +122,7 @@ class Reconfigure:
                     self._fleet.forget_idle(group)
             with self.transitions.step(transition, "remap"):  # 3
                 await self._remap.apply(self._remap.planned(exchange.layouts))
-            transition.weight_bytes = merge.freed_bytes
+            transition.weight_bytes += merge.freed_bytes
             new, moving = self._merge(merge, old, exchange)
             self.transitions.commit(transition, old, [new], on_commit)  # 4
             with self.transitions.step(transition, "exchange"), self._exchanged(transition, [new], moving):  # 5, 6
@@ -100,7 +133,6 @@ class Reconfigure:
                 transition.num_cached_blocks = await self._followers.bring(new)
                 await self._remap.settle(new.stages)
                 self._signals.wake()
-        return transition
 
     def would_drop(self, merge: Merge) -> dict[int, list[str]]:
         """Return the weight units that a merge would unmap, by device; without those that it would not."""

@@ -68,9 +68,15 @@ class Remap:
         kept = units_of_stage(self._model, stage.first_layer, stage.last_layer)
         return [unit for unit in self.memories[stage.device].weights.present if unit not in kept]
 
-    def num_blocks(self, stage: Stage) -> tuple[int, ...]:
+    def num_blocks(self, stage: Stage | StageView) -> tuple[int, ...]:
         """Return how many blocks of each kind the layers of a stage have mapped."""
-        return blocks_of(self.shape, DeviceLayout(stage.view, self.memories[stage.device].layout.kv_chunks))
+        return blocks_of(
+            self.shape,
+            DeviceLayout(
+                StageView(stage.device, stage.first_layer, stage.last_layer),
+                self.memories[stage.device].layout.kv_chunks,
+            ),
+        )
 
     def now(self, groups: Iterable[Group]) -> Layouts:
         """Return the layouts that the groups' devices have."""

@@ -26,7 +26,7 @@ from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 
-# Rebuilds, in words: transitions that give free devices new groups.
+# Rebuilds, in words: transitions that give free devices new groups, or places in one that goes on.
 REBUILDS = {"lose": "the loss of a device", "remove": "the removal of a device", "add": "the addition of a device"}
 HISTORY = 1000  # transitions that are remembered
 

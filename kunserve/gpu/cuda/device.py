@@ -26,7 +26,7 @@ from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, to_the_end
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class CudaDevice:
         """See `Device.reserve`."""
         whole = num_bytes + self.chunk_bytes  # CUDA aligns to powers of two only; a part cannot be given back
         base = self.driver.reserve(whole)
-        address = -(-base // self.chunk_bytes) * self.chunk_bytes
+        address = ceil_div(base, self.chunk_bytes) * self.chunk_bytes
         self._reserved[address], self._mappings.reserved[address] = (base, whole), num_bytes
         return address
 
