@@ -109,7 +109,7 @@ class ModelShape:
         return (chunks,) if self.near is None else (chunks, self.near.chunks(chunks))
 
     def chunks_within(self, num_chunks: int, num_layers: tuple[int, ...]) -> int:
-        """Return the chunks of a full layer if so many of each kind share `num_chunks`; without any, what they would be."""
+        """Return the chunks of a full layer if so many of each kind share all; without any, what they would be."""
         kind = self.near
         if kind is None or num_chunks < 0:
             return num_chunks // sum(num_layers)

@@ -74,12 +74,7 @@ async def assemble(
     ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
-    near = near_kv(model, config, kv_shape, machine.chunk_bytes)
-    if near is not None and not machine.has_kinds:
-        raise ConfigError(
-            "--windowed-kv-share: these devices do not free KV behind the windows of only some layers yet"
-        )
-    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head, near=near)
+    shape = _shape(machine, model, config, kv_shape)
     views, per_group = machine.views(shape), config.pipeline_parallel_size
     is_len_required = config.max_model_len is not None
     placement = place(
@@ -89,9 +84,7 @@ async def assemble(
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
-    links, near_layers = machine.links(), _near_layers(model, shape)
-    groups = _groups(placement.groups, memories, shape, near_layers)
-    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window, near=near_layers)
+    links, fleet = machine.links(), _fleet(placement.groups, memories, model, config, shape)
     engine = Engine(
         model,
         _limits(config, placement.max_model_len),
@@ -280,11 +273,27 @@ async def _load(
     await gather_all(load(stage.device) for stage in stages)
 
 
-def _near_layers(model: ModelConfig, shape: ModelShape) -> NearLayers | None:
-    """Return the layers with a window, if their KV is a kind of its own."""
-    if shape.near is None or model.window is None:
-        return None
-    return NearLayers(frozenset(shape.near.layers), model.window)
+def _shape(machine: Machine, model: ModelConfig, config: EngineConfig, kv_shape: KVShape) -> ModelShape:
+    """Return the sizes that the planner works with. ConfigError if the machine has no KV of the kinds asked for."""
+    near = near_kv(model, config, kv_shape, machine.chunk_bytes)
+    if near is not None and not machine.has_kinds:
+        raise ConfigError("--windowed-kv-share: these devices do not free KV behind windows of only some layers yet")
+    return model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head, near=near)
+
+
+def _fleet(
+    placed: Sequence[Sequence[StageView]],
+    memories: Sequence[DeviceMemory],
+    model: ModelConfig,
+    config: EngineConfig,
+    shape: ModelShape,
+) -> Fleet:
+    """Return the fleet of groups that were placed."""
+    near = None
+    if shape.near is not None and model.window is not None:
+        near = NearLayers(frozenset(shape.near.layers), model.window)
+    groups = _groups(placed, memories, shape, near)
+    return Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window, near=near)
 
 
 def _groups(
