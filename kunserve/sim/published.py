@@ -29,6 +29,7 @@ def as_published(config: EngineConfig, max_model_len: int) -> EngineConfig:
         config,
         overload_policy=OverloadPolicy.RECOMPUTE,
         watermark=WATERMARK,
+        windowed_kv_share=1.0,  # whole prompts would need near blocks at once
         max_num_seqs=min(MAX_NUM_SEQS, config.max_num_seqs),
         max_num_batched_tokens=max(LEAST_BATCHED_TOKENS, max_model_len),
         async_scheduling=False,  # a step is planned when the one before has ended
