@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64
             transfers, copied = checked.reconfigure.exchange.transfers, []
             copy_within = transfers.within
 
-            async def leave_and_copy(device: int, layers: range, moved: Mapping[int, int]) -> None:
+            async def leave_and_copy(device: int, layers: Iterable[int], moved: Mapping[int, int]) -> None:
                 copied.append(dict(moved))
                 checked.check()  # blocks that are arriving are accounted for
                 checked.engine.abort(last.request_id)
