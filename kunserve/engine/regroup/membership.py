@@ -166,7 +166,7 @@ class Membership:
                 break
             await self._signals.next_commit()
         transition = await self._reconfigure.join(plan)
-        self._fit(self._longest_blocks() * self._fleet.block_size)
+        self._fit_requests()
         return transition
 
     @property
@@ -216,7 +216,7 @@ class Membership:
                 await remap.go_back({device: before[device] for device in whole}, error)
                 raise
             transitions.commit(transition, old, [self._form(part) for part in parts or ()])
-        self._fit(self._longest_blocks() * self._fleet.block_size)
+        self._fit_requests()
         return transition
 
     async def _copies_ended(self, groups: Sequence[Group]) -> None:
@@ -260,6 +260,11 @@ class Membership:
         for stage, num_blocks in zip(part.stages, part.num_blocks, strict=True):
             self._fleet.refill(stage.device, num_blocks)
         return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
+
+    def _fit_requests(self) -> None:
+        """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""
+        if not self._lost_groups():
+            self._fit(self._longest_blocks() * self._fleet.block_size)
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""
