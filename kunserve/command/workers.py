@@ -57,7 +57,7 @@ class Workers:
         return [process.pid for process in self._processes.values()]
 
     async def open(self) -> None:
-        """Start all, and return when all take connections. ConfigError if one does not."""
+        """Start all, and return when all take connections. ConfigError if one does not; `close` ends the others."""
         self._folder = tempfile.TemporaryDirectory(prefix="kunserve-")
         path = os.path.join(self._folder.name, "engine")
         await web.UnixSite(self._runner, path).start()
@@ -71,7 +71,6 @@ class Workers:
         except TimeoutError:
             self._has_failed = True
         if self._has_failed:
-            await self.close()
             raise ConfigError("an API worker does not start; the log says why")
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""vLLM 0.6.3 as it was published: the engine that KunServe's paper compares with, scheduled by our parts.
+"""Schedule as vLLM 0.6.3 was published to: the engine that KunServe's paper compares with, out of our parts.
 
 Each copy of the weights is a server of its own, with its own queue, behind a router that knows how many requests each
 has; nothing is moved between them. A step computes whole prompts or next tokens, never both: prompts first, as many as
@@ -36,7 +36,7 @@ def as_published(config: EngineConfig, max_model_len: int) -> EngineConfig:
 
 
 class PrefillFirst(Scheduler):
-    """Whole prompts before next tokens, each in steps of their own."""
+    """Schedule whole prompts before next tokens, each in steps of their own."""
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """See `Scheduler.schedule`."""

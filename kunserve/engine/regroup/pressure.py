@@ -1,4 +1,4 @@
-"""Pressure on memory: how much is asked of it, and whether that is, or is about to be, too much. Decides nothing."""
+"""Say how hard memory is pressed: how much is asked of it, and whether that is, or is about to be, too much."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALM_S = 0.02  # after a look at all requests that found no overload: with many 
 
 
 class Pressure:
-    """Looks at groups and at the queue. Cheap while nothing is tight."""
+    """Look at groups and at the queue; decide nothing, and be cheap while nothing is tight."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Pressure:
         self._look_in(seconds)
 
     def _is_tight(self, changed: Sequence[Group]) -> bool:
-        """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
+        """Return whether it is worth asking the planner: a group may run out of blocks, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
         per_request = 1 + horizon // self._shape.block_size
         if any(self._num_free(group) < len(group.running) * per_request for group in changed):
@@ -75,7 +75,7 @@ class Pressure:
         return (head is not None and self._has_to_wait(head)) or self._nobody_waits()
 
     def _has_to_wait(self, head: Request) -> bool:
-        """Whether no group has blocks for a request: those that it would share with others, it does not take."""
+        """Return whether no group has blocks for a request: what it would share with others, it does not take."""
         num_blocks = self._fleet.blocks_for(head.num_tokens)
         groups = self._fleet.working
         if any(self._num_free(group) >= num_blocks for group in groups):
@@ -83,7 +83,7 @@ class Pressure:
         return all(self._num_free(group) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
 
     def _num_free(self, group: Group) -> int:
-        """Blocks that requests which are admitted may get."""
+        """Return the blocks that requests which are admitted may get."""
         return group.num_free - self._scheduler.policy.num_reserved(group)
 
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
@@ -108,7 +108,7 @@ class Pressure:
         )
 
     def _has_waited(self, now: float) -> bool:
-        """Whether somebody has had to wait for blocks as long as a merge would make them wait: for a step."""
+        """Return whether somebody has waited for blocks as long as a merge would make others wait: for a step."""
         if self._waits_since_s is None:
             self._waits_since_s = now
         step_s = max((group.step_s or 0.0 for group in self._fleet.working), default=0.0)
@@ -125,12 +125,12 @@ class Pressure:
         return [GroupLoad(self._num_free(g), list(map(self._view, g.running))) for g in groups if not g.is_suspect]
 
     def _all_loads(self, now: float) -> list[GroupLoad]:
-        """Load of all groups; it is not asked for again so soon."""
+        """Return the load of all groups; it is not asked for again so soon."""
         self._calm_until_s = now + CALM_S
         return self._loads(self._fleet.working)
 
     def _demand_looked_at(self, now: float) -> int:
-        """Demand; it is not asked for again so soon."""
+        """Return the demand; it is not asked for again so soon."""
         self._calm_until_s = now + CALM_S
         return self.demand()
 

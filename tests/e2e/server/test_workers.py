@@ -183,7 +183,7 @@ async def statuses(session: aiohttp.ClientSession, bodies: Sequence[Json]) -> li
     return await asyncio.gather(*map(one, bodies))
 
 
-async def test_a_flood_is_refused_by_one_bound(tiny_flags: tuple[str, ...]) -> None:
+async def test_a_flood_is_refused_by_one_bound_and_no_worker_outlives_its_server(tiny_flags: tuple[str, ...]) -> None:
     flags = ("--api-workers", "2", "--max-num-queued-reqs", "4", "--max-num-seqs", "4", "--max-body-memory", "64MiB")
     with running_server(*tiny_flags, *flags) as server:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -198,3 +198,6 @@ async def test_a_flood_is_refused_by_one_bound(tiny_flags: tuple[str, ...]) -> N
             assert metrics["kunserve:body_bytes"] == 0
             assert set(await statuses(session, [SHORT] * 2)) == {200}
             assert (await state_of(session))["requests"]["running"] == 0
+        workers = [psutil.Process(pid) for pid in workers_of(server)]
+        server.send_signal(signal.SIGKILL)
+        assert psutil.wait_procs(workers, timeout=60)[1] == [], "a worker outlives its server"
