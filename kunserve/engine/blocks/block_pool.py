@@ -72,7 +72,7 @@ class BlockPool:
                 self._num_free_below_limit += 1
 
     def grow(self, num_blocks: int) -> None:
-        """More ids are mapped: `num_blocks` in all. Lifts the limit."""
+        """Take in more ids that are mapped now: `num_blocks` in all. Lifts the limit."""
         assert num_blocks >= self.num_blocks
         self._free += range(self.num_blocks, num_blocks)
         heapq.heapify(self._free)
@@ -85,11 +85,11 @@ class BlockPool:
         self._num_free_below_limit = sum(1 for block in self._free if block < self._limit)
 
     def used_beyond(self, limit: int) -> list[int]:
-        """Used ids that stand in the way of shrinking to `limit`."""
+        """Return the used ids that stand in the way of shrinking to `limit`."""
         return sorted(block for block in self._ref_counts if block >= limit)
 
     def shrink(self, num_blocks: int) -> None:
-        """Fewer ids are mapped; none of those that go may be in use."""
+        """Give up ids that are mapped no more; none of those that go may be in use."""
         assert not self.used_beyond(num_blocks), "shrinking under blocks in use"
         self._free = [block for block in self._free if block < num_blocks]
         heapq.heapify(self._free)

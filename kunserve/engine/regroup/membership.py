@@ -167,7 +167,7 @@ class Membership:
                 break
             await self._signals.next_commit()
         transition = await self._reconfigure.join(plan)
-        self._fit(self._longest_blocks() * self._fleet.block_size)
+        self._fit_requests()
         return transition
 
     @property
@@ -217,7 +217,7 @@ class Membership:
                 await remap.go_back({device: before[device] for device in whole}, error)
                 raise
             transitions.commit(transition, old, [self._form(part) for part in parts or ()])
-        self._fit(self._longest_blocks() * self._fleet.block_size)
+        self._fit_requests()
         return transition
 
     async def _copies_ended(self, groups: Sequence[Group]) -> None:
@@ -261,6 +261,11 @@ class Membership:
         for layout in part.layouts:
             self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
         return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
+
+    def _fit_requests(self) -> None:
+        """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""
+        if not self._lost_groups():
+            self._fit(self._longest_blocks() * self._fleet.block_size)
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""

@@ -57,7 +57,7 @@ class Transition:
         return REBUILDS.get(self.kind, f"a {self.kind}")
 
     def state(self) -> dict[str, Any]:
-        """As `/kunserve/state` and the log show it: `step` and `planned_bytes` only while it runs."""
+        """Show it as `/kunserve/state` and the log do: `step` and `planned_bytes` only while it runs."""
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.outcome != "running":
             del shown["step"], shown["planned_bytes"]

@@ -146,3 +146,26 @@ async def test_who_cannot_load_stays_idle(tiny64: Path, expected: list[Answer]) 
         await checked.engine.add_device(2)
         await checked.rebuilt()
         assert members(checked) == [[0, 2, 1]]
+
+
+async def test_nobody_ends_while_the_only_group_waits_to_be_replaced(tiny64: Path, expected: list[Answer]) -> None:
+    async with chains_of_two(tiny64) as checked:
+        lose(checked, 3)
+        await checked.rebuilt()
+        remap: Any = checked.control.membership._remap
+        load = remap.load
+
+        async def load_and_lose(*arguments: Any) -> int:
+            remap.load = load
+            lose(checked, 0)
+            bytes_loaded: int = await load(*arguments)
+            return bytes_loaded
+
+        remap.load = load_and_lose
+        answering = asyncio.ensure_future(checked.answer_all(again(REQUESTS)))
+        await checked.commits(2)
+        await checked.engine.add_device(3)
+        assert_same(await answering, expected)
+        await checked.rebuilt()
+        assert sorted(device for devices in members(checked) for device in devices) == [1, 2, 3]
+        checked.assert_idle()
