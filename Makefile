@@ -37,7 +37,8 @@ test: lint unit
 
 # Every fault in every state; `unit` has a quarter of them.
 test-faults: $(VENV)/.installed-test
-	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/e2e/server/test_bad_devices.py
+	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/engine/regroup/test_exactness.py \
+	  tests/e2e/server/test_bad_devices.py
 
 # The documentation as a site in build/site; a warning ends it. `unit` builds it as well.
 docs: $(VENV)/.installed-test

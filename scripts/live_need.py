@@ -33,6 +33,7 @@ from kunserve.loadgen import report
 from kunserve.loadgen.client import Recording, Target, first_model, run
 from kunserve.loadgen.workload import Job, make_jobs, poisson_arrivals, stream_of
 from kunserve.sim.traces import pick_rows, read_rows, sample_lengths
+from kunserve.sizes import ceil_div
 
 PLENTY = "plenty"
 BLOCK_SIZE = 16
@@ -79,7 +80,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def blocks_of(job: Job) -> int:
     """Return the blocks that a request fills by its end."""
-    return -(-(job.num_prompt_tokens + job.num_output_tokens) // BLOCK_SIZE)
+    return ceil_div(job.num_prompt_tokens + job.num_output_tokens, BLOCK_SIZE)
 
 
 async def serve(args: argparse.Namespace, jobs: Sequence[Job], policy: str, num_blocks: int) -> Seen:

@@ -26,6 +26,7 @@ from kunserve.command.listen import take_connections
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.text.tokenizer import tokenizer_of
 from kunserve.log import set_up_logging
+from kunserve.sizes import ceil_div
 
 # A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
 GIL_SWITCH_S = 0.0005
@@ -52,7 +53,7 @@ class Setup:
 def of_worker(settings: ApiSettings, num_workers: int) -> ApiSettings:
     """Return the settings of one of so many workers: a share of the memory for bodies, or what the largest takes."""
     most, share = settings.max_body_memory_bytes, settings.max_body_memory_bytes // max(1, num_workers)
-    least = min(most, -(-settings.largest_body_bytes * 4 // 3))
+    least = min(most, ceil_div(settings.largest_body_bytes * 4, 3))
     return replace(settings, max_body_memory_bytes=max(share, least))
 
 

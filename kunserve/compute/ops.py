@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,6 +25,8 @@ class AttentionBatch:
     context_lens: Tensor  # (B,) int32: tokens of sequence b whose KV exists once the new ones are appended
     block_tables: Tensor  # (B, W) int32: block ids on this stage; unused entries are 0
     block_size: int
+    # The same with ids of near blocks, for the layers with a window, where their KV is a kind of its own.
+    near: AttentionBatch | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

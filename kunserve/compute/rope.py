@@ -67,7 +67,7 @@ def _dynamic(_: RopeScaling, theta: float, dim: int, __: int) -> Tensor:
 
 
 def _llama3(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
-    """Slow slow pairs by `factor`, leave fast ones, and interpolate those between (Llama 3.1)."""
+    """Turn slow pairs `factor` times slower, leave fast ones, and interpolate those between (Llama 3.1)."""
     inv_freq = _inv_freq(theta, dim)
     low_wavelen = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high_wavelen = scaling.original_max_position_embeddings / scaling.high_freq_factor

@@ -126,13 +126,13 @@ class Request:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether a step may fail because of it: it goes alone."""
-        return self.num_computed_tokens < self.suspect_until
+        """Tell whether the next step that it joins may fail because of it: it goes alone."""
+        return self.num_scheduled_tokens < self.suspect_until
 
     @property
     def goes_first(self) -> bool:
         """Whether others wait for it in turns: it goes alone, or has waited long enough."""
-        return self.is_hurried or (self.suspect_until > 0 and self.is_suspect)
+        return (self.is_hurried and not self.num_sampling) or self.num_scheduled_tokens < self.suspect_until
 
     @property
     def is_over_here(self) -> bool:

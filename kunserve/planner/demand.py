@@ -58,6 +58,23 @@ class Demand:
         return self.in_use + self.prompts + self.growth
 
 
+def near_blocks(num_tokens: int, window: int, block_size: int) -> int:
+    """Return the blocks that a request of so many tokens has at once where only the last `window` are kept.
+
+    Those of a window, one begun at either end, and one that a step computes while it is not known to have ended.
+    """
+    return min(-(-num_tokens // block_size), (window + block_size - 2) // block_size + 2)
+
+
+def measure_near(requests: Iterable[RequestView], estimate: OutputLengthEstimate, window: int, block_size: int) -> int:
+    """Return the blocks that all requests need at once of a kind of which only the last `window` tokens are kept."""
+    expected = round(estimate.mean_tokens)
+    return sum(
+        near_blocks(num_tokens + max(0, min(max_tokens, expected) - num_output), window, block_size)
+        for num_tokens, num_output, max_tokens, _ in requests
+    )
+
+
 def measure_demand(
     running: Iterable[RequestView],
     waiting: Iterable[RequestView],

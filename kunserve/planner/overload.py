@@ -69,7 +69,7 @@ def is_overloaded(
 
 
 def _spare(group: GroupLoad, thresholds: Thresholds, block_size: int) -> int:
-    """Blocks of a group that are left at the horizon if none of its requests ends before."""
+    """Return the blocks of a group that are left at the horizon if none of its requests ends before."""
     return group.free_blocks - growth(group.running, thresholds.horizon_steps, block_size)
 
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
 
 class DeviceLayout(NamedTuple):
@@ -26,6 +26,19 @@ class Merge:
     origin: Origin
     freed_bytes: int = 0  # of weights
     added_blocks: int = 0  # capacity after minus before
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A group that devices of none join. Once they hold their weights it is like a merge with them.
+
+    `snapshot` has them as if they were a group, which holds their layers only.
+    """
+
+    group_id: int
+    snapshot: Snapshot
+    merge: Merge
+    newcomers: tuple[StageView, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,11 @@ class Room(NamedTuple):
     device: int
     chunks: int  # that each layer that stays gets at once, so that new requests can run meanwhile
     num_blocks: int  # with those beyond the limit, for the KV that comes
+    num_near: int = 0  # likewise, of layers with a window whose KV is a kind of its own
+
+    def by_kind(self, num_kinds: int) -> tuple[int, ...]:
+        """Return the blocks of each kind."""
+        return (self.num_blocks, self.num_near)[:num_kinds]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,35 @@
 Flow: demand -> overload -> drop | restore -> exchange. Everything in this package is a pure function of values.
 Each layer has its own KV range that grows by whole chunks, so a stage's capacity is found in two roundings: chunks per
 layer, then blocks per layer. A group holds as many blocks as its poorest stage.
+
+KV is of one kind, or of two: that of layers that see all tokens (full), and that of layers with a window (near), which
+need less. Blocks and chunks are of a full layer, unless said otherwise; how many a near one has follows from them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kunserve.sizes import ceil_div
+
+
+class NearKv(NamedTuple):
+    """Say which layers with a window have KV of a kind of its own, and how much."""
+
+    layers: tuple[int, ...]  # in order
+    share: int  # chunks, in thousandths of those of a full layer
+    least_chunks: int = 1  # that one request needs, if a full layer has as many
+
+    def chunks(self, full_chunks: int) -> int:
+        """Return the chunks of a near layer where full ones have `full_chunks`: no more than those."""
+        return min(full_chunks, max(self.least_chunks, -(-full_chunks * self.share // 1000)))
+
+    def num_within(self, layers: range) -> int:
+        """Count how many of some layers are near."""
+        return bisect_left(self.layers, layers.stop) - bisect_left(self.layers, layers.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +55,7 @@ class ModelShape:
     head_time: float = 0.0  # norm, head and sampling
     shares_head: bool = False
     max_layer_chunks: int = 1 << 62  # of one layer's KV: what its addresses have room for
+    near: NearKv | None = None  # None: KV is of one kind
 
     def __post_init__(self) -> None:
         assert self.num_layers > 0 and self.layer_chunks > 0 and self.layer_time > 0
@@ -65,7 +86,40 @@ class ModelShape:
     def kv_chunks(self, budget_chunks: int, first_layer: int, last_layer: int) -> int:
         """Return the chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
         left = budget_chunks - self.weight_chunks(first_layer, last_layer)
-        return min(self.max_layer_chunks, left // (last_layer - first_layer))
+        return min(self.max_layer_chunks, self.chunks_within(left, self.by_kind(range(first_layer, last_layer))))
+
+    def by_kind(self, layers: range) -> tuple[int, ...]:
+        """Count how many of some layers are of each kind: full, then near if there are two."""
+        if self.near is None:
+            return (len(layers),)
+        num_near = self.near.num_within(layers)
+        return (len(layers) - num_near, num_near)
+
+    @property
+    def num_kinds(self) -> int:
+        """Return how many kinds of KV there are."""
+        return 1 if self.near is None else 2
+
+    def kind_of(self, layer: int) -> int:
+        """Return the place of a layer's kind in what is told by kind."""
+        return 0 if self.near is None else self.near.num_within(range(layer, layer + 1))
+
+    def chunks_by_kind(self, chunks: int) -> tuple[int, ...]:
+        """Return the chunks of one layer of each kind where full ones have `chunks`."""
+        return (chunks,) if self.near is None else (chunks, self.near.chunks(chunks))
+
+    def chunks_within(self, num_chunks: int, num_layers: tuple[int, ...]) -> int:
+        """Return the chunks of a full layer if so many of each kind share all; without any, what they would be."""
+        kind = self.near
+        if kind is None or num_chunks < 0:
+            return num_chunks // sum(num_layers)
+        full, near = num_layers
+        most = num_chunks // full if full else num_chunks // near * 1000 // kind.share
+        return bisect_left(range(1, most + 1), True, key=lambda n: full * n + near * kind.chunks(n) > num_chunks)
+
+    def blocks_by_kind(self, chunks: int) -> tuple[int, ...]:
+        """Return the blocks of each kind where full layers have `chunks`."""
+        return tuple(map(self.blocks_in, self.chunks_by_kind(chunks)))
 
     def blocks_in(self, chunks: int) -> int:
         """Return the blocks that `chunks` chunks of one layer's KV hold."""

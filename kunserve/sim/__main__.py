@@ -91,6 +91,12 @@ def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
     add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens, help="tokens of a step")
     add("--max-num-seqs", type=_count, default=default.max_num_seqs, help="most requests that run on one device")
     add(
+        "--windowed-kv-share",
+        type=number_from(float, 0.001, 1.0),
+        default=default.windowed_kv_share,
+        help="KV of a layer with a window over that of one that sees all, in models with both; GPUs take only 1 so far",
+    )
+    add(
         "--watermark",
         type=number_from(float, 0.0, 1.0),
         default=default.watermark,

@@ -48,6 +48,7 @@ class Options:
     max_num_batched_tokens: int = 1024
     max_num_seqs: int = 1024
     watermark: float = 0.0
+    windowed_kv_share: float = 1.0
     is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
     host_step_s: float = 0.0  # of the one thread that serves all GPUs and clients, for a microbatch
     host_token_s: float = 0.0  # and for each token that it streams
@@ -146,6 +147,7 @@ def config_of(options: Options) -> EngineConfig:
         max_num_queued_reqs=1 << 30,
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
+        windowed_kv_share=options.windowed_kv_share,
         restore_hold_s=options.restore_hold_s,
         enable_prefix_caching=options.has_prefix_cache,
         async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide

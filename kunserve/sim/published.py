@@ -1,4 +1,4 @@
-"""vLLM 0.6.3 as it was published: the engine that KunServe's paper compares with, scheduled by our parts.
+"""Schedule as vLLM 0.6.3 was published to: the engine that KunServe's paper compares with, out of our parts.
 
 Each copy of the weights is a server of its own, with its own queue, behind a router that knows how many requests each
 has; nothing is moved between them. A step computes whole prompts or next tokens, never both: prompts first, as many as
@@ -29,6 +29,7 @@ def as_published(config: EngineConfig, max_model_len: int) -> EngineConfig:
         config,
         overload_policy=OverloadPolicy.RECOMPUTE,
         watermark=WATERMARK,
+        windowed_kv_share=1.0,  # whole prompts would need near blocks at once
         max_num_seqs=min(MAX_NUM_SEQS, config.max_num_seqs),
         max_num_batched_tokens=max(LEAST_BATCHED_TOKENS, max_model_len),
         async_scheduling=False,  # a step is planned when the one before has ended
@@ -36,7 +37,7 @@ def as_published(config: EngineConfig, max_model_len: int) -> EngineConfig:
 
 
 class PrefillFirst(Scheduler):
-    """Whole prompts before next tokens, each in steps of their own."""
+    """Schedule whole prompts before next tokens, each in steps of their own."""
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """See `Scheduler.schedule`."""
@@ -55,7 +56,7 @@ class PrefillFirst(Scheduler):
         """Admit from the head of the queue, as long as the next prompt fits into the step as a whole."""
         num_tokens = self.limits.max_num_batched_tokens
         while (head := self.waiting.head) is not None and len(spans) < self.limits.max_num_seqs:
-            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, is_first=not spans):
+            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, spans):
                 return
             self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)

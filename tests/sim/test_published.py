@@ -92,4 +92,4 @@ def test_nobody_knows_how_long_an_answer_gets(policy: str) -> None:
         return [arrival_s + ttft_s for arrival_s, ttft_s in answers if arrival_s + ttft_s < ends_s]
 
     assert first["finished"] == second["finished"] == 40
-    assert begun(first) == begun(second) and len(begun(first)) > 10
+    assert begun(first) == begun(second) and len(begun(first)) >= 10

@@ -78,7 +78,7 @@ def step_arrays(batch: AttentionBatch, num_rows: int | None = None) -> StepArray
 
 
 def padding_arrays(bucket: int) -> StepArrays:
-    """Arrays of a decode step that has no sequence: all rows are padding, which reads a token of block 0."""
+    """Return the arrays of a decode step without sequences: all rows are padding, which reads a token of block 0."""
     zeros, ones, count = np.zeros(bucket, np.int32), np.ones(bucket, np.int32), np.arange(bucket + 1, dtype=np.int32)
     return StepArrays(zeros, zeros - 1, count, count, zeros, ones)
 
@@ -187,7 +187,7 @@ class Planner:
 
 
 def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
-    """What FlashInfer's fa2 plans need for partial results of split contexts; it refuses to plan if that is not there.
+    """Return what FlashInfer's fa2 plans need for partial results of split contexts; else it refuses to plan.
 
     From PrefillPlan in its scheduler.cuh (0.6.18): per tile of queries, float32 output and sum of every row and head.
     A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
@@ -342,7 +342,7 @@ class ReferenceAttention:
 def load_attention(
     config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
 ) -> tuple[PagedAttention, str]:
-    """FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if it is missing.
+    """Return FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if missing.
 
     max_bucket: the largest number of sequences in a step that is captured.
     """

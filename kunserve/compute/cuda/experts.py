@@ -28,7 +28,7 @@ def expert_linear(  # type: ignore[no-untyped-def]
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one expert times a block of its columns: out[p] = x[p // SHARED] @ weight[expert].T + bias."""
+    """Multiply a block of rows of one expert by its columns: out[p] = x[p // SHARED] @ weight[expert].T + bias."""
     block, column = tl.program_id(0), tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
@@ -87,7 +87,7 @@ def moe(x: Tensor, experts: ExpertWeights, act_and_mul: Callable[[Tensor, str, f
 
 
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, shared: int) -> Tensor:
-    """Each place's row times its expert's matrix: (places, N); `shared` places have one row of `x`."""
+    """Multiply each place's row by its expert's matrix: (places, N); `shared` places have one row of `x`."""
     (_, N, K), num_places = weight.shape, routes.weights.numel()
     out = torch.empty(num_places, N, dtype=x.dtype, device=x.device)
     expert_linear[(len(routes.block_experts), triton.cdiv(N, BLOCK_COLUMNS))](

@@ -29,10 +29,10 @@ class Kernels(Protocol):
     is_capturable: bool  # whether a CUDA graph can hold them: nothing in them waits for the host
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """As `Ops.moe`."""
@@ -117,11 +117,11 @@ class CudaOps:
         self._kernels = kernels
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+        """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
         return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         return self._kernels.rms_norm(x, weight, eps, offset)
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -158,22 +158,22 @@ class CudaOps:
         scores: Scores = PLAIN_SCORES,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim)."""
+        """Attend causally with the q part of `qkv` to the blocks: -> (T, num_heads * head_dim)."""
         assert isinstance(batch, PlannedBatch)
         head_dim = kv.shape[-1]
         q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
         return batch.attend(q, kv, scores, sinks).flatten(1)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         return self._kernels.act_and_mul(gate_up, activation, limit)
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap), element by element."""
+        """Compute cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         return x * torch.sigmoid(gate)
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
@@ -190,7 +190,7 @@ def _linear(x: Tensor, weight: Part, bias: Tensor | None, residual: Tensor | Non
 
 
 def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
-    """The dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError for what is not served."""
+    """Return the dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError if not served."""
     wanted = checkpoint if name == "auto" else name
     dtype = CHECKPOINT_DTYPES.get(wanted)
     if dtype is None:
@@ -200,7 +200,7 @@ def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
 
 
 def load_kernels(device: torch.device) -> tuple[Kernels, str]:
-    """Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
+    """Return Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
     if device.type != "cuda":
         return TorchKernels(), f"torch reference on {device.type}"
     try:

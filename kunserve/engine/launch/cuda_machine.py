@@ -81,6 +81,7 @@ class CudaOptions:
 class CudaMachine(Machine):
     """Drivers, later devices, that are open, and the sizes that were found."""
 
+    has_kinds = False  # its attention takes one block table
     shares_head = False  # decoding is bound by reading the head's matrix: both ends would read all of it
 
     def __init__(

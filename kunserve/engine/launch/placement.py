@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
+from kunserve.planner.demand import near_blocks
 from kunserve.planner.layer_split import split_layers
-from kunserve.planner.snapshot import DeviceView, ModelShape, StageView, capacity_blocks
+from kunserve.planner.snapshot import DeviceView, ModelShape, NearKv, StageView, capacity_blocks
 from kunserve.sizes import ceil_div, format_size
 
 
@@ -25,7 +27,27 @@ class Placement:
     max_model_len: int  # tokens
 
 
-def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, shares_head: bool = False) -> ModelShape:
+def near_kv(config: ModelConfig, settings: EngineConfig, kv_shape: KVShape, chunk_bytes: int) -> NearKv | None:
+    """Return what layers with a window get of KV, if others see all and the settings say less than those; else None.
+
+    At least what one request needs, with all tokens that a step can compute of it.
+    """
+    share = round(1000 * settings.windowed_kv_share)
+    if not config.near_layers or config.window is None or share >= 1000:
+        return None
+    num_blocks = near_blocks(config.max_position_embeddings, config.window, kv_shape.block_size)
+    num_blocks += ceil_div(settings.num_batched_tokens, kv_shape.block_size)
+    return NearKv(config.near_layers, max(1, share), ceil_div(num_blocks * kv_shape.block_bytes, chunk_bytes))
+
+
+def model_shape(
+    config: ModelConfig,
+    kv_shape: KVShape,
+    chunk_bytes: int,
+    *,
+    shares_head: bool = False,
+    near: NearKv | None = None,
+) -> ModelShape:
     """Return the sizes that the planner works with. Times are relative: bytes of weights that a step reads.
 
     Where layers are stored differently, all count as the largest.
@@ -47,6 +69,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
         head_time=sum(t.num_bytes for t in (head or embed).tensors if len(t.shape) == 2) / layer.num_bytes,
         shares_head=shares_head and config.tie_embeddings,
         max_layer_chunks=max_layer_chunks(config.num_layers, chunk_bytes),
+        near=near,
     )
 
 
@@ -130,7 +153,9 @@ def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceVie
 def _too_small(shape: ModelShape, devices: Sequence[DeviceView], max_model_len: int) -> str:
     budget = min(view.budget_chunks for view in devices) * shape.chunk_bytes
     weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
-    kv = shape.num_layers * shape.chunks_for(ceil_div(max_model_len, shape.block_size)) * shape.chunk_bytes
+    of_kind = shape.chunks_by_kind(shape.chunks_for(ceil_div(max_model_len, shape.block_size)))
+    num_layers = shape.by_kind(range(shape.num_layers))
+    kv = sum(layers * chunks for layers, chunks in zip(num_layers, of_kind, strict=True)) * shape.chunk_bytes
     return (
         f"too little memory: the weights take {format_size(weights)} and one request of "
         f"--max-model-len {max_model_len} {format_size(kv)} of KV; {len(devices)} device(s) have "

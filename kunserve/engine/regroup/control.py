@@ -76,6 +76,7 @@ class OverloadControl:
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition | None]] = set()  # under way, or about to begin
+        self._rebuilds = set[asyncio.Task[Transition | None]]()  # of those, the ones that drops may run beside
         self._removals = set[asyncio.Future[dict[str, Any]]]()  # whose groups drain
 
     # --- what the engine calls ----------------------------------------------------------------------------------
@@ -88,15 +89,14 @@ class OverloadControl:
         self._worth.look(now)
         if now < self._not_before_s:
             return
-        is_idle = not self._tasks
-        may_drop = is_idle and self._merged_epoch != self._fleet.epoch
+        may_drop = self._tasks <= self._rebuilds and self._merged_epoch != self._fleet.epoch
         if (may_drop or self.reconfigure.is_cancellable) and self._pressure.is_too_high(changed):
             self._relaxation = Relaxation()
-            if is_idle:
+            if may_drop:
                 self._begin_drop(now)
             else:
                 self.reconfigure.cancel_restore()
-        elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
+        elif not self._tasks and self._is_dropped() and self._may_look(now) and self._may_be_low():
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
@@ -192,7 +192,7 @@ class OverloadControl:
     def lost(self, device: int) -> None:
         """A device is lost: replace its group."""
         if not self._is_stopping:
-            self._spawn(self.membership.lose())
+            self._spawn(self.membership.lose(), is_rebuild=True)
 
     def _refuse_if_stopping(self) -> None:
         if self._is_stopping:
@@ -207,8 +207,8 @@ class OverloadControl:
     async def _until_committed(
         self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition] | None = None
     ) -> dict[str, Any]:
-        """Run a transition; returns its state when it has committed, or ended."""
-        task = self._spawn(transition)
+        """Run a transition; returns its state when it has committed, or ended. Without `committed` it is a rebuild."""
+        task = self._spawn(transition, is_rebuild=committed is None)
         awaited: list[asyncio.Future[Any]] = [task] if committed is None else [task, committed]
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if committed is not None and committed.done():
@@ -266,10 +266,12 @@ class OverloadControl:
         return round(of_arrivals * self._pressure.demand(of_lengths))
 
     def _begin_drop(self, now: float) -> None:
-        snapshot = self.snapshot()
+        snapshot, in_the_way = self.snapshot(), self.reconfigure.transitions.in_the_way
+        free = tuple(group for group in snapshot.groups if in_the_way("drop", [group.group_id]) is None)
+        snapshot = replace(snapshot, groups=free)
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if not plan.merges:
-            if not plan.meets_need:
+            if not plan.meets_need and not self._tasks:  # a rebuild that fails leaves the epoch as it is
                 self._merged_epoch = plan.epoch
             return
         begun = self._worth.merges(now, snapshot, plan, self._pressure.demand(), self._pressure.answer_tokens)
@@ -293,7 +295,11 @@ class OverloadControl:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
 
     def _spawn(
-        self, transition: Coroutine[Any, Any, Transition | None], paused: Sequence[Group] = ()
+        self,
+        transition: Coroutine[Any, Any, Transition | None],
+        paused: Sequence[Group] = (),
+        *,
+        is_rebuild: bool = False,
     ) -> asyncio.Task[Transition | None]:
         """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
         task = asyncio.create_task(transition, name="transition")
@@ -303,17 +309,21 @@ class OverloadControl:
             # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
             task.add_done_callback(lambda _: pause.close())
         self._tasks.add(task)
+        self._rebuilds |= {task} if is_rebuild else set()
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Transition | None]) -> None:
         self._tasks.discard(task)
+        self._rebuilds.discard(task)
         if task.cancelled():
             return
         if (error := task.exception()) is None:
             transition = task.result()
             if transition is not None and transition.outcome == "done":
                 self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
+                if self.membership.idle and not self._is_stopping:
+                    self._spawn(self.membership.join(), is_rebuild=True)
         else:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
             log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)

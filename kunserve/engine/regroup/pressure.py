@@ -1,4 +1,4 @@
-"""Pressure on memory: how much is asked of it, and whether that is, or is about to be, too much. Decides nothing."""
+"""Say how hard memory is pressed: how much is asked of it, and whether that is, or is about to be, too much."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
+from kunserve.engine.regroup.live_kv import near_demand
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
@@ -19,7 +20,7 @@ CALM_S = 0.02  # after a look at all requests that found no overload: with many 
 
 
 class Pressure:
-    """Looks at groups and at the queue. Cheap while nothing is tight."""
+    """Look at groups and at the queue; decide nothing, and be cheap while nothing is tight."""
 
     def __init__(
         self,
@@ -53,8 +54,11 @@ class Pressure:
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
         running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
         waiting = map(self._view, self._scheduler.queued())
-        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
-        return blocks - self._fleet.num_shared
+        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+        if self._fleet.near is None:
+            return blocks
+        everybody = [r for group in self._fleet.groups for r in group.running] + list(self._scheduler.queued())
+        return max(blocks, near_demand(self._fleet, map(self._view, everybody), estimate))
 
     def is_too_high(self, changed: Sequence[Group]) -> bool:
         """Return whether memory is too small. `changed`: groups that something happened to since the last call."""
@@ -66,7 +70,7 @@ class Pressure:
         self._look_in(seconds)
 
     def _is_tight(self, changed: Sequence[Group]) -> bool:
-        """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
+        """Return whether it is worth asking the planner: a group may run out of blocks, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
         per_request = 1 + horizon // self._shape.block_size
         if any(self._num_free(group) < len(group.running) * per_request for group in changed):
@@ -75,16 +79,16 @@ class Pressure:
         return (head is not None and self._has_to_wait(head)) or self._nobody_waits()
 
     def _has_to_wait(self, head: Request) -> bool:
-        """Whether no group has blocks for a request: those that it would share with others, it does not take."""
-        num_blocks = self._fleet.blocks_for(head.num_tokens)
+        """Return whether no group has blocks for a request: what it would share with others, it does not take."""
+        num_blocks, n = self._fleet.blocks_for(head.num_tokens), head.num_tokens
         groups = self._fleet.working
-        if any(self._num_free(group) >= num_blocks for group in groups):
+        if any(self._num_free(group, n) >= num_blocks for group in groups):
             return False
-        return all(self._num_free(group) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+        return all(self._num_free(group, n) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
 
-    def _num_free(self, group: Group) -> int:
-        """Blocks that requests which are admitted may get."""
-        return group.num_free - self._scheduler.policy.num_reserved(group)
+    def _num_free(self, group: Group, num_tokens: int = 1) -> int:
+        """Return the blocks that a request of so many tokens which is admitted may get."""
+        return group.free_for(num_tokens) - self._scheduler.policy.num_reserved(group)
 
     def _is_overloaded(self, changed: Sequence[Group]) -> bool:
         if not (working := self._fleet.working):  # none that could merge
@@ -108,7 +112,7 @@ class Pressure:
         )
 
     def _has_waited(self, now: float) -> bool:
-        """Whether somebody has had to wait for blocks as long as a merge would make them wait: for a step."""
+        """Return whether somebody has waited for blocks as long as a merge would make others wait: for a step."""
         if self._waits_since_s is None:
             self._waits_since_s = now
         step_s = max((group.step_s or 0.0 for group in self._fleet.working), default=0.0)
@@ -122,15 +126,17 @@ class Pressure:
         return False
 
     def _loads(self, groups: Sequence[Group]) -> list[GroupLoad]:
-        return [GroupLoad(self._num_free(g), list(map(self._view, g.running))) for g in groups if not g.is_suspect]
+        head = self._scheduler.head
+        n = 1 if head is None or self._waits_since_s is None else head.num_tokens
+        return [GroupLoad(self._num_free(g, n), list(map(self._view, g.running))) for g in groups if not g.is_suspect]
 
     def _all_loads(self, now: float) -> list[GroupLoad]:
-        """Load of all groups; it is not asked for again so soon."""
+        """Return the load of all groups; it is not asked for again so soon."""
         self._calm_until_s = now + CALM_S
         return self._loads(self._fleet.working)
 
     def _demand_looked_at(self, now: float) -> int:
-        """Demand; it is not asked for again so soon."""
+        """Return the demand; it is not asked for again so soon."""
         self._calm_until_s = now + CALM_S
         return self.demand()
 

@@ -132,7 +132,7 @@ def _prompt_chunks(request: Request) -> Iterator[Chunk]:
 
 def _admissible(group: Group, waiting: Iterable[Request], num_seats: int, num_tokens: int) -> Iterator[Request]:
     """Yield the first waiting requests that `group` has blocks for, up to `num_tokens` in all."""
-    num_free, room = group.num_free, num_seats - len(group.running)
+    num_free, room = group.free_for(1), num_seats - len(group.running)
     for request in waiting:
         num_free -= group.blocks_for(request.num_tokens)
         if num_free < 0 or room == 0 or num_tokens <= 0:

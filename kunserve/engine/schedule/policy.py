@@ -88,7 +88,8 @@ class Recompute(Policy):
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Admit a request whose whole input fits, above the watermark."""
-        return group.blocks_for(request.num_tokens) - num_shared <= group.num_free - self.num_reserved(group)
+        num_free = group.free_for(request.num_tokens) - self.num_reserved(group)
+        return group.blocks_for(request.num_tokens) - num_shared <= num_free
 
     def num_reserved(self, group: Group) -> int:
         """Return the watermark's share of the blocks, while anything runs."""
@@ -105,8 +106,7 @@ class Queue(Policy):
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Admit a request if the longest that it and all others can get fits in the group."""
-        most = (group.blocks_for(self.least_tokens(r)) for r in (*group.running, request))
-        return sum(most) <= group.num_blocks
+        return group.can_hold([self.least_tokens(r) for r in (*group.running, request)])
 
     def least_tokens(self, request: Request) -> int:
         """Return the prompt's tokens, and all that the request may ask for."""
@@ -131,9 +131,10 @@ class Retract(Policy):
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Admit if input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
+        num_free = group.free_for(request.num_tokens)
         if not group.running:
-            return group.blocks_for(request.num_tokens) <= group.num_free
-        budget = (group.num_free + num_shared) * group.block_size - self._reserved(group)
+            return group.blocks_for(request.num_tokens) <= num_free
+        budget = (num_free + num_shared) * group.block_size - self._reserved(group)
         return request.num_tokens + _most_new_tokens(request) + group.block_size < budget
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:

@@ -16,12 +16,16 @@ from kunserve.engine.request import Request
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SwapMove:
-    """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers."""
+    """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers.
+
+    Of near blocks, where KV is of two kinds, without those behind the window.
+    """
 
     request: Request
     group: Group
     num_blocks: int
     is_out: bool  # to the host; else back
+    num_behind: int  # of the first near blocks
 
 
 class SwapQueue:
@@ -54,14 +58,15 @@ class SwapQueue:
         self._held[request.request_id] = num_blocks
         self._leaving[group.group_id][request.request_id] = request.num_own_blocks
         self.num_swaps += 1
-        self._begin(SwapMove(request, group, num_blocks, is_out=True))
+        self._begin(SwapMove(request, group, num_blocks, True, self._fleet.num_behind(request.num_computed_tokens)))
         return True
 
     def begin_in(self, group: Group) -> None:
         """Bring the first of the ready requests back to `group`, which has blocks for its whole input."""
         request = self.ready.popleft()
         self._fleet.admit(request, group)
-        self._begin(SwapMove(request, group, self._held[request.request_id], is_out=False))
+        num_blocks = self._held[request.request_id]
+        self._begin(SwapMove(request, group, num_blocks, False, self._fleet.num_behind(request.num_computed_tokens)))
 
     def take_begun(self) -> list[SwapMove]:
         """Return the moves that began since the last call, in order: the caller copies them, and ends each."""

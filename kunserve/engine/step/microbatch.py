@@ -15,6 +15,7 @@ from torch import Tensor
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.sampler import SamplingRow, reads_output
 from kunserve.engine.batch import Microbatch, Span, scored_positions
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.request import Constraint, Request
 from kunserve.sampling import TokenMask
 from kunserve.sizes import ceil_div
@@ -32,14 +33,15 @@ class StepInputs:
     sampled_rows: Tensor  # (R,) int64: rows of T whose logits are needed
     sampling: tuple[SamplingRow, ...]  # one per sampled row
     block_size: int
+    near_tables: tuple[Tensor, ...] = ()  # as `block_tables`, of near blocks, where KV is of two kinds
     sampled: Future[Any] = field(default_factory=Future)  # what the last stage sampled, in its executor's terms
     ahead_of: Future[Any] | None = None  # `sampled` of the microbatch that placeholders refer to
 
     def attention(self, stage: int) -> AttentionBatch:
         """Return the view of one stage."""
-        return AttentionBatch(
-            self.positions, self.cu_seqlens_q, self.context_lens, self.block_tables[stage], self.block_size
-        )
+        arrays = self.positions, self.cu_seqlens_q, self.context_lens
+        near = AttentionBatch(*arrays, self.near_tables[stage], self.block_size) if self.near_tables else None
+        return AttentionBatch(*arrays, self.block_tables[stage], self.block_size, near=near)
 
     def fed(self) -> Any:
         """Wait for the previous microbatch's tokens; None if it failed (then its requests have failed, too)."""
@@ -141,6 +143,11 @@ def _padded(tables: Sequence[array[int]], width: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def _by_stage(tables: Sequence[BlockTable], width: int) -> tuple[Tensor, ...]:
+    """Return the first ids of tables on each stage: (B, width) int32."""
+    return tuple(_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True))
+
+
 def step_inputs(
     batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ...], oldest: Microbatch | None = None
 ) -> StepInputs:
@@ -155,17 +162,19 @@ def step_inputs(
     np.cumsum(lens, out=cu_seqlens[1:])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     width = ceil_div(int(ends.max()), block_size)
-    tables = zip(*[span.request.table.ids.values() for span in spans], strict=True)  # by stage
+    tables = [span.request.table for span in spans]
+    near_tables = [table.near for table in tables if table.near is not None]
     sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
     return StepInputs(
         token_ids=torch.from_numpy(np.array(_token_ids(spans, places), np.int32)),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         context_lens=torch.from_numpy(ends),
-        block_tables=tuple(_padded(of_stage, width) for of_stage in tables),
+        block_tables=_by_stage(tables, width),
         sampled_rows=torch.from_numpy(np.array(sampled_rows, np.int64)),
         sampling=tuple(sampling),
         block_size=block_size,
+        near_tables=_by_stage(near_tables, width),
         sampled=batch.sampled,
         ahead_of=oldest.sampled if is_ahead and oldest is not None else None,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
@@ -96,9 +96,12 @@ class Health:
         """Return whether somebody waits for a device."""
         return any(device.has_work for device in self.devices)
 
-    def has_faulted(self, device: int) -> bool:
-        """Return whether work that a device was given was the end of it."""
-        return self.devices[device].has_faulted
+    def take_fault(self, devices: Iterable[int]) -> bool:
+        """Return whether work was the end of one of these that had it. Only once: what came behind it did nothing."""
+        faulted = [self.devices[device] for device in devices if self.devices[device].has_faulted]
+        for device in faulted:
+            device.has_faulted = False
+        return bool(faulted)
 
     # --- who fails ----------------------------------------------------------------------------------------------
 

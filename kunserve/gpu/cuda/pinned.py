@@ -34,7 +34,7 @@ class PinnedSource:
     """
 
     def __init__(self, source: WeightSource, units: Sequence[WeightUnit], driver: Driver | None) -> None:
-        """DeviceError if the host cannot pin so much."""
+        """Pin the copy; DeviceError if the host cannot pin so much."""
         self._source, self._driver = source, driver
         specs = [spec for unit in units for spec in unit.tensors]
         offsets, end = [], 0
