@@ -63,7 +63,7 @@ async def work(setup: Setup, name: str, connection: socket.socket, listening: so
     tokenizer = tokenizer_of(setup.folder, setup.vocab_size, setup.special_token_ids)
     template = None if setup.template is None else ChatTemplate(setup.template, tokenizer.special_tokens)
     guest = Guest(tokenizer, setup.eos_token_ids, setup.limits, stop.set, lambda: os._exit(1))
-    proxy = Proxy(setup.engine_socket, setup.settings.write_timeout_s)
+    proxy = Proxy(setup.engine_socket, setup.settings)
     app = create_worker_app(Known(tokenizer, template, setup.model, setup.settings), guest, proxy, name)
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()

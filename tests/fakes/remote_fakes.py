@@ -100,7 +100,7 @@ class Joined:
         await host.open(ours)
         await guest.open(theirs)
         known = Known(TOKENIZER, BRACKETS, api.model, api.settings)
-        app = create_worker_app(known, guest, Proxy(self.path, 30.0), next(_NAMES))
+        app = create_worker_app(known, guest, Proxy(self.path, api.settings), next(_NAMES))
         client = await self.stack.enter_async_context(TestClient(PlainServer(app)))
         self.stack.callback(host.link.close)
         return Worker(client, guest, host)

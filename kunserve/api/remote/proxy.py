@@ -8,6 +8,8 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from kunserve.api.wire.backend import ApiSettings
+from kunserve.api.wire.body_memory import too_large
 from kunserve.api.wire.context import REQUEST_ID
 from kunserve.api.wire.sse import write_while_read
 from kunserve.errors import OverloadedError
@@ -22,9 +24,9 @@ _OWN = frozenset(
 class Proxy:
     """Passes requests on to the application that answers them, on a Unix socket."""
 
-    def __init__(self, path: str, write_timeout_s: float) -> None:
-        """`path`: of the socket. `write_timeout_s`: so long may a client take no byte."""
-        self._path, self._write_timeout_s = path, write_timeout_s
+    def __init__(self, path: str, settings: ApiSettings) -> None:
+        """`path`: of the socket."""
+        self._path, self._settings = path, settings
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -41,6 +43,8 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a request as the engine's process does."""
         assert self._session is not None
+        if (request.content_length or 0) > self._settings.largest_body_bytes:  # nobody would read it to its end
+            raise too_large(self._settings.largest_body_bytes)
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _OWN]
         headers.append(("X-Request-ID", request[REQUEST_ID]))
         method = "GET" if request.method == "HEAD" else request.method
@@ -61,8 +65,10 @@ class Proxy:
             await response.prepare(request)
             request.writer.send_headers()
             async for piece in answer.content.iter_any():
-                await write_while_read(request, partial(response.write, piece), len(piece), self._write_timeout_s)
-            await write_while_read(request, response.write_eof, 0, self._write_timeout_s)
+                await write_while_read(
+                    request, partial(response.write, piece), len(piece), self._settings.write_timeout_s
+                )
+            await write_while_read(request, response.write_eof, 0, self._settings.write_timeout_s)
         except ConnectionError:
             pass  # viewers come and go
         return response

@@ -73,6 +73,7 @@ COVERING: tuple[Asked, ...] = (
     post("/kunserve/drop", {}, **ADMIN),
     post("/kunserve/drop", {"groups": "x"}, **ADMIN),
     post("/kunserve/drop", {}),
+    post("/kunserve/drop", {"groups": [1] * 5000}, **ADMIN),
     post("/kunserve/restore", {"groups": [1]}, **ADMIN),
     post("/kunserve/devices/0/remove", {"drain_s": 1}, **ADMIN),
     post("/kunserve/devices/7/add", {}, **ADMIN),
