@@ -8,6 +8,8 @@ from typing import Any
 import paper
 import paper_figures as figures
 
+from kunserve.sim.policies import PLENTY
+
 SECONDS = range(60)
 
 
@@ -79,7 +81,7 @@ def test_each_run_is_simulated_with_its_own_options() -> None:
     runs = [options for experiment in planned.values() for options in experiment.values()]
     assert all(options.seed == 3 for options in runs) and len(set(runs)) >= len(runs) - 2
     assert not planned["restore"]["no restore"].is_restoring
-    assert all(sum(options.policy == paper.PLENTY for options in runs.values()) == 1 for runs in planned.values())
+    assert all(sum(options.policy == PLENTY for options in runs.values()) == 1 for runs in planned.values())
     quick = {e.title: e.runs for e in paper.experiments(["sharegpt"], 3, is_quick=True)}
     assert 2 * (quick["sharegpt"]["drop"].rate or 0) == planned["sharegpt"]["drop"].rate
     full = {e.title: e.runs for e in paper.experiments(["sharegpt"], 3, is_full=True)}
