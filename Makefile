@@ -31,13 +31,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-logo
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: lint unit
 
 # Every fault in every state; `unit` has a quarter of them.
 test-faults: $(VENV)/.installed-test
-	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/e2e/server/test_bad_devices.py
+	KUNSERVE_ALL_FAULTS=1 $(BIN)/python -m pytest --numprocesses 2 tests/engine/survive tests/engine/regroup/test_exactness.py \
+	  tests/e2e/server/test_bad_devices.py
 
 # The documentation as a site in build/site; a warning ends it. `unit` builds it as well.
 docs: $(VENV)/.installed-test
@@ -64,7 +65,8 @@ test-fake-gpu: $(VENV)/.installed-test
 
 # Every family with all prompts and layouts; `unit` has one prompt of each.
 test-models: $(VENV)/.installed-test
-	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/compute/test_decoder.py
+	KUNSERVE_ALL_MODELS=1 $(BIN)/python -m pytest --numprocesses 2 tests/e2e/engine/test_families.py tests/e2e/engine/test_greedy.py \
+	  tests/compute/test_decoder.py
 
 # Client libraries in environments of their own, which no other target needs: CI does not run it. Wants npm as well.
 CLIENTS := scripts/clients

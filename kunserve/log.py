@@ -11,7 +11,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 
 
 def set_up_logging(level: str, as_json: bool) -> None:
-    """Send all events of `level` and above to stderr. Called once, at start-up.
+    """Send all events of `level` and above to stderr, from now on. To be called once, at start-up.
 
     Tracebacks are without local variables: those hold prompts, and may be as long.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:  # command lines are judged without numpy
     import numpy as np
@@ -58,3 +58,11 @@ class TokenLogprobs:
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
     rank: int | None = None  # of a prompt's token: 1 if it is the most likely one
+
+
+class SampledToken(NamedTuple):
+    """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: BaseException | None = None  # then token_id is 0: an id like any, for the microbatch that runs ahead

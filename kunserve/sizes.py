@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, Protocol, TypeVar
 
 from kunserve.errors import ConfigError
 
@@ -18,8 +19,19 @@ _SIZES = {
 }
 
 
+class _Divisible(Protocol):
+    """An integer, or an array or tensor of integers."""
+
+    def __neg__(self) -> Any: ...
+
+    def __floordiv__(self, divisor: int, /) -> Any: ...
+
+
+Amount = TypeVar("Amount", bound=_Divisible)
+
+
 def parse_size(text: str, plain_unit: str = "") -> int:
-    """Bytes of "730MiB", "18GiB", "500MB" or a plain number of `plain_unit` (bytes); ConfigError otherwise."""
+    """Read the bytes of "730MiB", "18GiB", "500MB" or a number of `plain_unit` (bytes); ConfigError otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match and _SIZES.get((match[2] or plain_unit).lower())
     if not match or not unit:
@@ -32,6 +44,7 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes >> 20} MiB" if num_bytes < 10 << 30 else f"{num_bytes * 10 // (1 << 30) / 10:.1f} GiB"
 
 
-def ceil_div(amount: int, size: int) -> int:
-    """Return how many pieces of `size` hold `amount`: the quotient, rounded up."""
-    return -(-amount // size)
+def ceil_div(amount: Amount, size: int) -> Amount:
+    """Return how many pieces of `size` hold `amount`, or each amount of an array: the quotient, rounded up."""
+    pieces: Amount = -(-amount // size)
+    return pieces

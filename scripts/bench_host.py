@@ -3,6 +3,7 @@
 
     python scripts/bench_host.py                                   # 1, 64, 256 streams on 1, 4, 8 devices
     python scripts/bench_host.py --streams 64 --devices 1 --ways engine,completions --seconds 10
+    python scripts/bench_host.py --ways completions --devices 1 --workers 2         # HTTP and text elsewhere
     python scripts/bench_host.py --streams 64 --devices 1 --profile 25     # where the loop's time goes, by function
 
 Everything is the server's own but the devices: each hands its work to a thread, which waits for `--step-ms` plus
@@ -11,9 +12,9 @@ token is an event of its own. `engine` has no HTTP: outputs go to sinks that cou
 processes read streams of that route.
 
 Time is CPU time, by thread, so that what else runs on the machine counts little. `loop`: of the thread that serves;
-`all`: of all threads of the server's process; `clients`: of the clients' processes. The parts of a step are of the
-loop's thread; `rest` is what is left: HTTP, hand-offs to devices, asyncio. Prints a table, and one JSON line at the
-end.
+`all`: of all threads of the engine's process; `workers`: of the process of each; `clients`: of the clients' processes.
+The parts of a step are of the loop's thread; `rest` is what is left: HTTP, hand-offs to devices, asyncio. Prints a
+table, and one JSON line at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import cProfile
 import gc
 import json
 import pstats
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import psutil
 import uvloop
 from aiohttp import web
 from benchhost.null_machine import NullMachine
@@ -41,7 +44,9 @@ from rich.table import Table
 from kunserve.api.app import create_app
 from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
-from kunserve.command.serving import GIL_SWITCH_S
+from kunserve.command.listen import take_connections
+from kunserve.command.worker import GIL_SWITCH_S, Setup
+from kunserve.command.workers import Workers
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.assemble import assemble
@@ -51,6 +56,7 @@ from kunserve.engine.text.tokenizer import DUMMY_TEMPLATE, Tokenizer
 from kunserve.errors import KunServeError
 from kunserve.log import set_up_logging
 from kunserve.model.card import resolve_model
+from kunserve.model.config import ModelConfig
 from kunserve.sampling import SamplingParams
 from kunserve.sim.machine import NoWeights
 
@@ -100,6 +106,7 @@ class Setting:
     step_s: float
     seconds: float
     num_clients: int
+    num_workers: int  # processes for HTTP and text; 0: they are in the engine's
     num_profiled: int  # functions of the loop's thread to name; 0: none, and figures that are not disturbed
 
 
@@ -193,19 +200,31 @@ async def serve(setting: Setting) -> dict[str, Any]:
     await engine.start()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.stop)
+        workers = list[int]()
         if setting.way == "engine":
             submit(engine, tokenizer, setting.num_streams)
             clients = []
         else:
-            url = await open_http(stack, engine, tokenizer)
+            app = make_app(engine, tokenizer)
+            runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            listener = socket.create_server(("127.0.0.1", 0), backlog=MAX_STREAMS)
+            stack.callback(listener.close)
+            url = "{}:{}".format(*listener.getsockname())
+            workers = await open_workers(stack, setting, engine, model, runner, listener)
             clients = [await open_client(stack, setting, url, i) for i in range(setting.num_clients)]
         while engine.num_running < setting.num_streams:
             await asyncio.sleep(0.05)
         await asyncio.sleep(SETTLE_S)
+        before_s = cpu_of(workers)
         report = await measure(engine, meter, setting)
+        workers_s = [after_s - s for after_s, s in zip(cpu_of(workers), before_s, strict=True)]
         num_tokens = engine.metrics.num_generation_tokens
         read = [json.loads((await client.communicate(b""))[0]) for client in clients]  # closes their stdin: they end
     await asyncio.to_thread(machine.close)
+    if workers:
+        report["workers_us_per_token"] = [round(s * 1e6 / report["tokens"], 2) for s in workers_s]
     if clients:
         report["tokens_per_event"] = round(num_tokens / sum(r["events"] for r in read), 2)
         report["clients_us_per_token"] = round(sum(r["cpu_s"] for r in read) * 1e6 / num_tokens, 2)
@@ -233,18 +252,42 @@ def submit(engine: Engine, tokenizer: Tokenizer, num_streams: int) -> None:
         engine.submit_to(Request(f"{number}", tokenizer.encode(PROMPT), params), Unread())
 
 
-async def open_http(stack: AsyncExitStack, engine: Engine, tokenizer: Tokenizer) -> str:
-    """Serve the API of an engine, as the server does, and return its address: HOST:PORT."""
-    info = ModelInfo((MODEL,), MAX_MODEL_LEN, MODEL, 0)
-    settings = ApiSettings(logs_access=False)
+def make_app(engine: Engine, tokenizer: Tokenizer) -> web.Application:
+    """Return the API of an engine, as the server has it."""
     template = ChatTemplate(DUMMY_TEMPLATE)
-    app = create_app(engine, tokenizer, template, info, engine.metrics, settings)
-    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    return "{}:{}".format(*runner.addresses[0][:2])
+    return create_app(engine, tokenizer, template, model_info(), engine.metrics, ApiSettings(logs_access=False))
+
+
+def model_info() -> ModelInfo:
+    """Return what the API says of the model."""
+    return ModelInfo((MODEL,), MAX_MODEL_LEN, MODEL, 0)
+
+
+async def open_workers(
+    stack: AsyncExitStack,
+    setting: Setting,
+    engine: Engine,
+    model: ModelConfig,
+    runner: web.AppRunner,
+    listener: socket.socket,
+) -> list[int]:
+    """Take connections, here or in workers, whose process ids are returned."""
+    if not setting.num_workers:
+        await take_connections(runner, listener, None)
+        return []
+    settings, eos = ApiSettings(logs_access=False), model.eos_token_ids
+    setup = Setup(
+        model_info(), settings, None, DUMMY_TEMPLATE, None, model.vocab_size, eos, eos, engine.limits, "warning", False
+    )
+    workers = Workers(setup, runner, listener.fileno(), setting.num_workers)
+    stack.push_async_callback(workers.close)
+    await workers.open()
+    return workers.pids
+
+
+def cpu_of(pids: Sequence[int]) -> list[float]:
+    """Return the seconds of CPU that processes have used."""
+    return [sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids]
 
 
 async def open_client(stack: AsyncExitStack, setting: Setting, address: str, number: int) -> asyncio.subprocess.Process:
@@ -278,11 +321,24 @@ def run(setting: Setting) -> dict[str, Any]:
 def table_of(results: Sequence[dict[str, Any]]) -> Table:
     """Return the results as a table, in microseconds per token, of steps per step."""
     parts = list(dict.fromkeys(part for result in results for part in result["parts"]))
-    names = ["way", "streams", "devices", "tokens/s", "loop", "all", "clients", "loop/step", *parts, "tokens/event"]
+    names = [
+        "way",
+        "streams",
+        "devices",
+        "tokens/s",
+        "loop",
+        "all",
+        "workers",
+        "clients",
+        "loop/step",
+        *parts,
+        "tokens/event",
+    ]
     table = Table(*names, title="CPU time of the host, in us per token")
     for result in results:
         shown = [result["way"], result["num_streams"], result["num_devices"], result["tokens_per_s"]]
-        shown += [result["loop"]["us_per_token"], result["all"]["us_per_token"], result.get("clients_us_per_token", "")]
+        shown += [result["loop"]["us_per_token"], result["all"]["us_per_token"]]
+        shown += [" ".join(map(str, result.get("workers_us_per_token", ""))), result.get("clients_us_per_token", "")]
         shown += [result["loop"]["us_per_step"], *(result["parts"][part]["us_per_token"] for part in parts)]
         table.add_row(*map(str, [*shown, result.get("tokens_per_event", "")]))
     return table
@@ -293,7 +349,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return [
         Setting(
             way, streams, devices, args.chain, (args.step_ms * 1e3 + args.row_us * streams) / 1e6,
-            args.seconds, min(args.clients, streams), args.profile,
+            args.seconds, min(args.clients, streams), args.workers, args.profile,
         )
         for way in args.ways.split(",")
         for devices in map(int, args.devices.split(","))
@@ -311,6 +367,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=2.0, help="that a device takes for a step, and")
     parser.add_argument("--row-us", type=float, default=100.0, help="for each stream of the server")
     parser.add_argument("--clients", type=int, default=2, help="processes that read")
+    parser.add_argument("--workers", type=int, default=0, help="processes for HTTP and text (--api-workers)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="name N functions; spoils the figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpucheck import forward, memory, report, serving
+from gpucheck import forward, memory, packed, report, serving
 from gpucheck.bench import GIB, Bench
+from gpucheck.likelihood import likelihood
 from gpucheck.worker import Part, run_parts, serve
 
 from kunserve.config import DeviceSpec
@@ -39,13 +40,16 @@ def parts_of(bench: Bench) -> dict[str, Part]:
         "contract": partial(memory.contract, bench),
         "driver_calls": partial(memory.driver_calls, bench),
         "kernels": partial(forward.kernels, bench),
+        "packed": partial(packed.products, bench),
         "logits": partial(forward.logits, bench),
         "graphs": partial(forward.graphs, bench),
         "remap": partial(memory.remap, bench),
         "decode": partial(forward.decode, bench),
+        "decode_packed": partial(packed.decode, bench),
         "prefill": partial(forward.prefill, bench),
         "regroup": partial(regroup, bench),
         "regroup_from_mates": partial(regroup, bench, HostCopy.NONE),
+        "likelihood": partial(text_likelihood, bench),
         "host": partial(host, bench),
         "steady": partial(steady, bench),
         "burst_drop": partial(burst, bench, OverloadPolicy.DROP),
@@ -67,6 +71,14 @@ def regroup(bench: Bench, host_copy: HostCopy = HostCopy.AUTO) -> dict[str, Any]
         _devices(bench, 2), "smollm2-135m", num_blocks=512, dtype="float32", is_pinned=True, num_batched_tokens=256
     )
     return asyncio.run(serving.regroup(replace(config, host_copy=host_copy), num_requests=6, num_tokens=64))
+
+
+def text_likelihood(bench: Bench) -> dict[str, Any]:
+    """The likelihood of each token of a text, in bf16, through drop, exchange and restore, and again."""
+    config = serving.engine_config(
+        _devices(bench, 2), "smollm2-135m", num_blocks=512, is_pinned=True, num_batched_tokens=256
+    )
+    return asyncio.run(likelihood(config, text_len=512, num_tokens=512))
 
 
 def _large(bench: Bench) -> tuple[str, int]:

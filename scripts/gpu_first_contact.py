@@ -2,7 +2,7 @@
 
 Prints a line of JSON as each step ends: {"step", "ok", "seconds"} and its figures, or "error". A step that fails, hangs
 or takes its process with it is reported, and the rest goes on in a new one: half a minute tells everything. Needs torch
-and cuda-bindings, nothing of KunServe; FlashInfer only for its own step. See dev/gpu/README.md.
+and cuda-bindings; FlashInfer and KunServe only for their own steps. See dev/gpu/README.md.
 """
 
 from __future__ import annotations
@@ -333,11 +333,18 @@ def _decode_step(ordinal: int, num_heads: int, num_kv_heads: int, head_dim: int)
     return {"error": error, "plan_us": plan_us, "run_us": run_us, "gb_per_s": kv.numel() * 2 / run_us / 1e3}
 
 
+def packed_weights(ordinal: int) -> dict[str, Any]:
+    """torch's product of 8-bit floats, and KunServe's kernel for 4 and 8 bits: right, and in a graph the same."""
+    from gpucheck import contact
+
+    return {"fp8": contact.fp8_product(ordinal), "ours": contact.packed_products(ordinal)}
+
+
 STEPS: dict[str, Step] = {  # what may end the process comes last
     step.__name__: step
     for step in (
         versions, calls, unmap_runs, reserve_much, tensors_over_mappings, graph_after_remap, pin, launches,
-        flashinfer_decode, pinned_after_stream, remap_beside_work,
+        flashinfer_decode, packed_weights, pinned_after_stream, remap_beside_work,
     )
 }  # fmt: skip
 

@@ -3,12 +3,16 @@
 
     python scripts/map.py --quick      # 12 points, two seeds, four policies
     python scripts/map.py              # 24 points, three seeds, five policies
+    python scripts/map.py --only "sharegpt 40 GB" --quick --overlap 1,2,4 --published
 
 A point is a distribution of lengths, GPUs with 40 or 80 GB, with or without the time of the host, and a need: the most
 KV that `plenty` (the same GPUs with memory without end) uses at once, over what is mapped without a drop. The burst of
-each point is made as long as it has to be for that. Every simulation is kept in --out by its options and the code that
-ran it: a run that was interrupted goes on, and one of the same code has nothing to do. Ends with one JSON line: what
-was wanted, and what came out. Times follow from data sheets; nothing is measured.
+each point is made as long as it has to be for that. --overlap sweeps how far reading weights and multiplying overlap;
+--published adds a row: vLLM 0.6.3 with a queue for each GPU, which is compared, but is not one of the baselines that
+are judged. Every simulation is kept in --out by its options and the code that ran it: a run that was interrupted goes
+on, and one of the same code has nothing to do. Written there: map.md, a table of medians over the seeds with their
+ranges, and map.json. Ends with one JSON line: what was wanted, and what came out. Times follow from data sheets;
+nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -27,9 +32,10 @@ from typing import Any, NamedTuple
 from kept_runs import kept_run
 
 from kunserve.model.card import find_config
+from kunserve.model.costs import OVERLAP
 from kunserve.sim.options import HOST_TOKEN_S, Options, cluster_of
 from kunserve.sim.plan.capacity import Capacity
-from kunserve.sim.policies import PLENTY
+from kunserve.sim.policies import PLENTY, VLLM
 
 BASELINES = ("recompute", "swap", "queue")
 QUICK_BASELINES = ("recompute", "swap")
@@ -57,11 +63,14 @@ class Point:
     memory_gb: int
     has_host: bool
     need: float
+    overlap: float = OVERLAP
 
     @property
     def name(self) -> str:
         """Return what a table calls it."""
-        return f"{self.workload} {self.memory_gb} GB{', host' if self.has_host else ''}, need {self.need:g}"
+        host = ", host" if self.has_host else ""
+        overlap = "" if self.overlap == OVERLAP else f", overlap {self.overlap:g}"
+        return f"{self.workload} {self.memory_gb} GB{host}, need {self.need:g}{overlap}"
 
     def load(self, burst_s: float, seed: int) -> Options:
         """Return the options with a burst of so long."""
@@ -80,16 +89,18 @@ class Point:
             max_num_batched_tokens=2048,
             is_running_ahead=True,
             host_token_s=HOST_TOKEN_S if self.has_host else 0.0,
+            overlap=self.overlap,
         )
 
 
-def points(*, is_quick: bool) -> list[Point]:
-    """Return all points, or every second one of each kind."""
+def points(*, is_quick: bool, overlaps: Sequence[float] = (OVERLAP,)) -> list[Point]:
+    """Return all points, or every second one of each kind; each with every overlap."""
     found = []
     for i, (memory_gb, workload) in enumerate(RATES):
         for has_host in (False, True):
             needs = NEEDS[(2 * i + has_host) % len(NEEDS)]
-            found += [Point(workload, memory_gb, has_host, need) for need in (needs[1:] if is_quick else needs)]
+            chosen = product(needs[1:] if is_quick else needs, overlaps)
+            found += [Point(workload, memory_gb, has_host, need, overlap) for need, overlap in chosen]
     return found
 
 
@@ -158,16 +169,18 @@ def burst_for(point: Point, seed: int, out: Path) -> float:
 
 def explore(job: tuple[Point, int, Sequence[str], Path]) -> dict[str, Any]:
     """Run one point with one seed under all policies; in a process of its own."""
-    point, seed, baselines, out = job
+    point, seed, policies, out = job
     burst_s = burst_for(point, seed, out)
     load = point.load(burst_s, seed)
-    runs = {policy: run(replace(load, policy=policy), out) for policy in (PLENTY, "drop", *baselines)}
+    runs = {policy: run(replace(load, policy=policy), out) for policy in policies}
     need = need_of(point, burst_s, seed, out)
     print(f"{point.name}, seed {seed}: burst of {burst_s:g} s, need {need:.2f}", file=sys.stderr, flush=True)
     return {"point": point, "seed": seed, "need": need, "burst_s": burst_s, "runs": runs}
 
 
-def rows_of(found: Sequence[dict[str, Any]], baselines: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows_of(
+    found: Sequence[dict[str, Any]], policies: Sequence[str], baselines: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield the medians over the seeds of each point, with the figures that are judged."""
     for point in dict.fromkeys(result["point"] for result in found):
         same = [result for result in found if result["point"] == point]
@@ -175,22 +188,26 @@ def rows_of(found: Sequence[dict[str, Any]], baselines: Sequence[str]) -> Iterat
         def middle(policy: str, field: str, same: Sequence[dict[str, Any]] = same) -> float:
             return float(median(getattr(result["runs"][policy], field) for result in same))
 
-        p99 = {policy: middle(policy, "p99_s") for policy in (PLENTY, "drop", *baselines)}
-        rate = {policy: middle(policy, "tokens_per_s") for policy in (PLENTY, "drop", *baselines)}
+        def ends(policy: str, field: str, same: Sequence[dict[str, Any]] = same) -> list[float]:
+            values = [getattr(result["runs"][policy], field) for result in same]
+            return [round(min(values), 3), round(max(values), 3)]
+
+        p99 = {policy: middle(policy, "p99_s") for policy in policies}
+        rate = {policy: middle(policy, "tokens_per_s") for policy in policies}
         best_s = min(p99[policy] for policy in baselines)
         yield {
             "point": point.name,
             "need": [round(result["need"], 2) for result in same],
             "p99_s": {policy: round(seconds, 3) for policy, seconds in p99.items()},
-            "range_s": {
-                policy: [round(f([r["runs"][policy].p99_s for r in same]), 3) for f in (min, max)]
-                for policy in ("drop", *baselines)
-            },
+            "range_s": {policy: ends(policy, "p99_s") for policy in policies},
             "tokens_per_s": {policy: round(each) for policy, each in rate.items()},
+            "tokens_range": {policy: ends(policy, "tokens_per_s") for policy in policies},
             "num_drops": [result["runs"]["drop"].num_drops for result in same],
             "can_free": round(most_freed(point), 2),
             "freed": round(middle("drop", "freed"), 2),
             "ceiling": round(best_s / p99[PLENTY], 2),
+            "recompute_over_drop": round(p99["recompute"] / p99["drop"], 2),
+            "recompute_over_plenty": round(p99["recompute"] / p99[PLENTY], 2),
             "gap": round((p99["drop"] - p99[PLENTY]) / (best_s - p99[PLENTY]), 3) if best_s > p99[PLENTY] else None,
             "p99_over_best": round(p99["drop"] / best_s, 3),  # of the others
             "p99_of_best": round(p99["drop"] / min(best_s, p99["drop"]), 3),
@@ -225,6 +242,28 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table_of(rows: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[str]:
+    """Return a table in Markdown: a row for each policy at each point, medians with ranges over the seeds."""
+    lines = ["| point | need | policy | P99 TTFT, s | tokens/s | drops | freed |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        needs = row["need"]
+        need = f"{median(needs):.2f} ({min(needs):.2f} to {max(needs):.2f}), {row['can_free']:.2f} can be freed"
+        for policy in policies:
+            (low_s, high_s), (least, most) = row["range_s"][policy], row["tokens_range"][policy]
+            is_drop = policy == "drop"
+            cells = [
+                row["point"] if policy == policies[0] else "",
+                need if policy == policies[0] else "",
+                policy,
+                f"{row['p99_s'][policy]:.2f} ({low_s:.2f} to {high_s:.2f})",
+                f"{row['tokens_per_s'][policy]:,} ({least:,.0f} to {most:,.0f})",
+                ", ".join(map(str, row["num_drops"])) if is_drop else "",
+                f"{row['freed']:.2f}" if is_drop else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 points, two seeds, four policies")
@@ -232,22 +271,29 @@ def main() -> None:
     parser.add_argument("--only", default="", help="points whose name contains this")
     parser.add_argument("--seeds", type=int, help="how many (default: 3; 2 with --quick)")
     parser.add_argument("--jobs", type=int, default=2, help="simulations at a time")
+    parser.add_argument(
+        "--overlap", default=f"{OVERLAP:g}", help="1 or more, several with commas (default %(default)s)"
+    )
+    parser.add_argument("--published", action="store_true", help=f"compare with {VLLM}, too")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = [point for point in points(is_quick=args.quick) if args.only in point.name]
+    overlaps = [float(text) for text in args.overlap.split(",")]
+    chosen = [point for point in points(is_quick=args.quick, overlaps=overlaps) if args.only in point.name]
     if not chosen:
         raise SystemExit(
             f"no point has {args.only!r} in its name, which are like {Point('burstgpt', 40, True, 1.2).name!r}"
         )
     baselines = QUICK_BASELINES if args.quick else BASELINES
     seeds = range(args.seeds or (2 if args.quick else 3))
-    jobs = [(point, seed, baselines, args.out) for point in chosen for seed in seeds]
+    policies = (PLENTY, "drop", *baselines, *([VLLM] if args.published else []))
+    jobs = [(point, seed, policies, args.out) for point in chosen for seed in seeds]
     with ProcessPoolExecutor(args.jobs) as processes:
         found = list(processes.map(explore, jobs))
-    rows = list(rows_of(found, baselines))
+    rows = list(rows_of(found, policies, baselines))
     for row in rows:
         print(json.dumps(row))
     (args.out / "map.json").write_text(json.dumps(rows, indent=1))
+    (args.out / "map.md").write_text("\n".join(table_of(rows, policies)) + "\n")
     print(json.dumps(judge(rows)))
 
 

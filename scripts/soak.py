@@ -32,13 +32,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", default="cpu:3")
+    parser.add_argument("--pairs", action="store_true", help="devices that hold the weights only two by two")
     parser.add_argument("--verbose", action="store_true", help="show the server's log")
     arguments = parser.parse_args()
     level = logging.INFO if arguments.verbose else logging.CRITICAL
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model("llama", Path(folder), dtype=torch.float64, num_hidden_layers=6, hidden_size=32)
-        found = asyncio.run(soak(model, arguments.minutes * 60, arguments.seed, arguments.devices))
+        found = asyncio.run(
+            soak(model, arguments.minutes * 60, arguments.seed, arguments.devices, are_pairs=arguments.pairs)
+        )
     rss = found.rss_bytes
     print(
         json.dumps(

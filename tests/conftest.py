@@ -15,6 +15,7 @@ from op_layers import ops  # noqa: F401  a fixture
 from seeds import asked_seed
 from tiny_models import make_tiny_model
 
+torch.set_num_threads(1)  # as when serving: two are no faster, and far slower when something else runs
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
@@ -44,11 +45,16 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that draw their cases: of Hypothesis, and those that are called once for each seed."""
+    """Mark tests that draw their cases: of Hypothesis, and those that are called once for each seed.
+
+    Files with `long` tests come first: the last one of a run is one worker's alone, while the others have nothing.
+    """
     for item in items:
         is_seeded = isinstance(item, pytest.Function) and "seed" in item.fixturenames
         if is_seeded or item.get_closest_marker("hypothesis"):
             item.add_marker(pytest.mark.drawn)
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -15,6 +16,10 @@ from kunserve.api.operate.admin import add_device, drop, remove_device, restore
 from kunserve.api.operate.burst import BURSTS, Bursts, start_burst
 from kunserve.api.operate.feed import FEED, Feed, events
 from kunserve.api.operate.page import PAGE, page_files, show_page
+from kunserve.api.remote.guest import Guest
+from kunserve.api.remote.proxy import Proxy
+from kunserve.api.remote.shared import RemoteDoor, RemoteResponses
+from kunserve.api.remote.structures import RemoteGrammars
 from kunserve.api.routes import anthropic, openapi
 from kunserve.api.routes.chat import chat_completions
 from kunserve.api.routes.completions import completions
@@ -41,13 +46,30 @@ from kunserve.api.routes.resume import resume
 from kunserve.api.routes.stored_responses import delete_response, list_input_items, show_response
 from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.access import allow_origin, check_key, is_preflight, log_access, preflight_response
-from kunserve.api.wire.admission import Admission
-from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.wire.admission import Admission, Door
+from kunserve.api.wire.backend import (
+    ApiSettings,
+    Backend,
+    Counters,
+    Generator,
+    ModelInfo,
+    Template,
+    TextTokenizer,
+)
 from kunserve.api.wire.body_memory import BodyMemory
-from kunserve.api.wire.context import API, REQUEST_ID, Api, echo_request_id, join_trace, new_request_id
+from kunserve.api.wire.context import (
+    API,
+    OPERATED,
+    REQUEST_ID,
+    Api,
+    Operated,
+    echo_request_id,
+    join_trace,
+    new_request_id,
+)
 from kunserve.api.wire.errors import ErrorJson, error_of_http, error_response, internal_error, openai_error
-from kunserve.api.wire.grammars import Grammars
-from kunserve.api.wire.response_store import ResponseStore
+from kunserve.api.wire.grammars import Compiler, Grammars
+from kunserve.api.wire.response_store import Responses, ResponseStore
 from kunserve.api.wire.sse import send_response
 from kunserve.api.wire.turns import Turns
 from kunserve.errors import KunServeError
@@ -64,7 +86,8 @@ DEPARTURES_PER_ROUND = 32  # 1 to 2 ms where each leaves the engine
 
 READ_BYTES = 16 << 10  # of a body may wait twice so many, and one read of the socket, for somebody to take them
 
-ROUTES = (
+# Of clients: a worker answers them itself.
+CLIENT_ROUTES = (
     web.post("/v1/completions", completions),
     web.post("/v1/chat/completions", chat_completions),
     web.post("/v1/responses", create_response),
@@ -79,25 +102,29 @@ ROUTES = (
     web.post("/tokenize", tokenize_text),
     web.post("/detokenize", detokenize),
     web.get("/tokenizer_info", show_tokenizer),
+    web.get("/version", show_version),
+    web.get("/openapi.json", show_openapi),
+    web.get("/docs", show_docs),
+    web.get("/", show_page),
+    web.get("/page/{name}", show_page),
+    web.post("/kunserve/resume", resume),
+)
+# Of operators, routers and scrapers: only the engine's process knows what they say.
+ENGINE_ROUTES = (
     web.get("/load", show_load),
     web.get("/health", health),
     web.get("/ping", health),
     web.get("/ready", ready),
-    web.get("/version", show_version),
-    web.get("/openapi.json", show_openapi),
-    web.get("/docs", show_docs),
     web.get("/metrics", show_metrics),
-    web.get("/", show_page),
-    web.get("/page/{name}", show_page),
     web.get("/kunserve/state", state),
     web.get("/kunserve/events", events, allow_head=False),
-    web.post("/kunserve/resume", resume),
     web.post("/kunserve/burst", start_burst),
     web.post("/kunserve/drop", drop),
     web.post("/kunserve/restore", restore),
     web.post("/kunserve/devices/{index}/remove", remove_device),
     web.post("/kunserve/devices/{index}/add", add_device),
 )
+ROUTES = (*CLIENT_ROUTES, *ENGINE_ROUTES)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -166,22 +193,33 @@ async def answer_always(request: web.Request, handler: Handler) -> web.StreamRes
     return response
 
 
-def create_app(
-    backend: Backend,
-    tokenizer: TextTokenizer,
-    chat_template: Template | None,
-    model: ModelInfo,
-    metrics: Metrics,
-    settings: ApiSettings,
-    grammars: Grammars | None = None,
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What routes know of the model, and of what they may do: the same in every process that has them."""
+
+    tokenizer: TextTokenizer
+    chat_template: Template | None
+    model: ModelInfo
+    settings: ApiSettings
+
+
+def _application(
+    known: Known,
+    backend: Generator,
+    metrics: Counters,
+    admission: Door,
+    grammars: Compiler | None,
+    responses: Responses,
+    serials: Iterator[object],
     tracer: Tracer | None = None,
 ) -> web.Application:
-    """Make the application: all routes on one engine. Its runner needs no further arguments.
+    """Make an application with all that routes of clients stand on. Its runner needs no further arguments.
 
     A client that leaves cancels its handler at once (handler_cancellation), streaming or not, whether or not there
     is a token to write: aiohttp keeps reading the socket and so sees the end of the connection. Connections that do
     not come up with a request's headers in time are closed (keepalive_timeout runs from the accept as well).
     """
+    settings = known.settings
     app = web.Application(
         middlewares=[log_access, answer_always],
         client_max_size=settings.max_body_bytes,
@@ -193,30 +231,69 @@ def create_app(
         },
     )
     threads = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
-    admission = Admission(backend.waiting, metrics, settings)
     bodies = BodyMemory(metrics, settings)
-    responses = ResponseStore(settings.max_response_bytes, settings.response_file)
     turns = (Turns(ARRIVALS_PER_ROUND), Turns(), Turns(DELIVERIES_PER_ROUND), Turns(DEPARTURES_PER_ROUND))
-    shared = (settings, threads, *turns, admission, bodies, grammars, responses, itertools.count(), tracer)
-    app[API] = Api(backend, tokenizer, chat_template, model, metrics, *shared)
-    app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
-    app[BURSTS] = Bursts()
+    shared = (settings, threads, *turns, admission, bodies, grammars, responses, serials, tracer)
+    app[API] = Api(backend, known.tokenizer, known.chat_template, known.model, metrics, *shared)
     app[PAGE] = page_files()
     openapi.prepare()
 
     async def stop_threads(_: web.Application) -> AsyncIterator[None]:
+        yield
+        threads.shutdown(wait=False, cancel_futures=True)
+
+    app.cleanup_ctx.append(stop_threads)
+    app.on_response_prepare.append(echo_request_id)
+    app.on_response_prepare.append(allow_origin)
+    return app
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: TextTokenizer,
+    chat_template: Template | None,
+    model: ModelInfo,
+    metrics: Metrics,
+    settings: ApiSettings,
+    grammars: Grammars | None = None,
+    tracer: Tracer | None = None,
+) -> web.Application:
+    """Make the application: all routes on one engine, in its own process."""
+    known = Known(tokenizer, chat_template, model, settings)
+    admission = Admission(backend.waiting, metrics, settings)
+    responses = ResponseStore(settings.max_response_bytes, settings.response_file)
+    app = _application(known, backend, metrics, admission, grammars, responses, itertools.count(), tracer)
+    app[OPERATED] = Operated(backend, metrics, admission)
+    app[FEED] = Feed(backend.state, metrics, {"model": model.name, "has_admin": bool(settings.admin_keys)})
+    app[BURSTS] = Bursts()
+
+    async def close_stores(_: web.Application) -> AsyncIterator[None]:
         if grammars is not None:
             await grammars.open()
         yield
-        threads.shutdown(wait=False, cancel_futures=True)
-        app[API].responses.close()
+        responses.close()
         if grammars is not None:
             await grammars.close()
 
-    app.cleanup_ctx.append(stop_threads)
+    app.cleanup_ctx.append(close_stores)
     app.on_startup.append(app[FEED].open)
     app.on_shutdown.append(app[FEED].close)
-    app.on_response_prepare.append(echo_request_id)
-    app.on_response_prepare.append(allow_origin)
     app.add_routes(ROUTES)
+    return app
+
+
+def create_worker_app(known: Known, engine: Guest, proxy: Proxy, name: str) -> web.Application:
+    """Make the application of a worker, on an engine in another process; `name` is no other worker's, dead or alive."""
+    responses = RemoteResponses(engine, is_on=known.settings.max_response_bytes > 0)
+    serials = (f"{name}.{number}" for number in itertools.count())
+    app = _application(known, engine, engine, RemoteDoor(engine), RemoteGrammars(engine), responses, serials)
+
+    async def pass_on(_: web.Application) -> AsyncIterator[None]:
+        await proxy.open()
+        yield
+        await proxy.close()
+
+    app.cleanup_ctx.append(pass_on)
+    app.add_routes(CLIENT_ROUTES)
+    app.add_routes([web.RouteDef(route.method, route.path, proxy.handle, route.kwargs) for route in ENGINE_ROUTES])
     return app

@@ -132,6 +132,7 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         restore_watermark=args.restore_watermark,
         restore_hold_s=args.restore_hold,
         device_timeout_s=args.device_timeout,
+        windowed_kv_share=args.windowed_kv_share,
         is_pinned=args.pin,
         host_copy=HostCopy(args.host_copy),
         gpu_memory_utilization=args.gpu_memory_utilization,
@@ -343,6 +344,15 @@ def _add_overload_flags(group: Group) -> None:
         default=DEFAULTS.watermark,
         metavar="SHARE",
         help="share of the KV blocks that the admission of requests leaves free",
+    )
+    add(
+        "--windowed-kv-share",
+        type=float,
+        default=DEFAULTS.windowed_kv_share,
+        metavar="SHARE",
+        help="KV of a layer with a window, as a share of that of a layer that sees all, in models with both (Gemma, "
+        "gpt-oss): less than 1 frees KV behind windows and so holds more long requests, but fewer short ones; CPU "
+        "devices only",
     )
     add(
         "--swap-space",

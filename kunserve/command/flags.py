@@ -28,6 +28,7 @@ API_KEY_VARIABLES = ("KUNSERVE_API_KEY", "VLLM_API_KEY")
 ADMIN_KEY_VARIABLE, FRONT_KEY_VARIABLE = "KUNSERVE_ADMIN_KEY", "KUNSERVE_FRONT_KEY"
 LOG_LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 LEAST_BODY_MEMORY_BYTES = 1 << 20
+MAX_WORKERS = 64
 LOG_LEVELS = ("debug", "info", "warning", "error")
 STATS_INTERVAL_VARIABLES = ("KUNSERVE_LOG_STATS_INTERVAL", "VLLM_LOG_STATS_INTERVAL")
 
@@ -75,6 +76,7 @@ class HttpConfig:
     chat_template_kwargs: Mapping[str, Any]  # of requests that bring none
     kv_events: KVEventsConfig | None  # None: nobody is told what the prefix cache has
     traces: TraceEndpoint | None  # None: nothing is traced
+    num_workers: int  # processes for HTTP and text; 0: they are in the engine's
     ignored: Mapping[str, str]  # flags of vLLM's that change nothing -> why
 
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -192,6 +194,13 @@ def add_listen_flags(group: argparse._ArgumentGroup) -> None:
     add("--uds", type=_path, metavar="PATH", help="Unix socket to listen on, instead of host and port")
     add("--ssl-certfile", type=Path, metavar="FILE", help="certificate to serve https with")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="key of the certificate")
+    add(
+        "--api-workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes for HTTP and text beside that of the engine; 0: all is in one process",
+    )
 
 
 def add_router_flags(group: argparse._ArgumentGroup) -> None:
@@ -219,6 +228,10 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
 
         if set_by_us := args.default_chat_template_kwargs.keys() & TEMPLATE_FIELDS:
             raise ConfigError(f"--default-chat-template-kwargs must not set {min(set_by_us)}: requests do")
+    if not 0 <= args.api_workers <= MAX_WORKERS:
+        raise ConfigError(f"--api-workers {args.api_workers}: must be between 0 and {MAX_WORKERS}")
+    if args.api_workers and args.otlp_traces_endpoint:
+        raise ConfigError("--api-workers does not go with --otlp-traces-endpoint: workers know nothing of traces")
     if args.max_num_queued_tokens < 1:
         raise ConfigError(f"--max-num-queued-tokens {args.max_num_queued_tokens}: must be at least 1")
     if (max_body_memory_bytes := parse_size(args.max_body_memory)) < LEAST_BODY_MEMORY_BYTES:
@@ -251,6 +264,7 @@ def http_config(args: argparse.Namespace, environment: Mapping[str, str] = os.en
         chat_template_kwargs=args.default_chat_template_kwargs,
         kv_events=kv_events_config(args.kv_events_config),
         traces=trace_endpoint(args.otlp_traces_endpoint),
+        num_workers=args.api_workers,
         ignored=args.ignored_flags or {},
     )
 

@@ -41,10 +41,13 @@ class Listener:
             raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
         self._socket.setblocking(False)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the listening socket, for processes that take connections from it, too."""
+        return self._socket.fileno()
+
     async def serve(self, runner: web.BaseRunner) -> None:
         """Let `runner`, which is set up, take connections until it is cleaned up."""
-        for _ in range(ACCEPTS_A_ROUND):
-            await web.SockSite(runner, self._socket.dup(), ssl_context=self._ssl_context, backlog=BACKLOG).start()
+        await take_connections(runner, self._socket, self._ssl_context)
 
     def close(self) -> None:
         """Refuse connections from now on."""
@@ -64,6 +67,14 @@ class Listener:
             yield
         finally:
             await runner.cleanup()
+
+
+async def take_connections(
+    runner: web.BaseRunner, listening: socket.socket, ssl_context: ssl.SSLContext | None
+) -> None:
+    """Let `runner` take connections of a socket, which others may do as well, until it is cleaned up."""
+    for _ in range(ACCEPTS_A_ROUND):
+        await web.SockSite(runner, listening.dup(), ssl_context=ssl_context, backlog=BACKLOG).start()
 
 
 def _tcp_socket(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +29,9 @@ from kunserve.api.wire.grammars import Grammars
 from kunserve.command.arguments import ServerConfig
 from kunserve.command.flags import NO_FORMAT, HttpConfig
 from kunserve.command.listen import Listener
+from kunserve.command.worker import GIL_SWITCH_S as GIL_SWITCH_S
+from kunserve.command.worker import Setup, of_worker
+from kunserve.command.workers import Workers
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError, InvalidRequestError
 from kunserve.grammar.fork_server import Vocabulary
@@ -43,8 +47,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 HEARTBEAT_S = 0.01
-# A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
-GIL_SWITCH_S = 0.0005
 
 
 async def serve(config: ServerConfig) -> None:
@@ -121,13 +123,15 @@ async def _serve(
     gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
         await engine.start()
-        runner = web.AppRunner(_app(config, served, tracer), handle_signals=False, shutdown_timeout=1.0)
+        app, setup = _app(config, served, tracer)
+        runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
+        workers = Workers(setup, runner, listener.fileno(), config.http.num_workers)
         watchers = [asyncio.create_task(_watch_loop(served.metrics))]
         if (interval_s := config.http.stats_interval_s) is not None:
             watchers.append(asyncio.create_task(log_summary(Summary(served.metrics, engine.stats), interval_s)))
         try:
-            await listener.serve(runner)
+            await (workers.open() if config.http.num_workers else listener.serve(runner))
             log.info("ready", url=listener.url, model=config.served_names[0])
             await _first_of(stop.wait(), engine.wait())
             if not engine.is_running:
@@ -140,6 +144,7 @@ async def _serve(
             for watcher in watchers:
                 watcher.cancel()
             await (engine.stop(last_step_s=0.0) if is_hurried else engine.stop())
+            await workers.close()
             await runner.cleanup()
     finally:
         await served.close()
@@ -184,10 +189,42 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
 
-def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> web.Application:
+def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> tuple[web.Application, Setup]:
+    """Return all routes on the engine of this process, and what workers have to know to have those of clients."""
     tokenizer, path = served.tokenizer, config.http.chat_template
     source = tokenizer.chat_template if path is None else _read_template(path)
     template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+    info = _model_info(config, served, source)
+    settings = _api_settings(config, source, template)
+    log.info("formats", tool_call_parser=settings.tool_call_parser, reasoning_parser=settings.reasoning_parser)
+    thoughts = REASONING_FORMATS.get(settings.reasoning_parser or "")
+    model, files = served.engine.model, served.files
+    grammars = Grammars(
+        Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
+        tokenizer.token_id(thoughts.ends[0]) if thoughts is not None and thoughts.is_before_structure else None,
+        served.metrics.structure_process_died,
+        config.http.closes_objects,
+    )
+    setup = Setup(
+        info,
+        of_worker(settings, config.http.num_workers),
+        config.http,
+        source,
+        files.folder,
+        files.config.vocab_size,
+        files.config.eos_token_ids,
+        model.eos_token_ids,
+        served.engine.limits,
+        config.log_level,
+        config.log_json,
+    )
+    if config.http.num_workers:  # they have logged what they pass on, and say which browsers may read it
+        settings = replace(settings, logs_access=False, allowed_origins=())
+    app = create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars, tracer)
+    return app, setup
+
+
+def _model_info(config: ServerConfig, served: Served, template: str | None) -> ModelInfo:
     files, http = served.files, config.http
     recommended = None if files.card is None else files.card.defaults.sampling
     sampling = sampling_defaults(http.generation_config, files.folder, http.sampling, recommended)
@@ -195,48 +232,39 @@ def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> web.App
         log.info("defaults of requests", **sampling)
     if ignored := settings_not_obeyed(http.generation_config, files.folder):
         log.warning("settings of generation_config.json that are not obeyed", **ignored)
-    max_model_len = served.engine.limits.max_model_len
-    kwargs = config.http.chat_template_kwargs
-    told = {**tokenizer.special_tokens, "chat_template": source}
     stop, max_tokens = sampling.pop("stop", ()), sampling.pop("max_tokens", None)
-    info = ModelInfo(
+    return ModelInfo(
         config.served_names,
-        max_model_len,
+        served.engine.limits.max_model_len,
         files.name,
         int(time.time()),
         sampling,
-        kwargs,
-        told,
+        http.chat_template_kwargs,
+        {**served.tokenizer.special_tokens, "chat_template": template},
         vocab_size=files.config.vocab_size,
         max_tokens=max_tokens,
         stop=stop if isinstance(stop, str) else tuple(stop),
     )
-    settings = ApiSettings(
-        api_keys=config.http.api_keys,
-        admin_keys=config.http.admin_keys,
-        front_keys=config.http.front_keys,
-        allowed_origins=config.http.allowed_origins,
+
+
+def _api_settings(config: ServerConfig, source: str | None, template: ChatTemplate | None) -> ApiSettings:
+    http = config.http
+    return ApiSettings(
+        api_keys=http.api_keys,
+        admin_keys=http.admin_keys,
+        front_keys=http.front_keys,
+        allowed_origins=http.allowed_origins,
         max_num_queued_reqs=config.engine.max_num_queued_reqs,
-        max_num_queued_tokens=config.http.max_num_queued_tokens,
-        max_body_memory_bytes=config.http.max_body_memory_bytes,
-        max_response_bytes=config.http.max_response_bytes,
-        response_file=config.http.response_file,
-        shares_prefixes=config.http.shares_prefixes,
-        uses_priority=config.http.uses_priority,
-        logs_access=config.http.logs_access,
-        tool_call_parser=_chosen(config.http.tool_call_parser, format_of_template(source)),
-        reasoning_parser=_chosen(config.http.reasoning_parser, reasoning_of_template(source, _new_turn(template))),
+        max_num_queued_tokens=http.max_num_queued_tokens,
+        max_body_memory_bytes=http.max_body_memory_bytes,
+        max_response_bytes=http.max_response_bytes,
+        response_file=http.response_file,
+        shares_prefixes=http.shares_prefixes,
+        uses_priority=http.uses_priority,
+        logs_access=http.logs_access,
+        tool_call_parser=_chosen(http.tool_call_parser, format_of_template(source)),
+        reasoning_parser=_chosen(http.reasoning_parser, reasoning_of_template(source, _new_turn(template))),
     )
-    log.info("formats", tool_call_parser=settings.tool_call_parser, reasoning_parser=settings.reasoning_parser)
-    thoughts = REASONING_FORMATS.get(settings.reasoning_parser or "")
-    model = served.engine.model
-    grammars = Grammars(
-        Vocabulary(tokenizer.to_json, max(model.vocab_size, tokenizer.vocab_size), model.eos_token_ids),
-        tokenizer.token_id(thoughts.ends[0]) if thoughts is not None and thoughts.is_before_structure else None,
-        served.metrics.structure_process_died,
-        config.http.closes_objects,
-    )
-    return create_app(served.engine, tokenizer, template, info, served.metrics, settings, grammars, tracer)
 
 
 def _new_turn(template: ChatTemplate | None) -> str:

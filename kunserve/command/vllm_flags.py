@@ -21,7 +21,11 @@ IGNORED = {
     ),
     "prompts are always computed in pieces": ("--enable-chunked-prefill", "--scheduler-reserve-full-isl"),
     "no code of a model's repository is run": ("--trust-remote-code",),
-    "one process serves": ("--disable-frontend-multiprocessing", "--api-server-count", "--renderer-num-workers"),
+    "HTTP is in the process of the engine, or in --api-workers": (
+        "--disable-frontend-multiprocessing",
+        "--api-server-count",
+        "--renderer-num-workers",
+    ),
     "it is always so": (
         *("--enable-request-id-headers", "--enable-auto-tool-choice", "--enable-log-requests", "--stream-interval"),
         "--use-tqdm-on-load",

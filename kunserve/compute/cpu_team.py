@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Callable
 from typing import TypeVar
 
+from kunserve.sizes import ceil_div
+
 T = TypeVar("T")
 
 
@@ -14,7 +16,7 @@ class CpuTeam:
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._lead, self._help, self._pieces_helped = kernels.lead, kernels.help, kernels.pieces_helped
-        self._memory = (ctypes.c_int64 * -(-kernels.team_bytes() // 8))()
+        self._memory = (ctypes.c_int64 * ceil_div(kernels.team_bytes(), 8))()
 
     @property
     def num_helped(self) -> int:

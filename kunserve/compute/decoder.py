@@ -26,6 +26,7 @@ class Decoder:
         self._config, self._ops, self._weights = config, ops, weights
         self._kv = kv.layers
         self._layers = [LayerWeights.of(config, weights, i) for i in range(config.num_layers)]
+        self._near_layers = frozenset(config.near_layers)
         self._scores = [Scores.of(config, i) for i in range(config.num_layers)]
         self._embed = weights.linear("embed", "model.embed_tokens.weight")
         tied = config.tie_embeddings
@@ -59,15 +60,16 @@ class Decoder:
         """
         if first_layer == 0:
             x = self._embedded(x)
+        near = batch.near or batch
         for layer in range(first_layer, last_layer):
-            x = self._layer(layer, x, batch)
+            x = self._layer(layer, x, near if layer in self._near_layers else batch)
         if last_layer < self._config.num_layers:
             return x
         return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """The head: hidden states after the last layer (R, H) -> (R, V). Its weights must be present."""
+        """Apply the head to hidden states after the last layer: (R, H) -> (R, V). Its weights must be present."""
         config = self._config
         logits = self._ops.linear(self._normed(x, self._norm), self._head)
         if config.logit_divisor != 1:

@@ -10,7 +10,7 @@ from kunserve.sampling import TokenLogprobs
 
 
 def logprobs_of(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """Of the raw logits (V,), in float64: the chosen token's and the `num_logprobs` largest, ties by id."""
+    """Return log probabilities by raw logits (V,), in float64: the chosen token and the largest, ties by id."""
     if num_logprobs is None:
         return None
     logprobs = logits.double().log_softmax(-1)
@@ -24,7 +24,7 @@ def logprobs_of(logits: Tensor, token_id: int, num_logprobs: int | None) -> Toke
 
 
 def scored(logits: Tensor, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
-    """`logprobs_of` a token that was given, and its rank."""
+    """Return `logprobs_of` a token that was given, and its rank."""
     if (found := logprobs_of(logits, token_id, num_logprobs)) is None:
         return None
     return replace(found, rank=int((logits > logits[token_id]).sum()) + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,6 +25,8 @@ class AttentionBatch:
     context_lens: Tensor  # (B,) int32: tokens of sequence b whose KV exists once the new ones are appended
     block_tables: Tensor  # (B, W) int32: block ids on this stage; unused entries are 0
     block_size: int
+    # The same with ids of near blocks, for the layers with a window, where their KV is a kind of its own.
+    near: AttentionBatch | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,10 @@ class Ops(Protocol):
     """
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H); of blocks in float32."""
+        """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H); of blocks in float32."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,), residual (T, N) -> (T, N)."""
@@ -104,22 +106,22 @@ class Ops(Protocol):
         scores: Scores = PLAIN_SCORES,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of q in `qkv` over the blocks: -> (T, num_heads * head_dim).
+        """Attend causally with q in `qkv` to the blocks: -> (T, num_heads * head_dim).
 
         sinks (num_heads,): a score that takes part in a head's softmax, for nothing.
         """
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I). `activation` is one of kunserve.model.config.ACTIVATIONS.
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I). `activation`: of kunserve.model.config.ACTIVATIONS.
 
         clamped_swiglu bounds gate (above) and up (both ways) by `limit`, and multiplies with up + 1.
         """
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap), element by element."""
+        """Compute cap * tanh(x / cap), element by element."""
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """Sum of what the chosen experts make of each row, times their weights: (T, H) -> (T, H)."""
@@ -128,7 +130,7 @@ class Ops(Protocol):
 def rope_table(
     rotary_dim: int, inv_freq: Tensor, max_positions: int, dtype: torch.dtype, stretch: float = 1.0
 ) -> Tensor:
-    """Cosines and sines of every position: (max_positions, rotary_dim), computed in float64 and cast.
+    """Return cosines and sines of every position: (max_positions, rotary_dim), computed in float64 and cast.
 
     inv_freq (rotary_dim / 2,): angular step of each pair per position; stretch: what both are multiplied by.
     """

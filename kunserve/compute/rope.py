@@ -57,17 +57,17 @@ def _inv_freq(theta: float, dim: int) -> Tensor:
 
 
 def _linear(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
-    """All pairs turn `factor` times slower."""
+    """Let all pairs turn `factor` times slower."""
     return _inv_freq(theta, dim) / scaling.factor
 
 
 def _dynamic(_: RopeScaling, theta: float, dim: int, __: int) -> Tensor:
-    """Within the model's positions, which is all that is served, nothing is stretched."""
+    """Stretch nothing: within the model's positions, which is all that is served, nothing has to be."""
     return _inv_freq(theta, dim)
 
 
 def _llama3(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
-    """Slow pairs turn `factor` times slower, fast ones stay, those between are interpolated (Llama 3.1)."""
+    """Turn slow pairs `factor` times slower, leave fast ones, and interpolate those between (Llama 3.1)."""
     inv_freq = _inv_freq(theta, dim)
     low_wavelen = scaling.original_max_position_embeddings / scaling.low_freq_factor
     high_wavelen = scaling.original_max_position_embeddings / scaling.high_freq_factor
@@ -82,7 +82,7 @@ def _llama3(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
 
 
 def _yarn(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
-    """As llama3, but what lies between is a range of pairs: those that turn `beta_slow` to `beta_fast` times (YaRN)."""
+    """Stretch as llama3, but what lies between is the pairs that turn `beta_slow` to `beta_fast` times (YaRN)."""
 
     def pair(num_turns: float) -> float:
         original = scaling.original_max_position_embeddings
@@ -100,7 +100,7 @@ def _yarn(scaling: RopeScaling, theta: float, dim: int, _: int) -> Tensor:
 
 
 def _longrope(scaling: RopeScaling, theta: float, dim: int, max_positions: int) -> Tensor:
-    """Each pair has a divisor of its own: one where requests stay within the original length, one where they do not."""
+    """Divide each pair by a number of its own: one where requests stay within the original length, one else."""
     is_long = max_positions > scaling.original_max_position_embeddings
     factors = torch.tensor(scaling.long_factors if is_long else scaling.short_factors, dtype=torch.float32)
     return 1.0 / (factors * theta ** _exponents(dim))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kunserve.compute.logprobs import logprobs_of, scored
 from kunserve.errors import EngineError
-from kunserve.sampling import SamplingParams, TokenLogprobs, TokenMask
+from kunserve.sampling import SampledToken as SampledToken  # for whoever calls this
+from kunserve.sampling import SamplingParams, TokenMask
 
 UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
 LOWEST = -28.0  # log of a probability relative to the most likely token's; UNIT times less than this is 0
@@ -42,14 +43,6 @@ class SamplingRow(NamedTuple):
     eos_token_ids: tuple[int, ...]
     mask: TokenMask | None = None  # of a grammar; read, and waited for, when the logits are there
     given: int | None = None  # not to choose but to score this token of the prompt
-
-
-class SampledToken(NamedTuple):
-    """The token chosen for a row, and its log-probabilities if the request asked for them; or why there is none."""
-
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    error: BaseException | None = None  # then token_id is 0: an id like any, for the microbatch that runs ahead
 
 
 def failed(error: BaseException) -> SampledToken:
@@ -82,7 +75,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
 
 
 def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """As `sample`, but raises what the work for any row raises."""
+    """Sample as `sample` does, but raise what the work for any row raises."""
     if not rows:
         return []
     token_ids = _greedy(logits)
@@ -108,7 +101,7 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
 
 
 def reads_output(params: SamplingParams) -> bool:
-    """Whether a token depends on which ones were generated before it, and not only on how many."""
+    """Tell whether a token depends on which ones were generated before it, and not only on how many."""
     return bool(params.bad_words) or _is_penalised(params)
 
 
@@ -119,7 +112,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def integer_weights(scores: Tensor, temperature: Tensor, min_p: Tensor | None) -> Tensor:
-    """Probabilities in units: scores (R, V) float64, the rest (R,) -> (R, V) int64, UNIT where largest."""
+    """Turn scores (R, V) float64, the rest (R,), into probabilities in units: (R, V) int64, UNIT where largest."""
     relative = (scores - scores.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
     if min_p is not None:
         relative.masked_fill_(relative < min_p[:, None], 0.0)
@@ -141,7 +134,7 @@ def keep_most_likely(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF in order of token ids: weights (R, V) int64, uniforms (R,) in [0, 1) -> ids (R,)."""
+    """Invert the CDF in order of token ids: weights (R, V) int64, uniforms (R,) in [0, 1) -> ids (R,)."""
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1]
     target = (uniforms * total.double()).long().minimum(total - 1)
@@ -149,7 +142,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-    """Tokens of rows that are drawn or whose logits are adjusted; None for those that it leaves without any."""
+    """Choose tokens of rows that are drawn or whose logits are adjusted; None for those that are left without."""
     scores = logits.to(torch.float64, copy=True)
     for score, row in zip(scores, rows, strict=True):
         if is_adjusted(row):
@@ -180,7 +173,7 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
 
 
 def _likely(scores: Tensor, temperature: float) -> Tensor | None:
-    """Ids, ascending, of those (V,) scores on the CPU that come to a weight; None when nearly all do.
+    """Return the ids, ascending, of (V,) scores on the CPU that come to a weight; None when nearly all do.
 
     At low temperatures and under grammars they are few. And the exponential of -inf is a slow one.
     """
@@ -191,13 +184,13 @@ def _likely(scores: Tensor, temperature: float) -> Tensor | None:
 
 
 def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of (R, V), ascending: a view where they are neighbours."""
+    """Return some rows of (R, V), ascending: a view where they are neighbours."""
     first, last = rows[0], rows[-1]
     return values[first : last + 1] if last - first + 1 == len(rows) else values[rows]
 
 
 def _greedy(logits: Tensor) -> list[int | None]:
-    """Lowest id of the largest logit of each row, None if that is not finite; no more than that leaves the device."""
+    """Return the lowest id of each row's largest logit, None if not finite; no more than that leaves the device."""
     if logits.device.type == "cpu":  # numpy's argmax is twenty times faster than torch's
         values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         best = torch.from_numpy(values.detach().numpy().argmax(-1))
@@ -209,7 +202,7 @@ def _greedy(logits: Tensor) -> list[int | None]:
 
 
 def _keep_among(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """Filter by looking at the largest `num_candidates` weights; also whether that was enough (R,)."""
+    """Filter by looking at the largest `num_candidates` weights; also return whether that was enough (R,)."""
     vocab_size = weights.shape[1]
     if num_candidates < vocab_size:
         largest = weights.topk(num_candidates).values
@@ -274,7 +267,7 @@ def _adjust(scores: Tensor, row: SamplingRow) -> None:
 
 
 def _allow(scores: Tensor, row: SamplingRow) -> None:
-    """Rule out in place what the grammar or the request does not allow: scores (V,). One token always remains."""
+    """Rule out in place what grammar or request do not allow: scores (V,). One token always remains."""
     vocab_size = scores.shape[0]
     is_allowed: NDArray[np.bool_] | None = None
     words = row.mask() if row.mask is not None else None
@@ -290,7 +283,7 @@ def _allow(scores: Tensor, row: SamplingRow) -> None:
 
 
 def _banned(row: SamplingRow) -> list[int]:
-    """Tokens that must not come next: the end before min_tokens, the last token of a bad word."""
+    """Return the tokens that must not come next: the end before min_tokens, the last token of a bad word."""
     params, output = row.params, row.output_token_ids
     banned = set[int]()
     if len(output) < params.min_tokens:
@@ -303,5 +296,5 @@ def _banned(row: SamplingRow) -> list[int]:
 
 
 def _counts(token_ids: Sequence[int], vocab_size: int) -> Tensor:
-    """How often each token occurs: (V,) float64 on the CPU."""
+    """Count how often each token occurs: (V,) float64 on the CPU."""
     return torch.from_numpy(np.bincount(np.asarray(token_ids, dtype=np.int64), minlength=vocab_size)).double()

@@ -9,10 +9,11 @@ from torch import Tensor
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.model.config import SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
+from kunserve.sizes import ceil_div
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are taken in: half types are widened."""
+    """Return the dtype that sums are taken in: half types are widened."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -20,11 +21,11 @@ class TorchOps:
     """`Ops` with nothing but torch calls: simple and obviously right, not fast. Implements kunserve.compute.ops.Ops."""
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) -> (T, H)."""
+        """Take the rows of `weight` (V, H) for `token_ids` (T,) -> (T, H)."""
         return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (..., H) -> (..., H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (..., H) -> (..., H)."""
         wide = x.to(_wide(x.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         if offset:  # Gemma rounds once, at the end
@@ -78,7 +79,7 @@ class TorchOps:
         scores: Scores = PLAIN_SCORES,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention, sequence by sequence over its gathered blocks: -> (T, num_heads * head_dim)."""
+        """Attend causally, sequence by sequence, to its gathered blocks: -> (T, num_heads * head_dim)."""
         _, _, num_kv_heads, block_size, head_dim = kv.shape
         q = qkv[:, : num_heads * head_dim].reshape(len(qkv), num_kv_heads, -1, head_dim)
         out = torch.empty_like(q)
@@ -86,7 +87,7 @@ class TorchOps:
         ends, contexts = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist()
         for b, context_len in enumerate(contexts):
             tokens = slice(ends[b], ends[b + 1])
-            blocks = batch.block_tables[b, : -(-context_len // block_size)].long()
+            blocks = batch.block_tables[b, : ceil_div(context_len, block_size)].long()
             keys, values = kv[blocks].to(_wide(kv.dtype)).movedim(0, 2).flatten(2, 3)[:, :, :context_len]
             x = torch.einsum("tkgd,ksd->kgts", q[tokens].to(keys.dtype), keys) * scale
             x = x if scores.softcap is None else self.softcap(x, scores.softcap)
@@ -102,7 +103,7 @@ class TorchOps:
         return out.flatten(1)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         gate, up = gate_up.chunk(2, dim=-1)
         if activation == "clamped_swiglu":
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -110,11 +111,11 @@ class TorchOps:
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap), element by element."""
+        """Compute cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         return x * torch.sigmoid(gate)
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:

@@ -40,7 +40,7 @@ class Microbatch:
 
 
 def scored_positions(span: Span) -> Sequence[int]:
-    """Positions of a span whose logits say how likely the prompt's next token was; empty unless asked for."""
+    """Return the positions of a span whose logits score the prompt's next token; empty unless that is asked for."""
     request = span.request
     if request.params.num_prompt_logprobs is None:
         return ()

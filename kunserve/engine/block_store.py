@@ -1,5 +1,7 @@
 """Block store: gives tables blocks on all devices of their group, and keeps those that others may find.
 
+It is of one kind of KV. Where there are two, mixed_store.py has another one beside it.
+
 A block is in one of four states. It is free. It is in use by the tables that name it. Or it is cached: nobody uses it,
 but its KV is complete, and a request that begins with the same tokens takes it over (prefix_cache.py). A cached block
 is idle, at rest in its group, or follows: it is on its way to where its group went, after the KV of requests. Idle
@@ -11,47 +13,27 @@ Only the fleet (fleet.py) asks for changes here.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
-from kunserve.engine.group import Group, Stage
-from kunserve.engine.prefix_cache import PrefixCache
-from kunserve.planner.snapshot import StageView
-
-
-class Follower(NamedTuple):
-    """A cached block on its way: where it was, and what is in it."""
-
-    block: Block
-    key: bytes
-    parent: bytes | None
-    left: tuple[StageView, ...]  # stages that it was on
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Convoy:
-    """Cached blocks that go together: from the same stages to the same group, the hottest first."""
-
-    group: Group
-    followers: tuple[Follower, ...]
-    table: BlockTable  # the same blocks
-
-    @property
-    def left(self) -> tuple[StageView, ...]:
-        """Return the stages that all of them were on."""
-        return self.followers[0].left
+from kunserve.engine.group import Convoy, Follower, Group, Stage
+from kunserve.engine.prefix_cache import NumBehind, PrefixCache
+from kunserve.engine.request import Request
 
 
 class BlockStore:
     """Owns the block pools of all devices and the cached blocks of all groups; both are for reading."""
 
+    @classmethod
+    def of(cls, groups: Sequence[Group], num_behind: NumBehind | None, *, has_prefix_cache: bool) -> BlockStore:
+        """Return the store of some groups. `num_behind` as in `PrefixCache`."""
+        return cls(groups, PrefixCache(num_behind) if has_prefix_cache else None)
+
     def __init__(self, groups: Iterable[Group], prefixes: PrefixCache | None) -> None:
-        self.pools: dict[int, BlockPool] = {stage.device: stage.pool for group in groups for stage in group.stages}
+        self.pools = {stage.device: self.pool(stage) for group in groups for stage in group.stages}
         self.prefixes = prefixes
         self.num_shared = 0  # blocks that tables would hold more if each had blocks of its own
         self._went: dict[Block, Group] = {}  # shared blocks whose first holder has departed, since the last `regrouped`
@@ -59,6 +41,29 @@ class BlockStore:
         self._fronts: list[tuple[int, list[int]]] = []  # device, blocks that its tail is copied to now
         self._followers: defaultdict[Group, deque[Follower]] = defaultdict(deque)  # of a group; the hottest first
         self._convoys: list[Convoy] = []  # under way
+
+    # --- where groups and requests have what is of this kind ----------------------------------------------------
+
+    def pool(self, stage: Stage) -> BlockPool:
+        """Return the pool of a stage."""
+        return stage.pool
+
+    def idle(self, group: Group) -> OrderedDict[Block, None]:
+        """Return the idle blocks of a group, the coldest first."""
+        return group.idle
+
+    def table(self, request: Request) -> BlockTable:
+        """Return what a request holds."""
+        return request.table
+
+    def num_free(self, group: Group) -> int:
+        """Return how many blocks of a group are nobody's, or idle."""
+        return min(self.pool(stage).num_free for stage in group.stages) + len(self.idle(group))
+
+    def of_kind(self, kind: int) -> BlockStore:
+        """Return the store of a kind of KV: full, then near if there are two."""
+        assert kind == 0
+        return self
 
     @property
     def num_following(self) -> int:
@@ -68,13 +73,21 @@ class BlockStore:
 
     # --- tables of a group --------------------------------------------------------------------------------------
 
+    def begin_empty(self, table: BlockTable, num_behind: int) -> None:
+        """Prepare an empty table, in whose first places nothing is to be found: they are behind the window."""
+        table.num_indexed = num_behind
+
+    def hold(self, table: BlockTable, group: Group, num_places: int, num_near: int) -> bool:
+        """Let a table have so many places, of near blocks `num_near` if there are any; False, and no change, if not."""
+        return self.append(table, group, max(0, num_places - table.num_places))
+
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
         """Let an empty table begin with the blocks that its group has of these keys; returns for how many it has KV."""
         assert self.prefixes is not None
         num_places, found = self.prefixes.find(group, keys)
         for block in found:
             if block.num_refs == 0:
-                del group.idle[block]
+                del self.idle(group)[block]
             else:
                 self.num_shared += 1
         table.share(found, [stage.device for stage in group.stages], num_places - len(found))
@@ -82,12 +95,12 @@ class BlockStore:
 
     def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let a table have so many blocks more; False, and no change, if its group has not got them."""
-        while num_blocks > group.num_free:
-            if not self._give_up_coldest(group):
+        while num_blocks > self.num_free(group):
+            if not self.give_up_coldest(group):
                 return False
-        while group.idle and any(stage.pool.num_free < num_blocks for stage in group.stages):
+        while self.idle(group) and any(self.pool(stage).num_free < num_blocks for stage in group.stages):
             self._forget_oldest(group)
-        table.append({stage.device: stage.pool.alloc(num_blocks) or [] for stage in group.stages})
+        table.append({stage.device: self.pool(stage).alloc(num_blocks) or [] for stage in group.stages})
         return True
 
     def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> list[int]:
@@ -126,7 +139,7 @@ class BlockStore:
             if block.num_refs:
                 self.num_shared -= 1
             elif is_kept and block.key is not None and self._is_below_limits(block):
-                group.idle[block] = None
+                self.idle(group)[block] = None
             else:
                 if self.prefixes is not None:
                     self.prefixes.remove(group, block)
@@ -167,24 +180,30 @@ class BlockStore:
 
         `is_beyond_limit`: the last ids, which are not mapped so far.
         """
-        return self._reserve(table, group, is_beyond_limit=is_beyond_limit, is_reclaiming=not is_beyond_limit)
+        taken = self._reserve(table, group, is_beyond_limit=is_beyond_limit, is_reclaiming=not is_beyond_limit)
+        return taken is not None
 
-    def _reserve(self, table: BlockTable, group: Group, *, is_beyond_limit: bool, is_reclaiming: bool) -> bool:
-        taken: list[tuple[int, list[Block], list[int]]] = []
+    def _reserve(
+        self, table: BlockTable, group: Group, *, is_beyond_limit: bool, is_reclaiming: bool
+    ) -> list[tuple[int, list[Block]]] | None:
+        """Return what was reserved: see `reserve`, and `_take_back`."""
+        taken = list[tuple[int, list[Block]]]()  # by device: who got an id there
         for stage in group.stages:
-            lacking = [block for block in table.blocks if stage.device not in block.ids]
-            while is_reclaiming and len(lacking) > stage.pool.num_free and self._reclaim(group):
+            lacking, pool = [block for block in table.blocks if stage.device not in block.ids], self.pool(stage)
+            while is_reclaiming and len(lacking) > pool.num_free and self._reclaim(group):
                 pass
-            ids = stage.pool.alloc(len(lacking), is_beyond_limit=is_beyond_limit)
+            ids = pool.alloc(len(lacking), is_beyond_limit=is_beyond_limit)
             if ids is None:
-                for device, _, their_ids in taken:
-                    self.pools[device].free(their_ids)
-                return False
-            taken.append((stage.device, lacking, ids))
-        for device, lacking, ids in taken:
+                self._take_back(taken)
+                return None
             for block, block_id in zip(lacking, ids, strict=True):
-                block.ids[device] = block_id
-        return True
+                block.ids[stage.device] = block_id
+            taken.append((stage.device, lacking))
+        return taken
+
+    def _take_back(self, taken: Iterable[tuple[int, list[Block]]]) -> None:
+        for device, blocks in taken:
+            self.pools[device].free([block.ids.pop(device) for block in blocks])
 
     def arrive(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
         """Free what a table holds outside its group. `keys`: of its full blocks; those that are there already go."""
@@ -207,7 +226,7 @@ class BlockStore:
     def _join(self, block: Block, there: Block, group: Group) -> Block:
         """Let a holder of a block hold another one with the same content instead."""
         if there.num_refs == 0:
-            del group.idle[there]
+            del self.idle(group)[there]
         else:
             self.num_shared += 1
         there.num_refs += 1
@@ -226,7 +245,7 @@ class BlockStore:
         for block, home in homes:
             assert self.prefixes is not None and block.key is not None
             self._followers[home].append(Follower(block, block.key, block.parent, left))
-            del source.idle[block]
+            del self.idle(source)[block]
             self.prefixes.leave(source, block)
 
     def take_convoy(self, group: Group, most: int) -> Convoy | None:
@@ -241,7 +260,7 @@ class BlockStore:
         taken = tuple(waiting.popleft() for _ in same)
         table = BlockTable([follower.block for follower in taken])
         convoy = Convoy(group, taken, table)
-        if not self._reserve(table, group, is_beyond_limit=False, is_reclaiming=False):
+        if self._reserve(table, group, is_beyond_limit=False, is_reclaiming=False) is None:
             self._lose(taken)
             self.give_up(group)
             return None
@@ -266,8 +285,8 @@ class BlockStore:
         for block, key, parent, _ in followers:
             assert self.prefixes is not None
             if self.prefixes.add(group, block, key, parent):
-                group.idle[block] = None
-                group.idle.move_to_end(block, last=False)
+                self.idle(group)[block] = None
+                self.idle(group).move_to_end(block, last=False)
             else:
                 self._free([block])
             self.prefixes.came(key)
@@ -281,11 +300,11 @@ class BlockStore:
     def give_up(self, group: Group) -> bool:
         """Free blocks that follow, from or to devices of a group, and have not set out; False if there were none."""
         has_any = False
-        while self._give_up_coldest(group):
+        while self.give_up_coldest(group):
             has_any = True
         return has_any
 
-    def _give_up_coldest(self, group: Group) -> bool:
+    def give_up_coldest(self, group: Group) -> bool:
         """Free one block that follows: to this group, or to another part of the one that it was split from."""
         for followers in self._followers.values():
             if followers and any(stage.device in followers[-1].block.ids for stage in group.stages):
@@ -297,21 +316,21 @@ class BlockStore:
 
     def forget_idle(self, group: Group) -> None:
         """Free all idle blocks of a group."""
-        while group.idle:
+        while self.idle(group):
             self._forget_oldest(group)
 
     def _forget_oldest(self, group: Group) -> None:
-        block, _ = group.idle.popitem(last=False)
+        block, _ = self.idle(group).popitem(last=False)
         if self.prefixes is not None:
             self.prefixes.remove(group, block)
         self._free([block])
 
     def _reclaim(self, group: Group) -> bool:
         """Free one cached block of a group, if there is any: an idle one first."""
-        if group.idle:
+        if self.idle(group):
             self._forget_oldest(group)
             return True
-        return self._give_up_coldest(group)
+        return self.give_up_coldest(group)
 
     # --- pools --------------------------------------------------------------------------------------------------
 
@@ -320,22 +339,18 @@ class BlockStore:
 
         Of its idle blocks the hottest are kept, as far as there is room; those beyond the limit follow: see `emptying`.
         """
-        pool = self.pools[device]
+        pool, idle = self.pools[device], self.idle(group)
         pool.set_limit(num_blocks)
-        num_others = pool.num_used - len(group.idle)
-        while len(group.idle) > max(0, num_blocks - num_others):
+        num_others = pool.num_used - len(idle)
+        while len(idle) > max(0, num_blocks - num_others):
             self._forget_oldest(group)
-        beyond = [block for block in reversed(group.idle) if block.ids[device] >= num_blocks]
+        beyond = [block for block in reversed(idle) if block.ids[device] >= num_blocks]
         self.follow(group, [(block, group) for block in beyond])
 
     @contextlib.contextmanager
     def emptying(self, group: Group, stage: Stage, limit: int) -> Iterator[Tail]:
-        """Move blocks of a stage from beyond `limit` to free ones before it: the caller copies their KV inside.
-
-        On leaving, tables name the new ones, and the old are free; after an error it is the other way round. The
-        group is paused, but requests may end meanwhile.
-        """
-        pool, device = stage.pool, stage.device
+        """See `Fleet.emptying`."""
+        pool, device = self.pool(stage), stage.device
         for _ in range(len(pool.used_beyond(limit)) - pool.num_free):
             self._reclaim(group)  # a block in front, or one beyond: one less is lacking
         used = pool.used_beyond(limit)
@@ -350,13 +365,15 @@ class BlockStore:
         finally:
             self._fronts.remove(entry)
         kept = set[int]()
-        held = {block for request in group.running for block in request.table.blocks}
-        for block in held.union(follower.block for follower in self._followers.get(group, ())):
+        tables = list(map(self.table, group.running))
+        for block in {block for table in tables for block in table.blocks}.union(
+            follower.block for follower in self._followers.get(group, ())
+        ):
             if (new := tail.moved.get(block.ids[device])) is not None:
                 block.ids[device] = new
                 kept.add(new)
-        for request in group.running:
-            request.table.read_ids(list(request.table.ids))
+        for table in tables:
+            table.read_ids(list(table.ids))
         pool.free(old if new in kept else new for old, new in tail.moved.items())  # new: its request has ended
 
     def _is_below_limits(self, block: Block) -> bool:
@@ -375,16 +392,16 @@ class BlockStore:
 
     def regrouped(self, old: Iterable[Group]) -> None:
         """Forget how blocks of these groups were shared: the groups are gone."""
-        assert not any(group.idle or self._followers.get(group) for group in old), "cached blocks of a group that goes"
+        assert not any(self.idle(g) or self._followers.get(g) for g in old), "cached blocks of a group that goes"
         self._went.clear()
         self._twins.clear()
 
-    def check(self, tables: Iterable[BlockTable], groups: Sequence[Group]) -> None:
+    def check(self, tables: Sequence[BlockTable], groups: Sequence[Group]) -> None:
         """Assert that each block is named by the tables that hold it, cached, or free."""
         num_refs = Counter(block for table in tables for block in table.blocks)
         assert all(block.num_refs == number for block, number in num_refs.items())
         assert self.num_shared == sum(number - 1 for number in num_refs.values())
-        idle = [block for group in groups for block in group.idle]
+        idle = [block for group in groups for block in self.idle(group)]
         assert all(block.num_refs == 0 and block.key is not None for block in idle)
         on_the_way = [follower.block for followers in self._followers.values() for follower in followers]
         on_the_way += [block for convoy in self._convoys for block in convoy.table.blocks]

@@ -65,6 +65,6 @@ class Dispatch:
             self._signals.wake(group)
 
     def _has_slot(self, group: Group) -> bool:
-        """Whether its chain takes one more microbatch."""
+        """Tell whether a group's chain takes one more microbatch."""
         num_free = len(group.stages) - group.num_in_flight
         return num_free > 0 or (num_free + self._scheduler.limits.num_ahead > 0 and self._run_ahead.is_due(group))

@@ -176,10 +176,10 @@ class Engine(Operated):
         self.limits.check(request)
         return await replay(request, token_ids, self.tokenizer, self.model.eos_token_ids)
 
-    def abort(self, request_id: str) -> None:
-        """The client left: free its blocks, at the latest when its running step is done. Idempotent."""
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request whose client left: its blocks are free once its running step is done. Idempotent."""
         if (live := self._live.get(request_id)) is not None:
-            self._finish(live, FinishReason.ABORT)
+            self._finish(live, reason)
             self.signals.wake()
 
     def fit(self, most_tokens: int) -> None:
@@ -314,7 +314,7 @@ class Engine(Operated):
     # --- endings ------------------------------------------------------------------------------------------------
 
     def _finish(self, live: Live, reason: FinishReason, output: Output | None = None) -> None:
-        """Exactly one final output, and the blocks are free as soon as no device works on them."""
+        """Send a request's one final output; its blocks are free as soon as no device works on them."""
         live.stream.put((output or Output())._replace(finish_reason=reason))
         self._end(live, reason)
 
@@ -380,7 +380,7 @@ class Engine(Operated):
         return self.device_health.degraded()
 
     def health(self) -> str | None:
-        """None if the engine does its work; else what is wrong."""
+        """Say what is wrong with the engine; None if it does its work."""
         if not self.is_running:
             return "the engine has stopped"
         silent_s = loop_time() - self._last_step_s
@@ -389,15 +389,15 @@ class Engine(Operated):
         return None
 
     def waiting(self, owner: str | None = None) -> Waiting:
-        """How much is queued, of all or of one owner."""
+        """Return how much is queued, of all or of one owner."""
         return self.scheduler.waiting_of(owner)
 
     def stats(self) -> EngineStats:
-        """The figures that metrics show."""
+        """Return the figures that metrics show."""
         return self.view.stats(self.control.demand_over_undropped() if self.control is not None else 0.0)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
-        """What `/kunserve/state` shows, with the last `num_transitions` or all that are remembered."""
+        """Return what `/kunserve/state` shows, with the last `num_transitions` or all that are remembered."""
         return {**self.view.state(), **(self.control.state(num_transitions) if self.control is not None else {})}
 
     def check(self) -> None:

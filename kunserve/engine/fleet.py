@@ -15,33 +15,45 @@ departed: it belongs to another group than its KV is in, until it arrives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
-from kunserve.engine.block_store import BlockStore, Convoy
-from kunserve.engine.blocks.block_pool import BlockPool
+from kunserve.engine.block_store import BlockStore
 from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
-from kunserve.engine.group import Group, Stage
-from kunserve.engine.prefix_cache import PrefixCache, extend_keys
+from kunserve.engine.group import Convoy, Group, Stage
+from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
+from kunserve.engine.kinds.mixed_store import MixedStore
+from kunserve.engine.prefix_cache import extend_keys, is_being_computed
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 
 class Fleet:
-    """Owns the groups and all residence of KV. `groups` and `pools` are for reading.
+    """Owns the groups and all residence of KV. `groups`, `pools` and a kind's `store` are for reading.
 
     `has_prefix_cache`: blocks are kept, and shared, for requests that begin alike. `window`: how many tokens one sees
     in each layer, itself among them; blocks behind the windows of all that is to come are let go. None: in some layer
-    a token sees all.
+    a token sees all. `near`: the layers that have one, where their KV is a kind of its own.
     """
 
-    def __init__(self, groups: Sequence[Group], *, has_prefix_cache: bool = False, window: int | None = None) -> None:
-        self._window = window
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        has_prefix_cache: bool = False,
+        window: int | None = None,
+        near: NearLayers | None = None,
+    ) -> None:
+        self._window, self.near = window if near is None else near.window, near
         self.groups = list(groups)
         self.block_size = groups[0].block_size if groups else 1
-        self.prefixes = PrefixCache(None if window is None else self._num_behind) if has_prefix_cache else None
-        self._blocks = BlockStore(groups, self.prefixes)
-        self.pools: Mapping[int, BlockPool] = self._blocks.pools
+        num_behind = None if self._window is None else self._behind_prefix
+        make_store = BlockStore.of if near is None else MixedStore.of
+        self._blocks = make_store(groups, num_behind, has_prefix_cache=has_prefix_cache)
+        self.num_kinds, self.layers_of = 1 if near is None else 2, partial(layers_of_kind, near)
+        self.prefixes, self.pools, self.store = self._blocks.prefixes, self._blocks.pools, self._blocks.of_kind
         self._epoch = 0
         self._by_id: dict[int, Group] = {}  # filled as asked
         self._by_device: dict[int, Group] = {}  # likewise
@@ -71,7 +83,7 @@ class Fleet:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold so many tokens of one request."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def group(self, group_id: int) -> Group:
         """Return the group of that id."""
@@ -81,10 +93,10 @@ class Fleet:
 
     def make_group(self, stages: Sequence[StageView], block_size: int, origin: Origin | None) -> Group:
         """Return a new group, with an id of its own, on devices that there are. It joins the others by `regroup`."""
-        chain = tuple(Stage(s.device, s.first_layer, s.last_layer, self.pools[s.device]) for s in stages)
-        group = Group(self._next_group_id, chain, block_size, origin=origin)
+        pools = [self.store(kind).pools for kind in range(self.num_kinds)]
+        chain = [Stage(*stage, *(of_kind[stage.device] for of_kind in pools)) for stage in stages]
         self._next_group_id += 1
-        return group
+        return new_group(self._next_group_id - 1, chain, block_size, origin, self.near)
 
     def regroup(self, old: Sequence[Group], new: Sequence[Group]) -> None:
         """Put `new` in the place of `old`, and begin a new epoch."""
@@ -132,18 +144,21 @@ class Fleet:
         """
         request.group_id = group.group_id
         group.running.append(request)
-        request.table.num_indexed = self._num_behind_token(request.num_computed_tokens)  # no KV comes for those
+        table, num_behind = request.table, self.num_behind(request.num_computed_tokens)
+        self._blocks.begin_empty(table, num_behind)  # no KV comes for those
         if finds_prefix and self.prefixes is not None:
             self._begin_with_prefix(request, group)
-        is_allocated = self.allocate(request, group, request.num_tokens)
+        num_places, num_near = self.blocks_for(request.num_tokens), self.blocks_for(request.num_computed_tokens)
+        is_allocated = self._blocks.hold(table, group, num_places, num_near)
         assert is_allocated, "admitted what does not fit"
 
     def allocate(self, request: Request, group: Group, num_tokens: int) -> bool:
         """Let a request of `group` hold blocks for its first `num_tokens`; False, and no change, if it cannot."""
         table = request.table
-        if num_tokens <= table.num_places * group.block_size:
+        if num_tokens <= (table.near or table).num_places * group.block_size:
             return True
-        return self._blocks.append(table, group, group.missing_blocks(request, num_tokens))
+        num_places = group.blocks_for(num_tokens)
+        return self._blocks.hold(table, group, num_places, num_places)
 
     def release(self, request: Request) -> None:
         """Take a request out of its group. Its blocks are idle or free then, unless others use them."""
@@ -166,15 +181,15 @@ class Fleet:
                     parent = request.block_keys[position - 1] if position else None
                     self.prefixes.listener.stored(request.block_keys[position], parent, tokens, request.cache_salt)
         if self._window is not None:
-            self._blocks.leave_behind(request.table, group, self._num_behind_token(request.num_computed_tokens))
+            self._blocks.leave_behind(request.table, group, self.num_behind(request.num_computed_tokens))
 
-    def _num_behind_token(self, position: int) -> int:
+    def num_behind(self, position: int) -> int:
         """Return how many blocks are behind the window of a token."""
         return 0 if self._window is None else max(0, position + 1 - self._window) // self.block_size
 
-    def _num_behind(self, num_blocks: int) -> int:
+    def _behind_prefix(self, num_blocks: int) -> int:
         """Return how many of the first blocks are behind the window of what follows them; one at least is not."""
-        return min(num_blocks - 1, self._num_behind_token(num_blocks * self.block_size)) if num_blocks else 0
+        return min(num_blocks - 1, self.num_behind(num_blocks * self.block_size)) if num_blocks else 0
 
     @staticmethod
     def _keys(request: Request, group: Group) -> Sequence[bytes]:
@@ -208,8 +223,7 @@ class Fleet:
         num_found = self.prefix_lengths(request).get(group.group_id, 0)
         if not num_found or self.prefixes is None:
             return 0
-        number, found = self.prefixes.find(group, request.block_keys[:num_found])
-        return number - len(found) + sum(block.num_refs > 0 for block in found)
+        return self.prefixes.num_shared(group, request.block_keys[:num_found])
 
     def is_prefix_coming(self, request: Request, group: Group) -> bool:
         """Return whether the next block that a waiting request would have to compute in `group` is being computed.
@@ -221,15 +235,7 @@ class Fleet:
         num_found = self.prefix_lengths(request).get(group.group_id, 0)
         if num_found >= self._most_found(request):
             return False
-        key = extend_keys(request, group.block_size)[num_found]
-        end = (num_found + 1) * group.block_size
-        return any(
-            r.num_computed_tokens < end <= r.num_tokens
-            and r.finish_reason is None
-            and not (r.is_moving or r.has_failed)
-            and extend_keys(r, group.block_size)[num_found] == key
-            for r in group.running
-        )
+        return is_being_computed(extend_keys(request, group.block_size)[num_found], num_found, group)
 
     def _most_found(self, request: Request) -> int:
         """Blocks that it may find: its last token has to be computed, or all of them if their logits are asked for."""
@@ -284,22 +290,24 @@ class Fleet:
         self._blocks.release(self._departed.pop(request), group, is_kept=False)
         request.group_id, request.is_moving = None, False
 
-    def expect(self, group: Group) -> BlockTable:
+    def expect(self, group: Group, num_computed_tokens: int = 0) -> BlockTable:
         """Return an empty table of `group`, for a request that runs elsewhere meanwhile: see `extend`, `hand_over`."""
         table = BlockTable()
+        self._blocks.begin_empty(table, self.num_behind(num_computed_tokens) if self.num_kinds > 1 else 0)
         self._expected.append((group, table))
         return table
 
     def extend(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
         """Let an expected table have so many blocks in all; False, and no change, if `group` has not got them."""
-        return self._blocks.append(table, group, num_blocks - table.num_places)
+        return self._blocks.hold(table, group, num_blocks, num_blocks)
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
         """Bind a settled request to another group, where its KV is in an expected table by now."""
         self.release(request)
         self._expected.remove((destination, table))
         request.group_id, request.table = destination.group_id, table
-        table.num_indexed = self._num_behind_token(request.num_computed_tokens)  # copied after they were let go
+        if table.near is None:  # else near ones began there
+            table.num_indexed = self.num_behind(request.num_computed_tokens)  # copied after they were let go
         request.note("kv arrived", group=destination.group_id)
         destination.running.append(request)
         self.computed(request, destination)
@@ -311,24 +319,27 @@ class Fleet:
 
     # --- block pools --------------------------------------------------------------------------------------------
 
-    def grow(self, device: int, num_blocks: int) -> None:
-        """Hand out ids below `num_blocks` on a device: they are mapped now. Lifts any limit."""
-        self.pools[device].grow(num_blocks)
+    def grow(self, device: int, *num_blocks: int) -> None:
+        """Hand out ids below `num_blocks`, of each kind, on a device: they are mapped now. Lifts any limit."""
+        for kind, number in enumerate(num_blocks):
+            self.store(kind).pools[device].grow(number)
 
-    def limit(self, device: int, num_blocks: int) -> None:
+    def limit(self, device: int, *num_blocks: int) -> None:
         """Hand out only ids below `num_blocks` on a device from now on; what is beyond is to be moved (`emptying`)."""
         group = self.group_on(device)
         assert group is not None
-        self._blocks.limit(device, num_blocks, group)
+        for kind, number in enumerate(num_blocks):
+            self.store(kind).limit(device, number, group)
 
-    def refill(self, device: int, num_blocks: int) -> None:
+    def refill(self, device: int, *num_blocks: int) -> None:
         """Hand out ids below `num_blocks` on a device, of whose blocks nobody uses any."""
-        self.pools[device].shrink(0)
-        self.pools[device].grow(num_blocks)
+        self.shrink(device, *(0 for _ in num_blocks))
+        self.grow(device, *num_blocks)
 
-    def shrink(self, device: int, num_blocks: int) -> None:
+    def shrink(self, device: int, *num_blocks: int) -> None:
         """Forget ids from `num_blocks` on, which nobody uses: they are about to be unmapped."""
-        self.pools[device].shrink(num_blocks)
+        for kind, number in enumerate(num_blocks):
+            self.store(kind).pools[device].shrink(number)
 
     @property
     def num_shared(self) -> int:
@@ -346,13 +357,13 @@ class Fleet:
             self._by_device = {stage.device: group for group in self.groups for stage in group.stages}
         return self._by_device.get(device)
 
-    def emptying(self, group: Group, stage: Stage, limit: int) -> AbstractContextManager[Tail]:
+    def emptying(self, group: Group, stage: Stage, limit: int, kind: int = 0) -> AbstractContextManager[Tail]:
         """Move blocks of a stage from beyond `limit` to free ones before it: the caller copies their KV inside.
 
         On leaving, requests hold the new ones, and the old are free; after an error it is the other way round. The
         group is paused, but requests may end meanwhile.
         """
-        return self._blocks.emptying(group, stage, limit)
+        return self.store(kind).emptying(group, stage, limit)
 
     # --- cached blocks that nobody uses -------------------------------------------------------------------------
 
@@ -360,20 +371,20 @@ class Fleet:
         """Free all cached blocks of a group that nobody uses."""
         self._blocks.forget_idle(group)
 
-    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]]) -> None:
+    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]], kind: int = 0) -> None:
         """Send idle blocks of a group, the hottest first, to other groups. They set out by `take_convoy`."""
-        self._blocks.follow(source, homes)
+        self.store(kind).follow(source, homes)
 
-    def take_convoy(self, group: Group, most: int) -> Convoy | None:
+    def take_convoy(self, group: Group, most: int, kind: int = 0) -> Convoy | None:
         """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
 
         Where there is no room for them, they and all colder ones are given up.
         """
-        return self._blocks.take_convoy(group, most)
+        return self.store(kind).take_convoy(group, most)
 
-    def end_convoy(self, convoy: Convoy, *, is_lost: bool = False) -> None:
+    def end_convoy(self, convoy: Convoy, *, is_lost: bool = False, kind: int = 0) -> None:
         """Let others find the blocks of a convoy: its KV has arrived. Or free them: it is lost."""
-        self._blocks.end(convoy, is_lost=is_lost)
+        self.store(kind).end(convoy, is_lost=is_lost)
 
     @property
     def num_following(self) -> int:

@@ -1,19 +1,23 @@
-"""A group: one complete copy of the parameters as a chain of stages, and the requests bound to it."""
+"""A group: one complete copy of the parameters as a chain of stages, and the requests bound to it.
+
+Also cached blocks on their way to one.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from kunserve.averages import smooth
 from kunserve.engine.blocks.block_pool import BlockPool
-from kunserve.engine.blocks.block_table import Block
+from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Origin, StageView
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     from kunserve.engine.batch import Microbatch
@@ -21,12 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Layers `[first_layer, last_layer)` on one device; the pool is the device's."""
+    """Layers `[first_layer, last_layer)` on one device; the pools are the device's.
+
+    It has one of near blocks, too, where KV is of two kinds, even if none of these layers is of one of them.
+    """
 
     device: int
     first_layer: int
     last_layer: int
     pool: BlockPool
+    near_pool: BlockPool | None = None
 
     @property
     def view(self) -> StageView:
@@ -38,8 +46,12 @@ class Stage:
 class Group:
     """A chain and its requests. Every stage holds the same number of blocks of a request, from its own pool.
 
+    Where KV is of two kinds it is a MixedGroup (kinds/mixed_group.py).
+
     The fleet (engine/fleet.py) binds requests and gives them blocks; the scheduler keeps what is in flight.
     """
+
+    is_mixed: ClassVar[bool] = False  # KV is of two kinds
 
     group_id: int
     stages: tuple[Stage, ...]
@@ -85,12 +97,24 @@ class Group:
         """Blocks in use by requests on the fullest stage."""
         return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
 
+    def free_for(self, num_tokens: int) -> int:
+        """Return the blocks that a new request of so many tokens could get now; 0 if something else is lacking."""
+        return self.num_free
+
+    def can_hold(self, lengths: Sequence[int]) -> bool:
+        """Return whether requests of so many tokens each fit all at once."""
+        return sum(map(self.blocks_for, lengths)) <= self.num_blocks
+
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` of one request."""
-        return -(-num_tokens // self.block_size)
+        """Return the number of blocks that hold `num_tokens` tokens of one request."""
+        return ceil_div(num_tokens, self.block_size)
+
+    def reach(self, request: Request) -> int:
+        """Return up to which token a request could be computed now, if nobody makes way; asked if it `is_mixed`."""
+        return (request.num_places + self.num_free) * self.block_size
 
     def missing_blocks(self, request: Request, num_tokens: int) -> int:
-        """Blocks that `request` has to get on every stage before it can hold `num_tokens`."""
+        """Return the blocks that `request` has to get on every stage before it can hold `num_tokens`."""
         return max(0, self.blocks_for(num_tokens) - request.num_places)
 
     def returned(self, launched_s: float, now_s: float) -> float:
@@ -118,3 +142,26 @@ class Group:
                 continue
             assert list(request.table.ids) == [stage.device for stage in self.stages]
             assert request.num_places >= self.blocks_for(request.num_scheduled_tokens)
+
+
+class Follower(NamedTuple):
+    """A cached block on its way: where it was, and what is in it."""
+
+    block: Block
+    key: bytes
+    parent: bytes | None
+    left: tuple[StageView, ...]  # stages that it was on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Convoy:
+    """Cached blocks that go together: from the same stages to the same group, the hottest first."""
+
+    group: Group
+    followers: tuple[Follower, ...]
+    table: BlockTable  # the same blocks
+
+    @property
+    def left(self) -> tuple[StageView, ...]:
+        """Return the stages that all of them were on."""
+        return self.followers[0].left

@@ -24,22 +24,22 @@ class Occupancy:
         return tuple(self._counts)
 
     def enter(self, position: int, now_s: float) -> None:
-        """A microbatch comes to the stage at `position` of the chain."""
+        """Note that a microbatch comes to the stage at `position` of the chain."""
         self._account(now_s)
         self._counts[position] += 1
 
     def leave(self, position: int, now_s: float) -> None:
-        """The stage at `position` has done one."""
+        """Note that the stage at `position` has done a microbatch."""
         self._account(now_s)
         self._counts[position] -= 1
 
     def busy_s(self, now_s: float) -> Sequence[float]:
-        """Seconds of work of each stage so far."""
+        """Return the seconds of work of each stage so far."""
         self._account(now_s)
         return tuple(self._busy_s)
 
     def active_s(self, now_s: float) -> float:
-        """Seconds in which the group has had work so far."""
+        """Return the seconds in which the group has had work so far."""
         self._account(now_s)
         return self._active_s
 

@@ -17,6 +17,7 @@ from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 
+NumBehind = Callable[[int], int]
 KEY_BYTES = 16  # two different prefixes with one key would give a client another one's KV: not in the age of the world
 
 
@@ -27,6 +28,18 @@ def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
         before = keys[-1] if keys else _digest(b"salt " + request.cache_salt.encode())
         keys.append(_digest(before + array("I", tokens[start : start + block_size]).tobytes()))
     return keys
+
+
+def is_being_computed(key: bytes, place: int, group: Group) -> bool:
+    """Return whether a running request of a group will soon have computed the block of a key, its `place`-th."""
+    end = (place + 1) * group.block_size
+    return any(
+        r.num_computed_tokens < end <= r.num_tokens
+        and r.finish_reason is None
+        and not (r.is_moving or r.has_failed)
+        and extend_keys(r, group.block_size)[place] == key
+        for r in group.running
+    )
 
 
 def _digest(content: bytes) -> bytes:
@@ -49,12 +62,17 @@ class PrefixCache:
     `num_behind`: how many of the first n blocks are behind the window of what follows them; None: there is no window.
     """
 
-    def __init__(self, num_behind: Callable[[int], int] | None = None) -> None:
+    def __init__(self, num_behind: NumBehind | None = None) -> None:
         self._num_behind = num_behind
         self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
-        self.version = 0  # of what can be found
+        self._version = 0  # of what can be found
         self.listener: Listener | None = None
         self._away = Counter[bytes]()  # keys of blocks on their way to a group
+
+    @property
+    def version(self) -> int:
+        """Return another number whenever other blocks can be found."""
+        return self._version
 
     @property
     def keys(self) -> frozenset[bytes]:
@@ -70,7 +88,7 @@ class PrefixCache:
         if homes.setdefault(group.group_id, block) is not block:
             return False
         block.key, block.parent = key, parent
-        self.version += 1
+        self._version += 1
         return True
 
     def remove(self, group: Group, block: Block) -> None:
@@ -83,7 +101,7 @@ class PrefixCache:
             del self._homes[block.key]
             self._told(block.key)
         block.key = block.parent = None
-        self.version += 1
+        self._version += 1
 
     def has(self, key: bytes) -> bool:
         """Return whether any group has a block of a key, or gets one."""
@@ -116,6 +134,11 @@ class PrefixCache:
         number = self.lengths(keys).get(group.group_id, 0)
         found = [self.get(group, key) for key in keys[self._behind(number) : number]]
         return number, [block for block in found if block is not None]
+
+    def num_shared(self, group: Group, keys: Sequence[bytes]) -> int:
+        """Return how many blocks a request that begins with these keys need not take: they are used, or behind."""
+        number, found = self.find(group, keys)
+        return number - len(found) + sum(block.num_refs > 0 for block in found)
 
     def lengths(self, keys: Sequence[bytes]) -> dict[int, int]:
         """Return with how many of these keys' blocks a request can begin, by group id; without groups with none.

@@ -40,10 +40,10 @@ class Constraint(Protocol):
         """Return when `error` and `is_finished` are known for all accepted tokens: after a bounded time."""
 
     def release(self) -> None:
-        """The token that was to be accepted next does not come now: who waits for the mask after it may go on."""
+        """Let who waits for the mask after the next token go on: that token does not come now."""
 
     def close(self) -> None:
-        """Nothing will be accepted any more: whoever waits may go on, with any token."""
+        """Let whoever waits go on, with any token: nothing will be accepted any more."""
 
     @property
     def error(self) -> KunServeError | None:
@@ -126,13 +126,13 @@ class Request:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether a step may fail because of it: it goes alone."""
-        return self.num_computed_tokens < self.suspect_until
+        """Tell whether the next step that it joins may fail because of it: it goes alone."""
+        return self.num_scheduled_tokens < self.suspect_until
 
     @property
     def goes_first(self) -> bool:
         """Whether others wait for it in turns: it goes alone, or has waited long enough."""
-        return self.is_hurried or (self.suspect_until > 0 and self.is_suspect)
+        return (self.is_hurried and not self.num_sampling) or self.num_scheduled_tokens < self.suspect_until
 
     @property
     def is_over_here(self) -> bool:

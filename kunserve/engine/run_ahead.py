@@ -1,7 +1,8 @@
 """Running ahead: when a device gets a microbatch to go on with, while it still works on the one before.
 
 Too late, it waits for the host between two steps. Too early, whoever comes in the meantime waits for two steps instead
-of one. So it gets it shortly before it is predicted to be done.
+of one; and so does a merge, which takes place between two steps. So it gets it shortly before it is predicted to be
+done: by as much as predictions are wrong.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from kunserve.engine.group import Group
 from kunserve.engine.signals import loop_time
 from kunserve.planner.microbatch import Lookahead
 
-# Before the predicted end, the longer of both: what a busy host needs to schedule, and what predictions are wrong by.
-HOST_S, MARGIN = 0.015, 0.25
+# Before the predicted end, the longer of both: what a busy host needs to schedule, and so many times what predictions
+# are wrong by on average, but no more than a quarter of the step.
+HOST_S, NUM_ERRORS, MARGIN = 0.015, 3.0, 0.25
 LEARNING_RATE = 0.2  # how fast predictions follow what steps take
 
 
@@ -36,10 +38,11 @@ class RunAhead:
     """
 
     def __init__(self, lookahead: Lookahead | None, on_due: Callable[[Group], None]) -> None:
-        """`on_due` is called when the time has come for a group. Without `lookahead` it always has."""
+        """Call `on_due` when the time has come for a group. Without `lookahead` it always has."""
         self._lookahead, self._on_due = lookahead, on_due
         self._steps: dict[int, _Step] = {}  # by group id
         self._slowness = 1.0  # what steps take of what the cost model predicts
+        self._error = MARGIN  # by what share they differ from that, on average
 
     def is_due(self, group: Group) -> bool:
         """Return whether a group whose device works may have one more microbatch."""
@@ -52,7 +55,7 @@ class RunAhead:
             return
         predicted_s = self._lookahead.time(work_of(group.in_flight[0]))
         expected_s = predicted_s * self._slowness
-        delay_s = expected_s - max(HOST_S, MARGIN * expected_s)
+        delay_s = expected_s - max(HOST_S, min(MARGIN, NUM_ERRORS * self._error) * expected_s)
         timer = None
         if delay_s > 0:
             timer = asyncio.get_running_loop().call_later(delay_s, self._due, group)
@@ -66,6 +69,7 @@ class RunAhead:
             step.timer.cancel()
         if step.predicted_s > 0:
             slowness = (loop_time() - step.started_s) / step.predicted_s
+            self._error += LEARNING_RATE * (abs(slowness / self._slowness - 1) - self._error)
             self._slowness += LEARNING_RATE * (slowness - self._slowness)
 
     def _due(self, group: Group) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
+from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
 from kunserve.engine.survive.health import Health
@@ -30,7 +31,7 @@ class View:
         self.no_drop: str | None = None  # why no weights are ever dropped by themselves
 
     def stats(self, demand_over_undropped: float = 0.0) -> EngineStats:
-        """The figures that metrics show."""
+        """Return the figures that metrics show."""
         groups = [group for group in self._fleet.groups if not group.is_lost]
         return EngineStats(
             num_running=self._fleet.num_running,
@@ -76,7 +77,7 @@ class View:
         }
 
     def _device(self, index: int, home: Sequence[str]) -> dict[str, Any]:
-        """`home`: the weight units that it was launched with."""
+        """Describe a device. `home`: the weight units that it was launched with."""
         memory, fleet = self._memories[index], self._fleet
         counts = self._counts(memory)
         if memory.device.is_lost:
@@ -114,6 +115,7 @@ class View:
                 for s in group.stages
             ],
             "blocks": _blocks(group.num_blocks, group.num_used, len(group.idle)),
+            **(_near_blocks(group) if isinstance(group, MixedGroup) else {}),
             "running": len(group.running),
             "microbatches_in_flight": group.num_in_flight,
             "bubbles": {
@@ -124,7 +126,7 @@ class View:
         }
 
     def _home_units(self) -> dict[int, list[str]]:
-        """Units that each device was launched with: where dropped weights come back to."""
+        """Return the units that each device was launched with: where dropped weights come back to."""
         origins = [origin for group in self._fleet.groups if group.origin for origin in group.origin.launched()]
         return {
             stage.device: list(units_of_stage(self._model, stage.first_layer, stage.last_layer))
@@ -150,16 +152,24 @@ class View:
                 continue  # nobody computes there, or it is being remapped, perhaps
             for stage in group.stages:
                 memory = self._memories[stage.device]
-                tables = (request.table.ids.get(stage.device, ()) for request in group.running)
-                needed = max(stage.pool.limit, 1 + max((block for ids in tables for block in ids), default=0))
-                layers = range(stage.first_layer, stage.last_layer)
-                assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
+                for kind in range(self._fleet.num_kinds):
+                    store = self._fleet.store(kind)
+                    tables = (store.table(request).ids.get(stage.device, ()) for request in group.running)
+                    last = max((block for ids in tables for block in ids), default=0)
+                    needed = max(store.pool(stage).limit, 1 + last)
+                    layers = self._fleet.layers_of(kind, range(stage.first_layer, stage.last_layer))
+                    assert all(memory.kv.num_blocks(layer) >= needed for layer in layers)
                 units = units_of_stage(self._model, stage.first_layer, stage.last_layer)
                 assert all(memory.weights.is_filled(unit) for unit in units)
 
 
 def _blocks(num_blocks: int, num_used: int, num_idle: int) -> dict[str, int]:
     return {"total": max(num_blocks, num_used), "used": num_used, "idle": num_idle}
+
+
+def _near_blocks(group: MixedGroup) -> dict[str, Any]:
+    """Return the blocks of layers with a window, where their KV is a kind of its own."""
+    return {"near_blocks": _blocks(group.num_near_blocks, group.num_near_used, len(group.near_idle))}
 
 
 def _weight_bytes(memory: DeviceMemory) -> int:

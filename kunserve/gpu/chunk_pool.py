@@ -31,7 +31,7 @@ class ChunkPool:
         return len(self._free)
 
     def num_owned(self, owner: Owner) -> int:
-        """Chunks of one owner."""
+        """Return the number of chunks of one owner."""
         return self._num_owned[owner]
 
     def alloc(self, num_chunks: int, owner: Owner) -> list[int]:

@@ -24,7 +24,7 @@ class BlockCopy:
     destination_ids: Sequence[int]
 
     def gather(self) -> Tensor:
-        """The blocks one after the other: (B, ...) where the source is."""
+        """Return the blocks one after the other: (B, ...) where the source is."""
         return self.source.index_select(0, torch.tensor(self.source_ids, device=self.source.device))
 
     def scatter(self, blocks: Tensor) -> None:
@@ -42,12 +42,12 @@ def copy_blocks(copies: Iterable[BlockCopy]) -> None:
 def layer_copies(
     source: Sequence[Tensor], read: Sequence[int], target: Sequence[Tensor], write: Sequence[int], layers: Iterable[int]
 ) -> list[BlockCopy]:
-    """The same blocks of several layers; source and target: KV of all layers of a device."""
+    """Copy the same blocks of several layers; source and target: KV of all layers of a device."""
     return [BlockCopy(source[layer], read, target[layer], write) for layer in layers]
 
 
 def host_blocks(num_blocks: int, kv: Tensor) -> Tensor:
-    """Room in host memory for blocks of `kv` (N, ...): (num_blocks, ...), pinned if a GPU will copy them.
+    """Make room in host memory for blocks of `kv` (N, ...): (num_blocks, ...), pinned if a GPU will copy them.
 
     DeviceError if the system has none: torch says RuntimeError, as for so much else.
     """

@@ -1,4 +1,4 @@
-"""The device protocol: the first box of the memory flow, and the only thing above which nobody asks what a device is.
+"""The device protocol: the first box of the memory flow. Everything above it is independent of the kind of device.
 
 A device owns `num_chunks` chunks of physical memory, created once when it opens and released when it closes. Chunks
 are named by their index. Virtual addresses are reserved apart and get chunks mapped into them; a tensor over a
@@ -50,7 +50,7 @@ class Device(Protocol):
         """Unmap `num_chunks` from `address`; the addresses stay reserved, the chunks keep their content."""
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
-        """A flat uint8 tensor over a reserved range, mapped or not; owned by nobody, valid until `release`."""
+        """Return a flat uint8 tensor over a reserved range, mapped or not; nobody's, valid until `release`."""
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` on the compute queue, after everything submitted before; returns when its results are there."""

@@ -24,7 +24,7 @@ from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, WorkQueue
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
 
@@ -109,16 +109,23 @@ class HostDevice:
         """Take all physical memory now, in huge pages if possible: a later remap then moves page tables only."""
         address = self.reserve(num_bytes)
         self.map(address, range(self.num_chunks))
+        # A huge page needs a first small one to be made from. With only that there is nothing to copy: several times
+        # faster than to populate all of it in small pages first.
+        for start in range(address, address + num_bytes, CHUNK_BYTES):
+            self._populate(start, mmap.PAGESIZE)
+        _libc.madvise(address, num_bytes, _MADV_COLLAPSE)  # best effort: small pages work too
+        self._populate(address, num_bytes)
+        self.release(address, num_bytes)
+
+    def _populate(self, address: int, num_bytes: int) -> None:
         if _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) != 0:
             raise DeviceError(f"{self.name}: cannot populate memory: {os.strerror(ctypes.get_errno())}")
-        _libc.madvise(address, num_bytes, _MADV_COLLAPSE)  # best effort: small pages work too
-        self.release(address, num_bytes)
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
         # Over-reserve to align, then give head and tail back.
         start = _mmap(None, num_bytes + self.chunk_bytes, _PROT_NONE, _RESERVED)
-        address = -(-start // self.chunk_bytes) * self.chunk_bytes
+        address = ceil_div(start, self.chunk_bytes) * self.chunk_bytes
         if address > start:
             _libc.munmap(start, address - start)
         if tail := start + self.chunk_bytes - address:

@@ -12,6 +12,7 @@ from kunserve.gpu.chunk_pool import ChunkPool, Owner
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.config import ModelConfig
+from kunserve.sizes import ceil_div
 
 RESERVED_BYTES = 8 << 40  # of addresses for one device's KV: a process has 128 TiB of them
 
@@ -27,7 +28,7 @@ class KVShape:
 
     @classmethod
     def of(cls, config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVShape:
-        """The shape that a model's blocks have."""
+        """Return the shape that a model's blocks have."""
         return cls(config.num_kv_heads, block_size, config.head_dim, dtype)
 
     @property
@@ -42,7 +43,7 @@ class KVShape:
 
 
 def max_layer_chunks(num_layers: int, chunk_bytes: int) -> int:
-    """Chunks of KV that one layer can have: what is reserved for all layers must leave addresses to other devices."""
+    """Return the most KV chunks of a layer: what is reserved for all layers must leave addresses to other devices."""
     return max(1, RESERVED_BYTES // (num_layers * chunk_bytes))
 
 
@@ -61,20 +62,20 @@ class KVMemory:
         ]
 
     def num_chunks(self, layer: int) -> int:
-        """Chunks mapped for a layer."""
+        """Return the number of chunks mapped for a layer."""
         return len(self._ranges[layer].chunks)
 
     def num_blocks(self, layer: int) -> int:
-        """Whole blocks that a layer's mapped chunks hold."""
+        """Return the number of whole blocks that a layer's mapped chunks hold."""
         return self._ranges[layer].num_mapped_bytes // self.shape.block_bytes
 
     def blocks_in(self, num_chunks: int) -> int:
-        """Whole blocks that a layer of `num_chunks` holds."""
+        """Return the number of whole blocks that a layer of `num_chunks` holds."""
         return num_chunks * self._chunk_bytes // self.shape.block_bytes
 
     def chunks_for(self, num_blocks: int) -> int:
-        """Chunks that a layer needs for `num_blocks`."""
-        return -(-num_blocks * self.shape.block_bytes // self._chunk_bytes)
+        """Return the chunks that a layer needs for `num_blocks`."""
+        return ceil_div(num_blocks * self.shape.block_bytes, self._chunk_bytes)
 
     @property
     def mapped_chunks(self) -> list[int]:

@@ -16,7 +16,7 @@ HOST = -1  # the host as an end of a link
 
 
 class Priority(enum.IntEnum):
-    """Who goes first when a link becomes free; the least first."""
+    """The order in which transfers that wait get a link: the least first."""
 
     ACTIVATION = 0
     KV = 1
@@ -35,7 +35,7 @@ class Links:
     """All links of a machine, named by source and destination device.
 
     Long transfers take a turn per slice, so that an activation waits for one slice at most, and follow each other.
-    Links that are not coordinated, for comparison, get all that has to go at once, each request's KV in one piece.
+    `is_coordinated = False`, for comparison, sends everything at once, each request's KV in one piece.
     """
 
     slice_bytes = 4 << 20  # of one turn: a millisecond or two between CPU devices
@@ -47,7 +47,7 @@ class Links:
         self.kv_bytes_per_s = usual_bytes_per_s  # over one link, lately
 
     def layers_in_turn(self, layer_bytes: int) -> int:
-        """How many layers of so many bytes go in one turn: one at least."""
+        """Return how many layers of so many bytes go in one turn: one at least."""
         return max(1, self.slice_bytes // max(1, layer_bytes))
 
     @asynccontextmanager

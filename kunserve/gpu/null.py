@@ -1,6 +1,6 @@
-"""Null devices: they count chunks and keep their content's name, but hold no bytes. For simulation and planner tests.
+"""Null devices: they map and count chunks, but hold no bytes. For simulations, and tests of what decides.
 
-They keep the rules that every device keeps (`Mappings`), so whatever runs on one runs on the real ones.
+They enforce the rules that every device enforces (`Mappings`), so that what runs on them breaks none on real ones.
 """
 
 from __future__ import annotations

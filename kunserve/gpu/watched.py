@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 class Watcher(Protocol):
-    """Who looks after devices (engine/survive/health.py)."""
+    """Looks after devices (engine/survive/health.py)."""
 
     def has_work(self) -> None:
-        """Called when a device that had no work gets some."""
+        """Hear that a device that had no work gets some."""
 
     def lost(self, device: WatchedDevice, reason: str) -> None:
-        """Called once, when a device is lost; nobody waits for it any more."""
+        """Hear, once, that a device is lost; nobody waits for it any more."""
 
 
 class Silence(NamedTuple):

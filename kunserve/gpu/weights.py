@@ -16,6 +16,8 @@ from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import TensorSpec, WeightUnit
 from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.planes import SCALES, Planes
+from kunserve.sizes import ceil_div
 
 
 class Weights:
@@ -28,11 +30,11 @@ class Weights:
         self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
 
     def num_chunks(self, unit: str) -> int:
-        """Chunks that a unit takes when present."""
-        return -(-self._units[unit].num_bytes // self._chunk_bytes)
+        """Return the chunks that a unit takes when present."""
+        return ceil_div(self._units[unit].num_bytes, self._chunk_bytes)
 
     def num_tensor_bytes(self, unit: str) -> int:
-        """Bytes of a unit's tensors, without what lies between them."""
+        """Return the bytes of a unit's tensors, without what lies between them."""
         return sum(spec.num_bytes for spec in self._units[unit].tensors)
 
     @property
@@ -51,7 +53,7 @@ class Weights:
         return [name for name in self.present if name not in self._filled]
 
     def is_filled(self, unit: str) -> bool:
-        """Whether a unit is present with its content, so that it may be read and copied."""
+        """Tell whether a unit is present with its content, so that it may be read and copied."""
         return unit in self._filled
 
     @property
@@ -60,7 +62,7 @@ class Weights:
         return [chunk for range_ in self._ranges.values() for chunk in range_.chunks]
 
     def tensor(self, unit: str, name: str, num_rows: int | None = None) -> Tensor:
-        """View of a tensor of a unit, as stored; with `num_rows`, of the matrix that begins with it."""
+        """View a tensor of a unit, as stored; with `num_rows`, the matrix that begins with it."""
         spec = self._spec(unit, name)
         shape = spec.stored_shape if num_rows is None else (num_rows, *spec.stored_shape[1:])
         dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -68,21 +70,23 @@ class Weights:
         return self._ranges[unit].tensor[spec.offset : spec.offset + num_bytes].view(dtype).view(shape)
 
     def linear(self, unit: str, *names: str) -> Linear:
-        """View of the matrix that tensors of a unit are together, in as few parts as they are stored in."""
+        """View the matrix that tensors of a unit are together, in as few parts as they are stored in."""
         specs = [self._spec(unit, name) for name in names]
         parts = []
         for first, spec in enumerate(specs):
             if first and spec.is_stored_like(specs[first - 1]):
                 continue  # it is in the part before
-            alike = takewhile(spec.is_stored_like, specs[first:])
-            parts.append(Part(self.tensor(unit, spec.name, sum(other.shape[0] for other in alike)), spec.blocks))
+            num_rows = sum(other.shape[0] for other in takewhile(spec.is_stored_like, specs[first:]))
+            has_scales = isinstance(spec.blocks, Planes)
+            scales = self.tensor(unit, spec.name + SCALES, num_rows) if has_scales else None
+            parts.append(Part(self.tensor(unit, spec.name, num_rows), spec.blocks, scales))
         return Linear(tuple(parts))
 
     def _spec(self, unit: str, name: str) -> TensorSpec:
         return next(spec for spec in self._units[unit].tensors if spec.name == name)
 
     def content(self, unit: str) -> Tensor:
-        """View of all bytes of a unit: flat uint8, the same on every device."""
+        """View all bytes of a unit: flat uint8, the same on every device."""
         return self._ranges[unit].tensor[: self._units[unit].num_bytes]
 
     def map(self, unit: str) -> None:
@@ -91,7 +95,7 @@ class Weights:
 
     @contextmanager
     def filling(self, unit: str) -> Iterator[None]:
-        """Inside, the content of a mapped unit arrives. It counts as filled when all of it is there, not before.
+        """Let the content of a mapped unit arrive inside. It counts as filled when all of it is there, not before.
 
         Whoever leaves with an error leaves it unfilled: nobody may copy from it.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,10 @@ from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.pack import take
+from kunserve.model.quant.formats import NO_BLOCKS
+from kunserve.model.quant.pack import Codes, take
+from kunserve.model.quant.plane_codes import codes_plane, scales_plane
+from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.model.quant.scheme import ENDINGS
 from kunserve.model.safetensors_header import DAMAGED
 
@@ -45,7 +49,8 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the model needs, in the order of a forward pass."""
-    return {tensor.name: tensor.shape for unit in weight_units(config, config.dtype) for tensor in unit.tensors}
+    units = weight_units(replace(config, formats=NO_BLOCKS), config.dtype)
+    return {tensor.name: tensor.shape for unit in units for tensor in unit.tensors}
 
 
 class SafetensorsSource:
@@ -56,7 +61,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: Path, config: ModelConfig, without: Collection[str] = ()) -> None:
-        """without: names that others read."""
+        """Open the files of `folder`. without: names of tensors that others read."""
         shapes = {name: shape for name, shape in expected_shapes(config).items() if name not in without}
         files = _tensor_files(folder)
         self.stored_names = {name: stored_name(name, files) for name in shapes}  # what the files call each tensor
@@ -120,6 +125,7 @@ class QuantizedSource:
         if missing := sorted(name for name in names if stored_name(name, self._files) not in self._files):
             raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
         self._handles = {path: _open(path) for path in set(self._files.values())}
+        self._scales: dict[str, Tensor] = {}  # of matrices whose codes were copied last: reading takes them apart too
 
     @property
     def num_bytes(self) -> int:
@@ -127,21 +133,40 @@ class QuantizedSource:
         return sum(path.stat().st_size for path in self._handles)
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """Copy tensor `name` into `out`: blocks if it is uint8, else numbers, cast to its dtype.
+        """Copy tensor `name` into `out`: blocks or codes if it is uint8, else numbers, cast to its dtype.
 
         Raises ConfigError, with the tensor's name, if the file's has another shape or dtype.
         """
-        if name not in self._quantized:
+        matrix = name.removesuffix(SCALES)
+        if matrix not in self._quantized:
             self._plain.copy_into(name, out)
             return
+        blocks = self._formats.of(matrix)
+        if name != matrix:
+            assert isinstance(blocks, Planes)
+            kept = self._scales.pop(matrix, None)
+            out.copy_(self._scales_of(self._take(matrix), blocks) if kept is None else kept)
+            return
+        codes = self._take(name)
+        if blocks is None or out.dtype is not torch.uint8:
+            out.copy_(codes.numbers())
+        elif isinstance(blocks, Planes):
+            out.copy_(codes_plane(codes.codes, blocks))
+            self._scales[name] = self._scales_of(codes, blocks)
+        else:
+            out.copy_(codes.blocks(blocks))
+
+    def _take(self, name: str) -> Codes:
         N, K = self._shapes[name]
         prefix = name.removesuffix("weight")
         try:
-            codes = take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
+            return take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error.message}") from None
-        blocks = self._formats.of(name)
-        out.copy_(codes.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else codes.numbers())
+
+    @staticmethod
+    def _scales_of(codes: Codes, planes: Planes) -> Tensor:
+        return scales_plane(codes.scale, codes.offset, planes)
 
     def _read(self, name: str) -> Tensor:
         stored = stored_name(name, self._files)

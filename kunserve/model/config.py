@@ -127,6 +127,12 @@ class ModelConfig:
         """Tokens that a token sees in every layer, itself among them; None if it sees all in one of them."""
         return self.window if set(self.windowed_layers) >= set(range(self.num_layers)) else None
 
+    @property
+    def near_layers(self) -> tuple[int, ...]:
+        """Layers with a window, in order, if a token sees all in others: their KV can be of a kind of its own."""
+        is_mixed = self.window is not None and self.common_window is None
+        return tuple(sorted(self.windowed_layers)) if is_mixed else ()
+
     def window_of(self, layer: int) -> int | None:
         """Return the tokens that a token of a layer sees; None if it sees all."""
         return self.window if layer in self.windowed_layers else None

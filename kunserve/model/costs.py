@@ -39,7 +39,7 @@ class Rates:
 
 
 def cost_model(model: str, config: ModelConfig, kind: str, cache: Path | None = None) -> tuple[CostModel, str]:
-    """The constants of `model` on devices of `kind` ("cpu", "h100"), and where they come from.
+    """Return the constants of `model` on devices of `kind` ("cpu", "h100"), and where they come from.
 
     Raises ConfigError, naming the file, if one that is found is not right.
     """
@@ -57,28 +57,28 @@ def cost_model(model: str, config: ModelConfig, kind: str, cache: Path | None = 
 
 
 def cost_folder(cache: Path | None = None) -> Path:
-    """Where constants that were measured on this machine are kept."""
+    """Return the folder for constants that were measured on this machine."""
     return (cache or cache_root()) / "costs"
 
 
 def cost_file(model: str, folder: Path) -> Path:
-    """The file of a model's constants, for all kinds of devices."""
+    """Return the file of a model's constants, for all kinds of devices."""
     return folder / f"{model.replace('/', '--')}.toml"
 
 
 def device_rates() -> dict[str, Rates]:
-    """Rates of all kinds of devices that we know."""
+    """Read the rates of all kinds of devices that we know."""
     return {kind: Rates(**table) for kind, table in _read(COSTS / "devices.toml").items()}
 
 
 def device_kind(name: str) -> str:
-    """The kind of a device from its name: "NVIDIA H100 80GB HBM3" is "h100", "cpu:0" is "cpu"."""
+    """Tell the kind of a device by its name: "NVIDIA H100 80GB HBM3" is "h100", "cpu:0" is "cpu"."""
     words = name.lower().replace("-", " ").replace(":", " ").split()
     return next((kind for kind in device_rates() if kind in words), DEFAULT_GPU)
 
 
 def derive(config: ModelConfig, rates: Rates) -> CostModel:
-    """Constants from a device's rates: floating-point operations or bytes by what is reached of the peak.
+    """Derive constants from a device's rates: operations or bytes by what is reached of the peak.
 
     A token goes through the experts that are chosen for it; a microbatch reads all of them, as full ones do: for a
     few tokens alone that is too long.
@@ -90,7 +90,8 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     layer = attention + mlp * (experts.active_size if experts else config.intermediate_size)
     held = attention + mlp * (experts.held_size if experts else config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    size, stored = rates.element_bytes, _stored_share(config)
+    size = rates.element_bytes
+    stored = _stored_share(config, "bfloat16" if size == 2 else "float32")
     return CostModel(
         pair_s=4 * config.q_size / (rates.flops_per_s * rates.attention_share),
         key_s=2 * config.kv_size * size / bytes_per_s,
@@ -106,10 +107,10 @@ def derive(config: ModelConfig, rates: Rates) -> CostModel:
     )
 
 
-def _stored_share(config: ModelConfig) -> dict[str, float]:
+def _stored_share(config: ModelConfig, dtype: str) -> dict[str, float]:
     """Return the bytes that units take, as a share of what they would take as numbers: less where they are blocks."""
-    numbers = weight_units(replace(config, formats=NO_BLOCKS), "float32")
-    stored = weight_units(config, "float32")
+    numbers = weight_units(replace(config, formats=NO_BLOCKS), dtype)
+    stored = weight_units(config, dtype)
     return {unit.name: kept.num_bytes / unit.num_bytes for unit, kept in zip(numbers, stored, strict=True)}
 
 
@@ -126,7 +127,7 @@ def write_costs(path: Path, kind: str, cost: CostModel, source: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Tables of a TOML file; none if there is no file."""
+    """Read the tables of a TOML file; none if there is no file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

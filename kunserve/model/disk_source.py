@@ -83,7 +83,7 @@ def _read(file: BinaryIO, place: _Place, out: Tensor) -> None:
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """Where each tensor of a safetensors file lies: its header is JSON behind eight bytes of length."""
+    """Return where each tensor of a safetensors file lies: its header is JSON behind eight bytes of length."""
     try:
         with path.open("rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")

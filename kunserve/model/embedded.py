@@ -84,7 +84,7 @@ def prepare_embedded(
 
 
 def is_complete(folder: Path, embedded: EmbeddedModel) -> bool:
-    """Whether `folder` holds this model as the manifest, which is written last, says."""
+    """Tell whether `folder` holds this model as the manifest, which is written last, says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["sizes"]}

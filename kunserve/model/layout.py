@@ -9,11 +9,14 @@ where they are stored alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
+from kunserve.model.quant.planes import SCALES, Planes
+from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
     import torch  # names are judged without it
@@ -52,7 +55,7 @@ class TensorSpec:
         return self.offset + self.num_bytes
 
     def is_stored_like(self, other: TensorSpec) -> bool:
-        """Whether the rows of both can be those of one matrix."""
+        """Tell whether the rows of both tensors can be those of one matrix."""
         return (self.dtype, self.blocks, self.stored_shape[1:]) == (other.dtype, other.blocks, other.stored_shape[1:])
 
 
@@ -66,20 +69,30 @@ class WeightUnit:
 
 
 def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str) -> WeightUnit:
-    """Lay groups of tensors one after the other; tensors of a group touch where they are stored alike."""
+    """Lay groups of tensors one after the other; tensors of a group touch where they are stored alike.
+
+    Behind a group lie the scales of those whose scales are tensors of their own, in the same way.
+    """
     tensors: list[TensorSpec] = []
     for group in groups:
-        for i, (tensor_name, shape) in enumerate(group):
-            blocks, end = config.formats.of(tensor_name), tensors[-1].end if tensors else 0
-            spec = TensorSpec(tensor_name, shape, end, dtype if blocks is None else "uint8", blocks)
-            if i == 0 or not spec.is_stored_like(tensors[-1]):
-                spec = replace(spec, offset=-(-end // ALIGNMENT) * ALIGNMENT)
-            tensors.append(spec)
+        of_group = [(tensor, shape, config.formats.of(tensor)) for tensor, shape in group]
+        specs = [TensorSpec(*it, 0, dtype if blocks is None else "uint8", blocks) for *it, blocks in of_group]
+        scales = [_scales(spec, spec.blocks) for spec in specs if isinstance(spec.blocks, Planes)]
+        for alike in (specs, scales):
+            for i, spec in enumerate(alike):
+                end = tensors[-1].end if tensors else 0
+                is_continued = i > 0 and spec.is_stored_like(tensors[-1])
+                tensors.append(replace(spec, offset=end if is_continued else ceil_div(end, ALIGNMENT) * ALIGNMENT))
     return WeightUnit(name, tuple(tensors), tensors[-1].end)
 
 
+def _scales(spec: TensorSpec, planes: Planes) -> TensorSpec:
+    N, K = spec.shape
+    return TensorSpec(spec.name + SCALES, planes.scales_shape(N, K), 0, planes.scale_dtype)
+
+
 def layer_name(layer: int) -> str:
-    """Name of the unit that holds decoder layer `layer`."""
+    """Return the name of the unit that holds decoder layer `layer`."""
     return f"layers.{layer}"
 
 
@@ -197,11 +210,15 @@ def _layer_unit(config: ModelConfig, layer: int, dtype: str) -> WeightUnit:
 
 
 def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightUnit, ...]:
-    """All units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
+    """Return all units of a model, in the order of a forward pass: embed, layers, and head unless it is tied.
 
     dtype: of what is stored as numbers, or its name.
     """
-    dtype = str(dtype).removeprefix("torch.")
+    return _weight_units(config, str(dtype).removeprefix("torch."))
+
+
+@lru_cache(maxsize=32)  # a mixture of experts has tens of thousands of tensors, and a plan asks a hundred times
+def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
     vocab = (config.vocab_size, config.hidden_size)
     norm: list[Named] = [("model.norm.weight", (config.hidden_size,))]
     embed: list[list[Named]] = [[("model.embed_tokens.weight", vocab)]]
@@ -213,7 +230,7 @@ def weight_units(config: ModelConfig, dtype: str | torch.dtype) -> tuple[WeightU
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:
-    """Names of the units that layers `[first_layer, last_layer)` need, with embedding and head at the ends."""
+    """Return the names of the units that a stage `[first_layer, last_layer)` needs, embedding and head at the ends."""
     names = [layer_name(i) for i in range(first_layer, last_layer)]
     is_first, is_last = first_layer == 0, last_layer == config.num_layers
     if is_first or (is_last and config.tie_embeddings):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kunserve.planner.drop import LEAST_GAIN, plan_drop
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 ENOUGH_BLOCKS = 1 << 60  # more than any server holds: a plan for so many merges all that can merge
 
@@ -86,7 +86,7 @@ def _weights_for_two(
 def _shrunk(model: ModelShape, layer_chunks: int) -> ModelShape:
     """Return the model with smaller layers, and embedding and head smaller in the same proportion."""
     embed, head = (
-        -(-chunks * layer_chunks // model.layer_chunks) for chunks in (model.embed_chunks, model.head_chunks)
+        ceil_div(chunks * layer_chunks, model.layer_chunks) for chunks in (model.embed_chunks, model.head_chunks)
     )
     return replace(model, layer_chunks=layer_chunks, embed_chunks=embed, head_chunks=head)
 

@@ -49,7 +49,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Work:
-        """The work of all these chunks in one microbatch."""
+        """Sum up the work of all these chunks in one microbatch."""
         pairs = keys = tokens = num_chunks = samples = 0
         for chunk in chunks:
             pairs += chunk.num_pairs
@@ -60,7 +60,7 @@ class Work(NamedTuple):
         return cls(pairs, keys, tokens, num_chunks, samples)
 
     def plus(self, chunk: Chunk) -> Work:
-        """The work with one more chunk."""
+        """Return this work with one more chunk."""
         return Work(
             self.num_pairs + chunk.num_pairs,
             self.num_keys + chunk.num_keys,
@@ -70,11 +70,11 @@ class Work(NamedTuple):
         )
 
     def join(self, other: Work) -> Work:
-        """The work of both in one microbatch."""
+        """Return the work of both in one microbatch."""
         return Work(*map(add, self, other))
 
     def part(self, num_parts: int) -> Work:
-        """One of so many equal parts."""
+        """Return the work of one of `num_parts` equal parts."""
         return Work(*(amount / num_parts for amount in self))
 
 
@@ -95,23 +95,23 @@ class CostModel:
     overlap: float = 1.0  # of loading and multiplying; 1: one after the other, large: the longer of both
 
     def layer_time(self, work: Work) -> float:
-        """Seconds that one layer takes."""
+        """Predict the seconds that one layer takes for `work`."""
         matrices = self._overlapped(self.load_s, self.token_s * work.num_tokens)
         attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
         return matrices + attention + self.chunk_s * work.num_chunks
 
     def head_time(self, num_samples: float) -> float:
-        """Seconds for norm, head and sampling of so many rows."""
+        """Predict the seconds for norm, head and sampling of so many rows."""
         if num_samples == 0:
             return 0.0
         return self._overlapped(self.head_load_s, self.head_row_s * num_samples) + self.sample_s * num_samples
 
     def stage_time(self, num_layers: int, chunks: Iterable[Chunk], is_first: bool, is_last: bool) -> float:
-        """Seconds that a microbatch of these chunks takes on a stage of `num_layers` layers; 0 without chunks."""
+        """Predict the seconds of a microbatch of these chunks on a stage of `num_layers` layers; 0 without chunks."""
         return self.work_time(num_layers, Work.of(chunks), is_first, is_last)
 
     def work_time(self, num_layers: int, work: Work, is_first: bool, is_last: bool) -> float:
-        """As `stage_time`, from the sums over the chunks."""
+        """Predict the same as `stage_time`, from the sums over the chunks."""
         if work.num_chunks == 0:
             return 0.0
         ends = self.embed_token_s * work.num_tokens if is_first else 0.0
@@ -120,18 +120,18 @@ class CostModel:
         return self.stage_s + ends + num_layers * self.layer_time(work)
 
     def added_time(self, num_layers: int, chunk: Chunk) -> float:
-        """Seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
+        """Predict the seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
         attention = self.pair_s * chunk.num_pairs + self.key_s * chunk.num_keys
         layer = attention + self.token_s * chunk.num_tokens + self.chunk_s
         return num_layers * layer + (self.head_row_s + self.sample_s) * chunk.num_samples
 
     def to_dict(self) -> dict[str, float]:
-        """The constants by name, for a file."""
+        """Return the constants by name, for a file."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> CostModel:
-        """Constants from a file. Raises ValueError that names what is missing, unknown or no sensible number."""
+        """Take constants from a file. Raises ValueError that names what is missing, unknown or no sensible number."""
         known = {field.name for field in fields(cls)}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if wrong := (set(values) - known) | (needed - set(values)):

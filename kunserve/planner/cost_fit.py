@@ -33,7 +33,7 @@ class Measurement(NamedTuple):
 
 
 def fit(steps: Sequence[Measurement], overlaps: Sequence[float] = OVERLAPS) -> CostModel:
-    """The constants with the least squared relative error on `steps`, which must vary in all that they depend on."""
+    """Find the constants with the least squared relative error on `steps`, which must vary in all they depend on."""
     assert steps
     seconds = np.array([s.seconds for s in steps])
     best: tuple[float, CostModel] | None = None
@@ -53,7 +53,7 @@ def fit(steps: Sequence[Measurement], overlaps: Sequence[float] = OVERLAPS) -> C
 
 
 def relative_errors(model: CostModel, steps: Sequence[Measurement]) -> Array:
-    """|predicted - measured| / measured of each step."""
+    """Return |predicted - measured| / measured of each step."""
     predicted = np.array([model.work_time(s.num_layers, s.work, s.is_first, s.is_last) for s in steps])
     measured = np.array([s.seconds for s in steps])
     errors: Array = np.abs(predicted - measured) / measured
@@ -61,7 +61,7 @@ def relative_errors(model: CostModel, steps: Sequence[Measurement]) -> Array:
 
 
 def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overlap: float) -> Array:
-    """What each constant is multiplied with: (steps, constants), in the order of `_model`."""
+    """Return what each constant is multiplied with: (steps, constants), in the order of `_model`."""
     layers, pairs, keys, tokens, chunks, samples = np.array([(s.num_layers, *s.work) for s in steps], np.float64).T
     is_first, is_last = np.array([(s.is_first, s.is_last) for s in steps], np.float64).T
     samples = samples * is_last
@@ -95,7 +95,7 @@ def _model(constants: Array, knee: float, head_knee: float, overlap: float) -> C
 
 
 def _solve(columns: Array) -> tuple[Array, float]:
-    """Non-negative x with the least |columns @ x - 1|^2, and that: the active set of Lawson and Hanson, 1974."""
+    """Return the x >= 0 with the least |columns @ x - 1|^2, and that: the active set of Lawson and Hanson, 1974."""
     scale = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
     scaled, target = columns / scale, np.ones(len(columns))
     num = scaled.shape[1]

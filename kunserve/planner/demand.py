@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kunserve.sizes import ceil_div
+
 
 class RequestView(NamedTuple):
     """What the planner knows of one request; waiting ones hold no blocks."""
@@ -52,8 +54,25 @@ class Demand:
 
     @property
     def blocks(self) -> int:
-        """All of them."""
+        """All blocks that the server needs."""
         return self.in_use + self.prompts + self.growth
+
+
+def near_blocks(num_tokens: int, window: int, block_size: int) -> int:
+    """Return the blocks that a request of so many tokens has at once where only the last `window` are kept.
+
+    Those of a window, one begun at either end, and one that a step computes while it is not known to have ended.
+    """
+    return min(-(-num_tokens // block_size), (window + block_size - 2) // block_size + 2)
+
+
+def measure_near(requests: Iterable[RequestView], estimate: OutputLengthEstimate, window: int, block_size: int) -> int:
+    """Return the blocks that all requests need at once of a kind of which only the last `window` tokens are kept."""
+    expected = round(estimate.mean_tokens)
+    return sum(
+        near_blocks(num_tokens + max(0, min(max_tokens, expected) - num_output), window, block_size)
+        for num_tokens, num_output, max_tokens, _ in requests
+    )
 
 
 def measure_demand(
@@ -69,10 +88,10 @@ def measure_demand(
     for num_tokens, num_output, max_tokens, held in running:
         in_use += held
         tokens = num_tokens + max(0, min(max_tokens - num_output, max(expected - num_output, min_growth)))
-        growth += max(0, -(-tokens // block_size) - held)
+        growth += max(0, ceil_div(tokens, block_size) - held)
     for num_tokens, num_output, max_tokens, _ in waiting:
-        needed = -(-num_tokens // block_size)
+        needed = ceil_div(num_tokens, block_size)
         prompts += needed
         tokens = num_tokens + max(0, min(max_tokens - num_output, max(expected - num_output, min_growth)))
-        growth += -(-tokens // block_size) - needed
+        growth += ceil_div(tokens, block_size) - needed
     return Demand(in_use, prompts, growth)

@@ -16,6 +16,7 @@ from kunserve.errors import ConflictError, InvalidRequestError
 from kunserve.planner.layer_split import Chain, cuts_within, stages_of
 from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.snapshot import ModelShape, Origin, Snapshot
+from kunserve.sizes import ceil_div
 
 FULL = 0.85  # share of a group's blocks in use
 LEAST_GAIN = 0.08  # of a merge, as a share of the blocks that its groups hold apart
@@ -54,7 +55,7 @@ class _Shapes:
         self._known: dict[tuple[Place, ...], _Shape] = {}
 
     def of(self, places: tuple[Place, ...]) -> _Shape:
-        """The one shape with these places. Its devices keep a part of what they hold: nothing is loaded in a drop."""
+        """Return the one shape with these places. Its devices keep a part of what they hold: a drop loads nothing."""
         if (shape := self._known.get(places)) is None:
             cuts = cuts_within([(first, last) for first, last, _ in places])
             chain = Chain(self.model, [-budget for _, _, budget in places], cuts)
@@ -63,17 +64,17 @@ class _Shapes:
         return shape
 
     def merge(self, a: _Shape, b: _Shape) -> _Shape:
-        """Both in one chain: every device stays near the layers it has."""
+        """Join two shapes in one chain, in which every device stays near the layers it has."""
         if (shape := a.merged.get(b)) is None:
             shape = a.merged[b] = self.of(tuple(sorted(a.places + b.places)))
         return shape
 
     def most_blocks(self, shape: _Shape) -> int:
-        """Blocks in the split that holds most; 0 if no cut leaves each device some of its layers, with KV."""
+        """Return the blocks of the split that holds most; 0 if no cut leaves each device layers of its own, with KV."""
         return self.model.blocks_in(shape.chain.most_chunks or 0)
 
     def cut(self, shape: _Shape, need_blocks: int) -> _Cut:
-        """The best split that holds `need_blocks`; there is one."""
+        """Return the best split that holds `need_blocks`; there must be one."""
         min_chunks = self.model.chunks_for(need_blocks)
         if (cut := shape.cuts.get(min_chunks)) is None:
             ends = shape.chain.best(min_chunks)
@@ -111,7 +112,7 @@ class _Node:
 
 
 def _merged(shapes: _Shapes, a: _Node, b: _Node, least_gain: float) -> _Node | None:
-    """Both as one; None if that holds nothing, or has not this share more blocks than they hold apart."""
+    """Merge two nodes; None unless they hold blocks together, and more by `least_gain` than the two do alone."""
     num_devices = a.num_devices + b.num_devices
     if num_devices > shapes.model.num_layers:
         return None
@@ -155,6 +156,7 @@ class _Smallest:
 
     @staticmethod
     def _first(heap: list[Entry]) -> _Node | None:
+        # A node is in two heaps and is taken out of neither when it finds a partner: left there it would merge twice.
         while heap and not heap[0][-1].is_waiting:
             heappop(heap)
         return heap[0][-1] if heap else None
@@ -224,12 +226,12 @@ def plan_drop_of(snapshot: Snapshot, group_ids: Sequence[int], need_blocks: int 
     heap = _Smallest(nodes[group_id] for group_id in group_ids)
     merged = [node for _ in group_ids[1:] if (node := heap.merge_next(shapes, least_gain=-1.0))]
     if len(merged) < len(group_ids) - 1 or merged[-1].blocks < merged[-1].apart:
-        raise ConflictError("these groups cannot be one: too few layers for all devices, or less KV than apart")
+        raise ConflictError("cannot merge: fewer layers than devices, or the merged group would hold less KV than now")
     return _plan(snapshot, shapes, before, merged[-1:], need_blocks)
 
 
 def _nodes(snapshot: Snapshot, shapes: _Shapes) -> list[_Node]:
-    """The groups as they stand."""
+    """Return a node for each group of the server, before any merge."""
     devices = {view.device: (-view.budget_chunks, view.island) for view in snapshot.devices}
     nodes = []
     for group in snapshot.groups:
@@ -257,7 +259,7 @@ def _plan(
     most = sum(node.blocks for node in merged)
     merges, chunk_bytes = [], snapshot.model.chunk_bytes
     for node in merged:
-        share = node.blocks if rest > most else -(-rest * node.blocks // most)
+        share = node.blocks if rest > most else ceil_div(rest * node.blocks, most)
         cut = shapes.cut(node.shape, min(node.blocks, max(share, node.apart)))
         stages = stages_of(_seated(node.seats, cut), cut.ends)
         ids, freed_bytes, added = tuple(sorted(node.group_ids)), cut.freed_chunks * chunk_bytes, cut.blocks - node.apart
@@ -267,7 +269,7 @@ def _plan(
 
 
 def _seated(seats: Iterable[Seat], cut: _Cut) -> list[int]:
-    """Devices in the order of the chain. Of equal places, the longer is for the group with more KV: less moves."""
+    """Return the devices in the order of the chain. Of equal places, the longer is for who has more KV: less moves."""
     devices = [seat[4] for seat in sorted(seats)]
     seated = devices.copy()
     for position, device in zip(cut.by_length, devices, strict=True):

@@ -28,6 +28,11 @@ class LiveRequest(NamedTuple):
     group_id: int
     num_blocks: int
     urgency: float = 0.0  # greater goes first
+    num_near: int = 0  # of those of layers with a window, if these are a kind of its own
+
+    def by_kind(self, num_kinds: int) -> tuple[int, ...]:
+        """Return its blocks of each kind."""
+        return (self.num_blocks, self.num_near)[:num_kinds]
 
 
 class LayerMove(NamedTuple):
@@ -40,12 +45,12 @@ class LayerMove(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many."""
+        """Number of layers that move."""
         return self.last_layer - self.first_layer
 
 
 def layer_moves(before: Sequence[StageView], after: Sequence[StageView]) -> tuple[LayerMove, ...]:
-    """Layers whose device differs between two chains, in runs as long as can be."""
+    """Return the layers whose device differs between two chains, in runs as long as can be."""
     moves = []
     for old in before:
         for new in after:
@@ -71,7 +76,7 @@ def plan_exchange(
     for staying in (cached_groups, frozenset[int]()) if cached_groups else (cached_groups,):
         scene = _Scene.after_drop(snapshot, merge, live, staying)
         kindest = sorted(live, key=lambda request: (-request.urgency, request.num_blocks, request.request_id))
-        by_group = sorted(kindest, key=lambda request: (scene.used[request.group_id], request.group_id))
+        by_group = sorted(kindest, key=lambda request: (scene.used[request.group_id][0], request.group_id))
         for wanted in (kindest, by_group):
             if (order := _order_requests(scene, wanted)) is not None:
                 moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
@@ -83,7 +88,7 @@ def plan_exchange(
     if steps is not None:
         ids = {group: tuple(r.request_id for r in kindest if r.group_id == group) for group in scene.used}
         moves = [KvMove(ids[scene.group_of[step.source]], *step) for step in steps]
-        given = tuple(Room(device, chunks, scene.num_blocks(device, chunks)) for device, chunks in rooms.items())
+        given = tuple(Room(device, chunks, *scene.num_blocks(device, chunks)) for device, chunks in rooms.items())
         layouts = merged_layouts(snapshot, merge, live_groups, given)
         return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), given, layouts)
     return ExchangePlan(ExchangeMode.INFEASIBLE, (), layouts=merged_layouts(snapshot, merge, ()))
@@ -95,11 +100,11 @@ class _Scene:
 
     model: ModelShape
     group_of: dict[int, int]  # device -> the group it was in
-    used: dict[int, int]  # group -> blocks of its live requests
+    used: dict[int, tuple[int, ...]]  # group -> blocks of each kind of its live requests
     moves: dict[int, tuple[LayerMove, ...]]  # group -> where its KV goes
-    range_chunks: dict[int, int]  # device -> KV chunks that each of its layers had
-    kept: dict[int, int]  # device -> layers that stay
-    leaving: dict[int, int]  # device -> layers whose KV has to leave
+    range_chunks: dict[int, int]  # device -> KV chunks that each of its layers had; a full one, if there are two kinds
+    kept: dict[int, tuple[int, ...]]  # device -> layers of each kind that stay
+    leaving: dict[int, tuple[int, ...]]  # device -> layers of each kind whose KV has to leave
     free: dict[int, int]  # device -> chunks of nobody
 
     @staticmethod
@@ -109,45 +114,70 @@ class _Scene:
         """Unmap the dropped weights of `merge`. Layers of `cached_groups` stay, too: cached blocks are there."""
         model, budgets = snapshot.model, snapshot.budgets()
         groups = [group for group in snapshot.groups if group.group_id in merge.group_ids]
-        scene = _Scene(model, {}, {group.group_id: 0 for group in groups}, {}, {}, {}, {}, {})
+        nothing = (0,) * model.num_kinds
+        scene = _Scene(model, {}, {group.group_id: nothing for group in groups}, {}, {}, {}, {}, {})
         for request in requests:
-            scene.used[request.group_id] += request.num_blocks
+            scene.used[request.group_id] = _plus(scene.used[request.group_id], request.by_kind(model.num_kinds))
         new = {stage.device: stage for stage in merge.stages}
         for group in groups:
             scene.moves[group.group_id] = layer_moves(group.stages, merge.stages)
             for old in group.stages:
                 device, stage = old.device, new[old.device]
                 chunks = model.kv_chunks(budgets[device], old.first_layer, old.last_layer)
-                kept = stage.last_layer - stage.first_layer
-                has_kv = scene.used[group.group_id] or group.group_id in cached_groups
-                leaving = old.last_layer - old.first_layer - kept if has_kv else 0
+                kept = model.by_kind(range(stage.first_layer, stage.last_layer))
+                has_kv = any(scene.used[group.group_id]) or group.group_id in cached_groups
+                leaving = _minus(model.by_kind(range(old.first_layer, old.last_layer)), kept) if has_kv else nothing
                 weights = model.weight_chunks(stage.first_layer, stage.last_layer)
                 scene.group_of[device], scene.range_chunks[device] = group.group_id, chunks
                 scene.kept[device], scene.leaving[device] = kept, leaving
-                scene.free[device] = budgets[device] - weights - (kept + leaving) * chunks
+                scene.free[device] = budgets[device] - weights - scene.ranges(device, _plus(kept, leaving))
         return scene
 
-    def num_blocks(self, device: int, room_chunks: int) -> int:
-        """Block ids that a device needs when all KV has come, if its layers that stay have so many chunks more.
+    def ranges(self, device: int, layers: tuple[int, ...]) -> int:
+        """Return the chunks of KV that so many layers of each kind had on a device."""
+        chunks = self.model.chunks_by_kind(self.range_chunks[device])
+        return sum(number * of_one for number, of_one in zip(layers, chunks, strict=True))
+
+    def holds(self, device: int, free: int) -> tuple[int, ...]:
+        """Return the blocks of each kind that a device holds once its layers that stay have what is free there."""
+        kept = self.kept[device]
+        chunks = self.model.chunks_within(self.ranges(device, kept) + free, kept)
+        return self.model.blocks_by_kind(chunks)
+
+    def num_blocks(self, device: int, room_chunks: int) -> tuple[int, ...]:
+        """Return the ids of each kind that a device needs when all KV has come, if layers that stay have more chunks.
 
         What comes is beyond those, so that new requests can have them; without any it goes wherever nobody is.
         """
-        mapped, used = self.model.blocks_in(self.range_chunks[device] + room_chunks), self.used[self.group_of[device]]
-        coming = sum(self.used.values()) - used
-        return mapped + coming if room_chunks else max(mapped, used + coming)
+        mapped = self.model.blocks_by_kind(self.range_chunks[device] + room_chunks)
+        used = self.used[self.group_of[device]]
+        in_all = [sum(of_kind) for of_kind in zip(*self.used.values(), strict=True)]
+        by_kind = zip(mapped, used, in_all, strict=True)
+        return tuple(has + (total - own if room_chunks else max(0, total - has)) for has, own, total in by_kind)
+
+
+def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
 def _most_rooms(scene: _Scene) -> dict[int, int]:
-    """Chunks that each layer that stays can have more, at once, beside the growth of a few layers, and in the end.
+    """Return the chunks that each kept layer can get at once beside the growth of a few ranges, and in the end.
 
     The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
+    Where KV is of two kinds there is none: what new requests would get is theirs when all KV has come.
     """
+    if scene.model.near is not None:
+        return dict.fromkeys(scene.group_of, 0)
     rooms = {}
     for device, group in scene.group_of.items():
-        growth = scene.model.chunks_for(sum(scene.used.values()) - scene.used[group]) + 1
-        spare, kept = scene.free[device], scene.kept[device]
+        growth = scene.model.chunks_for(sum(used for (used,) in scene.used.values()) - scene.used[group][0]) + 1
+        spare, [kept] = scene.free[device], scene.kept[device]
         num_growing = max(1, min(NUM_GROWING, spare // (2 * growth)))
-        in_the_end = (spare + scene.leaving[device] * scene.range_chunks[device]) // kept - growth
+        in_the_end = (spare + scene.ranges(device, scene.leaving[device])) // kept - growth
         rooms[device] = max(0, min((spare - num_growing * growth) // kept, in_the_end))
     return rooms
 
@@ -157,27 +187,27 @@ def _order_requests(scene: _Scene, wanted: Sequence[LiveRequest]) -> list[LiveRe
 
     A request needs its blocks on every device where it was not. The last one of a group makes room on its devices.
     """
-    model, order = scene.model, list[LiveRequest]()
+    order = list[LiveRequest]()
     free, occupied = dict(scene.free), {device: scene.used[group] for device, group in scene.group_of.items()}
     num_left = Counter(request.group_id for request in wanted)
-    holds = {d: model.blocks_in(scene.range_chunks[d] + free[d] // scene.kept[d]) for d in free}
+    holds = {device: scene.holds(device, chunks) for device, chunks in free.items()}
     pending = list(wanted)
     while pending:
         waiting = []
         for request in pending:
-            group, blocks = request.group_id, request.num_blocks
+            group, blocks = request.group_id, request.by_kind(scene.model.num_kinds)
             others = [device for device in free if scene.group_of[device] != group]
-            if any(occupied[device] + blocks > holds[device] for device in others):
+            if any(a + b > c for d in others for a, b, c in zip(occupied[d], blocks, holds[d], strict=True)):
                 waiting.append(request)
                 continue
             order.append(request)
             for device in others:
-                occupied[device] += blocks
+                occupied[device] = _plus(occupied[device], blocks)
             num_left[group] -= 1
             for device in free if num_left[group] == 0 else ():
                 if scene.group_of[device] == group:
-                    free[device] += scene.leaving[device] * scene.range_chunks[device]
-                    holds[device] = model.blocks_in(scene.range_chunks[device] + free[device] // scene.kept[device])
+                    free[device] += scene.ranges(device, scene.leaving[device])
+                    holds[device] = scene.holds(device, free[device])
         if len(waiting) == len(pending):
             return None
         pending = waiting
@@ -190,30 +220,32 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
     Of the layers that fit, one leaves the device with the least room, which needs it most.
     """
     pending = {
-        move: move.first_layer for group in scene.moves if scene.used[group] for move in scene.moves[group]
+        move: move.first_layer for group in scene.moves if any(scene.used[group]) for move in scene.moves[group]
     }  # -> the next layer of it
-    free = {device: chunks - rooms[device] * scene.kept[device] for device, chunks in scene.free.items()}
+    free = {device: chunks - rooms[device] * sum(scene.kept[device]) for device, chunks in scene.free.items()}
     steps = list[LayerMove]()
     filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
     def growth(move: LayerMove) -> int:
-        """Chunks that the destination's range of the next layer must get.
+        """Return the chunks that the destination's range of the next layer must get.
 
         With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
         """
-        device, room = move.destination, rooms[move.destination]
+        device, room, kind = move.destination, rooms[move.destination], scene.model.kind_of(pending[move])
         if (device, pending[move]) in filled:
             return 0
-        return max(0, scene.model.chunks_for(scene.num_blocks(device, room)) - scene.range_chunks[device] - room)
+        has = scene.model.chunks_by_kind(scene.range_chunks[device] + room)[kind]
+        return max(0, scene.model.chunks_for(scene.num_blocks(device, room)[kind]) - has)
 
     while pending:
+        # A layer that comes before there is room for it would wait for one behind it in the order, which waits for it.
         fitting = [move for move in pending if growth(move) <= free[move.destination]]
         if not fitting:
             return None
         move = min(fitting, key=lambda move: (free[move.source], move))
         layer = pending[move]
         free[move.destination] -= growth(move)
-        free[move.source] += scene.range_chunks[move.source]
+        free[move.source] += scene.model.chunks_by_kind(scene.range_chunks[move.source])[scene.model.kind_of(layer)]
         filled.add((move.destination, layer))
         steps.append(LayerMove(layer, layer + 1, move.source, move.destination))
         if layer + 1 == move.last_layer:

@@ -11,7 +11,30 @@ from kunserve.planner.snapshot import ModelShape, Origin, Snapshot, StageView, s
 def stage_layout(model: ModelShape, budget_chunks: int, stage: StageView) -> DeviceLayout:
     """Return the layout of a device that serves one stage and nothing else: all other chunks evenly for its KV."""
     chunks = model.kv_chunks(budget_chunks, stage.first_layer, stage.last_layer)
-    return _layout(model, stage, dict.fromkeys(range(stage.first_layer, stage.last_layer), chunks))
+    return _layout(model, stage, given(model, range(stage.first_layer, stage.last_layer), chunks))
+
+
+def given(model: ModelShape, layers: Iterable[int], chunks: int) -> dict[int, int]:
+    """Return the chunks of each of some layers where full ones have `chunks`."""
+    of_kind = model.chunks_by_kind(chunks)
+    return {layer: of_kind[model.kind_of(layer)] for layer in layers}
+
+
+def blocks_of(model: ModelShape, layout: DeviceLayout) -> tuple[int, ...]:
+    """Return how many blocks of each kind a device has mapped; of a kind that its stage has no layers of, as planned.
+
+    There are ids of such a kind too, as many as no other stage lacks: no memory is behind them.
+    """
+    stage, mapped = layout.stage, layout.kv_chunks
+    layers = range(stage.first_layer, stage.last_layer)
+    chunks = [next((mapped[i] for i in layers if model.kind_of(i) == kind), None) for kind in range(model.num_kinds)]
+    full, near = chunks[0], chunks[-1]
+    if full is None:
+        assert near is not None
+        full = model.chunks_within(near * len(layers), (0, len(layers)))
+    return tuple(
+        model.blocks_in(c if c is not None else n) for c, n in zip(chunks, model.chunks_by_kind(full), strict=True)
+    )
 
 
 def whole_part(
@@ -43,10 +66,10 @@ def merged_layouts(
         chunks = model.kv_chunks(budgets[stage.device], old.first_layer, old.last_layer)
         stay = range(stage.first_layer, stage.last_layer)
         leaving = [i for i in range(old.first_layer, old.last_layer) if i not in stay and group_id in live_groups]
-        spare = budgets[stage.device] - len(leaving) * chunks
+        spare = budgets[stage.device] - sum(given(model, leaving, chunks).values())
         spare -= model.weight_chunks(stage.first_layer, stage.last_layer)
-        grown = chunks + room_of[stage.device] if room_of else spare // len(stay)
-        layouts.append(_layout(model, stage, dict.fromkeys(leaving, chunks) | dict.fromkeys(stay, grown)))
+        grown = chunks + room_of[stage.device] if room_of else model.chunks_within(spare, model.by_kind(stay))
+        layouts.append(_layout(model, stage, given(model, leaving, chunks) | given(model, stay, grown)))
     return tuple(layouts)
 
 

@@ -40,11 +40,11 @@ class Lookahead:
     max_num_tokens: int
 
     def time(self, work: Work) -> float:
-        """Seconds for a microbatch in all stages together."""
+        """Predict the seconds of a microbatch in all stages together."""
         return self.cost.work_time(self.num_layers, work, is_first=True, is_last=True)
 
     def added_time(self, chunk: Chunk) -> float:
-        """Seconds that one more chunk adds."""
+        """Predict the seconds that one more chunk adds in all stages together."""
         return self.cost.added_time(self.num_layers, chunk)
 
     @cached_property
@@ -58,7 +58,7 @@ class Lookahead:
         return low
 
     def part(self, decoding: Sequence[Chunk], prompts: Sequence[Chunk], num_stages: int) -> Part:
-        """The next microbatch's part of all that is in flight or could go now: decoding requests, pieces of prompts.
+        """Return what the next microbatch may take of all that could go now: decoding requests, pieces of prompts.
 
         Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
         many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `MANY` parts for
@@ -75,7 +75,7 @@ class Lookahead:
         return Part(decode_s, max(self.time(decode.join(prompt)), self.time(decode.join(least))))
 
     def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:
-        """How many of a prompt's next `num_tokens` tokens, after `prefix` others, fit beside `work` in `total_s`."""
+        """Return how many of a prompt's next tokens, after `prefix` others, fit beside `work` in `total_s`."""
         low, high = 0, num_tokens
         while low < high:
             middle = (low + high + 1) // 2
@@ -84,5 +84,5 @@ class Lookahead:
         return low
 
     def _token_s(self, num_tokens: int) -> float:
-        """Of a chunk without attention, per token."""
+        """Return the seconds per token of a chunk without attention."""
         return self.time(Work(num_tokens=num_tokens, num_chunks=1)) / num_tokens

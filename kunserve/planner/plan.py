@@ -6,11 +6,11 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
 
 class DeviceLayout(NamedTuple):
-    """What a device's chunks are for: the weights of one stage, and so many of KV for each of the model's layers."""
+    """The use of a device's chunks: the weights of one stage, and so many of KV for each of the model's layers."""
 
     stage: StageView
     kv_chunks: tuple[int, ...]  # 0: no KV of that layer is here
@@ -29,8 +29,21 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """A group that devices of none join. Once they hold their weights it is like a merge with them.
+
+    `snapshot` has them as if they were a group, which holds their layers only.
+    """
+
+    group_id: int
+    snapshot: Snapshot
+    merge: Merge
+    newcomers: tuple[StageView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DropPlan:
-    """Which groups merge, each merge by itself. Without `meets_need` it is the most that can be dropped."""
+    """The merges of a drop, each by itself. Without `meets_need` they are all that can be dropped."""
 
     epoch: int
     merges: tuple[Merge, ...]
@@ -77,7 +90,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """Which groups split, one step each (4 -> 2 + 2, later 2 -> 1 + 1), largest first."""
+    """The splits of a restore, one step each (4 -> 2 + 2, later 2 -> 1 + 1), largest first."""
 
     epoch: int
     splits: tuple[Split, ...]
@@ -103,11 +116,16 @@ class KvMove:
 
 
 class Room(NamedTuple):
-    """What a device has of blocks while KV goes by layer: those below its limit are mapped, in all layers that stay."""
+    """Block ids of one device while KV goes by layer: those below its limit are mapped in every layer that stays."""
 
     device: int
     chunks: int  # that each layer that stays gets at once, so that new requests can run meanwhile
     num_blocks: int  # with those beyond the limit, for the KV that comes
+    num_near: int = 0  # likewise, of layers with a window whose KV is a kind of its own
+
+    def by_kind(self, num_kinds: int) -> tuple[int, ...]:
+        """Return the blocks of each kind."""
+        return (self.num_blocks, self.num_near)[:num_kinds]
 
 
 @dataclass(frozen=True, slots=True)

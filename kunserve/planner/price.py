@@ -82,7 +82,7 @@ class Trend:
     _samples: deque[tuple[float, float]] = field(default_factory=deque)
 
     def is_due(self, now_s: float) -> bool:
-        """Whether it is time for a sample."""
+        """Tell whether it is time for a sample."""
         return not self._samples or now_s >= self._samples[-1][0] + self.every_s
 
     def sample(self, now_s: float, value: float) -> None:

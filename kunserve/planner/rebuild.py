@@ -2,16 +2,34 @@
 
 Weights that a device lacks are loaded from the host, and all requests of the old group are computed anew: nothing has
 to be kept. What a device already holds only says where in a chain it stands, so that less is loaded.
+
+Devices that can make no group by themselves join one that goes on, whose KV has to be kept: those of the group only
+drop layers, which the newcomers have loaded before, and the KV of these layers follows as after a merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations_with_replacement
 
 from kunserve.planner.layer_split import Chain, cuts_within, free_cuts, split_layers
 from kunserve.planner.layouts import whole_part
-from kunserve.planner.plan import Part
-from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, Snapshot, StageView
+from kunserve.planner.plan import Join, Merge, Part
+from kunserve.planner.restore import plan_restore
+from kunserve.planner.snapshot import (
+    DeviceView,
+    GroupView,
+    ModelShape,
+    Origin,
+    Snapshot,
+    StageView,
+    capacity_blocks,
+)
+from kunserve.sizes import ceil_div
+
+MOST_JOINING = 3  # devices at once: all places for them in a chain are tried
+NEWCOMERS = -1  # as a group id: of devices that are in no group so far
 
 
 def plan_rebuild(
@@ -21,7 +39,7 @@ def plan_rebuild(
     need_blocks: int,
     least_blocks: int,
 ) -> tuple[Part, ...] | None:
-    """Form new groups of free devices, which each hold all layers; None if they cannot hold all, with a block of KV.
+    """Group free devices anew, each group with all layers; None if they cannot hold all, with a block of KV.
 
     As many groups as hold `least_blocks` (the longest request) each; or all devices in one chain, if only that keeps
     the server as a whole holding `need_blocks`, or holds more at least. A restore can split that chain again.
@@ -57,7 +75,7 @@ def _apart(
         budgets = {view.device: view.budget_chunks for view in devices}
         parts = []
         for chain, blocks in zip(chains, most, strict=True):
-            stages = split_layers(model, chain, max(least_blocks, -(-need_blocks * blocks // sum(most))))
+            stages = split_layers(model, chain, max(least_blocks, ceil_div(need_blocks * blocks, sum(most))))
             assert stages is not None
             parts.append(whole_part(model, budgets, stages, Origin(stages)))
         return tuple(parts)
@@ -93,7 +111,7 @@ def _in_a_row(
 ) -> list[DeviceView]:
     """Sort devices by the layers they hold; one that holds nothing stands where fewest of the others hold a layer."""
     num_holders, places = [0] * model.num_layers, {}
-    length = -(-num_copies * model.num_layers // len(devices))
+    length = ceil_div(num_copies * model.num_layers, len(devices))
     for view in sorted(devices, key=lambda view: (view.device not in held, view.device)):
         if stage := held.get(view.device):
             first, last = stage.first_layer, stage.last_layer
@@ -125,3 +143,54 @@ def _tree(origins: Sequence[Origin]) -> Origin:
     if len(origins) == 1:
         return origins[0]
     return Origin((), (_tree(origins[0::2]), _tree(origins[1::2])))
+
+
+def plan_join(snapshot: Snapshot, devices: Sequence[DeviceView], need_blocks: int, least_blocks: int) -> Join | None:
+    """Let devices, which can make no group, become stages of a group that goes on; None if that is of no use.
+
+    It is if the group holds more with them, or as much and a restore can then split it: in halves that hold
+    `least_blocks` each. Of the groups that are not merged, the one that gains most; as few devices as that takes.
+    `need_blocks` is what the server as a whole should hold.
+    """
+    joining = sorted(devices, key=lambda view: (-view.budget_chunks, view.device))[:MOST_JOINING]
+    best, best_gain = None, (0, False)
+    for group in snapshot.groups:
+        if group.origin is not None and group.origin.parts:
+            continue
+        before = capacity_blocks(snapshot.model, snapshot.budgets(), group.stages)
+        need = max(before + 1, need_blocks - snapshot.capacity_blocks() + before)
+        for number in range(1, len(joining) + 1):
+            for gaps in combinations_with_replacement(range(len(group.stages) + 1), number):
+                stages = _with_newcomers(snapshot, group, joining[:number], gaps, need)
+                join = _join(snapshot, group, stages, before, least_blocks) if stages else None
+                if join and (gain := (join.merge.added_blocks, bool(join.merge.origin.parts))) > best_gain:
+                    best, best_gain = join, gain
+    return best
+
+
+def _with_newcomers(
+    snapshot: Snapshot, group: GroupView, joining: Sequence[DeviceView], gaps: Sequence[int], need_blocks: int
+) -> tuple[StageView, ...]:
+    """Cut a group's layers with newcomers in these gaps between its stages; empty if that cannot be."""
+    model, views = snapshot.model, {view.device: view for view in snapshot.devices}
+    row = list[tuple[DeviceView, tuple[int, int]]]()
+    for position in range(len(group.stages) + 1):
+        row += [(view, (0, model.num_layers)) for view, gap in zip(joining, gaps, strict=True) if gap == position]
+        row += [(views[s.device], (s.first_layer, s.last_layer)) for s in group.stages[position : position + 1]]
+    cuts = cuts_within([layers for _, layers in row])
+    return split_layers(model, [view for view, _ in row], need_blocks, cuts) or ()
+
+
+def _join(snapshot: Snapshot, group: GroupView, stages: tuple[StageView, ...], before: int, least_blocks: int) -> Join:
+    """Return the plan for this chain, of a group that holds `before` blocks."""
+    members = {stage.device for stage in group.stages}
+    newcomers = tuple(stage for stage in stages if stage.device not in members)
+    restore = plan_restore(replace(snapshot, groups=(GroupView(0, stages),)))
+    halves = restore.splits[0].into if restore else ()
+    origin = Origin(stages)
+    if halves and min(half.capacity_blocks for half in halves) >= least_blocks:
+        origin = Origin((), tuple(Origin(half.stages) for half in halves))
+    blocks = capacity_blocks(snapshot.model, snapshot.budgets(), stages)
+    merge = Merge((group.group_id, NEWCOMERS), stages, blocks, origin, 0, blocks - before)
+    with_newcomers = replace(snapshot, groups=(*snapshot.groups, GroupView(NEWCOMERS, newcomers)))
+    return Join(group.group_id, with_newcomers, merge, newcomers)

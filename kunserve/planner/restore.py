@@ -45,7 +45,7 @@ def plan_restore(snapshot: Snapshot, need_blocks: int = 0) -> RestorePlan | None
 
 
 def _halves(group: GroupView) -> list[tuple[list[StageView], Origin | None]]:
-    """Stages of each half as they stand; nothing if the group was launched like this."""
+    """Return the stages that each half has now; nothing if the group was launched like this."""
     if group.origin is None:  # neighbours go apart: then each half has parts of all of the model
         return [(list(group.stages[i::2]), None) for i in (0, 1)] if len(group.stages) > 1 else []
     halves: list[tuple[list[StageView], Origin | None]] = []
@@ -58,7 +58,7 @@ def _halves(group: GroupView) -> list[tuple[list[StageView], Origin | None]]:
 def _part(
     model: ModelShape, budgets: dict[int, int], group: GroupView, half: tuple[list[StageView], Origin | None]
 ) -> Part | None:
-    """One half with all layers: as it was launched, or cut anew around what its devices have."""
+    """Return one half with all layers: as it was launched, or cut anew around what its devices have."""
     kept, origin = half
     stages = origin.stages if origin and not origin.parts else _widened(model, budgets, group, kept, origin)
     return whole_part(model, budgets, stages, origin) if stages else None
@@ -89,7 +89,7 @@ def assign_requests(
     halves: Sequence[Sequence[StageView]],
     num_seats: Sequence[int],
 ) -> tuple[tuple[str, ...], ...]:
-    """Which live requests of a chain of `stages` go to each half: ids, balanced by blocks, then fewest bytes moved.
+    """Return which live requests of a chain go to each half: ids, balanced by blocks, then fewest bytes moved.
 
     `num_seats`: how many each half may run; more only if there are more in all.
     """

@@ -3,13 +3,35 @@
 Flow: demand -> overload -> drop | restore -> exchange. Everything in this package is a pure function of values.
 Each layer has its own KV range that grows by whole chunks, so a stage's capacity is found in two roundings: chunks per
 layer, then blocks per layer. A group holds as many blocks as its poorest stage.
+
+KV is of one kind, or of two: that of layers that see all tokens (full), and that of layers with a window (near), which
+need less. Blocks and chunks are of a full layer, unless said otherwise; how many a near one has follows from them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from kunserve.sizes import ceil_div
+
+
+class NearKv(NamedTuple):
+    """Say which layers with a window have KV of a kind of its own, and how much."""
+
+    layers: tuple[int, ...]  # in order
+    share: int  # chunks, in thousandths of those of a full layer
+    least_chunks: int = 1  # that one request needs, if a full layer has as many
+
+    def chunks(self, full_chunks: int) -> int:
+        """Return the chunks of a near layer where full ones have `full_chunks`: no more than those."""
+        return min(full_chunks, max(self.least_chunks, -(-full_chunks * self.share // 1000)))
+
+    def num_within(self, layers: range) -> int:
+        """Count how many of some layers are near."""
+        return bisect_left(self.layers, layers.stop) - bisect_left(self.layers, layers.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +55,7 @@ class ModelShape:
     head_time: float = 0.0  # norm, head and sampling
     shares_head: bool = False
     max_layer_chunks: int = 1 << 62  # of one layer's KV: what its addresses have room for
+    near: NearKv | None = None  # None: KV is of one kind
 
     def __post_init__(self) -> None:
         assert self.num_layers > 0 and self.layer_chunks > 0 and self.layer_time > 0
@@ -40,42 +63,75 @@ class ModelShape:
         assert not (self.tied and self.head_chunks) and (self.tied or not self.shares_head)
 
     def end_chunks(self, is_first: bool, is_last: bool) -> int:
-        """Chunks of embedding and head that a stage holds besides its layers."""
+        """Return the chunks of embedding and head that a stage holds besides its layers."""
         embed = self.embed_chunks if is_first or (is_last and self.tied) else 0
         return embed + (self.head_chunks if is_last else 0)
 
     def end_time(self, is_first: bool, is_last: bool) -> float:
-        """Time of embedding and head on a stage."""
+        """Return the time of embedding and head on a stage."""
         if self.shares_head and is_first != is_last:
             return self.head_time / 2 + (self.embed_time if is_first else 0.0)
         return (self.embed_time if is_first else 0.0) + (self.head_time if is_last else 0.0)
 
     def weight_chunks(self, first_layer: int, last_layer: int) -> int:
-        """Chunks of all units that layers `[first_layer, last_layer)` need."""
+        """Return the chunks of all units that layers `[first_layer, last_layer)` need."""
         ends = self.end_chunks(first_layer == 0, last_layer == self.num_layers)
         return ends + (last_layer - first_layer) * self.layer_chunks
 
     def stage_time(self, first_layer: int, last_layer: int) -> float:
-        """Time of one pass through layers `[first_layer, last_layer)`."""
+        """Return the time of one pass through layers `[first_layer, last_layer)`."""
         ends = self.end_time(first_layer == 0, last_layer == self.num_layers)
         return ends + (last_layer - first_layer) * self.layer_time
 
     def kv_chunks(self, budget_chunks: int, first_layer: int, last_layer: int) -> int:
-        """Chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
+        """Return the chunks of KV that each layer of a stage can have; negative if not even the weights fit."""
         left = budget_chunks - self.weight_chunks(first_layer, last_layer)
-        return min(self.max_layer_chunks, left // (last_layer - first_layer))
+        return min(self.max_layer_chunks, self.chunks_within(left, self.by_kind(range(first_layer, last_layer))))
+
+    def by_kind(self, layers: range) -> tuple[int, ...]:
+        """Count how many of some layers are of each kind: full, then near if there are two."""
+        if self.near is None:
+            return (len(layers),)
+        num_near = self.near.num_within(layers)
+        return (len(layers) - num_near, num_near)
+
+    @property
+    def num_kinds(self) -> int:
+        """Return how many kinds of KV there are."""
+        return 1 if self.near is None else 2
+
+    def kind_of(self, layer: int) -> int:
+        """Return the place of a layer's kind in what is told by kind."""
+        return 0 if self.near is None else self.near.num_within(range(layer, layer + 1))
+
+    def chunks_by_kind(self, chunks: int) -> tuple[int, ...]:
+        """Return the chunks of one layer of each kind where full ones have `chunks`."""
+        return (chunks,) if self.near is None else (chunks, self.near.chunks(chunks))
+
+    def chunks_within(self, num_chunks: int, num_layers: tuple[int, ...]) -> int:
+        """Return the chunks of a full layer if so many of each kind share all; without any, what they would be."""
+        kind = self.near
+        if kind is None or num_chunks < 0:
+            return num_chunks // sum(num_layers)
+        full, near = num_layers
+        most = num_chunks // full if full else num_chunks // near * 1000 // kind.share
+        return bisect_left(range(1, most + 1), True, key=lambda n: full * n + near * kind.chunks(n) > num_chunks)
+
+    def blocks_by_kind(self, chunks: int) -> tuple[int, ...]:
+        """Return the blocks of each kind where full layers have `chunks`."""
+        return tuple(map(self.blocks_in, self.chunks_by_kind(chunks)))
 
     def blocks_in(self, chunks: int) -> int:
-        """Blocks that `chunks` chunks of one layer's KV hold."""
+        """Return the blocks that `chunks` chunks of one layer's KV hold."""
         return max(0, chunks) * self.chunk_bytes // self.kv_block_bytes
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` of one request."""
-        return -(-tokens // self.block_size)
+        """Return the number of blocks that hold `tokens` tokens of one request."""
+        return ceil_div(tokens, self.block_size)
 
     def chunks_for(self, blocks: int) -> int:
-        """Chunks that one layer's KV needs to hold `blocks` blocks."""
-        return -(-blocks * self.kv_block_bytes // self.chunk_bytes)
+        """Return the chunks that one layer's KV needs to hold `blocks` blocks."""
+        return ceil_div(blocks * self.kv_block_bytes, self.chunk_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +158,7 @@ class Origin(NamedTuple):
     parts: tuple[Origin, ...] = ()
 
     def launched(self) -> Iterator[Origin]:
-        """All origins of the tree that were launched, not merged."""
+        """Yield all origins of the tree that were launched, not merged."""
         if not self.parts:
             yield self
         for part in self.parts:
@@ -129,39 +185,39 @@ class Snapshot:
     groups: tuple[GroupView, ...]
 
     def budgets(self) -> dict[int, int]:
-        """Budget of each device, in chunks."""
+        """Return the budget of each device, in chunks."""
         return {view.device: view.budget_chunks for view in self.devices}
 
     def capacity_blocks(self) -> int:
-        """Blocks that all groups hold together as they stand."""
+        """Return the blocks that all groups hold together now."""
         budgets = self.budgets()
         return sum(capacity_blocks(self.model, budgets, group.stages) for group in self.groups)
 
     def longest_blocks(self) -> int:
-        """Blocks that one request can have wherever it runs first, if every drop were undone: in the largest group."""
+        """Return the most blocks of one request wherever it runs first, with every drop undone: the largest group's."""
         budgets = self.budgets()
         launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
         return max((capacity_blocks(self.model, budgets, stages) for stages in launched), default=0)
 
     def undropped_blocks(self) -> int:
-        """Blocks that all groups would hold together if every drop were undone."""
+        """Return the blocks that all groups would hold together if every drop were undone."""
         budgets = self.budgets()
         launched = (stages for group in self.groups for stages in launched_stages(self.model, budgets, group))
         return sum(capacity_blocks(self.model, budgets, stages) for stages in launched)
 
 
 def stage_blocks(model: ModelShape, budgets: dict[int, int], stage: StageView) -> int:
-    """Blocks that one stage holds when all its device's chunks are given to it."""
+    """Return the blocks that one stage holds when all its device's chunks are given to it."""
     return model.blocks_in(model.kv_chunks(budgets[stage.device], stage.first_layer, stage.last_layer))
 
 
 def capacity_blocks(model: ModelShape, budgets: dict[int, int], stages: Iterable[StageView]) -> int:
-    """Blocks that a group with these stages holds: the least of its stages'."""
+    """Return the blocks that a group with these stages holds: the least of its stages'."""
     return min(stage_blocks(model, budgets, stage) for stage in stages)
 
 
 def launched_stages(model: ModelShape, budgets: dict[int, int], group: GroupView) -> list[tuple[StageView, ...]]:
-    """Stages of the groups that a group was at launch.
+    """Return the stages of the groups that a group was at launch.
 
     Of a group without a known origin: each device alone, if each can hold the model and some KV; else as it is.
     """

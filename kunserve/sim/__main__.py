@@ -9,6 +9,7 @@ from pathlib import Path
 from kunserve.command.command_line import OneLineParser, number_from
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
+from kunserve.model.costs import OVERLAP
 from kunserve.sim.nodes.router import ROUTERS
 from kunserve.sim.options import HOST_TOKEN_S, Options, simulate
 from kunserve.sim.policies import POLICIES
@@ -90,6 +91,12 @@ def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
     add("--max-num-batched-tokens", type=_count, default=default.max_num_batched_tokens, help="tokens of a step")
     add("--max-num-seqs", type=_count, default=default.max_num_seqs, help="most requests that run on one device")
     add(
+        "--windowed-kv-share",
+        type=number_from(float, 0.001, 1.0),
+        default=default.windowed_kv_share,
+        help="KV of a layer with a window over that of one that sees all, in models with both; GPUs take only 1 so far",
+    )
+    add(
         "--watermark",
         type=number_from(float, 0.0, 1.0),
         default=default.watermark,
@@ -106,6 +113,12 @@ def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
             default=default_s,
             help=f"seconds that the server's main thread, which all groups share, takes for {what}",
         )
+    add(
+        "--overlap",
+        type=number_from(float, 1.0, 1e3),
+        help="how far reading weights and multiplying overlap: 1 is one after the other, many the longer of both "
+        f"(default {OVERLAP:g})",
+    )
     add(
         "--restore-hold",
         dest="restore_hold_s",

@@ -39,7 +39,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._num_timers = 0
 
     def time(self) -> float:
-        """Simulated seconds since the loop was made."""
+        """Return the simulated seconds since the loop was made."""
         return self._now
 
     def call_at(
@@ -61,7 +61,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return future
 
     def _run_once(self) -> None:
-        """One round of `run_forever`: run all that is ready; if nothing is, let time pass first."""
+        """Run one round of `run_forever`: all that is ready; if nothing is, let time pass first."""
         ready, timers = self._ready, self._timers
         if not ready and not self._stopping:
             self._jump()
@@ -73,10 +73,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle._run()
 
     def _write_to_self(self) -> None:
-        """`call_soon_threadsafe` asks for it; nobody else could wake the loop."""
+        """Do nothing: `call_soon_threadsafe` asks for it, but no other thread could wake this loop."""
 
     def _jump(self) -> None:
-        """It is the time of the next timer."""
+        """Advance to the time of the next timer."""
         timers = self._timers
         while timers and timers[0][2].cancelled():
             heappop(timers)

@@ -52,7 +52,7 @@ _KINDS = {
 
 
 def parse_cluster(text: str) -> Cluster:
-    """`8xA800`: so many GPUs, in servers as the paper has them; ConfigError otherwise."""
+    """Read `8xA800`: so many GPUs, in servers as the paper has them; ConfigError otherwise."""
     match = re.fullmatch(r"(\d{1,5})x([\w-]+)", text.strip())
     if not match or match[2] not in _KINDS or int(match[1]) < 1:
         raise ConfigError(f"--cluster {text}: write for instance 8xA800; known GPUs are {', '.join(_KINDS)}")
@@ -68,7 +68,7 @@ class Instances:
 
     @classmethod
     def of(cls, model: ModelConfig, cluster: Cluster) -> Instances:
-        """Each of the least power of two of GPUs that hold the weights, and a quarter more for KV.
+        """Choose the least power of two of GPUs that hold the weights, and a quarter more for KV, as an instance.
 
         ConfigError if the cluster has not so many.
         """
@@ -81,26 +81,26 @@ class Instances:
 
     @property
     def num_devices(self) -> int:
-        """How many."""
+        """Number of devices, which is that of instances."""
         return self.cluster.num_gpus // self.gpus
 
     @property
     def memory_bytes(self) -> int:
-        """What each has for weights and KV."""
+        """Bytes that each device has for weights and KV."""
         return int(self.cluster.memory_bytes * USABLE) * self.gpus * self.cluster.memory_times
 
     def cost(self, model: ModelConfig) -> CostModel:
-        """Predicted times of a model on one of them."""
+        """Return the predicted times of a model on one instance."""
         rates = device_rates()[self.cluster.kind]
         flops, num_bytes = rates.flops_per_s * self.gpus, rates.bytes_per_s * self.gpus
         return derive(model, replace(rates, flops_per_s=flops, bytes_per_s=num_bytes))
 
     def server(self, device: int) -> int:
-        """Where it is: within a server links are fast."""
+        """Return the server of an instance: within a server links are fast."""
         return device * self.gpus // self.cluster.gpus_per_server
 
     def bandwidth(self, source: int, destination: int) -> float:
-        """Bytes per second: to the host by PCIe, within a server by NVLink, else by RDMA."""
+        """Return the bytes per second: to the host by PCIe, within a server by NVLink, else by RDMA."""
         if HOST in (source, destination):
             return self.cluster.pcie * self.gpus
         is_near = self.server(source) == self.server(destination)

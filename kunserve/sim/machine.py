@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.occupancy import Passage
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.step.executor import Executor
 from kunserve.gpu.cuda.device import choose_chunk_bytes
 from kunserve.gpu.device_memory import DeviceMemory
@@ -91,7 +92,7 @@ class NoWeights:
     """A source for devices that hold no bytes."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """Nothing to copy."""
+        """Copy nothing: simulated weights have no content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,7 @@ class SimExecutor(Executor):
         return [TOKEN] * int(work.num_samples)
 
     async def _enter(self, group: Group, device: SimDevice, inputs: Step, seconds: float) -> None:
-        """The first stage of a chain, once tokens that are still being sampled elsewhere are there."""
+        """Run the first stage of a chain, once tokens that are still being sampled elsewhere are there."""
         async with self._entrances.setdefault(group, asyncio.Lock()):
             if inputs.ahead_of is not None:
                 await asyncio.wrap_future(inputs.ahead_of)
@@ -190,7 +191,7 @@ class SimExecutor(Executor):
         await asyncio.sleep(left_s)
 
     async def _end_at_both_ends(self, group: Group, seconds: float, num_samples: int) -> None:
-        """The last stage's layers and its half of the rows in one piece; the first device's half from then on."""
+        """Run the last stage's layers and its half of the rows in one piece; the first device's half from then on."""
         half = num_samples // 2
         head_s = self._cost.head_time(half)
         left_s = self._devices[group.stages[-1].device].queue(seconds + head_s)
@@ -233,15 +234,25 @@ class SimMachine(Machine):
         *,
         is_coordinated: bool = True,
         host: HostTime | None = None,
+        overlap: float | None = None,
+        scheduler: type[Scheduler] = Scheduler,
     ) -> SimMachine:
-        """The GPUs of a cluster, as many to a device as an instance needs. ConfigError if there are too few."""
+        """Make devices of a cluster's GPUs, of as many each as an instance needs. ConfigError if there are too few.
+
+        `overlap`: of reading weights and multiplying, as in `CostModel`; None: what is assumed of such GPUs.
+        """
         instances, dtype = Instances.of(model, cluster), torch.bfloat16
         block_bytes, budget = KVShape.of(model, block_size, dtype).block_bytes, instances.memory_bytes
         chunk_bytes = choose_chunk_bytes(model, dtype, block_bytes, GRANULARITY, budget)
         devices = range(instances.num_devices)
         views = [DeviceView(i, budget // chunk_bytes, instances.server(i)) for i in devices]
         links = TimedLinks(instances.bandwidth, is_coordinated=is_coordinated)
-        return cls(model, instances.cost(model), links, views, dtype, chunk_bytes, cluster.kind, host=host)
+        cost = instances.cost(model)
+        if overlap is not None:
+            cost = replace(cost, overlap=overlap)
+        machine = cls(model, cost, links, views, dtype, chunk_bytes, cluster.kind, host=host)
+        machine.scheduler = scheduler
+        return machine
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""

@@ -11,12 +11,13 @@ from typing import Any
 from numpy.random import default_rng
 
 from kunserve.config import EngineConfig
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.errors import ConfigError
 from kunserve.model.card import find_config
-from kunserve.sim.cluster import GIB, Cluster, parse_cluster
+from kunserve.sim.cluster import GIB, Cluster, Instances, parse_cluster
 from kunserve.sim.nodes.router import make_router
 from kunserve.sim.nodes.scaler import Scaler
-from kunserve.sim.policies import PLENTY, PLENTY_TIMES, with_policy
+from kunserve.sim.policies import PLENTY, PLENTY_TIMES, VLLM, with_policy
 from kunserve.sim.traces import TraceRow, read_rows, stretch, upscale
 from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
 
@@ -47,9 +48,11 @@ class Options:
     max_num_batched_tokens: int = 1024
     max_num_seqs: int = 1024
     watermark: float = 0.0
+    windowed_kv_share: float = 1.0
     is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
     host_step_s: float = 0.0  # of the one thread that serves all GPUs and clients, for a microbatch
     host_token_s: float = 0.0  # and for each token that it streams
+    overlap: float | None = None  # of reading weights and multiplying (planner/cost.py); None: what GPUs are assumed to
     is_coordinated: bool = True
     is_looking_ahead: bool = True
     is_restoring: bool = True
@@ -63,7 +66,7 @@ class Options:
 
 
 def rows_of(options: Options) -> list[TraceRow]:
-    """The trace that the options name, scaled. ValueError if it cannot be read."""
+    """Read or draw the trace that the options name, scaled. ValueError if it cannot be read."""
     rng = default_rng([options.seed, 9])
     if options.workload in WORKLOADS:
         arrivals = Arrivals.burstgpt(options.duration_s, rng, options.burst_height, options.burst_s)
@@ -100,7 +103,7 @@ RATES = {
 
 
 def default_rate(options: Options) -> float:
-    """The rate of a workload on a cluster; ConfigError where none is known."""
+    """Return the rate of a workload on a cluster; ConfigError where none is known."""
     cluster = parse_cluster(options.cluster)
     try:
         return RATES[cluster.kind, options.model][options.workload] * cluster.num_gpus * options.nodes
@@ -122,6 +125,8 @@ def scaler_of(options: Options) -> Scaler | None:
         raise ConfigError(
             "--router prefix: there is nothing to find; give --enable-prefix-caching and a Mooncake trace"
         )
+    if options.pod_start_s is not None and options.policy == VLLM:
+        raise ConfigError(f"--pod-start: with --policy {VLLM} each GPU's copy is a server, and none is ever started")
     if options.pod_start_s is None:
         if options.most_nodes is not None:
             raise ConfigError("--most-nodes: no server is ever started without --pod-start")
@@ -132,18 +137,8 @@ def scaler_of(options: Options) -> Scaler | None:
     return Scaler(options.scale_at, options.pod_start_s, most)
 
 
-def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
-    """Run it; the report. `rows` instead of those that the options name.
-
-    ConfigError or ValueError if the options cannot be met.
-    """
-    model = find_config(options.model)
-    from kunserve.sim.machine import HostTime, SimMachine  # with torch: options are judged without
-    from kunserve.sim.simulation import Simulation
-
-    cluster = cluster_of(options)
-    if options.policy == PLENTY:
-        cluster = replace(cluster, memory_times=PLENTY_TIMES)
+def config_of(options: Options) -> EngineConfig:
+    """Return how each server is set up, but for its policy."""
     config = EngineConfig(
         options.model,
         block_size=options.block_size,
@@ -152,6 +147,7 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
         max_num_queued_reqs=1 << 30,
         swap_space_bytes=64 << 30,
         watermark=options.watermark,
+        windowed_kv_share=options.windowed_kv_share,
         restore_hold_s=options.restore_hold_s,
         enable_prefix_caching=options.has_prefix_cache,
         async_scheduling=options.is_running_ahead,  # off, as the host takes no time here that this would hide
@@ -160,23 +156,51 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
         config = replace(config, restore_watermark=NEVER)
     if not options.is_looking_ahead:
         config = replace(config, microbatching="tokens")
-    host = HostTime(options.host_step_s, options.host_token_s, is_apart=True)
+    return config
+
+
+def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
+    """Simulate what the options say, and return the report. `rows` instead of those that the options name.
+
+    How long an answer gets no policy knows: every request may have as many tokens as the longest of them all has.
+    ConfigError or ValueError if the options cannot be met.
+    """
+    model = find_config(options.model)
+    from kunserve.sim.machine import HostTime, SimMachine  # with torch: options are judged without
+    from kunserve.sim.published import PrefillFirst, as_published
+    from kunserve.sim.simulation import Simulation
+
+    cluster, config, num_nodes = cluster_of(options), with_policy(config_of(options), options.policy), options.nodes
+    scaler, is_published = scaler_of(options), options.policy == VLLM
+    if options.policy == PLENTY:
+        cluster = replace(cluster, memory_times=PLENTY_TIMES)
+    if is_published:
+        instances = Instances.of(model, cluster)
+        cluster, num_nodes = replace(cluster, num_gpus=instances.gpus), num_nodes * instances.num_devices
+        config = as_published(config, model.max_position_embeddings)
     make_machine = partial(
-        SimMachine.of_gpus, model, cluster, options.block_size, is_coordinated=options.is_coordinated, host=host
+        SimMachine.of_gpus,
+        model,
+        cluster,
+        options.block_size,
+        is_coordinated=options.is_coordinated,
+        host=HostTime(options.host_step_s, options.host_token_s, is_apart=True),
+        overlap=options.overlap,
+        scheduler=PrefillFirst if is_published else Scheduler,
     )
-    scaler = scaler_of(options)
     rows = rows_of(options) if rows is None else rows
     if not rows:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
     simulation = Simulation(
         make_machine,
         model,
-        with_policy(config, options.policy),
+        config,
         rows,
         model.max_position_embeddings,
-        num_nodes=options.nodes,
+        num_nodes=num_nodes,
         router=make_router(options.router, options.seed),
         scaler=scaler,
+        max_tokens=max(row.num_output_tokens for row in rows),
     )
     report = simulation.run()
     what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}

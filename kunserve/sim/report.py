@@ -26,7 +26,7 @@ class Answer:
     failure: str | None = None
 
     def token(self, now: float) -> None:
-        """A token came."""
+        """Note the time of a token that came."""
         if self.first_s is None:
             self.first_s = now
         elif now - self.last_s > self.longest_gap_s:
@@ -75,7 +75,7 @@ class Record:
 
 
 def summarize(record: Record, block_size: int) -> dict[str, Any]:
-    """The figures of a run that do not depend on who ran it. Times in seconds, rates per second."""
+    """Return the figures of a run that do not depend on who ran it. Times in seconds, rates per second."""
     answers = record.answers
     finished = [a for a in answers if a.is_finished]
     tokens = sum(a.num_output_tokens for a in answers)
@@ -103,7 +103,7 @@ def summarize(record: Record, block_size: int) -> dict[str, Any]:
 
 
 def by_answer(record: Record) -> dict[str, list[float | None]]:
-    """What every request saw, in the order of arrival; None where there is none."""
+    """Return what every request saw, in the order of arrival; None where there is none."""
     answers = sorted(record.answers, key=lambda answer: answer.arrival_s)
 
     def rounded(values: Iterable[float | None]) -> list[float | None]:
@@ -128,14 +128,14 @@ def _attainment(answers: Sequence[Answer], slo_s: float) -> float:
 
 
 def _shares(values: Sequence[float]) -> list[tuple[float, float]]:
-    """(value, share of values above it), from small to large, at a hundred places: SLO misses against SLO scale."""
+    """Return (value, share of values above it), from small to large, at a hundred places: misses against scale."""
     ordered = sorted(values)
     places = sorted({i * (len(ordered) - 1) // 99 for i in range(100)}) if ordered else []
     return [(round(ordered[i], DIGITS), round(1 - (i + 1) / len(ordered), 4)) for i in places]
 
 
 def _memory(samples: Sequence[Sample], block_size: int) -> dict[str, Any]:
-    """Capacity and use over time, in tokens, and what they come to."""
+    """Return capacity and use over time, in tokens, and what they come to."""
     if not samples:
         return {}
     first = samples[0].num_blocks

@@ -13,7 +13,7 @@ from kunserve.engine.signals import loop_time
 from kunserve.model.config import ModelConfig
 from kunserve.sampling import SamplingParams
 from kunserve.sim.clock import simulate
-from kunserve.sim.machine import SimMachine
+from kunserve.sim.machine import TOKEN, SimMachine
 from kunserve.sim.nodes.node import Node, prefix_hit_rate, totals
 from kunserve.sim.nodes.router import Least, Router
 from kunserve.sim.nodes.scaler import LOOK_EVERY_S, Scaler
@@ -22,13 +22,15 @@ from kunserve.sim.report import Answer, Record, by_answer, summarize
 from kunserve.sim.traces import TraceRow, cut
 
 SAMPLE_EVERY_S = 1.0
+STOPS = frozenset({TOKEN.token_id})
 
 
 class Simulation:
     """One run. `rows`: what arrives when; outputs are exactly as long as a row says.
 
-    `make_machine` makes what one server has; there are `num_nodes` of them when the first row arrives, and more if
-    there is a `scaler` that wants them.
+    How long that is nobody knows beforehand: each request may have `max_tokens`, and ends by a stop token. None: each
+    asks for as many as it gets. `make_machine` makes what one server has; there are `num_nodes` of them when the first
+    row arrives, and more if there is a `scaler` that wants them.
     """
 
     def __init__(
@@ -42,16 +44,17 @@ class Simulation:
         num_nodes: int = 1,
         router: Router | None = None,
         scaler: Scaler | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self._make_machine, self._model = make_machine, model
         self._config = config
-        self._rows, self._max_model_len = rows, max_model_len
+        self._rows, self._max_model_len, self._max_tokens = rows, max_model_len, max_tokens
         self._num_nodes, self._router, self._scaler = num_nodes, router or Least(), scaler
         self._nodes: list[Node] = []
         self.record = Record()
 
     def run(self) -> dict[str, Any]:
-        """Simulate to the last answer; the report."""
+        """Simulate to the last answer, and return the report."""
         return simulate(self._run())
 
     async def _run(self) -> dict[str, Any]:
@@ -103,13 +106,19 @@ class Simulation:
             answer = Answer(loop_time(), row.num_prompt_tokens)
             self.record.answers.append(answer)
             token_ids, keys = self._prompt(row, i, row.num_prompt_tokens)
-            request = Request(f"{i}", token_ids, SamplingParams(row.num_output_tokens, ignore_eos=True, seed=0))
+            request = Request(f"{i}", token_ids, self._params(row))
             request.block_keys = keys
             num_open += 1
             self._pick(keys).submit(request, answer, end)
         while num_open:
             last_ended.clear()
             await last_ended.wait()
+
+    def _params(self, row: TraceRow) -> SamplingParams:
+        """Return what a request asks for. Each token that is sampled is a stop token: the first that may end it."""
+        longest = self._nodes[0].engine.limits.max_model_len - row.num_prompt_tokens
+        asked = row.num_output_tokens if self._max_tokens is None else min(self._max_tokens, longest)
+        return SamplingParams(asked, row.num_output_tokens, seed=0, stop_token_ids=STOPS)
 
     def _pick(self, keys: Sequence[bytes]) -> Node:
         if len(self._nodes) == 1:

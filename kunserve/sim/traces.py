@@ -38,7 +38,7 @@ class TraceRow:
 
 
 def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
-    """Rows in the order of their times, of a CSV, or of JSON lines if the file is called `.jsonl`.
+    """Read the rows of a CSV, or of JSON lines if the file is called `.jsonl`, in the order of their times.
 
     Raises ValueError with file, line and column when something is missing or malformed.
     """
@@ -66,7 +66,7 @@ def cut(row: TraceRow, max_model_len: int) -> TraceRow:
 def pick_rows(
     rows: Sequence[TraceRow], window: tuple[float, float], limit: int | None, rng: Generator
 ) -> list[TraceRow]:
-    """Rows of seconds `[start, end)` of the trace, counted from `start`; of these a random `limit`, in order.
+    """Return the rows of seconds `[start, end)` of a trace, counted from `start`; of these a random `limit`, in order.
 
     Taking rows at random thins the trace and keeps the shape of its bursts.
     """
@@ -80,10 +80,11 @@ def pick_rows(
 
 
 def upscale(rows: Sequence[TraceRow], scale: float, rng: Generator) -> list[TraceRow]:
-    """`scale` times as many rows, bursts kept: each ceil(scale) times, every copy with probability scale / ceil(scale).
+    """Return `scale` times as many rows, bursts kept; a scale below 1 thins the trace.
 
-    As KunServe's artifact does it (after TraceUpscaler). A scale below 1 thins the trace. Copies are of other prompts:
-    the second copies of two rows begin alike as these rows do, but a row and its copy do not.
+    Each row comes ceil(scale) times, every copy with probability scale / ceil(scale), as in KunServe's artifact (after
+    TraceUpscaler). Copies are of other prompts: the second copies of two rows begin alike as these rows do, but a row
+    and its copy do not.
     """
     copies = math.ceil(scale)
     kept = rng.random((len(rows), copies)) < scale / copies
@@ -97,12 +98,12 @@ def _copy(row: TraceRow, id_offset: int) -> TraceRow:
 
 
 def stretch(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
-    """The same rows at `factor` times their times: 2 is half the rate."""
+    """Return the same rows at `factor` times their times: 2 is half the rate."""
     return [replace(row, at_s=row.at_s * factor) for row in rows]
 
 
 def sample_lengths(rows: Sequence[TraceRow], count: int, rng: Generator) -> list[tuple[int, int]]:
-    """Pairs of prompt and output length of random rows, with repetition."""
+    """Draw pairs of prompt and output length of random rows, with repetition."""
     return [(rows[i].num_prompt_tokens, rows[i].num_output_tokens) for i in rng.integers(len(rows), size=count)]
 
 
@@ -162,7 +163,7 @@ def _count(text: str | None, where: str) -> int:
 
 
 def _seconds(text: str | None, where: str) -> float:
-    """A number of seconds, or a date and time."""
+    """Read a number of seconds, or a date and time."""
     text = (text or "").strip()
     try:
         value = float(text)

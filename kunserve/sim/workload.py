@@ -28,14 +28,14 @@ class Lengths:
     most: int
 
     def draw(self, count: int, rng: Generator) -> NDArray[np.int64]:
-        """So many lengths."""
+        """Draw `count` lengths."""
         sigma = math.sqrt(math.log(1 + self.spread**2))
         normal = rng.standard_normal(count)
         lengths = np.exp(self._mu(sigma) + sigma * normal)
         return np.clip(np.rint(lengths), 1, self.most).astype(np.int64)
 
     def _mu(self, sigma: float) -> float:
-        """Where the distribution has its mean after the cut: by bisection, over its quantiles."""
+        """Find where the distribution has its mean after the cut: by bisection, over its quantiles."""
         normal = np.sqrt(2) * _erfinv(np.linspace(-1, 1, 2001)[1:-1])
         low, high = 0.0, math.log(self.most)
         for _ in range(60):
@@ -79,7 +79,7 @@ class Arrivals:
 
     @classmethod
     def burstgpt(cls, duration_s: float, rng: Generator, height: float = 2.0, burst_s: float = 20.0) -> Arrivals:
-        """A burst at second 45, and one more in each further 320 s, at a random time."""
+        """Place a burst at second 45, and one more in each further 320 s, at a random time."""
         starts = [45.0]
         period = 320.0
         while len(starts) * period + burst_s < duration_s:
@@ -87,7 +87,7 @@ class Arrivals:
         return cls(tuple(Burst(start, burst_s, height) for start in starts))
 
     def draw(self, rate: float, duration_s: float, rng: Generator) -> list[float]:
-        """Times in `[0, duration_s)` of `rate` arrivals per second on average, bursts included."""
+        """Draw times in `[0, duration_s)` of `rate` arrivals per second on average, bursts included."""
         extra = sum(max(0.0, min(b.duration_s, duration_s - b.start_s)) * (b.height - 1) for b in self.bursts)
         base = rate * duration_s / (duration_s + extra)
         shape = 1 / self.spread**2
@@ -111,7 +111,7 @@ def synthesize(
     seed: int,
     lengths: Sequence[tuple[int, int]] = (),
 ) -> list[TraceRow]:
-    """Rows of a synthetic trace; with `lengths` (of a file), random ones of these instead of the workload's."""
+    """Draw the rows of a synthetic trace; with `lengths` (of a file), random ones of these, not the workload's."""
     times = arrivals.draw(rate, duration_s, default_rng([seed, 0]))
     if lengths:
         rng = default_rng([seed, 1])
@@ -124,7 +124,7 @@ def synthesize(
 
 
 def _erfinv(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Inverse of the error function, to three digits (Winitzki 2008): enough to place a mean."""
+    """Invert the error function, to three digits (Winitzki 2008): enough to place a mean."""
     a = 0.147
     log = np.log(1 - x * x)
     first = 2 / (np.pi * a) + log / 2

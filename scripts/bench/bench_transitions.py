@@ -2,12 +2,14 @@
 """What transitions cost a server: throughput of a chain beside that of the groups it was made of, and drift.
 
     python scripts/bench/bench_transitions.py --rounds 3 --cycles 10
+    python scripts/bench/bench_transitions.py --rounds 0 --cycles 0 --drops 50
 
 `throughput`: a load that fits without a drop, on two groups and on the chain they make when an operator asks, by turns;
 and the latency of a single request before the first drop and after the last restore. `alone`: the same load without a
 server and a client, which take turns on the virtual devices' own cores: whom they keep waiting, a chain waits for.
-`drift`: a burst that makes the
-server drop, quiet until it has restored, and again: throughput, memory of the process and free chunks of each cycle.
+`commits`: an engine without a server drops at random moments of its steps; by how much the time until the drop is
+committed exceeds the longest step of its groups that ran then. `drift`: a burst that makes the server drop, quiet until
+it has restored, and again: throughput, memory of the process and free chunks of each cycle.
 The prefix cache is off: loads that come again, with equal prompts, are to be computed each time.
 Needs a machine with nothing else to do. The last line of stdout is one JSON object; the rest goes to stderr.
 """
@@ -22,14 +24,19 @@ import sys
 import time
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 from compare_policies import Burst, measure
 from own_server import Server, post_json, running_server
 
 from kunserve.config import EngineConfig, parse_devices
-from kunserve.engine.launch.launch import launch
+from kunserve.engine.engine import Engine
+from kunserve.engine.group import Group
+from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.request import Request
+from kunserve.engine.signals import loop_time
+from kunserve.engine.text.stream import OutputStream
 from kunserve.sampling import SamplingParams
 
 ADMIN_KEY = "bench"
@@ -83,8 +90,8 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """As `throughput`, of an engine in this process."""
+async def launched(args: argparse.Namespace) -> Served:
+    """An engine in this process that regroups only when it is asked."""
     config = EngineConfig(
         args.model,
         parse_devices(args.devices),
@@ -93,31 +100,85 @@ async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
         is_pinned=True,
     )
     served = await launch(config, "bench", lambda text, share: None)
+    await served.engine.start()
+    return served
+
+
+def asked(engine: Engine, seed: int) -> list[OutputStream]:
+    """Submit all requests of a load; their streams."""
+    rng = random.Random(seed)
+    params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
+    most = min(40_000, engine.model.vocab_size)
+    prompts = [rng.choices(range(most // 40, most), k=LOAD.num_prompt_tokens) for _ in range(LOAD.num_requests)]
+    return [engine.submit(Request(f"{seed}-{i}", prompt, params)) for i, prompt in enumerate(prompts)]
+
+
+async def settled(served: Served) -> None:
+    """Return when no transition is under way."""
+    while served.control.reconfigure.transitions.current is not None:
+        await asyncio.sleep(0.05)
+
+
+async def commits(args: argparse.Namespace) -> dict[str, Any]:
+    """How long drops take until they are committed, beyond the longest step of their groups that ran meanwhile."""
+    served, returned = await launched(args), Group.returned
+    engine, rng, steps = served.engine, random.Random(0), list[tuple[float, float]]()
+
+    def note(group: Group, launched_s: float, now_s: float) -> float:
+        step_s = returned(group, launched_s, now_s)
+        steps.append((now_s, step_s))
+        return step_s
+
+    committed, beyond = list[float](), list[float]()
+    with patch.object(Group, "returned", note):
+        for seed in range(args.drops):
+            streams = asked(engine, seed)
+            async for _ in streams[-1]:  # all of them have begun
+                break
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+            decided_s = loop_time()
+            committed.append((await engine.drop())["seconds"]["committed"])
+            ended_s = decided_s + committed[-1]
+            during = [step_s for at_s, step_s in steps if at_s > decided_s and at_s - step_s < ended_s]
+            beyond.append(committed[-1] - max(during, default=0.0))
+            print(f"{seed}: {1e3 * committed[-1]:.1f} ms, {1e3 * beyond[-1]:+.1f} beyond a step", file=sys.stderr)
+            await settled(served)
+            for i in range(LOAD.num_requests):
+                engine.abort(f"{seed}-{i}")
+            await engine.restore()
+            await settled(served)
+            steps.clear()
+    await engine.stop()
+    await served.close()
+    return {"committed_s": spread(committed), "beyond_a_step_s": spread(beyond)}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, ninetieth percentile and most."""
+    ordered = sorted(seconds)
+    return {"p50": median(ordered), "p90": ordered[int(0.9 * (len(ordered) - 1))], "max": ordered[-1]}
+
+
+async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """As `throughput`, of an engine in this process."""
+    served = await launched(args)
     engine, rates = served.engine, dict[str, list[float]](undropped=[], dropped=[])
 
     async def run(seed: int) -> float:
-        rng, started_s = random.Random(seed), time.perf_counter()
-        params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
-        prompts = [rng.choices(range(1000, 40_000), k=LOAD.num_prompt_tokens) for _ in range(LOAD.num_requests)]
-        streams = [engine.submit(Request(f"{seed}-{i}", prompt, params)) for i, prompt in enumerate(prompts)]
-        for stream in streams:
+        started_s = time.perf_counter()
+        for stream in asked(engine, seed):
             async for _ in stream:
                 pass
         return LOAD.num_requests * LOAD.num_output_tokens / (time.perf_counter() - started_s)
 
-    async def settled() -> None:
-        while served.control.reconfigure.transitions.current is not None:
-            await asyncio.sleep(0.05)
-
-    await engine.start()
     await run(args.rounds)
     for seed in range(args.rounds):
         rates["undropped"].append(await run(seed))
         await engine.drop()
-        await settled()
+        await settled(served)
         rates["dropped"].append(await run(seed))
         await engine.restore()
-        await settled()
+        await settled(served)
         print({name: round(values[-1], 1) for name, values in rates.items()}, file=sys.stderr)
     await engine.stop()
     await served.close()
@@ -157,11 +218,14 @@ async def main() -> None:
     parser.add_argument("--blocks", type=int, default=256, help="KV blocks of 16 tokens on each device")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput; 0: not measured")
     parser.add_argument("--cycles", type=int, default=10, help="of drift; 0: not measured")
+    parser.add_argument("--drops", type=int, default=0, help="of commits; 0: not measured")
     args = parser.parse_args()
     report: dict[str, Any] = {}
     if args.rounds:
         report["alone"] = await engine_throughput(args)
         report["throughput"] = await throughput(args)
+    if args.drops:
+        report["commits"] = await commits(args)
     if args.cycles:
         report["drift"] = await drift(args)
     print(json.dumps(report))

@@ -26,6 +26,7 @@ from kunserve.command.command_line import check_matplotlib
 from kunserve.loadgen import report
 from kunserve.loadgen.client import Recording, Target, first_model, run
 from kunserve.loadgen.workload import Span, draw_lengths, make_jobs, poisson_arrivals, stream_of
+from kunserve.sizes import ceil_div
 
 POLICIES = ("drop", "recompute", "retract", "swap", "migrate", "queue")
 PLENTY = "plenty"
@@ -78,7 +79,7 @@ def flags_of(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) ->
     blocks = args.blocks
     if policy == PLENTY:
         tokens = max(b.num_requests * (b.num_prompt_tokens + b.num_output_tokens + BLOCK_SIZE) for b in bursts.values())
-        policy, blocks = "queue", -(-tokens // BLOCK_SIZE)
+        policy, blocks = "queue", ceil_div(tokens, BLOCK_SIZE)
     memory = ("--num-gpu-blocks-override", str(blocks), "--block-size", str(BLOCK_SIZE))
     return ("--model", args.model, "--devices", args.devices, *memory, NO_CACHE, "--overload-policy", policy)
 

@@ -29,13 +29,16 @@ from kunserve.compute.cuda.ops import CHECKPOINT_DTYPES
 from kunserve.compute.ops import ExpertWeights
 from kunserve.model.card import load_card
 from kunserve.model.config import ModelConfig
-from kunserve.model.quant.linear import Linear
+from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.planes import every_planes
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODELS = Path(__file__).parents[2] / "models"
 MAX_REGISTERS = 128  # of a thread: then four warps of it fit into a multiprocessor four times
 MAX_SHARED_BYTES = 48 << 10  # what a block gets without asking on any architecture
-KERNELS = ("_rms_norm", "_act_and_mul", "_rotate_and_append", "expert_linear")
+KERNELS = ("_rms_norm", "_act_and_mul", "_rotate_and_append", "expert_linear", "packed_product", "sum_parts")
+FP8_KERNELS = ("quantize_rows",)  # where tensor cores multiply floats of 8 bits
+FP8_SINCE = 89
 
 
 class _Target:
@@ -119,25 +122,41 @@ def launch_all(kernels: Any, config: ModelConfig, dtype: torch.dtype) -> None:
     )
 
 
+def launch_packed(kernels: Any, dtype: torch.dtype) -> None:
+    """Launch the products with packed matrices, of each form that a checkpoint may bring, for few rows and for many."""
+    from kunserve.compute.cuda import packed  # imports Triton
+
+    columns = 512
+    for planes in every_planes():
+        codes = torch.zeros(64, columns // planes.num_values, dtype=torch.uint8)
+        scales = torch.ones(planes.scales_shape(64, columns), dtype=getattr(torch, planes.scale_dtype))
+        for num_rows in (3, packed.FEW_ROWS + 1, packed.MAX_SHARED_ROWS + 1):
+            x = torch.zeros(num_rows, columns, dtype=dtype)
+            kernels.packed_linear(x, Part(codes, planes, scales))
+
+
 def compile_for(names: tuple[str, ...], architecture: int) -> list[dict[str, Any]]:
     """Compile for one architecture, in a process that has not imported Triton yet."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
-    from kunserve.compute.cuda import experts
+    from kunserve.compute.cuda import experts, packed
     from kunserve.compute.cuda import kernels as module
 
     triton.runtime.driver.set_active(_Target(architecture))
     found: dict[str, Any] = {}
-    for name in KERNELS:
-        home = experts if hasattr(experts, name) else module
+    for name in (*KERNELS, *FP8_KERNELS):
+        home = next(home for home in (experts, packed, module) if hasattr(home, name))
         setattr(home, name, _Compiled(getattr(home, name), found))
     rows, known = [], set[str]()
-    for model, config in shapes(names):
+    works = [(name, partial(launch_all, module.TritonKernels(), config)) for name, config in shapes(names)]
+    made = module.TritonKernels(has_fp8=False), module.TritonKernels(has_fp8=True)
+    works += [("packed", partial(launch_packed, kernels)) for kernels in made[: 1 + (architecture >= FP8_SINCE)]]
+    for name, work in works:
         for dtype_name, dtype in CHECKPOINT_DTYPES.items():
-            launch_all(module.TritonKernels(), config, dtype)
+            work(dtype)
             rows += [
-                resources(found[key]) | {"sm": architecture, "first": f"{model} {dtype_name}"}
+                resources(found[key]) | {"sm": architecture, "first": f"{name} {dtype_name}"}
                 for key in found
                 if key not in known
             ]

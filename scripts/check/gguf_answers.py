@@ -29,6 +29,7 @@ from kunserve.engine.request import Request
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.model.gguf.prepare import convert_gguf
 from kunserve.sampling import SamplingParams
+from kunserve.sizes import ceil_div
 
 QUESTIONS = (
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -53,7 +54,7 @@ async def answer(engine: Engine, name: str, prompt: Sequence[int], num_tokens: i
 
 async def answers(path: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
     """Return the engine's answers, from the blocks of the file, all at once."""
-    num_blocks = sum(-(-(len(prompt) + num_tokens) // 16) for prompt in prompts)
+    num_blocks = sum(ceil_div(len(prompt) + num_tokens, 16) for prompt in prompts)
     config = EngineConfig(str(path), devices=parse_devices("cpu:1"), num_blocks_override=num_blocks, max_model_len=512)
     served = await launch(config, "check", lambda text, share: None)
     try:

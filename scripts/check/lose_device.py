@@ -70,6 +70,13 @@ def longest_gap_s(answers: list[dict[str, Any]]) -> float:
     return max(gaps)
 
 
+def others_gap_s(answers: list[dict[str, Any]], since: float, num_lost: int) -> float:
+    """Return the longest silence after a moment of any stream but those `num_lost`, whose were the longest then."""
+    times = [answer["times"][1:] for answer in answers]
+    longest = sorted(max((b - a for a, b in pairwise(of_one) if b >= since), default=0.0) for of_one in times)
+    return longest[-num_lost - 1] if num_lost < len(longest) else 0.0
+
+
 def rate(answers: list[dict[str, Any]], since: float) -> float:
     """Return parts of answers a second from a moment until the first of the last eight requests has ended."""
     times: list[float] = sorted(t for answer in answers for t in answer["times"][1:])
@@ -92,6 +99,7 @@ async def run(arguments: argparse.Namespace) -> bool:
     wrong = sum(mine["text"] != its["text"] or "error" in mine for mine, its in zip(hurt, sound, strict=True))
     loses = [t for t in state["transitions"] if t["kind"] == "lose"]
     # Both on one clock: the server's is the machine's monotonic one.
+    began_s = min(a["times"][0] for a in sound) + arguments.at
     after = loses[0]["started_s"] + loses[0]["seconds"]["total"] if loses else 0.0
     found = {
         "devices": arguments.devices,
@@ -104,7 +112,9 @@ async def run(arguments: argparse.Namespace) -> bool:
         "hurt": figures(hurt),
         "sound": figures(sound),
         "parts_per_s_after": rate(hurt, after),
-        "parts_per_s_sound": rate(sound, min(a["times"][0] for a in sound) + arguments.at),
+        "parts_per_s_sound": rate(sound, began_s),
+        "others_gap_s": others_gap_s(hurt, after, state["requests"]["preemptions"]),
+        "sound_gap_s": others_gap_s(sound, began_s, 0),
         "preemptions": state["requests"]["preemptions"],
     }
     print(json.dumps(found, default=lambda value: round(value, 3)))

@@ -22,6 +22,7 @@ from kunserve.model.card import load_card
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
+from kunserve.sizes import ceil_div
 
 GIB = 1 << 30
 BLOCK_SIZE = 16
@@ -46,6 +47,8 @@ class RandomSource:
         """See `WeightSource.copy_into`."""
         if name.endswith("norm.weight"):
             out.fill_(1.0)
+        elif not out.is_floating_point():  # codes
+            out.random_(256)
         else:
             out.normal_(std=0.02)
 
@@ -103,8 +106,8 @@ class Bench:
         units, shape = weight_units(config, dtype), KVShape.of(config, BLOCK_SIZE, dtype)
         wanted = sum(unit.num_bytes for unit in units) + config.num_layers * num_blocks * shape.block_bytes
         chunk = choose_chunk_bytes(config, dtype, shape.block_bytes, drivers[0].granularity, wanted)
-        weights = sum(-(-unit.num_bytes // chunk) for unit in units)
-        per_layer = -(-num_blocks * shape.block_bytes // chunk)
+        weights = sum(ceil_div(unit.num_bytes, chunk) for unit in units)
+        per_layer = ceil_div(num_blocks * shape.block_bytes, chunk)
         devices = open_cuda_devices(drivers, weights + config.num_layers * per_layer, chunk)
         limits = StepLimits(num_tokens, num_seqs, num_blocks)
         placed = []
@@ -167,7 +170,7 @@ class Step:
 def make_step(starts: Sequence[int], lens: Sequence[int], vocab_size: int, seed: int = 0, max_len: int = 0) -> Step:
     """Sequence i has tokens [starts[i], starts[i] + lens[i]) in blocks of its own, apart by `max_len` tokens."""
     longest = max_len or max(s + n for s, n in zip(starts, lens, strict=True))
-    width = -(-longest // BLOCK_SIZE)
+    width = ceil_div(longest, BLOCK_SIZE)
     tables = torch.arange(len(lens) * width, dtype=torch.int32).view(len(lens), width)
     counts, begins = torch.tensor(lens), torch.tensor(starts)
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

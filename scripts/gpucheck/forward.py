@@ -34,6 +34,7 @@ from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.sampling import SamplingParams
+from kunserve.sizes import ceil_div
 
 BATCHES = (1, 16, 64, 256)
 CONTEXT = 1024  # tokens of every sequence in a decode step
@@ -129,7 +130,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
     shape = KVShape.of(config, BLOCK_SIZE, torch.bfloat16)
     units = {unit.name: unit for unit in weight_units(config, "bfloat16")}
     weights = sum(units[n].num_bytes for n in units if n != "embed" or config.tie_embeddings)
-    width = -(-(context + 1) // BLOCK_SIZE)
+    width = ceil_div(context + 1, BLOCK_SIZE)
     figures: dict[str, Any] = {"bandwidth_gb_per_s": per_second / 1e9}
     with bench.place(
         config, torch.bfloat16, RandomSource(), num_tokens=512, num_seqs=max(BATCHES), num_blocks=max(BATCHES) * width
@@ -219,7 +220,7 @@ def prefill(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
     attention = 2 * config.num_layers * config.q_size * length  # both products, causal
     flops = seqs * length * (2 * matrices + attention)
     step = make_step([0] * seqs, [length] * seqs, config.vocab_size)
-    num_tokens, num_blocks = seqs * length, seqs * -(-length // BLOCK_SIZE)
+    num_tokens, num_blocks = seqs * length, seqs * ceil_div(length, BLOCK_SIZE)
     with (
         bench.place(
             config, torch.bfloat16, RandomSource(), num_tokens=num_tokens, num_seqs=seqs, num_blocks=num_blocks,

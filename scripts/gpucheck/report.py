@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gpucheck.packed import worst_error
+
 Parts = dict[str, Any]
 
 TARGETS: tuple[tuple[str, str, Callable[[Parts], Any], Callable[[Any], bool]], ...] = (
     ("device contract", "passes", lambda p: p["contract"]["ok"], bool),
     ("logits against float32, relative error", "< 2e-2", lambda p: _worst_error(p["logits"]), lambda v: v < 2e-2),
+    ("packed products, relative error", "< 1e-2", lambda p: worst_error(p["packed"], is_fp8=False), lambda v: v < 1e-2),
+    ("FP8 products, relative error", "< 5e-2", lambda p: worst_error(p["packed"], is_fp8=True), lambda v: v < 5e-2),
     ("same tokens through drop, exchange, restore", "yes", lambda p: p["regroup"]["same_tokens"], bool),
     ("same tokens, weights back from a mate", "yes", lambda p: p["regroup_from_mates"]["same_tokens"], bool),
+    (
+        "likelihood of a token, off by (nats)",
+        "< 0.05",
+        lambda p: _worst_likelihood(p["likelihood"]),
+        lambda v: v < 0.05,
+    ),
     ("graphs captured by drop and restore", "0", lambda p: _new_captures(p["graphs"]), lambda v: v == 0),
     ("same bits in the chain and after the restore", "yes", lambda p: _same_bits(p["graphs"]), bool),
     ("remap of half of the layers, ms", "<= 20", lambda p: p["remap"]["drop_ms"], lambda v: v <= 20),
@@ -33,6 +43,10 @@ def _new_captures(part: Parts) -> int:
 
 def _same_bits(part: Parts) -> bool:
     return bool(part["same_in_chain"] and part["same_after_restore"])
+
+
+def _worst_likelihood(part: Parts) -> float:
+    return max(float(state[name]) for state in part.values() for name in ("worst_change", "worst_error"))
 
 
 def _ttft_gain(parts: Parts) -> float:

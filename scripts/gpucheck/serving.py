@@ -80,7 +80,7 @@ def prompt_of(engine: Engine, seed: int, length: int) -> list[int]:
     return [random.Random(f"{seed}/{i}").randrange(3, engine.model.vocab_size) for i in range(length)]
 
 
-async def _settled(engine: Engine) -> dict[str, Any]:
+async def settled(engine: Engine) -> dict[str, Any]:
     """The last transition, once it has ended."""
     while (last := engine.state()["transitions"][-1])["outcome"] == "running":
         await engine.signals.next_commit()
@@ -108,7 +108,7 @@ async def regroup(config: EngineConfig, *, num_requests: int, num_tokens: int) -
             for _ in range(num_tokens // 8):
                 await engine.signals.next_commit()
             await change()
-            transitions.append(await _settled(engine))
+            transitions.append(await settled(engine))
             engine.check()
         actual = await answers
     return {
@@ -160,7 +160,7 @@ async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) ->
     async with open_engine(config) as engine, decoding(engine, num_requests, prompt_len) as answers:
         undropped, _ = await _rate(answers)
         await engine.drop()
-        drop = await _settled(engine)
+        drop = await settled(engine)
         dropped, _ = await _rate(answers)
         tell({"tokens_per_s": undropped, "tokens_per_s_dropped": dropped, "share": dropped / undropped})
     return {

@@ -14,7 +14,7 @@ from own_server import free_port
 from states import State, state
 
 from kunserve.api.operate.loading import loading_handler
-from kunserve.api.wire.context import API
+from kunserve.api.wire.context import OPERATED
 from kunserve.command.listen import Listener
 from kunserve.observe.metrics import Metrics
 from kunserve.progress import LoadingProgress
@@ -52,7 +52,7 @@ class ScriptedServer:
     @property
     def metrics(self) -> Metrics:
         """Return what it counts."""
-        return self._app[API].metrics
+        return self._app[OPERATED].metrics
 
     def show(self, shown: State) -> None:
         """Let the engine's state be this one."""

@@ -6,6 +6,7 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize as ggml_dequantize
+from op_layers import randn
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
@@ -21,10 +22,6 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
         return CpuOps(load_kernels(request.param))
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:

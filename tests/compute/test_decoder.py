@@ -25,6 +25,7 @@ from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import layer_name, units_of_stage, weight_units
+from kunserve.sizes import ceil_div
 
 BLOCK_SIZE, NUM_CHUNKS, CHUNK_BYTES, MAX_MODEL_LEN = 8, 128, 1 << 16, 256
 NUM_LAYERS = 3
@@ -42,7 +43,7 @@ class TinyDecoder:
             memory.weights.map(unit)
             memory.weights.fill(unit, self.source)
         for layer in range(NUM_LAYERS):
-            memory.kv.resize(layer, 2 * -(-max_model_len // MAX_MODEL_LEN))
+            memory.kv.resize(layer, 2 * ceil_div(max_model_len, MAX_MODEL_LEN))
         ops = TorchOps() if is_reference else cpu_ops_or_reference(dtype, 16)[0]
         self.decoder = Decoder(load_hf_config(folder), ops, memory.weights, memory.kv, max_model_len)
         blocks = list(range(memory.kv.num_blocks(0)))
@@ -57,7 +58,7 @@ class TinyDecoder:
             positions=torch.arange(start, end, dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, len(ids)], dtype=torch.int32),
             context_lens=torch.tensor([end], dtype=torch.int32),
-            block_tables=self.block_table[:, : -(-end // BLOCK_SIZE)].contiguous(),
+            block_tables=self.block_table[:, : ceil_div(end, BLOCK_SIZE)].contiguous(),
             block_size=BLOCK_SIZE,
         )
         for last_layer in stages:
@@ -71,7 +72,7 @@ def tiny_decoder(
     folder: Path, dtype: torch.dtype, is_reference: bool = False, max_model_len: int = MAX_MODEL_LEN
 ) -> Iterator[TinyDecoder]:
     config = load_hf_config(folder)
-    device = HostDevice(0, NUM_CHUNKS * -(-max_model_len // MAX_MODEL_LEN), CHUNK_BYTES)
+    device = HostDevice(0, NUM_CHUNKS * ceil_div(max_model_len, MAX_MODEL_LEN), CHUNK_BYTES)
     try:
         shape = KVShape.of(config, BLOCK_SIZE, dtype)
         memory = DeviceMemory(device, weight_units(config, dtype), NUM_LAYERS, shape)
@@ -83,15 +84,6 @@ def tiny_decoder(
 
 def prompt(length: int = 70) -> list[int]:
     return random.Random(length).choices(range(VOCAB_SIZE), k=length)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As when serving; and threads cost more than they give where matrices are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Marks(Health):
             self._fleet.mark(device, is_suspect=True, is_lost=False)
         return is_new
 
-    def has_faulted(self, device: int) -> bool:
+    def take_fault(self, devices: Iterable[int]) -> bool:
         return False
 
     def trust(self, devices: Sequence[int]) -> None:

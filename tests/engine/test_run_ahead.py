@@ -12,7 +12,7 @@ from groups import commit, make_group, make_request
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
-from kunserve.engine.run_ahead import HOST_S, LEARNING_RATE, MARGIN
+from kunserve.engine.run_ahead import HOST_S, LEARNING_RATE, MARGIN, RunAhead
 from kunserve.engine.schedule.policy import make_policy
 from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.engine.signals import Signals
@@ -98,6 +98,30 @@ def test_steps_that_take_longer_than_predicted_move_the_time() -> None:
         assert steps.launched() == [["a"]]
 
     simulate(main())
+
+
+def rest_after(num_steps: int, error: float) -> float:
+    """For what share of a step a microbatch waits behind it after so many, each this share too long or too short."""
+
+    async def main() -> float:
+        loop, due_s, steps = asyncio.get_running_loop(), list[float](), Steps()
+        run_ahead, predicted_s = RunAhead(LOOKAHEAD, lambda _: due_s.append(loop.time())), steps.begin()
+        for number in range(num_steps):
+            run_ahead.began(steps.group)
+            await asyncio.sleep(predicted_s * (1 + (-error if number % 2 else error)))
+            run_ahead.ended(steps.group)
+        began_s = loop.time()
+        run_ahead.began(steps.group)
+        await asyncio.sleep(predicted_s)
+        return (began_s + predicted_s - due_s[-1]) / predicted_s
+
+    return simulate(main())
+
+
+def test_the_better_predictions_are_the_later_it_is_time() -> None:
+    assert rest_after(0, 0.0) == pytest.approx(MARGIN)
+    assert rest_after(40, 0.0) < 0.4 * MARGIN  # what the host needs is left
+    assert rest_after(40, 0.0) < rest_after(40, 0.05) < rest_after(40, 0.4)
 
 
 def test_a_step_that_ends_early_is_followed_at_once() -> None:

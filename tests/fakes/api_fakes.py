@@ -140,7 +140,7 @@ class FakeEngine:
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
         return await replay(request, token_ids, None, self.eos_token_ids)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         self.aborted.put_nowait(request_id)
         self._tasks[request_id].cancel()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kunserve.errors import DeviceError
 from kunserve.gpu.cuda.driver import Graph
+from kunserve.sizes import ceil_div
 
 GRANULARITY = 2 << 20
 _RW = mmap.PROT_READ | mmap.PROT_WRITE
@@ -167,7 +168,8 @@ class FakeCuda:
         self._count("reserve", num_bytes)
         self._check(num_bytes > 0 and num_bytes % GRANULARITY == 0, "reserve: size is no multiple of the granularity")
         start = self._mmap(None, num_bytes + GRANULARITY, 0, _RESERVED)
-        address = -(-start // GRANULARITY) * GRANULARITY  # the few pages around it stay reserved: nobody can land there
+        # The few pages around it stay reserved: nobody can land there.
+        address = ceil_div(start, GRANULARITY) * GRANULARITY
         self._reserved[address] = num_bytes
         return address
 

@@ -16,6 +16,7 @@ from kunserve.compute.cuda.attention import Attend, StepArrays, StepBuffers
 from kunserve.compute.cuda.ops import TorchKernels
 from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
+from kunserve.model.quant.linear import Part
 
 
 class LaunchedKernels:
@@ -34,6 +35,21 @@ class LaunchedKernels:
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
         launch(lambda x, out: out.copy_(self._reference.act_and_mul(x, activation, limit)), [gate_up], [out])
+        return out
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        assert weight.scales is not None
+        out = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
+        more = [tensor for tensor in (bias, residual) if tensor is not None]
+
+        def work(x: Tensor, data: Tensor, scales: Tensor, *rest: Tensor) -> None:
+            *given, out = rest
+            added = [given.pop(0) if tensor is not None else None for tensor in (bias, residual)]
+            out.copy_(self._reference.packed_linear(x, Part(data, weight.blocks, scales), *added))
+
+        launch(work, [x, weight.data, weight.scales, *more], [out])
         return out
 
     def rotate_and_append(

@@ -13,6 +13,7 @@ from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, Scores, rope_table
 from kunserve.compute.torch_ops import TorchOps
+from kunserve.sizes import ceil_div
 
 REFERENCE = TorchOps()
 KERNEL_VARIANTS = ["native", "-mno-avx512f", "-march=x86-64"]
@@ -35,8 +36,9 @@ def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         pytest.skip(str(error))
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_near(actual: Tensor, expected: Tensor, ulps: float) -> None:
@@ -75,7 +77,7 @@ class Layer:
     ) -> None:
         self.scores, self.sinks = scores, sinks
         self.ops, self.shape, self.dtype = ops, shape, dtype
-        counts = [-(-n // shape.block_size) for n in lengths]
+        counts = [ceil_div(n, shape.block_size) for n in lengths]
         order = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables = [[order.pop() for _ in range(n)] for n in counts]
         kv_shape = (sum(counts) + 5, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)

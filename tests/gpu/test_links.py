@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+from memory_contract import settle
 
 from kunserve.gpu.links import HOST, Links, Priority
 
@@ -34,12 +35,6 @@ class Transfers:
                 await self._gates[name].wait()
             finally:
                 self.on_link[link] -= 1
-
-
-async def settle() -> None:
-    """Let every task go as far as it can."""
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def test_activations_then_kv_then_weights_each_in_order_of_asking() -> None:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import random
 
+import torch
+
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
+from kunserve.engine.launch.placement import model_shape
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import make_policy
 from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.model.card import load_card
+from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason, SamplingParams
 
 LAYERS = 8
+
+
+def shape_of(card: str, dtype: torch.dtype = torch.bfloat16, chunk_bytes: int = 2 << 20) -> ModelShape:
+    """The sizes of a card's model, with blocks of 16 tokens."""
+    config = load_card(card).config
+    return model_shape(config, KVShape.of(config, 16, dtype), chunk_bytes)
+
+
+def views(num_devices: int, budget_bytes: float, shape: ModelShape) -> list[DeviceView]:
+    """Devices that are all alike."""
+    return [DeviceView(i, int(budget_bytes) // shape.chunk_bytes) for i in range(num_devices)]
 
 
 def make_group(group_id: int = 0, num_stages: int = 1, num_blocks: int = 16, block_size: int = 4) -> Group:

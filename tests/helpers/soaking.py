@@ -12,22 +12,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transition_harness import Answer, Checked, checked_engine, make_requests
+from transition_harness import TINY, Answer, Checked, checked_engine, make_requests
 
 from kunserve.engine.request import Request
 from kunserve.errors import DeviceError, KunServeError
 
 NUM_BLOCKS = 256
 SETTINGS: dict[str, Any] = {"is_pinned": False, "restore_hold_s": 0.3, "device_timeout_s": 1.0}
+# Devices that hold the weights, which take 16 chunks, only two by two.
+PAIRS: dict[str, Any] = {"num_blocks_override": None, "device_memory_bytes": 15 * TINY["chunk_bytes"]}
 HANG_S = 4.0  # longer than a device may be silent
 ROUND_S = 10.0  # then everything ends, and nothing may be left of it
 
 
 class Soak:
-    """One server under random load until a time is over. `counts`: what happened."""
+    """One server under random load until a time is over. `counts`: what happened.
 
-    def __init__(self, checked: Checked, requests: Sequence[Request], expected: Sequence[Answer], seed: int) -> None:
-        self._checked, self._engine = checked, checked.engine
+    `num_needed`: devices that hold the weights together; so many are always left.
+    """
+
+    def __init__(
+        self, checked: Checked, requests: Sequence[Request], expected: Sequence[Answer], seed: int, num_needed: int = 1
+    ) -> None:
+        self._checked, self._engine, self._num_needed = checked, checked.engine, num_needed
         self._known = list(zip(requests, expected, strict=True))
         self._rng = random.Random(seed)
         self._hanging: list[threading.Event] = []
@@ -90,15 +97,15 @@ class Soak:
                 self.counts[name] += 1
 
     def _sound(self) -> list[int]:
-        """Devices that do their work, and will: one is always left."""
+        """Devices that do their work, and will."""
         states = [device["state"] for device in self._engine.state()["devices"]]
         inner = [memory.device.inner for memory in self._engine.memories]
         return [i for i, state in enumerate(states) if state == "ok" and inner[i] not in self._doomed]
 
     def _victim(self) -> int:
         sound = self._sound()
-        if len(sound) < 2:
-            raise DeviceError("one has to be left")
+        if len(sound) <= self._num_needed:
+            raise DeviceError("some have to be left")
         return self._rng.choice(sound)
 
     def _next_run(self, device: int, faulty: Callable[[Callable[[], Any]], Any]) -> None:
@@ -180,13 +187,16 @@ ACTIONS = [
 ]
 
 
-async def soak(folder: Path, seconds: float, seed: int, devices: str = "cpu:3") -> Soak:
-    """Soak a server of a tiny model for so long; returns what happened. AssertionError if anything was wrong."""
+async def soak(folder: Path, seconds: float, seed: int, devices: str = "cpu:3", *, are_pairs: bool = False) -> Soak:
+    """Soak a server of a tiny model for so long; returns what happened. AssertionError if anything was wrong.
+
+    `are_pairs`: no device holds the weights alone.
+    """
     requests = make_requests(40, seed=seed, longest_prompt=60, most_tokens=40)
     async with checked_engine(folder, "cpu:1", 1200) as checked:
         expected = await checked.answer_all(requests)
-    async with checked_engine(folder, devices, NUM_BLOCKS, **SETTINGS) as checked:
-        found = Soak(checked, requests, expected, seed)
+    async with checked_engine(folder, devices, NUM_BLOCKS, **SETTINGS | (PAIRS if are_pairs else {})) as checked:
+        found = Soak(checked, requests, expected, seed, num_needed=1 + are_pairs)
         await found.run(seconds)
         return found
 

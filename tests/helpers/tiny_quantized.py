@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from torch import Tensor
 
+from kunserve.sizes import ceil_div
+
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}
 Written = tuple[dict[str, Tensor], Tensor]  # tensors of a matrix by their endings, and the matrix they stand for
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]  # the column that each place of eight holds
@@ -93,7 +95,7 @@ def float_quantized(name: str, N: int, K: int) -> Written:
 
 
 def fp8_of_blocks(name: str, N: int, K: int) -> Written:
-    q, s = _floats8(name, N, K), _scales(-(-N // 128), -(-K // 128), torch.float32) * 10
+    q, s = _floats8(name, N, K), _scales(ceil_div(N, 128), ceil_div(K, 128), torch.float32) * 10
     wide = s.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
     return {"weight": q, "weight_scale_inv": s}, q.float() * wide
 

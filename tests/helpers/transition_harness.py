@@ -160,6 +160,7 @@ class Checked:
     async def rebuilt(self) -> None:
         """Wait until no transition is under way, and nothing is left of a group with a lost device."""
         while self.control._tasks or any(group.is_lost for group in self.engine.groups):
+            assert self.engine.is_running, "the engine has stopped: nobody replaces what is lost"
             await asyncio.wait({*self.control._tasks, asyncio.ensure_future(asyncio.sleep(0.01))})
         await self.until_no_step_runs()
 

@@ -19,6 +19,7 @@ from kunserve.model.checkpoint import DummySource, SafetensorsSource, expected_s
 from kunserve.model.config import ModelConfig
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.hf_config import load_hf_config
+from kunserve.sizes import ceil_div
 
 CONFIG = ModelConfig("llama", 500, 64, 96, 2, 4, 2, 16, 256)
 FILE = "model.safetensors"
@@ -117,7 +118,7 @@ def _resident_pages(path: Path) -> int:
     """Pages of a file that are in the page cache."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        flags = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        flags = (ctypes.c_ubyte * ceil_div(len(mapped), mmap.PAGESIZE))()
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), flags) == 0
         return sum(flag & 1 for flag in flags)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 900.0  # of one command: an environment is installed from nothing
 SERVE = ("--devices", "cpu:2", "--device-memory", "730MiB", "--max-model-len", "512")
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 
 class Environment:
@@ -39,9 +39,12 @@ class Environment:
         }
 
     def install(self, *arguments: str) -> None:
-        """Run `pip install` with the versions that the tests have run with. AssertionError, with its output."""
-        constraints = ("--constraint", str(ROOT / "constraints.txt"))
-        done = self.run("python", "-m", "pip", "install", "--quiet", *constraints, *arguments)
+        """Run `pip install` with the versions that the tests have run with. AssertionError, with its output.
+
+        Nothing is compiled ahead: of most modules, torch's above all, no command here makes use.
+        """
+        flags = ("--quiet", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
+        done = self.run("python", "-m", "pip", "install", *flags, *arguments)
         assert done.returncode == 0, done.stderr
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:

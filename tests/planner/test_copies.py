@@ -10,26 +10,16 @@ from functools import partial
 
 import pytest
 import torch
+from groups import shape_of, views
 from planner_oracle import SMOLLM2, random_model
 from seeds import seeds
 
-from kunserve.engine.launch.placement import model_shape, num_copies, place
+from kunserve.engine.launch.placement import num_copies, place
 from kunserve.errors import ConfigError
-from kunserve.gpu.kv_memory import KVShape
-from kunserve.model.card import load_card
 from kunserve.planner.copies import _shrunk, _weights_for_two, why_no_drop
 from kunserve.planner.snapshot import DeviceView, ModelShape, StageView
 
 GIB, MIB = 1 << 30, 1 << 20
-
-
-def shape_of(card: str, dtype: torch.dtype = torch.bfloat16) -> ModelShape:
-    config = load_card(card).config
-    return model_shape(config, KVShape.of(config, 16, dtype), 2 * MIB)
-
-
-def views(num_devices: int, budget_bytes: float, shape: ModelShape) -> list[DeviceView]:
-    return [DeviceView(i, int(budget_bytes) // shape.chunk_bytes) for i in range(num_devices)]
 
 
 def why(shape: ModelShape, devices: Sequence[DeviceView], devices_per_group: int | None = None) -> str | None:

@@ -8,12 +8,13 @@ from seeds import seeds
 
 from kunserve.planner.layer_split import cuts_around, cuts_within, split_layers
 from kunserve.planner.snapshot import DeviceView, StageView
+from kunserve.sizes import ceil_div
 
 
 def smollm2_pair(need_tokens: int) -> tuple[tuple[int, int], int]:
     """Lengths of the two stages and the tokens they hold."""
     devices = [DeviceView(i, SMOLLM2_BUDGET) for i in range(2)]
-    stages = split_layers(SMOLLM2, devices, -(-need_tokens // SMOLLM2.block_size))
+    stages = split_layers(SMOLLM2, devices, ceil_div(need_tokens, SMOLLM2.block_size))
     assert stages is not None
     blocks = min(blocks_of(SMOLLM2, SMOLLM2_BUDGET, s.first_layer, s.last_layer) for s in stages)
     return (stages[0].last_layer, 30 - stages[0].last_layer), blocks * SMOLLM2.block_size

@@ -14,7 +14,7 @@ def overloaded(
     head: int | None, groups: list[GroupLoad], demand: int = 600, mapped: int = 512, waiting: int | None = None
 ) -> bool:
     waiting = waiting or head or 0
-    return is_overloaded(head, waiting, groups, lambda: demand, mapped, THRESHOLDS, block_size=16)
+    return is_overloaded(head, waiting, groups, lambda: groups, lambda: demand, mapped, THRESHOLDS, block_size=16)
 
 
 def test_head_that_fits_nowhere_under_high_demand() -> None:
@@ -57,8 +57,15 @@ def test_what_comes_free_soon_must_be_enough_for_all_that_wait() -> None:
 def test_growth_is_counted_before_anybody_ends() -> None:
     assert growth([LONG, LONG], 16, 16) == 2
     assert growth([ENDING], 16, 16) == 0  # four tokens more fit into its last block
-    assert overloaded(None, [GroupLoad(9, []), GroupLoad(1, [ENDING, LONG, LONG])])
-    assert not overloaded(None, [GroupLoad(9, []), GroupLoad(2, [ENDING, LONG, LONG])])
+    assert overloaded(None, [GroupLoad(1, [ENDING, LONG, LONG])])
+    assert not overloaded(None, [GroupLoad(2, [ENDING, LONG, LONG])])
+
+
+def test_one_full_group_is_no_overload_while_others_have_room() -> None:
+    full = GroupLoad(1, [ENDING, LONG, LONG])  # a block too few
+    assert not overloaded(None, [full, GroupLoad(9, [])])
+    assert not overloaded(None, [full, GroupLoad(3, [LONG, LONG])])
+    assert overloaded(None, [full, GroupLoad(2, [LONG, LONG])])  # none of what it lacks
 
 
 def test_relaxed_only_after_the_hold_time() -> None:
@@ -86,8 +93,6 @@ def test_what_a_drop_adds_does_not_undo_it() -> None:
 
 def test_running_requests_that_outgrow_their_group_overload_it_though_nothing_waits() -> None:
     growing = [RequestView(num_tokens=64, num_output_tokens=0, max_tokens=500, num_blocks=4)] * 10
-    assert is_overloaded(
-        None, 0, [GroupLoad(9, growing)], lambda: 300, 100, THRESHOLDS, block_size=16
-    )  # 10 blocks in 16 steps
-    assert not is_overloaded(None, 0, [GroupLoad(10, growing)], lambda: 300, 100, THRESHOLDS, block_size=16)
-    assert not is_overloaded(None, 0, [GroupLoad(9, growing)], lambda: 90, 100, THRESHOLDS, block_size=16)
+    assert overloaded(None, [GroupLoad(9, growing)], 300, 100)  # 10 blocks in 16 steps
+    assert not overloaded(None, [GroupLoad(10, growing)], 300, 100)
+    assert not overloaded(None, [GroupLoad(9, growing)], 90, 100)

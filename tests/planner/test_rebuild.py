@@ -16,11 +16,13 @@ from planner_oracle import (
 )
 from seeds import seeds
 
+from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.layouts import stage_layout
-from kunserve.planner.plan import Part
-from kunserve.planner.rebuild import plan_rebuild
+from kunserve.planner.plan import ExchangeMode, Part
+from kunserve.planner.rebuild import plan_join, plan_rebuild
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
+from kunserve.sizes import ceil_div
 
 UNTIED = ModelShape(30, 7, 20, 20, False, 24_576, 2 << 20, 16, head_time=3.0)
 PAIR_BUDGET = 220  # SmolLM2 needs 265 chunks for its weights: two devices hold it
@@ -246,7 +248,7 @@ def test_one_chain_can_be_split_again(num_devices: int) -> None:
     assert merged.undropped_blocks() == num_devices * 256
     first = plan_restore(merged)
     assert first is not None
-    assert sorted(len(part.stages) for part in first.splits[0].into) == [num_devices // 2, -(-num_devices // 2)]
+    assert sorted(len(part.stages) for part in first.splits[0].into) == [num_devices // 2, ceil_div(num_devices, 2)]
     restored = split_again(merged)
     assert {group.stages for group in restored.groups} == {(StageView(i, 0, 30),) for i in range(num_devices)}
 
@@ -353,3 +355,64 @@ def test_like_devices_form_chains_as_short_as_can_be(seed: int) -> None:
     assert sorted(map(len, launched(parts))) == sorted(lengths)
     if len(lengths) > 1:
         assert all(group_blocks(case.snapshot, stages) >= case.least_blocks for stages in launched(parts))
+
+
+# --- joining a group that goes on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", seeds(400))
+def test_whoever_joins_takes_layers_over_and_gives_room(seed: int) -> None:
+    rng = random.Random(seed)
+    model = random_model(rng)
+    full, length = model.weight_chunks(0, model.num_layers), rng.randint(1, min(3, model.num_layers))
+    budgets = [rng.randint(full // 3, full + 2 * model.num_layers) for _ in range(length + rng.randint(1, 2))]
+    snapshot = snapshot_of(model, budgets)
+    parts = plan_rebuild(snapshot, snapshot.devices[:length], {}, 0, 1)
+    if parts is None:
+        return
+    groups = tuple(GroupView(i, part.stages, 0, part.origin) for i, part in enumerate(parts))
+    snapshot = replace(snapshot, groups=groups)
+    join = plan_join(snapshot, snapshot.devices[length:], rng.randint(0, 60), 1)
+    if join is None:
+        return
+    old = {stage.device: stage for stage in groups[join.group_id].stages}
+    merge = join.merge
+    check_stages(snapshot, merge.stages)
+    assert {stage.device for stage in merge.stages} == {*old, *(stage.device for stage in join.newcomers)}
+    for device, first, last in merge.stages:  # whoever is there loads nothing
+        assert device not in old or (old[device].first_layer <= first and last <= old[device].last_layer)
+    gain = group_blocks(snapshot, merge.stages) - group_blocks(snapshot, tuple(old.values()))
+    assert gain == merge.added_blocks and (gain > 0 or (gain == 0 and merge.origin.parts))
+    used = group_blocks(snapshot, tuple(old.values()))
+    requests = [LiveRequest(f"r{i}", join.group_id, used // 3) for i in range(3)]
+    exchange = plan_exchange(join.snapshot, merge, requests)
+    assert exchange.mode is ExchangeMode.BY_REQUEST or not used // 3
+    joined = GroupView(join.group_id, merge.stages, 0, merge.origin)
+    others = tuple(group for group in groups if group.group_id != join.group_id)
+    restored = split_again(replace(snapshot, groups=(joined, *others)))
+    if merge.origin.parts:
+        assert {group.stages for group in restored.groups} >= {origin.stages for origin in merge.origin.launched()}
+
+
+def test_one_that_is_left_stands_between_two() -> None:
+    snapshot = snapshot_of(SMOLLM2, [PAIR_BUDGET] * 3)
+    group = GroupView(0, (StageView(0, 0, 17), StageView(1, 17, 30)))
+    join = plan_join(replace(snapshot, groups=(group,)), snapshot.devices[2:], 0, 1)
+    assert join is not None
+    assert [stage.device for stage in join.merge.stages] == [0, 2, 1] and join.merge.added_blocks > 0
+    assert join.merge.origin == Origin(join.merge.stages)
+
+
+def test_one_more_beside_three_is_two_pairs_again() -> None:
+    snapshot = snapshot_of(SMOLLM2, [PAIR_BUDGET] * 4)
+    group = GroupView(0, (StageView(0, 0, 11), StageView(2, 11, 20), StageView(1, 20, 30)))
+    join = plan_join(replace(snapshot, groups=(group,)), snapshot.devices[3:], 0, 1)
+    assert join is not None
+    assert sorted(len(origin.stages) for origin in join.merge.origin.launched()) == [2, 2]
+
+
+def test_nobody_joins_a_merged_group() -> None:
+    snapshot = snapshot_of(SMOLLM2, [PAIR_BUDGET] * 3)
+    stages = (StageView(0, 0, 17), StageView(1, 17, 30))
+    group = GroupView(0, stages, 0, Origin((), (Origin(stages[:1]), Origin(stages[1:]))))
+    assert plan_join(replace(snapshot, groups=(group,)), snapshot.devices[2:], 0, 1) is None

@@ -16,8 +16,9 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from fake_gpus import Gpus
-from gpucheck import forward, memory, report, serving, worker
+from gpucheck import forward, memory, packed, report, serving, worker
 from gpucheck.bench import BLOCK_SIZE, Bench, llama_1b
+from gpucheck.likelihood import likelihood
 from gpucheck.worker import tell
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +92,18 @@ def test_figures(bench: Bench) -> None:
     assert forward.kernels(bench)["rms_norm"] == 0  # torch against itself
 
 
+def test_packed_figures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "ROWS", (1, 3))
+    figures = packed.products(bench)
+    assert {name for name in figures if name != "kernels"} == {f"{form}, {n}" for form in packed.FORMS for n in (1, 3)}
+    worst = max(packed.worst_error(figures, is_fp8=is_fp8) for is_fp8 in (False, True))
+    assert 0 < worst < 5e-3 and all(figures[name]["us"] > 0 for name in figures if name != "kernels")
+    targets = {row["name"]: row["met"] for row in report.targets({"packed": figures})}
+    assert targets["packed products, relative error"] and targets["FP8 products, relative error"]
+    wide = replace(TINY, hidden_size=128, intermediate_size=256, num_heads=2, head_dim=64)
+    assert packed.decode(bench, wide)["1"]["floor_ms"] < forward.decode(bench, wide)["1"]["floor_ms"]
+
+
 def test_the_1b_shape_has_about_as_many_weights() -> None:
     config = llama_1b()
     layer = (
@@ -110,6 +123,19 @@ async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) ->
     assert result["same_tokens"] and not result["errors"]
     assert [t["kind"] for t in result["transitions"]] == ["drop", "restore"]
     assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [origin]]
+
+
+async def test_a_text_is_as_likely_in_every_grouping(tmp_path: Path) -> None:
+    """On CPU devices it is, to the last bit."""
+    model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4))
+    config = serving.engine_config(
+        DeviceSpec("cpu", (0, 1)), model, num_blocks=40, is_pinned=True, num_batched_tokens=64
+    )
+    config = replace(config, max_model_len=400, chunk_bytes=64 << 10)
+    found = await likelihood(config, text_len=50, num_tokens=64)
+    assert list(found) == ["launch", "drop", "restore", "second drop", "generated"]
+    assert all(state["nll_per_token"] > 1 for state in found.values())
+    assert all(state["worst_change"] == 0 and state["worst_error"] == 0 for state in found.values())
 
 
 async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(

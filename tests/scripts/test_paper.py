@@ -49,12 +49,16 @@ def report(ttft_s: float, *, transitions: tuple[tuple[str, float], ...] = (), wa
 def test_every_section_says_what_is_published(tmp_path: Path) -> None:
     drop = report(0.5, transitions=(("drop", 20.0), ("restore", 40.0)), waits_from=50)
     baselines = {name: report(5.0 + i, waits_from=45 + i) for i, name in enumerate((*paper.BASELINES, "pipeline"))}
-    systems = figures.section("sharegpt", baselines | {"drop": drop}, tmp_path)
+    others = {figures.VLLM: report(20.0), "drop": drop, figures.PLENTY: report(0.25)}
+    systems = figures.section("sharegpt", baselines | others, tmp_path)
+    assert "Need: 1.00 of the KV that is mapped without a drop." in systems
+    assert any("the ceiling: **20.0 times**" in line for line in systems)
+    assert any("vLLM 0.6.3 over drop's: **40.0 times**" in line for line in systems)
     assert any("**10.0 times**; published: 12.7 to 72.2 times" in line for line in systems)
     assert any("| recompute | 100.0 |" not in line and line.startswith("| drop | 0.0") for line in systems)
     restore = figures.section("restore", {"restore": drop, "no restore": report(1.0)}, tmp_path)
     assert any("P50 TTFT: **-50.0 %**; published: -28 %" in line for line in restore)
-    runs = dict(zip(paper.ABLATION, [baselines["recompute"], *[drop] * 3], strict=True))
+    runs = dict(zip(paper.ABLATION, [baselines["recompute"], *[drop] * 3, report(0.1)], strict=True))
     assert any("p90 10.00" in line for line in figures.section("ablation", runs, tmp_path))
     end = figures.section("endless burst", {"recompute": report(9.0, waits_from=47), "drop": drop}, tmp_path)
     assert any("**2.50 times**" in line for line in end)
@@ -75,6 +79,7 @@ def test_each_run_is_simulated_with_its_own_options() -> None:
     runs = [options for experiment in planned.values() for options in experiment.values()]
     assert all(options.seed == 3 for options in runs) and len(set(runs)) >= len(runs) - 2
     assert not planned["restore"]["no restore"].is_restoring
+    assert all(sum(options.policy == paper.PLENTY for options in runs.values()) == 1 for runs in planned.values())
     quick = {e.title: e.runs for e in paper.experiments(["sharegpt"], 3, is_quick=True)}
     assert 2 * (quick["sharegpt"]["drop"].rate or 0) == planned["sharegpt"]["drop"].rate
     full = {e.title: e.runs for e in paper.experiments(["sharegpt"], 3, is_full=True)}

@@ -14,6 +14,7 @@ import pytest
 from kunserve.sim.options import Options, simulate
 from kunserve.sim.prompts import make_prompt
 from kunserve.sim.traces import HASHED_TOKENS, TraceRow, read_rows
+from kunserve.sizes import ceil_div
 
 BLOCK = 64
 MODEL = Options(cluster="1xA800", memory_gib=70.0, duration_s=1e5, has_prefix_cache=True, block_size=BLOCK)
@@ -38,7 +39,7 @@ def allowed_hit_rate(rows: Sequence[TraceRow]) -> float:
     seen: set[tuple[int, ...]] = set()
     num_found = 0
     for row in rows:
-        ids = [row.hash_ids[: -(-end // HASHED_TOKENS)] for end in range(BLOCK, row.num_prompt_tokens + 1, BLOCK)]
+        ids = [row.hash_ids[: ceil_div(end, HASHED_TOKENS)] for end in range(BLOCK, row.num_prompt_tokens + 1, BLOCK)]
         places = [(number, *covering) for number, covering in enumerate(ids)]
         for number, place in enumerate(places):
             if place not in seen or (number + 1) * BLOCK >= row.num_prompt_tokens:  # the last token is computed

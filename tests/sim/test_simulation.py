@@ -13,11 +13,12 @@ from kunserve.errors import ConfigError
 from kunserve.gpu.links import HOST, Priority
 from kunserve.model.card import load_card
 from kunserve.model.costs import derive, device_rates
+from kunserve.planner.cost import Work
 from kunserve.sim.__main__ import parse_arguments
 from kunserve.sim.clock import simulate as on_virtual_clock
 from kunserve.sim.cluster import Instances, parse_cluster
 from kunserve.sim.links import TimedLinks
-from kunserve.sim.machine import SimDevice
+from kunserve.sim.machine import SimDevice, SimMachine
 from kunserve.sim.options import Options, simulate
 from kunserve.sim.policies import POLICIES
 
@@ -132,10 +133,31 @@ def test_gpus_that_are_known(kind: str) -> None:
     assert instances.bandwidth(0, 1) > 0 and instances.memory_bytes > 16e9
 
 
+def test_small_batches_use_less_of_a_gpu() -> None:
+    model, cluster = load_card("qwen2.5-14b").config, parse_cluster("4xA800")
+
+    def reached(overlap: float, num_tokens: int) -> float:
+        """Share of the time in which a layer's matrices of a microbatch would be multiplied if nothing were read."""
+        cost = SimMachine.of_gpus(model, cluster, 64, overlap=overlap).cost
+        return cost.token_s * num_tokens / cost.layer_time(Work(num_tokens=num_tokens))
+
+    for overlap in (1.0, 2.0, 4.0):
+        shares = [reached(overlap, num_tokens) for num_tokens in (16, 64, 128, 512, 2048)]
+        assert shares == sorted(shares) and shares[0] < 0.13 and shares[1] < 0.5 and 0.9 < shares[-1] <= 1.0
+    assert reached(1.0, 256) < reached(2.0, 256) < reached(4.0, 256)
+
+
 def test_nothing_is_faster_than_plenty(reports: dict[str, dict[str, Any]]) -> None:
     plenty = reports["plenty"]
     assert plenty["preemptions"] == 0 and plenty["transitions"] == []
     assert all(plenty["ttft_s"]["p99"] <= report["ttft_s"]["p99"] for report in reports.values())
+
+
+def test_what_overlaps_less_takes_longer(reports: dict[str, dict[str, Any]]) -> None:
+    report = simulate(replace(BURST, policy="recompute", overlap=1.0))
+    assert report["tpot_s"]["p50"] > 1.05 * reports["recompute"]["tpot_s"]["p50"]
+    options, _ = parse_arguments(["--overlap", "2"])
+    assert options.overlap == 2.0
 
 
 @pytest.mark.parametrize("text", ["A800", "8xZ9", "0xA800", "-1xA800"])

@@ -12,8 +12,7 @@ from kunserve.api.ask.declared.generation import Completion, ResponseFormat, Str
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.fields import wrong_type
-from kunserve.api.wire.grammars import Structure
-from kunserve.engine.text.constraint import GrammarConstraint
+from kunserve.api.wire.grammars import Begun, Structure
 from kunserve.errors import InvalidRequestError
 
 
@@ -135,7 +134,7 @@ def _of_schema(value: object, param: str) -> Structure:
 
 async def compile_structure(
     request: web.Request, api: Api, structure: Structure | None, user: str, reasons: bool
-) -> GrammarConstraint | None:
+) -> Begun | None:
     """Return the constraint that the client asked for. Clients take turns, by address if nothing else is known."""
     if structure is None:
         return None

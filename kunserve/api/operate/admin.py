@@ -13,7 +13,7 @@ from kunserve.api.ask.declared.check import read
 from kunserve.api.ask.declared.others import Drop, Groups, Remove
 from kunserve.api.wire.access import bearer, is_key
 from kunserve.api.wire.body import read_body
-from kunserve.api.wire.context import API, json_response
+from kunserve.api.wire.context import API, OPERATED, json_response
 from kunserve.errors import ForbiddenError, NotFoundError, UnauthorizedError
 
 Asked = TypeVar("Asked", bound=Struct)
@@ -35,13 +35,13 @@ async def drop(request: web.Request) -> web.Response:
     """
     check_admin(request)
     asked = await _read(request, Drop)
-    return json_response(await request.app[API].backend.drop(asked.groups, is_forced=asked.force))
+    return json_response(await request.app[OPERATED].backend.drop(asked.groups, is_forced=asked.force))
 
 
 async def restore(request: web.Request) -> web.Response:
     """Answer POST /kunserve/restore: split the groups that `groups` names, or the largest; answers when committed."""
     check_admin(request)
-    return json_response(await request.app[API].backend.restore((await _read(request, Groups)).groups))
+    return json_response(await request.app[OPERATED].backend.restore((await _read(request, Groups)).groups))
 
 
 async def remove_device(request: web.Request) -> web.Response:
@@ -49,19 +49,19 @@ async def remove_device(request: web.Request) -> web.Response:
     check_admin(request)
     index = _device_index(request)
     asked = await _read(request, Remove)
-    return json_response(await request.app[API].backend.remove_device(index, asked.drain_s))
+    return json_response(await request.app[OPERATED].backend.remove_device(index, asked.drain_s))
 
 
 async def add_device(request: web.Request) -> web.Response:
     """Answer POST /kunserve/devices/{index}/add: take a device in that was removed or lost."""
     check_admin(request)
-    return json_response(await request.app[API].backend.add_device(_device_index(request)))
+    return json_response(await request.app[OPERATED].backend.add_device(_device_index(request)))
 
 
 def _device_index(request: web.Request) -> int:
     """Return the index that a path names; NotFoundError if there is no such device."""
     asked = request.match_info["index"]
-    names = {str(index): device.name for index, device in enumerate(request.app[API].backend.stats().devices)}
+    names = {str(index): device.name for index, device in enumerate(request.app[OPERATED].backend.stats().devices)}
     if asked not in names:
         known = ", ".join(f"{index} ({name})" for index, name in names.items())
         raise NotFoundError(f"There is no device `{asked[:100]}`: devices are {known}.")

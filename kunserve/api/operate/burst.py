@@ -105,11 +105,13 @@ async def _run(api: Api, burst: Burst, burst_id: str) -> None:
 
 async def _send(api: Api, burst: Burst, request: Request) -> None:
     try:
-        with api.admission.accepted(OWNER, 1, burst.num_prompt_tokens) as reservation:
-            async with submitted(api, reservation, [request]) as outputs:
-                outputs.take_now = lambda came: True
-                async for _ in outputs:
-                    pass
+        async with (
+            api.admission.accepted(OWNER, 1, burst.num_prompt_tokens) as reservation,
+            submitted(api, reservation, [request]) as outputs,
+        ):
+            outputs.take_now = lambda came: True
+            async for _ in outputs:
+                pass
         burst.num_completed += 1
     except OverloadedError:
         burst.num_refused += 1

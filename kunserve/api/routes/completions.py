@@ -150,7 +150,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     generation = call.generation
     owner = owner_of(request, generation.user)
     num_tokens = sum(map(estimated_tokens, call.prompts)) * generation.n
-    with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as reservation:
+    async with api.admission.accepted(owner, len(call.prompts) * generation.n, num_tokens) as reservation:
         tokenized = await tokenize(api, call.prompts, generation.add_special_tokens)
         bad_words = await tokenize_bad_words(api, generation.bad_words)
         constraint = await compile_structure(request, api, generation.structure, generation.user, reasons=False)

@@ -21,7 +21,7 @@ from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.access import owner_of
 from kunserve.api.wire.admission import CHARS_PER_TOKEN
 from kunserve.api.wire.context import Api
-from kunserve.engine.text.constraint import GrammarConstraint
+from kunserve.api.wire.grammars import Begun
 from kunserve.errors import InvalidRequestError
 from kunserve.sampling import SamplingParams
 
@@ -32,7 +32,7 @@ class Conversation:
 
     ids: list[int]
     params: SamplingParams
-    constraint: GrammarConstraint | None
+    constraint: Begun | None
     new_parser: Callable[[], MessageParser] | None
     reasoning: ReasoningTokens | None  # None if none can come
 
@@ -43,7 +43,7 @@ async def answer_chat(
     """Answer a conversation, in the words of one endpoint."""
     generation, owner = call.generation, owner_of(request, call.generation.user)
     num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
-    with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as reservation:
+    async with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as reservation:
         prepared = await prepare(request, api, call)
         prompts = [(prepared.ids, prepared.params, None)]
         parsing = (prepared.new_parser, prepared.reasoning)

@@ -20,14 +20,14 @@ from kunserve.api.routes.openapi import openapi_document
 from kunserve.api.wire import anthropic_errors
 from kunserve.api.wire.backend import ModelInfo
 from kunserve.api.wire.body import read_body
-from kunserve.api.wire.context import API, json_response, long_list, long_text, to_json
+from kunserve.api.wire.context import API, OPERATED, json_response, long_list, long_text, to_json
 from kunserve.api.wire.page_headers import PAGE_HEADERS
 from kunserve.errors import NotFoundError, OverloadedError
 
 
 async def health(request: web.Request) -> web.Response:
     """GET /health and /ping: 200 while the engine makes progress, even if only some of its devices do their work."""
-    backend = request.app[API].backend
+    backend = request.app[OPERATED].backend
     if (reason := backend.health()) is not None:
         raise OverloadedError(reason)
     if (reason := backend.degraded()) is not None:
@@ -37,20 +37,20 @@ async def health(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """GET /ready: 200 while new requests are welcome (not while loading or stopping)."""
-    if not request.app[API].backend.is_ready:
+    if not request.app[OPERATED].backend.is_ready:
         raise OverloadedError("The server is loading its model or stopping.")
     return await health(request)
 
 
 async def metrics(request: web.Request) -> web.Response:
     """GET and HEAD /metrics."""
-    body = request.app[API].metrics.render()
+    body = request.app[OPERATED].metrics.render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def state(request: web.Request) -> web.Response:
     """GET /kunserve/state: devices, groups, requests."""
-    return json_response(request.app[API].backend.state())
+    return json_response(request.app[OPERATED].backend.state())
 
 
 async def show_version(request: web.Request) -> web.Response:
@@ -107,7 +107,7 @@ async def show_model(request: web.Request) -> web.Response:
 
 async def show_load(request: web.Request) -> web.Response:
     """Answer GET /load: how many requests there are, waiting ones included, as vLLM counts them."""
-    stats = request.app[API].backend.stats()
+    stats = request.app[OPERATED].backend.stats()
     return json_response({"server_load": stats.num_running + stats.num_waiting})
 
 

@@ -7,15 +7,14 @@ flood through (vllm#58192), so what is accepted counts from here on, and until t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from kunserve.api.wire.backend import ApiSettings
+from kunserve.api.wire.backend import ApiSettings, Counters
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.errors import InvalidRequestError, OverloadedError
-from kunserve.observe.metrics import Metrics
 
 CHARS_PER_TOKEN = 4  # of text that is not tokenized yet
 # With several keys, each may hold SHARE times the room that is left: one busy key ends up with three quarters of the
@@ -36,9 +35,26 @@ class Queued(Protocol):
         """See `Backend.waiting`."""
 
 
-@dataclass(slots=True)
-class Reservation:
+class Place(Protocol):
     """What is held for sequences that are not in the engine's queue yet."""
+
+    def leave(self, num_reqs: int = 1) -> None:
+        """Count so many requests no longer: the engine's queue counts them now, or they will never be in it."""
+
+
+class Door(Protocol):
+    """The way in as routes see it, in this process or in another one."""
+
+    async def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
+        """Raise OverloadedError if so many sequences with prompts of so many tokens do not fit in the queue."""
+
+    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AbstractAsyncContextManager[Place]:
+        """Reserve places for a request's sequences, all or none, until each is in the engine's queue."""
+
+
+@dataclass(slots=True)
+class Reservation(Place):
+    """The places of one request's sequences."""
 
     admission: Admission
     owner: str
@@ -46,7 +62,7 @@ class Reservation:
     num_tokens: int  # of their prompts, as estimated
 
     def leave(self, num_reqs: int = 1) -> None:
-        """Count so many requests no longer: the engine's queue counts them now, or they will never be in it."""
+        """See `Place`."""
         if num_reqs:
             num_tokens = self.num_tokens * num_reqs // self.num_reqs
             self.num_reqs -= num_reqs
@@ -54,17 +70,21 @@ class Reservation:
             self.admission.leave(self.owner, num_reqs, num_tokens)
 
 
-class Admission:
+class Admission(Door):
     """Counts what is accepted but not yet queued, on top of what the engine says is waiting."""
 
-    def __init__(self, queued: Queued, metrics: Metrics, settings: ApiSettings) -> None:
+    def __init__(self, queued: Queued, metrics: Counters, settings: ApiSettings) -> None:
         self._queued, self._metrics = queued, metrics
         self._max_reqs, self._max_tokens = settings.max_num_queued_reqs, settings.max_num_queued_tokens
         self._is_shared = len(settings.api_keys) > 1
         self._accepted: defaultdict[str | None, Waiting] = defaultdict(Waiting)  # None: of all
 
-    def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
-        """Raise OverloadedError if so many sequences with prompts of so many tokens do not fit in the queue."""
+    async def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
+        """See `Door`."""
+        self.check_now(owner, num_reqs, num_tokens)
+
+    def check_now(self, owner: str, num_reqs: int, num_tokens: int) -> None:
+        """Do what `check` does, without waiting."""
         if num_reqs > self._max_reqs:
             text = f"The request asks for {num_reqs} sequences; the queue holds {self._max_reqs}."
             raise InvalidRequestError(text, param="n")
@@ -80,12 +100,16 @@ class Admission:
                 text = f"{own.num_reqs} requests of this key are waiting; what is left of the queue is for others."
                 self._refuse("key_share", text)
 
-    @contextmanager
-    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> Iterator[Reservation]:
-        """Reserve places for a request's sequences, all or none, until each is in the engine's queue."""
-        self.check(owner, num_reqs, num_tokens)
+    def reserve(self, owner: str, num_reqs: int, num_tokens: int) -> Reservation:
+        """Do what `accepted` does, until the caller has left with all."""
+        self.check_now(owner, num_reqs, num_tokens)
         self._add(owner, num_reqs, num_tokens)
-        reservation = Reservation(self, owner, num_reqs, num_tokens)
+        return Reservation(self, owner, num_reqs, num_tokens)
+
+    @asynccontextmanager
+    async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[Reservation]:
+        """See `Door`."""
+        reservation = self.reserve(owner, num_reqs, num_tokens)
         try:
             yield reservation
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.text.stream import Sink
-from kunserve.errors import InvalidRequestError
+from kunserve.errors import InvalidRequestError, KunServeError
 from kunserve.observe.gauges import EngineStats
+from kunserve.sampling import FinishReason
 
 
 class TextTokenizer(Protocol):
@@ -86,17 +87,26 @@ class Template(Protocol):
         """Return the prompt of a conversation; raises InvalidRequestError when the template refuses it."""
 
 
-class Backend(Protocol):
-    """The engine as HTTP sees it."""
+class Counters(Protocol):
+    """What HTTP counts for `/metrics`."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Return True once the model is loaded, until the server begins to stop."""
+    def rejection(self, reason: str) -> None:
+        """Count one request turned away; `reason` is one of `metrics.REJECTIONS`."""
 
-    def submit_to(self, request: Request, sink: Sink) -> None:
+    def body_bytes(self, num_bytes: int) -> None:
+        """Show how many bytes of bodies are held that are no requests yet."""
+
+    def choices_asked(self, n: int) -> None:
+        """Count the `n` of one prompt."""
+
+
+class Generator(Protocol):
+    """The engine as routes of clients see it, in this process or in another one."""
+
+    def submit_to(self, request: Request, sink: Sink) -> Awaitable[KunServeError | None] | None:
         """Queue a request. `sink` gets deltas up to and including the one with a finish_reason, or an error.
 
-        Raises OverloadedError and the like at once.
+        Raises OverloadedError and the like, or returns what says later whether there is such an error.
         """
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
@@ -105,8 +115,16 @@ class Backend(Protocol):
         If that has a finish reason, the request is over. Raises InvalidRequestError for tokens that it cannot have.
         """
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request and free its blocks within one step; no effect if it has ended or is unknown."""
+
+
+class Backend(Generator, Protocol):
+    """The engine as operators see it, too."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Return True once the model is loaded, until the server begins to stop."""
 
     def waiting(self, owner: str | None = None) -> Waiting:
         """Return how much is queued, of all owners or of one."""

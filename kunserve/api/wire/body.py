@@ -11,7 +11,7 @@ import asyncio
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from json import JSONDecoder
 from math import isinf
 from typing import Any, NoReturn, TypeVar
@@ -45,7 +45,7 @@ async def read_call(request: web.Request, api: Api, read: Callable[[dict[str, An
     one is free would wait for their turn to be parsed, one after the other, to be refused then.
     """
     owner = owner_of(request)
-    api.admission.check(owner)
+    await api.admission.check(owner)
     return await read_body(request, api, read, lambda: api.admission.accepted(owner, 1, 0))
 
 
@@ -53,7 +53,7 @@ async def read_body(
     request: web.Request,
     api: Api,
     read: Callable[[dict[str, Any]], T],
-    place: Callable[[], AbstractContextManager[object]] = nullcontext,
+    place: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
 ) -> T:
     """Return what `read` makes of the JSON object in the body; of a large one on a thread.
 
@@ -76,7 +76,7 @@ async def read_body(
         except TimeoutError:
             body.end()  # it may have had to give way
             raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-        with place():
+        async with place():
             await api.turns.take()
             if body.num_bytes <= SMALL_BYTES:
                 return read(_object(body.whole, _small(body.whole)))

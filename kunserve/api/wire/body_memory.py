@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from kunserve.api.wire.admission import SHARE
-from kunserve.api.wire.backend import ApiSettings
+from kunserve.api.wire.backend import ApiSettings, Counters
 from kunserve.errors import OverloadedError, PayloadTooLargeError
-from kunserve.observe.metrics import Metrics
 
 IDLE_S = 2.0  # for so long may a body not grow before it may have to give way
 MOST_BYTES = 64 << 10  # of a small body: most have less
@@ -93,7 +92,7 @@ class BodyMemory:
     Times are in seconds, on any clock that is always the same.
     """
 
-    def __init__(self, metrics: Metrics, settings: ApiSettings) -> None:
+    def __init__(self, metrics: Counters, settings: ApiSettings) -> None:
         self._metrics, self._max_bytes = metrics, settings.max_body_memory_bytes
         self.largest_body_bytes = settings.largest_body_bytes
         self._is_shared = len(settings.api_keys) > 1

@@ -15,12 +15,20 @@ import orjson
 from aiohttp import web
 from structlog.contextvars import bind_contextvars
 
-from kunserve.api.wire.admission import Admission
-from kunserve.api.wire.backend import ApiSettings, Backend, ModelInfo, Template, TextTokenizer
+from kunserve.api.wire.admission import Admission, Door
+from kunserve.api.wire.backend import (
+    ApiSettings,
+    Backend,
+    Counters,
+    Generator,
+    ModelInfo,
+    Template,
+    TextTokenizer,
+)
 from kunserve.api.wire.body_memory import BodyMemory
 from kunserve.api.wire.fields import pieces
-from kunserve.api.wire.grammars import Grammars
-from kunserve.api.wire.response_store import ResponseStore
+from kunserve.api.wire.grammars import Compiler
+from kunserve.api.wire.response_store import Responses
 from kunserve.api.wire.turns import Turns
 from kunserve.observe.metrics import Metrics
 
@@ -38,22 +46,22 @@ _USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Api:
     """One server's routes and what they stand on; `request.app[API]`."""
 
-    backend: Backend
+    backend: Generator
     tokenizer: TextTokenizer
     chat_template: Template | None
     model: ModelInfo
-    metrics: Metrics
+    metrics: Counters
     settings: ApiSettings
     threads: ThreadPoolExecutor  # for what would hold up the event loop
     arrivals: Turns  # of requests, before anything of them is looked at
     turns: Turns  # on the way in: for about a millisecond of work
     deliveries: Turns  # on the way out: of one output each
     departures: Turns  # of sequences that are over: each frees what it holds
-    admission: Admission
+    admission: Door
     bodies: BodyMemory
-    grammars: Grammars | None
-    responses: ResponseStore
-    serials: Iterator[int]  # tell apart requests of clients that chose the same id
+    grammars: Compiler | None
+    responses: Responses
+    serials: Iterator[object]  # tell apart requests of clients that chose the same id
     tracer: Tracer | None = None
 
     async def offload(self, num_chars: int, work: Callable[[], T]) -> T:
@@ -65,7 +73,17 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
 
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """What routes of operators stand on, besides; `request.app[OPERATED]`."""
+
+    backend: Backend
+    metrics: Metrics
+    admission: Admission
+
+
 API = web.AppKey("api", Api)
+OPERATED = web.AppKey("operated", Operated)
 HTTP_TRACE: ContextVar[HttpTrace | None] = ContextVar("HTTP_TRACE", default=None)  # of the request that is handled
 
 

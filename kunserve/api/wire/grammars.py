@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+from kunserve.engine.request import Constraint
 from kunserve.engine.text.constraint import GrammarConstraint
 from kunserve.errors import InvalidRequestError
 from kunserve.grammar.fork_server import Vocabulary
@@ -38,7 +39,25 @@ class Structure:
             raise InvalidRequestError(text, param=self.param)
 
 
-class Grammars:
+class Begun(Constraint, Protocol):
+    """A constraint at the beginning of its structure, where others may begin as well."""
+
+    def copy(self) -> Begun:
+        """Return another request's, at the same place."""
+
+
+class Compiler(Protocol):
+    """What makes constraints of structures, in this process or in another one."""
+
+    async def compile(self, structure: Structure, reasons: bool, owner: str = "") -> Begun:
+        """Return the constraint at its beginning, after the reasoning if the model `reasons`.
+
+        Owners take turns. Raises InvalidRequestError when the structure cannot be used, OverloadedError when it
+        cannot be compiled now.
+        """
+
+
+class Grammars(Compiler):
     """Compiles structures for one model's vocabulary, in processes of their own (`kunserve.grammar`)."""
 
     def __init__(
@@ -65,11 +84,7 @@ class Grammars:
         await self._pool.close()
 
     async def compile(self, structure: Structure, reasons: bool, owner: str = "") -> GrammarConstraint:
-        """Return the constraint at its beginning, after the reasoning if the model `reasons`.
-
-        Owners take turns. Raises InvalidRequestError when the structure cannot be used, OverloadedError when it
-        cannot be compiled now.
-        """
+        """See `Compiler`."""
         kind = f"{self._prefix}{structure.kind}" if structure.kind in ("json", "calls") else structure.kind
         try:
             compiled = await self._pool.compile((kind, structure.value), owner)

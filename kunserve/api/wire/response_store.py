@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -29,9 +29,7 @@ _TABLE = """
         number integer primary key, key text unique, response blob, items blob, num_input_items integer
     )
 """
-
-
-_SIZE = f"length(response) + length(items) + {_OVERHEAD_BYTES}"
+_SIZE = f"length(response) + length(items) + {_OVERHEAD_BYTES}"  # of a row, as `Stored.num_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,24 @@ class Stored:
         return len(self.response) + len(self.items) + _OVERHEAD_BYTES
 
 
-class ResponseStore:
+class Responses(Protocol):
+    """Where responses are stored, in this process or in another one."""
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether responses are stored at all."""
+
+    def put(self, response_id: str, owner: str, stored: Stored) -> None:
+        """Store a response; the oldest ones make room. Nobody but its owner sees it, or puts another in its place."""
+
+    async def load(self, response_id: str, owner: str) -> Stored | None:
+        """Return a response, None if there is none of this owner's."""
+
+    async def delete(self, response_id: str, owner: str) -> bool:
+        """Forget a response; return whether there was one of this owner's."""
+
+
+class ResponseStore(Responses):
     """The newest responses, as many as fit. Owned by the event loop."""
 
     def __init__(self, max_bytes: int, path: Path | None = None) -> None:
@@ -60,11 +75,11 @@ class ResponseStore:
 
     @property
     def is_on(self) -> bool:
-        """Return whether responses are stored at all."""
+        """See `Responses`."""
         return self._max_bytes > 0
 
     def put(self, response_id: str, owner: str, stored: Stored) -> None:
-        """Store a response; the oldest ones make room. Nobody but its owner sees it, or puts another in its place."""
+        """See `Responses`."""
         key = _key(response_id, owner)
         self._forget(key)
         self._kept[key] = stored
@@ -75,13 +90,13 @@ class ResponseStore:
             self._file.put(key, stored)
 
     async def load(self, response_id: str, owner: str) -> Stored | None:
-        """Return a response, None if there is none of this owner's."""
+        """See `Responses`."""
         key = _key(response_id, owner)
         stored = self._kept.get(key)
         return await self._file.load(key) if stored is None and self._file is not None else stored
 
     async def delete(self, response_id: str, owner: str) -> bool:
-        """Forget a response; return whether there was one of this owner's."""
+        """See `Responses`."""
         if await self.load(response_id, owner) is None:
             return False
         key = _key(response_id, owner)

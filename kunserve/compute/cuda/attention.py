@@ -23,6 +23,7 @@ from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda.driver import Driver, Event
 from kunserve.model.config import ModelConfig
+from kunserve.sizes import ceil_div
 
 Ints = npt.NDArray[np.int32]
 # q (T, num_heads, head_dim), kv of a layer, its scores and sinks -> (T, num_heads, head_dim)
@@ -61,7 +62,7 @@ def step_arrays(batch: AttentionBatch, num_rows: int | None = None) -> StepArray
     """
     positions, ends, contexts = (t.numpy() for t in (batch.positions, batch.cu_seqlens_q, batch.context_lens))
     tables, block_size = batch.block_tables.numpy(), batch.block_size
-    num_blocks = -(-contexts // block_size)
+    num_blocks = ceil_div(contexts, block_size)
     sequences = np.repeat(np.arange(len(contexts)), np.diff(ends))
     slots = tables[sequences, positions // block_size] * block_size + positions % block_size
     indices = tables[np.arange(tables.shape[1]) < num_blocks[:, None]]
@@ -77,7 +78,7 @@ def step_arrays(batch: AttentionBatch, num_rows: int | None = None) -> StepArray
 
 
 def padding_arrays(bucket: int) -> StepArrays:
-    """Arrays of a decode step that has no sequence: all rows are padding, which reads a token of block 0."""
+    """Return the arrays of a decode step without sequences: all rows are padding, which reads a token of block 0."""
     zeros, ones, count = np.zeros(bucket, np.int32), np.ones(bucket, np.int32), np.arange(bucket + 1, dtype=np.int32)
     return StepArrays(zeros, zeros - 1, count, count, zeros, ones)
 
@@ -106,7 +107,7 @@ class StepBuffers:
         rows, seqs = max(limits.max_num_tokens, limits.max_num_seqs), limits.max_num_seqs
         # Block ids last: of all others' room everything is copied, of theirs what is used.
         sizes = [rows, rows, rows, rows, seqs + 1, seqs + 1, seqs, limits.max_num_blocks + seqs]
-        ends = np.cumsum([-(-size // ALIGNED_INTS) * ALIGNED_INTS for size in sizes])
+        ends = np.cumsum([ceil_div(size, ALIGNED_INTS) * ALIGNED_INTS for size in sizes])
         self.driver = driver
         self._copied: Event | None = None
         self._host = driver.pinned(int(ends[-1]) * 4).view(torch.int32)
@@ -186,7 +187,7 @@ class Planner:
 
 
 def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
-    """What FlashInfer's fa2 plans need for partial results of split contexts; it refuses to plan if that is not there.
+    """Return what FlashInfer's fa2 plans need for partial results of split contexts; else it refuses to plan.
 
     From PrefillPlan in its scheduler.cuh (0.6.18): per tile of queries, float32 output and sum of every row and head.
     A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
@@ -195,7 +196,7 @@ def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) ->
     group, per_row = config.num_heads // config.num_kv_heads, config.num_heads * (config.head_dim + 1) * 4
     at_once = 2 * num_sms // config.num_kv_heads
     rows_per_tile = 16 if group <= 16 else 64 if group <= 64 or config.head_dim >= 256 else 128
-    captured = max(at_once, -(-max_bucket * group // rows_per_tile) + max_bucket - 1) * rows_per_tile
+    captured = max(at_once, ceil_div(max_bucket * group, rows_per_tile) + max_bucket - 1) * rows_per_tile
     return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
 
 
@@ -341,7 +342,7 @@ class ReferenceAttention:
 def load_attention(
     config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
 ) -> tuple[PagedAttention, str]:
-    """FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if it is missing.
+    """Return FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if missing.
 
     max_bucket: the largest number of sequences in a step that is captured.
     """

@@ -69,7 +69,7 @@ class CudaDecoder(Decoder):
         *,
         with_head: bool = True,
     ) -> Tensor:
-        """As `Decoder.forward`, with `batch`, `sampled_rows` and token ids on the host; hidden states on this GPU.
+        """Run as `Decoder.forward`, with `batch`, rows and token ids on the host; hidden states on this GPU.
 
         A token id below 0 stands for one that was sampled, but that the host has not seen: -1 - i is the i-th of those
         last given to `feed`.
@@ -152,13 +152,13 @@ class CudaDecoder(Decoder):
         return hidden[sampled_rows]
 
     def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
-        """Ids (T,) from the host, with the device's own put in where the host did not know them."""
+        """Return ids (T,) from the host, with the device's own put in where the host did not know them."""
         return torch.where(ids < 0, self._fed[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
 
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Inside, nothing is collected: a pinned buffer in a cycle would be freed during a capture (`Driver.capture`)."""
+    """Collect no garbage inside: a pinned buffer in a cycle would be freed during a capture (`Driver.capture`)."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

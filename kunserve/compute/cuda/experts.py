@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kunserve.compute.ops import ExpertWeights
+from kunserve.sizes import ceil_div
 
 # Of one program. With as many elements in float32 as in 16 bits it would have too few registers (sm_120).
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER_BYTES = 16, 64, 128
@@ -27,7 +28,7 @@ def expert_linear(  # type: ignore[no-untyped-def]
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows of one expert times a block of its columns: out[p] = x[p // SHARED] @ weight[expert].T + bias."""
+    """Multiply a block of rows of one expert by its columns: out[p] = x[p // SHARED] @ weight[expert].T + bias."""
     block, column = tl.program_id(0), tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
@@ -62,7 +63,7 @@ def route(logits: Tensor, num_per_token: int, normalize: bool) -> Routes:
     top = logits.float().softmax(-1).topk(num_per_token, dim=-1)
     weights = top.values / top.values.sum(-1, keepdim=True) if normalize else top.values
     num_places, chosen = T * num_per_token, top.indices.flatten()
-    num_blocks = -(-num_places // BLOCK_ROWS) + min(E, num_places)
+    num_blocks = ceil_div(num_places, BLOCK_ROWS) + min(E, num_places)
     counts = (chosen[:, None] == torch.arange(E, device=device)).sum(0)
     ends = ((counts + BLOCK_ROWS - 1) // BLOCK_ROWS).cumsum(0)  # blocks of the experts up to this one
     chosen, order = chosen.sort(stable=True)
@@ -86,7 +87,7 @@ def moe(x: Tensor, experts: ExpertWeights, act_and_mul: Callable[[Tensor, str, f
 
 
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, shared: int) -> Tensor:
-    """Each place's row times its expert's matrix: (places, N); `shared` places have one row of `x`."""
+    """Multiply each place's row by its expert's matrix: (places, N); `shared` places have one row of `x`."""
     (_, N, K), num_places = weight.shape, routes.weights.numel()
     out = torch.empty(num_places, N, dtype=x.dtype, device=x.device)
     expert_linear[(len(routes.block_experts), triton.cdiv(N, BLOCK_COLUMNS))](

@@ -28,13 +28,13 @@ class Run(NamedTuple):
 
 
 def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Batch sizes that are captured: a few, and the largest that can come if it is not too large."""
+    """Return the batch sizes that are captured: a few, and the largest that can come if it is not too large."""
     below = tuple(bucket for bucket in BUCKETS if bucket < max_num_seqs)
     return (*below, max_num_seqs) if max_num_seqs <= BUCKETS[-1] else BUCKETS
 
 
 def bucket_for(num_seqs: int, buckets: tuple[int, ...]) -> int | None:
-    """The smallest bucket that holds `num_seqs` sequences; None if there is none: such a step runs eagerly."""
+    """Return the smallest bucket for `num_seqs` sequences; None if there is none: such a step runs eagerly."""
     i = bisect_left(buckets, num_seqs)
     return buckets[i] if i < len(buckets) else None
 
@@ -73,7 +73,7 @@ class DecodeGraphs:
         self.num_replays = 0
 
     def hidden(self, bucket: int) -> Tensor:
-        """The rows (bucket, H) that graphs of `bucket` change in place."""
+        """Return the rows (bucket, H) that graphs of `bucket` change in place."""
         return self._hidden[:bucket]
 
     def capture(self, run: Run, bucket: int, work: Callable[[], None]) -> None:

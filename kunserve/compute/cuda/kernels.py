@@ -12,15 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kunserve.compute.cuda.experts import moe
+from kunserve.compute.cuda.packed import can_scale, packed_linear, scaled_linear
 from kunserve.compute.ops import ExpertWeights
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
+from kunserve.model.quant.linear import Part
 
 COLUMNS = 1024  # of one program in `act_and_mul`
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _weighted(x, scale, norm, offset, OFFSET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A norm's last step, rounded as TorchOps rounds it."""
+    """Do a norm's last step, rounded as TorchOps rounds it."""
     wide, weight = x.to(tl.float32) * scale, norm.to(tl.float32)
     if OFFSET:
         weight += offset
@@ -43,7 +45,7 @@ def _rms_norm(x, weight, out, eps, offset, H, OFFSET: tl.constexpr, BLOCK: tl.co
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _activated(gate, up, limit, alpha, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """activation(gate) * up in float32, where the activation is rounded to gate's dtype; KIND: place in ACTIVATIONS."""
+    """Compute activation(gate) * up in float32, the activation rounded to gate's dtype; KIND: index in ACTIVATIONS."""
     wide, up = gate.to(tl.float32), up.to(tl.float32)
     if KIND == 2:
         wide, up = tl.minimum(wide, limit), tl.minimum(tl.maximum(up, -limit), limit)
@@ -72,7 +74,7 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
     REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One program for a head of a token: q is rotated in place, k is rotated into its slot, v copied into it.
+    """Run one program for a head of a token: rotate q in place, k into its slot, and copy v into it.
 
     A head is two halves that are rotated and a rest that is not. A thread has both of a pair: none is read after it
     was written.
@@ -116,15 +118,27 @@ class TritonKernels:
 
     is_capturable = True
 
+    def __init__(self, *, has_fp8: bool = False) -> None:
+        """has_fp8: whether the GPU multiplies floats of 8 bits."""
+        self._has_fp8 = has_fp8
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `Kernels.packed_linear`: floats with a scale for each row by torch, where that can be, else by ours."""
+        if self._has_fp8 and can_scale(x, weight):
+            return scaled_linear(x, weight, bias, residual)
+        return packed_linear(x, weight, bias, residual)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         T, H = x.shape
         out = torch.empty_like(x)
         _rms_norm[(T,)](x, weight, out, eps, offset, H, OFFSET=offset != 0, BLOCK=triton.next_power_of_2(H))
         return out
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         T, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(T, width, dtype=gate_up.dtype, device=gate_up.device)
         kind = ACTIVATIONS.index(activation)

@@ -17,8 +17,9 @@ from kunserve.compute.cuda.attention import PlannedBatch
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
-from kunserve.model.quant.linear import Linear
+from kunserve.model.quant.linear import Linear, Part
 
+FP8_SINCE = (8, 9)  # compute capability whose tensor cores multiply floats of 8 bits
 CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -28,13 +29,18 @@ class Kernels(Protocol):
     is_capturable: bool  # whether a CUDA graph can hold them: nothing in them waits for the host
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """As `Ops.moe`."""
+
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """As `Ops.linear`, for rows that are stored in planes. Rows of `residual` may lie apart."""
 
     def rotate_and_append(
         self,
@@ -71,6 +77,12 @@ class TorchKernels:
         """See `Kernels.moe`."""
         return self._ops.moe(x, experts)
 
+    def packed_linear(
+        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See `Kernels.packed_linear`."""
+        return self._ops.linear(x, Linear((weight,)), bias, residual)
+
     def rotate_and_append(
         self,
         qkv: Tensor,
@@ -105,20 +117,22 @@ class CudaOps:
         self._kernels = kernels
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+        """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
         return weight.rows(token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         return self._kernels.rms_norm(x, weight, eps, offset)
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
-        matrix = weight.dense(x.dtype)
-        if residual is None:
-            return F.linear(x, matrix, bias)
-        y = torch.addmm(residual, x, matrix.t())  # the sum costs nothing: it is the matrix product's epilogue
-        return y if bias is None else y + bias
+        parts, first = [], 0
+        for part in weight.parts:
+            rows = slice(first, first := first + part.num_rows)
+            linear = _linear if part.blocks is None else self._kernels.packed_linear
+            of_part = (None if bias is None else bias[rows], None if residual is None else residual[:, rows])
+            parts.append(linear(x, part, *of_part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rotate_and_append(
         self,
@@ -144,22 +158,22 @@ class CudaOps:
         scores: Scores = PLAIN_SCORES,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim)."""
+        """Attend causally with the q part of `qkv` to the blocks: -> (T, num_heads * head_dim)."""
         assert isinstance(batch, PlannedBatch)
         head_dim = kv.shape[-1]
         q = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
         return batch.attend(q, kv, scores, sinks).flatten(1)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         return self._kernels.act_and_mul(gate_up, activation, limit)
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap), element by element."""
+        """Compute cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         return x * torch.sigmoid(gate)
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
@@ -167,8 +181,16 @@ class CudaOps:
         return self._kernels.moe(x, experts)
 
 
+def _linear(x: Tensor, weight: Part, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`Ops.linear` for rows that are stored as numbers."""
+    if residual is None:
+        return F.linear(x, weight.data, bias)
+    y = torch.addmm(residual, x, weight.data.t())  # the sum costs nothing: it is the matrix product's epilogue
+    return y if bias is None else y + bias
+
+
 def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
-    """The dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError for what is not served."""
+    """Return the dtype of weights and KV for `--dtype`; "auto" is the checkpoint's. ConfigError if not served."""
     wanted = checkpoint if name == "auto" else name
     dtype = CHECKPOINT_DTYPES.get(wanted)
     if dtype is None:
@@ -178,12 +200,13 @@ def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
 
 
 def load_kernels(device: torch.device) -> tuple[Kernels, str]:
-    """Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
+    """Return Triton's kernels on a GPU if triton is installed, else the reference; and which, for the log."""
     if device.type != "cuda":
         return TorchKernels(), f"torch reference on {device.type}"
     try:
         module = importlib.import_module("kunserve.compute.cuda.kernels")
     except ImportError:
         return TorchKernels(), "torch reference: triton is not installed"
-    kernels: Kernels = module.TritonKernels()
+    has_fp8 = torch.cuda.get_device_capability(device) >= FP8_SINCE
+    kernels: Kernels = module.TritonKernels(has_fp8=has_fp8)
     return kernels, "Triton kernels"

@@ -61,7 +61,7 @@ class PendingTokens:
     known: tuple[SampledToken, ...] | None = None
 
     def tokens(self) -> list[SampledToken]:
-        """The tokens, once the work that made them has finished."""
+        """Return the tokens, once the work that made them has finished."""
         if self.known is not None:
             return list(self.known)
         ids, is_finite = self.on_host.tolist()
@@ -71,7 +71,7 @@ class PendingTokens:
 
 
 def is_plain(rows: Sequence[SamplingRow]) -> bool:
-    """Whether `launch_sample` can choose the tokens of all rows; else it takes `sample`, which waits for the device."""
+    """Tell whether `launch_sample` can choose all rows' tokens; else it takes `sample`, which waits for the device."""
     return all(map(_is_plain, rows))
 
 
@@ -102,7 +102,7 @@ def _launch(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) 
 
 
 def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingTokens:
-    """Tokens that the host knows already, for a step on `device` that is fed with them."""
+    """Wrap tokens that the host knows already, for a step on `device` that is fed with them."""
     ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
     return PendingTokens(ids.to(device, non_blocking=True), ids, tuple(tokens))
 
@@ -114,7 +114,7 @@ def _is_plain(row: SamplingRow) -> bool:
 
 
 def _drawn_with(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
-    """(4, R): whether a row is drawn, its temperature, min_p, and where in the distribution.
+    """Return (4, R): whether a row is drawn, its temperature, min_p, and where in the distribution.
 
     Greedy ones are drawn at temperature 1, for nothing, so that no row is picked out.
     """
@@ -123,7 +123,7 @@ def _drawn_with(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
 
 
 def _drawn(logits: Tensor, temperature: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
-    """A draw for every row (R,)."""
+    """Draw a token for every row (R,)."""
     step = max(1, SLICE_ELEMENTS // logits.shape[1])
     parts = [slice(start, start + step) for start in range(0, len(logits), step)]
     return torch.cat([draw(integer_weights(logits[p].double(), temperature[p], min_p[p]), uniforms[p]) for p in parts])

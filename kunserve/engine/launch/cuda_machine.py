@@ -39,7 +39,7 @@ from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import weight_units
 from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.sampling import SamplingParams
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs
 
@@ -81,6 +81,7 @@ class CudaOptions:
 class CudaMachine(Machine):
     """Drivers, later devices, that are open, and the sizes that were found."""
 
+    has_kinds = False  # its attention takes one block table
     shares_head = False  # decoding is bound by reading the head's matrix: both ends would read all of it
 
     def __init__(
@@ -125,8 +126,8 @@ class CudaMachine(Machine):
         if kv_bytes is None:
             return self.budget_bytes
         ranges = [unit.num_bytes for unit in weight_units(model, options.dtype)]
-        ranges += [-(-kv_bytes // model.num_layers)] * model.num_layers
-        return min(self.budget_bytes, sum(-(-num_bytes // step) * step for num_bytes in ranges))
+        ranges += [ceil_div(kv_bytes, model.num_layers)] * model.num_layers
+        return min(self.budget_bytes, sum(ceil_div(num_bytes, step) * step for num_bytes in ranges))
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -244,11 +245,11 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
     small, device = replace(model, num_layers=min(model.num_layers, RUN_LAYERS)), driver.torch_device
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
     shape = KVShape.of(model, options.block_size, options.dtype)
-    num_blocks = -(-num_tokens // options.block_size) + num_seqs
+    num_blocks = ceil_div(num_tokens, options.block_size) + num_seqs
     units = weight_units(small, options.dtype)
     chunk = driver.granularity
-    kv_chunks = -(-num_blocks * shape.block_bytes // chunk)
-    num_chunks = kv_chunks * small.num_layers + sum(-(-unit.num_bytes // chunk) for unit in units)
+    kv_chunks = ceil_div(num_blocks * shape.block_bytes, chunk)
+    num_chunks = kv_chunks * small.num_layers + sum(ceil_div(unit.num_bytes, chunk) for unit in units)
     (opened,) = open_cuda_devices(open_drivers((driver.ordinal,)), num_chunks, chunk)
     try:
         before = torch.cuda.memory_reserved(device)
@@ -282,8 +283,8 @@ def full_step(num_tokens: int, num_seqs: int, block_size: int) -> tuple[torch.Te
     lens = torch.full((num_seqs,), num_tokens // num_seqs)
     lens[: num_tokens % num_seqs] += 1
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
-    width = -(-int(lens.max()) // block_size)
-    counts = -(-lens // block_size)
+    width = ceil_div(int(lens.max()), block_size)
+    counts = ceil_div(lens, block_size)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])[:-1]
     tables = (starts[:, None] + torch.arange(width)).clamp(max=int(counts.sum()) - 1)
     positions = torch.arange(num_tokens) - ends[:-1].repeat_interleave(lens)

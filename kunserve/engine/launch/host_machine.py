@@ -140,7 +140,7 @@ class HostMachine(Machine):
 
 
 def _host_dtype(name: str) -> torch.dtype:
-    """The dtype of weights and KV. "auto" is float32 on CPU devices: they have no fast bfloat16."""
+    """Return the dtype of weights and KV. "auto" is float32 on CPU devices: they have no fast bfloat16."""
     known = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
     if name not in known:
         raise ConfigError(f"--dtype {name} is not served on CPU devices; use one of {', '.join(known)}")

@@ -17,7 +17,7 @@ from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.restore_time import measure_restore
 from kunserve.engine.regroup.control import OverloadControl
-from kunserve.engine.text.tokenizer import Tokenizer
+from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
@@ -81,7 +81,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
 
 
 def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
-    """The machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
+    """Return the machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
     if config.devices.kind == "cpu":
         return HostMachine(model, config)
     from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
@@ -90,12 +90,17 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
 
 
 def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
-    """Return the model as devices store it: matrices in blocks are dequantized while they load, but for C kernels."""
-    has_kernels = config.devices.kind == "cpu" and has_block_kernels(config.dtype, model.head_dim)
-    is_kept = has_kernels and config.load_format != "dummy"
-    if model.formats.by_name and not is_kept:
-        log.warning("matrices in blocks are dequantized while they load: only CPU devices in float32 serve them")
-    return model if is_kept else replace(model, formats=model.formats.as_numbers())
+    """Return the model as devices store it: in blocks for C kernels, in planes for GPUs, or dequantized."""
+    formats = model.formats
+    if not formats.by_name or config.load_format == "dummy":
+        kept = formats.as_numbers()
+    elif config.devices.kind != "cpu":
+        kept = formats.as_planes()
+    else:
+        kept = formats if has_block_kernels(config.dtype, model.head_dim) else formats.as_numbers()
+    if lost := len(formats.by_name) - len(kept.by_name):
+        log.warning("matrices are dequantized while they load", matrices=lost, kept=len(kept.by_name))
+    return model if kept is formats else replace(model, formats=kept)
 
 
 async def _launch_on(
@@ -111,7 +116,8 @@ async def _launch_on(
         return open_weights(files.folder, files.config, config.load_format, config.seed)
 
     max_model_len = wanted_max_model_len(files, config)
-    tokenizer = await asyncio.to_thread(_tokenizer, files)
+    model = files.config
+    tokenizer = await asyncio.to_thread(tokenizer_of, files.folder, model.vocab_size, model.eos_token_ids)
     lookahead, constants = _lookahead(machine, files, config)
     engine, control = await assemble(
         machine,
@@ -129,17 +135,11 @@ async def _launch_on(
 
 
 def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
-    """What forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
+    """Return what forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
     return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
-
-
-def _tokenizer(files: ModelFiles) -> Tokenizer:
-    if files.folder is None:
-        return Tokenizer.dummy(files.config.vocab_size, files.config.eos_token_ids)
-    return Tokenizer(files.folder)
 
 
 async def _log_host_copy(served: Served) -> None:

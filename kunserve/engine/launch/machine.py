@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.step.executor import Executor
 from kunserve.errors import ConflictError
 from kunserve.gpu.device import Device
@@ -25,18 +26,20 @@ class Machine(Protocol):
     chunk_bytes: int
     shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
     device_name: str  # as its maker calls it; all devices are alike
+    has_kinds: bool = True  # the executor takes KV of two kinds
+    scheduler: type[Scheduler] = Scheduler  # plans its microbatches
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
-        """The devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
+        """Return the devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""
 
     def open(self) -> Sequence[Device]:
         """Take all memory of the views; ConfigError, with nothing open, if that fails."""
 
     def host_weights(self, source: WeightSource) -> HostWeights:
-        """What the host keeps of the weights, of which `source` are the files; the devices are open."""
+        """Return what the host keeps of the weights, of which `source` are the files; the devices are open."""
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
-        """What runs microbatches on the open devices; and what it is made of, for the log."""
+        """Return what runs microbatches on the open devices; and what it is made of, for the log."""
 
     def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
         """Open a device in the place of one that is gone, for the executor, too; returns what `remember` makes of it.
@@ -50,11 +53,11 @@ class Machine(Protocol):
         return
 
     def links(self) -> Links:
-        """The links that copies between its devices, and from and to the host, take turns on."""
+        """Return the links that copies between its devices, and from and to the host, take turns on."""
         return Links()
 
     def clock(self) -> float:
-        """Seconds, to measure how long something took; finer than the event loop's, where that is coarse."""
+        """Return the seconds of a clock that measures durations; finer than the event loop's, where that is coarse."""
         return time.perf_counter()
 
     def close(self) -> None:

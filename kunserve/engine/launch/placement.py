@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
+from kunserve.planner.demand import near_blocks
 from kunserve.planner.layer_split import split_layers
-from kunserve.planner.snapshot import DeviceView, ModelShape, StageView, capacity_blocks
-from kunserve.sizes import format_size
+from kunserve.planner.snapshot import DeviceView, ModelShape, NearKv, StageView, capacity_blocks
+from kunserve.sizes import ceil_div, format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,28 @@ class Placement:
     max_model_len: int  # tokens
 
 
-def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, shares_head: bool = False) -> ModelShape:
-    """The sizes that the planner works with. Times are relative: bytes of weights that a step reads.
+def near_kv(config: ModelConfig, settings: EngineConfig, kv_shape: KVShape, chunk_bytes: int) -> NearKv | None:
+    """Return what layers with a window get of KV, if others see all and the settings say less than those; else None.
+
+    At least what one request needs, with all tokens that a step can compute of it.
+    """
+    share = round(1000 * settings.windowed_kv_share)
+    if not config.near_layers or config.window is None or share >= 1000:
+        return None
+    num_blocks = near_blocks(config.max_position_embeddings, config.window, kv_shape.block_size)
+    num_blocks += ceil_div(settings.num_batched_tokens, kv_shape.block_size)
+    return NearKv(config.near_layers, max(1, share), ceil_div(num_blocks * kv_shape.block_bytes, chunk_bytes))
+
+
+def model_shape(
+    config: ModelConfig,
+    kv_shape: KVShape,
+    chunk_bytes: int,
+    *,
+    shares_head: bool = False,
+    near: NearKv | None = None,
+) -> ModelShape:
+    """Return the sizes that the planner works with. Times are relative: bytes of weights that a step reads.
 
     Where layers are stored differently, all count as the largest.
     `shares_head`: the executor lets both ends of a chain compute the head, if both have it.
@@ -34,7 +56,7 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
     units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype)}
     embed, layers = units["embed"], [units[layer_name(i)] for i in range(config.num_layers)]
     layer, head = max(layers, key=lambda unit: unit.num_bytes), units.get("head")
-    chunks = {name: -(-unit.num_bytes // chunk_bytes) for name, unit in units.items()}
+    chunks = {name: ceil_div(unit.num_bytes, chunk_bytes) for name, unit in units.items()}
     return ModelShape(
         num_layers=config.num_layers,
         layer_chunks=chunks[layer.name],
@@ -44,14 +66,15 @@ def model_shape(config: ModelConfig, kv_shape: KVShape, chunk_bytes: int, *, sha
         kv_block_bytes=kv_shape.block_bytes,
         chunk_bytes=chunk_bytes,
         block_size=kv_shape.block_size,
-        head_time=(head or embed).tensors[-1 if head else 0].num_bytes / layer.num_bytes,
+        head_time=sum(t.num_bytes for t in (head or embed).tensors if len(t.shape) == 2) / layer.num_bytes,
         shares_head=shares_head and config.tie_embeddings,
         max_layer_chunks=max_layer_chunks(config.num_layers, chunk_bytes),
+        near=near,
     )
 
 
 def budget_chunks(shape: ModelShape, memory_bytes: int | None, num_blocks: int | None, default_bytes: int) -> int:
-    """Chunks of one device: `--device-memory`, or the weights plus `num_blocks`, or weights plus `default_bytes`."""
+    """Return the chunks of one device: `--device-memory`, or the weights plus `num_blocks` or `default_bytes`."""
     weights = shape.weight_chunks(0, shape.num_layers)
     if num_blocks is not None:
         return weights + shape.num_layers * shape.chunks_for(num_blocks)
@@ -72,7 +95,7 @@ def place(
 
     Without `is_len_required` the length may shrink to what fits. Raises ConfigError with the figures.
     """
-    need = -(-max_model_len // shape.block_size)
+    need = ceil_div(max_model_len, shape.block_size)
     sizes = [devices_per_group] if devices_per_group else range(1, len(devices) + 1)
     for size in sizes:
         if size > len(devices) or size > shape.num_layers:
@@ -116,7 +139,7 @@ def num_copies(
 
 
 def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceView]]:
-    """Neighbours in chains of `size`; what is left over makes the first chains longer, so that no device idles."""
+    """Join neighbours in chains of `size`; those left over make the first chains longer, so that no device idles."""
     num_chains = len(devices) // size
     extra = len(devices) - num_chains * size
     chains, start = [], 0
@@ -130,7 +153,9 @@ def _chains(devices: Sequence[DeviceView], size: int) -> list[Sequence[DeviceVie
 def _too_small(shape: ModelShape, devices: Sequence[DeviceView], max_model_len: int) -> str:
     budget = min(view.budget_chunks for view in devices) * shape.chunk_bytes
     weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
-    kv = shape.num_layers * shape.chunks_for(-(-max_model_len // shape.block_size)) * shape.chunk_bytes
+    of_kind = shape.chunks_by_kind(shape.chunks_for(ceil_div(max_model_len, shape.block_size)))
+    num_layers = shape.by_kind(range(shape.num_layers))
+    kv = sum(layers * chunks for layers, chunks in zip(num_layers, of_kind, strict=True)) * shape.chunk_bytes
     return (
         f"too little memory: the weights take {format_size(weights)} and one request of "
         f"--max-model-len {max_model_len} {format_size(kv)} of KV; {len(devices)} device(s) have "

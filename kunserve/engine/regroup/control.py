@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import structlog
@@ -15,6 +14,7 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.regroup.live_kv import loss_of
 from kunserve.engine.regroup.membership import Membership
+from kunserve.engine.regroup.pressure import Pressure
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.transition import Transition
 from kunserve.engine.regroup.worth import Worth
@@ -25,9 +25,8 @@ from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.gpu.refusal import is_refusal
 from kunserve.model.host_copy import WeightOrigin
 from kunserve.observe.metrics import Metrics
-from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
 from kunserve.planner.drop import plan_drop, plan_drop_of
-from kunserve.planner.overload import GroupLoad, Relaxation, Thresholds, is_overloaded
+from kunserve.planner.overload import Relaxation, Thresholds
 from kunserve.planner.plan import RestorePlan
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
@@ -43,7 +42,6 @@ CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
 WEIGH_EVERY_S = 0.1  # what was not worth it
 LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
-CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
 LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
 
 
@@ -69,16 +67,16 @@ class OverloadControl:
         self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
         self._worth, self._shape, self._devices, self._thresholds = worth, shape, tuple(devices), thresholds
         self._is_automatic, self._is_stopping = is_automatic, False
-        self._estimate = OutputLengthEstimate()
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
-        self._calm_until_s = 0.0
+        self._pressure = Pressure(fleet, scheduler, shape, thresholds, self._look_in)
         self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
         self._next_look_s = 0.0
         self._next_look: asyncio.TimerHandle | None = None
         self._undropped: tuple[int, int] | None = None  # epoch; blocks without any drop, 0 if there is none
         self._merged_epoch: int | None = None  # in which no two groups can merge, however much is needed
         self._tasks: set[asyncio.Task[Transition | None]] = set()  # under way, or about to begin
+        self._rebuilds = set[asyncio.Task[Transition | None]]()  # of those, the ones that drops may run beside
         self._removals = set[asyncio.Future[dict[str, Any]]]()  # whose groups drain
 
     # --- what the engine calls ----------------------------------------------------------------------------------
@@ -91,21 +89,20 @@ class OverloadControl:
         self._worth.look(now)
         if now < self._not_before_s:
             return
-        is_idle = not self._tasks
-        may_drop = is_idle and self._merged_epoch != self._fleet.epoch
-        if (may_drop or self.reconfigure.is_cancellable) and self._is_tight(changed) and self._is_overloaded(changed):
+        may_drop = self._tasks <= self._rebuilds and self._merged_epoch != self._fleet.epoch
+        if (may_drop or self.reconfigure.is_cancellable) and self._pressure.is_too_high(changed):
             self._relaxation = Relaxation()
-            if is_idle:
+            if may_drop:
                 self._begin_drop(now)
             else:
                 self.reconfigure.cancel_restore()
-        elif is_idle and self._is_dropped() and self._may_look(now) and self._may_be_low():
+        elif not self._tasks and self._is_dropped() and self._may_look(now) and self._may_be_low():
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
         """A request ended: learn how long outputs are."""
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._estimate = self._estimate.finished(request.num_output_tokens)
+            self._pressure.finished(request.num_output_tokens)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
@@ -195,7 +192,7 @@ class OverloadControl:
     def lost(self, device: int) -> None:
         """A device is lost: replace its group."""
         if not self._is_stopping:
-            self._spawn(self.membership.lose())
+            self._spawn(self.membership.lose(), is_rebuild=True)
 
     def _refuse_if_stopping(self) -> None:
         if self._is_stopping:
@@ -210,8 +207,8 @@ class OverloadControl:
     async def _until_committed(
         self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition] | None = None
     ) -> dict[str, Any]:
-        """Run a transition; returns its state when it has committed, or ended."""
-        task = self._spawn(transition)
+        """Run a transition; returns its state when it has committed, or ended. Without `committed` it is a rebuild."""
+        task = self._spawn(transition, is_rebuild=committed is None)
         awaited: list[asyncio.Future[Any]] = [task] if committed is None else [task, committed]
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if committed is not None and committed.done():
@@ -224,30 +221,9 @@ class OverloadControl:
 
     # --- decisions ----------------------------------------------------------------------------------------------
 
-    def _is_tight(self, changed: Sequence[Group]) -> bool:
-        """Whether it is worth asking the planner: a group may run out of blocks soon, or the head does not fit."""
-        horizon = self._thresholds.horizon_steps
-        per_request = 1 + horizon // self._shape.block_size
-        if any(self._num_free(group) < len(group.running) * per_request for group in changed):
-            return True
-        head = self._scheduler.head
-        return head is not None and self._has_to_wait(head)
-
-    def _has_to_wait(self, head: Request) -> bool:
-        """Whether no group has blocks for a request: those that it would share with others, it does not take."""
-        num_blocks = self._fleet.blocks_for(head.num_tokens)
-        groups = self._fleet.working
-        if any(self._num_free(group) >= num_blocks for group in groups):
-            return False
-        return all(self._num_free(group) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
-
-    def _num_free(self, group: Group) -> int:
-        """Blocks that requests which are admitted may get."""
-        return group.num_free - self._scheduler.policy.num_reserved(group)
-
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
-        return self._demand(1.0) / max(1, self.snapshot().undropped_blocks())
+        return self._pressure.demand() / max(1, self.snapshot().undropped_blocks())
 
     def _is_dropped(self) -> bool:
         """Whether any group can be split."""
@@ -282,69 +258,31 @@ class OverloadControl:
         self._relaxation = Relaxation()
         return False
 
-    def _is_overloaded(self, changed: Sequence[Group]) -> bool:
-        if not (working := self._fleet.working):  # none that could merge
-            return False
-        head, now = self._scheduler.head, loop_time()
-        if now < self._calm_until_s:
-            self._look_in(CALM_S)
-            return False
-        blocks_for = self._fleet.blocks_for
-        head_blocks = blocks_for(head.num_tokens) if head is not None else None
-        has_to_wait = head is not None and self._has_to_wait(head)
-        if has_to_wait:
-            self._calm_until_s = now + CALM_S
-        return is_overloaded(
-            head_blocks if has_to_wait else None,
-            blocks_for(self._scheduler.num_waiting_tokens),
-            [
-                GroupLoad(self._num_free(g), list(map(self._view, g.running)))
-                for g in (working if has_to_wait else changed)
-                if not g.is_suspect
-            ],
-            partial(self._demand_looked_at, now),
-            sum(group.num_blocks for group in working),
-            self._thresholds,
-            self._shape.block_size,
-        )
-
-    def _demand_looked_at(self, now: float) -> int:
-        """Demand; it is not asked for again so soon."""
-        self._calm_until_s = now + CALM_S
-        return self._demand(1.0)
-
-    def _demand(self, headroom: float) -> int:
-        """Blocks that all requests need, if outputs are `headroom` times as long as expected; shared ones once."""
-        estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
-        running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
-        waiting = map(self._view, self._scheduler.queued())
-        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks
-        return blocks - self._fleet.num_shared
-
     def need_blocks(self) -> int:
         """Return the blocks that groups which are made now should hold."""
         return self._need_blocks(*MERGE_HEADROOM)
 
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
-        return round(of_arrivals * self._demand(of_lengths))
+        return round(of_arrivals * self._pressure.demand(of_lengths))
 
     def _begin_drop(self, now: float) -> None:
-        snapshot = self.snapshot()
+        snapshot, in_the_way = self.snapshot(), self.reconfigure.transitions.in_the_way
+        free = tuple(group for group in snapshot.groups if in_the_way("drop", [group.group_id]) is None)
+        snapshot = replace(snapshot, groups=free)
         plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
         if not plan.merges:
-            if not plan.meets_need:
+            if not plan.meets_need and not self._tasks:  # a rebuild that fails leaves the epoch as it is
                 self._merged_epoch = plan.epoch
             return
-        begun = self._worth.merges(now, snapshot, plan, self._demand(1.0), self._estimate.mean_tokens)
+        begun = self._worth.merges(now, snapshot, plan, self._pressure.demand(), self._pressure.answer_tokens)
         for merge in begun:
             groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
             self._spawn(self.reconfigure.drop(snapshot, merge, most_lost_blocks=merge.added_blocks), groups)
         if not begun:  # it may be when more waits
-            self._calm_until_s = now + WEIGH_EVERY_S
-            self._look_in(WEIGH_EVERY_S)
+            self._pressure.calm(WEIGH_EVERY_S)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
-        snapshot, demand = self.snapshot(), self._demand(1.0)
+        snapshot, demand = self.snapshot(), self._pressure.demand()
         before, undropped = self._relaxation, snapshot.undropped_blocks()
         self._relaxation = before.observed(now, demand, undropped, self._thresholds)
         if self._relaxation.is_over(now, self._thresholds):
@@ -357,7 +295,11 @@ class OverloadControl:
             asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
 
     def _spawn(
-        self, transition: Coroutine[Any, Any, Transition | None], paused: Sequence[Group] = ()
+        self,
+        transition: Coroutine[Any, Any, Transition | None],
+        paused: Sequence[Group] = (),
+        *,
+        is_rebuild: bool = False,
     ) -> asyncio.Task[Transition | None]:
         """Begin a transition; `paused` groups are from this very step on, until it has ended in whatever way."""
         task = asyncio.create_task(transition, name="transition")
@@ -367,17 +309,21 @@ class OverloadControl:
             # Not in the task: one that is cancelled before its first step never comes to any `finally` of its own.
             task.add_done_callback(lambda _: pause.close())
         self._tasks.add(task)
+        self._rebuilds |= {task} if is_rebuild else set()
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Transition | None]) -> None:
         self._tasks.discard(task)
+        self._rebuilds.discard(task)
         if task.cancelled():
             return
         if (error := task.exception()) is None:
             transition = task.result()
             if transition is not None and transition.outcome == "done":
                 self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
+                if self.membership.idle and not self._is_stopping:
+                    self._spawn(self.membership.join(), is_rebuild=True)
         else:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
             log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
@@ -388,12 +334,6 @@ class OverloadControl:
         """Begin nothing for a while: what has just failed would do so again."""
         self._not_before_s = loop_time() + RETRY_S
         asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
-
-    def _view(self, request: Request) -> RequestView:
-        """Return what the planner knows of a request: one with a window as if it began where that does."""
-        table, num_output_tokens = request.table, request.num_output_tokens
-        num_tokens = len(request.token_ids) - table.num_behind * self._shape.block_size
-        return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(table.blocks))
 
     def snapshot(self) -> Snapshot:
         """Return the groups that do their work, as the planner sees them."""

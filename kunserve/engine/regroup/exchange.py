@@ -27,6 +27,7 @@ from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.exchange import LayerMove, layer_moves
+from kunserve.planner.layouts import given
 from kunserve.planner.plan import ExchangePlan, KvMove
 from kunserve.planner.snapshot import StageView
 
@@ -41,6 +42,11 @@ class Moving:
     table: BlockTable  # blocks where it was, and where it has got some already
     has_blocks: bool = False  # on all devices of the new group
     is_lost: bool = False  # its KV did not arrive
+
+    @property
+    def tables(self) -> tuple[BlockTable, ...]:
+        """Return its blocks of each kind."""
+        return (self.table,) if self.table.near is None else (self.table, self.table.near)
 
     @property
     def moves(self) -> tuple[LayerMove, ...]:
@@ -97,7 +103,7 @@ class Exchange:
         not held up by the last; those that take others, as from the other side of a merge, go at the same time.
         """
         lanes = defaultdict[frozenset[tuple[int, int]], asyncio.Lock](asyncio.Lock)
-        there = defaultdict[LayerMove, set[Block]](set)
+        there = defaultdict[LayerMove, set[Block]](set)  # of both kinds
         try:
             async with asyncio.TaskGroup() as tasks:
                 under_way: list[asyncio.Task[None]] = []
@@ -225,18 +231,18 @@ class Exchange:
         Blocks in `there` have been copied, for another request that shares them; those that are copied now join them.
         """
         request = moving.request
-        table = moving.table
-        used = table.blocks[: moving.group.blocks_for(request.num_computed_tokens) - table.num_behind]
-        blocks = [block for block in used if block not in there]
-        if await self.transfers.between(
-            move.source,
-            move.destination,
-            range(move.first_layer, move.last_layer),
-            [block.ids[move.source] for block in blocks],
-            [block.ids[move.destination] for block in blocks],
-            is_wanted=lambda: request.finish_reason is None,
-        ):
-            there.update(blocks)
+        for kind, table in enumerate(moving.tables):
+            used = table.blocks[: moving.group.blocks_for(request.num_computed_tokens) - table.num_behind]
+            blocks = [block for block in used if block not in there]
+            if await self.transfers.between(
+                move.source,
+                move.destination,
+                self._fleet.layers_of(kind, range(move.first_layer, move.last_layer)),
+                [block.ids[move.source] for block in blocks],
+                [block.ids[move.destination] for block in blocks],
+                is_wanted=lambda: request.finish_reason is None,
+            ):
+                there.update(blocks)
 
     def _is_moving(self, moving: Moving) -> bool:
         return self._moving.get(moving.request.request_id) is moving
@@ -293,9 +299,11 @@ class Exchange:
             mapped = memory.layout.kv_chunks
             gone = [i for i, n in enumerate(mapped) if n and i not in stay and (stage.device, i) not in needed]
             if gone:
-                added = (memory.counts.free + sum(mapped[i] for i in gone)) // len(stay)
-                await self._remap.resize_kv(stage.device, dict.fromkeys(gone, 0) | {i: mapped[i] + added for i in stay})
-                self._fleet.grow(stage.device, memory.kv.num_blocks(stage.first_layer))
+                shape = self._remap.shape
+                spare = memory.counts.free + sum(mapped[i] for i in (*gone, *stay))
+                grown = given(shape, stay, shape.chunks_within(spare, shape.by_kind(stay)))
+                await self._remap.resize_kv(stage.device, dict.fromkeys(gone, 0) | grown)
+                self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
                 has_grown = True
         return has_grown
 
@@ -312,7 +320,7 @@ class Exchange:
 
     def _missing_chunks(self, move: KvMove) -> int:
         """Chunks by which each layer's range at the destination has to grow; all of them have as many."""
-        kv = self._memories[move.destination].kv
-        blocks = (block for m in self._moving_at[move.destination].values() for block in m.table.blocks)
+        kv, kind = self._memories[move.destination].kv, self._remap.shape.kind_of(move.first_layer)
+        blocks = (block for m in self._moving_at[move.destination].values() for block in m.tables[kind].blocks)
         last = max((block.ids.get(move.destination, -1) for block in blocks), default=-1)
         return max(0, kv.chunks_for(last + 1) - kv.num_chunks(move.first_layer))

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from kunserve.engine.block_store import Convoy
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.fleet import Fleet
-from kunserve.engine.group import Group
+from kunserve.engine.group import Convoy, Group
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.request import Request
 from kunserve.gpu.links import Priority
@@ -31,14 +30,17 @@ class Followers:
 
         The requests of these groups have not departed yet.
         """
-        there = {block.key for group in groups for request in group.running for block in request.table.blocks}
+        for kind in range(self._fleet.num_kinds):
+            store = self._fleet.store(kind)
+            there = {block.key for group in groups for r in group.running for block in store.table(r).blocks}
+            for group in groups:
+                following = []
+                for block in reversed(store.idle(group)):
+                    if block.key not in there:
+                        there.add(block.key)
+                        following.append((block, new))
+                self._fleet.follow(group, following, kind)
         for group in groups:
-            following = []
-            for block in reversed(group.idle):
-                if block.key not in there:
-                    there.add(block.key)
-                    following.append((block, new))
-            self._fleet.follow(group, following)
             self._fleet.forget_idle(group)
 
     def split(self, group: Group, homes: Mapping[Request, Group], parts: Sequence[Group]) -> None:
@@ -50,14 +52,16 @@ class Followers:
         home_of = {block.key: home for request, home in homes.items() for block in request.table.blocks}
         num_blocks = Counter(dict.fromkeys(parts, 0))
         num_blocks.update(home for request, home in homes.items() for _ in request.table.blocks)
-        following = list[tuple[Block, Group]]()
-        for block in reversed(group.idle):  # a prefix's beginning before its end
-            home = home_of.get(block.parent) if block.parent else None
-            home = home or min(parts, key=lambda part: num_blocks[part])
-            home_of[block.key] = home
-            num_blocks[home] += 1
-            following.append((block, home))
-        self._fleet.follow(group, following)
+        for kind in range(self._fleet.num_kinds):
+            following = list[tuple[Block, Group]]()
+            for block in reversed(self._fleet.store(kind).idle(group)):  # a prefix's beginning before its end
+                home = home_of.get(block.key)  # where the full one of the same tokens goes
+                home = home or (home_of.get(block.parent) if block.parent else None)
+                home = home or min(parts, key=lambda part: num_blocks[part])
+                home_of[block.key] = home
+                num_blocks[home] += 1
+                following.append((block, home))
+            self._fleet.follow(group, following, kind)
 
     async def bring(self, group: Group) -> int:
         """Copy what follows to a group, a turn's worth at a time; if that fails, the rest is given up.
@@ -67,26 +71,27 @@ class Followers:
         num_blocks = 0
         try:
             most = self._transfers.blocks_in_turn(group.stages[0].device)
-            while (convoy := self._fleet.take_convoy(group, most)) is not None:
-                await self._bring(convoy)
-                num_blocks += len(convoy.followers)
+            for kind in range(self._fleet.num_kinds):
+                while (convoy := self._fleet.take_convoy(group, most, kind)) is not None:
+                    await self._bring(convoy, kind)
+                    num_blocks += len(convoy.followers)
         except Exception as error:
             log_failure("cached blocks are lost", error, group=group.group_id)
         finally:
             self._fleet.give_up_followers(group)
         return num_blocks
 
-    async def _bring(self, convoy: Convoy) -> None:
+    async def _bring(self, convoy: Convoy, kind: int) -> None:
         is_lost = True
         try:
             blocks = convoy.table.blocks
             for move in layer_moves(convoy.left, [stage.view for stage in convoy.group.stages]):
                 read = [block.ids[move.source] for block in blocks]
                 write = [block.ids[move.destination] for block in blocks]
-                layers = range(move.first_layer, move.last_layer)
+                layers = self._fleet.layers_of(kind, range(move.first_layer, move.last_layer))
                 await self._transfers.between(
                     move.source, move.destination, layers, read, write, lambda: True, Priority.CACHED_KV
                 )
             is_lost = False
         finally:
-            self._fleet.end_convoy(convoy, is_lost=is_lost)
+            self._fleet.end_convoy(convoy, is_lost=is_lost, kind=kind)

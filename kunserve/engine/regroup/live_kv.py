@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kunserve.engine.blocks.block_table import Block
+from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
+from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.request import Request
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_near
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.plan import ExchangeMode, Merge
 from kunserve.planner.snapshot import Snapshot
@@ -32,6 +34,15 @@ def loss_of(fleet: Fleet, snapshot: Snapshot, merge: Merge) -> Loss | None:
     return Loss(len(running), num_tokens, sum(group.num_used for group in groups))
 
 
+def near_demand(fleet: Fleet, requests: Iterable[RequestView], estimate: OutputLengthEstimate) -> int:
+    """Return at how many full blocks there are as many near ones as requests need, where KV is of two kinds."""
+    assert fleet.near is not None
+    num_near = measure_near(requests, estimate, fleet.near.window, fleet.block_size)
+    groups = [group for group in fleet.groups if isinstance(group, MixedGroup)]
+    full, near = sum(group.num_blocks for group in groups), sum(group.num_near_blocks for group in groups)
+    return -(-num_near * full // max(1, near))
+
+
 def live_requests(groups: Sequence[Group]) -> list[LiveRequest]:
     """Return all requests of these groups; first tokens are urgent.
 
@@ -40,11 +51,18 @@ def live_requests(groups: Sequence[Group]) -> list[LiveRequest]:
     live, seen = [], set[Block]()
     for group in groups:
         for request in group.running:
-            num_new = sum(block not in seen for block in request.table.blocks)
-            seen.update(request.table.blocks)
+            num_new = _count_new(request.table, seen)
+            num_near = 0 if request.table.near is None else _count_new(request.table.near, seen)
             urgency = float(request.num_output_tokens == 0)
-            live.append(LiveRequest(request.request_id, group.group_id, max(1, num_new), urgency))
+            live.append(LiveRequest(request.request_id, group.group_id, max(1, num_new), urgency, num_near))
     return live
+
+
+def _count_new(table: BlockTable, seen: set[Block]) -> int:
+    """Return how many blocks of a table are not in `seen`; they are then."""
+    num_new = sum(block not in seen for block in table.blocks)
+    seen.update(table.blocks)
+    return num_new
 
 
 def by_admission(groups: Sequence[Group]) -> list[tuple[Request, Group]]:

@@ -2,7 +2,7 @@
 
 All requests of a group that dissolves are recomputed from their tokens, at once where another group has room: a part of
 the layers' KV is gone with the device, and hidden states of the others cannot be had without it. The weights that the
-remaining devices lack come from the host copy, or from a device that has them.
+remaining devices lack come from the host copy, or from a device that has them. Those that can make no group join one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from kunserve.engine.signals import Signals
 from kunserve.engine.survive.health import DeviceState, Health
 from kunserve.errors import ConflictError, DeviceLostError
 from kunserve.gpu.refusal import log_failure
-from kunserve.planner.plan import Part
-from kunserve.planner.rebuild import plan_rebuild
+from kunserve.planner.layouts import blocks_of
+from kunserve.planner.plan import Join, Part
+from kunserve.planner.rebuild import plan_join, plan_rebuild
 from kunserve.planner.snapshot import GroupView, Snapshot
 
 log = structlog.get_logger()
@@ -152,6 +153,36 @@ class Membership:
         await self._until_free("add", list)
         return await self._rebuild("add", [])
 
+    async def join(self) -> Transition | None:
+        """Let devices that are in no group, and can make none, become stages of one; None if that gives nothing.
+
+        Their memory and compute would be of no use. Raises ConflictError or DeviceError if it cannot be now.
+        """
+        while True:
+            await self._until_free("add", list)
+            plan = self._plan_join()
+            if plan is None:
+                return None
+            if self._reconfigure.transitions.in_the_way("add", [plan.group_id]) is None:
+                break
+            await self._signals.next_commit()
+        transition = await self._reconfigure.join(plan)
+        self._fit_requests()
+        return transition
+
+    @property
+    def idle(self) -> list[int]:
+        """Return the devices that do their work, but are in no group."""
+        ok = [i for i in range(len(self._health.devices)) if self._health.state(i) is DeviceState.OK]
+        return [device for device in ok if self._fleet.group_on(device) is None]
+
+    def _plan_join(self) -> Join | None:
+        idle, snapshot = self.idle, self._snapshot()
+        if not idle or self._plan([]) is not None:
+            return None
+        free = [view for view in snapshot.devices if view.device in idle]
+        return plan_join(snapshot, free, self._need_blocks(), self._least_blocks)
+
     # --- how ----------------------------------------------------------------------------------------------------
 
     async def _rebuild(
@@ -186,7 +217,7 @@ class Membership:
                 await remap.go_back({device: before[device] for device in whole}, error)
                 raise
             transitions.commit(transition, old, [self._form(part) for part in parts or ()])
-        self._fit(self._longest_blocks() * self._fleet.block_size)
+        self._fit_requests()
         return transition
 
     async def _copies_ended(self, groups: Sequence[Group]) -> None:
@@ -212,7 +243,7 @@ class Membership:
         self._fleet.forget_idle(group)
         self._signals.wake()
 
-    def _plan(self, old: Sequence[Group], without: int | None) -> tuple[Part, ...] | None:
+    def _plan(self, old: Sequence[Group], without: int | None = None) -> tuple[Part, ...] | None:
         """Plan groups of the devices that no group but `old` has; None if they cannot make one."""
         snapshot, gone = self._snapshot(), {group.group_id for group in old}
         others = tuple(view for view in snapshot.groups if view.group_id not in gone)
@@ -227,9 +258,14 @@ class Membership:
         return plan_rebuild(rest, free, held, self._need_blocks(), self._least_blocks) if free else None
 
     def _form(self, part: Part) -> Group:
-        for stage, num_blocks in zip(part.stages, part.num_blocks, strict=True):
-            self._fleet.refill(stage.device, num_blocks)
+        for layout in part.layouts:
+            self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
         return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
+
+    def _fit_requests(self) -> None:
+        """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""
+        if not self._lost_groups():
+            self._fit(self._longest_blocks() * self._fleet.block_size)
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""

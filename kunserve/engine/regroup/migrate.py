@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kunserve.engine.blocks.block_table import BlockTable
@@ -140,7 +140,8 @@ class Migration:
 
     def begin(self, request: Request, source: Group, destination: Group) -> None:
         """Move a decoding request; nothing else may be on its way from `source`."""
-        migrating = Migrating(request, source, destination, request.num_preemptions, self._fleet.expect(destination))
+        table = self._fleet.expect(destination, request.num_computed_tokens)
+        migrating = Migrating(request, source, destination, request.num_preemptions, table)
         assert source.group_id not in self._migrating
         self._migrating[source.group_id] = migrating
         task = asyncio.create_task(self._migrate(migrating), name="migrate")
@@ -186,13 +187,15 @@ class Migration:
     async def _copy(self, m: Migrating, end: int) -> None:
         """Copy blocks up to `end`, all layers. Stops early for a request that is not wanted any more."""
         source, target = _stage(m.source).device, _stage(m.destination)
-        new = slice(m.num_copied, end)
-        layers = range(target.first_layer, target.last_layer)
-        read, write = m.request.table.ids[source][new].tolist(), m.table.ids[target.device][new].tolist()
-        if await self._transfers.between(
-            source, target.device, layers, read, write, is_wanted=lambda: m.is_wanted or m.request.is_moving
-        ):
-            m.num_copied = end
+        for kind, (of_source, of_target) in enumerate(_by_kind(m.request.table, m.table)):
+            new = slice(max(m.num_copied, of_target.num_behind), end)
+            layers = self._fleet.layers_of(kind, range(target.first_layer, target.last_layer))
+            read, write = of_source.ids[source][new].tolist(), of_target.ids[target.device][new].tolist()
+            if not await self._transfers.between(
+                source, target.device, layers, read, write, is_wanted=lambda: m.is_wanted or m.request.is_moving
+            ):
+                return
+        m.num_copied = end
 
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:
         """The request runs on at the destination, or it stays, or it has ended on the way."""
@@ -210,6 +213,13 @@ class Migration:
         for group in (m.source, m.destination):
             self._signals.progress(group.group_id)
             self._signals.wake(group)
+
+
+def _by_kind(source: BlockTable, target: BlockTable) -> Iterator[tuple[BlockTable, BlockTable]]:
+    """Yield what both tables hold of each kind."""
+    yield source, target
+    if source.near is not None and target.near is not None:
+        yield source.near, target.near
 
 
 def _stage(group: Group) -> Stage:

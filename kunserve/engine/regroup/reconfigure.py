@@ -26,7 +26,8 @@ from kunserve.errors import ConflictError
 from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
 from kunserve.planner.exchange import plan_exchange
-from kunserve.planner.plan import ExchangeMode, ExchangePlan, Merge, RestorePlan, Split
+from kunserve.planner.layouts import blocks_of
+from kunserve.planner.plan import ExchangeMode, ExchangePlan, Join, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
 from kunserve.planner.snapshot import Origin, Snapshot, StageView
 
@@ -75,8 +76,41 @@ class Reconfigure:
         Raises ConflictError, and nothing has changed, if a group is gone or in another transition, or KV cannot follow;
         DeviceError after rolling back.
         """
-        with self.transitions.begin("drop", merge.group_ids) as (transition, old), self.boundary.paused(old):
+        with self.transitions.begin("drop", merge.group_ids) as (transition, old):
             transition.planned_bytes = merge.freed_bytes
+            await self._merge_at_boundary(transition, old, snapshot, merge, on_commit, most_lost_blocks)
+        return transition
+
+    async def join(self, plan: Join) -> Transition:
+        """Let devices that are in no group become stages of one; returns when every request has arrived.
+
+        They load their weights while it serves. Raises as `drop`; what they have loaded stays there then.
+        """
+        with self.transitions.begin("add", [plan.group_id]) as (transition, old):
+            layouts = {stage.device: self._remap.of_stage(stage) for stage in plan.newcomers}
+            with self.transitions.step(transition, "remap"):
+                await self._remap.apply(layouts)
+            transition.planned_bytes = self._remap.num_unfilled_bytes(layouts)
+            with self.transitions.step(transition, "load"):
+                transition.weight_bytes = await self._remap.load(layouts, lambda: old[0].is_suspect)
+            if self._remap.num_unfilled_bytes(layouts):
+                raise ConflictError("a device does not answer", retry_after_s=1)
+            for stage in plan.newcomers:
+                self._fleet.refill(stage.device, *self._remap.num_blocks(stage))
+            await self._merge_at_boundary(transition, old, plan.snapshot, plan.merge, None, 0)
+        return transition
+
+    async def _merge_at_boundary(
+        self,
+        transition: Transition,
+        old: Sequence[Group],
+        snapshot: Snapshot,
+        merge: Merge,
+        on_commit: Callable[[Transition], None] | None,
+        most_lost_blocks: int | None,
+    ) -> None:
+        """Put one chain in the place of groups, and bring it the KV of their requests."""
+        with self.boundary.paused(old):
             with self.transitions.step(transition, "boundary"):  # 2
                 await self.boundary.reached(old, gives_up=True)
                 await self._settle(old)
@@ -88,7 +122,7 @@ class Reconfigure:
                     self._fleet.forget_idle(group)
             with self.transitions.step(transition, "remap"):  # 3
                 await self._remap.apply(self._remap.planned(exchange.layouts))
-            transition.weight_bytes = merge.freed_bytes
+            transition.weight_bytes += merge.freed_bytes
             new, moving = self._merge(merge, old, exchange)
             self.transitions.commit(transition, old, [new], on_commit)  # 4
             with self.transitions.step(transition, "exchange"), self._exchanged(transition, [new], moving):  # 5, 6
@@ -99,7 +133,6 @@ class Reconfigure:
                 transition.num_cached_blocks = await self._followers.bring(new)
                 await self._remap.settle(new.stages)
                 self._signals.wake()
-        return transition
 
     def would_drop(self, merge: Merge) -> dict[int, list[str]]:
         """Return the weight units that a merge would unmap, by device; without those that it would not."""
@@ -128,7 +161,9 @@ class Reconfigure:
     def _has_room(self) -> bool:
         """Whether nobody waits for the memory that cached blocks on their way would occupy."""
         head = self._scheduler.waiting.head
-        return head is None or any(g.num_free >= g.blocks_for(head.num_tokens) for g in self._fleet.groups)
+        return head is None or any(
+            g.free_for(head.num_tokens) >= g.blocks_for(head.num_tokens) for g in self._fleet.groups
+        )
 
     def _recompute(self, groups: Sequence[Group], is_meant: Callable[[Request], bool]) -> None:
         """Preempt some of the requests of these groups; the last admitted first, so that the first is back first."""
@@ -145,10 +180,10 @@ class Reconfigure:
         self._followers.merge(groups, new)
         for stage in new.stages:
             mapped = self._remap.num_blocks(stage)
-            self._fleet.grow(stage.device, mapped)
+            self._fleet.grow(stage.device, *mapped)
             if by_layer:  # and ids of blocks that are mapped layer by layer
-                self._fleet.grow(stage.device, by_layer[stage.device].num_blocks)
-                self._fleet.limit(stage.device, mapped)
+                self._fleet.grow(stage.device, *by_layer[stage.device].by_kind(len(mapped)))
+                self._fleet.limit(stage.device, *mapped)
         moving = [self.exchange.begin(request, group, new) for request, group in by_admission(groups)]
         order = {request_id: i for i, move in enumerate(exchange.moves) for request_id in move.request_ids}
         moving.sort(key=lambda m: order.get(m.request.request_id, -1))
@@ -222,11 +257,11 @@ class Reconfigure:
     ) -> None:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
         parts = [part for split in plan.splits for part in split.into]
-        targets = {s.device: n for part in parts for s, n in zip(part.stages, part.num_blocks, strict=True)}
+        targets = {layout.stage.device: blocks_of(self._shape, layout) for part in parts for layout in part.layouts}
         with ExitStack() as pause:
             with self.transitions.step(transition, "shrink"):
                 for device, num_blocks in targets.items():
-                    self._fleet.limit(device, num_blocks)
+                    self._fleet.limit(device, *num_blocks)
                 pause.enter_context(self.boundary.paused(old))
                 await self.boundary.reached(old)
                 while not await self._empty_tails(old, targets):
@@ -239,31 +274,32 @@ class Reconfigure:
                     self._fleet.settle_followers(group)
             with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
-                    self._fleet.shrink(device, num_blocks)
+                    self._fleet.shrink(device, *num_blocks)
                 await self._remap.apply(self._remap.planned(layout for part in parts for layout in part.layouts))
         with self.transitions.step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
-    async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, int]) -> bool:
+    async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, tuple[int, ...]]) -> bool:
         """Move live blocks from beyond the targets to free ones before them; False if these are too few."""
         is_empty = True
         for group in groups:
             for stage in group.stages:
-                is_empty &= await self._empty_tail(group, stage, targets[stage.device])
+                for kind, limit in enumerate(targets[stage.device]):
+                    is_empty &= await self._empty_tail(group, stage, limit, kind)
         return is_empty
 
-    async def _empty_tail(self, group: Group, stage: Stage, limit: int) -> bool:
+    async def _empty_tail(self, group: Group, stage: Stage, limit: int, kind: int) -> bool:
         """Move the live blocks of one stage; cached ones with them, unless that fails: they are given up then."""
         try:
-            with self._fleet.emptying(group, stage, limit) as tail:
-                layers = range(stage.first_layer, stage.last_layer)
+            with self._fleet.emptying(group, stage, limit, kind) as tail:
+                layers = self._fleet.layers_of(kind, range(stage.first_layer, stage.last_layer))
                 await self.exchange.transfers.within(stage.device, layers, tail.moved)
         except Exception as error:
             if not self._fleet.give_up_followers(group):
                 raise
             log_failure("cached blocks are lost", error, group=group.group_id)
-            return await self._empty_tail(group, stage, limit)
+            return await self._empty_tail(group, stage, limit, kind)
         return tail.is_whole
 
     async def _back_to_chain(self, group: Group, before: Layouts) -> None:
@@ -272,7 +308,7 @@ class Reconfigure:
             await self.boundary.reached([group])
             await self._remap.apply({stage.device: before[stage.device] for stage in group.stages})
             for stage in group.stages:
-                self._fleet.grow(stage.device, self._remap.num_blocks(stage))
+                self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
             self._fleet.settle_followers(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:

@@ -17,7 +17,7 @@ from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage
-from kunserve.planner.layouts import stage_layout
+from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.plan import DeviceLayout
 from kunserve.planner.snapshot import ModelShape, StageView
 
@@ -68,9 +68,15 @@ class Remap:
         kept = units_of_stage(self._model, stage.first_layer, stage.last_layer)
         return [unit for unit in self.memories[stage.device].weights.present if unit not in kept]
 
-    def num_blocks(self, stage: Stage) -> int:
-        """Return how many blocks the layers of a stage have mapped."""
-        return self.memories[stage.device].kv.num_blocks(stage.first_layer)
+    def num_blocks(self, stage: Stage | StageView) -> tuple[int, ...]:
+        """Return how many blocks of each kind the layers of a stage have mapped."""
+        return blocks_of(
+            self.shape,
+            DeviceLayout(
+                StageView(stage.device, stage.first_layer, stage.last_layer),
+                self.memories[stage.device].layout.kv_chunks,
+            ),
+        )
 
     def now(self, groups: Iterable[Group]) -> Layouts:
         """Return the layouts that the groups' devices have."""
@@ -164,7 +170,7 @@ class Remap:
                     raise
                 log_failure("layouts are not settled, trying again", error, attempts_left=attempts_left)
         for stage in stages:
-            self._fleet.grow(stage.device, self.num_blocks(stage))
+            self._fleet.grow(stage.device, *self.num_blocks(stage))
 
     async def _rearrange(self, layouts: Layouts) -> None:
         work = []

@@ -12,6 +12,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -155,17 +156,17 @@ class Swap:
 
     async def _copy_stage(self, move: SwapMove, stage: Stage) -> None:
         """The layers of one stage, as many at a time as the budget allows. Nothing for a request that has ended."""
-        request, device = move.request, stage.device
-        ids = request.table.ids[device][: move.num_blocks].tolist()
+        request, device, table = move.request, stage.device, move.request.table
         kv, buffers = self._transfers.kv(device), self._buffers[request.request_id]
-
-        def copies(layers: range) -> list[BlockCopy]:
-            return _copies(kv, layers, ids, buffers, is_out=move.is_out)
-
+        parts = [(0, table.ids[device][: move.num_blocks].tolist())]
+        if table.near is not None:  # of those behind the window nothing is needed, and nothing comes back
+            parts.append((1, table.near.ids[device][move.num_behind : move.num_blocks].tolist()))
         ends = (device, HOST) if move.is_out else (HOST, device)
-        layers = range(stage.first_layer, stage.last_layer)
-        transfer = Transfer(*ends, layers, len(ids), copies, lambda: request.finish_reason is None)
-        await self._transfers.run(transfer, _Paced(move.group, self._budgets[device], self._signals))
+        for kind, ids in parts:
+            layers = self._scheduler.fleet.layers_of(kind, range(stage.first_layer, stage.last_layer))
+            copies = partial(_copies, kv, ids, buffers, is_out=move.is_out)
+            transfer = Transfer(*ends, layers, len(ids), copies, lambda: request.finish_reason is None)
+            await self._transfers.run(transfer, _Paced(move.group, self._budgets[device], self._signals))
 
     def _end(self, move: SwapMove, *, is_lost: bool = False) -> None:
         if is_lost or not move.is_out or move.request.finish_reason is not None:
@@ -176,7 +177,7 @@ class Swap:
 
 
 def _copies(
-    kv: Sequence[Tensor], layers: range, ids: Sequence[int], buffers: dict[int, Tensor], *, is_out: bool
+    kv: Sequence[Tensor], ids: Sequence[int], buffers: dict[int, Tensor], layers: Sequence[int], *, is_out: bool
 ) -> list[BlockCopy]:
     """Blocks `ids` of some layers into new host tensors, or back from those."""
     copies = []

@@ -25,9 +25,9 @@ class Transfer:
 
     source: int  # a device, or HOST
     destination: int
-    layers: range
+    layers: Sequence[int]
     num_blocks: int
-    copies: Callable[[range], list[BlockCopy]]  # of some of the layers; asked for before each slice
+    copies: Callable[[Sequence[int]], list[BlockCopy]]  # of some of the layers; asked for before each slice
     is_wanted: Callable[[], bool]
     priority: Priority = Priority.KV
 
@@ -74,21 +74,21 @@ class Transfers:
         """
         device = transfer.source if transfer.destination == HOST else transfer.destination
         layer_bytes = transfer.num_blocks * self._memories[device].kv.shape.block_bytes
-        first, end = transfer.layers.start, transfer.layers.stop
-        while layer_bytes and first < end:
+        layers = transfer.layers
+        while layer_bytes and layers:
             if not transfer.is_wanted():
                 return False
-            num_layers = min(self._links.layers_in_turn(layer_bytes), end - first)
+            num_layers = min(self._links.layers_in_turn(layer_bytes), len(layers))
             if pace is not None:
                 num_layers = await pace.grant(layer_bytes, num_layers)
-            copies, num_bytes = transfer.copies(range(first, first + num_layers)), num_layers * layer_bytes
+            copies, num_bytes = transfer.copies(layers[:num_layers]), num_layers * layer_bytes
             async with self._links.turn(transfer.source, transfer.destination, transfer.priority, num_bytes):
                 started = loop_time()
                 await self._copy(transfer, copies)
                 if pace is not None:
                     pace.copied(num_bytes, loop_time() - started)
             self._bytes_to[transfer.destination] += num_bytes
-            first += num_layers
+            layers = layers[num_layers:]
         return True
 
     async def _copy(self, transfer: Transfer, copies: Sequence[BlockCopy]) -> None:
@@ -102,7 +102,7 @@ class Transfers:
         self,
         source: int,
         destination: int,
-        layers: range,
+        layers: Sequence[int],
         read: Sequence[int],
         write: Sequence[int],
         is_wanted: Callable[[], bool],
@@ -111,12 +111,12 @@ class Transfers:
         """Run a transfer of blocks `read` of a device to blocks `write` of another; as `run`."""
         kv, target = self.kv(source), self.kv(destination)
 
-        def copies(some: range) -> list[BlockCopy]:
+        def copies(some: Sequence[int]) -> list[BlockCopy]:
             return layer_copies(kv, read, target, write, some)
 
         return await self.run(Transfer(source, destination, layers, len(read), copies, is_wanted, priority))
 
-    async def within(self, device: int, layers: range, moved: Mapping[int, int]) -> None:
+    async def within(self, device: int, layers: Iterable[int], moved: Mapping[int, int]) -> None:
         """Copy blocks of a device to other ids there, in each of `layers`: no link is in the way."""
         kv = self.kv(device)
         for layer in layers if moved else ():

@@ -26,7 +26,7 @@ from kunserve.observe.metrics import Metrics
 
 log = structlog.get_logger()
 
-# Rebuilds, in words: transitions that give free devices new groups.
+# Rebuilds, in words: transitions that give free devices new groups, or places in one that goes on.
 REBUILDS = {"lose": "the loss of a device", "remove": "the removal of a device", "add": "the addition of a device"}
 HISTORY = 1000  # transitions that are remembered
 
@@ -57,7 +57,7 @@ class Transition:
         return REBUILDS.get(self.kind, f"a {self.kind}")
 
     def state(self) -> dict[str, Any]:
-        """As `/kunserve/state` and the log show it: `step` and `planned_bytes` only while it runs."""
+        """Show it as `/kunserve/state` and the log do: `step` and `planned_bytes` only while it runs."""
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.outcome != "running":
             del shown["step"], shown["planned_bytes"]

@@ -9,6 +9,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.request import Request
 from kunserve.planner.cost import Chunk, Work
 from kunserve.planner.microbatch import MANY, Lookahead
+from kunserve.sizes import ceil_div
 
 LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all its KV again
 
@@ -17,10 +18,10 @@ class Budget(Protocol):
     """Room of one microbatch."""
 
     def fits(self, request: Request, num_tokens: int) -> int:
-        """How many of the next `num_tokens` of `request` have room; 0: it has to wait."""
+        """Return how many of the next `num_tokens` of `request` have room; 0: it has to wait."""
 
     def take(self, request: Request, num_tokens: int) -> None:
-        """So many of them go. The request's counters are still as before."""
+        """Count `num_tokens` of `request` that go. The request's counters are still as before."""
 
     @property
     def is_full(self) -> bool:
@@ -28,14 +29,14 @@ class Budget(Protocol):
 
 
 class TokenBudget:
-    """So many tokens. Of decoding requests in a chain, so many rows that all its microbatches get as many."""
+    """Room for so many tokens; in a chain also for so many decoding rows that all its microbatches get as many."""
 
     def __init__(self, num_tokens: int, group: Group) -> None:
         self._num_tokens = num_tokens
         self._num_rows: int | None = None  # alone, a device has all rows in each microbatch
         if len(group.stages) > 1:
             num_decoding = sum(1 for r in group.running if _has_output(r) and is_schedulable(r))
-            self._num_rows = max(1, -(-num_decoding // len(group.stages)))
+            self._num_rows = max(1, ceil_div(num_decoding, len(group.stages)))
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
@@ -56,7 +57,7 @@ class TokenBudget:
 
 
 class TimeBudget:
-    """The next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
+    """Room for the next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
 
     def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], num_seats: int) -> None:
         self._lookahead = lookahead
@@ -103,7 +104,7 @@ class TimeBudget:
 
 
 def is_schedulable(request: Request) -> bool:
-    """Whether more of it may run: one that has ended or failed only waits for what is in flight."""
+    """Tell whether more of a request may run: one that has ended or failed only waits for what is in flight."""
     return not request.is_moving and request.finish_reason is None and not request.has_failed
 
 
@@ -112,7 +113,7 @@ def _decodes(request: Request, num_tokens: int) -> bool:
 
 
 def _has_output(request: Request) -> bool:
-    """Whether it has a token to go on from, or one is being sampled."""
+    """Tell whether a request has a token to go on from, or one is being sampled."""
     return request.num_expected_tokens > request.num_prompt_tokens
 
 
@@ -121,7 +122,7 @@ def _num_pending(request: Request) -> int:
 
 
 def _prompt_chunks(request: Request) -> Iterator[Chunk]:
-    """What is in flight of a request's input and what could follow; nothing of one that decodes."""
+    """Yield what is in flight of a request's input and what could follow; nothing of one that decodes."""
     computed, scheduled, num_pending = request.num_computed_tokens, request.num_scheduled_tokens, _num_pending(request)
     if scheduled - computed > request.num_in_flight:
         yield Chunk(computed, scheduled - computed, int(num_pending <= 1))
@@ -130,8 +131,8 @@ def _prompt_chunks(request: Request) -> Iterator[Chunk]:
 
 
 def _admissible(group: Group, waiting: Iterable[Request], num_seats: int, num_tokens: int) -> Iterator[Request]:
-    """Waiting requests that `group` has blocks for, the first ones, up to `num_tokens` in all."""
-    num_free, room = group.num_free, num_seats - len(group.running)
+    """Yield the first waiting requests that `group` has blocks for, up to `num_tokens` in all."""
+    num_free, room = group.free_for(1), num_seats - len(group.running)
     for request in waiting:
         num_free -= group.blocks_for(request.num_tokens)
         if num_free < 0 or room == 0 or num_tokens <= 0:

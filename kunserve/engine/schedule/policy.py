@@ -36,40 +36,40 @@ class Policy(ABC):
 
     @abstractmethod
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
-        """Whether `request`, now waiting, may join `group`, where others use `num_shared` blocks that it needs, too."""
+        """Tell whether a waiting request may join `group`, where others use `num_shared` blocks that it needs, too."""
 
     def least_tokens(self, request: Request) -> int:
-        """How many tokens a group has to hold to admit `request`, however empty it is."""
+        """Return how many tokens a group has to hold to admit `request`, however empty it is."""
         return request.num_tokens
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
-        """Whom to take out before a step, so that all others get their blocks; `num_leaving` come free anyway."""
+        """Name who leaves before a step, so that all others get their blocks; `num_leaving` come free anyway."""
         return []
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Whom to preempt so that `request` gets a block, perhaps itself; None: wait for what is in flight."""
+        """Name whom to preempt so that `request` gets a block, perhaps itself; None: wait for what is in flight."""
         return None
 
     def num_reserved(self, group: Group) -> int:
-        """Blocks that admission leaves free for those who run."""
+        """Return the blocks that admission leaves free for those who run."""
         return 0
 
     def goes_to_host(self, request: Request) -> bool:
-        """Whether the KV of a request that has to make way is to be kept in host memory, if there is room."""
+        """Tell whether the KV of a request that has to make way is kept in host memory, if there is room."""
         return False
 
     def load(self, group: Group) -> float:
-        """How full a group is; the least loaded that may admit a request takes it."""
+        """Return how full a group is; the least loaded that may admit a request takes it."""
         return len(group.running) / len(group.stages) + group.num_used / (group.num_blocks + 1)
 
 
 def is_settled(request: Request) -> bool:
-    """Whether its blocks may be taken now: no microbatch carries it, no copy runs on it."""
+    """Tell whether a request's blocks may be taken now: no microbatch carries it, no copy runs on it."""
     return request.num_in_flight == 0 and not request.is_moving
 
 
 def is_decoding(request: Request) -> bool:
-    """Whether it has all its KV but that of its last token, which the next step computes or one does now."""
+    """Tell whether only the newest token's KV is missing to a request: it is scheduled next, or in flight."""
     return request.num_output_tokens > 0 and request.num_tokens - request.num_computed_tokens == 1
 
 
@@ -87,15 +87,16 @@ class Recompute(Policy):
         self.watermark = watermark
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
-        """The whole input fits, above the watermark."""
-        return group.blocks_for(request.num_tokens) - num_shared <= group.num_free - self.num_reserved(group)
+        """Admit a request whose whole input fits, above the watermark."""
+        num_free = group.free_for(request.num_tokens) - self.num_reserved(group)
+        return group.blocks_for(request.num_tokens) - num_shared <= num_free
 
     def num_reserved(self, group: Group) -> int:
-        """The watermark's share, while anything runs."""
+        """Return the watermark's share of the blocks, while anything runs."""
         return int(self.watermark * group.num_blocks) if group.running else 0
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Of the last priority, the tail. Nobody on the move: it may be waiting for the blocks of those that run."""
+        """Name the tail of the last priority. Nobody on the move: it may be waiting for blocks of those that run."""
         tail = max((r for r in reversed(group.running) if not r.is_moving), key=_priority)
         return tail if is_settled(tail) else None
 
@@ -104,12 +105,11 @@ class Queue(Policy):
     """Admit only what surely fits: input and every token it may still ask for. Never preempts."""
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
-        """The longest that all of them can get fits in the group."""
-        most = (group.blocks_for(self.least_tokens(r)) for r in (*group.running, request))
-        return sum(most) <= group.num_blocks
+        """Admit a request if the longest that it and all others can get fits in the group."""
+        return group.can_hold([self.least_tokens(r) for r in (*group.running, request)])
 
     def least_tokens(self, request: Request) -> int:
-        """The prompt, and all that it may ask for."""
+        """Return the prompt's tokens, and all that the request may ask for."""
         return request.num_prompt_tokens + request.params.max_tokens
 
 
@@ -130,14 +130,15 @@ class Retract(Policy):
         return self._ratios.get(group, INIT_NEW_TOKEN_RATIO)
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
-        """Input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
+        """Admit if input, what it may generate, and a block fit beside what is reserved; alone, the input is enough."""
+        num_free = group.free_for(request.num_tokens)
         if not group.running:
-            return group.blocks_for(request.num_tokens) <= group.num_free
-        budget = (group.num_free + num_shared) * group.block_size - self._reserved(group)
+            return group.blocks_for(request.num_tokens) <= num_free
+        budget = (num_free + num_shared) * group.block_size - self._reserved(group)
         return request.num_tokens + _most_new_tokens(request) + group.block_size < budget
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
-        """The last priority and the fewest generated tokens first, of equals the longest prompt; one stays.
+        """Name the last priority and the fewest generated tokens first, of equals the longest prompt; one stays.
 
         Called once per step.
         """
@@ -156,7 +157,7 @@ class Retract(Policy):
         return victims
 
     def _reserved(self, group: Group) -> float:
-        """Tokens that the running will still generate, by the estimate; prefills count in full, as in SGLang."""
+        """Estimate the tokens that the running will still generate; prefills count in full, as in SGLang."""
         ratio = self.ratio(group)
         return sum(_most_new_tokens(r) * (ratio if is_decoding(r) else 1.0) for r in group.running)
 
@@ -166,7 +167,7 @@ def _most_new_tokens(request: Request) -> int:
 
 
 def ratio_after_retraction(stay: Sequence[Request]) -> float:
-    """SGLang's estimate from the requests that stayed: what they have generated and will in 20 steps, of their all."""
+    """Estimate the ratio as SGLang does: what those who stayed have generated and will in 20 steps, of their all."""
     decoded = sum(request.num_output_tokens for request in stay)
     most = sum(request.params.max_tokens for request in stay)
     return min(1.0, (decoded + RETRACT_DECODE_STEPS * len(stay)) / (most + 1))
@@ -179,18 +180,18 @@ class Swap(Recompute):
     """
 
     def make_way(self, group: Group, num_leaving: int) -> list[Request]:
-        """Of the last priority first, from the tail of the running list; one stays."""
+        """Name those of the last priority first, from the tail of the running list; one stays."""
         if group.num_free + num_leaving >= len(group.running):  # each lacks one block at most
             return []
         settled = (r for r in reversed(group.running) if is_settled(r))
         return _until_fits(group, sorted(settled, key=_priority, reverse=True), num_leaving)
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Nobody: whoever has to leave is on the way."""
+        """Name nobody: whoever has to leave is on the way."""
         return None
 
     def goes_to_host(self, request: Request) -> bool:
-        """Always."""
+        """Send every request's KV to the host."""
         return True
 
 
@@ -205,11 +206,11 @@ class Drop(Swap):
         self._is_host_faster = is_host_faster
 
     def victim(self, group: Group, request: Request) -> Request | None:
-        """Whom vLLM names: `make_way` counts on a block for each, and KV that has moved here may lack more."""
+        """Name whom vLLM names: `make_way` counts on a block for each, and KV that has moved here may lack more."""
         return Recompute.victim(self, group, request)
 
     def goes_to_host(self, request: Request) -> bool:
-        """Where a copy there and back is faster."""
+        """Send a request's KV to the host where a copy there and back is faster."""
         return self._is_host_faster(request.num_computed_tokens)
 
 
@@ -223,12 +224,12 @@ class Migrate(Recompute):
     seeks_prefixes = False  # Llumnix dispatches by freeness alone
 
     def load(self, group: Group) -> float:
-        """Fewer remaining steps are more load. What waits is nobody's yet."""
+        """Return more load for fewer remaining steps. What waits is nobody's yet."""
         return -remaining_steps(group.num_free, len(group.running))
 
 
 def remaining_steps(num_free: float, num_running: int, waiting_blocks: float = 0.0, num_waiting: float = 0.0) -> float:
-    """Llumnix's freeness: blocks that are left for each request, after those that wait have got theirs."""
+    """Return Llumnix's freeness: blocks that are left for each request, after those that wait have got theirs."""
     num_requests = num_running + num_waiting
     return (num_free - waiting_blocks) / num_requests if num_requests else inf
 
@@ -243,7 +244,7 @@ class Freeness:
 
 
 def pair_groups(groups: Iterable[Freeness], threshold: float = MIGRATE_THRESHOLD) -> list[tuple[int, int]]:
-    """(source, destination) group ids: the most loaded with the least loaded, the next with the next, and so on."""
+    """Pair groups as (source, destination) ids: the most loaded with the least loaded, the next with the next."""
     by_load = sorted(groups, key=lambda g: (g.remaining_steps, g.group_id))
     sources = [g.group_id for g in by_load if g.num_killed or g.remaining_steps < threshold]
     free = [g.group_id for g in reversed(by_load) if not g.num_killed and g.remaining_steps > threshold]
@@ -251,13 +252,13 @@ def pair_groups(groups: Iterable[Freeness], threshold: float = MIGRATE_THRESHOLD
 
 
 def shortest_running(group: Group) -> Request | None:
-    """Llumnix's choice of whom to migrate: of the decoding requests the one with the fewest tokens."""
+    """Return whom Llumnix migrates: of the decoding requests the one with the fewest tokens."""
     decoding = (r for r in group.running if is_decoding(r) and is_schedulable(r))
     return min(decoding, key=lambda r: r.num_tokens, default=None)
 
 
 def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -> list[Request]:
-    """The first of `candidates`, as few as let all others have blocks for their next tokens; the last one stays."""
+    """Return the first candidates, as few as let all others have blocks for their next tokens; the last one stays."""
     short = sum(group.missing_blocks(r, r.num_tokens) for r in candidates) - group.num_free - num_leaving
     victims = []
     for request in candidates[:-1]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from kunserve.engine.batch import Microbatch, Span
 from kunserve.engine.blocks.block_table import BlockTable
@@ -24,7 +24,6 @@ from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
 from kunserve.planner.cost import Chunk
 from kunserve.planner.microbatch import Lookahead
 
-MOST_WAITED = 4  # microbatches of those who go first, one after the other, before it is the others' turn
 TYPICAL_OUTPUT = 128  # tokens that a request is expected to generate, if it may: between those of published chat traces
 
 
@@ -37,7 +36,7 @@ class Limits:
     num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
 
     def num_seats(self, group: Group) -> int:
-        """How many requests may run in `group`: a microbatch full for each stage, so that no merge costs a seat."""
+        """Return how many requests may run in `group`: a microbatch full for each stage, so that no merge costs one."""
         return self.max_num_seqs * len(group.stages)
 
 
@@ -63,7 +62,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
-        self._num_waited = WeakKeyDictionary[Group, int]()  # last microbatches in which others had to wait
+        self._have_waited = WeakSet[Group]()  # in whose last microbatch others waited for those that go first
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
@@ -89,7 +88,7 @@ class Scheduler:
         return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Next microbatch of `group`, its blocks allocated; None if nothing can go. `groups` share the queue."""
+        """Form the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
         spans: list[Span] = []
         num_leaving = self.swapped.num_leaving(group)
         evictions_before = self._num_evictions
@@ -98,21 +97,22 @@ class Scheduler:
         budget = self._budget(group)
         ready, is_short = self._ready(group)
         may_admit = not (num_leaving or is_short or self._num_evictions > evictions_before)
-        num_waited, head = self._num_waited.get(group, 0), self.waiting.head
-        is_their_turn = num_waited < MOST_WAITED
-        if is_their_turn and may_admit and head is not None and head.goes_first:
-            self._admit(group, groups, spans, budget, only_first=True)
+        head, is_their_turn = self.waiting.head, group not in self._have_waited  # no stream misses two microbatches
         first = [pair for pair in ready if pair[0].goes_first]
         others = [pair for pair in ready if pair not in first] if first else ready
-        have_waited = is_their_turn and bool(first or spans)
-        self._fill(group, first + others if is_their_turn else others + first, spans, budget)
+        if is_their_turn:
+            self._fill(group, first, spans, budget)
+            if head is not None and head.goes_first and may_admit and self._num_evictions == evictions_before:
+                self._admit(group, groups, spans, budget, only_first=True)
+        have_waited = bool(spans)
+        self._fill(group, others if is_their_turn else others + first, spans, budget)
         if may_admit and self._num_evictions == evictions_before:
             while self._bring_back_head(group, groups):
                 pass
             self._admit(group, groups, spans, budget)
         if not spans:
             return None
-        self._num_waited[group] = num_waited + 1 if have_waited else 0
+        (self._have_waited.add if have_waited else self._have_waited.discard)(group)
         batch = Microbatch(group.group_id, epoch, tuple(spans))
         group.in_flight.append(batch)
         return batch
@@ -123,13 +123,13 @@ class Scheduler:
         return self.swapped.ready[0] if self.swapped.ready else self.waiting.head
 
     def can_admit(self, group: Group) -> bool:
-        """Whether `group` has room for whoever is next; perhaps another should take it."""
+        """Tell whether `group` has room for whoever is next; perhaps another should take it."""
         return self.head is not None and self._has_room(group, self.head)
 
     def commit(self, group: Group, batch: Microbatch) -> None:
-        """The microbatch has passed the chain: its tokens' KV is there. New tokens are appended by the caller."""
+        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens."""
         group.in_flight.remove(batch)
-        is_contended = len(self.waiting) > 0  # else nobody keeps accounts
+        is_contended = len(self.waiting) > 0  # else there is nobody to share with, and no counter is kept
         for request, _, end, samples, _ in batch.spans:
             request.num_in_flight -= 1
             request.num_sampling -= samples
@@ -162,7 +162,7 @@ class Scheduler:
             self.waiting.appendleft(request)
 
     def take_preempted(self) -> list[tuple[Request, int]]:
-        """Who was preempted since the last call, and how many of its tokens have to be computed again."""
+        """Return who was preempted since the last call, and how many of its tokens have to be computed again."""
         taken, self._preempted = self._preempted, []
         return taken
 
@@ -173,7 +173,7 @@ class Scheduler:
         self.preempted_by.pop(request.request_id, None)
 
     def end_swap(self, move: SwapMove, *, is_lost: bool = False) -> None:
-        """A copy to the host or back is over, or has failed: then the request is recomputed."""
+        """End a copy to the host or back that is over, or has failed: then the request is recomputed."""
         request, group = move.request, move.group
         is_kept = move.is_out and not is_lost and request.finish_reason is None
         if is_kept or request.finish_reason is not None:
@@ -194,10 +194,15 @@ class Scheduler:
     def _evict(self, group: Group, request: Request) -> None:
         """Let a settled request make way: to the host if the policy wants it and there is room, else to the queue."""
         if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
-            self.preempt(group, request)
+            self._give_way(group, request)
+
+    def _give_way(self, group: Group, request: Request) -> None:
+        """Preempt a request for lack of blocks. It is hurried no more: else it might come first again and again."""
+        request.is_hurried = False
+        self.preempt(group, request)
 
     def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
-        """Requests with tokens to schedule, and how many: those with one token first, in order of admission.
+        """Return requests with tokens to schedule, and how many: those with one token first, in order of admission.
 
         Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
         must not be in flight, and nobody new comes in.
@@ -219,7 +224,7 @@ class Scheduler:
         return ready, is_short
 
     def _budget(self, group: Group) -> Budget:
-        """Room of the group's next microbatch."""
+        """Return the room of the group's next microbatch."""
         if self.lookahead is None or len(group.stages) == 1:
             return TokenBudget(self.limits.max_num_batched_tokens, group)
         return TimeBudget(self.lookahead, group, self.waiting, self.limits.num_seats(group))
@@ -242,7 +247,7 @@ class Scheduler:
             victim = self.policy.victim(group, request)
             if victim is None:
                 return False
-            self.preempt(group, victim)
+            self._give_way(group, victim)
             if victim is request:
                 return False
         return True
@@ -255,19 +260,31 @@ class Scheduler:
         return True
 
     def _fill(self, group: Group, ready: Sequence[tuple[Request, int]], spans: list[Span], budget: Budget) -> None:
-        """Let running requests join a microbatch of `group`, in this order; one that is suspected only alone."""
+        """Let running requests join a microbatch of `group`, in this order."""
         for request, num_pending in ready:
             if len(spans) == self.limits.max_num_seqs or _is_alone(spans):
                 return
             if request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            if request.suspect_until and request.is_suspect and spans:
+            if request.suspect_until and not _may_join(request, spans):
                 continue
             if not (num_tokens := budget.fits(request, num_pending)):
                 continue
-            end = request.num_scheduled_tokens + num_tokens  # nearly always in a block that it has
-            if end <= request.table.num_places * group.block_size or self._make_room(group, request, end):
+            if group.is_mixed and not (num_tokens := self._within_reach(group, request, num_tokens)):
+                continue
+            table, end = request.table, request.num_scheduled_tokens + num_tokens  # nearly always in a block it has
+            has_blocks = end <= (table.near or table).num_places * group.block_size
+            if has_blocks or self._make_room(group, request, end):
                 spans.append(self._span(request, num_tokens, budget))
+
+    @staticmethod
+    def _within_reach(group: Group, request: Request, num_tokens: int) -> int:
+        """Return how many of its next tokens a request can have near blocks for; one at least if it cannot wait.
+
+        It waits for what it has in flight: its window moves on then.
+        """
+        most = group.reach(request) - request.num_scheduled_tokens
+        return min(num_tokens, max(most, 0 if request.num_in_flight else 1))
 
     def _admit(
         self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget, *, only_first: bool = False
@@ -277,28 +294,28 @@ class Scheduler:
         `only_first`: those who go first, up to the first that does not.
         """
         while len(spans) < self.limits.max_num_seqs and not budget.is_full and not _is_alone(spans):
-            if not self._may_admit_head(group, groups, is_first=not spans):
+            if not self._may_admit_head(group, groups, spans):
                 return
             if only_first and self.waiting.head is not None and not self.waiting.head.goes_first:
                 return
             head = self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)
             self.fleet.admit(head, group, finds_prefix=True)
-            if num_tokens := budget.fits(head, head.num_tokens - head.num_scheduled_tokens):
+            num_tokens = budget.fits(head, head.num_tokens - head.num_scheduled_tokens)
+            if group.is_mixed:
+                num_tokens = self._within_reach(group, head, num_tokens)
+            if num_tokens and self.fleet.allocate(head, group, head.num_scheduled_tokens + num_tokens):
                 spans.append(self._span(head, num_tokens, budget))
 
-    def _may_admit_head(self, group: Group, groups: Sequence[Group], *, is_first: bool) -> bool:
-        """Whether the head of the queue should join `group` now. Whoever is on the host goes first.
-
-        `is_first`: nobody is in the microbatch yet that it would go with.
-        """
+    def _may_admit_head(self, group: Group, groups: Sequence[Group], spans: Sequence[Span]) -> bool:
+        """Tell whether the head of the queue should join `group`, beside these. Whoever is on the host goes first."""
         head = self.waiting.head
         if head is None or self.swapped.ready or not self._takes(group, groups, head):
             return False
-        return not self.fleet.is_prefix_coming(head, group) and (is_first or not head.is_suspect)
+        return not self.fleet.is_prefix_coming(head, group) and _may_join(head, spans)
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
-        """Whether `group` has room for `head`, and no other that has room is better for it.
+        """Tell whether `group` has room for `head`, and no other that has room is better for it.
 
         The least loaded takes it, even a step later: balanced groups finish earlier than hasty ones. A group that has
         its first blocks already takes it even if it is more loaded, by as much as computing them costs; it may be busy
@@ -344,7 +361,7 @@ class Scheduler:
         return self.fleet.give_up_followers(group) and self.policy.may_admit(group, head)
 
     def _should_go_elsewhere(self, group: Group, head: Request) -> bool:
-        """Whether a request had better go to a group in which no step has failed.
+        """Tell whether a request had better go to a group in which no step has failed.
 
         To one that has room now, so that nobody waits because of one failure; if step after step fails here, to any
         that can ever hold it.
@@ -354,13 +371,29 @@ class Scheduler:
         return any((group.is_suspect and g.num_blocks >= num_blocks) or self._has_room(g, head) for g in others)
 
 
+def _may_join(request: Request, spans: Sequence[Span]) -> bool:
+    """Tell whether a request may go with others in a microbatch: one that is suspected only alone.
+
+    But if it is suspected of the end of a device, it may go with those that are not: they all would lose their KV with
+    the next one, in whatever microbatch they are.
+    """
+    if not spans or not request.is_suspect:
+        return True
+    return request.num_killed > 0 and not any(map(_is_suspected, spans))
+
+
 def _is_alone(spans: Sequence[Span]) -> bool:
-    """Whether nobody may join a microbatch, because a step with its only request failed before."""
-    return len(spans) == 1 and spans[0].request.is_suspect
+    """Tell whether nobody may join a microbatch, because a step with its only request failed before."""
+    return len(spans) == 1 and _is_suspected(spans[0])
+
+
+def _is_suspected(span: Span) -> bool:
+    """Tell whether a part of a microbatch is of a request that is suspected up to there."""
+    return span.start < span.request.suspect_until
 
 
 def _can_run_ahead(oldest: Microbatch) -> set[Request]:
-    """Whose last token is sampled by the oldest microbatch in flight, and will not be the last of all.
+    """Return who may be scheduled a token ahead: the oldest microbatch samples their next one, and not their last.
 
     Only by the oldest: whatever waits for a younger one would hold up those between.
     """

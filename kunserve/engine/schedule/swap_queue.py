@@ -16,22 +16,26 @@ from kunserve.engine.request import Request
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SwapMove:
-    """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers."""
+    """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers.
+
+    Of near blocks, where KV is of two kinds, without those behind the window.
+    """
 
     request: Request
     group: Group
     num_blocks: int
     is_out: bool  # to the host; else back
+    num_behind: int  # of the first near blocks
 
 
 class SwapQueue:
-    """Who is on the host in order of arrival, who is moving, and how much of a bounded host space that takes."""
+    """Requests on the host in order of arrival, those on their way, and how much of a bounded space they take."""
 
     def __init__(self, fleet: Fleet, num_blocks: int) -> None:
         self._fleet = fleet
-        self.num_blocks = num_blocks  # of all layers, in host memory
-        self.ready: deque[Request] = deque()  # on the host
-        self.num_swaps = 0  # requests that began to leave
+        self.num_blocks = num_blocks  # room in host memory; a block there holds all layers
+        self.ready: deque[Request] = deque()  # on the host: any group may take them back
+        self.num_swaps = 0  # how often a request began to leave
         self._held: dict[str, int] = {}  # request id -> blocks of host space
         self._leaving = defaultdict[int, dict[str, int]](dict)  # group id -> request id -> blocks that come free
         self._moving: dict[str, SwapMove] = {}  # by request id
@@ -43,7 +47,7 @@ class SwapQueue:
         return self.num_blocks - sum(self._held.values())
 
     def num_leaving(self, group: Group) -> int:
-        """Blocks of a group that come free when their copies to the host are done."""
+        """Return the blocks of a group that come free when their copies to the host are done."""
         return sum(self._leaving[group.group_id].values())
 
     def begin_out(self, group: Group, request: Request) -> bool:
@@ -54,22 +58,23 @@ class SwapQueue:
         self._held[request.request_id] = num_blocks
         self._leaving[group.group_id][request.request_id] = request.num_own_blocks
         self.num_swaps += 1
-        self._begin(SwapMove(request, group, num_blocks, is_out=True))
+        self._begin(SwapMove(request, group, num_blocks, True, self._fleet.num_behind(request.num_computed_tokens)))
         return True
 
     def begin_in(self, group: Group) -> None:
-        """Bring the head back to `group`, which has blocks for its whole input."""
+        """Bring the first of the ready requests back to `group`, which has blocks for its whole input."""
         request = self.ready.popleft()
         self._fleet.admit(request, group)
-        self._begin(SwapMove(request, group, self._held[request.request_id], is_out=False))
+        num_blocks = self._held[request.request_id]
+        self._begin(SwapMove(request, group, num_blocks, False, self._fleet.num_behind(request.num_computed_tokens)))
 
     def take_begun(self) -> list[SwapMove]:
-        """Moves that began since the last call, in order: the caller copies them, and ends each."""
+        """Return the moves that began since the last call, in order: the caller copies them, and ends each."""
         begun, self._begun = self._begun, []
         return begun
 
     def end(self, move: SwapMove, *, is_kept: bool) -> None:
-        """The copy is over. `is_kept`: the host has the KV now, and the request has left its group."""
+        """End a copy that is over. `is_kept`: the host has the KV now, and the request has left its group."""
         del self._moving[move.request.request_id]
         if move.is_out:
             del self._leaving[move.group.group_id][move.request.request_id]

@@ -26,14 +26,14 @@ class _Level:
     """The requests of one priority."""
 
     preempted: _Queue = field(default_factory=OrderedDict)
-    # An owner may be here with nothing: it has exactly one entry in `order` as long as it is.
+    # May hold an empty queue; while an owner is a key here it has exactly one entry in `order`.
     by_owner: dict[str, _Queue] = field(default_factory=dict)
     order: list[tuple[int, int, str]] = field(default_factory=list)  # heap: (counter or less, arrival, owner)
 
 
 @dataclass(slots=True)
 class Waiting:
-    """How much waits."""
+    """Number of requests that wait, and of their tokens."""
 
     num_reqs: int = 0
     num_tokens: int = 0
@@ -45,7 +45,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
         self._priorities: list[int] = []  # heap of the levels' keys
-        self._counters: dict[str, int] = {}  # tokens that owners were served, by the weights above
+        self.counters: dict[str, int] = {}  # tokens that owners were served, by the weights above
         self._floor = 0  # the counter of whoever was served last: where those that come start
         self._most_counters = MAX_COUNTERS
         self._num_appended = 0
@@ -59,8 +59,8 @@ class WaitingQueue:
         return self._queue_of(request) is not None
 
     def __iter__(self) -> Iterator[Request]:
-        """All of them in order, as far as it is known now; do not change the queue meanwhile."""
-        counters = dict(self._counters)
+        """Yield all requests in order, as far as it is known now; do not change the queue meanwhile."""
+        counters = dict(self.counters)
         for priority in sorted(self._levels):
             level = self._levels[priority]
             yield from level.preempted.values()
@@ -68,7 +68,7 @@ class WaitingQueue:
 
     @property
     def head(self) -> Request | None:
-        """Who is next; None if nobody waits."""
+        """The request that is next; None if nobody waits."""
         if (level := self._first_level()) is None:
             return None
         return next(iter((level.preempted or level.by_owner[self._turn(level)]).values()))
@@ -79,23 +79,23 @@ class WaitingQueue:
         return self._total.num_tokens
 
     def waiting_of(self, owner: str) -> Waiting:
-        """How much of one owner waits."""
+        """Return how much of one owner waits."""
         return self._by_owner.get(owner, Waiting())
 
     def append(self, request: Request) -> None:
         """Add to the tail of what its owner has in its priority."""
         level, owner = self._level(request.priority), request.owner
-        if owner not in self._by_owner or owner not in self._counters:
-            self._counters[owner] = max(self._counters.get(owner, 0), self._floor)
+        if owner not in self._by_owner or owner not in self.counters:
+            self.counters[owner] = max(self.counters.get(owner, 0), self._floor)
         if owner not in level.by_owner:
             level.by_owner[owner] = OrderedDict()
             self._num_appended += 1
-            heapq.heappush(level.order, (self._counters[owner], self._num_appended, owner))
+            heapq.heappush(level.order, (self.counters[owner], self._num_appended, owner))
         level.by_owner[owner][request.request_id] = request
         self._count(request)
 
     def extend(self, requests: Iterable[Request]) -> None:
-        """Append each."""
+        """Append each request."""
         for request in requests:
             self.append(request)
 
@@ -115,7 +115,7 @@ class WaitingQueue:
         else:
             owner = self._turn(level)
             _, request = level.by_owner[owner].popitem(last=False)
-            self._floor = max(self._floor, self._counters[owner])
+            self._floor = max(self._floor, self.counters[owner])
         self._uncount(request)
         if request.num_preemptions == 0:
             self._charge(request.owner, request.num_tokens)
@@ -141,7 +141,7 @@ class WaitingQueue:
         return level
 
     def _first_level(self) -> _Level | None:
-        """The first that is not empty; those before it are forgotten."""
+        """Return the first level that is not empty; those before it are forgotten."""
         while self._priorities:
             level = self._levels[self._priorities[0]]
             if level.preempted or self._has_turn(level):
@@ -157,7 +157,7 @@ class WaitingQueue:
             if not level.by_owner[owner]:
                 heapq.heappop(order)
                 del level.by_owner[owner]
-            elif (now := self._counters[owner]) != counter:  # counters only grow, so what stands there is a bound
+            elif (now := self.counters[owner]) != counter:  # counters only grow, so what stands there is a bound
                 heapq.heapreplace(order, (now, arrival, owner))
             else:
                 return True
@@ -192,20 +192,20 @@ class WaitingQueue:
         if own.num_reqs == 0:
             del self._by_owner[request.owner]
         if self._total.num_reqs == 0:  # nobody competes: all start anew
-            self._levels, self._priorities, self._counters, self._floor = {}, [], {}, 0
+            self._levels, self._priorities, self.counters, self._floor = {}, [], {}, 0
 
     def _charge(self, owner: str, cost: int) -> None:
-        if owner not in self._counters:  # nobody competes, or it was long ago
+        if owner not in self.counters:  # nobody competes, or it was long ago
             return
-        self._counters[owner] += cost
-        if len(self._counters) > self._most_counters:
+        self.counters[owner] += cost
+        if len(self.counters) > self._most_counters:
             kept = {name for level in self._levels.values() for name in level.by_owner}
-            self._counters = {name: counter for name, counter in self._counters.items() if name in kept}
+            self.counters = {name: counter for name, counter in self.counters.items() if name in kept}
             self._most_counters = MAX_COUNTERS + 2 * len(kept)
 
 
 def _by_turns(level: _Level, counters: dict[str, int]) -> Iterator[Request]:
-    """As `popleft` would take them, if nothing is generated meanwhile. Charges `counters`."""
+    """Yield requests as `popleft` would take them, if nothing is generated meanwhile. Charges `counters`."""
     turns = [(counters[owner], arrival, owner) for _, arrival, owner in level.order if level.by_owner[owner]]
     heapq.heapify(turns)
     queues = {owner: iter(level.by_owner[owner].values()) for _, _, owner in turns}

@@ -37,7 +37,7 @@ class CudaExecutor(Executor):
     def __init__(
         self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder], watched: Sequence[WatchedDevice]
     ) -> None:
-        """`watched`: the same devices, as those see them who wait no longer than they live."""
+        """Run on `devices`. `watched`: the same devices, as those see them who wait no longer than they live."""
         self.devices, self.decoders, self._watched = devices, decoders, watched
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
@@ -141,7 +141,7 @@ async def _finish(
 
 
 async def _fed(inputs: StepInputs) -> _Fed:
-    """What the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
+    """Return what the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
     if inputs.ahead_of is None:
         return None
     pending = asyncio.wrap_future(inputs.ahead_of)
@@ -152,13 +152,13 @@ async def _fed(inputs: StepInputs) -> _Fed:
 def _sample_on_host(
     device: CudaDevice, decoder: CudaDecoder, y: Tensor, inputs: StepInputs, fed: _Fed
 ) -> PendingTokens:
-    """Tokens of a batch of which a row asks for more than `launch_sample` does; y: logits, or hidden states."""
+    """Sample on the host a batch of which a row asks for more than `launch_sample` does; y: logits, or states."""
     rows = _rows(device, inputs, fed)
     return sampled(sample_in_slices(decoder, y, rows) if has_scored_rows(rows) else sample(y, rows), y.device)
 
 
 def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:
-    """Sampling rows. Waits for the tokens before only if a row depends on which they are."""
+    """Return the sampling rows. Waits for the tokens before only if a row depends on which they are."""
     if inputs.ahead_of is None or not any(reads_output(row.params) for row in inputs.sampling):
         return inputs.sampling
     token_ids: list[int] | None = None

@@ -38,7 +38,7 @@ class Executor(ABC):
     """Runs microbatches; the engine knows nothing else of how."""
 
     def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
-        """What `execute` needs of a microbatch, taken now: its requests may change later."""
+        """Take what `execute` needs of a microbatch now: its requests may change later."""
         return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0])
 
     @final
@@ -99,7 +99,7 @@ class DeviceExecutor(Executor):
             raise
 
     async def _run_alone(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
-        """On one device the queue keeps the order: what the microbatch before has sampled is there in time."""
+        """Run on one device, whose queue keeps the order: what the microbatch before has sampled is there in time."""
         [stage] = group.stages
         work = partial(run_last_stage, self._decoders[stage.device], stage, 0, inputs, None)
         return await self._run(group, 0, passage, work)
@@ -117,7 +117,7 @@ class DeviceExecutor(Executor):
         return await self._run(group, position, passage, partial(run_last_stage, decoder, stage, position, inputs, x))
 
     async def _enter(self, group: Group, inputs: StepInputs, passage: Passage) -> Tensor:
-        """The first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
+        """Run the first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
         stage = group.stages[0]
         async with self._entrances.setdefault(group, asyncio.Lock()):
             if inputs.ahead_of is not None:
@@ -129,7 +129,7 @@ class DeviceExecutor(Executor):
     async def _end_at_both_ends(
         self, group: Group, inputs: StepInputs, x: Tensor, passage: Passage
     ) -> list[SampledToken]:
-        """The last stage, and tokens of half of the rows from each end of the chain."""
+        """Run the last stage, and sample half of the rows at each end of the chain."""
         half, hidden = len(inputs.sampling) // 2, Future[Tensor]()
         last, stage = len(group.stages) - 1, group.stages[-1]
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.sampler import SamplingRow, reads_output
 from kunserve.engine.batch import Microbatch, Span, scored_positions
+from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.request import Constraint, Request
 from kunserve.sampling import TokenMask
+from kunserve.sizes import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +33,18 @@ class StepInputs:
     sampled_rows: Tensor  # (R,) int64: rows of T whose logits are needed
     sampling: tuple[SamplingRow, ...]  # one per sampled row
     block_size: int
+    near_tables: tuple[Tensor, ...] = ()  # as `block_tables`, of near blocks, where KV is of two kinds
     sampled: Future[Any] = field(default_factory=Future)  # what the last stage sampled, in its executor's terms
     ahead_of: Future[Any] | None = None  # `sampled` of the microbatch that placeholders refer to
 
     def attention(self, stage: int) -> AttentionBatch:
-        """The view of one stage."""
-        return AttentionBatch(
-            self.positions, self.cu_seqlens_q, self.context_lens, self.block_tables[stage], self.block_size
-        )
+        """Return the view of one stage."""
+        arrays = self.positions, self.cu_seqlens_q, self.context_lens
+        near = AttentionBatch(*arrays, self.near_tables[stage], self.block_size) if self.near_tables else None
+        return AttentionBatch(*arrays, self.block_tables[stage], self.block_size, near=near)
 
     def fed(self) -> Any:
-        """What the microbatch before has sampled; blocks until then. None if it failed, and all its requests."""
+        """Wait for the previous microbatch's tokens; None if it failed (then its requests have failed, too)."""
         assert self.ahead_of is not None
         try:
             return self.ahead_of.result()
@@ -58,7 +61,7 @@ def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
 
 
 def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) -> list[SamplingRow]:
-    """As `fill_token_ids`, in the rows whose next token depends on it."""
+    """Put sampled tokens, as `fill_token_ids` does, in the rows whose next token depends on them."""
     return [
         row._replace(
             output_token_ids=(*row.output_token_ids[:-1], sampled[-1 - row.output_token_ids[-1]] if sampled else 0)
@@ -70,7 +73,7 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
 
 
 def _places(batch: Microbatch) -> dict[Request, int]:
-    """Which of the tokens that a microbatch samples is each request's."""
+    """Return the index of each request's token among those that a microbatch samples."""
     places, num_sampled = dict[Request, int](), 0
     for span in batch.spans:
         num_sampled += len(scored_positions(span))
@@ -81,7 +84,7 @@ def _places(batch: Microbatch) -> dict[Request, int]:
 
 
 def _token_ids(spans: Sequence[Span], places: Mapping[Request, int]) -> list[int]:
-    """Tokens of all spans; of one that nobody knows yet its place, as `StepInputs.token_ids` says."""
+    """Return the tokens of all spans; for one that nobody knows yet its place, as `StepInputs.token_ids` says."""
     token_ids = list[int]()
     for request, start, end, _, is_ahead in spans:
         token_ids += request.token_ids[start:end]
@@ -93,7 +96,7 @@ def _token_ids(spans: Sequence[Span], places: Mapping[Request, int]) -> list[int
 def _sampled(
     batch: Microbatch, places: Mapping[Request, int], eos_token_ids: tuple[int, ...]
 ) -> tuple[list[int], list[SamplingRow]]:
-    """Rows whose logits are needed, and what decides their tokens.
+    """Return the rows whose logits are needed, and what decides their tokens.
 
     Span by span: the prompt's tokens to score, then the next to choose.
     """
@@ -140,10 +143,15 @@ def _padded(tables: Sequence[array[int]], width: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def _by_stage(tables: Sequence[BlockTable], width: int) -> tuple[Tensor, ...]:
+    """Return the first ids of tables on each stage: (B, width) int32."""
+    return tuple(_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True))
+
+
 def step_inputs(
     batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ...], oldest: Microbatch | None = None
 ) -> StepInputs:
-    """Snapshot the arrays of a microbatch from its requests; `oldest` of those in flight may yet sample some tokens."""
+    """Snapshot the arrays of a microbatch; of those in flight, `oldest` may yet sample some of its tokens."""
     spans = batch.spans
     is_ahead = any(span.is_ahead for span in spans)
     places = _places(oldest) if is_ahead and oldest is not None else {}
@@ -153,18 +161,20 @@ def step_inputs(
     cu_seqlens = np.zeros(len(spans) + 1, np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
-    width = -(-int(ends.max()) // block_size)
-    tables = zip(*[span.request.table.ids.values() for span in spans], strict=True)  # by stage
+    width = ceil_div(int(ends.max()), block_size)
+    tables = [span.request.table for span in spans]
+    near_tables = [table.near for table in tables if table.near is not None]
     sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
     return StepInputs(
         token_ids=torch.from_numpy(np.array(_token_ids(spans, places), np.int32)),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         context_lens=torch.from_numpy(ends),
-        block_tables=tuple(_padded(of_stage, width) for of_stage in tables),
+        block_tables=_by_stage(tables, width),
         sampled_rows=torch.from_numpy(np.array(sampled_rows, np.int64)),
         sampling=tuple(sampling),
         block_size=block_size,
+        near_tables=_by_stage(near_tables, width),
         sampled=batch.sampled,
         ahead_of=oldest.sampled if is_ahead and oldest is not None else None,
     )

@@ -45,9 +45,10 @@ def run_last_stage_sharing(
     own: slice,
     hidden: Future[Tensor],
 ) -> list[SampledToken]:
-    """As `run_last_stage`, but only some rows' tokens are its own: hidden states (R, H) go to whoever has the others.
+    """Run as `run_last_stage`, but sample only some rows: hidden states (R, H) go to whoever has the others.
 
-    In one piece, because between two the next microbatch's layers could come. Blocking.
+    One item of the queue: between two, the layers of the next microbatch could come, and the samples of this one, which
+    its first stage waits for, would be late by as much. Blocking.
     """
     try:
         hidden.set_result(x := run_last_layers(decoder, stage, position, inputs, x))
@@ -72,12 +73,12 @@ def run_head(decoder: Decoder, x: Tensor, inputs: StepInputs, which: slice) -> l
 
 
 def has_scored_rows(rows: Sequence[SamplingRow]) -> bool:
-    """Whether tokens of a prompt are scored: then `sample_in_slices` bounds the memory that logits take."""
+    """Tell whether tokens of a prompt are scored: then `sample_in_slices` bounds the memory that logits take."""
     return any(row.given is not None for row in rows)
 
 
 def sample_in_slices(decoder: Decoder, x: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """One token per row of hidden states after the last layer (R, H), SCORED_ROWS at a time. Blocking."""
+    """Sample one token per row of hidden states after the last layer (R, H), SCORED_ROWS at a time. Blocking."""
     parts = [slice(start, start + SCORED_ROWS) for start in range(0, len(rows), SCORED_ROWS)]
     return [token for part in parts for token in sample(decoder.logits(x[part]), rows[part])]
 

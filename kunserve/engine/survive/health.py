@@ -1,4 +1,4 @@
-"""Health: which devices do their work. Who fails step after step, or does not answer, is suspected; at last it is lost.
+"""Health: which devices do their work. One that fails step after step, or does not answer, is suspected, then lost.
 
 A suspected device gets no new requests while there are others, and no plan counts on it. Nothing is taken from it: it
 may only be slow. A lost one is never heard again (gpu/watched.py); its group dissolves (regroup/membership.py).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
@@ -24,8 +24,8 @@ from kunserve.planner.microbatch import Lookahead
 log = structlog.get_logger()
 
 TICK_S = 0.1
-# A device is suspected when it has ended nothing for the longer of both: so many times what the cost model predicts for
-# a step, and what a busy host may be late by.
+# A device is suspected when it has ended nothing for the longer of two times: `MULTIPLE` times what the cost model
+# predicts for its step, and the floor, by which a busy host may be late.
 MULTIPLE, STEP_FLOOR_S, COPY_FLOOR_S = 10.0, 1.0, 10.0
 LOAD_SLACK = 10.0  # weights may come from a slow disk: they have so many times as long as copies
 PROBES = 2  # trivial work that a device has to fail at, one after the other, to be lost
@@ -96,14 +96,17 @@ class Health:
         """Return whether somebody waits for a device."""
         return any(device.has_work for device in self.devices)
 
-    def has_faulted(self, device: int) -> bool:
-        """Return whether work that a device was given was the end of it."""
-        return self.devices[device].has_faulted
+    def take_fault(self, devices: Iterable[int]) -> bool:
+        """Return whether work was the end of one of these that had it. Only once: what came behind it did nothing."""
+        faulted = [self.devices[device] for device in devices if self.devices[device].has_faulted]
+        for device in faulted:
+            device.has_faulted = False
+        return bool(faulted)
 
     # --- who fails ----------------------------------------------------------------------------------------------
 
     def fails(self, devices: Sequence[int]) -> bool:
-        """Suspect devices, of which steps failed one after the other; those that fail at the simplest are lost.
+        """Suspect devices on which steps failed one after the other; those that fail at the simplest are lost.
 
         Returns whether any of them was not suspected for that yet: somebody has to `trust` it at last.
         """
@@ -221,8 +224,8 @@ class Health:
     def welcome(self, device: int) -> None:
         """Note that there is a device again: another one."""
         self.devices[device].watcher = self
-        for of in (self._leaving, self._removed, self._failing, self._overdue):
-            of.discard(device)
+        for devices in (self._leaving, self._removed, self._failing, self._overdue):
+            devices.discard(device)
         self._mark(device)
 
     def _mark(self, device: int) -> None:

@@ -49,20 +49,21 @@ class Retries:
         # Where step after step fails, one more says nothing of its request: unless it is so everywhere.
         is_the_groups_fault = group.is_suspect and not all(g.is_suspect for g in self._fleet.groups)
         is_to_blame = len(batch.spans) == 1 and not (is_the_groups_fault or group.is_lost)
-        has_faulted = any(self._health.has_faulted(stage.device) for stage in group.stages)
+        has_faulted = self._health.take_fault(stage.device for stage in group.stages)
+        # Who was there when a device ended before, and is the only one of those now, is to blame: the others are not.
+        again = [span.request for span in batch.spans if has_faulted and span.request.num_killed]
+        killer = again[0] if len(again) == 1 else None
         given_up = list[tuple[Request, EngineError]]()
         for request, _, end, _, _ in batch.spans:
             if request.finish_reason is not None or request.has_failed:
                 continue
             request.num_failures += is_to_blame
-            # Whoever was in the step that a device did not survive goes alone from now on, and takes one more at most.
-            request.num_killed += has_faulted
-            has_killed_again = request.num_killed > 1 and len(batch.spans) == 1
-            if request.num_failures == MOST_FAILURES or has_killed_again:
+            if request.num_failures == MOST_FAILURES or request is killer:
                 given_up.append((request, failure))
                 continue
             request.has_failed = True
-            if has_faulted or not group.is_lost:
+            if (has_faulted and killer is None) or not group.is_lost:
+                request.num_killed += has_faulted
                 request.avoids, request.suspect_until = group.group_id, max(request.suspect_until, end)
             if request.constraint is not None:
                 request.constraint.release()
@@ -76,7 +77,7 @@ class Retries:
         if passed:
             self._num_failed.pop(group.group_id, None)
         for request in passed:
-            if request.suspect_until and not request.is_suspect:  # it has come further
+            if 0 < request.suspect_until <= request.num_computed_tokens:  # it has come further
                 request.num_failures = request.num_killed = request.suspect_until = 0
                 request.avoids = None
         self._start_over(group, batch)

@@ -16,13 +16,13 @@ class GrammarConstraint:
     """One request's place in its grammar. Implements `request.Constraint`; owned by the engine once submitted."""
 
     def __init__(self, matcher: Matcher, begins_after: int | None = None) -> None:
-        """`begins_after`: the token that ends the model's reasoning, before which everything is allowed."""
+        """Follow a structure. `begins_after`: the token that ends the reasoning, before which everything is allowed."""
         self._matcher, self._begins_after = matcher, begins_after
         self._num_accepted = 0
         self._next: Mask | None = None  # somebody will need the mask after the next `accept`
 
     def copy(self) -> GrammarConstraint:
-        """Another request's, at the same place."""
+        """Return another request's constraint, at the same place."""
         other = GrammarConstraint(self._matcher.copy(), self._begins_after)
         other._num_accepted = self._num_accepted
         return other

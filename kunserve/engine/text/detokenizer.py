@@ -69,7 +69,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The request ended without a stop string: return what was held back."""
+        """Return what was held back: the request ended without a stop string."""
         if self.stopped is not None:
             return ""
         text = self._until_stop(self._utf8.decode(b"", final=True))

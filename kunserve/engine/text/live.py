@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from kunserve.compute.sampler import SampledToken
 from kunserve.engine.request import Output, Request
 from kunserve.engine.text.detokenizer import Detokenizer
 from kunserve.engine.text.stop import finish_of
 from kunserve.engine.text.stream import OutputStream, Sink, merged
 from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import InvalidRequestError
-from kunserve.sampling import FinishReason, TokenLogprobs
+from kunserve.sampling import FinishReason, SampledToken, TokenLogprobs
 
 log = structlog.get_logger()
 
@@ -31,7 +30,7 @@ class Live:
     @classmethod
     def of(cls, request: Request, stream: Sink, tokenizer: Tokenizer | None) -> Live:
         """Return a request's way out, at its newest token."""
-        if tokenizer is None:
+        if tokenizer is None or not stream.wants_text:
             return cls(request, stream, None)
         detokenizer = Detokenizer(tokenizer, request.params, request.prompt_token_ids)
         for token_id in request.output_token_ids:  # none, unless another engine has begun it

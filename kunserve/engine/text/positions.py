@@ -18,7 +18,7 @@ class Positions:
     __slots__ = ("_begun", "_strips_space", "_utf8", "num_chars")
 
     def __init__(self, before: Iterable[bytes] = (), strips_space: bool = False) -> None:
-        """`before`: tokens that stand before the text and may end inside a character.
+        """Count characters of a text. `before`: tokens that stand before it and may end inside a character.
 
         `strips_space`: the blank that the first token of all begins with belongs to no text.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kunserve.engine.request import Output
 from kunserve.errors import KunServeError
@@ -11,6 +11,8 @@ from kunserve.errors import KunServeError
 
 class Sink(Protocol):
     """Whom one request's outputs go to."""
+
+    wants_text: ClassVar[bool] = True  # False: makes text of the tokens itself, and follows the stop strings
 
     def put(self, output: Output) -> None:
         """Take a delta; the one with a finish reason is the last."""

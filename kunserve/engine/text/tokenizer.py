@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def dummy(cls, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
-        """Tokenizer for dummy weights: ids 0..255 are bytes, every other id is a word that says its number."""
+        """Make a tokenizer for dummy weights: ids 0..255 are bytes, every other id is a word that says its number."""
         alphabet = byte_alphabet()
         names = {byte: char for char, byte in alphabet.items()}
         vocab = {names[i] if i < 256 else f"{names[32]}t{i}": i for i in range(vocab_size)}
@@ -104,7 +104,7 @@ class Tokenizer:
         return self._special_id("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens that are written out in it count as such. Raises InvalidRequestError."""
+        """Return the token ids of `text`; special tokens written out in it count as such. InvalidRequestError."""
         try:
             if len(text) > SHORT_CHARS:  # only this one lets go of the GIL; it is faster, too
                 return self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -113,7 +113,7 @@ class Tokenizer:
             raise InvalidRequestError("the text is not valid Unicode (a lone surrogate)") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         if len(ids) <= LONG_TOKENS:
             return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
         skipped = self.special_ids if skip_special_tokens else frozenset()  # the library would keep the GIL: in pieces
@@ -122,21 +122,21 @@ class Tokenizer:
         return (data.removeprefix(b" ") if self.form.strips_space else data).decode(errors="replace")
 
     def to_json(self) -> str:
-        """The whole tokenizer, as in `tokenizer.json`."""
+        """Return the whole tokenizer, as in `tokenizer.json`."""
         return self._core.to_str()
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token as the vocabulary writes it ("</think>"); None if there is no such token."""
+        """Return the id of a token as the vocabulary writes it ("</think>"); None if there is no such token."""
         return self._core.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text, perhaps a part of a character; b"" for an unknown id."""
+        """Return what a token adds to a text, perhaps a part of a character; b"" for an unknown id."""
         if (found := self._bytes.get(token_id)) is None:
             found = self._bytes[token_id] = self._to_bytes(self._core.id_to_token(token_id) or "")
         return found
 
     def whole_text(self, token_id: int) -> str | None:
-        """Text of a token that begins and ends with a character, as it is for most of them; None for any other."""
+        """Return the text of a token that begins and ends with a character, as most do; None for any other."""
         if token_id not in self._whole:
             try:
                 self._whole[token_id] = self.token_bytes(token_id).decode()
@@ -145,11 +145,11 @@ class Tokenizer:
         return self._whole[token_id]
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token on its own, special tokens included; half a character is U+FFFD."""
+        """Return the text of one token on its own, special tokens included; half a character is U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def shown_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """What a token adds to the text of an answer: as `token_bytes`, nothing for a special one that is skipped."""
+        """Return what a token adds to an answer's text: as `token_bytes`, nothing for a special one that is skipped."""
         return b"" if skip_special_tokens and token_id in self.special_ids else self.token_bytes(token_id)
 
     @property
@@ -172,6 +172,11 @@ class Tokenizer:
         return None if text is None else self._core.token_to_id(text)
 
 
+def tokenizer_of(folder: Path | None, vocab_size: int, eos_token_ids: Sequence[int]) -> Tokenizer:
+    """Return the tokenizer of a model's folder; of dummy weights, where there is none. Raises ConfigError."""
+    return Tokenizer.dummy(vocab_size, eos_token_ids) if folder is None else Tokenizer(folder)
+
+
 # A chat template for weights that say nothing anyway.
 DUMMY_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -180,7 +185,7 @@ DUMMY_TEMPLATE = (
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's visible character for each of the 256 bytes, as character -> byte."""
+    """Return GPT-2's visible character for each of the 256 bytes, as character -> byte."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -188,7 +193,8 @@ def byte_alphabet() -> dict[str, int]:
 
 def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
     """Read the form from the decoder's description. Raises ConfigError for a decoder we cannot follow byte by byte."""
-    decoder = json.loads(core.to_str())["decoder"] or {}
+    # The whole tokenizer as JSON would say it, too, but is megabytes. A decoder pickles as its JSON.
+    decoder = {} if core.decoder is None else json.loads(core.decoder.__getstate__())
     parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     by_type = {str(part.get("type")): part for part in parts}
     kinds = set(by_type)
@@ -211,13 +217,13 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _token_text(token: object) -> str | None:
-    """Special tokens are written as text, or as an object with `content`."""
+    """Return the text of a special token, which is written as text, or as an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _chat_template(template: object) -> str | None:
-    """The template itself, or the one called "default" of a list of named ones."""
+    """Return the template itself, or the one called "default" of a list of named ones."""
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")

@@ -26,7 +26,7 @@ from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, to_the_end
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class CudaDevice:
         num_chunks: int,
         chunk_bytes: int,
     ) -> None:
-        """ConfigError if there is not enough memory.
+        """Open the device; ConfigError if there is not enough memory.
 
         No other GPU gets access to it: each would be one more page table that a remap edits. What goes between GPUs
         goes through torch's memory.
@@ -90,7 +90,7 @@ class CudaDevice:
         """See `Device.reserve`."""
         whole = num_bytes + self.chunk_bytes  # CUDA aligns to powers of two only; a part cannot be given back
         base = self.driver.reserve(whole)
-        address = -(-base // self.chunk_bytes) * self.chunk_bytes
+        address = ceil_div(base, self.chunk_bytes) * self.chunk_bytes
         self._reserved[address], self._mappings.reserved[address] = (base, whole), num_bytes
         return address
 
@@ -184,7 +184,7 @@ class CudaDevice:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, this thread launches on the compute stream, and nobody else does; it is idle when that ends.
+        """Launch on the compute stream from this thread, and nobody else does; it is idle when that ends.
 
         Blocking: before serving, and after it.
         """
@@ -227,7 +227,7 @@ class CudaDevice:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Inside, no stream of this device runs or gets work."""
+        """Keep all streams of this device idle and without new work inside."""
         with ExitStack() as stack:
             for queue in self._queues:
                 stack.enter_context(queue.quiet())
@@ -249,7 +249,7 @@ def _runs(addresses: Iterable[int], step: int) -> Iterator[tuple[int, int]]:
 
 
 def _quietly(call: Callable[..., Any], *arguments: Any) -> None:
-    """While closing: what the driver refuses now it takes back when the process ends."""
+    """Ignore what the driver refuses while closing: it takes it back when the process ends."""
     with suppress(DeviceError):
         call(*arguments)
 
@@ -258,7 +258,7 @@ def _quietly(call: Callable[..., Any], *arguments: Any) -> None:
 
 
 def device_names(ordinals: Sequence[int]) -> list[str]:
-    """Names of logical devices: cuda:1, or cuda:0.2 for the third of several on GPU 0."""
+    """Return the names of logical devices: cuda:1, or cuda:0.2 for the third of several on GPU 0."""
     names, seen = [], dict.fromkeys(ordinals, 0)
     for ordinal in ordinals:
         names.append(f"cuda:{ordinal}" if ordinals.count(ordinal) == 1 else f"cuda:{ordinal}.{seen[ordinal]}")
@@ -269,7 +269,7 @@ def device_names(ordinals: Sequence[int]) -> list[str]:
 def choose_chunk_bytes(
     config: ModelConfig, dtype: torch.dtype, kv_block_bytes: int, granularity: int, budget_bytes: int
 ) -> int:
-    """Bytes of a chunk: the largest whose waste is within 1 % of the budget of the least possible.
+    """Return the bytes of a chunk: the largest whose waste is within 1 % of the budget of the least possible.
 
     Wasted are the ends of the weight units' ranges, and of every layer's KV range what chunks cannot be divided into.
     dtype: of weights that are stored as numbers; kv_block_bytes: one block of one layer; budget_bytes: of one device.
@@ -297,7 +297,7 @@ def budget_bytes(
     utilization: float,
     reserved_bytes: int = 0,
 ) -> int:
-    """Budget of every logical device in bytes: `memory_bytes`, or an equal share of `utilization` of the GPU.
+    """Return every logical device's budget: `memory_bytes`, or an equal share of `utilization` of the GPU.
 
     memory: (free, total) of each GPU; reserved_bytes: activations and workspaces of one logical device, not yet taken.
     ConfigError with the figures if it is not there.
@@ -319,7 +319,7 @@ def budget_bytes(
 
 
 def islands(drivers: Sequence[Driver]) -> list[int]:
-    """Of each device, the first one that it reaches directly: devices of one island have fast links."""
+    """Return for each device the first that it reaches directly: devices of one island have fast links."""
     return [
         next(i for i, other in enumerate(drivers) if driver.can_access(other.ordinal) or other is driver)
         for driver in drivers
@@ -327,7 +327,7 @@ def islands(drivers: Sequence[Driver]) -> list[int]:
 
 
 def open_drivers(ordinals: Sequence[int], open_driver: Callable[[int], Driver] | None = None) -> list[Driver]:
-    """A driver for each logical device; all GPUs if `ordinals` is empty. ConfigError, with none left open."""
+    """Open a driver for each logical device; all GPUs if `ordinals` is empty. ConfigError, with none left open."""
     if open_driver is None:
         bindings = load_bindings()
         ordinals = ordinals or range(count_gpus(bindings))
@@ -345,7 +345,7 @@ def open_drivers(ordinals: Sequence[int], open_driver: Callable[[int], Driver] |
 
 
 def open_cuda_devices(drivers: Sequence[Driver], num_chunks: int, chunk_bytes: int) -> list[CudaDevice]:
-    """A device of `num_chunks` on each driver. All or none; the drivers are theirs."""
+    """Open a device of `num_chunks` on each driver. All or none; the drivers are theirs."""
     devices: list[CudaDevice] = []
     try:
         for driver, name in zip(drivers, device_names([driver.ordinal for driver in drivers]), strict=True):

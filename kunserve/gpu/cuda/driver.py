@@ -47,7 +47,7 @@ class Driver(Protocol):
         """Free and total memory of the GPU, now."""
 
     def can_access(self, ordinal: int) -> bool:
-        """Whether kernels and copies of this GPU reach another one's memory; its own always."""
+        """Tell whether kernels and copies of this GPU reach another one's memory; its own always."""
 
     def create(self, num_bytes: int) -> int:
         """Take physical memory; returns its handle."""
@@ -71,7 +71,7 @@ class Driver(Protocol):
         """Unmap a range of whole mappings; one call for any number of them."""
 
     def take_stream(self) -> Stream:
-        """A stream that does not wait for the default one, which nobody else has. Another device may have had it."""
+        """Return a stream nobody else has, which does not wait for the default one. Another device may have had it."""
 
     def return_stream(self, stream: Stream) -> None:
         """Let others take a stream, which is idle. It is never destroyed.
@@ -80,13 +80,13 @@ class Driver(Protocol):
         """
 
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Inside, torch launches on `stream` from this thread."""
+        """Let torch launch on `stream` from this thread inside."""
 
     def current_stream(self) -> Stream:
-        """The stream of this GPU that torch launches on from this thread."""
+        """Return the stream of this GPU that torch launches on from this thread."""
 
     def record(self, stream: Stream) -> Event:
-        """An event that is reached when all work launched so far has finished."""
+        """Return an event that is reached when all work launched so far has finished."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Work launched on `stream` from now on waits for `event`, which may be another GPU's. Does not block."""
@@ -111,7 +111,7 @@ class Driver(Protocol):
         """
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
-        """A flat uint8 tensor over addresses, mapped or not; owns nothing."""
+        """View addresses, mapped or not, as a flat uint8 tensor, which owns nothing."""
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Lock host memory in place, for copies by every GPU."""
@@ -120,7 +120,7 @@ class Driver(Protocol):
         """Undo `pin`."""
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """A new pinned host buffer, uint8. Costs an allocation, and its end events: make few, and keep them."""
+        """Return a new pinned host buffer, uint8. Costs an allocation, and its end events: make few, and keep them."""
 
     def close(self) -> None:
         """Leave the GPU; everything made here has been given back."""
@@ -144,7 +144,7 @@ def load_bindings() -> Any:
 
 
 def count_gpus(bindings: Any) -> int:
-    """GPUs that the driver shows to this process."""
+    """Return the number of GPUs that the driver shows to this process."""
     result, count = bindings.cuDeviceGetCount()
     if result.value:
         raise ConfigError(f"--devices cuda: cannot count GPUs: {result.name}")
@@ -152,7 +152,7 @@ def count_gpus(bindings: Any) -> int:
 
 
 def check_ordinals(ordinals: Sequence[int], num_gpus: int) -> None:
-    """ConfigError that names the GPUs there are if one of `ordinals` is not."""
+    """Raise ConfigError, which names the GPUs there are, if one of `ordinals` is not."""
     known = ", ".join(f"cuda:{i}" for i in range(num_gpus)) or "none"
     if missing := [i for i in ordinals if i >= num_gpus]:
         raise ConfigError(f"--devices: there is no cuda:{missing[0]}; this machine has {num_gpus} GPU(s): {known}")

@@ -13,14 +13,14 @@ from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import ALIGNMENT, WeightUnit
-from kunserve.sizes import format_size
+from kunserve.sizes import ceil_div, format_size
 
 TOUCHING_THREADS = 8  # as many faults of pages as a system handles at a time, more or less
 
 
 def _touch(memory: Tensor) -> None:
     """Let the system give all pages of `memory` (N,), by several threads: the driver would fetch them one by one."""
-    size = -(-len(memory) // TOUCHING_THREADS)
+    size = ceil_div(len(memory), TOUCHING_THREADS)
     with ThreadPoolExecutor(TOUCHING_THREADS, "touch") as threads:
         list(threads.map(torch.Tensor.zero_, torch.split(memory, max(1, size))))
 
@@ -34,13 +34,13 @@ class PinnedSource:
     """
 
     def __init__(self, source: WeightSource, units: Sequence[WeightUnit], driver: Driver | None) -> None:
-        """DeviceError if the host cannot pin so much."""
+        """Pin the copy; DeviceError if the host cannot pin so much."""
         self._source, self._driver = source, driver
         specs = [spec for unit in units for spec in unit.tensors]
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-spec.num_bytes // ALIGNMENT) * ALIGNMENT
+            end += ceil_div(spec.num_bytes, ALIGNMENT) * ALIGNMENT
         self._memory = torch.empty(end, dtype=torch.uint8)
         if driver is not None:
             _touch(self._memory)

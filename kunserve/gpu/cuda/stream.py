@@ -76,13 +76,13 @@ class StreamQueue:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Inside, this thread launches on the stream, and nobody else does."""
+        """Lend the stream to this thread inside: nobody else launches on it."""
         with self._launching, self._driver.on(self.stream):
             yield
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Inside, the stream is idle and nothing is launched. Blocks until what runs is done."""
+        """Keep the stream idle inside, and launch nothing. Blocks until what runs is done."""
         with self._launching:
             self._driver.synchronize(self.stream)
             yield

@@ -177,5 +177,5 @@ def _ends(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _shortest(value: float) -> float:
-    """The decimal number somebody wrote: 9.999999747378752e-06 was 1e-05 before it became a float32."""
+    """Return the decimal number that somebody wrote: 9.999999747378752e-06 was 1e-05 before it became a float32."""
     return float(f"{value:.7g}")

@@ -17,6 +17,8 @@ from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, GgufTensor
 from kunserve.model.gguf.shape import hf_tensors
 from kunserve.model.quant.dequantize import dequantize
+from kunserve.model.quant.plane_codes import codes_plane, numbers_of, scales_plane
+from kunserve.model.quant.planes import SCALES, Planes
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 # llama.cpp turns neighbours where transformers turns (i, i + head_dim / 2): its converter moved the rows of these.
@@ -52,13 +54,23 @@ class GgufSource:
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out`: rows of blocks as they are (uint8), else its numbers, cast to `out`'s dtype.
 
-        Raises ConfigError on another shape.
+        Of planes the codes (uint8) or the scales. Raises ConfigError on another shape.
         """
-        tensor = self._tensors.get(name)
+        matrix = name.removesuffix(SCALES)
+        tensor = self._tensors.get(matrix)
         if tensor is None:
             raise ConfigError(f"the file has no tensor {name}")
-        rows = self._moved(name, self._rows(tensor))
-        if out.dtype is torch.uint8:
+        rows, planes = self._moved(matrix, self._rows(tensor)), self._config.formats.of(matrix)
+        if name != matrix or (isinstance(planes, Planes) and out.dtype is torch.uint8):
+            assert isinstance(planes, Planes) and tensor.blocks is not None
+            codes, *numbers = numbers_of(rows, tensor.blocks)
+            try:
+                found = codes_plane(codes, planes) if name == matrix else scales_plane(*numbers, planes)
+            except ConfigError as error:
+                raise ConfigError(f"{matrix} in {tensor.path} {error.message}") from None
+            check_shape(name, tuple(found.shape), tuple(out.shape), str(tensor.path))
+            out.copy_(found)
+        elif out.dtype is torch.uint8:
             check_shape(name, tuple(rows.shape), tuple(out.shape), str(tensor.path))
             out.copy_(rows)
         else:

@@ -33,7 +33,7 @@ def explain(error: BaseException, hub_id: str, again: str = "start again later")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk or a quota is behind `error`."""
+    """Tell whether a full disk or a quota is behind `error`."""
     return any(isinstance(link, OSError) and link.errno in DISK_FULL for link in _chain(error))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.planes import planes_of
 from kunserve.model.quant.scheme import Scheme
 
 
@@ -23,6 +24,12 @@ class Formats:
     def as_numbers(self) -> Formats:
         """Return the same checkpoint, kept as numbers."""
         return replace(self, by_name={})
+
+    def as_planes(self) -> Formats:
+        """Return the same checkpoint as GPUs keep it: in planes, and as numbers where there are none."""
+        group = None if self.scheme is None else self.scheme.group
+        planes = {name: planes_of(blocks, group) for name, blocks in self.by_name.items()}
+        return replace(self, by_name={name: kept for name, kept in planes.items() if kept is not None})
 
 
 NO_BLOCKS = Formats()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kunserve.model.quant.blocks import Blocks
 from kunserve.model.quant.dequantize import dequantize
+from kunserve.model.quant.plane_codes import dense
+from kunserve.model.quant.planes import Planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,7 @@ class Part:
 
     data: Tensor  # (R, K) numbers; of blocks (R, bytes of a row) uint8
     blocks: Blocks | None = None
+    scales: Tensor | None = None  # (R, numbers of a row) of planes
 
     @property
     def num_rows(self) -> int:
@@ -31,7 +34,15 @@ class Part:
 
     def dense(self) -> Tensor:
         """Return the rows as numbers: (R, K); a view where that is what is stored, else float32."""
+        if isinstance(self.blocks, Planes):
+            assert self.scales is not None
+            return dense(self.data, self.scales, self.blocks)
         return self.data if self.blocks is None else dequantize(self.data, self.blocks)
+
+    def rows(self, indices: Tensor) -> Part:
+        """Return a copy of some rows."""
+        scales = None if self.scales is None else self.scales.index_select(0, indices)
+        return Part(self.data.index_select(0, indices), self.blocks, scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +69,4 @@ class Linear:
     def rows(self, indices: Tensor) -> Tensor:
         """Return some rows as numbers: (R,) -> (R, K); of blocks float32. The matrix must be in one part."""
         (part,) = self.parts
-        return Part(part.data.index_select(0, indices), part.blocks).dense()
+        return part.rows(indices).dense()

@@ -12,6 +12,7 @@ from kunserve.errors import ConfigError
 from kunserve.model.quant.blocks import Blocks
 from kunserve.model.quant.dequantize import affine
 from kunserve.model.quant.scheme import Scheme
+from kunserve.sizes import ceil_div
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight codes in 32 bits, where each column's is
 Read = Callable[[str], Tensor]  # a tensor of the matrix by its ending: "qweight"
@@ -97,7 +98,7 @@ def _fp8(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     if scheme.group is None:
         return Codes(K, _floats8(read, N, K), _scales(read, "weight_scale", N, 1).float().contiguous(), None)
     size = scheme.group
-    scale = _shaped(read, "weight_scale_inv", (-(-N // size), -(-K // size))).float()
+    scale = _shaped(read, "weight_scale_inv", (ceil_div(N, size), ceil_div(K, size))).float()
     return Codes(size, _floats8(read, N, K), scale.repeat_interleave(size, dim=0)[:N].contiguous(), None)
 
 

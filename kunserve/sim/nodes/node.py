@@ -25,7 +25,7 @@ from kunserve.sim.report import Answer, Sample
 
 @dataclass(slots=True)
 class _Client(Sink):
-    """Whom a request's outputs go to: it notes their times and keeps no tokens."""
+    """The receiver of a request's outputs: it notes their times and keeps no tokens."""
 
     answer: Answer
     loop: asyncio.AbstractEventLoop
@@ -49,7 +49,7 @@ class _QuietMetrics(Metrics):
     """Nobody scrapes a simulation: what is counted for every token is not."""
 
     def inter_tokens(self, seconds: Sequence[float]) -> None:
-        """Nothing."""
+        """Count nothing."""
 
 
 @dataclass(slots=True)

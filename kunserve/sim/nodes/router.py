@@ -26,7 +26,7 @@ class Router(Protocol):
 
 
 class Least:
-    """The server with the fewest open requests; of equal ones the one that was picked longest ago."""
+    """Picks the server with the fewest open requests; of equal ones the one that was picked longest ago."""
 
     def __init__(self) -> None:
         self._picks: dict[int, int] = {}
@@ -41,7 +41,7 @@ class Least:
 
 
 class Random:
-    """Any server, each as often as the others."""
+    """Picks a server at random, each as often as the others."""
 
     def __init__(self, seed: int) -> None:
         self._rng = default_rng([seed, 11])
@@ -55,7 +55,7 @@ QUEUE, KV, PREFIX = 2.0, 2.0, 3.0  # weights of the scores: those of llm-d's gui
 
 
 class Prefix:
-    """The server with the highest score: a short queue, free KV, and the beginning of the prompt sent there before.
+    """Picks the server with the highest score: a short queue, free KV, and the prompt's beginning sent there before.
 
     As llm-d's endpoint picker adds its scorers up. What is cached where follows from what was sent where, of which as
     many blocks are remembered as a server has: its own cache may keep others.

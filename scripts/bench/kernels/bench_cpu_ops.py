@@ -29,6 +29,7 @@ from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.ops import AttentionBatch, Ops, rope_table
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.model.quant.linear import Linear
+from kunserve.sizes import ceil_div
 
 HUGE_PAGE_BYTES = 2 << 20
 COLD_BYTES = 32 << 20
@@ -105,7 +106,7 @@ def bench_linear(ops: CpuOps, rows: list[int], repeats: int) -> list[dict[str, f
 
 def sequences(contexts: list[int], num_new: int, first_block: int) -> AttentionBatch:
     """Sequences of these contexts, the last `num_new` tokens of each being new; blocks in shuffled order."""
-    counts = [-(-n // BLOCK_SIZE) for n in contexts]
+    counts = [ceil_div(n, BLOCK_SIZE) for n in contexts]
     tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
     order = torch.randperm(sum(counts)).int() + first_block
     for row, end, count in zip(tables, accumulate(counts), counts, strict=True):
@@ -129,9 +130,9 @@ def bench_attention(ops: CpuOps, repeats: int) -> list[dict[str, float | str]]:
     results: list[dict[str, float | str]] = []
     print(f"\n{'attention':24} {'us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'torch us':>9}")
     for name, (contexts, num_new) in cases.items():
-        num_blocks = sum(-(-n // BLOCK_SIZE) for n in contexts)
+        num_blocks = sum(ceil_div(n, BLOCK_SIZE) for n in contexts)
         kv_bytes = sum(contexts) * 2 * KV_HEADS * HEAD_DIM * 4
-        kvs = [huge(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(-(-COLD_BYTES // kv_bytes))]
+        kvs = [huge(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(ceil_div(COLD_BYTES, kv_bytes))]
         batch = sequences(contexts, num_new, 0)
         qkv = torch.randn(len(batch.positions), QKV)
         layers = kvs if num_new == 1 else kvs[:2]
@@ -156,7 +157,7 @@ def bench_model(ops: Ops, rows: list[int], repeats: int, context: int = 200) -> 
         huge(VOCAB, HIDDEN),
         rope_table(HEAD_DIM, 1e5 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM), 2048, torch.float32),
     )
-    num_blocks = max(rows) * -(-context // BLOCK_SIZE)
+    num_blocks = max(rows) * ceil_div(context, BLOCK_SIZE)
     kvs = [huge(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(LAYERS)]
     weight_bytes = 4 * (head.numel() + sum(w.numel() for layer in weights for w in layer.values()))
     results: list[dict[str, float | str]] = []

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from kunserve.api.operate import feed as feed_module
 from kunserve.api.operate.feed import BEHIND_BYTES, FEED, Feed
 from kunserve.api.wire.backend import ApiSettings
-from kunserve.api.wire.context import API
+from kunserve.api.wire.context import OPERATED
 from kunserve.observe.frame import Frame, apply
 
 URL = "/kunserve/events"
@@ -277,7 +277,7 @@ async def test_times_to_first_token_stay_while_none_comes() -> None:
     async with watched(Scene()) as (client, _):
         application = client.app
         assert isinstance(application, web.Application)
-        metrics = application[API].metrics
+        metrics = application[OPERATED].metrics
         rates = feed_module.Rates(metrics)
         assert not rates.at(0.0).keys() & {"ttft_p50_s", "ttft_p99_s", "ttft_at_s"}
         for at_s, ttft_s in ((1.0, 9.0), (14.0, 2.0), (15.0, 0.5)):

@@ -8,6 +8,7 @@ import pytest
 from api_fakes import FakeEngine, make_app, say
 
 from kunserve.api.say.generation import SLICE, Delivered, Deliveries, submitted
+from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.context import API, Api
 from kunserve.engine.request import Request
@@ -24,9 +25,8 @@ def requests(num: int) -> list[Request]:
 @asynccontextmanager
 async def generating(engine: FakeEngine, num: int) -> AsyncIterator[Deliveries]:
     api = make_app(engine)[API]
-    with api.admission.accepted("", num, num) as place:
-        async with submitted(api, place, requests(num)) as outputs:
-            yield outputs
+    async with api.admission.accepted("", num, num) as place, submitted(api, place, requests(num)) as outputs:
+        yield outputs
 
 
 async def read_all(engine: FakeEngine, num: int) -> None:
@@ -137,9 +137,11 @@ class CountingEngine(FakeEngine):
 
 def counted(engine: CountingEngine, api: Api) -> int:
     """How many sequences count as waiting: so many fewer than the bound can still come."""
+    door = api.admission
+    assert isinstance(door, Admission)
     for num in range(api.settings.max_num_queued_reqs, 0, -1):
         try:
-            api.admission.check("", num)
+            door.check_now("", num, 1)
         except OverloadedError:
             continue
         return api.settings.max_num_queued_reqs - num
@@ -152,7 +154,7 @@ async def test_many_sequences_are_submitted_in_turns_and_all_count_from_the_firs
     api = make_app(engine, ApiSettings(max_num_queued_reqs=num + 1))[API]
 
     async def consume() -> None:
-        with api.admission.accepted("", num, num) as place:
+        async with api.admission.accepted("", num, num) as place:
             await api.turns.take()  # that of its body
             async with submitted(api, place, requests(num)):
                 pass
@@ -172,9 +174,9 @@ async def test_whoever_leaves_half_submitted_leaves_nothing() -> None:
     api = make_app(engine, ApiSettings(max_num_queued_reqs=999))[API]
 
     async def consume() -> None:
-        with api.admission.accepted("", 5 * SLICE, 5 * SLICE) as place:
-            async with submitted(api, place, requests(5 * SLICE)):
-                raise AssertionError("all were submitted")
+        num = 5 * SLICE
+        async with api.admission.accepted("", num, num) as place, submitted(api, place, requests(num)):
+            raise AssertionError("all were submitted")
 
     task = asyncio.create_task(consume())
     while len(engine.requests) < 2 * SLICE:

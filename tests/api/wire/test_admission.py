@@ -35,69 +35,71 @@ def admission(
     return Admission(waiting, metrics, settings), metrics
 
 
-def test_what_is_accepted_counts_until_the_engine_has_it() -> None:
+async def test_what_is_accepted_counts_until_the_engine_has_it() -> None:
     door, metrics = admission()
-    with door.accepted("a", 3, 10), door.accepted("b", 1, 10):
+    async with door.accepted("a", 3, 10), door.accepted("b", 1, 10):
         with pytest.raises(OverloadedError, match="4 requests are waiting") as caught:
-            door.check()
+            await door.check()
         assert caught.value.retry_after_s == 1
-    door.check("a", 4)
+    await door.check("a", 4)
     assert b'vllm:admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 1.0' in metrics.render()
 
 
-def test_what_waits_in_the_engine_counts() -> None:
+async def test_what_waits_in_the_engine_counts() -> None:
     door, _ = admission(Waiting(3, 90))
-    door.check("a", 1, 10)
+    await door.check("a", 1, 10)
     with pytest.raises(OverloadedError, match="tokens are waiting"):
-        door.check("a", 1, 11)
+        await door.check("a", 1, 11)
     with pytest.raises(OverloadedError):
-        door.check("a", 2, 1)
+        await door.check("a", 2, 1)
 
 
-def test_a_flood_from_one_key_leaves_places_for_others() -> None:
+async def test_a_flood_from_one_key_leaves_places_for_others() -> None:
     door, metrics = admission(Waiting(8, 8), max_reqs=12, api_keys=KEYS)
-    with door.accepted("a", 1, 1):  # three quarters
+    async with door.accepted("a", 1, 1):  # three quarters
         with pytest.raises(OverloadedError, match="9 requests of this key are waiting"):
-            door.check("a")
-        door.check("b", 3)
+            await door.check("a")
+        await door.check("b", 3)
         with pytest.raises(OverloadedError, match="The queue is full"):
-            door.check("b", 4)
+            await door.check("b", 4)
     assert b'reason="key_share"} 1.0' in metrics.render()
 
 
-def test_a_flood_of_tokens_from_one_key_leaves_room_for_others() -> None:
+async def test_a_flood_of_tokens_from_one_key_leaves_room_for_others() -> None:
     door, _ = admission(Waiting(1, 70), api_keys=KEYS)
     with pytest.raises(OverloadedError, match="of this key"):
-        door.check("a", 1, 20)
-    door.check("b", 1, 20)
+        await door.check("a", 1, 20)
+    await door.check("b", 1, 20)
 
 
-def test_the_only_key_may_fill_the_queue() -> None:
+async def test_the_only_key_may_fill_the_queue() -> None:
     for keys, is_refused in ((KEYS, True), (KEYS[:1], False)):
         door, _ = admission(Waiting(3, 3), api_keys=keys)
         with pytest.raises(OverloadedError, match="of this key") if is_refused else nullcontext():
-            door.check("a")
+            await door.check("a")
 
 
-def test_an_empty_queue_takes_any_one_prompt() -> None:
+async def test_an_empty_queue_takes_any_one_prompt() -> None:
     door, _ = admission()
-    with door.accepted("a", 1, 1000), pytest.raises(OverloadedError):
-        door.check("a", 1, 1)
+    async with door.accepted("a", 1, 1000):
+        with pytest.raises(OverloadedError):
+            await door.check("a", 1, 1)
 
 
-def test_more_than_the_queue_ever_holds_can_never_succeed() -> None:
+async def test_more_than_the_queue_ever_holds_can_never_succeed() -> None:
     door, _ = admission()
     with pytest.raises(InvalidRequestError) as caught:
-        door.check("a", 5)
+        await door.check("a", 5)
     assert caught.value.param == "n"
 
 
-def test_a_failure_gives_the_place_back() -> None:
+async def test_a_failure_gives_the_place_back() -> None:
     door, _ = admission()
     for _ in range(9):
-        with pytest.raises(ValueError), door.accepted("a", 4, 4):
-            raise ValueError
-    door.check("a", 4)
+        with pytest.raises(ValueError):
+            async with door.accepted("a", 4, 4):
+                raise ValueError
+    await door.check("a", 4)
 
 
 def test_estimates() -> None:

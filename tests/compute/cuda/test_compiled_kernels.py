@@ -13,6 +13,7 @@ import pytest
 from compile_kernels import ARCHITECTURES, KERNELS, is_within_limits
 
 
+@pytest.mark.long
 def test_all_that_the_decoder_launches_compiles_and_fits(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     del environment["TRITON_INTERPRET"]

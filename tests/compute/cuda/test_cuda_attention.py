@@ -27,6 +27,7 @@ from kunserve.compute.decoder import Decoder
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.gpu.host import HostDevice
 from kunserve.model.card import load_card
+from kunserve.sizes import ceil_div
 
 NUM_SMS = 132  # of an H100
 
@@ -117,5 +118,5 @@ def test_workspace_for_partial_results() -> None:
     split = 2 * NUM_SMS // 8 * 128  # few prompts after long contexts: more than 128 MiB as well
     assert float_workspace_bytes(large, 1, NUM_SMS) == split * 64 * (128 + 1) * 4 + 64
     many_heads = replace(small, num_heads=48, num_kv_heads=2)  # 24 of a group: tiles of 64 rows
-    rows = (-(-256 * 24 // 64) + 255) * 64
+    rows = (ceil_div(256 * 24, 64) + 255) * 64
     assert float_workspace_bytes(many_heads, 256, NUM_SMS) == rows * 48 * (128 + 1) * 4 + 64

@@ -21,6 +21,7 @@ from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
+from kunserve.sizes import ceil_div
 
 BLOCK, LAYERS = 4, 5
 CONFIG = ModelConfig("qwen3", 50, 16, 24, LAYERS, 4, 2, 8, 64, qkv_bias=True, qk_norm=True)
@@ -74,10 +75,10 @@ def step(spans: list[tuple[int, int, int]]) -> tuple[AttentionBatch, Tensor]:
     lens = torch.tensor([end - start for _, start, end in spans])
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
     positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
-    width = max(-(-end // BLOCK) for _, _, end in spans)
+    width = max(ceil_div(end, BLOCK) for _, _, end in spans)
     tables = torch.zeros(len(spans), width, dtype=torch.int32)
     for row, (sequence, _, end) in zip(tables, spans, strict=True):
-        held = TABLES[sequence][: -(-end // BLOCK)]
+        held = TABLES[sequence][: ceil_div(end, BLOCK)]
         row[: len(held)] = torch.tensor(held)
     contexts = torch.tensor([end for _, _, end in spans])
     return AttentionBatch(positions.int(), ends.int(), contexts.int(), tables, BLOCK), ends[1:] - 1
@@ -119,12 +120,12 @@ def test_all_is_captured_before_serving_and_a_drop_captures_nothing(pair: Pair) 
     graphs = pair.cuda.graphs
     assert graphs is not None
     captures = graphs.num_captures
-    assert captures == len(graphs.buckets) * -(-LAYERS // graphs.run_layers)
+    assert captures == len(graphs.buckets) * ceil_div(LAYERS, graphs.run_layers)
     for i, spans in enumerate(PROMPTS):
         assert_same(pair, spans, i)
     replays = graphs.num_replays
     assert_same(pair, decode(0, [0, 1, 2]), 10)
-    assert graphs.num_replays == replays + -(-LAYERS // graphs.run_layers)  # the model's end as well
+    assert graphs.num_replays == replays + ceil_div(LAYERS, graphs.run_layers)  # the model's end as well
     chains = [(2,), (4,), (3,), (1, 4)]  # of any grouping, with ragged ends as well
     for i, cuts in enumerate(chains):
         replays = graphs.num_replays

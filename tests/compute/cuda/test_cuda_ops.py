@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from op_layers import randn
 from torch import Tensor
 
 from kunserve.compute.cuda.ops import CudaOps, Kernels, TorchKernels, cuda_dtype
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
 from kunserve.model.quant.linear import Linear
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def test_linear_adds_bias_and_residual() -> None:

@@ -14,11 +14,12 @@ from e2e.tiny import TinyModels, random_prompt
 from kunserve.engine.engine import Engine
 from kunserve.model.config import ModelConfig
 from kunserve.policies import OverloadPolicy
+from kunserve.sizes import ceil_div
 
 IS_WHOLE = bool(os.environ.get("KUNSERVE_ALL_MODELS"))
 WINDOW, BLOCK, NUM_TOKENS = 50, 16, 150
 POSITIONS = {"max_position_embeddings": 1024}
-MOST_HELD = -(-(WINDOW + BLOCK) // BLOCK) + 1  # of a request that decodes: its window, a block begun at either end
+MOST_HELD = ceil_div(WINDOW + BLOCK, BLOCK) + 1  # of a request that decodes: its window, a block begun at either end
 SHARED = random_prompt(130, seed=9)
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 40, 70, 130)] + [[*SHARED, 7 + i] for i in range(3)]
 

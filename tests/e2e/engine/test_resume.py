@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import web
-from aiohttp.test_utils import TestClient
-from api_fakes import Client, PlainServer, error_of
+import pytest
+from aiohttp import ClientSession, web
+from api_fakes import error_of
+from own_server import free_port
 
 from e2e.engines import assert_idle
 from e2e.tiny import TinyModels
-from kunserve.command.arguments import parse_args
+from kunserve.command.arguments import ServerConfig, parse_args
+from kunserve.command.listen import Listener
 from kunserve.command.serving import _app
+from kunserve.command.workers import Workers
 from kunserve.engine.engine import Engine
-from kunserve.engine.launch.launch import launch
+from kunserve.engine.launch.launch import Served, launch
 
 FRONT = {"X-KunServe-Front": "front", "X-KunServe-Seed": "17", "X-KunServe-Created": "1234", "X-Request-ID": "r1"}
 STEP = 1 if os.environ.get("KUNSERVE_ALL_MODELS") else 16  # a stream is broken off at every so-manieth token
@@ -50,26 +53,48 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @asynccontextmanager
-async def app_serving(folder: Path) -> AsyncIterator[tuple[web.Application, Engine]]:
-    """A server's application in this process, as its command line makes it."""
+async def launched(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[ServerConfig, Served]]:
+    """An engine that runs, as its command line makes it."""
     flags = (str(folder), "--devices", "cpu:1", "--num-gpu-blocks-override", "64")
     formats = ("--tool-call-parser", "hermes", "--reasoning-parser", "deepseek_r1")
     process = ("--served-model-name", "tiny", "--front-key", "front", "--disable-access-log")
-    config = parse_args([*flags, *formats, *process])
+    listen = ("--api-workers", str(num_workers), "--port", str(free_port()))
+    config = parse_args([*flags, *formats, *process, *listen])
     served = await launch(config.engine, "tiny", lambda text, share: None)
     await served.engine.start()
     try:
-        yield _app(config, served, None), served.engine
+        yield config, served
     finally:
         await served.engine.stop()
         await served.close()
 
 
 @asynccontextmanager
-async def serving(folder: Path) -> AsyncIterator[tuple[Client, Engine]]:
-    """The same, and a client of it."""
-    async with app_serving(folder) as (app, engine), TestClient(PlainServer(app)) as client:
-        yield client, engine
+async def app_serving(folder: Path) -> AsyncIterator[tuple[web.Application, Engine]]:
+    """A server's application in this process."""
+    async with launched(folder) as (config, served):
+        app, _ = _app(config, served, None)
+        yield app, served.engine
+
+
+@asynccontextmanager
+async def serving(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[ClientSession, Engine]]:
+    """A server in this process, and a client of it; HTTP may be in others."""
+    async with launched(folder, num_workers) as (config, served):
+        listener = Listener(config.host, config.port, None, None)
+        app, setup = _app(config, served, None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        workers = Workers(setup, runner, listener.fileno(), num_workers)
+        try:
+            await (workers.open() if num_workers else listener.serve(runner))
+            async with ClientSession(listener.url) as client:
+                yield client, served.engine
+        finally:
+            await served.engine.stop()
+            await workers.close()
+            await runner.cleanup()
+            listener.close()
 
 
 GROWING = ("text", "content", "thinking", "arguments", "reasoning", "reasoning_content", "partial_json")
@@ -110,7 +135,7 @@ def units_of(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
     return [(found[i], orjson.loads(found[i + 1]) if i + 1 < len(found) else {}) for i in range(0, len(found), 2)]
 
 
-async def read(client: Client, path: str, body: Any) -> bytes:
+async def read(client: ClientSession, path: str, body: Any) -> bytes:
     async with client.post(path, json=body, headers=FRONT) as response:
         data = await response.read()
         assert response.status == 200, data
@@ -118,7 +143,7 @@ async def read(client: Client, path: str, body: Any) -> bytes:
         return data
 
 
-async def resumed(client: Client, path: str, body: Any, marks: Sequence[dict[str, Any]]) -> bytes:
+async def resumed(client: ClientSession, path: str, body: Any, marks: Sequence[dict[str, Any]]) -> bytes:
     """The rest of a stream after so many marks."""
     num_choices = len(body.get("prompt", [""])) * body["n"] if "n" in body else 1
     ids: list[list[int]] = [[] for _ in range(num_choices)]
@@ -130,8 +155,9 @@ async def resumed(client: Client, path: str, body: Any, marks: Sequence[dict[str
     return await read(client, "/kunserve/resume", asked)
 
 
-async def test_a_stream_goes_on_from_wherever_it_broke_off(tiny_models: TinyModels) -> None:
-    async with serving(tiny_models.folder("llama")) as (client, engine):
+@pytest.mark.parametrize("num_workers", [0, 2])
+async def test_a_stream_goes_on_from_wherever_it_broke_off(tiny_models: TinyModels, num_workers: int) -> None:
+    async with serving(tiny_models.folder("llama"), num_workers) as (client, engine):
         for name, (path, body) in CASES.items():
             body = {"model": "tiny", **body, "stream": True}
             await read(client, path, body)  # so that its prompt is cached: usage tells
@@ -153,10 +179,11 @@ async def test_a_stream_goes_on_from_wherever_it_broke_off(tiny_models: TinyMode
         await assert_idle(engine)
 
 
-async def test_who_is_no_front_sees_no_marks_and_resumes_nothing(tiny_models: TinyModels) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+async def test_who_is_no_front_sees_no_marks_and_resumes_nothing(tiny_models: TinyModels, num_workers: int) -> None:
     body = {"prompt": "fox", "max_tokens": 4, "stream": True, "seed": 1}
     asked = {"path": COMPLETIONS, "body": body, "token_ids": [[5]], "num_cached_tokens": [0]}
-    async with serving(tiny_models.folder("llama")) as (client, engine):
+    async with serving(tiny_models.folder("llama"), num_workers) as (client, engine):
         for key in ({}, {"X-KunServe-Front": "guessed"}):
             answer = await client.post(COMPLETIONS, json=body, headers=key)
             assert answer.status == 200 and b"kunserve" not in await answer.read()

@@ -40,6 +40,8 @@ async def test_clients_notice_nothing_and_health_says_it(fault: str, flags: tupl
             async with session.get("/health") as response:
                 assert response.status == 200
                 assert await response.json() == {"status": "degraded", "reason": "cpu:1 is lost"}
+            async with session.get("/ready") as response:  # new requests are welcome nevertheless
+                assert (response.status, (await response.json())["status"]) == (200, "degraded")
             assert (await metrics_of(session))["kunserve:devices/lost"] == 1
             added = await session.post("/kunserve/devices/1/add", headers=ADMIN)
             assert (added.status, (await added.json())["outcome"]) == (200, "done")

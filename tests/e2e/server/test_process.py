@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 from tiny_models import make_tiny_model
 
@@ -87,9 +88,10 @@ def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, tmp_pat
 # --- stopping ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(tiny_flags: tuple[str, ...]) -> Iterator[ServerProcess]:
-    with running_server(*tiny_flags, "--shutdown-timeout", "600") as server, server.log_shown():
+@pytest.fixture(params=["0", "2"], ids=["alone", "workers"])
+def server(tiny_flags: tuple[str, ...], request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    flags = ("--shutdown-timeout", "600", "--api-workers", request.param)
+    with running_server(*tiny_flags, *flags) as server, server.log_shown():
         yield server
 
 
@@ -132,8 +134,9 @@ async def test_a_second_signal_ends_at_once(server: ServerProcess) -> None:
     assert server.wait() == 0
 
 
-def test_an_idle_server_stops(tiny_flags: tuple[str, ...]) -> None:
-    with running_server(*tiny_flags) as server:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait() == 0
-        assert "Traceback" not in server.log
+def test_an_idle_server_stops(server: ServerProcess) -> None:
+    children = psutil.Process(server.pid).children()
+    server.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+    assert not any(child.is_running() for child in children)

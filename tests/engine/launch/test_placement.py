@@ -6,23 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from groups import shape_of, views
 
-from kunserve.engine.launch.placement import Placement, budget_chunks, model_shape, place
+from kunserve.engine.launch.placement import Placement, budget_chunks, place
 from kunserve.errors import ConfigError
-from kunserve.gpu.kv_memory import KVShape
-from kunserve.model.card import load_card
 from kunserve.planner.snapshot import DeviceView, ModelShape, capacity_blocks
 
 GIB, MIB = 1 << 30, 1 << 20
-
-
-def shape_of(card: str, dtype: torch.dtype = torch.bfloat16, chunk_bytes: int = 2 * MIB) -> ModelShape:
-    config = load_card(card).config
-    return model_shape(config, KVShape.of(config, 16, dtype), chunk_bytes)
-
-
-def views(num_devices: int, budget_bytes: int, shape: ModelShape) -> list[DeviceView]:
-    return [DeviceView(i, budget_bytes // shape.chunk_bytes) for i in range(num_devices)]
 
 
 def check(placement: Placement, shape: ModelShape, devices: list[DeviceView]) -> None:

@@ -189,7 +189,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
         control = checked.control
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not (control._is_tight(checked.engine.groups) and control._is_overloaded(checked.engine.groups)):
+        while not control._pressure.is_too_high(checked.engine.groups):
             await next_round()
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
@@ -210,7 +210,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         control, engine = checked.control, checked.engine
         control._is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not (control._is_tight(engine.groups) and control._is_overloaded(engine.groups)):
+        while not control._pressure.is_too_high(engine.groups):
             await next_round()
         groups = list(engine.groups)
         control._begin_drop(loop_time())

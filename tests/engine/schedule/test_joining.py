@@ -10,7 +10,7 @@ from groups import LAYERS, commit, make_group, make_request
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import MOST_WAITED, Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Limits, Scheduler
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason
 
@@ -73,7 +73,22 @@ def test_a_suspected_request_goes_alone_by_turns_with_all_others() -> None:
     scheduler.waiting.extend(requests)
     steps = [run_step(scheduler, group) for _ in range(6)]
     # Once b has passed all of its 20 tokens, which takes three steps, it goes with the others.
-    assert list(map(sorted, steps)) == [["a"], ["b"], ["b"], ["b"], ["a", "b"], ["a", "b", "c"]]
+    assert list(map(sorted, steps)) == [["a"], ["b"], ["a"], ["b"], ["a", "c"], ["b"]]
+    assert sorted(run_step(scheduler, group)) == ["a", "b", "c"]
+
+
+def test_who_may_have_ended_a_device_goes_with_others_but_only_one_of_them() -> None:
+    scheduler = sharing_scheduler(32, group := make_group(num_blocks=60))
+    requests = [make_request(name, size, 20) for name, size in (("a", 8), ("b", 8), ("x", 6), ("y", 6), ("z", 6))]
+    for i, request in enumerate(requests):
+        request.token_ids = [20 * i + token for token in request.token_ids]
+    scheduler.waiting.extend(requests[:2])
+    assert run_step(scheduler, group) == ["a", "b"]
+    for request in requests[2:]:
+        request.suspect_until, request.num_killed = 6, 1
+    scheduler.waiting.extend(requests[2:])
+    steps = [run_step(scheduler, group) for _ in range(4)]
+    assert steps == [["x"], ["a", "b", "x", "y"], ["z"], ["a", "b", "x", "y", "z"]]
 
 
 def test_others_come_to_their_turn_however_many_go_first() -> None:
@@ -83,11 +98,10 @@ def test_others_come_to_their_turn_however_many_go_first() -> None:
     assert run_step(scheduler, group) == ["a"]
     suspect.suspect_until = 60
     scheduler.waiting.append(suspect)
-    steps = [run_step(scheduler, group) for _ in range(2 * MOST_WAITED + 1)]
-    assert steps == [["b"]] * MOST_WAITED + [["a"]] + [["b"]] * MOST_WAITED
+    assert [run_step(scheduler, group) for _ in range(8)] == [["b"], ["a"]] * 4  # no stream misses two microbatches
 
 
-def test_streams_whose_device_is_gone_are_computed_again_before_others_go_on() -> None:
+def test_streams_whose_device_is_gone_are_computed_again_by_turns_with_all_others() -> None:
     scheduler = sharing_scheduler(8, group := make_group(num_blocks=60))
     running, begun, new = make_request("a", 2, 40), make_request("b", 18, 4), make_request("c", 6, 4)
     begun.token_ids = [50 + token for token in begun.token_ids]
@@ -96,7 +110,22 @@ def test_streams_whose_device_is_gone_are_computed_again_before_others_go_on() -
     begun.is_hurried = True
     scheduler.waiting.extend([begun, new])
     steps = [run_step(scheduler, group) for _ in range(4)]
-    assert steps == [["b"], ["b"], ["b", "a", "c"], ["a", "b", "c"]] and not begun.is_hurried
+    assert steps == [["b"], ["a", "b"], ["b", "a", "c"], ["a", "b", "c"]] and not begun.is_hurried
+
+
+def test_a_stream_that_makes_way_for_others_is_hurried_no_more() -> None:
+    scheduler = sharing_scheduler(8, group := make_group(num_blocks=5))  # of four tokens each
+    running, begun = make_request("a", 8, 16), make_request("b", 12, 4)
+    begun.token_ids = [50 + token for token in begun.token_ids]
+    scheduler.waiting.append(running)
+    assert run_step(scheduler, group) == ["a"]
+    begun.is_hurried = True
+    scheduler.waiting.append(begun)
+    assert run_step(scheduler, group) == ["b"]
+    while begun.group_id is not None:
+        assert run_step(scheduler, group)[0] == "a"
+    assert begun in scheduler.waiting
+    assert not begun.is_hurried
 
 
 def test_a_request_goes_where_no_step_has_failed_if_it_can() -> None:

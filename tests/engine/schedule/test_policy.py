@@ -161,7 +161,6 @@ def test_admission_leaves_room_for_what_the_running_may_still_generate(
     policy, group = Retract(), make_group(num_blocks=50)  # 200 tokens
     decoding(group, "a", 5, 8, max_tokens=56)  # 12 tokens of KV; 48 * 0.7 = 33.6 are reserved
     prefilling(group, "p", 8, max_tokens=48)  # 8 tokens, and 48 in full
-    assert group.num_free * 4 - policy._reserved(group) == pytest.approx(98.4)
     assert policy.may_admit(group, make_request("r", num_prompt, max_tokens)) is is_admitted
 
 
@@ -169,8 +168,9 @@ def test_reservations_are_clipped_and_an_empty_group_takes_whatever_input_fits()
     policy, group = Retract(), make_group(num_blocks=10_000)
     assert policy.may_admit(make_group(num_blocks=2), make_request("r", 8, 5000))
     assert not policy.may_admit(make_group(num_blocks=2), make_request("r", 9, 1))
-    decoding(group, "a", 5, 8, max_tokens=100_000)
-    assert policy._reserved(group) == pytest.approx(4096 * 0.7)
+    decoding(group, "a", 5, 8, max_tokens=100_000)  # 12 of 40,000 tokens; 4,096 * 0.7 = 2,867.2 are reserved
+    assert policy.may_admit(group, make_request("r", 33_020, 5000))  # 33,020 + 4,096 + 4 < 37,120.8
+    assert not policy.may_admit(group, make_request("r", 33_021, 5000))
 
 
 async def test_retract_changes_no_token(tiny64: Path) -> None:

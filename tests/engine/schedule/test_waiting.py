@@ -115,7 +115,7 @@ def test_what_owners_were_served_is_forgotten_in_time() -> None:
             queue.popleft()
             queue.append(make_request(f"again {i}", "stays"))
         queue.popleft()
-    assert len(queue._counters) <= 3 * MAX_COUNTERS
+    assert len(queue.counters) <= 3 * MAX_COUNTERS
 
 
 @pytest.mark.parametrize("seed", seeds(8))
@@ -139,7 +139,7 @@ def test_any_operations_keep_order_and_accounts(seed: int) -> None:
                 expected = next(iter(queue))
                 least = min(request.priority for request in waiting)
                 level = [request for request in waiting if request.priority == least]
-                before = dict(queue._counters)
+                before = dict(queue.counters)
                 assert queue.head is expected
                 taken = queue.popleft()
                 assert taken is expected and taken.priority == least

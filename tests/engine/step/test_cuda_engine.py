@@ -40,6 +40,7 @@ from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import Origin, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import SamplingParams, TokenMask
+from kunserve.sizes import ceil_div
 
 MODEL = ModelConfig("llama", 300, 64, 96, 4, 4, 2, 16, 256)
 BLOCK, MAX_LEN = 8, 200
@@ -297,6 +298,6 @@ def test_the_largest_step_is_a_batch_like_any_other(num_tokens: int, num_seqs: i
     assert torch.equal(lens, batch.context_lens) and int(lens.max() - lens.min()) <= 1
     assert torch.equal(batch.positions[rows], batch.context_lens - 1)
     used = [
-        int(b) for table, n in zip(batch.block_tables, batch.context_lens, strict=True) for b in table[: -(-n // 8)]
+        int(b) for table, n in zip(batch.block_tables, batch.context_lens, strict=True) for b in table[: ceil_div(n, 8)]
     ]
-    assert len(set(used)) == len(used) and max(used) < -(-num_tokens // BLOCK) + num_seqs
+    assert len(set(used)) == len(used) and max(used) < ceil_div(num_tokens, BLOCK) + num_seqs

@@ -346,3 +346,28 @@ async def test_devices_that_get_no_weights_stay_idle_while_others_serve(
         assert (await checked.engine.add_device(2))["outcome"] == "done"
         assert members(checked) == [{0}, {2}]
         checked.assert_idle()
+
+
+async def test_a_burst_drops_beside_a_rebuild(tiny64: Path) -> None:
+    async with checked_engine(tiny64, "cpu:4", 32, is_pinned=False, restore_hold_s=3600.0) as checked:
+        await checked.control.drop([0, 1], is_forced=True)
+        await checked.settled()
+        load, may_load = checked.reconfigure.loader.load, asyncio.Event()
+
+        async def wait(*arguments: Any) -> None:
+            await may_load.wait()
+            await load(*arguments)
+
+        checked.reconfigure.loader.load = wait  # type: ignore[method-assign,assignment]
+        lose(checked, 1)
+        await until(at_step(checked, "lose.load"))
+        answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(8)]))
+        transitions = checked.reconfigure.transitions
+        async with asyncio.timeout(120):
+            await until(lambda: any(t.kind == "drop" and t.epoch for t in transitions.remembered))
+        assert "lose.load" in transitions.phases
+        may_load.set()
+        assert all(len(answer.token_ids) == 60 for answer in await answering)
+        await checked.rebuilt()
+        assert sorted(map(sorted, members(checked))) == [[0], [2, 3]]
+        checked.assert_idle()

@@ -27,6 +27,7 @@ from kunserve.gpu.cuda.device import (
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.card import load_card
 from kunserve.model.layout import weight_units
+from kunserve.sizes import ceil_div
 
 
 def test_names() -> None:
@@ -43,7 +44,7 @@ def test_chunks_of_the_8b_model_are_tens_of_mib_and_waste_little() -> None:
     small = choose_chunk_bytes(
         config, torch.bfloat16, block, GRANULARITY, 18 << 30
     )  # little KV: coarse chunks would lose it
-    weights = sum(-(-unit.num_bytes // small) for unit in weight_units(config, "bfloat16"))
+    weights = sum(ceil_div(unit.num_bytes, small) for unit in weight_units(config, "bfloat16"))
     kv = ((18 << 30) // small - weights) // config.num_layers * config.num_layers * small
     assert kv >= 0.85 * ((18 << 30) - sum(unit.num_bytes for unit in weight_units(config, "bfloat16")))
 

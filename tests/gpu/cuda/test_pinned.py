@@ -17,6 +17,7 @@ from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.host_copy import HostCopy
 from kunserve.model.layout import weight_units
+from kunserve.sizes import ceil_div
 
 TINY = ModelConfig("llama", 64, 16, 32, 2, 2, 1, 8, 64)
 
@@ -84,7 +85,7 @@ def test_memory_is_there_before_it_is_pinned(driver: FakeCuda, monkeypatch: pyte
 
     def pin(address: int, num_bytes: int) -> None:
         start = address // page * page
-        pages = (ctypes.c_ubyte * -(-(address + num_bytes - start) // page))()
+        pages = (ctypes.c_ubyte * ceil_div(address + num_bytes - start, page))()
         assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(address + num_bytes - start), pages) == 0
         shares.append(sum(p & 1 for p in pages) / len(pages))
 

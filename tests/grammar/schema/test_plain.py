@@ -291,8 +291,8 @@ def test_all_that_is_answered_matches(vocabulary: LLTokenizer, name: str) -> Non
     if name in ("first items", "dependencies"):  # as older drafts had it
         validator_of = jsonschema.Draft7Validator
     matcher, rng = compiled(vocabulary, "json", json.dumps(schema)), random.Random(name)
-    for _ in range(5):
-        validator_of(schema).validate(json.loads(answer(matcher, rng)))
+    answers = [json.loads(answer(matcher, rng)) for _ in range(5)]
+    assert [value for value in answers if not validator_of(schema).is_valid(value)] == []
 
 
 @pytest.mark.parametrize(

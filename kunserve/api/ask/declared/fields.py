@@ -38,9 +38,8 @@ KINDS: dict[type, str] = {
     dict: "object",
     NoneType: "null",
 }
-
-
-NOT_TAKEN = "not taken: it "
+NOT_TAKEN = "not taken: it "  # begins the description of a refused field
+_ORDER = "x-order"  # key of a field's words in the order in which they are declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,8 @@ class Refused:
 
 
 def in_order(*words: str) -> msgspec.Meta:
-    """Return what keeps the order of a field's words, which msgspec sorts, in its schema and its errors."""
+    """Return an annotation that keeps the order of a field's words, which msgspec sorts, in schema and errors."""
     return msgspec.Meta(extra_json_schema={_ORDER: list(words)})
-
-
-_ORDER = "x-order"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,147 @@
+"""Say how hard memory is pressed: how much is asked of it, and whether that is, or is about to be, too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from kunserve.engine.fleet import Fleet
+from kunserve.engine.group import Group
+from kunserve.engine.regroup.live_kv import near_demand
+from kunserve.engine.request import Request
+from kunserve.engine.schedule.scheduler import Scheduler
+from kunserve.engine.signals import loop_time
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
+from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
+from kunserve.planner.snapshot import ModelShape
+
+CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
+
+
+class Pressure:
+    """Look at groups and at the queue; decide nothing, and be cheap while nothing is tight."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        shape: ModelShape,
+        thresholds: Thresholds,
+        look_in: Callable[[float], None],
+    ) -> None:
+        """`look_in` is called with the seconds after which another look may find something else."""
+        self._fleet, self._scheduler, self._shape, self._thresholds = fleet, scheduler, shape, thresholds
+        self._look_in = look_in
+        self._estimate = OutputLengthEstimate()
+        self._calm_until_s = 0.0
+        self._waits_since_s: float | None = None  # somebody, for blocks, without a break
+
+    @property
+    def answer_tokens(self) -> float:
+        """Return how many tokens answers are expected to have, on average."""
+        return self._estimate.mean_tokens
+
+    def finished(self, num_output_tokens: int) -> None:
+        """Learn how long outputs are: one came to its end."""
+        self._estimate = self._estimate.finished(num_output_tokens)
+
+    def demand(self, headroom: float = 1.0) -> int:
+        """Return the blocks that all requests need, if outputs are `headroom` times as long as expected.
+
+        Blocks that they share count once.
+        """
+        estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
+        running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
+        waiting = map(self._view, self._scheduler.queued())
+        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+        if self._fleet.near is None:
+            return blocks
+        everybody = [r for group in self._fleet.groups for r in group.running] + list(self._scheduler.queued())
+        return max(blocks, near_demand(self._fleet, map(self._view, everybody), estimate))
+
+    def is_too_high(self, changed: Sequence[Group]) -> bool:
+        """Return whether memory is too small. `changed`: groups that something happened to since the last call."""
+        return self._is_tight(changed) and self._is_overloaded(changed)
+
+    def calm(self, seconds: float) -> None:
+        """Find nothing for so long: what there was to be done about it was not worth it."""
+        self._calm_until_s = loop_time() + seconds
+        self._look_in(seconds)
+
+    def _is_tight(self, changed: Sequence[Group]) -> bool:
+        """Return whether it is worth asking the planner: a group may run out of blocks, or the head does not fit."""
+        horizon = self._thresholds.horizon_steps
+        per_request = 1 + horizon // self._shape.block_size
+        if any(self._num_free(group) < len(group.running) * per_request for group in changed):
+            return True
+        head = self._scheduler.head
+        return (head is not None and self._has_to_wait(head)) or self._nobody_waits()
+
+    def _has_to_wait(self, head: Request) -> bool:
+        """Return whether no group has blocks for a request: what it would share with others, it does not take."""
+        num_blocks, n = self._fleet.blocks_for(head.num_tokens), head.num_tokens
+        groups = self._fleet.working
+        if any(self._num_free(group, n) >= num_blocks for group in groups):
+            return False
+        return all(self._num_free(group, n) < num_blocks - self._fleet.shared_blocks(head, group) for group in groups)
+
+    def _num_free(self, group: Group, num_tokens: int = 1) -> int:
+        """Return the blocks that a request of so many tokens which is admitted may get."""
+        return group.free_for(num_tokens) - self._scheduler.policy.num_reserved(group)
+
+    def _is_overloaded(self, changed: Sequence[Group]) -> bool:
+        if not (working := self._fleet.working):  # none that could merge
+            return False
+        head, now = self._scheduler.head, loop_time()
+        has_to_wait = head is not None and self._has_to_wait(head)
+        has_waited = self._has_waited(now) if has_to_wait else self._nobody_waits()
+        if now < self._calm_until_s:
+            self._look_in(CALM_S)
+            return False
+        blocks_for = self._fleet.blocks_for
+        return is_overloaded(
+            blocks_for(head.num_tokens) if head is not None and has_waited else None,
+            blocks_for(self._scheduler.num_waiting_tokens),
+            self._loads(changed),
+            partial(self._all_loads, now),
+            partial(self._demand_looked_at, now),
+            sum(group.num_blocks for group in working),
+            self._thresholds,
+            self._shape.block_size,
+        )
+
+    def _has_waited(self, now: float) -> bool:
+        """Return whether somebody has waited for blocks as long as a merge would make others wait: for a step."""
+        if self._waits_since_s is None:
+            self._waits_since_s = now
+        step_s = max((group.step_s or 0.0 for group in self._fleet.working), default=0.0)
+        if (left_s := self._waits_since_s + step_s - now) > 0:
+            self._look_in(left_s)
+            return False
+        return True
+
+    def _nobody_waits(self) -> bool:
+        self._waits_since_s = None
+        return False
+
+    def _loads(self, groups: Sequence[Group]) -> list[GroupLoad]:
+        head = self._scheduler.head
+        n = 1 if head is None or self._waits_since_s is None else head.num_tokens
+        return [GroupLoad(self._num_free(g, n), list(map(self._view, g.running))) for g in groups if not g.is_suspect]
+
+    def _all_loads(self, now: float) -> list[GroupLoad]:
+        """Return the load of all groups; it is not asked for again so soon."""
+        self._calm_until_s = now + CALM_S
+        return self._loads(self._fleet.working)
+
+    def _demand_looked_at(self, now: float) -> int:
+        """Return the demand; it is not asked for again so soon."""
+        self._calm_until_s = now + CALM_S
+        return self.demand()
+
+    def _view(self, request: Request) -> RequestView:
+        """Return what the planner knows of a request: one with a window as if it began where that does."""
+        table, num_output_tokens = request.table, request.num_output_tokens
+        num_tokens = len(request.token_ids) - table.num_behind * self._shape.block_size
+        return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(table.blocks))

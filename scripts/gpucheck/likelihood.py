@@ -1,0 +1,79 @@
+"""GPU check: how likely a text is, before and after each change of the grouping.
+
+Whether greedy tokens agree says little: a layout of KV that is a little wrong can leave all of them as they are. The
+likelihood of each token of a text does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from gpucheck.serving import open_engine, prompt_of, settled
+from kunserve.config import DeviceSpec, EngineConfig
+from kunserve.engine.engine import Engine
+from kunserve.engine.request import Request
+from kunserve.sampling import SamplingParams
+
+GENERATED = "generated"  # a request that is under way through drop, exchange and restore
+
+
+async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) -> dict[str, Any]:
+    """Return the negative log-likelihood per token of a text, on two logical devices and on a CPU device in float32.
+
+    After the launch, the drop, the restore and another drop; and of `num_tokens` tokens that a request generates while
+    it goes through all of that, as they came and as a text. With each: by how much the likelihood of one token differs
+    at most from what it is after the launch, and from what the CPU device finds.
+    """
+    found, own = dict[str, list[float]](), list[float]()
+    async with open_engine(config) as engine:
+        text = prompt_of(engine, 0, text_len)
+        found["launch"] = await _likelihoods(engine, text)
+        prompt = prompt_of(engine, 1, 40)
+        generating = asyncio.create_task(_generate(engine, prompt, num_tokens))
+        while engine.num_running < 1:
+            await engine.signals.next_commit()
+        for name, change in (("drop", engine.drop), ("restore", engine.restore), ("second drop", engine.drop)):
+            for _ in range(num_tokens // 8):
+                await engine.signals.next_commit()
+            await change()
+            transition = await settled(engine)
+            if transition["outcome"] != "done":
+                raise RuntimeError(f"the {name} did not come to its end: {transition['outcome']}")
+            found[name] = await _likelihoods(engine, text)
+        generated, own = await generating
+        again = await _likelihoods(engine, prompt + generated)
+    reference = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
+    async with open_engine(reference) as engine:
+        expected = await _likelihoods(engine, text)
+        expected_own = (await _likelihoods(engine, prompt + generated))[len(prompt) - 1 :]
+    figures = {name: _compared(each, found["launch"], expected) for name, each in found.items()}
+    return {**figures, GENERATED: _compared(own, again[len(prompt) - 1 :], expected_own)}
+
+
+async def _likelihoods(engine: Engine, text: list[int]) -> list[float]:
+    """Return the logprob of each token of a text from the second on."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, num_prompt_logprobs=0)
+    found = list[float]()
+    async for output in engine.submit(Request("a text", text, params)):
+        found += [each.logprob for each in output.prompt_logprobs]
+    return found
+
+
+async def _generate(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+    """Return the tokens that follow a prompt, and the logprob that each had when it came."""
+    params = SamplingParams(num_tokens, temperature=0.0, ignore_eos=True, num_logprobs=0)
+    token_ids, logprobs = list[int](), list[float]()
+    async for output in engine.submit(Request(GENERATED, prompt, params)):
+        token_ids += output.token_ids
+        logprobs += [each.logprob for each in output.logprobs]
+    return token_ids, logprobs
+
+
+def _compared(found: list[float], before: list[float], expected: list[float]) -> dict[str, float]:
+    return {
+        "nll_per_token": -sum(found) / len(found),
+        "worst_change": max(abs(a - b) for a, b in zip(found, before, strict=True)),
+        "worst_error": max(abs(a - b) for a, b in zip(found, expected, strict=True)),
+    }

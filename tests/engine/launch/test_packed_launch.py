@@ -1,0 +1,83 @@
+"""Quantized models on GPUs that are not there: packed from the file to the product, through drop, exchange, restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.engines import generate, greedy
+from fake_gpus import MIB, Gpus
+from gguf import GGMLQuantizationType as Kind
+from test_cuda_launch import assert_same_tokens_through_drop_and_restore, assert_same_weights, prompt, serving
+from tiny_gguf import write_tiny_gguf
+from tiny_quantized import write_tiny_quantized
+
+from kunserve.config import parse_devices
+from kunserve.engine.launch.launch import Served
+from kunserve.engine.step.cuda_executor import CudaExecutor
+from kunserve.engine.survive import health
+from kunserve.model.host_copy import HostCopy
+from kunserve.model.quant.planes import SCALES, Planes
+
+TWO: dict[str, Any] = {"devices": parse_devices("cuda:0,1"), "device_memory_bytes": 40 * MIB}
+
+
+@pytest.fixture(autouse=True)
+def _slow_devices_are_no_suspects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference unpacks in each step: on a busy machine they would be overdue, and their devices avoided."""
+    monkeypatch.setattr(health, "STEP_FLOOR_S", 60.0)
+
+
+def planes_in(served: Served) -> dict[str, set[str]]:
+    """Names of the matrices of a layer that are packed, by the kind of their codes."""
+    weights, kinds = served.engine.memories[0].weights, dict[str, set[str]]()
+    for spec in weights._units["layers.1"].tensors:
+        if isinstance(spec.blocks, Planes):
+            kinds.setdefault(spec.blocks.kind, set()).add(spec.name.split(".")[-2])
+            assert weights.linear("layers.1", spec.name).parts[0].scales is not None
+            assert any(other.name == spec.name + SCALES for other in weights._units["layers.1"].tensors)
+    return kinds
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("kind", "codes", "host_copy"),
+    [
+        ("awq", "A4", HostCopy.PINNED),
+        ("w8a8", "A8", HostCopy.MAPPED),
+        ("compressed fp8", "F8", HostCopy.NONE),
+    ],
+)
+async def test_a_quantized_checkpoint_stays_packed(
+    kind: str, codes: str, host_copy: HostCopy, tmp_path: Path, gpus: Gpus
+) -> None:
+    gpus.count, gpus.are_async = 2, True
+    folder = write_tiny_quantized(kind, tmp_path)
+    async with serving(tmp_path / "dequantized", **TWO) as served:
+        expected = [await generate(served.engine, prompt(i), greedy(12)) for i in range(2)]
+        as_numbers = served.engine.memories[0].weights.num_tensor_bytes("layers.1")
+    async with serving(folder, host_copy=host_copy, **TWO) as served:
+        names = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert planes_in(served) == {codes: names}
+        weights = served.engine.memories[0].weights
+        assert weights.num_tensor_bytes("layers.1") < as_numbers / (5 if codes == "A4" else 3.5)  # of float32
+        assert [await generate(served.engine, prompt(i), greedy(12)) for i in range(2)] == expected
+        await assert_same_tokens_through_drop_and_restore(served)
+        assert_same_weights(served)
+        assert isinstance(served.engine.executor, CudaExecutor)
+        assert all(d.graphs is not None and d.graphs.num_replays for d in served.engine.executor.decoders)
+
+
+async def test_a_gguf_file_stays_packed_where_that_saves_memory(tmp_path: Path, gpus: Gpus) -> None:
+    gpus.count = 2
+    kinds = {"attn_v": Kind.Q6_K, "ffn_down": Kind.Q5_0, "attn_k": Kind.Q8_0}
+    path = write_tiny_gguf(tmp_path, Kind.Q4_K, "qwen2", kinds)
+    async with serving(path, **TWO) as served:
+        found = planes_in(served)
+        assert found == {"A4": {"q_proj", "o_proj", "gate_proj", "up_proj"}, "A8": {"k_proj", "down_proj"}}
+        qkv = [f"model.layers.1.self_attn.{i}_proj.weight" for i in "qkv"]
+        parts = served.engine.memories[0].weights.linear("layers.1", *qkv).parts
+        assert [part.blocks and part.blocks.num_values for part in parts] == [2, 1, None]
+        await assert_same_tokens_through_drop_and_restore(served)
+        assert_same_weights(served)
