@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from kunserve.ray.scaling import TARGET
 SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 LOOK_EVERY_S = 0.5
+SOCKETS = Path(tempfile.gettempdir())  # where replicas make the folders of theirs
 DEMAND, USAGE = "kunserve:demand_over_undropped", "vllm:kv_cache_usage_perc"
 DROPS, PREEMPTIONS, FINISHED = "kunserve:drops_total", "vllm:num_preemptions_total", "vllm:request_success_total"
 
@@ -58,7 +58,6 @@ class Watch:
     """Looks at Serve and at the replicas' own servers for as long as the load runs."""
 
     deployment: str
-    folder: Path  # where the servers' sockets are
     started: float = field(default_factory=time.perf_counter)
     looks: list[Look] = field(default_factory=list)
     _sessions: dict[str, aiohttp.ClientSession] = field(default_factory=dict)
@@ -89,7 +88,7 @@ class Watch:
         status = await asyncio.to_thread(serve.status)
         states = status.applications[APP].deployments[self.deployment].replica_states
         num_ready = states.get("RUNNING", 0)
-        gauges = [await self._gauges(str(path)) for path in sorted(self.folder.glob("kunserve-*/http"))]
+        gauges = [await self._gauges(str(path)) for path in sorted(SOCKETS.glob("kunserve-*/http"))]
         self.looks.append(Look(at_s, num_ready + states.get("STARTING", 0), num_ready, [g for g in gauges if g]))
 
     async def _gauges(self, socket: str) -> dict[str, float]:
@@ -192,7 +191,7 @@ def lines(policy: str, told: Mapping[str, Any], slo_s: float) -> list[str]:
     return [head, *table]
 
 
-def measure(args: argparse.Namespace, policy: str, model: str, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, policy: str, model: str) -> dict[str, Any]:
     """Run the burst with one policy."""
     flags = (
         f"--devices {args.devices} --load-format dummy --num-gpu-blocks-override {args.blocks} --disable-access-log "
@@ -200,7 +199,7 @@ def measure(args: argparse.Namespace, policy: str, model: str, folder: Path) -> 
     )
     scaling = {"replicas": args.replicas, "max_replicas": args.replicas + 1, "upscale_delay_s": args.upscale_delay}
     with application(args.replicas + 3, model=model, flags=flags, **scaling) as url:
-        watch = Watch(f"{NAME}-0", folder)
+        watch = Watch(f"{NAME}-0")
         return report(args, asyncio.run(burst(args, url, watch)), watch)
 
 
@@ -224,11 +223,9 @@ def main() -> None:
     args = parser.parse_args()
     told = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["TMPDIR"] = name  # where replicas put their sockets: here they are found, and no others
-        model = make_model(folder / NAME, **SHAPE)
+        model = make_model(Path(name) / NAME, **SHAPE)
         for policy in args.policies:
-            told[policy] = measure(args, policy, model, folder)
+            told[policy] = measure(args, policy, model)
             print("\n".join(lines(policy, told[policy], args.slo)), flush=True)
     print(json.dumps(told))
 

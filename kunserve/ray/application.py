@@ -23,8 +23,6 @@ from kunserve.ray.scaling import by_demand
 
 MOST_ONGOING = 4096  # of a replica: its server has a queue of its own, and refuses what is too much for it
 STATS_PERIOD_S = 1.0
-# Serve would pass each event of a stream through two threads of the front otherwise.
-FRONT_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
@@ -88,7 +86,7 @@ def build(args: Mapping[str, Any]) -> Application:
         name="front",
         num_replicas=num_fronts,
         max_ongoing_requests=MOST_ONGOING,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": FRONT_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": 0},
     )
     return front.bind(handles, key)
 

@@ -171,14 +171,18 @@ async def undisturbed(models: Mapping[str, str], jobs: Sequence[Job]) -> list[Sa
 
 @contextmanager
 def application(num_cpus: int, **arguments: Any) -> Iterator[str]:
-    """Run an application (`kunserve.ray.application.Arguments`) until the block is left; yields its address."""
+    """Run an application (`kunserve.ray.application.Arguments`) until the block is left; yields its address.
+
+    On a Ray of its own with so many CPUs, or on the one that RAY_ADDRESS names.
+    """
     import ray
     from ray import serve
 
     from kunserve.ray import app
 
     port = free_port()
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level="warning", **own)
     try:
         serve.start(http_options={"port": port, "host": "127.0.0.1"})
         serve.run(app(arguments), name=APP)
