@@ -45,6 +45,7 @@ class EngineConfig:
     block_size: int = 16
     chunk_bytes: int = 2 << 20  # of physical memory on CPU devices; smaller only in tests
     dtype: str = "auto"
+    quantization: str | None = None  # fp8 is made of a checkpoint of numbers; others name what a checkpoint is
     load_format: str = "auto"
     seed: int = 0
     max_model_len: int | None = None

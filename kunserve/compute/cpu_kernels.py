@@ -27,8 +27,7 @@ BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "linear": (None, [_POINTER] * 5 + [_INT] * 4),
-    "linear_blocks": (None, [_INT, *[_POINTER] * 5, *[_INT] * 5]),
+    "linear": (None, [_POINTER] * 5 + [_INT] * 6),
     "take_rows": (None, [_INT, *[_POINTER] * 3, *[_INT] * 3]),
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float] * 2),
     "act_and_mul": (None, [_POINTER] * 2 + [_INT] * 3 + [c_float] * 2),
@@ -41,7 +40,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "pieces_helped": (_INT, [_POINTER]),
     "lead": (None, [_POINTER]),
     "help": (None, [_POINTER] * 2),
-    "experts": (None, [_POINTER] * 11 + [_INT] * 5 + [c_float] * 2),
+    "experts": (
+        None,
+        [*[_POINTER] * 4, *[_INT] * 2, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 5, *[_INT] * 5, *[c_float] * 2],
+    ),
 }
 
 

@@ -128,8 +128,7 @@ class TorchOps:
         for i in range(len(experts.down)):
             rows = weights[:, i].nonzero()[:, 0]
             bias = [None if b is None else b[i] for b in (experts.gate_up_bias, experts.down_bias)]
-            inner = self.act_and_mul(
-                self.linear(x[rows], Linear.of(experts.gate_up[i]), bias[0]), experts.activation, experts.limit
-            )
-            out[rows] += self.linear(inner, Linear.of(experts.down[i]), bias[1]) * weights[rows, i, None]
+            gate_up, down = experts.matrices(i)
+            inner = self.act_and_mul(self.linear(x[rows], gate_up, bias[0]), experts.activation, experts.limit)
+            out[rows] += self.linear(inner, down, bias[1]) * weights[rows, i, None]
         return out

@@ -43,7 +43,7 @@ def dense(data: Tensor, scales: Tensor, planes: Planes) -> Tensor:
     if planes.kind == "A4":
         halves = data.view(len(data), -1, planes.step // 2)
         codes = torch.stack([halves & 15, halves >> 4], dim=2).flatten(1)
-    pairs, K = numbers.unflatten(1, (-1, 2)), codes.shape[1]
+    pairs, K = numbers.view(len(numbers), -1, 2), codes.shape[1]
     return affine(codes, _spread(pairs[..., 0], planes, K), _spread(pairs[..., 1], planes, K))
 
 
@@ -74,10 +74,10 @@ def numbers_of(rows: Tensor, blocks: Blocks) -> Numbers:
 def _of_super_blocks(of_row: Tensor, name: str) -> Numbers:
     """Of 256 values in eight groups: two scales of 16 bits, then those of the groups, of 6 bits each, in 12 bytes."""
     both = of_row[..., :4].contiguous().view(torch.float16).float()
-    a, b, c = of_row[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    a, b, c = of_row[..., 4:16].reshape(*of_row.shape[:-1], 3, 4).unbind(-2)
     scale = torch.cat([a & 63, (c & 15) | (a >> 6) << 4], dim=-1) * both[..., :1]
     offset = torch.cat([b & 63, c >> 4 | (b >> 6) << 4], dim=-1) * -both[..., 1:]
-    low = of_row[..., -128:].unflatten(-1, (4, 1, 32))
+    low = of_row[..., -128:].reshape(*of_row.shape[:-1], 4, 1, 32)
     codes = torch.cat([low & 15, low >> 4], dim=-2).flatten(-3, -2)  # (N, blocks, 8, 32)
     if name == "Q5_K":
         high = of_row[..., 16:48].unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
