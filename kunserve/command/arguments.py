@@ -117,6 +117,7 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         kv_bytes=None if args.kv_cache_memory_bytes is None else parse_size(args.kv_cache_memory_bytes),
         block_size=args.block_size,
         dtype=DTYPES.get(args.dtype, args.dtype),
+        kv_cache_dtype=args.kv_cache_dtype,
         quantization=args.quantization,
         load_format="auto" if args.load_format == "safetensors" else args.load_format,
         seed=args.seed,
@@ -183,7 +184,13 @@ def _add_model_flags(group: Group) -> None:
     add(
         "--dtype",
         default=DEFAULTS.dtype,
-        help="dtype of weights and KV: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
+        help="dtype of weights and of what is computed: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
+    )
+    add(
+        "--kv-cache-dtype",
+        default=DEFAULTS.kv_cache_dtype,
+        metavar="DTYPE",
+        help="dtype of KV: auto: that of the weights; float16, bfloat16: half as many bytes on CPU devices",
     )
     add(
         "--quantization",

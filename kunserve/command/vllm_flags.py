@@ -67,7 +67,6 @@ _SHORT = {
 }
 # Values that change nothing; others would, so they are refused.
 SAME = {
-    "--kv-cache-dtype": ("auto",),
     "--revision": ("main",),
     "--runner": ("auto", "generate"),
     "--task": ("auto", "generate"),

@@ -25,40 +25,7 @@ enum {
   NUM_FORMATS
 }; /* the order of BLOCKS there */
 
-/* VL integers or halves at p, widened. Written out: gcc 12 takes vectors of bytes apart, byte by byte. */
-#if VL == 16
-INLINE vi bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vi pairs(const uint8_t *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE vf halves(const uint8_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-#elif defined(__AVX2__) && defined(__F16C__)
-INLINE vi bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-INLINE vi pairs(const uint8_t *p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vf halves(const uint8_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-#else
-typedef uint8_t u8s __attribute__((vector_size(VL), aligned(1), may_alias));
-typedef int8_t s8s __attribute__((vector_size(VL), aligned(1), may_alias));
-typedef uint16_t u16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
-typedef _Float16 f16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
-INLINE vi bytes(const uint8_t *p) { return __builtin_convertvector(*(const u8s *)p, vi); }
-INLINE vi signed_bytes(const uint8_t *p) { return __builtin_convertvector(*(const s8s *)p, vi); }
-INLINE vi pairs(const uint8_t *p) { return __builtin_convertvector(*(const u16s *)p, vi); }
-INLINE vf halves(const uint8_t *p) { return __builtin_convertvector(*(const f16s *)p, vf); }
-#endif
 INLINE vi splat_int(int32_t a) { return a - (vi){0}; }
-/* Not by a cast where AVX512-FP16 has one: that instruction waits for what was in its register before. */
-INLINE float half(const uint8_t *p) {
-#if defined(__F16C__)
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return _cvtsh_ss(h);
-#else
-  _Float16 h;
-  memcpy(&h, p, 2);
-  return (float)h;
-#endif
-}
 /* The four halves at p, by way of memory: from there they are spread over a vector by the load alone, while the one port
  * that spreads registers is what decoding waits for. */
 typedef struct { float f[4]; } Halves;
@@ -343,6 +310,7 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
   }
   finish(mr, nr, acc, t);
 }
+
 typedef void RowDecoder(const uint8_t *, int64_t, int64_t, int64_t, int64_t, float *);
 typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, const Tile *);
 #define FORMAT(f) \

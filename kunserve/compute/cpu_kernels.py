@@ -20,7 +20,7 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-INCLUDED = ("cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c")
+INCLUDED = ("cpu_halves.c", "cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c")
 SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in INCLUDED))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
@@ -32,8 +32,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float] * 2),
     "act_and_mul": (None, [_POINTER] * 2 + [_INT] * 3 + [c_float] * 2),
     "softcap": (None, [_POINTER, _INT, c_float]),
-    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 10 + [c_float] * 2),
-    "attention": (_INT, [_POINTER] * 6 + [_INT] * 8 + [_POINTER] + [c_float] * 2),
+    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 11 + [c_float] * 2),
+    "attention": (_INT, [_POINTER] * 6 + [_INT] * 9 + [_POINTER] + [c_float] * 2),
     "gate_rows": (None, [_POINTER] * 3 + [_INT] * 2),
     "route": (None, [_POINTER] * 2 + [_INT] * 4),
     "team_bytes": (_INT, []),

@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 ENDLESS = 1 << 60  # tokens of a window that ends nowhere
 FLOAT, INT = torch.float32, torch.int32
 FORMATS = tuple(BLOCKS)  # cpu_blocks.c has them in the same order
+KV_DTYPES = (FLOAT, torch.float16, torch.bfloat16)  # cpu_halves.c has them in the same order
 FLOATS = -1  # the format of a matrix of numbers in cpu_team.c
 
 
@@ -33,7 +34,10 @@ def _is_ours(tensor: Tensor) -> bool:
 
 
 class CpuOps:
-    """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256."""
+    """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256.
+
+    KV may be of 16 bits: it is rounded where it is appended, and what is read are floats.
+    """
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._linear, self._take_rows = kernels.linear, kernels.take_rows
@@ -112,7 +116,7 @@ class CpuOps:
         """
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        assert _is_ours(qkv) and _is_ours(kv) and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
+        assert _is_ours(qkv) and kv.is_contiguous() and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
         max_positions, rotary_dim = rope.shape
         is_whole = q_norm is not None and q_norm.numel() != head_dim
         bad = self._rotate_and_append(
@@ -122,7 +126,8 @@ class CpuOps:
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
             *_where(batch),
-            num_blocks, num_kv_heads, block_size, head_dim, num_heads, max_positions, rotary_dim, is_whole, eps, offset,
+            num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype),
+            num_heads, max_positions, rotary_dim, is_whole, eps, offset,
         )  # fmt: skip
         if bad:
             raise EngineError(f"token {bad - 1} of the batch has no slot: position outside rope or block table")
@@ -141,11 +146,11 @@ class CpuOps:
         Raises EngineError if a block table names no block of `kv` for a position that is read.
         """
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
-        assert _is_ours(qkv) and _is_ours(kv) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        assert _is_ours(qkv) and kv.is_contiguous() and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
         out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=FLOAT)
         bad = self._attention(
             qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *_where(batch),
-            num_blocks, num_kv_heads, block_size, head_dim, num_heads,
+            num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype), num_heads,
             ENDLESS if scores.window is None else scores.window, None if sinks is None else sinks.data_ptr(),
             head_dim**-0.5 if scores.scale is None else scores.scale, scores.softcap or 0.0,
         )  # fmt: skip

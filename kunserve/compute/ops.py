@@ -74,7 +74,8 @@ class Ops(Protocol):
     """Operations on one device. Inputs are contiguous unless said otherwise; results are new tensors.
 
     `kv` is one layer's KV range: (num_blocks, 2, num_kv_heads, block_size, head_dim), [:, 0] keys, [:, 1] values. Its
-    first dimension covers the reserved range; only mapped blocks are ever named by block tables.
+    first dimension covers the reserved range; only mapped blocks are ever named by block tables. It may have
+    fewer bits than the rest.
     """
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:

@@ -66,8 +66,8 @@ class TorchOps:
         num_tokens = batch.cu_seqlens_q.long().diff()
         sequence = torch.arange(len(num_tokens), device=qkv.device).repeat_interleave(num_tokens)
         blocks = batch.block_tables.long()[sequence, positions // block_size]
-        kv[blocks, 0, :, positions % block_size] = normed_and_rotated(k, k_norm)
-        kv[blocks, 1, :, positions % block_size] = v
+        kv[blocks, 0, :, positions % block_size] = normed_and_rotated(k, k_norm).to(kv.dtype)
+        kv[blocks, 1, :, positions % block_size] = v.to(kv.dtype)
         q.copy_(normed_and_rotated(q, q_norm))
 
     def attention(

@@ -103,7 +103,8 @@ def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("--kv-cache-dtype fp8", "invalid choice: 'fp8' (choose from 'auto')"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not served: KV has 16 or 32 bits"),
+        ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype fp8_e5m2 is not served"),
         ("--quantization bitsandbytes", "invalid choice: 'bitsandbytes' (choose from 'awq', 'gptq'"),
         ("-q int8", "invalid choice: 'int8'"),
         ("--quantization-config {}", "a checkpoint says itself how it is quantized"),
