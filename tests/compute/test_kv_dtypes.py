@@ -56,7 +56,7 @@ def test_attention_is_that_over_the_rounded_floats_bitwise(
         wide = layer.kv.float()
         both = [qkv.clone(), qkv.clone()]
         for one, kv in zip(both, (wide, layer.kv), strict=True):
-            layer.ops.rotate_and_append(one, layer.rope, kv, batch, *layer.norms, 1e-6)
+            layer.ops.rotate_and_append(one, layer.rope, kv, batch, layer.norms[0], layer.norms[1], 1e-6)
         assert torch.equal(layer.kv.isnan(), wide.isnan())
         assert torch.equal(layer.kv.nan_to_num(), wide.to(dtype).nan_to_num())  # rounded once, as torch does
         out = layer.ops.attention(both[1], layer.kv, batch, shape.num_heads, scores, layer.sinks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_matrix_is_what_it_stands_for_as_numbers_and_as_blocks(kind: str, fami
     [("qwen3-moe", {"moe_intermediate_size": 128}), ("mixtral", {"intermediate_size": 128})],
 )
 @pytest.mark.parametrize("kind", ["awq", "fp8 of blocks", "gptq act-order"])
-def test_experts_are_kept_as_they_are_stored(kind: str, family: str, overrides: dict[str, int], tmp_path: Path) -> None:
+def test_experts_are_kept_as_they_are_stored(kind: str, family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     folder = write_tiny_quantized(kind, tmp_path, family, **overrides)
     config, expected = load_hf_config(folder), load_file(tmp_path / "dequantized" / "model.safetensors")
     source, num_kept = open_weights(folder, config, "auto"), 0

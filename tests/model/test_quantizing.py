@@ -84,8 +84,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path: Path
         with pytest.raises(ConfigError, match=rf"^--quantization {method}: {message}") as error:
             check_model(str(model), quantization=method)
         assert "\n" not in error.value.message
-    for model, method in (
+    for model, name in (
         *[(awq, "awq"), (awq, "awq_marlin"), (w4a16, "compressed-tensors"), (mxfp4, "mxfp4"), (gguf, "gguf")],
         *[(fp8, "fp8"), (plain, "fp8"), (plain, None)],
     ):
-        check_model(str(model), quantization=method)
+        check_model(str(model), quantization=name)

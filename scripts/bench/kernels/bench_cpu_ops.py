@@ -147,7 +147,14 @@ def bench_attention(ops: CpuOps, repeats: int, dtype: torch.dtype = torch.float3
         pairs = sum(num_new * (2 * n - num_new + 1) // 2 for n in contexts)
         gflops, gbps = 4e-9 * pairs * HEADS * HEAD_DIM / ours, kv_bytes * 1e-9 / ours
         print(f"{name:24} {ours * 1e6:9.1f} {gflops:8.1f} {gbps:6.1f} {theirs * 1e6:9.1f}", flush=True)
-        row = {"op": name, "kv": kind, "us": ours * 1e6, "gflops": gflops, "gbps": gbps, "torch_us": theirs * 1e6}
+        row: dict[str, float | str] = {
+            "op": name,
+            "kv": kind,
+            "us": ours * 1e6,
+            "gflops": gflops,
+            "gbps": gbps,
+            "torch_us": theirs * 1e6,
+        }
         results.append(row)
     return results
 
