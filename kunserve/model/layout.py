@@ -77,11 +77,10 @@ def _pack(name: str, groups: list[list[Named]], config: ModelConfig, dtype: str)
     """
     tensors: list[TensorSpec] = []
     for group in groups:
-        of_group = [(tensor, shape, config.formats.of(tensor)) for tensor, shape in group]
-        specs = [
-            TensorSpec(tensor, shape, 0, dtype if blocks is None else "uint8", blocks)
-            for tensor, shape, blocks in of_group
-        ]
+        specs = []
+        for tensor, shape in group:
+            blocks = config.formats.of(tensor)
+            specs.append(TensorSpec(tensor, shape, 0, dtype if blocks is None else "uint8", blocks))
         scales = [_scales(spec, spec.blocks) for spec in specs if isinstance(spec.blocks, Planes)]
         for alike in (specs, scales):
             for i, spec in enumerate(alike):

@@ -58,14 +58,14 @@ def test_a_checkpoint_in_planes_is_what_it_stands_for(kind: str, tmp_path: Path)
     folder = write_tiny_quantized(kind, tmp_path)
     config = load_hf_config(folder)
     parts = stored(in_planes(config), open_weights(folder, in_planes(config), "auto"))
-    assert parts.keys() == config.formats.by_name.keys()
-    assert bool(parts) == (CHECKPOINTS[kind][2] is not None)
+    is_kept = CHECKPOINTS[kind][2] is not None and kind != "gptq 8 bits"  # which has groups of 32
+    assert parts.keys() == (config.formats.by_name.keys() if is_kept else set())
     if kind in ("compressed fp8", "fp8", "w8a8", "gptq of rows"):  # one scale for a row
         assert {part.scales.shape[1] for part in parts.values() if part.scales is not None} <= {1, 2}
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in Kind if kind.name in (*OF_GGML, "Q6_K", "F16")], ids=lambda k: k.name
+    "kind", [kind for kind in Kind if kind.name in (*OF_GGML, "Q5_K", "F16")], ids=lambda k: k.name
 )
 def test_a_gguf_file_in_planes_is_what_it_stands_for(kind: Kind, tmp_path: Path) -> None:
     file = read_gguf(write_tiny_gguf(tmp_path, kind, intermediate_size=512, hidden_size=256, head_dim=64))

@@ -20,9 +20,13 @@ from kunserve.sizes import ceil_div
 COLUMNS = 64  # rows of the matrix, of a program: columns of what comes out
 FEW_ROWS, MANY_ROWS = 16, 64  # of activations, of a program
 MAX_SHARED_ROWS = 128  # up to so many the matrix's columns are shared out
-INNER_BYTES, WIDE_INNER_BYTES = 32, 16  # of a row of codes, at a time; for float32, which takes twice the registers
+INNER_BYTES, WIDE_INNER_BYTES = (
+    {"A4": 32, "A8": 64, "F8": 64},
+    16,
+)  # of a row of codes, at a time; for float32, which takes twice the registers
 WANTED_PROGRAMS = 512  # that fill a GPU of 132 multiprocessors
 MIN_TURNS = 8  # of a program: fewer are not worth their sum
+NUM_STAGES = 3  # turns whose loads are under way
 SUMMED = 1024  # numbers of a program that sums
 QUANTIZED = 4096  # columns at a time
 
@@ -121,13 +125,10 @@ def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual:
     has_added = int(added is not None)
     is_wide = x.dtype is torch.float32
     half = planes.step // 2 if planes.kind == "A4" else planes.step
-    inner = min(half, WIDE_INNER_BYTES if is_wide else INNER_BYTES)
+    inner = WIDE_INNER_BYTES if is_wide else min(half, INNER_BYTES[planes.kind])
     rows = FEW_ROWS if is_wide or T <= FEW_ROWS else MANY_ROWS
-    grid, num_turns, is_shared = (
-        (ceil_div(N, COLUMNS), ceil_div(T, rows)),
-        row_bytes // inner,
-        T <= MAX_SHARED_ROWS,
-    )
+    grid, num_turns = (ceil_div(N, COLUMNS), ceil_div(T, rows)), row_bytes // inner
+    is_shared = T <= MAX_SHARED_ROWS
     span = _span(grid[0] * grid[1], num_turns) if is_shared else num_turns
     num_parts = ceil_div(num_turns, span)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
@@ -137,7 +138,7 @@ def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual:
         T, N, K, row_bytes, half, planes.group or K, scales.shape[1], span, num_turns,
         stride, 0 if is_shared else has_added,
         KIND=KINDS.index(planes.kind), PRECISION="ieee" if is_wide else "tf32",
-        ROWS=rows, COLUMNS=COLUMNS, INNER=inner, num_warps=4, num_stages=4,
+        ROWS=rows, COLUMNS=COLUMNS, INNER=inner, num_warps=4, num_stages=NUM_STAGES,
     )  # fmt: skip
     if is_shared:
         sum_parts[(ceil_div(T * N, SUMMED),)](

@@ -55,8 +55,8 @@ def _spread(numbers: Tensor, planes: Planes, num_columns: int) -> Tensor:
 def numbers_of(rows: Tensor, blocks: Blocks) -> Numbers:
     """Take rows of ggml's blocks apart: (N, bytes of a row) uint8 -> codes and their scales. See planes.OF_GGML."""
     of_row = rows.view(len(rows), -1, blocks.num_bytes)
-    if blocks.name in ("Q4_K", "Q5_K"):
-        return _of_super_blocks(of_row, blocks.name)
+    if blocks.name == "Q4_K":
+        return _of_super_blocks(of_row)
     num_scales = 2 if blocks.name.endswith("_1") else 1
     scales = of_row[..., : 2 * num_scales].contiguous().view(torch.float16).float()
     scale, rest = scales[..., 0], of_row[..., 2 * num_scales :]
@@ -71,15 +71,12 @@ def numbers_of(rows: Tensor, blocks: Blocks) -> Numbers:
     return codes.flatten(1), scale, scales[..., 1] if num_scales == 2 else -zero * scale
 
 
-def _of_super_blocks(of_row: Tensor, name: str) -> Numbers:
+def _of_super_blocks(of_row: Tensor) -> Numbers:
     """Of 256 values in eight groups: two scales of 16 bits, then those of the groups, of 6 bits each, in 12 bytes."""
     both = of_row[..., :4].contiguous().view(torch.float16).float()
-    a, b, c = of_row[..., 4:16].reshape(*of_row.shape[:-1], 3, 4).unbind(-2)
+    a, b, c = of_row[..., 4:8], of_row[..., 8:12], of_row[..., 12:16]
     scale = torch.cat([a & 63, (c & 15) | (a >> 6) << 4], dim=-1) * both[..., :1]
     offset = torch.cat([b & 63, c >> 4 | (b >> 6) << 4], dim=-1) * -both[..., 1:]
-    low = of_row[..., -128:].reshape(*of_row.shape[:-1], 4, 1, 32)
+    low = of_row[..., -128:].reshape(*of_row.shape[:2], 4, 1, 32)
     codes = torch.cat([low & 15, low >> 4], dim=-2).flatten(-3, -2)  # (N, blocks, 8, 32)
-    if name == "Q5_K":
-        high = of_row[..., 16:48].unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
-        codes = codes | high << 4
     return codes.flatten(1), scale.flatten(1), offset.flatten(1)

@@ -44,11 +44,12 @@ class Planes(Blocks):
         return num_rows, ceil_div(num_columns, self.group or num_columns) * self.numbers_per_group
 
 
+MIN_STEP_OF_BYTES = 64  # of codes of 8 bits whose scales have 32: with fewer columns at a time sm_100 needs a stack
 # Of ggml's formats those that lose nothing and save something. Codes of 5 bits take 8; Q6_K has a scale for every 16.
 OF_GGML = {
     **{name: Planes.of("A4", 32, 32, "float16") for name in ("Q4_0", "Q4_1")},
     **{name: Planes.of("A8", 32, 32, "float16") for name in ("Q5_0", "Q5_1", "Q8_0")},
-    **{name: Planes.of(kind, 32, 32) for name, kind in (("Q4_K", "A4"), ("Q5_K", "A8"))},
+    "Q4_K": Planes.of("A4", 32, 32),
 }
 
 
@@ -57,8 +58,9 @@ def every_planes() -> Iterator[Planes]:
     yield from dict.fromkeys(OF_GGML.values())
     for kind in KINDS:
         for size in GROUPS:
-            yield Planes.of(kind, size, size)
-            yield Planes.of(kind, size, None)
+            if _is_kept(kind, size):
+                yield Planes.of(kind, size, size)
+                yield Planes.of(kind, size, None)
 
 
 def planes_of(blocks: Blocks, group: int | None) -> Planes | None:
@@ -68,5 +70,9 @@ def planes_of(blocks: Blocks, group: int | None) -> Planes | None:
     """
     kind, _, size = blocks.name.partition("_")
     if kind in KINDS and size.isdigit() and int(size) in GROUPS:
-        return Planes.of(kind, int(size), group)
+        return Planes.of(kind, int(size), group) if _is_kept(kind, int(size)) else None
     return OF_GGML.get(blocks.name)
+
+
+def _is_kept(kind: str, size: int) -> bool:
+    return kind == "A4" or size >= MIN_STEP_OF_BYTES

@@ -63,7 +63,7 @@ def test_bias_and_residual_are_added(num_rows: int, has_bias: bool, has_residual
 
 def test_columns_are_shared_out_where_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     part, x, residual = (
-        random_part(FORMS["A8 of 32 by 32, float32"], 70, 640),
+        random_part(FORMS["A8 of 64 by 64, float32"], 70, 640),
         randn(2, 640, seed=6),
         randn(2, 70, seed=7),
     )
@@ -179,7 +179,7 @@ def test_a_matrix_of_several_parts(has_residual: bool) -> None:
     numbers = Part(randn(10, K, seed=13))
     parts = (
         random_part(FORMS["A4 of 32 by 32, float32"], 24, K),
-        random_part(FORMS["A8 of 32 by 32, float32"], 8, K),
+        random_part(FORMS["A8 of 64 by 64, float32"], 8, K),
         numbers,
     )
     weight, x, bias = Linear(parts), randn(3, K, seed=14), randn(42, seed=15)
