@@ -103,8 +103,6 @@ def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not served: KV has 16 or 32 bits"),
-        ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype fp8_e5m2 is not served"),
         ("--quantization bitsandbytes", "invalid choice: 'bitsandbytes' (choose from 'awq', 'gptq'"),
         ("-q int8", "invalid choice: 'int8'"),
         ("--quantization-config {}", "a checkpoint says itself how it is quantized"),
@@ -253,7 +251,7 @@ def test_a_list_at_the_end_of_a_config_file_leaves_the_model_alone(tmp_path: Pat
         ("port: [1, 2]", "unexpected value '2': a list, for a flag that takes one value"),
         ("prot: 1", "no such flag: --prot; did you mean --port?"),
         ("dtype: [a, b, c]", "unexpected argument: c"),
-        ("quantization: int8", "invalid choice: 'int8'"),
+        ("quantization: int8", "argument --quantization/-q: invalid choice: 'int8'"),
         ("port: many", "argument --port: invalid int value: 'many'"),
     ],
 )
@@ -272,6 +270,8 @@ def test_what_is_wrong_in_a_config_file_is_told_with_its_name(content: str, mess
         ("--restore-hold nan", "--restore-hold nan: must be a number of seconds"),
         ("--restore-hold inf", "--restore-hold inf: must be a number of seconds"),
         ("--dtype int4", "--dtype int4: must be one of auto, float32"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not served: KV has 16 or 32 bits; use one of auto, float16"),
+        ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype fp8_e5m2 is not served"),
         ("--config=", "cannot read the file of flags ''"),
     ],
 )
