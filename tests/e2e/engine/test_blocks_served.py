@@ -83,7 +83,7 @@ async def test_answers_are_those_of_the_dequantized_weights(name: str, tmp_path:
             assert checked.num_outcomes("drop", "done") > 0 and checked.num_outcomes("restore", "done") > 0
 
 
-MOE = {"moe_intermediate_size": 128}
+MOE: dict[str, Any] = {"moe_intermediate_size": 128}
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     **{kind: partial(write_tiny_quantized, kind) for kind in ("awq", "gptq act-order", "w8a8", "fp8 of blocks")},
     "fp8 with experts": partial(write_tiny_quantized, "fp8 of blocks", family="qwen3-moe", **MOE),
@@ -113,7 +113,8 @@ async def test_a_quantized_checkpoint_answers_as_its_dequantized_weights(kind: s
 async def test_fp8_made_while_loading_answers_as_what_it_stands_for(family: str, tmp_path: Path) -> None:
     """It is made anew at each restore: the same bytes."""
     folder = make_tiny_model(family, tmp_path / "plain", dtype=torch.bfloat16, moe_intermediate_size=32)
-    config, tensors = quantized_as(load_hf_config(folder), "fp8"), {}
+    config = quantized_as(load_hf_config(folder), "fp8")
+    tensors: dict[str, torch.Tensor] = {}
     source = open_weights(folder, config, "auto")
     for tensor, shape in expected_shapes(config).items():
         source.copy_into(tensor, tensors.setdefault(tensor, torch.empty(shape)))

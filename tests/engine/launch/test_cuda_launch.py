@@ -239,7 +239,8 @@ async def test_what_is_quantized_is_served_as_what_it_stands_for(
         case _:
             folder, settings = make_tiny_model("llama", tmp_path / "plain"), {"quantization": "fp8"}
             config = quantized_as(load_hf_config(folder), "fp8")
-            source, tensors = open_weights(folder, config, "auto"), {}
+            source = open_weights(folder, config, "auto")
+            tensors: dict[str, torch.Tensor] = {}
             for name, shape in expected_shapes(config).items():
                 source.copy_into(name, tensors.setdefault(name, torch.empty(shape)))
             save_file(tensors, make_tiny_model("llama", tmp_path / "dequantized") / "model.safetensors")
