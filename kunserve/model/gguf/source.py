@@ -63,9 +63,9 @@ class GgufSource:
         rows, planes = self._moved(matrix, self._rows(tensor)), self._config.formats.of(matrix)
         if name != matrix or (isinstance(planes, Planes) and out.dtype is torch.uint8):
             assert isinstance(planes, Planes) and tensor.blocks is not None
-            codes, *numbers = numbers_of(rows, tensor.blocks)
+            codes, scale, offset = numbers_of(rows, tensor.blocks)
             try:
-                found = codes_plane(codes, planes) if name == matrix else scales_plane(*numbers, planes)
+                found = codes_plane(codes, planes) if name == matrix else scales_plane(scale, offset, planes)
             except ConfigError as error:
                 raise ConfigError(f"{matrix} in {tensor.path} {error.message}") from None
             check_shape(name, tuple(found.shape), tuple(out.shape), str(tensor.path))
