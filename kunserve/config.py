@@ -11,6 +11,7 @@ from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")  # each kind of devices serves some of them
+KV_DTYPES = ("auto", "float16", "bfloat16")  # auto: that of the weights
 MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
 
 
@@ -45,6 +46,8 @@ class EngineConfig:
     block_size: int = 16
     chunk_bytes: int = 2 << 20  # of physical memory on CPU devices; smaller only in tests
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"  # of KV_DTYPES
+    quantization: str | None = None  # fp8 is made of a checkpoint of numbers; others name what a checkpoint is
     load_format: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
@@ -106,6 +109,11 @@ class EngineConfig:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_DTYPES:
+            raise ConfigError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} is not served: KV has 16 or 32 bits; use one of "
+                f"{', '.join(KV_DTYPES)}"
+            )
         budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
         if sum(budget is not None for budget in budgets) > 1:
             raise ConfigError(

@@ -25,7 +25,7 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
     _open_standard_files()
     try:
         config = parse_args(arguments, prog)
-        check_model(config.engine.model, config.engine.load_format)
+        check_model(config.engine.model, config.engine.load_format, quantization=config.engine.quantization)
         set_up_logging(config.log_level, config.log_json)
         for flag, why in config.http.ignored.items():
             log.warning("flag without effect", flag=flag, because=why)

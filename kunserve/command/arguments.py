@@ -31,11 +31,13 @@ from kunserve.errors import ConfigError
 from kunserve.faults import Fault, parse_faults
 from kunserve.model.card import list_cards
 from kunserve.model.host_copy import HostCopy
+from kunserve.model.quant.scheme import METHODS, SAME_METHODS
 from kunserve.policies import OverloadPolicy
 from kunserve.sizes import parse_size
 from kunserve.version import add_version_flag
 
 DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
+QUANTIZATIONS = (*METHODS, *SAME_METHODS, "gguf")
 DEFAULTS = EngineConfig(model="")
 
 Group = argparse._ArgumentGroup  # argparse has no public name for what `add_argument_group` returns
@@ -115,6 +117,8 @@ def _engine_config(model: str, args: argparse.Namespace) -> EngineConfig:
         kv_bytes=None if args.kv_cache_memory_bytes is None else parse_size(args.kv_cache_memory_bytes),
         block_size=args.block_size,
         dtype=DTYPES.get(args.dtype, args.dtype),
+        kv_cache_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
         load_format="auto" if args.load_format == "safetensors" else args.load_format,
         seed=args.seed,
         max_model_len=args.max_model_len,
@@ -180,7 +184,22 @@ def _add_model_flags(group: Group) -> None:
     add(
         "--dtype",
         default=DEFAULTS.dtype,
-        help="dtype of weights and KV: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
+        help="dtype of weights and of what is computed: auto, float32, float64 (CPU), bfloat16, float16 (CUDA)",
+    )
+    add(
+        "--kv-cache-dtype",
+        default=DEFAULTS.kv_cache_dtype,
+        metavar="DTYPE",
+        help="dtype of KV: auto: that of the weights; float16, bfloat16: half as many bytes on CPU devices",
+    )
+    add(
+        "--quantization",
+        "-q",
+        choices=QUANTIZATIONS,
+        metavar="METHOD",
+        help="fp8: make 8-bit matrices of a checkpoint in 16 or 32 bits while it loads (e4m3, a scale for each output; "
+        "embeddings, head, routers, gates, norms and biases stay as they are). A quantized checkpoint says itself how; "
+        f"its own name may be given, too: {', '.join(QUANTIZATIONS)}",
     )
     add(
         "--load-format",

@@ -67,7 +67,6 @@ _SHORT = {
 }
 # Values that change nothing; others would, so they are refused.
 SAME = {
-    "--kv-cache-dtype": ("auto",),
     "--revision": ("main",),
     "--runner": ("auto", "generate"),
     "--task": ("auto", "generate"),
@@ -84,7 +83,7 @@ SAME = {
 }
 # Why -> flags that nobody should believe to be in force.
 REFUSED = {
-    "weights are served as they are, in 16 or 32 bits": ("--quantization", "-q", "--quantization-config"),
+    "a checkpoint says itself how it is quantized": ("--quantization-config",),
     "there is no speculative decoding": (
         *("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
     ),

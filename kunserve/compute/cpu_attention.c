@@ -2,10 +2,13 @@
 
 /* ---- the KV blocks ------------------------------------------------------------------------------------------- */
 
-/* `kv` of one layer, (num_blocks, 2, num_kv_heads, block_size, head_dim), and the width of the block tables. */
+/* `kv` of one layer, (num_blocks, 2, num_kv_heads, block_size, head_dim) numbers of a kind, and the width of the block
+ * tables. Numbers of 16 bits are rounded where they are appended; read, they are floats. */
 typedef struct {
-  int64_t num_blocks, num_kv_heads, block_size, head_dim, W;
+  int64_t num_blocks, num_kv_heads, block_size, head_dim, W, kind;
 } Blocks;
+
+INLINE int64_t bytes_of(int64_t kind) { return kind == NUMBERS_32 ? 4 : 2; } /* of a number */
 
 /* What becomes of scores: `window` tokens are seen, the query's own among them; a softcap of 0 is none. */
 typedef struct {
@@ -25,12 +28,12 @@ INLINE void rotate(const float *x, const float *rope, float *y, int64_t half, in
 
 /* Norm (if given) and rotate q in place; norm, rotate and append k; append v. -> 0, or 1 + the first bad token.
  * rope (max_positions, rotary_dim). is_whole: the norms are over all heads of q, and of k, together. */
-EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const float *q_norm, const float *k_norm,
+EXPORT int64_t rotate_and_append(float *qkv, const float *rope, uint8_t *kv, const float *q_norm, const float *k_norm,
                                  const int32_t *positions, const int32_t *cu_seqlens_q, const int32_t *block_tables,
                                  int64_t B, int64_t W, int64_t num_blocks, int64_t num_kv_heads, int64_t block_size,
-                                 int64_t head_dim, int64_t num_heads, int64_t max_positions, int64_t rotary_dim,
-                                 int64_t is_whole, float eps, float offset) {
-  const int64_t D = head_dim, KH = num_kv_heads, H = num_heads, head = block_size * D;
+                                 int64_t head_dim, int64_t kind, int64_t num_heads, int64_t max_positions,
+                                 int64_t rotary_dim, int64_t is_whole, float eps, float offset) {
+  const int64_t D = head_dim, KH = num_kv_heads, H = num_heads, number = bytes_of(kind), head = block_size * D * number;
   float t[DMAX];
   for (int64_t b = 0; b < B; b++) {
     for (int64_t i = cu_seqlens_q[b]; i < cu_seqlens_q[b + 1]; i++) {
@@ -39,16 +42,16 @@ EXPORT int64_t rotate_and_append(float *qkv, const float *rope, float *kv, const
       const int64_t id = block_tables[b * W + block];
       if (id < 0 || id >= num_blocks) return i + 1;
       float *x = qkv + i * (H + 2 * KH) * D;
-      float *keys = kv + id * 2 * KH * head + position % block_size * D;
+      uint8_t *keys = kv + id * 2 * KH * head + position % block_size * D * number;
       if (is_whole && q_norm) norm_row(x, q_norm, x, H * D, eps, offset);
       if (is_whole && k_norm) norm_row(x + H * D, k_norm, x + H * D, KH * D, eps, offset);
       for (int64_t h = 0; h < H + KH; h++) {
         const float *norm = is_whole ? 0 : h < H ? q_norm : k_norm;
         if (norm) norm_row(x + h * D, norm, t, D, eps, offset);
         else memcpy(t, x + h * D, 4 * D);
-        rotate(t, rope + position * rotary_dim, h < H ? x + h * D : keys + (h - H) * head, rotary_dim / 2, D);
+        rotate(t, rope + position * rotary_dim, x + h * D, rotary_dim / 2, D);
       }
-      for (int64_t h = 0; h < KH; h++) memcpy(keys + (KH + h) * head, x + (H + KH + h) * D, 4 * D);
+      for (int64_t h = 0; h < 2 * KH; h++) put(kind, x + (H + h) * D, keys + h * head, D);
     }
   }
   return 0;
@@ -63,7 +66,7 @@ typedef struct {
   float q[RR * DMAX], out[RR * DMAX]; /* scaled queries; weighted sums of values */
   float p[RR][TT];                    /* scores, then weights, of the tile at hand */
   float keys[DMAX][TT];               /* the tile's keys, transposed */
-  float values[TT * DMAX];            /* the tile's values, only if head_dim is no multiple of VL */
+  float values[TT * DMAX];            /* the tile's values, if they are of 16 bits or head_dim is no multiple of VL */
   float sum[RR][VL];                  /* lane sums of the weights */
   float max[RR + VL], scale[RR + VL]; /* largest score so far; what this tile multiplies out and sum with */
 } Rows;
@@ -73,14 +76,25 @@ INLINE int64_t start_of(int64_t position, Scores how) {
   return position < how.window ? 0 : position - how.window + 1;
 }
 
-INLINE void transpose4(const float *const *row, int64_t d, float (*out)[TT], int64_t t) {
-  v4 a = load4(row[t] + d), b = load4(row[t + 1] + d), c = load4(row[t + 2] + d), e = load4(row[t + 3] + d);
+INLINE void transpose4(const int kind, const uint8_t *const *row, int64_t d, float (*out)[TT], int64_t t) {
+  const int64_t at = d * bytes_of(kind);
+  v4 a = wide4(kind, row[t] + at), b = wide4(kind, row[t + 1] + at);
+  v4 c = wide4(kind, row[t + 2] + at), e = wide4(kind, row[t + 3] + at);
   v4 ab = SHUFFLE4(a, b, 0, 4, 1, 5), ce = SHUFFLE4(c, e, 0, 4, 1, 5);
   v4 ab2 = SHUFFLE4(a, b, 2, 6, 3, 7), ce2 = SHUFFLE4(c, e, 2, 6, 3, 7);
   store4(&out[d][t], SHUFFLE4(ab, ce, 0, 1, 4, 5));
   store4(&out[d + 1][t], SHUFFLE4(ab, ce, 2, 3, 6, 7));
   store4(&out[d + 2][t], SHUFFLE4(ab2, ce2, 0, 1, 4, 5));
   store4(&out[d + 3][t], SHUFFLE4(ab2, ce2, 2, 3, 6, 7));
+}
+
+/* The keys of a tile, transposed; those to be read next are fetched. */
+INLINE void turn_keys(const int kind, Rows *s, const uint8_t *const *row, const uint8_t *const *ahead, int64_t D) {
+  for (int64_t t = 0; t < TT; t += 4)
+    for (int64_t d = 0; d < D; d += 4) {
+      __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15) * bytes_of(kind), 0, L2);
+      transpose4(kind, row, d, s->keys, t);
+    }
 }
 
 INLINE void score_tile(const int mr, Rows *s, int64_t r, int64_t t, int64_t D) {
@@ -145,15 +159,16 @@ static void softmax(Rows *s, int64_t r, int64_t end, int64_t first, Scores how) 
   }
 }
 
-INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d, const float *const *row,
-                       const float *const *ahead, int64_t ahead_at, int64_t n) {
+/* `number`: the bytes of one that is fetched. */
+INLINE void value_tile(const int mr, const int nv, const int number, Rows *s, int64_t r, int64_t d,
+                       const float *const *row, const uint8_t *const *ahead, int64_t n) {
   vf acc[PR][4];
   UNROLL for (int i = 0; i < mr; i++)
     UNROLL for (int j = 0; j < nv; j++) acc[i][j] = load(&s->out[(r + i) * s->stride + d + j * VL]) * s->scale[r + i];
   for (int64_t t = 0; t < n; t++) {
     vf v[4];
     UNROLL for (int j = 0; j < nv; j++) {
-      if (j * VL % 16 == 0) __builtin_prefetch(ahead[t] + ahead_at + d + j * VL, 0, L2);
+      if (j * VL % 16 == 0) __builtin_prefetch(ahead[t] + (d + j * VL) * number, 0, L2);
       v[j] = load(row[t] + d + j * VL);
     }
     UNROLL for (int i = 0; i < mr; i++) {
@@ -165,32 +180,64 @@ INLINE void value_tile(const int mr, const int nv, Rows *s, int64_t r, int64_t d
     UNROLL for (int j = 0; j < nv; j++) store(&s->out[(r + i) * s->stride + d + j * VL], acc[i][j]);
 }
 
-INLINE void value_rows(const int mr, Rows *s, int64_t r, int64_t D, const float *const *row,
-                       const float *const *ahead, int64_t ahead_at, int64_t n) {
+INLINE void value_rows(const int mr, const int number, Rows *s, int64_t r, int64_t D, const float *const *row,
+                       const uint8_t *const *ahead, int64_t n) {
   int64_t d = 0;
-  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, s, r, d, row, ahead, ahead_at, n);
-  for (; d < D; d += VL) value_tile(mr, 1, s, r, d, row, ahead, ahead_at, n);
+  for (; d + 4 * VL <= D; d += 4 * VL) value_tile(mr, 4, number, s, r, d, row, ahead, n);
+  for (; d < D; d += VL) value_tile(mr, 1, number, s, r, d, row, ahead, n);
 }
 
-static void values(Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row, const float *const *ahead,
-                   int64_t ahead_at, int64_t n) {
-  for (; r + PR <= end; r += PR) value_rows(PR, s, r, D, row, ahead, ahead_at, n);
+INLINE void values(const int number, Rows *s, int64_t r, int64_t end, int64_t D, const float *const *row,
+                   const uint8_t *const *ahead, int64_t n) {
+  for (; r + PR <= end; r += PR) value_rows(PR, number, s, r, D, row, ahead, n);
 #if PR > 3
-  for (; r + 3 <= end; r += 3) value_rows(3, s, r, D, row, ahead, ahead_at, n);
+  for (; r + 3 <= end; r += 3) value_rows(3, number, s, r, D, row, ahead, n);
 #endif
-  for (; r < end; r++) value_rows(1, s, r, D, row, ahead, ahead_at, n);
+  for (; r < end; r++) value_rows(1, number, s, r, D, row, ahead, n);
 }
+
+/* Of a tile, whose keys have become weights: what rows [r, end) get from its n values. Where these are no floats, or D is
+ * no multiple of VL, they are put into s->values first. */
+INLINE void add_values(const int kind, Rows *s, int64_t r, int64_t end, int64_t D, const uint8_t *const *row,
+                       const uint8_t *const *ahead, int64_t n) {
+  const float *wide_row[TT];
+  for (int64_t t = 0; t < n; t++) {
+    wide_row[t] = (const float *)row[t];
+    if (kind == NUMBERS_32 && D % VL == 0) continue;
+    widen(kind, row[t], s->values + t * s->stride, D);
+    wide_row[t] = s->values + t * s->stride;
+  }
+  values((int)bytes_of(kind), s, r, end, D, wide_row, ahead, n);
+}
+
+/* The two steps of a tile that read it, each by itself for a kind of numbers. */
+#define READERS(kind) \
+  static void turn_keys_##kind(Rows *s, const uint8_t *const *row, const uint8_t *const *ahead, int64_t D) { \
+    turn_keys(kind, s, row, ahead, D); \
+  } \
+  static void add_values_##kind(Rows *s, int64_t r, int64_t end, int64_t D, const uint8_t *const *row, \
+                                const uint8_t *const *ahead, int64_t n) { \
+    add_values(kind, s, r, end, D, row, ahead, n); \
+  }
+READERS(NUMBERS_32) READERS(NUMBERS_16) READERS(NUMBERS_B16)
+static const struct {
+  void (*turn_keys)(Rows *, const uint8_t *const *, const uint8_t *const *, int64_t);
+  void (*add_values)(Rows *, int64_t, int64_t, int64_t, const uint8_t *const *, const uint8_t *const *, int64_t);
+} KINDS[] = {
+  {turn_keys_NUMBERS_32, add_values_NUMBERS_32},
+  {turn_keys_NUMBERS_16, add_values_NUMBERS_16},
+  {turn_keys_NUMBERS_B16, add_values_NUMBERS_B16}};
 
 /* Keys of KV head h at positions [first, first + TT), those from `end` on repeating the last. -> 0, or 1 if unnamed. */
-INLINE int locate(const Blocks *c, const int32_t *table, const float *kv, int64_t h, int64_t first, int64_t end,
-                  const float **row) {
-  const int64_t head = c->block_size * c->head_dim, n = min_(TT, end - first);
+INLINE int locate(const Blocks *c, const int32_t *table, const uint8_t *kv, int64_t h, int64_t first, int64_t end,
+                  const uint8_t **row) {
+  const int64_t key = c->head_dim * bytes_of(c->kind), head = c->block_size * key, n = min_(TT, end - first);
   if (n <= 0) return 1;
   int64_t i = first / c->block_size, o = first % c->block_size;
   for (int64_t t = 0; t < n; i++, o = 0) {
     if (i >= c->W || table[i] < 0 || table[i] >= c->num_blocks) return 1;
-    const float *keys = kv + (table[i] * 2 * c->num_kv_heads + h) * head;
-    for (; t < n && o < c->block_size; t++, o++) row[t] = keys + o * c->head_dim;
+    const uint8_t *keys = kv + (table[i] * 2 * c->num_kv_heads + h) * head;
+    for (; t < n && o < c->block_size; t++, o++) row[t] = keys + o * key;
   }
   for (int64_t t = n; t < TT; t++) row[t] = row[n - 1];
   return 0;
@@ -204,9 +251,9 @@ typedef struct {
 } Span;
 
 /* `num` rows over their span; of `next`, the first tile is fetched at the end. -> 0, or 1 if a block is not named. */
-static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span span, Span next, Scores how) {
-  const int64_t D = c->head_dim, values_at = c->num_kv_heads * c->block_size * D; /* from a key to its value */
-  const float *tiles[2][TT]; /* the tile at hand and the one to fetch meanwhile, by turns */
+static int attend(Rows *s, int64_t num, const Blocks *c, const uint8_t *kv, Span span, Span next, Scores how) {
+  const int64_t D = c->head_dim, values_at = c->num_kv_heads * c->block_size * D * bytes_of(c->kind); /* from its key */
+  const uint8_t *tiles[2][TT]; /* the tile at hand and the one to fetch meanwhile, by turns */
   for (int64_t i = 0; i < num; i++) {
     memset(s->out + i * s->stride, 0, 4 * s->stride);
     memset(s->sum[i], 0, sizeof s->sum[i]);
@@ -215,7 +262,7 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
   if (locate(c, span.table, kv, span.h, span.start, span.end, tiles[span.start / TT % 2])) return 1;
   for (int64_t first = span.start, r = 0, last = 0; first < span.end; first += TT) {
     const int64_t n = min_(TT, span.end - first);
-    const float **row = tiles[first / TT % 2], **ahead = tiles[1 - first / TT % 2];
+    const uint8_t **row = tiles[first / TT % 2], **ahead = tiles[1 - first / TT % 2];
     if (first + TT < span.end) {
       if (locate(c, span.table, kv, span.h, first + TT, span.end, ahead)) return 1;
     } else if (next.end <= 0 || locate(c, next.table, kv, next.h, next.start, next.end, ahead)) {
@@ -224,17 +271,15 @@ static int attend(Rows *s, int64_t num, const Blocks *c, const float *kv, Span s
     /* Rows [r, last) see something of this tile: those before it end earlier, those behind it begin later. */
     while (r < num && s->position[r] < first) r++;
     while (last < num && start_of(s->position[last], how) < first + TT) last++;
-    for (int64_t t = 0; t < TT; t += 4)
-      for (int64_t d = 0; d < D; d += 4) {
-        __builtin_prefetch(ahead[t + (d >> 2 & 3)] + (d & ~15), 0, L2);
-        transpose4(row, d, s->keys, t);
-      }
+    KINDS[c->kind].turn_keys(s, row, ahead, D);
     scores(s, r, last, D);
     softmax(s, r, last, first, how);
-    for (int64_t t = 0; t < n; t++) row[t] += values_at;
-    if (D % VL)
-      for (int64_t t = 0; t < n; t++) row[t] = memcpy(s->values + t * s->stride, row[t], 4 * D);
-    values(s, r, last, D, row, ahead, ahead == row ? 0 : values_at, n);
+    const uint8_t *value[TT], *value_ahead[TT];
+    for (int64_t t = 0; t < n; t++) {
+      value[t] = row[t] + values_at;
+      value_ahead[t] = ahead[t] + values_at;
+    }
+    KINDS[c->kind].add_values(s, r, last, D, value, value_ahead, n);
   }
   return 0;
 }
@@ -252,12 +297,12 @@ INLINE void divide(const Rows *s, int64_t r, const float *sink, float *y, int64_
 
 /* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence.
  * sinks (H,) or null; window and softcap: see Scores. */
-EXPORT int64_t attention(const float *qkv, const float *kv, float *out, const int32_t *positions,
+EXPORT int64_t attention(const float *qkv, const uint8_t *kv, float *out, const int32_t *positions,
                          const int32_t *cu_seqlens_q, const int32_t *block_tables, int64_t B, int64_t W,
-                         int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim,
+                         int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim, int64_t kind,
                          int64_t num_heads, int64_t window, const float *sinks, float scale, float softcap) {
   const Scores how = {window, softcap};
-  const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W};
+  const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W, kind};
   const int64_t D = head_dim, stride = (num_heads + 2 * num_kv_heads) * D;
   const int64_t group = num_heads / num_kv_heads, heads = min_(group, RR), tokens = RR / heads;
   Rows s;

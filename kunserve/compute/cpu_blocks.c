@@ -1,8 +1,8 @@
 /* Matrices in blocks of codes: how 32 weights of a row are decoded, and the products with such a matrix. Included by
  * cpu_kernels.c.
  *
- * A weight is fma(code, scale, offset): the same float that whoever dequantizes the file would store, because a code
- * times its scale is exact in float32. It is added as `linear` adds, in the same order, so that a product with blocks is
+ * A weight is fma(code, scale, offset), or a small float times its scale: the same float that whoever dequantizes the file
+ * would store, because a code times its scale is exact in float32. It is added as `linear` adds, in the same order, so that a product with blocks is
  * bitwise the product with the dequantized matrix, whatever else is in the batch. Layouts are ggml's (ggml-common.h).
  */
 #define GROUP 32          /* weights that are decoded at once */
@@ -20,45 +20,12 @@ typedef struct { vf w[GV]; } Group; /* 32 weights, in the order of their columns
 #endif
 
 enum {
-  F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
+  F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, MXFP4,
   A4_128, A4_64, A4_32, A8_128, A8_64, A8_32, F8_128, F8_64, F8_32, /* ours: kunserve/model/quant/blocks.py */
   NUM_FORMATS
 }; /* the order of BLOCKS there */
 
-/* VL integers or halves at p, widened. Written out: gcc 12 takes vectors of bytes apart, byte by byte. */
-#if VL == 16
-INLINE vi bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vi pairs(const uint8_t *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE vf halves(const uint8_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-#elif defined(__AVX2__) && defined(__F16C__)
-INLINE vi bytes(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-INLINE vi signed_bytes(const uint8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
-INLINE vi pairs(const uint8_t *p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vf halves(const uint8_t *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-#else
-typedef uint8_t u8s __attribute__((vector_size(VL), aligned(1), may_alias));
-typedef int8_t s8s __attribute__((vector_size(VL), aligned(1), may_alias));
-typedef uint16_t u16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
-typedef _Float16 f16s __attribute__((vector_size(2 * VL), aligned(1), may_alias));
-INLINE vi bytes(const uint8_t *p) { return __builtin_convertvector(*(const u8s *)p, vi); }
-INLINE vi signed_bytes(const uint8_t *p) { return __builtin_convertvector(*(const s8s *)p, vi); }
-INLINE vi pairs(const uint8_t *p) { return __builtin_convertvector(*(const u16s *)p, vi); }
-INLINE vf halves(const uint8_t *p) { return __builtin_convertvector(*(const f16s *)p, vf); }
-#endif
 INLINE vi splat_int(int32_t a) { return a - (vi){0}; }
-/* Not by a cast where AVX512-FP16 has one: that instruction waits for what was in its register before. */
-INLINE float half(const uint8_t *p) {
-#if defined(__F16C__)
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return _cvtsh_ss(h);
-#else
-  _Float16 h;
-  memcpy(&h, p, 2);
-  return (float)h;
-#endif
-}
 /* The four halves at p, by way of memory: from there they are spread over a vector by the load alone, while the one port
  * that spreads registers is what decoding waits for. */
 typedef struct { float f[4]; } Halves;
@@ -231,6 +198,29 @@ INLINE Group group_of_f8(const uint8_t *row, int64_t g, const int per) {
   return r;
 }
 
+/* A block of MXFP4: a power of two in 8 bits (e8m0), then floats of 4 bits (e2m1). Doubled, these are whole numbers. */
+INLINE Group group_of_mxfp4(const uint8_t *b) {
+  static const int8_t doubled[] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  const uint32_t half_scale = b[0] < 2 ? 0x00200000u << b[0] : (b[0] - 1u) << 23; /* the two least are subnormal */
+  float scale;
+  memcpy(&scale, &half_scale, 4);
+  uint8_t values[GROUP];
+#if defined(__SSSE3__)
+  const __m128i q = _mm_loadu_si128((const __m128i *)(b + 1)), four = _mm_set1_epi8(15);
+  const __m128i table = _mm_loadu_si128((const __m128i *)doubled);
+  _mm_storeu_si128((__m128i *)values, _mm_shuffle_epi8(table, _mm_and_si128(q, four)));
+  _mm_storeu_si128((__m128i *)values + 1, _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(q, 4), four)));
+#else
+  for (int i = 0; i < GROUP / 2; i++) {
+    values[i] = (uint8_t)doubled[b[1 + i] & 15];
+    values[GROUP / 2 + i] = (uint8_t)doubled[b[1 + i] >> 4];
+  }
+#endif
+  Group g;
+  UNROLL for (int v = 0; v < GV; v++) g.w[v] = __builtin_convertvector(signed_bytes(values + v * VL), vf) * scale;
+  return g;
+}
+
 /* Formats with blocks of 256 have scales in codes: they are decoded where a block begins, or the run of groups does. */
 INLINE void decode_scales(const int format, const uint8_t *row, int64_t g, int is_first, float *scales) {
   if (g & 7 && !is_first) return;
@@ -264,6 +254,7 @@ INLINE Group decode(const int format, const uint8_t *row, int64_t g, const float
       const Halves h = read_halves(b);
       return halves5(b + 8, b + 4, splat(h.f[0]), splat(h.f[1]));
     }
+    case MXFP4: return group_of_mxfp4(row + 17 * g);
     case A4_128: return group_of_a4(row, g, 4);
     case A4_64: return group_of_a4(row, g, 2);
     case A4_32: return group_of_a4(row, g, 1);
@@ -333,12 +324,13 @@ typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, cons
     else mr == 1 ? block_tile(f, 1, 1, codes, row_bytes, k, t) : block_tile(f, 2, 1, codes, row_bytes, k, t); \
   }
 FORMAT(F16) FORMAT(BF16) FORMAT(Q8_0) FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1)
-FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K)
+FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(MXFP4)
 FORMAT(A4_128) FORMAT(A4_64) FORMAT(A4_32) FORMAT(A8_128) FORMAT(A8_64) FORMAT(A8_32)
 FORMAT(F8_128) FORMAT(F8_64) FORMAT(F8_32)
 #define BOTH(f) [f] = {rows_##f, tile_##f}
 static const struct { RowDecoder *rows; BlockTile *tile; } FORMATS[NUM_FORMATS] = {
   BOTH(F16), BOTH(BF16), BOTH(Q8_0), BOTH(Q4_0), BOTH(Q4_1), BOTH(Q5_0), BOTH(Q5_1), BOTH(Q4_K), BOTH(Q5_K), BOTH(Q6_K),
+  BOTH(MXFP4),
   BOTH(A4_128), BOTH(A4_64), BOTH(A4_32), BOTH(A8_128), BOTH(A8_64), BOTH(A8_32),
   BOTH(F8_128), BOTH(F8_64), BOTH(F8_32)};
 
@@ -378,7 +370,7 @@ static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile
   }
 }
 
-/* As `linear_blocks` (cpu_team.c), by this thread. */
+/* As `linear` (cpu_team.c) of a matrix in blocks, by this thread. */
 static void multiply_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
                             float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
   const int64_t num_k = run_along(K), rows = rows_in_l2(K);

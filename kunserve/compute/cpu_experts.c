@@ -33,12 +33,28 @@ EXPORT void gate_rows(const float *x, const float *gate, float *y, int64_t T, in
   }
 }
 
+/* The matrices (E, N, K) of all experts, their biases (E, N) or null; format and row_bytes as in Product. */
+typedef struct {
+  const uint8_t *w;
+  const float *bias;
+  int64_t format, row_bytes;
+} Experts;
+
+/* y (n, N) = x (n, K) @ the matrix of expert e, transposed, + its bias. */
+static void expert_linear(const Experts *m, int64_t e, const float *x, float *y, int64_t n, int64_t N, int64_t K) {
+  const float *bias = m->bias ? m->bias + e * N : 0;
+  multiply_together(&(Product){m->format, x, bias, 0, m->w + e * N * m->row_bytes, y, n, N, K, N, m->row_bytes});
+}
+
 /* x (T, H), weights (T, E) -> y (T, H): the sum over the experts with a weight of weight * down(act(gate_up(x))).
  * gate_up (E, 2 * I, H) and down (E, H, I), their biases (E, 2 * I) and (E, H) or null. rows (T,), in (T, H),
  * inner (T, 3 * I) and out (T, H) are for its own use. */
-EXPORT void experts(const float *x, const float *weights, const float *gate_up, const float *gate_up_bias,
-                    const float *down, const float *down_bias, float *y, int64_t *rows, float *in, float *inner,
-                    float *out, int64_t T, int64_t E, int64_t H, int64_t I, int64_t kind, float limit, float alpha) {
+EXPORT void experts(const float *x, const float *weights, const uint8_t *gate_up, const float *gate_up_bias,
+                    int64_t gate_up_format, int64_t gate_up_bytes, const uint8_t *down, const float *down_bias,
+                    int64_t down_format, int64_t down_bytes, float *y, int64_t *rows, float *in, float *inner, float *out,
+                    int64_t T, int64_t E, int64_t H, int64_t I, int64_t kind, float limit, float alpha) {
+  const Experts first = {gate_up, gate_up_bias, gate_up_format, gate_up_bytes};
+  const Experts last = {down, down_bias, down_format, down_bytes};
   memset(y, 0, 4 * T * H);
   for (int64_t e = 0; e < E; e++) {
     int64_t n = 0;
@@ -47,9 +63,9 @@ EXPORT void experts(const float *x, const float *weights, const float *gate_up, 
     if (!n) continue;
     for (int64_t i = 0; i < n; i++) memcpy(in + i * H, x + rows[i] * H, 4 * H);
     float *activated = inner + 2 * I * T;
-    linear(in, gate_up + e * 2 * I * H, gate_up_bias ? gate_up_bias + e * 2 * I : 0, 0, inner, n, 2 * I, H, 2 * I);
+    expert_linear(&first, e, in, inner, n, 2 * I, H);
     act_and_mul(inner, activated, n, I, kind, limit, alpha);
-    linear(activated, down + e * H * I, down_bias ? down_bias + e * H : 0, 0, out, n, H, I, H);
+    expert_linear(&last, e, activated, out, n, H, I);
     for (int64_t i = 0; i < n; i++) {
       const float w = weights[rows[i] * E + e];
       float *sum = y + rows[i] * H;

@@ -304,7 +304,7 @@ INLINE int64_t rows_in_l2(int64_t K) {
   return rows < 2 * MR ? 2 * MR : rows;
 }
 
-/* As `linear` (cpu_team.c), by this thread. */
+/* As `linear` (cpu_team.c) of a matrix of floats, by this thread. */
 static void multiply_floats(const float *x, const float *w, const float *bias, const float *residual, float *y,
                             int64_t M, int64_t N, int64_t K, int64_t Y) {
   const int64_t num_k = run_along(K), rows = rows_in_l2(K);
@@ -377,8 +377,9 @@ EXPORT void softcap(float *x, int64_t n, float cap) {
   }
 }
 
-/* Rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts: in this unit, because
- * they share what is above. */
+/* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts: in
+ * this unit, because they share what is above. */
+#include "cpu_halves.c"
 #include "cpu_attention.c"
 #include "cpu_blocks.c"
 #include "cpu_team.c"

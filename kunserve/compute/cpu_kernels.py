@@ -20,28 +20,30 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-INCLUDED = ("cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c")
+INCLUDED = ("cpu_halves.c", "cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c")
 SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in INCLUDED))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "linear": (None, [_POINTER] * 5 + [_INT] * 4),
-    "linear_blocks": (None, [_INT, *[_POINTER] * 5, *[_INT] * 5]),
+    "linear": (None, [_POINTER] * 5 + [_INT] * 6),
     "take_rows": (None, [_INT, *[_POINTER] * 3, *[_INT] * 3]),
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float] * 2),
     "act_and_mul": (None, [_POINTER] * 2 + [_INT] * 3 + [c_float] * 2),
     "softcap": (None, [_POINTER, _INT, c_float]),
-    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 10 + [c_float] * 2),
-    "attention": (_INT, [_POINTER] * 6 + [_INT] * 8 + [_POINTER] + [c_float] * 2),
+    "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 11 + [c_float] * 2),
+    "attention": (_INT, [_POINTER] * 6 + [_INT] * 9 + [_POINTER] + [c_float] * 2),
     "gate_rows": (None, [_POINTER] * 3 + [_INT] * 2),
     "route": (None, [_POINTER] * 2 + [_INT] * 4),
     "team_bytes": (_INT, []),
     "pieces_helped": (_INT, [_POINTER]),
     "lead": (None, [_POINTER]),
     "help": (None, [_POINTER] * 2),
-    "experts": (None, [_POINTER] * 11 + [_INT] * 5 + [c_float] * 2),
+    "experts": (
+        None,
+        [*[_POINTER] * 4, *[_INT] * 2, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 5, *[_INT] * 5, *[c_float] * 2],
+    ),
 }
 
 

@@ -17,13 +17,15 @@ from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Op
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
-from kunserve.model.quant.blocks import BLOCKS
+from kunserve.model.quant.blocks import BLOCKS, Blocks
 from kunserve.model.quant.linear import Linear
 
 MAX_HEAD_DIM = 256  # DMAX in cpu_kernels.c
 ENDLESS = 1 << 60  # tokens of a window that ends nowhere
 FLOAT, INT = torch.float32, torch.int32
 FORMATS = tuple(BLOCKS)  # cpu_blocks.c has them in the same order
+KV_DTYPES = (FLOAT, torch.float16, torch.bfloat16)  # cpu_halves.c has them in the same order
+FLOATS = -1  # the format of a matrix of numbers in cpu_team.c
 
 
 def _is_ours(tensor: Tensor) -> bool:
@@ -32,10 +34,13 @@ def _is_ours(tensor: Tensor) -> bool:
 
 
 class CpuOps:
-    """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256."""
+    """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256.
+
+    KV may be of 16 bits: it is rounded where it is appended, and what is read are floats.
+    """
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
-        self._linear, self._linear_blocks, self._take_rows = kernels.linear, kernels.linear_blocks, kernels.take_rows
+        self._linear, self._take_rows = kernels.linear, kernels.take_rows
         self._rms_norm = kernels.rms_norm
         self._act_and_mul = kernels.act_and_mul
         self._softcap = kernels.softcap
@@ -81,20 +86,16 @@ class CpuOps:
         y = torch.empty(T, N, dtype=FLOAT)
         first = 0
         for part in weight.parts:
-            operands = (
+            assert part.data.is_contiguous()
+            self._linear(
                 x.data_ptr(),
                 part.data.data_ptr(),
                 None if bias is None else bias.data_ptr() + FLOAT.itemsize * first,
                 None if residual is None else residual.data_ptr() + FLOAT.itemsize * first,
                 y.data_ptr() + FLOAT.itemsize * first,
                 *(T, part.num_rows, K, N),
+                *_stored(part.data, part.blocks),
             )
-            if part.blocks is None:
-                assert _is_ours(part.data)
-                self._linear(*operands)
-            else:
-                assert part.data.is_contiguous()
-                self._linear_blocks(FORMATS.index(part.blocks.name), *operands, part.data.shape[1])
             first += part.num_rows
         return y
 
@@ -115,7 +116,7 @@ class CpuOps:
         """
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        assert _is_ours(qkv) and _is_ours(kv) and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
+        assert _is_ours(qkv) and kv.is_contiguous() and _is_ours(rope) and head_dim <= MAX_HEAD_DIM
         max_positions, rotary_dim = rope.shape
         is_whole = q_norm is not None and q_norm.numel() != head_dim
         bad = self._rotate_and_append(
@@ -125,7 +126,8 @@ class CpuOps:
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
             *_where(batch),
-            num_blocks, num_kv_heads, block_size, head_dim, num_heads, max_positions, rotary_dim, is_whole, eps, offset,
+            num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype),
+            num_heads, max_positions, rotary_dim, is_whole, eps, offset,
         )  # fmt: skip
         if bad:
             raise EngineError(f"token {bad - 1} of the batch has no slot: position outside rope or block table")
@@ -144,11 +146,11 @@ class CpuOps:
         Raises EngineError if a block table names no block of `kv` for a position that is read.
         """
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
-        assert _is_ours(qkv) and _is_ours(kv) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        assert _is_ours(qkv) and kv.is_contiguous() and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
         out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=FLOAT)
         bad = self._attention(
             qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *_where(batch),
-            num_blocks, num_kv_heads, block_size, head_dim, num_heads,
+            num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype), num_heads,
             ENDLESS if scores.window is None else scores.window, None if sinks is None else sinks.data_ptr(),
             head_dim**-0.5 if scores.scale is None else scores.scale, scores.softcap or 0.0,
         )  # fmt: skip
@@ -181,8 +183,9 @@ class CpuOps:
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
         """Route each row to its experts, and sum what they make of it in the order of their numbers: -> (T, H)."""
-        assert _is_ours(x) and _is_ours(experts.gate_up) and _is_ours(experts.down)
-        (T, H), (E, _, I) = x.shape, experts.down.shape  # noqa: E741
+        assert _is_ours(x) and experts.gate_up.is_contiguous() and experts.down.is_contiguous()
+        (T, H), (E, width, _) = x.shape, experts.gate_up.shape
+        I = width // 2  # noqa: E741
         logits = self.linear(x, experts.router, experts.router_bias)
         weights, y, gathered, out = (torch.empty(T, n, dtype=FLOAT) for n in (E, H, H, H))
         rows, inner = torch.empty(T, dtype=torch.int64), torch.empty(T, 3 * I, dtype=FLOAT)
@@ -190,11 +193,19 @@ class CpuOps:
         self._experts(
             x.data_ptr(), weights.data_ptr(),
             experts.gate_up.data_ptr(), None if experts.gate_up_bias is None else experts.gate_up_bias.data_ptr(),
+            *_stored(experts.gate_up, experts.gate_up_blocks),
             experts.down.data_ptr(), None if experts.down_bias is None else experts.down_bias.data_ptr(),
+            *_stored(experts.down, experts.down_blocks),
             y.data_ptr(), rows.data_ptr(), gathered.data_ptr(), inner.data_ptr(), out.data_ptr(),
             T, E, H, I, ACTIVATIONS.index(experts.activation), experts.limit, SWIGLU_ALPHA,
         )  # fmt: skip
         return y
+
+
+def _stored(rows: Tensor, blocks: Blocks | None) -> tuple[int, int]:
+    """Return the number of the format that rows (..., bytes or floats) are stored in, and the bytes of each."""
+    assert blocks is not None or rows.dtype is FLOAT
+    return FLOATS if blocks is None else FORMATS.index(blocks.name), rows.shape[-1] * rows.itemsize
 
 
 def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:

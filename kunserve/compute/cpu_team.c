@@ -16,8 +16,10 @@
 #define NAP_NS 50000   /* for which it does then */
 #define SLEEP_NS 1000000 /* or while the leader rests from it */
 
+enum { FLOATS = -1 }; /* the format of a matrix that is not in blocks; kunserve/compute/cpu_ops.py knows it, too */
+
 typedef struct {
-  int64_t format; /* of `w`; negative: floats */
+  int64_t format; /* of `w`; FLOATS: none */
   const float *x, *bias, *residual;
   const uint8_t *w;
   float *y;
@@ -40,7 +42,7 @@ static _Thread_local Team *led; /* whose leader the thread is, if any */
 static void multiply(const Product *p, int64_t n, int64_t N) {
   const uint8_t *w = p->w + n * p->row_bytes;
   const float *bias = p->bias ? p->bias + n : 0, *residual = p->residual ? p->residual + n : 0;
-  if (p->format < 0) multiply_floats(p->x, (const float *)w, bias, residual, p->y + n, p->M, N, p->K, p->Y);
+  if (p->format == FLOATS) multiply_floats(p->x, (const float *)w, bias, residual, p->y + n, p->M, N, p->K, p->Y);
   else multiply_blocks(p->format, p->x, w, bias, residual, p->y + n, p->M, N, p->K, p->Y, p->row_bytes);
 }
 
@@ -100,15 +102,10 @@ static void multiply_together(const Product *p) {
   judge_help(team, done - start, now_ns() - done);
 }
 
-/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart. */
-EXPORT void linear(const float *x, const float *w, const float *bias, const float *residual, float *y,
-                   int64_t M, int64_t N, int64_t K, int64_t Y) {
-  multiply_together(&(Product){-1, x, bias, residual, (const uint8_t *)w, y, M, N, K, Y, 4 * K});
-}
-
-/* As `linear`, with W (N, row_bytes) in blocks; K is a multiple of 32. */
-EXPORT void linear_blocks(int64_t format, const float *x, const uint8_t *w, const float *bias, const float *residual,
-                          float *y, int64_t M, int64_t N, int64_t K, int64_t Y, int64_t row_bytes) {
+/* x (M, K), w (N, K), bias (N,) or null, residual (M, N) or null -> y (M, N); rows of the last two are Y floats apart, those
+ * of w row_bytes. Of a w in blocks K is a multiple of 32. */
+EXPORT void linear(const float *x, const uint8_t *w, const float *bias, const float *residual, float *y,
+                   int64_t M, int64_t N, int64_t K, int64_t Y, int64_t format, int64_t row_bytes) {
   multiply_together(&(Product){format, x, bias, residual, w, y, M, N, K, Y, row_bytes});
 }
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from kunserve.compute.ops import ExpertWeights
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import Experts, ModelConfig
-from kunserve.model.layout import EXPERT_NAMES, NORM_NAMES, gate_up_names, layer_name, qkv_names
-from kunserve.model.quant.linear import Linear
+from kunserve.model.layout import EXPERT_NAMES, NORM_NAMES, expert_names, gate_up_names, layer_name, qkv_names
+from kunserve.model.quant.linear import Linear, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,13 @@ class _Views:
         prefix = f"model.layers.{self.layer}."
         return self.weights.linear(layer_name(self.layer), *(f"{prefix}{name}.weight" for name in names))
 
+    def matrix(self, *names: str) -> Part:
+        """Find what tensors, all stored alike, are together."""
+        (part,) = self.weights.linear(
+            layer_name(self.layer), *(f"model.layers.{self.layer}.{name}" for name in names)
+        ).parts
+        return part
+
     def find(self, is_there: bool, name: str, num_rows: int | None = None) -> Tensor | None:
         return self.of(name, num_rows) if is_there else None
 
@@ -110,19 +117,19 @@ def _shared_expert(experts: Experts, views: _Views) -> MlpWeights | None:
 
 
 def _experts(config: ModelConfig, experts: Experts, views: _Views) -> ExpertWeights:
-    names, num, hidden = EXPERT_NAMES[experts.style], experts.num_experts, config.hidden_size
-    inner, is_split = experts.intermediate_size, "{}" in names.down
+    names, num = EXPERT_NAMES[experts.style], experts.num_experts
+    gate_up, down = (views.matrix(*of) for of in expert_names(experts))
     return ExpertWeights(
         router=views.linear(names.router),
         router_bias=views.find(experts.has_bias, names.router + ".bias"),
-        gate_up=views.of(names.gate_up[0].format(0), 2 * num * inner if is_split else None).view(
-            num, 2 * inner, hidden
-        ),
+        gate_up=gate_up.data.view(num, 2 * experts.intermediate_size, -1),
         gate_up_bias=views.find(experts.has_bias, names.gate_up[0] + "_bias"),
-        down=views.of(names.down.format(0), num * hidden if is_split else None).view(num, hidden, inner),
+        down=down.data.view(num, config.hidden_size, -1),
         down_bias=views.find(experts.has_bias, names.down + "_bias"),
         num_per_token=experts.num_per_token,
         normalize=experts.normalize,
         activation=config.activation,
         limit=config.swiglu_limit,
+        gate_up_blocks=gate_up.blocks,
+        down_blocks=down.blocks,
     )

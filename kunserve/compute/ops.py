@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kunserve.model.config import ModelConfig
-from kunserve.model.quant.linear import Linear
+from kunserve.model.quant.blocks import Blocks
+from kunserve.model.quant.linear import Linear, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,29 @@ class ExpertWeights:
 
     router: Linear  # (E, H)
     router_bias: Tensor | None  # (E,)
-    gate_up: Tensor  # (E, 2 * I, H): of each expert the rows of gate, then those of up
+    gate_up: Tensor  # (E, 2 * I, H): of each expert the rows of gate, then those of up; of blocks the bytes of a row
     gate_up_bias: Tensor | None  # (E, 2 * I)
-    down: Tensor  # (E, H, I)
+    down: Tensor  # (E, H, I); of blocks the bytes of a row
     down_bias: Tensor | None  # (E, H)
     num_per_token: int
     normalize: bool  # whether the weights of the chosen experts sum to 1, or are those of all experts' softmax
     activation: str = "silu"
     limit: float = 0.0
+    gate_up_blocks: Blocks | None = None  # None: stored as numbers
+    down_blocks: Blocks | None = None
+
+    def matrices(self, expert: int) -> tuple[Linear, Linear]:
+        """Return gate_up (2 * I, H) and down (H, I) of one expert."""
+        gate_up, down = self.gate_up[expert], self.down[expert]
+        return Linear((Part(gate_up, self.gate_up_blocks),)), Linear((Part(down, self.down_blocks),))
 
 
 class Ops(Protocol):
     """Operations on one device. Inputs are contiguous unless said otherwise; results are new tensors.
 
     `kv` is one layer's KV range: (num_blocks, 2, num_kv_heads, block_size, head_dim), [:, 0] keys, [:, 1] values. Its
-    first dimension covers the reserved range; only mapped blocks are ever named by block tables.
+    first dimension covers the reserved range; only mapped blocks are ever named by block tables. It may have
+    fewer bits than the rest.
     """
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:

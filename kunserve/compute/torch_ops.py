@@ -66,8 +66,8 @@ class TorchOps:
         num_tokens = batch.cu_seqlens_q.long().diff()
         sequence = torch.arange(len(num_tokens), device=qkv.device).repeat_interleave(num_tokens)
         blocks = batch.block_tables.long()[sequence, positions // block_size]
-        kv[blocks, 0, :, positions % block_size] = normed_and_rotated(k, k_norm)
-        kv[blocks, 1, :, positions % block_size] = v
+        kv[blocks, 0, :, positions % block_size] = normed_and_rotated(k, k_norm).to(kv.dtype)
+        kv[blocks, 1, :, positions % block_size] = v.to(kv.dtype)
         q.copy_(normed_and_rotated(q, q_norm))
 
     def attention(
@@ -128,8 +128,7 @@ class TorchOps:
         for i in range(len(experts.down)):
             rows = weights[:, i].nonzero()[:, 0]
             bias = [None if b is None else b[i] for b in (experts.gate_up_bias, experts.down_bias)]
-            inner = self.act_and_mul(
-                self.linear(x[rows], Linear.of(experts.gate_up[i]), bias[0]), experts.activation, experts.limit
-            )
-            out[rows] += self.linear(inner, Linear.of(experts.down[i]), bias[1]) * weights[rows, i, None]
+            gate_up, down = experts.matrices(i)
+            inner = self.act_and_mul(self.linear(x[rows], gate_up, bias[0]), experts.activation, experts.limit)
+            out[rows] += self.linear(inner, down, bias[1]) * weights[rows, i, None]
         return out

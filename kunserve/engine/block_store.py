@@ -377,7 +377,7 @@ class BlockStore:
         pool.free(old if new in kept else new for old, new in tail.moved.items())  # new: its request has ended
 
     def _is_below_limits(self, block: Block) -> bool:
-        """Whether its ids could be handed out again: others are about to be unmapped."""
+        """Tell whether a block's ids could be handed out again: others are about to be unmapped."""
         return all(block_id < self.pools[device].limit for device, block_id in block.ids.items())
 
     def _free(self, blocks: Iterable[Block]) -> None:

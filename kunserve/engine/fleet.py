@@ -238,7 +238,7 @@ class Fleet:
         return is_being_computed(extend_keys(request, group.block_size)[num_found], num_found, group)
 
     def _most_found(self, request: Request) -> int:
-        """Blocks that it may find: its last token has to be computed, or all of them if their logits are asked for."""
+        """Return the most blocks to find: the last token has to be computed, or all if their logits are asked for."""
         if request.params.num_prompt_logprobs is not None:
             return 0
         return (request.num_tokens - 1) // self.block_size

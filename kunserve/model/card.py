@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -23,6 +23,8 @@ from kunserve.model.folder import check_tokenizer_file, check_weight_files, gguf
 from kunserve.model.gguf.file import GgufFile, read_gguf
 from kunserve.model.gguf.shape import gguf_config
 from kunserve.model.hf_config import check_config, load_hf_config
+from kunserve.model.layout import formats_of
+from kunserve.model.quant.scheme import FP8_OF_NUMBERS, SAME_METHODS
 from kunserve.progress import Progress
 
 CARDS = Path(kunserve.__file__).parent / "models"  # in a checkout a link to the top-level `models/`
@@ -111,11 +113,17 @@ def load_card(name: str, folders: Sequence[Path] | None = None) -> ModelCard:
     return card
 
 
-def check_model(name_or_path: str, load_format: str = "auto", folders: Sequence[Path] | None = None) -> None:
+def check_model(
+    name_or_path: str,
+    load_format: str = "auto",
+    folders: Sequence[Path] | None = None,
+    *,
+    quantization: str | None = None,
+) -> None:
     """Raise the ConfigError of `resolve_model`, as far as it is known without fetching, and without importing torch."""
     found = _locate(name_or_path, load_format, folders)
     if isinstance(found, Path):
-        _read_config(found, load_format)
+        quantized_as(_read_config(found, load_format), quantization, is_gguf=gguf_of(found) is not None)
 
 
 def resolve_model(
@@ -125,12 +133,37 @@ def resolve_model(
     cache_dir: Path | None = None,
     progress: Progress = lambda text, share: None,
     folders: Sequence[Path] | None = None,
+    quantization: str | None = None,
 ) -> ModelFiles:
     """Find or fetch a model: the name of a card, a Hugging Face folder, a GGUF file or its folder, or a Hub id.
 
-    With `load_format="dummy"` a card needs no files at all. Raises ConfigError, one line that says what to do.
+    With `load_format="dummy"` a card needs no files at all. `quantization`: see `quantized_as`. Raises ConfigError, one
+    line that says what to do.
     """
-    found = _locate(name_or_path, load_format, folders)
+    files = _resolve(_locate(name_or_path, load_format, folders), load_format, cache_dir, progress)
+    return replace(files, config=quantized_as(files.config, quantization, is_gguf=files.gguf is not None))
+
+
+def quantized_as(config: ModelConfig, method: str | None, *, is_gguf: bool = False) -> ModelConfig:
+    """Return a model as `--quantization` asks for it: fp8 makes 8-bit matrices of numbers; others name what is there.
+
+    ConfigError if the checkpoint is quantized in another way, or not at all.
+    """
+    if method is None:
+        return config
+    asked, scheme = SAME_METHODS.get(method, method), config.formats.scheme
+    found = "gguf" if is_gguf else None if scheme is None else scheme.method
+    if asked == found:
+        return config
+    if found is not None:
+        what = "it is a GGUF file" if is_gguf else f"the checkpoint is quantized with {found}"
+        raise ConfigError(f"--quantization {method}: {what}, which is served as it is; leave the flag out")
+    if asked != "fp8":
+        raise ConfigError(f"--quantization {method}: the checkpoint is not quantized; only fp8 is made while it loads")
+    return replace(config, formats=formats_of(config, FP8_OF_NUMBERS))
+
+
+def _resolve(found: ModelCard | Path | str, load_format: str, cache_dir: Path | None, progress: Progress) -> ModelFiles:
     if isinstance(found, ModelCard):
         return _resolve_card(found, load_format, cache_dir or cache_root(), progress)
     if isinstance(found, Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.formats import NO_BLOCKS
-from kunserve.model.quant.pack import Codes, take
+from kunserve.model.quant.pack import Codes, Mxfp4, Packed, fp8_of, take
 from kunserve.model.quant.plane_codes import codes_plane, scales_plane
 from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.model.quant.scheme import ENDINGS
@@ -40,11 +41,17 @@ class WeightSource(Protocol):
 
 def open_weights(folder: Path | None, config: ModelConfig, load_format: str, seed: int = 0) -> WeightSource:
     """Return the source that `--load-format` asks for: "auto" reads `folder`, "dummy" makes random weights."""
+    scheme = config.formats.scheme
+    source: WeightSource
     if load_format == "dummy":
-        return DummySource(config, seed)
-    if folder is None:
+        source = DummySource(config, seed)
+    elif folder is None:
         raise ConfigError("there is no folder to read weights from")
-    return SafetensorsSource(folder, config) if config.formats.scheme is None else QuantizedSource(folder, config)
+    elif scheme is None or scheme.is_made:
+        source = SafetensorsSource(folder, config)
+    else:
+        source = QuantizedSource(folder, config)
+    return QuantizingSource(source, config) if scheme is not None and scheme.is_made else source
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -109,28 +116,17 @@ class SafetensorsSource:
         check_shape(name, tuple(header.get_shape()), form.shape(shape) if form else shape, str(path))
 
 
-class QuantizedSource:
-    """A quantized checkpoint in safetensors: its matrices become blocks, or numbers where that is asked for.
+class PackedSource(ABC):
+    """Matrices that are quantized become blocks, or numbers where that is asked for; `plain` has all other tensors."""
 
-    What it holds is checked when it is opened; ConfigError says what is missing.
-    """
-
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        scheme, self._quantized = config.formats.scheme, config.formats.quantized
-        assert scheme is not None
-        self._scheme, self._formats, self._shapes = scheme, config.formats, expected_shapes(config)
-        self._plain = SafetensorsSource(folder, config, self._quantized)
-        self._files = _tensor_files(folder)
-        names = [name.removesuffix("weight") + ending for name in self._quantized for ending in ENDINGS[scheme.layout]]
-        if missing := sorted(name for name in names if stored_name(name, self._files) not in self._files):
-            raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
-        self._handles = {path: _open(path) for path in set(self._files.values())}
+    def __init__(self, plain: WeightSource, config: ModelConfig) -> None:
+        self._plain, self._formats, self._shapes = plain, config.formats, expected_shapes(config)
         self._scales: dict[str, Tensor] = {}  # of matrices whose codes were copied last: reading takes them apart too
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the mapped files: what the page cache holds of them at most."""
-        return sum(path.stat().st_size for path in self._handles)
+        return int(getattr(self._plain, "num_bytes", 0))
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out`: blocks or codes if it is uint8, else numbers, cast to its dtype.
@@ -138,45 +134,75 @@ class QuantizedSource:
         Raises ConfigError, with the tensor's name, if the file's has another shape or dtype.
         """
         matrix = name.removesuffix(SCALES)
-        if matrix not in self._quantized:
+        if matrix not in self._formats.quantized:
             self._plain.copy_into(name, out)
             return
-        blocks = self._formats.of(matrix)
-        if name != matrix:
-            assert isinstance(blocks, Planes)
-            kept = self._scales.pop(matrix, None)
-            out.copy_(self._scales_of(self._take(matrix), blocks) if kept is None else kept)
+        blocks, kept = self._formats.of(matrix), self._scales.pop(matrix, None) if name != matrix else None
+        if kept is not None:
+            out.copy_(kept)
             return
-        codes = self._take(name)
-        if blocks is None or out.dtype is not torch.uint8:
-            out.copy_(codes.numbers())
-        elif isinstance(blocks, Planes):
-            out.copy_(codes_plane(codes.codes, blocks))
-            self._scales[name] = self._scales_of(codes, blocks)
-        else:
-            out.copy_(codes.blocks(blocks))
+        packed = self._take(matrix)
+        if isinstance(blocks, Planes) and (name != matrix or out.dtype is torch.uint8):
+            assert isinstance(packed, Codes)
+            scales = scales_plane(packed.scale, packed.offset, blocks)
+            if name == matrix:
+                self._scales[matrix] = scales
+            out.copy_(codes_plane(packed.codes, blocks) if name == matrix else scales)
+            return
+        rows = packed.blocks(blocks) if blocks is not None and out.dtype is torch.uint8 else packed.numbers()
+        out.copy_(rows.view(out.shape))
 
-    def _take(self, name: str) -> Codes:
-        N, K = self._shapes[name]
-        prefix = name.removesuffix("weight")
+    @abstractmethod
+    def _take(self, name: str) -> Packed:
+        """Return a matrix as it is packed, its rows as a decoder reads them."""
+
+
+class QuantizedSource(PackedSource):
+    """A quantized checkpoint in safetensors. It is checked when it is opened; ConfigError says what is missing."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        scheme, quantized = config.formats.scheme, config.formats.quantized
+        assert scheme is not None
+        super().__init__(SafetensorsSource(folder, config, quantized), config)
+        self._scheme, self._files = scheme, _tensor_files(folder)
+        names = [name.removesuffix("weight") + ending for name in quantized for ending in ENDINGS[scheme.layout]]
+        if missing := sorted(name for name in names if stored_name(name, self._files) not in self._files):
+            raise ConfigError(f"{folder} lacks {len(missing)} of {len(names)} tensors: {shorten(missing)}")
+        self._handles = {path: _open(path) for path in set(self._files.values())}
+
+    @property
+    def num_bytes(self) -> int:
+        """See `PackedSource.num_bytes`."""
+        return sum(path.stat().st_size for path in self._handles)
+
+    def _take(self, name: str) -> Packed:
+        prefix, form = name.removesuffix("weight"), form_of(name)
         try:
-            return take(self._scheme, lambda ending: self._read(prefix + ending), (N, K))
+            packed = take(self._scheme, lambda ending: self._read(prefix, ending), self._shapes[name])
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error.message}") from None
+        if form is None or not isinstance(packed, Mxfp4):
+            return packed
+        return Mxfp4(form.rows(packed.pairs), form.rows(packed.scales))
 
-    @staticmethod
-    def _scales_of(codes: Codes, planes: Planes) -> Tensor:
-        return scales_plane(codes.scale, codes.offset, planes)
-
-    def _read(self, name: str) -> Tensor:
-        stored = stored_name(name, self._files)
+    def _read(self, prefix: str, ending: str) -> Tensor:
+        stored = stored_name(prefix + ending, self._files)
         if (path := self._files.get(stored)) is None:
-            raise ConfigError(f"{name.rpartition('.')[2]} is missing")
+            raise ConfigError(f"{ending} is missing")
         try:
             tensor: Tensor = self._handles[path].get_tensor(stored)
         except SafetensorError as error:
-            raise ConfigError(f"{name.rpartition('.')[2]} cannot be read from {path}: {error}") from None
+            raise ConfigError(f"{ending} cannot be read from {path}: {error}") from None
         return tensor
+
+
+class QuantizingSource(PackedSource):
+    """A checkpoint of numbers, whose matrices become FP8 as they are read."""
+
+    def _take(self, name: str) -> Packed:
+        numbers = torch.empty(self._shapes[name])
+        self._plain.copy_into(name, numbers)
+        return fp8_of(numbers.flatten(0, -2))
 
 
 class DummySource:

@@ -22,7 +22,7 @@ from kunserve.model.config_fields import (
 from kunserve.model.family.families import FAMILIES, family_fields, family_of, shape_values
 from kunserve.model.family.rope import check_rope, read_rope
 from kunserve.model.files import reading
-from kunserve.model.layout import EXPERT_NAMES, weight_units
+from kunserve.model.layout import EXPERT_NAMES, formats_of
 from kunserve.model.quant.formats import Formats
 from kunserve.model.quant.scheme import METHODS, scheme_of
 
@@ -110,8 +110,6 @@ def parse_hf_config(values: Mapping[str, Any]) -> ModelConfig:
         **fields,
     )
     check_config(config)
-    if quantization and config.experts is not None:
-        raise ConfigError("field quantization_config: quantized experts are not supported; serve the unquantized model")
     return replace(config, formats=_formats(config, quantization)) if quantization else config
 
 
@@ -121,11 +119,9 @@ def _formats(config: ModelConfig, quantization: Mapping[str, Any]) -> Formats:
         scheme = scheme_of(quantization)
     except ConfigError as error:
         raise ConfigError(f"field quantization_config: {error.message}") from None
-    specs = (spec for unit in weight_units(config, config.dtype) for spec in unit.tensors)
-    matrices = {s.name: s.shape[1] for s in specs if len(s.shape) == 2 and s.name.endswith("_proj.weight")}
-    quantized = {name for name in matrices if not scheme.skips(name.removesuffix(".weight"))}
-    blocks = {name: scheme.blocks_of(matrices[name]) for name in matrices if name in quantized}
-    return Formats({name: kept for name, kept in blocks.items() if kept}, scheme, frozenset(quantized))
+    if scheme.layout == "mxfp4" and (config.experts is None or config.experts.style != "gpt_oss"):
+        raise ConfigError("field quantization_config: mxfp4 is served of gpt-oss, whose experts are one tensor, only")
+    return formats_of(config, scheme)
 
 
 def check_config(config: ModelConfig) -> None:
@@ -207,7 +203,6 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 QUANTIZED_NAMES = {
     "fbgemm_fp8": "-FP8",
     "bitsandbytes": "-bnb-4bit",
-    "mxfp4": "-MXFP4",
     "modelopt": "-FP8, -FP4 or -NVFP4",
     "modelopt_fp4": "-FP4 or -NVFP4",
 }

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
+from kunserve.model.quant.formats import Formats
 from kunserve.model.quant.planes import SCALES, Planes
+from kunserve.model.quant.scheme import Scheme
 from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
@@ -149,6 +151,14 @@ def gate_up_names(config: ModelConfig) -> tuple[str, ...]:
     return ("mlp.gate_up_proj",) if config.has_fused_tensors else ("mlp.gate_proj", "mlp.up_proj")
 
 
+def expert_names(experts: Experts) -> tuple[list[str], list[str]]:
+    """Return the names, within a layer, of what is gate and up of all experts in their order, and of what is down."""
+    names, numbers = EXPERT_NAMES[experts.style], range(experts.num_experts)
+    if "{}" not in names.down:
+        return list(names.gate_up), [names.down]
+    return [name.format(i) for i in numbers for name in names.gate_up], [names.down.format(i) for i in numbers]
+
+
 def _rows(names: tuple[str, ...], sizes: tuple[int, ...], ending: str, *more: int) -> list[Named]:
     """Name the tensors of one matrix, whose parts have `sizes` rows: one for each part, or one for all."""
     sizes = sizes if len(names) > 1 else (sum(sizes),)
@@ -181,15 +191,12 @@ def _mlp(config: ModelConfig) -> list[list[Named]]:
 def _experts(config: ModelConfig, experts: Experts) -> list[list[Named]]:
     """Name the tensors of a mixture: the gate and up of all experts are one matrix, and so are their downs."""
     hidden, inner, num = config.hidden_size, experts.intermediate_size, experts.num_experts
-    names = EXPERT_NAMES[experts.style]
+    names, (gate_up, down) = EXPERT_NAMES[experts.style], expert_names(experts)
     groups: list[list[Named]] = [[(names.router + ".weight", (num, hidden))]]
     if "{}" not in names.down:
-        groups += [[(names.gate_up[0], (num, 2 * inner, hidden))], [(names.down, (num, hidden, inner))]]
+        groups += [[(gate_up[0], (num, 2 * inner, hidden))], [(down[0], (num, hidden, inner))]]
     else:
-        groups += [
-            [(name.format(i), (inner, hidden)) for i in range(num) for name in names.gate_up],
-            [(names.down.format(i), (hidden, inner)) for i in range(num)],
-        ]
+        groups += [[(name, (inner, hidden)) for name in gate_up], [(name, (hidden, inner)) for name in down]]
     if experts.has_bias:
         groups.append([(names.router + ".bias", (num,))])
         groups += [[(names.gate_up[0] + "_bias", (num, 2 * inner))], [(names.down + "_bias", (num, hidden))]]
@@ -229,6 +236,21 @@ def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
         return (_pack("embed", [*embed, norm], config, dtype), *layers)
     head = _pack("head", [norm, [("lm_head.weight", vocab)]], config, dtype)
     return (_pack("embed", embed, config, dtype), *layers, head)
+
+
+def formats_of(config: ModelConfig, scheme: Scheme) -> Formats:
+    """Return in which blocks the matrices are kept of a checkpoint that is stored so, or quantized so as it is read."""
+    shapes = {spec.name: spec.shape for unit in weight_units(config, config.dtype) for spec in unit.tensors}
+    held = {name: shape[-1] for name, shape in shapes.items() if scheme.holds(name, len(shape))}
+    held = {name: columns for name, columns in held.items() if not scheme.skips(name.removesuffix(".weight"))}
+    kept = {name: blocks for name, columns in held.items() if (blocks := scheme.blocks_of(columns))}
+    for layer in range(config.num_layers):
+        experts = config.experts_of(layer)
+        for names in () if experts is None else expert_names(experts):
+            named = [f"model.layers.{layer}.{name}" for name in names]
+            if len({kept.get(name) for name in named}) > 1:  # one operation reads all of them
+                kept = {name: blocks for name, blocks in kept.items() if name not in named}
+    return Formats(kept, scheme, frozenset(kept if scheme.is_made else held))
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:

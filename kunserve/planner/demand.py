@@ -63,7 +63,7 @@ def near_blocks(num_tokens: int, window: int, block_size: int) -> int:
 
     Those of a window, one begun at either end, and one that a step computes while it is not known to have ended.
     """
-    return min(-(-num_tokens // block_size), (window + block_size - 2) // block_size + 2)
+    return min(ceil_div(num_tokens, block_size), (window + block_size - 2) // block_size + 2)
 
 
 def measure_near(requests: Iterable[RequestView], estimate: OutputLengthEstimate, window: int, block_size: int) -> int:

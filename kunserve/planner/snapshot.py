@@ -27,7 +27,7 @@ class NearKv(NamedTuple):
 
     def chunks(self, full_chunks: int) -> int:
         """Return the chunks of a near layer where full ones have `full_chunks`: no more than those."""
-        return min(full_chunks, max(self.least_chunks, -(-full_chunks * self.share // 1000)))
+        return min(full_chunks, max(self.least_chunks, ceil_div(full_chunks * self.share, 1000)))
 
     def num_within(self, layers: range) -> int:
         """Count how many of some layers are near."""

@@ -103,10 +103,11 @@ def test_flags_that_people_have_in_their_command_lines(flag: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("--kv-cache-dtype fp8", "invalid choice: 'fp8' (choose from 'auto')"),
-        ("--quantization awq", "--quantization is not supported: weights are served as they are"),
-        ("--quantization=awq", "--quantization is not supported"),
-        ("-q awq", "-q is not supported"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not served: KV has 16 or 32 bits"),
+        ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype fp8_e5m2 is not served"),
+        ("--quantization bitsandbytes", "invalid choice: 'bitsandbytes' (choose from 'awq', 'gptq'"),
+        ("-q int8", "invalid choice: 'int8'"),
+        ("--quantization-config {}", "a checkpoint says itself how it is quantized"),
         ("--tokenizer other", "--tokenizer other is not supported"),
         ("--revision abc", "--revision: invalid choice"),
         ("--speculative-config {}", "there is no speculative decoding"),
@@ -252,7 +253,7 @@ def test_a_list_at_the_end_of_a_config_file_leaves_the_model_alone(tmp_path: Pat
         ("port: [1, 2]", "unexpected value '2': a list, for a flag that takes one value"),
         ("prot: 1", "no such flag: --prot; did you mean --port?"),
         ("dtype: [a, b, c]", "unexpected argument: c"),
-        ("quantization: awq", "--quantization is not supported"),
+        ("quantization: int8", "invalid choice: 'int8'"),
         ("port: many", "argument --port: invalid int value: 'many'"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gguf.quants import dequantize as ggml_dequantize
 from op_layers import randn
+from random_parts import random_part
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
@@ -22,31 +23,6 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
         return CpuOps(load_kernels(request.param))
     except KernelsUnavailableError as error:
         pytest.skip(str(error))
-
-
-def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
-    """Rows whose codes are any bits, and whose scales are small numbers."""
-    blocks = BLOCKS[name]
-    count = K // blocks.num_values
-    made = torch.randint(256, (N, count, blocks.num_bytes), generator=torch.Generator().manual_seed(seed)).byte()
-    scales = (randn(N, count, 2, seed=seed + 1) * 0.02).half().view(torch.uint8).view(N, count, 4)
-    match name:
-        case _ if name in OUR_BLOCKS:
-            numbers = (randn(N, count, 2, seed=seed + 1) * 0.02).view(torch.uint8)
-            header = 4 if name.startswith("F8") else 8
-            made[..., header:][made[..., header:] & 127 == 127] -= 1  # NaN of e4m3
-            made[..., :header] = numbers[..., :header]
-        case "F16":
-            return Part(randn(N, K, seed=seed).half().view(torch.uint8), blocks)
-        case "BF16":
-            return Part(randn(N, K, seed=seed).bfloat16().view(torch.uint8), blocks)
-        case "Q6_K":
-            made[..., 208:] = scales[..., :2]
-        case "Q4_0" | "Q5_0" | "Q8_0":
-            made[..., :2] = scales[..., :2]
-        case _:
-            made[..., :4] = scales
-    return Part(made.view(N, -1), blocks)
 
 
 def ggml(part: Part) -> Tensor:
@@ -99,7 +75,18 @@ def test_a_product_is_that_of_the_dequantized_matrix_bitwise(ops: CpuOps, name: 
     assert ((whole - reference).abs() / magnitude).max() < 2.0**-23 * max(2, K / 64)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_every_power_of_two_of_mxfp4_is_exact(ops: CpuOps) -> None:
+    """Those of 0 and 1 have subnormal halves; 255, which is no number, is refused where files are read."""
+    part = random_part("MXFP4", 254, 32)
+    part.data[:, 0] = torch.arange(254)
+    whole = ops.embed(torch.arange(254, dtype=torch.int32), Linear((part,)))
+    nibbles = torch.cat([part.data[:, 1:] & 15, part.data[:, 1:] >> 4], dim=-1).long()
+    of_code = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    expected = of_code[nibbles] * 2.0 ** (torch.arange(254, dtype=torch.float64)[:, None] - 127)
+    assert torch.equal(whole.double(), expected) and torch.equal(whole, ggml(part))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "MXFP4"])
 def test_rows_of_a_few_groups(ops: CpuOps, name: str) -> None:
     part = random_part(name, 9, 32 * 3)
     x = randn(5, 96)

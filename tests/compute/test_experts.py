@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from op_layers import REFERENCE, assert_near, randn
+from random_parts import random_part
 
 from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.ops import ExpertWeights
@@ -55,6 +56,36 @@ def test_experts_are_batch_invariant(ops: CpuOps, mixture: dict[str, Any]) -> No
             assert torch.equal(ops.moe(x[first : first + M], experts), whole[first : first + M])
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ops.moe(x[order], experts), whole[order])
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_1", "F8_32"])
+def test_experts_in_blocks_are_those_of_the_dequantized_ones_bitwise(ops: CpuOps, name: str) -> None:
+    num, H, inner = 8, 64, 96
+    gate_up, down = random_part(name, num * 2 * inner, H), random_part(name, num * H, inner, seed=5)
+    plain = random_experts(
+        torch.float32, num, 2, H, inner, True, normalize=True, activation="clamped_swiglu", limit=7.0
+    )
+    numbers = replace(plain, gate_up=gate_up.dense().view(num, -1, H), down=down.dense().view(num, H, -1))
+    blocks = replace(
+        plain,
+        gate_up=gate_up.data.view(num, 2 * inner, -1),
+        down=down.data.view(num, H, -1),
+        gate_up_blocks=gate_up.blocks,
+        down_blocks=down.blocks,
+    )
+    x = randn(60, H)
+    whole = ops.moe(x, numbers)
+    assert whole.isfinite().all() and whole.std() > 0
+    for M in (1, 2, 3, 7, 60):
+        for first in {0, 1, 60 - M} if M < 60 else {0}:
+            assert torch.equal(ops.moe(x[first : first + M], blocks), whole[first : first + M])
+    assert_near(whole, REFERENCE.moe(x.double(), _doubled(blocks)), ulps=64)
+
+
+def _doubled(experts: ExpertWeights) -> ExpertWeights:
+    """The same in float64: what is in blocks is widened where it is used."""
+    biases = {name: getattr(experts, name).double() for name in ("router_bias", "gate_up_bias", "down_bias")}
+    return replace(experts, router=Linear.of(experts.router.dense(torch.float64)), **biases)
 
 
 def test_gates_of_rows_match_float64_wherever_a_row_stands(ops: CpuOps) -> None:

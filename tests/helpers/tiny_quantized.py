@@ -17,6 +17,7 @@ from kunserve.sizes import ceil_div
 
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 3}
 Written = tuple[dict[str, Tensor], Tensor]  # tensors of a matrix by their endings, and the matrix they stand for
+MATRICES = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]  # the column that each place of eight holds
 
 
@@ -152,17 +153,17 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], Callable[[str, int, int], Written],
 }
 
 
-def write_tiny_quantized(kind: str, folder: Path, family: str = "qwen2", skipped: str = "") -> Path:
+def write_tiny_quantized(kind: str, folder: Path, family: str = "qwen2", skipped: str = "", **overrides: Any) -> Path:
     """Write `folder`/quantized, and the model that it stands for in `folder`/dequantized; the first is returned.
 
-    skipped: a part of a name; matrices with it are not quantized.
+    skipped: a part of a name; matrices with it are not quantized. `overrides` change the model's config.
     """
     config, write, _ = CHECKPOINTS[kind]
-    reference = make_tiny_model(family, folder / "dequantized", **SHAPE)
-    quantized = make_tiny_model(family, folder / "quantized", **SHAPE)
+    reference = make_tiny_model(family, folder / "dequantized", **SHAPE | overrides)
+    quantized = make_tiny_model(family, folder / "quantized", **SHAPE | overrides)
     tensors, stored = load_file(reference / "model.safetensors"), {}
     for name, weight in tensors.items():
-        if not name.endswith("_proj.weight") or (skipped and skipped in name):
+        if not name.endswith(MATRICES) or (skipped and skipped in name):
             stored[name] = weight
             continue
         parts, tensors[name] = write(name, *weight.shape)
@@ -173,4 +174,37 @@ def write_tiny_quantized(kind: str, folder: Path, family: str = "qwen2", skipped
     if skipped:
         config = config | {"modules_to_not_convert": [skipped]}
     (quantized / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+    return quantized
+
+
+MXFP4_CONFIG = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def write_tiny_mxfp4(folder: Path) -> Path:
+    """Write `folder`/quantized as gpt-oss is published, and what transformers makes of it in `folder`/dequantized."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    reference, quantized = (make_tiny_model("gpt-oss", folder / name) for name in ("dequantized", "quantized"))
+    tensors, stored = load_file(reference / "model.safetensors"), {}
+    for name, weight in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = weight
+            continue
+        num, columns, rows = weight.shape  # of all experts; a row of what is stored is a column here
+        blocks = _random(name, num, rows, columns // 32, 16, high=256).to(torch.uint8)
+        scales = (_random(name, num, rows, columns // 32, high=4) + 122).to(torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors[name] = _convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file({name: weight.contiguous() for name, weight in tensors.items()}, reference / "model.safetensors")
+    save_file(stored, quantized / "model.safetensors")
+    values = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(values | {"quantization_config": MXFP4_CONFIG}))
     return quantized

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_quantized import CHECKPOINTS, write_tiny_quantized
+from tiny_quantized import CHECKPOINTS, write_tiny_mxfp4, write_tiny_quantized
+from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.card import check_model
@@ -39,6 +41,99 @@ def test_a_matrix_is_what_it_stands_for_as_numbers_and_as_blocks(kind: str, fami
                 kept.add(spec.blocks.name)
     name = CHECKPOINTS[kind][2]
     assert kept == ({name} if name else set())
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("qwen3-moe", {"moe_intermediate_size": 128}), ("mixtral", {"intermediate_size": 128})],
+)
+@pytest.mark.parametrize("kind", ["awq", "fp8 of blocks", "gptq act-order"])
+def test_experts_are_kept_as_they_are_stored(kind: str, family: str, overrides: dict[str, int], tmp_path: Path) -> None:
+    folder = write_tiny_quantized(kind, tmp_path, family, **overrides)
+    config, expected = load_hf_config(folder), load_file(tmp_path / "dequantized" / "model.safetensors")
+    source, num_kept = open_weights(folder, config, "auto"), 0
+    for spec in (spec for unit in weight_units(config, "float32") for spec in unit.tensors):
+        numbers = torch.empty(spec.shape)
+        source.copy_into(spec.name, numbers)
+        assert torch.equal(numbers, expected[spec.name]), spec.name
+        num_kept += ".experts." in spec.name and spec.blocks is not None
+    num_layers = 3 if family == "mixtral" else 2
+    assert num_kept == (0 if kind == "gptq act-order" else num_layers * 8 * 3)
+
+
+def test_experts_that_are_not_stored_alike_are_numbers(tmp_path: Path) -> None:
+    """One operation reads all of a kind: of layer 1, `down` of one expert is not quantized."""
+    of = "model.layers.1.block_sparse_moe.experts"
+    folder = write_tiny_quantized("awq", tmp_path, "mixtral", f"{of}.3.w2", intermediate_size=128)
+    config, expected = load_hf_config(folder), load_file(tmp_path / "dequantized" / "model.safetensors")
+    assert config.formats.of(f"{of}.2.w1.weight") and config.formats.of(f"{of.replace('1', '2')}.3.w2.weight")
+    source = open_weights(folder, config, "auto")
+    for expert in range(8):
+        name, out = f"{of}.{expert}.w2.weight", torch.empty(256, 128)
+        assert config.formats.of(name) is None
+        source.copy_into(name, out)
+        assert torch.equal(out, expected[name])
+
+
+def test_mxfp4_is_what_transformers_makes_of_it_as_numbers_and_as_blocks(tmp_path: Path) -> None:
+    folder = write_tiny_mxfp4(tmp_path)
+    check_model(str(folder))
+    config, plain = load_hf_config(folder), load_hf_config(tmp_path / "dequantized")
+    source, reference = open_weights(folder, config, "auto"), open_weights(tmp_path / "dequantized", plain, "auto")
+    kept = []
+    for spec in (spec for unit in weight_units(config, "float32") for spec in unit.tensors):
+        numbers, expected = torch.empty(spec.shape), torch.empty(spec.shape)
+        source.copy_into(spec.name, numbers)
+        reference.copy_into(spec.name, expected)
+        assert torch.equal(numbers, expected), spec.name
+        if spec.blocks is not None:
+            stored = torch.empty(spec.stored_shape, dtype=torch.uint8)
+            source.copy_into(spec.name, stored)
+            assert torch.equal(Part(stored.flatten(0, 1), spec.blocks).dense(), expected.flatten(0, 1))
+            assert spec.blocks.name == "MXFP4" and stored.nbytes * 32 == 17 * expected.numel()
+            kept.append(spec.name.rpartition(".")[2])
+    assert sorted(kept) == ["down_proj"] * 3 + ["gate_up_proj"] * 3
+
+
+Damage = Callable[[Tensor], Tensor | None]  # of a tensor of a file; None: it is left out
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage", "message"),
+    [
+        ("_blocks", lambda tensor: None, "_blocks"),
+        ("_scales", lambda tensor: None, "_scales"),
+        ("_blocks", lambda tensor: tensor[..., :8], "_blocks has shape"),
+        ("_scales", lambda tensor: tensor[:, :-1], "_scales has shape"),
+        ("_blocks", lambda tensor: tensor.float(), "_blocks is float32, not uint8"),
+        ("_scales", lambda tensor: torch.full_like(tensor, 255), "_scales holds 255, which stands for no number"),
+    ],
+)
+def test_damaged_mxfp4_is_named(ending: str, damage: Damage, message: str, tmp_path: Path) -> None:
+    folder, name = write_tiny_mxfp4(tmp_path), "model.layers.1.mlp.experts.gate_up_proj"
+    path, config = folder / "model.safetensors", load_hf_config(folder)
+    tensors = load_file(path)
+    damaged = damage(tensors.pop(name + ending))
+    save_file(tensors if damaged is None else tensors | {name + ending: damaged.contiguous()}, path)
+    with pytest.raises(ConfigError, match=rf"{name}{message}") as error:
+        QuantizedSource(folder, config).copy_into(name, torch.empty(8, 192, 34, dtype=torch.uint8))
+    assert "\n" not in error.value.message
+
+
+def test_a_cut_file_of_mxfp4_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_mxfp4(tmp_path)
+    path, config = folder / "model.safetensors", load_hf_config(folder)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"cannot read .*model\.safetensors: .*(damaged|complete)"):
+        QuantizedSource(folder, config)
+
+
+def test_experts_that_a_checkpoint_of_mxfp4_names_are_numbers(tmp_path: Path) -> None:
+    folder = write_tiny_mxfp4(tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"]["modules_to_not_convert"] = ["model.layers.*.mlp.experts"]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert not load_hf_config(folder).formats.by_name
 
 
 def test_matrices_that_are_not_quantized_are_numbers(tmp_path: Path) -> None:

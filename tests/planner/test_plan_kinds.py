@@ -18,6 +18,7 @@ from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.plan import DeviceLayout, ExchangeMode, ExchangePlan, Merge
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import DeviceView, ModelShape, NearKv, Snapshot, StageView, capacity_blocks
+from kunserve.sizes import ceil_div
 
 GEMMA = ModelShape(48, 3, 2, 0, True, 1, 1, 16, near=NearKv(tuple(i for i in range(48) if i % 6 < 5), 250, 2))
 
@@ -30,7 +31,7 @@ def with_near(rng: random.Random, model: ModelShape) -> ModelShape:
 def chunks_of(model: ModelShape, full: int) -> tuple[int, int]:
     """Chunks of a layer of each kind, by their definition."""
     assert model.near is not None
-    near = max(model.near.least_chunks, -(-full * model.near.share // 1000))
+    near = max(model.near.least_chunks, ceil_div(full * model.near.share, 1000))
     return full, min(near, full)
 
 
@@ -212,7 +213,7 @@ def test_a_merge_of_gemma_and_its_way_back() -> None:
     for stage in merge.stages:
         layout: DeviceLayout = stage_layout(GEMMA, budget, stage)
         full, near = blocks_of(GEMMA, layout)
-        assert full >= merge.capacity_blocks > 80 and near == -(-full // 4)
+        assert full >= merge.capacity_blocks > 80 and near == ceil_div(full, 4)
     merged = replace(snapshot.groups[0], group_id=7, stages=merge.stages, origin=merge.origin, used_blocks=70)
     assert plan_restore(replace(snapshot, groups=(merged,))) is None
     plan = plan_restore(replace(snapshot, groups=(replace(merged, used_blocks=40),)))

@@ -17,6 +17,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request
 from kunserve.planner.demand import near_blocks
 from kunserve.planner.snapshot import Origin
+from kunserve.sizes import ceil_div
 
 
 class NearLayers(NamedTuple):
@@ -84,7 +85,7 @@ class MixedGroup(Group):
     def num_used(self) -> int:
         """Return the blocks in use by requests; if near ones are scarcer, as many as are the same share of all."""
         full = max(stage.pool.num_used for stage in self.stages) - len(self.idle)
-        return max(full, -(-self.num_near_used * self.num_blocks // max(1, self.num_near_blocks)))
+        return max(full, ceil_div(self.num_near_used * self.num_blocks, max(1, self.num_near_blocks)))
 
     def free_for(self, num_tokens: int) -> int:
         """See `Group.free_for`. Whoever runs gets the near blocks that its own tokens need first."""

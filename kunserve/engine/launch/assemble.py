@@ -73,7 +73,7 @@ async def assemble(
     `weights` is called once it is sure that they fit. `lookahead` forms the microbatches of chains; None: by tokens.
     ConfigError if that cannot be; the caller closes the machine.
     """
-    kv_shape = KVShape.of(model, config.block_size, machine.dtype)
+    kv_shape = KVShape.of(model, config.block_size, machine.kv_dtype)
     shape = _shape(machine, model, config, kv_shape)
     views, per_group = machine.views(shape), config.pipeline_parallel_size
     is_len_required = config.max_model_len is not None
@@ -278,7 +278,7 @@ def _shape(machine: Machine, model: ModelConfig, config: EngineConfig, kv_shape:
     near = near_kv(model, config, kv_shape, machine.chunk_bytes)
     if near is not None and not machine.has_kinds:
         raise ConfigError("--windowed-kv-share: these devices do not free KV behind windows of only some layers yet")
-    return model_shape(model, kv_shape, machine.chunk_bytes, shares_head=machine.shares_head, near=near)
+    return model_shape(model, kv_shape, machine.chunk_bytes, machine.dtype, shares_head=machine.shares_head, near=near)
 
 
 def _fleet(

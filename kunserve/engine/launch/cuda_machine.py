@@ -63,9 +63,12 @@ class CudaOptions:
     @classmethod
     def of(cls, model: ModelConfig, config: EngineConfig) -> CudaOptions:
         """Read the flags. ConfigError for a dtype that is not served."""
+        dtype = cuda_dtype(config.dtype, model.dtype)
+        if config.kv_cache_dtype not in ("auto", own := str(dtype).removeprefix("torch.")):
+            raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: on GPUs KV has the weights' dtype, {own}")
         return cls(
             ordinals=config.devices.indices,
-            dtype=cuda_dtype(config.dtype, model.dtype),
+            dtype=dtype,
             block_size=config.block_size,
             max_num_batched_tokens=config.num_batched_tokens,
             max_num_seqs=config.max_num_seqs,

@@ -38,12 +38,18 @@ class HostMachine(Machine):
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._model, self._config = model, config
         self.dtype, self.chunk_bytes = _host_dtype(config.dtype), config.chunk_bytes
+        self._kv_dtype = _host_kv_dtype(config.kv_cache_dtype, self.dtype)
         self.faults = Faults(config.faults)
         self._views: list[DeviceView] = []
         self._devices: list[HostDevice] = []  # with those that are gone, whose threads may not have ended
         self._new_decoder: Callable[[DeviceMemory], Decoder]
         self._executor: DeviceExecutor
         self._new_team: Callable[[], Team] | None = None  # where devices can help each other
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """See `Machine.kv_dtype`."""
+        return self._kv_dtype
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
@@ -140,8 +146,16 @@ class HostMachine(Machine):
 
 
 def _host_dtype(name: str) -> torch.dtype:
-    """Return the dtype of weights and KV. "auto" is float32 on CPU devices: they have no fast bfloat16."""
+    """Return the dtype of weights. "auto" is float32 on CPU devices: they have no fast bfloat16."""
     known = {"auto": torch.float32, "float32": torch.float32, "float64": torch.float64}
     if name not in known:
         raise ConfigError(f"--dtype {name} is not served on CPU devices; use one of {', '.join(known)}")
+    return known[name]
+
+
+def _host_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of KV on CPU devices whose weights have `dtype`. ConfigError for one that they do not serve."""
+    known = {"auto": dtype, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise ConfigError(f"--kv-cache-dtype {name} is not served on CPU devices; use one of {', '.join(known)}")
     return known[name]

@@ -53,7 +53,13 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     """Build an engine. ConfigError, with nothing left open, if it cannot be."""
     started = time.perf_counter()
     config = replace(config, devices=config.devices.resolved())
-    files = await asyncio.to_thread(resolve_model, config.model, load_format=config.load_format, progress=progress)
+    files = await asyncio.to_thread(
+        resolve_model,
+        config.model,
+        load_format=config.load_format,
+        progress=progress,
+        quantization=config.quantization,
+    )
     files = replace(files, config=await asyncio.to_thread(_as_stored, files.config, config))
     machine = await asyncio.to_thread(_make_machine, files.config, config)
     try:
@@ -91,8 +97,16 @@ def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
 
 def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
     """Return the model as devices store it: in blocks for C kernels, in planes for GPUs, or dequantized."""
-    formats = model.formats
-    if not formats.by_name or config.load_format == "dummy":
+    formats, scheme = model.formats, model.formats.scheme
+    is_made = scheme is not None and scheme.is_made
+    if is_made:
+        log.info(
+            "quantized while loading",
+            to=config.quantization,
+            matrices=len(formats.quantized),
+            left_alone="embeddings, head, routers, gates, norms, biases, matrices whose columns are no multiple of 32",
+        )
+    if not formats.by_name or (config.load_format == "dummy" and not is_made):
         kept = formats.as_numbers()
     elif config.devices.kind != "cpu":
         kept = formats.as_planes()
@@ -139,6 +153,8 @@ def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tup
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
+    if machine.kv_dtype != machine.dtype:  # as many keys in fewer bytes
+        cost = replace(cost, key_s=cost.key_s * machine.kv_dtype.itemsize / machine.dtype.itemsize)
     return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
 
 

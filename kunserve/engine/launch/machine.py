@@ -22,12 +22,17 @@ from kunserve.planner.snapshot import DeviceView, ModelShape
 class Machine(Protocol):
     """What launching needs, in the order of its verbs: views, open, host_weights, executor, close. All may block."""
 
-    dtype: torch.dtype  # of weights and KV
+    dtype: torch.dtype  # of weights that are stored as numbers, and of what is computed
     chunk_bytes: int
     shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
     device_name: str  # as its maker calls it; all devices are alike
     has_kinds: bool = True  # the executor takes KV of two kinds
     scheduler: type[Scheduler] = Scheduler  # plans its microbatches
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Return the dtype of KV: that of the weights, unless the machine says otherwise."""
+        return self.dtype
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """Return the devices with their budgets, as the planner sees them; ConfigError if the flags cannot be met."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kunserve.config import EngineConfig
 from kunserve.errors import ConfigError
 from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
@@ -44,16 +46,18 @@ def model_shape(
     config: ModelConfig,
     kv_shape: KVShape,
     chunk_bytes: int,
+    dtype: torch.dtype | None = None,
     *,
     shares_head: bool = False,
     near: NearKv | None = None,
 ) -> ModelShape:
     """Return the sizes that the planner works with. Times are relative: bytes of weights that a step reads.
 
-    Where layers are stored differently, all count as the largest.
+    Where layers are stored differently, all count as the largest. `dtype`: of weights that are stored as numbers; None:
+    that of KV.
     `shares_head`: the executor lets both ends of a chain compute the head, if both have it.
     """
-    units = {unit.name: unit for unit in weight_units(config, kv_shape.dtype)}
+    units = {unit.name: unit for unit in weight_units(config, dtype or kv_shape.dtype)}
     embed, layers = units["embed"], [units[layer_name(i)] for i in range(config.num_layers)]
     layer, head = max(layers, key=lambda unit: unit.num_bytes), units.get("head")
     chunks = {name: ceil_div(unit.num_bytes, chunk_bytes) for name, unit in units.items()}

@@ -35,8 +35,9 @@ from kunserve.sizes import format_size
 
 log = structlog.get_logger()
 
-# Of output lengths and of the number of requests. Groups merge for little more than is known now: each merge makes a
-# chain longer, and one more can follow. But a chain cannot be cut anew, so it is cut for much more.
+# Factors of output lengths and of the number of requests, by which demand is multiplied before a plan. Groups merge for
+# little more than is known now: each merge makes a chain longer, and one more can follow. But a chain cannot be cut
+# anew, so it is cut for much more.
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
@@ -100,12 +101,12 @@ class OverloadControl:
             self._begin_restore_if_relaxed(now)
 
     def finished(self, request: Request) -> None:
-        """A request ended: learn how long outputs are."""
+        """Learn how long outputs are from a request that ended."""
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._pressure.finished(request.num_output_tokens)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
-        """For `/kunserve/state`: what weights come from, and the last so many transitions, or all remembered ones."""
+        """Return for `/kunserve/state` what weights come from, and the last so many transitions, or all remembered."""
         shown = self.reconfigure.transitions.remembered[-(num_transitions or 0) :]
         loader = self.reconfigure.loader
         return {
@@ -144,7 +145,7 @@ class OverloadControl:
         return await self._until_committed(drop, committed)
 
     def would_drop(self) -> dict[int, list[str]]:
-        """Units by device that the two smallest groups would drop if they merged now; none if they cannot."""
+        """Return the units by device that the two smallest groups would drop in a merge now; none if they cannot."""
         snapshot = self.snapshot()
         if len(snapshot.groups) < 2:
             return {}
@@ -190,7 +191,7 @@ class OverloadControl:
         return await self._until_committed(self.membership.add(device))
 
     def lost(self, device: int) -> None:
-        """A device is lost: replace its group."""
+        """Replace the group of a device that is lost."""
         if not self._is_stopping:
             self._spawn(self.membership.lose(), is_rebuild=True)
 
@@ -226,14 +227,14 @@ class OverloadControl:
         return self._pressure.demand() / max(1, self.snapshot().undropped_blocks())
 
     def _is_dropped(self) -> bool:
-        """Whether any group can be split."""
+        """Tell whether any group can be split."""
         if self._undropped is None or self._undropped[0] != self._fleet.epoch:
             is_dropped = any(group.origin and group.origin.parts for group in self._fleet.groups)
             self._undropped = self._fleet.epoch, self.snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
     def _may_look(self, now: float) -> bool:
-        """Whether it is time to see if the burst is over; if not, the engine wakes when it is."""
+        """Tell whether it is time to see if the burst is over; if not, the engine wakes when it is."""
         if now >= self._next_look_s:
             self._next_look_s = now + self._look_every_s
             return True
@@ -250,7 +251,7 @@ class OverloadControl:
         self._signals.wake()
 
     def _may_be_low(self) -> bool:
-        """Whether it is worth measuring demand, which is never less than what is in use; if not, no rest has begun."""
+        """Tell whether to measure demand, which is never less than what is in use; if not, no rest has begun."""
         assert self._undropped is not None
         in_use = sum(group.num_used for group in self._fleet.groups)
         if in_use < self._thresholds.restore_watermark * self._undropped[1]:
@@ -345,6 +346,6 @@ class OverloadControl:
 
 
 def _two_smallest(snapshot: Snapshot) -> list[int]:
-    """Ids of the groups that are the cheapest to merge."""
+    """Return the ids of the groups that are the cheapest to merge."""
     smallest = sorted(snapshot.groups, key=lambda g: (len(g.stages), g.used_blocks, g.group_id))
     return [group.group_id for group in smallest[:2]]

@@ -97,7 +97,7 @@ class Exchange:
                 return
 
     async def by_request(self, moving: Sequence[Moving]) -> None:
-        """Requests in the order of `reserve`; each runs on when its own layers have arrived.
+        """Move requests in the order of `reserve`; each runs on when its own layers have arrived.
 
         They get their blocks in that order too. Those that take the same links follow each other, so that the first is
         not held up by the last; those that take others, as from the other side of a merge, go at the same time.
@@ -118,7 +118,7 @@ class Exchange:
             self._end_all(moving)
 
     async def by_layer(self, group: Group, moving: Sequence[Moving], plan: ExchangePlan) -> None:
-        """All requests, one layer after the other: needs the room of one layer only. They run on together.
+        """Move all requests, layer after layer: needs the room of one layer only. They run on together.
 
         That is once the freed chunks are theirs to grow into. Ranges grow in the order of the plan, each as soon as
         there are chunks for it, so that the next layers' ranges grow, which takes a step boundary, while one is copied;
@@ -171,7 +171,7 @@ class Exchange:
         await self._remap.resize_kv(move.source, dict.fromkeys(range(move.first_layer, move.last_layer), 0))
 
     async def _has_blocks(self, moving: Moving) -> bool:
-        """Whether a request has its blocks now; one that cannot get any is recomputed."""
+        """Tell whether a request has its blocks now; one that cannot get any is recomputed."""
         try:
             if await self._wait_for_blocks(moving):
                 return True
@@ -211,7 +211,7 @@ class Exchange:
         return True
 
     def _is_stuck(self, group: Group) -> bool:
-        """Whether nothing runs and nothing can: all are on their way, or have arrived and lack blocks.
+        """Tell whether nothing runs and nothing can: all are on their way, or have arrived and lack blocks.
 
         A policy that preempts nobody would leave it so for ever.
         """
@@ -257,14 +257,14 @@ class Exchange:
                 self._end(m)
 
     def _end_all(self, moving: Sequence[Moving]) -> None:
-        """However an exchange ended: nobody is left on the way, the last admitted is recomputed last."""
+        """Leave nobody on the way, however an exchange ended; the last admitted is recomputed last."""
         for m in reversed(moving):
             if self._is_moving(m):
                 self._end(m, is_lost=True)
             self._fleet.set_admitting(m.group, True)
 
     def _end(self, moving: Moving, *, is_lost: bool = False) -> None:
-        """The request has arrived, is lost on the way, or has ended: free what it holds elsewhere, and let it go on."""
+        """Let a request go on that arrived, was lost on the way, or ended: free what it holds elsewhere."""
         request, group = moving.request, moving.group
         del self._moving[request.request_id]
         for device in moving.devices:
@@ -314,12 +314,12 @@ class Exchange:
             await self._remap.resize_kv(move.destination, {layer: kv.num_chunks(layer) + missing})
 
     def _has_chunks(self, move: KvMove, promised: Counter[int]) -> bool:
-        """Whether `_grow` will find what it needs, beside what is promised to others."""
+        """Tell whether `_grow` will find what it needs, beside what is promised to others."""
         device = move.destination
         return self._missing_chunks(move) + promised[device] <= self._memories[device].counts.free
 
     def _missing_chunks(self, move: KvMove) -> int:
-        """Chunks by which each layer's range at the destination has to grow; all of them have as many."""
+        """Return the chunks by which each layer's range at the destination has to grow; all have as many."""
         kv, kind = self._memories[move.destination].kv, self._remap.shape.kind_of(move.first_layer)
         blocks = (block for m in self._moving_at[move.destination].values() for block in m.tables[kind].blocks)
         last = max((block.ids.get(move.destination, -1) for block in blocks), default=-1)

@@ -14,6 +14,7 @@ from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_n
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.plan import ExchangeMode, Merge
 from kunserve.planner.snapshot import Snapshot
+from kunserve.sizes import ceil_div
 
 
 class Loss(NamedTuple):
@@ -40,7 +41,7 @@ def near_demand(fleet: Fleet, requests: Iterable[RequestView], estimate: OutputL
     num_near = measure_near(requests, estimate, fleet.near.window, fleet.block_size)
     groups = [group for group in fleet.groups if isinstance(group, MixedGroup)]
     full, near = sum(group.num_blocks for group in groups), sum(group.num_near_blocks for group in groups)
-    return -(-num_near * full // max(1, near))
+    return ceil_div(num_near * full, max(1, near))
 
 
 def live_requests(groups: Sequence[Group]) -> list[LiveRequest]:

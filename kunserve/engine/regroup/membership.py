@@ -62,7 +62,7 @@ class Membership:
         fit: Callable[[int], None],
         halt: Callable[[], None],
     ) -> None:
-        """`least_blocks`: that a group should hold, for the longest request. `fit` is told the tokens that one has.
+        """Form groups. `least_blocks`: of a group, for the longest request. `fit` is told the tokens that one has.
 
         `reopen` puts a new device, with nothing in it, in the place of one that is gone. It blocks.
         """

@@ -89,14 +89,14 @@ class Migration:
             self._timer = asyncio.get_running_loop().call_later(PAIR_EVERY_S, self.pair)
 
     def stepped(self, group: Group, seconds: float) -> None:
-        """Steps do not matter here."""
+        """Do nothing: steps do not matter here."""
 
     def is_busy(self, groups: Sequence[Group]) -> bool:
-        """Whether a request is on its way from or to one of these groups."""
+        """Tell whether a request is on its way from or to one of these groups."""
         return any(m.source in groups or m.destination in groups for m in self._migrating.values())
 
     def finished(self, request: Request) -> None:
-        """A request ended: its migration, if there is one, sees that."""
+        """Do nothing: the migration of a request that ended, if there is one, sees that."""
 
     async def stop(self) -> None:
         """End what is under way, and begin nothing more."""
@@ -126,7 +126,7 @@ class Migration:
         self.observe()
 
     def _freeness(self, groups: Sequence[Group]) -> list[Freeness]:
-        """What waits is nobody's yet: each group counts an equal share of it, as if it were one request."""
+        """Return how free each group is. What waits is nobody's yet: each counts an equal share as one request."""
         scheduler, share = self._scheduler, 1 / len(self._fleet.groups)
         killed = Counter(scheduler.preempted_by.values())
         num_waiting = len(scheduler.waiting) * share
@@ -198,7 +198,7 @@ class Migration:
         m.num_copied = end
 
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:
-        """The request runs on at the destination, or it stays, or it has ended on the way."""
+        """Let a request run on at the destination, or stay, or be, if it has ended on the way."""
         del self._migrating[m.source.group_id]
         is_stopped = m.is_here and m.request.is_moving
         if is_stopped:
@@ -223,6 +223,6 @@ def _by_kind(source: BlockTable, target: BlockTable) -> Iterator[tuple[BlockTabl
 
 
 def _stage(group: Group) -> Stage:
-    """The only one."""
+    """Return the only stage of a group."""
     (stage,) = group.stages
     return stage

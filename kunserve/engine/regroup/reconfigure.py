@@ -142,9 +142,9 @@ class Reconfigure:
     def _plan_exchange(
         self, snapshot: Snapshot, merge: Merge, groups: Sequence[Group], most_lost_blocks: int | None
     ) -> ExchangePlan:
-        """Plan how the KV of live requests will follow; if it cannot, they are recomputed from now on, come what may.
+        """Plan how the KV of live requests will follow; if it cannot, preempt all of them now: they are recomputed.
 
-        By layer, all wait for the last one's KV. Whose first token is still to come waits for less if it is recomputed.
+        By layer, all wait for the last layer. Requests without a first token are preempted then: recomputing is sooner.
         """
         cached_groups = frozenset(group.group_id for group in groups if group.idle and self._has_room())
         exchange = plan_exchange(snapshot, merge, live_requests(groups), cached_groups)
@@ -159,7 +159,7 @@ class Reconfigure:
         return exchange
 
     def _has_room(self) -> bool:
-        """Whether nobody waits for the memory that cached blocks on their way would occupy."""
+        """Tell whether nobody waits for the memory that cached blocks on their way would occupy."""
         head = self._scheduler.waiting.head
         return head is None or any(
             g.free_for(head.num_tokens) >= g.blocks_for(head.num_tokens) for g in self._fleet.groups
@@ -230,7 +230,7 @@ class Reconfigure:
         return transition
 
     def cancel_restore(self) -> None:
-        """A new burst came: give up a restore that has not split yet. Nothing happens if there is none."""
+        """Give up a restore that has not split yet, for a new burst. Nothing happens if there is none."""
         if self.is_cancellable:
             self._is_cancelled = True
             self._signals.progress()

@@ -40,17 +40,17 @@ class CopyBudget:
     is_untouched: bool = True  # nothing copied in this iteration
 
     def stepped(self, seconds: float) -> None:
-        """An iteration that computed so long is over; the next begins."""
+        """Note that an iteration which took so long is over, and that the next begins."""
         self.step_s = smooth(self.step_s, seconds)
         self.num_bytes_left = int((self.bytes_per_s or 0.0) * self.step_s)
         self.is_untouched = True
 
     def copied(self, num_bytes: int, seconds: float) -> None:
-        """A copy took so long."""
+        """Note that a copy took so long."""
         self.bytes_per_s = smooth(self.bytes_per_s, num_bytes / max(seconds, 1e-9))
 
     def take(self, layer_bytes: int, num_layers: int) -> int:
-        """How many of `num_layers` may be copied now. One in every iteration, however large, so that all end."""
+        """Return how many of `num_layers` may be copied now. One in every iteration, however large, so that all end."""
         granted = min(num_layers, self.num_bytes_left // layer_bytes) or int(self.is_untouched)
         self.num_bytes_left = max(0, self.num_bytes_left - granted * layer_bytes)
         self.is_untouched &= granted == 0
@@ -109,16 +109,16 @@ class Swap:
             task.add_done_callback(self._tasks.discard)
 
     def stepped(self, group: Group, seconds: float) -> None:
-        """A microbatch of `group` took so long, and a new iteration of its devices begins."""
+        """Note that an iteration which took so long is over, and that the next begins."""
         for stage in group.stages:
             self._budgets[stage.device].stepped(seconds / len(group.stages))
 
     def is_busy(self, groups: Sequence[Group]) -> bool:
-        """Whether copies of these groups' requests are under way."""
+        """Tell whether copies of these groups' requests are under way."""
         return any(group.group_id in self._moves for group in groups)
 
     def finished(self, request: Request) -> None:
-        """A request ended: free its host memory, unless a copy works on it; then the copy's end does."""
+        """Free an ended request's host memory, unless a copy works on it; then the copy's end does."""
         if not request.is_moving:
             self._buffers.pop(request.request_id, None)
 
@@ -150,12 +150,12 @@ class Swap:
             self._end(move, is_lost=is_lost)
 
     async def _copy(self, move: SwapMove) -> None:
-        """All layers of one request, all stages at once."""
+        """Copy all layers of one request, all stages at once."""
         self._buffers.setdefault(move.request.request_id, {})
         await gather_all(self._copy_stage(move, stage) for stage in move.group.stages)
 
     async def _copy_stage(self, move: SwapMove, stage: Stage) -> None:
-        """The layers of one stage, as many at a time as the budget allows. Nothing for a request that has ended."""
+        """Copy the layers of one stage, as many at a time as the budget allows; nothing if the request has ended."""
         request, device, table = move.request, stage.device, move.request.table
         kv, buffers = self._transfers.kv(device), self._buffers[request.request_id]
         parts = [(0, table.ids[device][: move.num_blocks].tolist())]
@@ -179,7 +179,7 @@ class Swap:
 def _copies(
     kv: Sequence[Tensor], ids: Sequence[int], buffers: dict[int, Tensor], layers: Sequence[int], *, is_out: bool
 ) -> list[BlockCopy]:
-    """Blocks `ids` of some layers into new host tensors, or back from those."""
+    """List copies of blocks `ids` of some layers into new host tensors, or back from those."""
     copies = []
     for layer in layers:
         if is_out:

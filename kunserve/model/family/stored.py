@@ -13,6 +13,7 @@ class Form(NamedTuple):
 
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of what a decoder reads -> in the file
     read: Callable[[Tensor], Tensor]  # in the file -> as a decoder reads it
+    rows: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the same, of (E, N, ...) with a row for each output
 
 
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -27,9 +28,14 @@ def _pairs(tensor: Tensor) -> Tensor:
     return tensor.view(*tensor.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
 
 
+def _paired_rows(tensor: Tensor) -> Tensor:
+    num, rows, *columns = tensor.shape
+    return tensor.view(num, rows // 2, 2, *columns).transpose(1, 2).flatten(1, 2)
+
+
 # By what names end in: gpt-oss keeps the weights of an output as a column, and gate and up by turns.
 FORMS = {
-    ".experts.gate_up_proj": Form(_turned, lambda tensor: _columns(_pairs(tensor))),
+    ".experts.gate_up_proj": Form(_turned, lambda tensor: _columns(_pairs(tensor)), _paired_rows),
     ".experts.gate_up_proj_bias": Form(lambda shape: shape, _pairs),
     ".experts.down_proj": Form(_turned, _columns),
 }

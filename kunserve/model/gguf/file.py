@@ -36,6 +36,7 @@ FORMATS = {  # by ggml's numbers
     14: "Q6_K",
     28: "F64",
     30: "BF16",
+    39: "MXFP4",
 }
 OTHER_FORMATS = {
     9: "Q8_1",
@@ -57,7 +58,6 @@ OTHER_FORMATS = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
 }
 ITEM_BYTES = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 AGAIN = "the file is damaged or its download is not complete; fetch it again"

@@ -16,13 +16,15 @@ class Blocks:
     num_bytes: int
 
 
-# ggml's formats, by its names: (values, bytes) of a block. All are codes with scale and offset per 16 or 32 values.
+# ggml's formats, by its names: (values, bytes) of a block. All are codes with scale and offset per 16 or 32 values,
+# but for MXFP4: its 16 codes are floats, which lie unevenly: no scale and offset make them of whole numbers below 16.
 GGML_BLOCKS = {
     name: Blocks(name, num_values, num_bytes)
     for name, num_values, num_bytes in [
         *[("F16", 32, 64), ("BF16", 32, 64)],  # numbers: in "blocks", so that they are widened on the way
         *[("Q8_0", 32, 34), ("Q4_0", 32, 18), ("Q4_1", 32, 20), ("Q5_0", 32, 22), ("Q5_1", 32, 24)],
         *[("Q4_K", 256, 144), ("Q5_K", 256, 176), ("Q6_K", 256, 210)],
+        ("MXFP4", 32, 17),
     ]
 }
 

@@ -26,9 +26,10 @@ class Formats:
         return replace(self, by_name={})
 
     def as_planes(self) -> Formats:
-        """Return the same checkpoint as GPUs keep it: in planes, and as numbers where there are none."""
+        """Return the same checkpoint as GPUs keep it: in planes, and as numbers where there are none. Experts are."""
         group = None if self.scheme is None else self.scheme.group
-        planes = {name: planes_of(blocks, group) for name, blocks in self.by_name.items()}
+        matrices = {name: blocks for name, blocks in self.by_name.items() if ".experts." not in name}
+        planes = {name: planes_of(blocks, group) for name, blocks in matrices.items()}
         return replace(self, by_name={name: kept for name, kept in planes.items() if kept is not None})
 
 

@@ -1,9 +1,10 @@
-"""Matrices of quantized checkpoints, as published, -> blocks of ours: codes, and a scale and an offset per group."""
+"""Matrices of quantized checkpoints, as published, -> blocks: codes, and a scale and an offset per group, or MXFP4."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from kunserve.sizes import ceil_div
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight codes in 32 bits, where each column's is
 Read = Callable[[str], Tensor]  # a tensor of the matrix by its ending: "qweight"
+PAIRS_OF_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # and their negatives: both codes of each byte
+PAIRS_OF_E2M1 = torch.cat([PAIRS_OF_E2M1, -PAIRS_OF_E2M1])[torch.arange(256)[:, None] >> torch.tensor([0, 4]) & 15]
+
+
+class Packed(Protocol):
+    """A matrix (..., N, K) as a checkpoint has it."""
+
+    def blocks(self, blocks: Blocks) -> Tensor:
+        """Return rows of blocks: (..., N, bytes of a row) uint8."""
+
+    def numbers(self) -> Tensor:
+        """Return what it stands for: (..., N, K) float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +63,42 @@ class Codes:
         return affine(self.codes, self.scale[:, of], self.offset[:, of])
 
 
-def take(scheme: Scheme, read: Read, shape: tuple[int, int]) -> Codes:
-    """Read one matrix (N, K). ConfigError, which names what, if a tensor of it has another shape than it must have."""
+HIGHEST_E4M3 = 448.0
+
+
+def fp8_of(numbers: Tensor) -> Codes:
+    """Quantize a matrix (N, K) of float32 to e4m3, with a scale for each row that makes its largest number 448."""
+    scale = numbers.abs().amax(dim=1, keepdim=True) / HIGHEST_E4M3
+    scale = torch.where(scale > 0, scale, 1.0)
+    codes = (numbers / scale).clamp(-HIGHEST_E4M3, HIGHEST_E4M3).to(torch.float8_e4m3fn)
+    return Codes(numbers.shape[1], codes.view(torch.uint8), scale, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """Matrices (..., N, K) of floats of 4 bits (e2m1), of which 32 columns share a power of two (e8m0)."""
+
+    pairs: Tensor  # (..., N, K / 32, 16) uint8: of two columns that follow each other, the first in the low half
+    scales: Tensor  # (..., N, K / 32) uint8: exponents, from 127
+
+    def blocks(self, blocks: Blocks) -> Tensor:
+        """Return rows of ggml's blocks, in which the first 16 columns of 32 are the low halves."""
+        first, second = self.pairs[..., :8], self.pairs[..., 8:]
+        columns = torch.stack([first & 15 | second << 4, first >> 4 | second & 0xF0], dim=-1)
+        return torch.cat([self.scales[..., None], columns.flatten(-2)], dim=-1).flatten(-2)
+
+    def numbers(self) -> Tensor:
+        """Return what they stand for."""
+        exponents = self.scales.to(torch.int32)
+        scale = torch.where(exponents > 0, exponents << 23, 1 << 22).view(torch.float32)  # the least is subnormal
+        return (PAIRS_OF_E2M1[self.pairs.to(torch.int32)].flatten(-2) * scale[..., None]).flatten(-2)
+
+
+def take(scheme: Scheme, read: Read, shape: tuple[int, ...]) -> Packed:
+    """Read one matrix (N, K), or those of all experts (E, N, K), whose rows stand as in the checkpoint.
+
+    ConfigError, which names what, if a tensor of it has another shape or dtype than it must have.
+    """
     return LAYOUTS[scheme.layout](scheme, read, *shape)
 
 
@@ -102,13 +149,27 @@ def _fp8(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
     return Codes(size, _floats8(read, N, K), scale.repeat_interleave(size, dim=0)[:N].contiguous(), None)
 
 
-LAYOUTS: Mapping[str, Callable[[Scheme, Read, int, int], Codes]] = {
+def _mxfp4(scheme: Scheme, read: Read, *shape: int) -> Mxfp4:
+    *rows, K = shape
+    if K % 32:
+        raise ConfigError(f"_blocks has {K} columns, which are no whole groups of 32")
+    pairs, scales = _shaped(read, "_blocks", (*rows, K // 32, 16)), _shaped(read, "_scales", (*rows, K // 32))
+    for ending, tensor in (("_blocks", pairs), ("_scales", scales)):
+        if tensor.dtype is not torch.uint8:
+            raise ConfigError(f"{ending} is {str(tensor.dtype).removeprefix('torch.')}, not uint8")
+    if scales.numel() and scales.max() == 255:
+        raise ConfigError("_scales holds 255, which stands for no number: the file is damaged")
+    return Mxfp4(pairs, scales)
+
+
+LAYOUTS: Mapping[str, Callable[..., Packed]] = {
     "awq": _awq,
     "gptq": _gptq,
     "pack-quantized": _pack_quantized,
     "int-quantized": _int_quantized,
     "float-quantized": _float_quantized,
     "fp8": _fp8,
+    "mxfp4": _mxfp4,
 }
 
 

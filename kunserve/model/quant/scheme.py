@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.config_fields import read_names, show
-from kunserve.model.quant.blocks import GROUPS, OUR_BLOCKS, Blocks
+from kunserve.model.quant.blocks import GGML_BLOCKS, GROUPS, OUR_BLOCKS, Blocks
 
 # What is read of each matrix, by its ending; of "fp8" either of two scales.
 ENDINGS = {
@@ -18,32 +19,66 @@ ENDINGS = {
     "int-quantized": ("weight", "weight_scale"),
     "float-quantized": ("weight", "weight_scale"),
     "fp8": ("weight",),
+    "mxfp4": ("_blocks", "_scales"),
 }
-METHODS = ("awq", "gptq", "compressed-tensors", "fp8")
+# vLLM's names of ways to run them, which mean nothing else here.
+SAME_METHODS = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+METHODS = ("awq", "gptq", "compressed-tensors", "fp8", "mxfp4")
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """One way of storing all quantized matrices of a checkpoint."""
 
-    layout: str  # "awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8"
-    kind: str  # of codes: "A4", "A8", "F8", as our blocks are named
+    layout: str  # "awq", "gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8", "mxfp4"; "numbers"
+    kind: str  # of codes: "A4", "A8", "F8", as our blocks are named; "MXFP4"
     group: int | None  # columns that share a scale; None: a whole row, or the whole matrix
-    skipped: tuple[str, ...] = ()  # parts of the names of matrices that are not quantized
+    skipped: tuple[str, ...] = ()  # parts of the names of matrices that are not quantized; * stands for anything
     zero_shift: int = 0  # what is added to stored zero points
     is_ordered: bool = True  # False: which group a column is of is stored (GPTQ's act-order)
+
+    @property
+    def is_made(self) -> bool:
+        """Say whether the checkpoint holds numbers, which are quantized as they are read."""
+        return self.layout == "numbers"
+
+    @property
+    def method(self) -> str:
+        """Return the checkpoint's `quant_method`."""
+        return self.layout if self.layout in METHODS else "compressed-tensors"
 
     def blocks_of(self, num_columns: int) -> Blocks | None:
         """Return the blocks that a matrix is kept in without loss; None if it can only be kept as numbers."""
         if not self.is_ordered:
             return None
+        if self.layout == "mxfp4":
+            return GGML_BLOCKS[self.kind]
         group = self.group or num_columns
         size = next((size for size in GROUPS if group % size == 0 and num_columns % size == 0), None)
         return None if size is None else OUR_BLOCKS[f"{self.kind}_{size}"]
 
     def skips(self, name: str) -> bool:
         """Whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
-        return name == "lm_head" or any(part == name or f".{part}." in f".{name}." for part in self.skipped)
+        dotted = f".{name}."
+        return name == "lm_head" or any(
+            fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted for part in self.skipped
+        )
+
+    def holds(self, name: str, num_dims: int) -> bool:
+        """Say whether a tensor is of those that this way of storing is for: experts in one tensor have 3 dimensions.
+
+        Embeddings, head, routers, gates, norms and biases are none of them.
+        """
+        if num_dims == 3:
+            return self.layout in ("mxfp4", "numbers")
+        return (
+            num_dims == 2
+            and self.layout != "mxfp4"
+            and name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
+        )
+
+
+FP8_OF_NUMBERS = Scheme("numbers", "F8", None)  # a scale for each row, which is an output
 
 
 def scheme_of(values: Mapping[str, Any]) -> Scheme:
@@ -67,6 +102,8 @@ def scheme_of(values: Mapping[str, Any]) -> Scheme:
             if size is not None and size != [128, 128]:
                 raise ConfigError(f"weight_block_size {show(size)} is not served, only [128, 128]")
             return Scheme("fp8", "F8", 128 if size else None, _names(values))
+        case "mxfp4":
+            return Scheme("mxfp4", "MXFP4", 32, _names(values))
     raise ConfigError(f"weights quantized with {show(method)} are not served, only {', '.join(METHODS)} and GGUF files")
 
 

@@ -55,8 +55,8 @@ def random_rows(name: str, N: int, K: int) -> Tensor:
 def multiply(kernels: ctypes.CDLL, name: str, x: Tensor, rows: Tensor, y: Tensor) -> None:
     pointers = (ctypes.c_void_p(p) for p in (x.data_ptr(), rows.data_ptr(), None, None, y.data_ptr()))
     (M, K), N = x.shape, len(rows)
-    sizes = (ctypes.c_int64(size) for size in (M, N, K, N, rows.shape[1]))
-    kernels.linear_blocks(ctypes.c_int64(FORMATS.index(name)), *pointers, *sizes)
+    sizes = (ctypes.c_int64(size) for size in (M, N, K, N, FORMATS.index(name), rows.shape[1]))
+    kernels.linear(*pointers, *sizes)
 
 
 def steps_per_vector(clock: ctypes.CDLL, kernels: ctypes.CDLL, name: str, x: Tensor, rows: Tensor, y: Tensor) -> float:

@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import load_kernels
-from kunserve.compute.cpu_ops import CpuOps
+from kunserve.compute.cpu_ops import KV_DTYPES, CpuOps
 from kunserve.compute.ops import AttentionBatch, Ops, rope_table
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.model.quant.linear import Linear
@@ -45,13 +45,13 @@ LINEARS = {
 }
 
 
-def huge(*shape: int) -> Tensor:
+def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A random tensor on 2 MiB pages where the system has them, as device memory is."""
-    num_bytes = prod(shape) * 4
+    num_bytes = prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.float32)
-    first = -flat.data_ptr() % HUGE_PAGE_BYTES // 4
+    flat = torch.frombuffer(memory, dtype=dtype)
+    first = -flat.data_ptr() % HUGE_PAGE_BYTES // dtype.itemsize
     return flat[first : first + prod(shape)].view(shape).normal_(std=0.05)
 
 
@@ -120,19 +120,21 @@ def sequences(contexts: list[int], num_new: int, first_block: int) -> AttentionB
     )
 
 
-def bench_attention(ops: CpuOps, repeats: int) -> list[dict[str, float | str]]:
-    """Decode and prefill attention, over enough layers' KV to be cold."""
+def bench_attention(ops: CpuOps, repeats: int, dtype: torch.dtype = torch.float32) -> list[dict[str, float | str]]:
+    """Decode and prefill attention, over enough layers' KV (of `dtype`) to be cold."""
     cases = {
         "decode 16 x 463": ([463] * 16, 1),
         "prefill 256 after 0": ([256], 256),
         "prefill 256 after 1000": ([1256], 256),
     }
     results: list[dict[str, float | str]] = []
-    print(f"\n{'attention':24} {'us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'torch us':>9}")
+    kind = str(dtype).removeprefix("torch.")
+    print(f"\n{'attention, KV in ' + kind:24} {'us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'torch us':>9}")
     for name, (contexts, num_new) in cases.items():
         num_blocks = sum(ceil_div(n, BLOCK_SIZE) for n in contexts)
-        kv_bytes = sum(contexts) * 2 * KV_HEADS * HEAD_DIM * 4
-        kvs = [huge(num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(ceil_div(COLD_BYTES, kv_bytes))]
+        kv_bytes = sum(contexts) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
+        shape, num_layers = (num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM), ceil_div(COLD_BYTES, kv_bytes)
+        kvs = [huge(*shape, dtype=dtype) for _ in range(num_layers)]
         batch = sequences(contexts, num_new, 0)
         qkv = torch.randn(len(batch.positions), QKV)
         layers = kvs if num_new == 1 else kvs[:2]
@@ -145,7 +147,8 @@ def bench_attention(ops: CpuOps, repeats: int) -> list[dict[str, float | str]]:
         pairs = sum(num_new * (2 * n - num_new + 1) // 2 for n in contexts)
         gflops, gbps = 4e-9 * pairs * HEADS * HEAD_DIM / ours, kv_bytes * 1e-9 / ours
         print(f"{name:24} {ours * 1e6:9.1f} {gflops:8.1f} {gbps:6.1f} {theirs * 1e6:9.1f}", flush=True)
-        results.append({"op": name, "us": ours * 1e6, "gflops": gflops, "gbps": gbps, "torch_us": theirs * 1e6})
+        row = {"op": name, "kv": kind, "us": ours * 1e6, "gflops": gflops, "gbps": gbps, "torch_us": theirs * 1e6}
+        results.append(row)
     return results
 
 
@@ -220,7 +223,7 @@ def main() -> None:
     rows, repeats = ([1, 8, 16, 128], 7) if args.quick else ([1, 2, 4, 8, 16, 32, 64, 128, 256], 11)
     result = {
         "linear": bench_linear(ops, rows, repeats),
-        "attention": bench_attention(ops, repeats),
+        "attention": [row for dtype in KV_DTYPES for row in bench_attention(ops, repeats, dtype)],
         "decode": bench_model(ops, [m for m in rows if m <= 32], repeats),
         "call_us": bench_calls(ops, repeats),
     }

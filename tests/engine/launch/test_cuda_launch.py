@@ -13,7 +13,9 @@ import torch
 from e2e.engines import assert_idle, generate, greedy
 from fake_cuda import FakeCuda
 from fake_gpus import ACTIVATIONS, MIB, Gpus
+from safetensors.torch import save_file
 from tiny_models import VOCAB_SIZE, make_tiny_model
+from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
 
 from kunserve import server
 from kunserve.compute.cuda.decoder import CudaDecoder
@@ -22,6 +24,9 @@ from kunserve.engine.launch.cuda_machine import GRAPH_BYTES
 from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import ConfigError, EngineError
+from kunserve.model.card import quantized_as
+from kunserve.model.checkpoint import expected_shapes, open_weights
+from kunserve.model.hf_config import load_hf_config
 from kunserve.model.host_copy import HostCopy
 
 
@@ -204,6 +209,7 @@ async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[Fake
     ("settings", "message"),
     [
         ({"dtype": "float64"}, r"float64"),
+        ({"kv_cache_dtype": "float16"}, r"^--kv-cache-dtype float16: on GPUs KV has the weights' dtype, float32$"),
         ({"devices": parse_devices("cuda:3")}, r"there is no cuda:3; this machine has 1 GPU"),
         ({"device_memory_bytes": 900 * MIB}, r"cuda:0: too little memory: --device-memory asks for 2 x 900 MiB"),
         ({"device_memory_bytes": 2 * MIB}, r"MiB"),
@@ -217,6 +223,32 @@ async def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         await launch(config, "tiny", lambda text, share: None)
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "experts in fp8", "fp8 while loading"])
+async def test_what_is_quantized_is_served_as_what_it_stands_for(
+    kind: str, tmp_path: Path, drivers: list[FakeCuda]
+) -> None:
+    """However GPUs keep it: tokens are those of a checkpoint with the dequantized weights."""
+    settings: dict[str, Any] = {}
+    match kind:
+        case "mxfp4":
+            folder = write_tiny_mxfp4(tmp_path)
+        case "experts in fp8":
+            folder = write_tiny_quantized("fp8 of blocks", tmp_path, "qwen3-moe", moe_intermediate_size=128)
+        case _:
+            folder, settings = make_tiny_model("llama", tmp_path / "plain"), {"quantization": "fp8"}
+            config = quantized_as(load_hf_config(folder), "fp8")
+            source, tensors = open_weights(folder, config, "auto"), {}
+            for name, shape in expected_shapes(config).items():
+                source.copy_into(name, tensors.setdefault(name, torch.empty(shape)))
+            save_file(tensors, make_tiny_model("llama", tmp_path / "dequantized") / "model.safetensors")
+    prompts = [[5, 6, 7, 8], list(range(20, 60))]
+    answers = []
+    for model, more in ((folder, settings), (tmp_path / "dequantized", {})):
+        async with serving(model, num_blocks_override=64, **more) as served:
+            answers.append([await generate(served.engine, prompt, greedy(12)) for prompt in prompts])
+    assert answers[0] == answers[1]
 
 
 async def test_flashinfer_that_is_missing_is_said_in_one_line(tiny: Path, drivers: list[FakeCuda]) -> None:
