@@ -346,3 +346,26 @@ def test_a_head_is_admitted_without_blocks_for_what_it_shares(policy: OverloadPo
     assert scheduler.schedule(group, [group], 0) is not None
     assert second.num_blocks == 7 and second.table.blocks[:6] == first.table.blocks[:6]
     fleet.check(LAYERS)
+
+
+def test_who_comes_back_from_the_host_waits_for_all_its_blocks() -> None:
+    group = make_group(num_blocks=10)
+    fleet = Fleet([group], has_prefix_cache=True)
+    scheduler = Scheduler(fleet, Limits(64, 64), make_policy(OverloadPolicy.SWAP, 0), 16)
+    first, second = make_request("a", 24, 4), make_request("b", 25, 4)
+    for request in (first, second):
+        scheduler.waiting.append(request)
+        batch = scheduler.schedule(group, [group], 0)
+        assert batch is not None
+        commit(scheduler, group, batch)
+        fleet.computed(request, group)
+    assert second.table.blocks[:6] == first.table.blocks[:6]
+    assert scheduler.swapped.begin_out(group, second)
+    scheduler.end_swap(scheduler.swapped.take_begun()[0])
+    assert list(scheduler.swapped.ready) == [second] and group.num_free < group.blocks_for(second.num_tokens)
+    assert not scheduler.can_admit(group)  # its KV is copied back: what the other has is of no use
+    run_steps(scheduler, group, 1)
+    assert list(scheduler.swapped.ready) == [second] and group.running == [first]
+    run_steps(scheduler, group, 9)
+    assert first.finish_reason and [move.request for move in scheduler.swapped.take_begun()] == [second]
+    fleet.check(LAYERS)
