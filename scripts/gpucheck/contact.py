@@ -52,7 +52,7 @@ def _timed(ordinal: int, work: Callable[[], Tensor], expected: Tensor, num_bytes
     found = work()
     error = float((found.float() - expected).norm() / expected.norm())
     assert error < 1e-2, f"relative error {error}"
-    stream, graph = torch.cuda.Stream(ordinal), torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.Stream(ordinal), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(ordinal)
     with torch.cuda.stream(stream):
         work()
