@@ -60,7 +60,7 @@ async def test_answers_are_the_same_alone_together_and_across_transitions(
         assert checked.num_outcomes("restore", "done") > 0
 
 
-@pytest.mark.parametrize("policy", [OverloadPolicy.SWAP, OverloadPolicy.MIGRATE, OverloadPolicy.RECOMPUTE])
+@pytest.mark.parametrize("policy", [OverloadPolicy.MIGRATE, OverloadPolicy.RECOMPUTE])
 async def test_what_makes_way_and_what_is_cached_changes_nothing(
     policy: OverloadPolicy, tiny_models: TinyModels
 ) -> None:
