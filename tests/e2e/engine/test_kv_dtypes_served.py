@@ -21,6 +21,7 @@ from kunserve.policies import OverloadPolicy
 
 DTYPES = ["float16", "bfloat16"]
 FAMILIES = ["llama", "gpt-oss", "gemma2"]  # plain; sinks and windows; soft caps
+NUM_TOKENS = 100
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 128}
 
 
@@ -59,7 +60,7 @@ async def test_answers_are_the_same_alone_together_and_across_transitions(
         assert checked.num_outcomes("restore", "done") > 0
 
 
-@pytest.mark.parametrize("policy", [OverloadPolicy.SWAP, OverloadPolicy.MIGRATE, OverloadPolicy.RECOMPUTE])
+@pytest.mark.parametrize("policy", [OverloadPolicy.MIGRATE, OverloadPolicy.RECOMPUTE])
 async def test_what_makes_way_and_what_is_cached_changes_nothing(
     policy: OverloadPolicy, tiny_models: TinyModels
 ) -> None:
@@ -68,11 +69,11 @@ async def test_what_makes_way_and_what_is_cached_changes_nothing(
     prompts = [random_prompt(n, seed=n) for n in (5, 40, 70, 130)] + [[*shared, 7 + i] for i in range(3)]
     settings: dict[str, Any] = {"kv_cache_dtype": "float16", "max_model_len": 320, "max_num_batched_tokens": 64}
     async with running_engine(folder, num_blocks_override=256, enable_prefix_caching=False, **settings) as served:
-        expected = [await generate(served.engine, prompt, greedy(150)) for prompt in prompts]
+        expected = [await generate(served.engine, prompt, greedy(NUM_TOKENS)) for prompt in prompts]
     settings |= {"num_blocks_override": 20, "overload_policy": policy, "chunk_bytes": 1 << 16}
     async with running_engine(folder, "cpu:2", **settings) as served:
         for _ in range(2):
-            assert await generate_all(served.engine, prompts, greedy(150)) == expected
+            assert await generate_all(served.engine, prompts, greedy(NUM_TOKENS)) == expected
         scheduler = served.engine.scheduler
         assert scheduler.num_preemptions + scheduler.swapped.num_swaps > 0 or policy is OverloadPolicy.MIGRATE
         await assert_idle(served.engine)
