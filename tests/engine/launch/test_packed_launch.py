@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from e2e.engines import generate, greedy
 from fake_gpus import MIB, Gpus
-from gguf import GGMLQuantizationType as Kind
 from test_cuda_launch import assert_same_tokens_through_drop_and_restore, assert_same_weights, prompt, serving
-from tiny_gguf import write_tiny_gguf
 from tiny_quantized import write_tiny_quantized
 
 from kunserve.config import parse_devices
@@ -46,13 +44,12 @@ def planes_in(served: Served) -> dict[str, set[str]]:
     [
         ("awq", "A4", HostCopy.PINNED),
         ("w8a8", "A8", HostCopy.MAPPED),
-        ("compressed fp8", "F8", HostCopy.NONE),
     ],
 )
 async def test_a_quantized_checkpoint_stays_packed(
     kind: str, codes: str, host_copy: HostCopy, tmp_path: Path, gpus: Gpus
 ) -> None:
-    gpus.count, gpus.are_async = 2, kind == "awq"
+    gpus.count = 2
     folder = write_tiny_quantized(kind, tmp_path)
     async with serving(tmp_path / "dequantized", **TWO) as served:
         expected = [await generate(served.engine, prompt(i), greedy(12)) for i in range(2)]
@@ -67,17 +64,3 @@ async def test_a_quantized_checkpoint_stays_packed(
         assert_same_weights(served)
         assert isinstance(served.engine.executor, CudaExecutor)
         assert all(d.graphs is not None and d.graphs.num_replays for d in served.engine.executor.decoders)
-
-
-async def test_a_gguf_file_stays_packed_where_that_saves_memory(tmp_path: Path, gpus: Gpus) -> None:
-    gpus.count = 2
-    kinds = {"attn_v": Kind.Q6_K, "ffn_down": Kind.Q5_0, "attn_k": Kind.Q8_0}
-    path = write_tiny_gguf(tmp_path, Kind.Q4_K, "qwen2", kinds, num_hidden_layers=4)
-    async with serving(path, **TWO) as served:
-        found = planes_in(served)
-        assert found == {"A4": {"q_proj", "o_proj", "gate_proj", "up_proj"}, "A8": {"k_proj", "down_proj"}}
-        qkv = [f"model.layers.1.self_attn.{i}_proj.weight" for i in "qkv"]
-        parts = served.engine.memories[0].weights.linear("layers.1", *qkv).parts
-        assert [part.blocks and part.blocks.num_values for part in parts] == [2, 1, None]
-        await assert_same_tokens_through_drop_and_restore(served)
-        assert_same_weights(served)
