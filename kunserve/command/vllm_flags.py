@@ -98,7 +98,7 @@ REFUSED = {
         *("--limit-mm-per-prompt", "--mm-processor-kwargs", "--media-io-kwargs", "--allowed-local-media-path"),
         *("--language-model-only", "--enable-prompt-embeds", "--pooler-config"),
     ),
-    "models with experts are not served": (
+    "all experts of a layer are on one device": (
         *("--enable-expert-parallel", "-ep", "--enable-eplb", "--all2all-backend", "--moe-backend"),
     ),
     "KV stays on the devices of this server (see --overload-policy)": (
