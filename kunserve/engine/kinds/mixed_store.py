@@ -90,7 +90,8 @@ class MixedStore(BlockStore):
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
         """See `BlockStore.begin`."""
         num_places = super().begin(table, group, keys)
-        assert self._near.begin(near_of(table), group, keys[:num_places]) == num_places
+        num_near = self._near.begin(near_of(table), group, keys[:num_places])
+        assert num_near == num_places
         return num_places
 
     def hold(self, table: BlockTable, group: Group, num_places: int, num_near: int) -> bool:
@@ -102,7 +103,8 @@ class MixedStore(BlockStore):
                 return False
         if num_places > table.num_places and not self.append(table, group, num_places - table.num_places):
             return False
-        assert self._near.append(near, group, missing)
+        has_appended = self._near.append(near, group, missing)
+        assert has_appended
         return True
 
     def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> list[int]:
