@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize as ggml_dequantize
@@ -83,7 +84,9 @@ def test_every_power_of_two_of_mxfp4_is_exact(ops: CpuOps) -> None:
     nibbles = torch.cat([part.data[:, 1:] & 15, part.data[:, 1:] >> 4], dim=-1).long()
     of_code = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
     expected = of_code[nibbles] * 2.0 ** (torch.arange(254, dtype=torch.float64)[:, None] - 127)
-    assert torch.equal(whole, expected.float()) and torch.equal(whole, ggml(part))  # the largest are infinite
+    assert torch.equal(whole, expected.float())  # the largest are infinite
+    with np.errstate(over="ignore"):
+        assert torch.equal(whole, ggml(part))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "MXFP4"])
