@@ -164,7 +164,7 @@ for name in ("triton", "flashinfer", "cuda", "cuda.bindings"):
 import kunserve
 for module in pkgutil.walk_packages(kunserve.__path__, "kunserve."):
     needs_ray = module.name.startswith("kunserve.ray.")
-    if not (needs_ray or module.name.endswith(("cuda.kernels", "cuda.experts", "__main__"))):
+    if not (needs_ray or module.name.endswith(("cuda.kernels", "cuda.experts", "cuda.packed", "__main__"))):
         importlib.import_module(module.name)
 try:
     import kunserve.compute.cuda.kernels
