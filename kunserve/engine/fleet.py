@@ -210,9 +210,7 @@ class Fleet:
 
     def prefix_lengths(self, request: Request) -> dict[int, int]:
         """Return how many blocks of a waiting request's tokens groups have, by group id; without those with none."""
-        if (
-            self.prefixes is None or request.num_computed_tokens
-        ):  # KV that is on the host comes back whole, sharing none
+        if self.prefixes is None or request.num_computed_tokens:  # KV comes back from the host whole, sharing none
             return {}
         asked = request, self.prefixes.version
         if self._lengths[0] != asked:

@@ -22,18 +22,17 @@ GENERATED = "generated"  # a request that is under way through drop, exchange an
 async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) -> dict[str, Any]:
     """Return the negative log-likelihood per token of a text, on two logical devices and on a CPU device in float32.
 
-    After the launch, the drop, the restore and another drop; and of `num_tokens` tokens that a request generates while
-    it goes through all of that, as they came and as a text. With each: by how much the likelihood of one token differs
-    at most from what it is after the launch, and from what the CPU device finds.
+    After the launch, the drop, the restore and another drop; and of `num_tokens` tokens that requests generate while
+    they go through all of that, as they came and as a text. With each: by how much the likelihood of one token differs
+    at most from what it is after the launch (of what is generated: as a text), and from what the CPU device finds. Of
+    the requests that generate, the worst.
     """
-    found, own = dict[str, list[float]](), list[float]()
+    found = dict[str, list[float]]()
     async with open_engine(config) as engine:
         text = prompt_of(engine, 0, text_len)
         found["launch"] = await _likelihoods(engine, text)
-        prompt = prompt_of(engine, 1, 40)
-        generating = asyncio.create_task(_generate(engine, prompt, num_tokens))
-        while engine.num_running < 1:
-            await engine.signals.next_commit()
+        prompt, is_over = prompt_of(engine, 1, 40), asyncio.Event()
+        generating = asyncio.create_task(_generate_until(is_over, engine, prompt, num_tokens))
         for name, change in (("drop", engine.drop), ("restore", engine.restore), ("second drop", engine.drop)):
             for _ in range(num_tokens // 8):
                 await engine.signals.next_commit()
@@ -42,14 +41,20 @@ async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) ->
             if transition["outcome"] != "done":
                 raise RuntimeError(f"the {name} did not come to its end: {transition['outcome']}")
             found[name] = await _likelihoods(engine, text)
-        generated, own = await generating
+        is_over.set()
+        answers = await generating
+        generated = answers[0][0]
+        if any(token_ids != generated for token_ids, _ in answers):
+            raise RuntimeError("the same prompt has been answered otherwise")
         again = await _likelihoods(engine, prompt + generated)
     reference = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
     async with open_engine(reference) as engine:
         expected = await _likelihoods(engine, text)
         expected_own = (await _likelihoods(engine, prompt + generated))[len(prompt) - 1 :]
     figures = {name: _compared(each, found["launch"], expected) for name, each in found.items()}
-    return {**figures, GENERATED: _compared(own, again[len(prompt) - 1 :], expected_own)}
+    before = again[len(prompt) - 1 :]
+    own = max((own for _, own in answers), key=lambda own: _compared(own, before, expected_own)["worst_error"])
+    return {**figures, GENERATED: _compared(own, before, expected_own)}
 
 
 async def _likelihoods(engine: Engine, text: list[int]) -> list[float]:
@@ -59,6 +64,16 @@ async def _likelihoods(engine: Engine, text: list[int]) -> list[float]:
     async for output in engine.submit(Request("a text", text, params)):
         found += [each.logprob for each in output.prompt_logprobs]
     return found
+
+
+async def _generate_until(
+    is_over: asyncio.Event, engine: Engine, prompt: list[int], num_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """Return what follows a prompt, again and again, so that nobody waits in vain for a step."""
+    answers = [await _generate(engine, prompt, num_tokens)]
+    while not is_over.is_set():
+        answers.append(await _generate(engine, prompt, num_tokens))
+    return answers
 
 
 async def _generate(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
