@@ -52,7 +52,7 @@ class KernelsUnavailableError(Exception):
 
 
 def _cpu_flags() -> str:
-    """What -march=native depends on: the CPU's model and instruction sets."""
+    """Return what -march=native depends on: the CPU's model and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -100,7 +100,7 @@ def library_path(flags: tuple[str, ...] = FLAGS, environment: Mapping[str, str] 
 
 
 def load_kernels(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The bound kernels, compiled unless cached ($KUNSERVE_CACHE/kernels or ~/.cache/kunserve/kernels).
+    """Return the bound kernels, compiled unless cached ($KUNSERVE_CACHE/kernels or ~/.cache/kunserve/kernels).
 
     extra_flags: passed to the compiler after our own. Calls drop the GIL. Raises KernelsUnavailableError.
     """

@@ -29,7 +29,7 @@ FLOATS = -1  # the format of a matrix of numbers in cpu_team.c
 
 
 def _is_ours(tensor: Tensor) -> bool:
-    """What the kernels read: float32 without gaps."""
+    """Tell whether the kernels read a tensor: float32 without gaps."""
     return tensor.dtype is FLOAT and tensor.is_contiguous()
 
 
@@ -54,7 +54,7 @@ class CpuOps:
         return CpuTeam(self._kernels)
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
-        """Rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
+        """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
         (part,) = weight.parts
         if part.blocks is None:
             return weight.rows(token_ids)
@@ -69,7 +69,7 @@ class CpuOps:
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-        """Root mean square norm over the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         assert _is_ours(x) and _is_ours(weight)
         T, H = x.shape
         y = torch.empty(T, H, dtype=FLOAT)
@@ -141,7 +141,7 @@ class CpuOps:
         scores: Scores = PLAIN_SCORES,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of the q part of `qkv` over the blocks: -> (T, num_heads * head_dim).
+        """Attend causally with the q part of `qkv` to the blocks: -> (T, num_heads * head_dim).
 
         Raises EngineError if a block table names no block of `kv` for a position that is read.
         """
@@ -159,7 +159,7 @@ class CpuOps:
         return out
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
-        """activation(gate) * up: (T, 2 * I) -> (T, I)."""
+        """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         assert _is_ours(gate_up)
         T, width = gate_up.shape
         y = torch.empty(T, width // 2, dtype=FLOAT)
@@ -168,14 +168,14 @@ class CpuOps:
         return y
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
-        """cap * tanh(x / cap), element by element."""
+        """Compute cap * tanh(x / cap), element by element."""
         y = x.clone(memory_format=torch.contiguous_format)
         assert _is_ours(y)
         self._softcap(y.data_ptr(), y.numel(), cap)
         return y
 
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
+        """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         assert _is_ours(x) and _is_ours(gate) and gate.shape == (len(x), 1)
         y = torch.empty_like(x)
         self._gate_rows(x.data_ptr(), gate.data_ptr(), y.data_ptr(), *x.shape)
@@ -209,7 +209,7 @@ def _stored(rows: Tensor, blocks: Blocks | None) -> tuple[int, int]:
 
 
 def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
-    """Addresses of positions, cu_seqlens_q and block_tables, and the shape (B, W) of the last."""
+    """Return the addresses of positions, cu_seqlens_q and block_tables, and the shape (B, W) of the last."""
     positions, ends, tables = batch.positions, batch.cu_seqlens_q, batch.block_tables
     assert positions.dtype is INT and ends.dtype is INT and tables.dtype is INT and tables.is_contiguous()
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
@@ -221,7 +221,7 @@ def has_block_kernels(dtype: str, head_dim: int = 64) -> bool:
 
 
 def cpu_ops_or_reference(dtype: torch.dtype, head_dim: int = 64) -> tuple[Ops, str]:
-    """Operations for a CPU device: the kernels where they apply, else TorchOps; and which and why, for the log."""
+    """Return a CPU device's operations: the kernels where they apply, else TorchOps; which and why, for the log."""
     if dtype is not FLOAT:
         return TorchOps(), f"torch reference: the kernels are float32, not {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:

@@ -121,7 +121,7 @@ class CudaMachine(Machine):
             raise
 
     def _wanted_bytes(self) -> int:
-        """What of the budget is asked for: all of it, or the weights and so much KV, in the smallest chunks."""
+        """Return what of the budget is asked for: all of it, or weights and so much KV, in the smallest chunks."""
         model, options, step = self._model, self._options, self._drivers[0].granularity
         kv_bytes = options.kv_bytes
         if options.num_blocks is not None:
@@ -227,7 +227,7 @@ def _capture(device: CudaDevice, decoder: CudaDecoder) -> None:
 def _measured(
     measure: Callable[[Driver, ModelConfig, CudaOptions], int], driver: Driver, model: ModelConfig, options: CudaOptions
 ) -> int:
-    """What `measure` says; ConfigError, in a line, if a first step cannot be: no memory, or kernels do not compile."""
+    """Return what `measure` says; ConfigError if a first step cannot be: no memory, or kernels do not compile."""
     try:
         return measure(driver, model, options)
     except RuntimeError as error:  # torch's for all that goes wrong on a GPU, and FlashInfer's
@@ -239,7 +239,7 @@ def _measured(
 
 
 def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions) -> int:
-    """Bytes that torch takes for one logical device: workspaces, and steps that are as large as they get.
+    """Return the bytes that torch takes for one logical device: workspaces, and steps as large as they get.
 
     They are a step at the full token budget, whose tokens are chosen in both ways, each on a stream of its own, which
     keeps memory of its own; and a step that is captured. The model has as few layers as a graph, as activations do not
@@ -282,7 +282,7 @@ def _rows(count: int, params: SamplingParams) -> list[SamplingRow]:
 
 
 def full_step(num_tokens: int, num_seqs: int, block_size: int) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:
-    """The largest microbatch: `num_seqs` prompts with `num_tokens` tokens together, all sampled."""
+    """Return the largest microbatch: `num_seqs` prompts with `num_tokens` tokens together, all sampled."""
     lens = torch.full((num_seqs,), num_tokens // num_seqs)
     lens[: num_tokens % num_seqs] += 1
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])

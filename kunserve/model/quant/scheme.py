@@ -58,7 +58,7 @@ class Scheme:
         return None if size is None else OUR_BLOCKS[f"{self.kind}_{size}"]
 
     def skips(self, name: str) -> bool:
-        """Whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
+        """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
         dotted = f".{name}."
         return name == "lm_head" or any(
             fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted for part in self.skipped
