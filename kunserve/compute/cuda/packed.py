@@ -20,10 +20,8 @@ from kunserve.sizes import ceil_div
 COLUMNS = 64  # rows of the matrix, of a program: columns of what comes out
 FEW_ROWS, MANY_ROWS = 16, 64  # of activations, of a program
 MAX_SHARED_ROWS = 128  # up to so many the matrix's columns are shared out
-INNER_BYTES, WIDE_INNER_BYTES = (
-    {"A4": 32, "A8": 64, "F8": 64},
-    16,
-)  # of a row of codes, at a time; for float32, which takes twice the registers
+INNER_BYTES = {"A4": 32, "A8": 64, "F8": 64}  # of a row of codes, at a time
+WIDE_INNER_BYTES = 16  # the same for float32, which takes twice the registers
 WANTED_PROGRAMS = 512  # that fill a GPU of 132 multiprocessors
 MIN_TURNS = 8  # of a program: fewer are not worth their sum
 NUM_STAGES = 3  # turns whose loads are under way
