@@ -149,10 +149,11 @@ async def test_a_broken_folder_leaves_nothing_open(broken: str, tiny_models: Tin
 
 async def test_an_engine_that_was_closed_leaves_nothing_open(tiny_models: TinyModels) -> None:
     folder = tiny_models.folder("llama")
+    before = _num_pool_maps()  # a test before this one may have lost a device, whose memory stays mapped
     async with running_engine(folder, "cpu:2", num_blocks_override=512) as served:
         await generate_all(served.engine, [random_prompt(5)], greedy(5))
-        assert _num_pool_maps() > 0
-    assert _num_pool_maps() == 0
+        assert _num_pool_maps() > before
+    assert _num_pool_maps() == before
     assert not [thread for thread in asyncio.all_tasks() if thread.get_name() == "engine"]
 
 
