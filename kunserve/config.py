@@ -65,7 +65,7 @@ class EngineConfig:
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
     device_timeout_s: float = 60.0  # a device that ends nothing of its work for so long is lost; 0: it never is
-    windowed_kv_share: float = 1.0  # of the KV of a layer that sees all, for one with a window; 1: it keeps all
+    windowed_kv_share: float | None = None  # KV of a layer with a window over one that sees all; None: it follows need
     is_pinned: bool = False  # regroup only when an operator asks
     host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
     gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
@@ -99,7 +99,7 @@ class EngineConfig:
             ("--restore-watermark", self.restore_watermark),
             ("--windowed-kv-share", self.windowed_kv_share),
         ):
-            if not 0 < share <= 1:
+            if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"{flag} {share}: must be more than 0 and at most 1")
         if not 0 <= self.restore_hold_s < float("inf"):
             raise ConfigError(f"--restore-hold {self.restore_hold_s}: must be a number of seconds, at least 0")
