@@ -84,12 +84,12 @@ async def answers_with(
                 await disturb(checked)
         answers = await answering
         await checked.rebuilt()
-        checked.assert_idle(is_settled="map-fails" not in faults)
+        checked.assert_idle(check_chunks="map-fails" not in faults)
         machine: Any = checked.machine
         machine.faults.release()  # what comes back now changes nothing
         answers += await checked.answer_all(again(REQUESTS[AFTER]))
         await checked.rebuilt()
-        checked.assert_idle(is_settled="map-fails" not in faults)
+        checked.assert_idle(check_chunks="map-fails" not in faults)
         states = {i: device["state"] for i, device in enumerate(checked.engine.state()["devices"])}
         kinds = [f"{t.kind} {t.outcome}" for t in checked.reconfigure.transitions.remembered]
         return answers, {i: state for i, state in states.items() if state != "ok"}, kinds
@@ -130,7 +130,7 @@ async def drop(checked: Checked) -> None:
 async def drop_and_restore(checked: Checked) -> None:
     """As `drop`, and back, while requests run."""
     await drop(checked)
-    while any(group.origin and group.origin.parts for group in checked.engine.groups):
+    while any(group.lineage and group.lineage.merged_from for group in checked.engine.groups):
         try:
             await checked.control.restore()
         except ConflictError:
@@ -183,7 +183,7 @@ async def test_a_device_fails_while_kv_goes_by_layer(
             await drop(checked)
         assert_same(await answering, expected_by_layer)
         await checked.rebuilt()
-        checked.assert_idle(is_settled=kind is not FaultKind.MAP_FAILS)
+        checked.assert_idle(check_chunks=kind is not FaultKind.MAP_FAILS)
         await checked.settled()
         assert ("drop", "by_layer") in {(kind, mode) for kind, _, mode in checked.outcomes}
 
