@@ -18,7 +18,8 @@ from kunserve.planner.kinds.mix import Asked, OfKinds, plan_share
 from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
 from kunserve.planner.snapshot import ModelShape, Snapshot
 
-CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
+# Between two looks at all requests, if the first found no overload: of many groups, one is always tight.
+OVERLOAD_PAUSE_S = 0.02
 
 
 class Pressure:
@@ -40,7 +41,7 @@ class Pressure:
         self._fleet, self._scheduler, self._shape, self._thresholds = fleet, scheduler, shape, thresholds
         self._look_in = look_in
         self._estimate = OutputLengthEstimate()
-        self._calm_until_s = 0.0
+        self._pause_until_s = 0.0
         self._waits_since_s: float | None = None  # somebody, for blocks, without a break
         self._longest, self._mix_stays_until_s = longest, 0.0
         self._is_near_growing, self._no_turn_until_s = False, 0.0  # which kind got memory last
@@ -83,7 +84,7 @@ class Pressure:
         now = loop_time()
         if now < self._mix_stays_until_s or not self._is_tight(changed):
             return None
-        self._mix_stays_until_s = now + CALM_S
+        self._mix_stays_until_s = now + OVERLOAD_PAUSE_S
         step_tokens, horizon = self._scheduler.limits.max_num_batched_tokens, self._thresholds.horizon_steps
         groups = [group for group in self._fleet.groups if isinstance(group, MixedGroup)]
         held = {g.group_id: held_by(g, list(map(self._view, g.running)), horizon, step_tokens) for g in groups}
@@ -112,7 +113,7 @@ class Pressure:
 
     def calm(self, seconds: float) -> None:
         """Find nothing for so long: what there was to be done about it was not worth it."""
-        self._calm_until_s = loop_time() + seconds
+        self._pause_until_s = loop_time() + seconds
         self._look_in(seconds)
 
     def _is_tight(self, changed: Sequence[Group]) -> bool:
@@ -142,8 +143,8 @@ class Pressure:
         head, now = self._scheduler.head, loop_time()
         has_to_wait = head is not None and self._has_to_wait(head)
         has_waited = self._has_waited(now) if has_to_wait else self._nobody_waits()
-        if now < self._calm_until_s:
-            self._look_in(CALM_S)
+        if now < self._pause_until_s:
+            self._look_in(OVERLOAD_PAUSE_S)
             return False
         blocks_for = self._fleet.blocks_for
         return is_overloaded(
@@ -178,12 +179,12 @@ class Pressure:
 
     def _all_loads(self, now: float) -> list[GroupLoad]:
         """Return the load of all groups; it is not asked for again so soon."""
-        self._calm_until_s = now + CALM_S
+        self._pause_until_s = now + OVERLOAD_PAUSE_S
         return self._loads(self._fleet.working)
 
     def _demand_looked_at(self, now: float) -> int:
         """Return the demand; it is not asked for again so soon."""
-        self._calm_until_s = now + CALM_S
+        self._pause_until_s = now + OVERLOAD_PAUSE_S
         return self.demand()
 
     def _view(self, request: Request) -> RequestView:
