@@ -99,7 +99,7 @@ def test_devices_are_counted_by_state() -> None:
 
 def test_transitions_are_counted_by_kind() -> None:
     metrics = metrics_of()
-    for kind in ("drop", "restore", "lose", "remove", "add"):
+    for kind in ("drop", "restore", "rebalance", "lose", "remove", "add"):
         metrics.transition(kind, {"boundary": 0.1}, 0)
     metrics.rolled_back("add")
     metrics.device_lost()

@@ -29,7 +29,7 @@ from kunserve.planner.exchange import plan_exchange
 from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, Join, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
-from kunserve.planner.snapshot import Lineage, Snapshot, StageView
+from kunserve.planner.snapshot import Lineage, ModelShape, Snapshot, StageView
 
 
 class _CancelledError(Exception):

@@ -224,7 +224,7 @@ async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
             assert await rebalance(served, share) == "done"
             await change()
             assert engine.num_running
-            await asyncio.wait(set(control.tasks))
+            await asyncio.wait(control.tasks)
             engine.check()
         assert await rebalance(served, 250) == "done"
         assert await answers == expected[family]
@@ -237,8 +237,10 @@ async def test_a_kind_in_use_is_not_taken_away(tiny_models: TinyModels, expected
     folder = tiny_models.folder("gemma3", **SHAPES["gemma3"])
     async with running_engine(folder, "cpu:1", is_pinned=True, num_blocks_override=60, **KINDS) as served:
         engine, before = served.engine, share_of(served.engine)
+        [group] = engine.groups
+        assert isinstance(group, MixedGroup)
         answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(NUM_TOKENS)))
-        while min(group.num_used for group in engine.groups) <= 60:
+        while group.num_full_used <= 60:
             await engine.signals.next_commit()
         assert await rebalance(served, 1000) == "cancelled"
         assert share_of(engine) == before
@@ -255,7 +257,7 @@ async def test_a_rebalance_that_fails_changes_nothing(
     async with running_engine(folder, "cpu:2", enable_prefix_caching=False, **KINDS, **settings) as served:
         engine, before = served.engine, share_of(served.engine)
         answers = await begin_beyond(engine)
-        with pytest.raises(DeviceError):
+        with pytest.raises((DeviceError, RuntimeError)):
             await served.control.reconfigure.rebalance(1000)
         engine.check()
         assert share_of(engine) == before
