@@ -163,4 +163,6 @@ class PrefixCache:
         """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""
         devices = {group.group_id: {stage.device for stage in group.stages} for group in groups}
         for key, homes in self._homes.items():
-            assert homes and all(b.key == key and b in blocks and b.ids.keys() >= devices[i] for i, b in homes.items())
+            assert homes
+            for group_id, block in homes.items():
+                assert block.key == key and block in blocks and block.ids.keys() >= devices[group_id]
