@@ -251,8 +251,8 @@ async def regroup_forever(checked: Checked, rng: random.Random) -> None:
     control = checked.control
     while True:
         await checked.commits(rng.randrange(1, 5))
-        # Not now: for instance because live requests do not fit without the drop. A group with a device that is overdue,
-        # as any may be on a busy machine, counts as none.
+        # Not now: for instance because live requests do not fit without the drop. A group with a device that is
+        # overdue, as any may be on a busy machine, counts as none.
         with suppress(ConflictError, InvalidRequestError):
             if rng.random() < 0.5 and len(checked.engine.groups) > 1:
                 two = [group.group_id for group in rng.sample(checked.engine.groups, 2)]
