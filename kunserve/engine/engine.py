@@ -220,7 +220,7 @@ class Engine(Operated):
         if self.is_idle_since_last_step:
             self._last_step_s = now
         self._num_in_flight += 1
-        for span in batch.spans:
+        for span in batch.others:  # who decodes was admitted before
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
                 if self.fleet.prefixes is not None and not span.request.is_continued:
@@ -266,9 +266,8 @@ class Engine(Operated):
     def _commit(self, group: Group, batch: Microbatch) -> None:
         """Account for a microbatch that has passed its chain. Who ended meanwhile has waited for that."""
         self.scheduler.commit(group, batch)
-        for span in batch.spans:
-            if span.request.finish_reason is not None:
-                self._release(span.request)
+        for request in [r for r in batch.requests if r.finish_reason is not None]:
+            self._release(request)
 
     def _publish(self, group: Group, batch: Microbatch, results: Sequence[Result]) -> None:
         """Send every request what its token says; finish those for which it is the last."""

@@ -30,14 +30,17 @@ class Result:
 def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result]:
     """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
     sampled, results = iter(tokens), list[Result]()
-    for span in batch.spans:
-        positions, token = scored_positions(span), None
+    for request in batch.decoding.requests:
+        token = next(sampled)
+        results.append(Result(request, [], token, token.error))
+    for span in batch.others:
+        positions, chosen = scored_positions(span), None
         scored = [(position, next(sampled)) for position in positions] if positions else []
         error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
         if span.samples:
-            token = next(sampled)
-            error = token.error if error is None else error
-        results.append(Result(span.request, scored, token, error))
+            chosen = next(sampled)
+            error = chosen.error if error is None else error
+        results.append(Result(span.request, scored, chosen, error))
     return results
 
 
