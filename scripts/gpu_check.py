@@ -23,7 +23,7 @@ import torch
 from gpucheck import forward, memory, packed, report, serving
 from gpucheck.bench import GIB, Bench
 from gpucheck.likelihood import likelihood
-from gpucheck.worker import Part, run_parts, serve
+from gpucheck.worker import CheckPart, run_parts, serve
 
 from kunserve.config import DeviceSpec
 from kunserve.errors import ConfigError
@@ -34,7 +34,7 @@ from kunserve.policies import OverloadPolicy
 BIG_GIB = 76  # a GPU that holds four replicas of the 8B model
 
 
-def parts_of(bench: Bench) -> dict[str, Part]:
+def parts_of(bench: Bench) -> dict[str, CheckPart]:
     """All parts in the order in which they run: what is quick, and what the rest relies on, first."""
     return {
         "contract": partial(memory.contract, bench),

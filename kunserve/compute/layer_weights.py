@@ -10,7 +10,7 @@ from kunserve.compute.ops import ExpertWeights
 from kunserve.gpu.weights import Weights
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.layout import EXPERT_NAMES, NORM_NAMES, expert_names, gate_up_names, layer_name, qkv_names
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class _Views:
         prefix = f"model.layers.{self.layer}."
         return self.weights.linear(layer_name(self.layer), *(f"{prefix}{name}.weight" for name in names))
 
-    def matrix(self, *names: str) -> Part:
+    def matrix(self, *names: str) -> StoredRows:
         """Find what tensors, all stored alike, are together."""
         (part,) = self.weights.linear(
             layer_name(self.layer), *(f"model.layers.{self.layer}.{name}" for name in names)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kunserve.model.config import ModelConfig
 from kunserve.model.quant.blocks import Blocks
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ExpertWeights:
     def matrices(self, expert: int) -> tuple[Linear, Linear]:
         """Return gate_up (2 * I, H) and down (H, I) of one expert."""
         gate_up, down = self.gate_up[expert], self.down[expert]
-        return Linear((Part(gate_up, self.gate_up_blocks),)), Linear((Part(down, self.down_blocks),))
+        return Linear((StoredRows(gate_up, self.gate_up_blocks),)), Linear((StoredRows(down, self.down_blocks),))
 
 
 class Ops(Protocol):

@@ -25,7 +25,7 @@ from kunserve.sampling import SampledToken as SampledToken  # for whoever calls 
 from kunserve.sampling import SamplingParams, TokenMask
 
 UNIT = 2.0**40  # weight of the most likely token; the sum over 2**22 tokens still fits an int64
-LOWEST = -28.0  # log of a probability relative to the most likely token's; UNIT times less than this is 0
+LEAST_LOG_WEIGHT = -28.0  # log of a probability relative to the most likely token's; UNIT times less than this is 0
 NUM_CANDIDATES = 256  # largest weights looked at before the whole row is sorted
 SLICE_ELEMENTS = 1 << 22  # bounds the workspace on a device: about 40 bytes per element
 
@@ -178,7 +178,7 @@ def _likely(scores: Tensor, temperature: float) -> Tensor | None:
     At low temperatures and under grammars they are few. And the exponential of -inf is a slow one.
     """
     values = scores.numpy()  # whose comparisons are ten times faster than torch's
-    is_likely = values - values.max() >= LOWEST * temperature
+    is_likely = values - values.max() >= LEAST_LOG_WEIGHT * temperature
     is_dense = np.count_nonzero(is_likely) > 0.9 * len(values)
     return None if is_dense else torch.from_numpy(np.flatnonzero(is_likely))
 

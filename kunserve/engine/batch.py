@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kunserve.engine.request import Request
-from kunserve.planner.cost import Chunk, Work
+from kunserve.planner.cost import TokenSpan, Work
 
 
 class Span(NamedTuple):
@@ -94,6 +94,6 @@ def count_prompt_tokens(batch: Microbatch) -> int:
 
 def work_of(batch: Microbatch) -> Work:
     """Return what a microbatch is, as the cost model counts it."""
-    others = Work.of(Chunk(span.start, span.end - span.start, int(span.samples)) for span in batch.others)
+    others = Work.of(TokenSpan(span.start, span.end - span.start, int(span.samples)) for span in batch.others)
     num_rows, num_keys = len(batch.decoding.ends), sum(batch.decoding.ends)
     return others.join(Work(num_keys, num_keys, num_rows, num_rows, num_rows))

@@ -19,7 +19,7 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.hooks import Mover
+from kunserve.engine.hooks import KvMover
 from kunserve.engine.operators import Operated
 from kunserve.engine.publish import Publisher
 from kunserve.engine.request import Output, Request
@@ -67,7 +67,7 @@ class Engine(Operated):
         self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `fit`
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
-        self.mover: Mover | None = None
+        self.mover: KvMover | None = None
         self._is_accepting = self._has_ended = False
         self._live: dict[str, Live] = {}
         self._random = random.Random(seed)

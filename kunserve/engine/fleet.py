@@ -27,7 +27,7 @@ from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_gr
 from kunserve.engine.kinds.mixed_store import MixedStore
 from kunserve.engine.prefix_cache import extend_keys, is_being_computed, num_full
 from kunserve.engine.request import Request
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
 
 
@@ -92,12 +92,12 @@ class Fleet:
             self._by_id = {group.group_id: group for group in self.groups}
         return self._by_id[group_id]
 
-    def make_group(self, stages: Sequence[StageView], block_size: int, origin: Origin | None) -> Group:
+    def make_group(self, stages: Sequence[StageView], block_size: int, lineage: Lineage | None) -> Group:
         """Return a new group, with an id of its own, on devices that there are. It joins the others by `regroup`."""
         pools = [self.store(kind).pools for kind in range(self.num_kinds)]
         chain = [Stage(*stage, *(of_kind[stage.device] for of_kind in pools)) for stage in stages]
         self._next_group_id += 1
-        return new_group(self._next_group_id - 1, chain, block_size, origin, self.near)
+        return new_group(self._next_group_id - 1, chain, block_size, lineage, self.near)
 
     def regroup(self, old: Sequence[Group], new: Sequence[Group]) -> None:
         """Put `new` in the place of `old`, and begin a new epoch."""
@@ -306,7 +306,7 @@ class Fleet:
         return self._blocks.hold(table, group, num_blocks, num_blocks)
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
-        """Bind a settled request to another group, where its KV is in an expected table by now."""
+        """Bind an evictable request to another group, where its KV is in an expected table by now."""
         self.release(request)
         self._expected.remove((destination, table))
         request.group_id, request.table = destination.group_id, table

@@ -16,7 +16,7 @@ from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.blocks.block_table import Block, BlockTable
 from kunserve.engine.occupancy import Occupancy
 from kunserve.engine.request import Request
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Group:
     in_flight: list[Microbatch] = field(default_factory=list)  # in the order in which they were scheduled
     returned_s: list[float] = field(default_factory=list)  # when the last microbatches came back, one for each stage
     step_s: float | None = None  # how long a microbatch is computed, on average; None: none has come back
-    origin: Origin | None = None  # how it was launched or merged
+    lineage: Lineage | None = None  # how it was launched or merged
     num_pauses: int = 0  # that hold it now: see `Fleet.pause`
     is_admitting: bool = True  # False: KV on its way here needs the blocks first
     is_suspect: bool = False  # a device fails or does not answer: no new requests while there are other groups

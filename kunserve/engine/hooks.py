@@ -40,7 +40,7 @@ class Control(Protocol):
         """End what is under way."""
 
 
-class Mover(Protocol):
+class KvMover(Protocol):
     """Moves KV of requests because a policy wants it (engine/regroup/swap.py, engine/regroup/migrate.py)."""
 
     def observe(self) -> None:

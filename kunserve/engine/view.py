@@ -127,17 +127,17 @@ class View:
 
     def _home_units(self) -> dict[int, list[str]]:
         """Return the units that each device was launched with: where dropped weights come back to."""
-        origins = [origin for group in self._fleet.groups if group.origin for origin in group.origin.launched()]
+        lineages = [lineage for group in self._fleet.groups if group.lineage for lineage in group.lineage.launched()]
         return {
             stage.device: list(units_of_stage(self._model, stage.first_layer, stage.last_layer))
-            for origin in origins
-            for stage in origin.stages
+            for lineage in lineages
+            for stage in lineage.stages
         }
 
     def _num_launched(self) -> int:
         """Return the number of groups at launch, each of them a complete copy of the weights."""
         return sum(
-            1 if group.origin is None else sum(1 for _ in group.origin.launched()) for group in self._fleet.groups
+            1 if group.lineage is None else sum(1 for _ in group.lineage.launched()) for group in self._fleet.groups
         )
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import TensorSpec, WeightUnit
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.sizes import ceil_div
 
@@ -79,7 +79,7 @@ class Weights:
             num_rows = sum(other.shape[0] for other in takewhile(spec.is_stored_like, specs[first:]))
             has_scales = isinstance(spec.blocks, Planes)
             scales = self.tensor(unit, spec.name + SCALES, num_rows) if has_scales else None
-            parts.append(Part(self.tensor(unit, spec.name, num_rows), spec.blocks, scales))
+            parts.append(StoredRows(self.tensor(unit, spec.name, num_rows), spec.blocks, scales))
         return Linear(tuple(parts))
 
     def _spec(self, unit: str, name: str) -> TensorSpec:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
-from kunserve.model.family.stored import form_of, stored_name
+from kunserve.model.family.stored import stored_form, stored_name
 from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
@@ -99,7 +99,7 @@ class SafetensorsSource:
             tensor = self._handles[path].get_tensor(self.stored_names[name])
         except SafetensorError as error:
             raise ConfigError(f"cannot read {name} from {path}: {error}") from None
-        if (form := form_of(name)) is not None:
+        if (form := stored_form(name)) is not None:
             tensor = form.read(tensor)
         check_shape(name, tuple(tensor.shape), tuple(out.shape), str(path))
         out.copy_(tensor)
@@ -112,7 +112,7 @@ class SafetensorsSource:
             raise ConfigError(f"{INDEX_FILE} says that {path} holds {name}, but it does not") from None
         if header.get_dtype() not in DTYPE_CODES:
             raise ConfigError(f"{name} in {path} is {header.get_dtype()}: only {', '.join(DTYPE_CODES)} are supported")
-        form = form_of(name)
+        form = stored_form(name)
         check_shape(name, tuple(header.get_shape()), form.shape(shape) if form else shape, str(path))
 
 
@@ -176,7 +176,7 @@ class QuantizedSource(PackedSource):
         return sum(path.stat().st_size for path in self._handles)
 
     def _take(self, name: str) -> Packed:
-        prefix, form = name.removesuffix("weight"), form_of(name)
+        prefix, form = name.removesuffix("weight"), stored_form(name)
         try:
             packed = take(self._scheme, lambda ending: self._read(prefix, ending), self._shapes[name])
         except ConfigError as error:

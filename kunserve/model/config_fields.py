@@ -15,7 +15,7 @@ HIGHEST_LAYERS = 2000  # known: 126
 HIGHEST_EXPERTS = 10_000  # of a layer; known: 512
 HIGHEST_EPS = 0.1  # known: 1e-5; it is added to the mean square of a token's values, which is near 1
 HIGHEST_THETA = 1e15  # known: 5e10
-HIGHEST = {
+FIELD_MAXIMUMS = {
     **dict.fromkeys(("num_hidden_layers", "num_layers"), HIGHEST_LAYERS),  # in a config.json, in a model card
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), HIGHEST_EXPERTS),
     **dict.fromkeys(("n_routed_experts", "n_shared_experts"), HIGHEST_EXPERTS),
@@ -24,7 +24,7 @@ HIGHEST = {
 }
 # What a field must be above: of 1 all pairs of a head would turn alike, and a logarithm of it is what YaRN divides by;
 # what is smaller than any model's number is 0 as a float32, and what is divided by it no number any more.
-LOWEST = dict.fromkeys(("rope_theta", "local_rope_theta"), 1.0)
+FIELD_MINIMUMS = dict.fromkeys(("rope_theta", "local_rope_theta"), 1.0)
 LOWEST_NUMBER = 1e-30
 
 
@@ -105,10 +105,10 @@ def check_tokens(field: str, tokens: tuple[Any, ...], vocab_size: int) -> None:
 
 def check_range(field: str, value: float, may_be_0: bool = False) -> None:
     """Raise ConfigError, naming the field, for a number that is not positive (or 0), for NaN and for a huge one."""
-    highest, lowest = HIGHEST.get(field, HIGHEST_SIZE), LOWEST.get(field, LOWEST_NUMBER)
+    highest, lowest = FIELD_MAXIMUMS.get(field, HIGHEST_SIZE), FIELD_MINIMUMS.get(field, LOWEST_NUMBER)
     # Each comparison with NaN is false, and one with a huge integer makes no float of it.
     if not (lowest < value <= highest or (may_be_0 and value == 0)):
-        kind = f"number above {lowest:.9g} and" if field in LOWEST else "positive number"
+        kind = f"number above {lowest:.9g} and" if field in FIELD_MINIMUMS else "positive number"
         raise ConfigError(f"field {field}: expected a {kind} up to {highest:.9g}, not {show(value)}")
 
 

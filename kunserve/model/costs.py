@@ -25,7 +25,7 @@ OVERLAP = 4.0  # assumed where nothing is measured: reading weights hides behind
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class DeviceRates:
     """What one device can do, and the share of it that is reached."""
 
     source: str
@@ -66,9 +66,9 @@ def cost_file(model: str, folder: Path) -> Path:
     return folder / f"{model.replace('/', '--')}.toml"
 
 
-def device_rates() -> dict[str, Rates]:
+def device_rates() -> dict[str, DeviceRates]:
     """Read the rates of all kinds of devices that we know."""
-    return {kind: Rates(**table) for kind, table in _read(COSTS / "devices.toml").items()}
+    return {kind: DeviceRates(**table) for kind, table in _read(COSTS / "devices.toml").items()}
 
 
 def device_kind(name: str) -> str:
@@ -77,7 +77,7 @@ def device_kind(name: str) -> str:
     return next((kind for kind in device_rates() if kind in words), DEFAULT_GPU)
 
 
-def derive(config: ModelConfig, rates: Rates) -> CostModel:
+def derive(config: ModelConfig, rates: DeviceRates) -> CostModel:
     """Derive constants from a device's rates: operations or bytes by what is reached of the peak.
 
     A token goes through the experts that are chosen for it; a microbatch reads all of them, as full ones do: for a

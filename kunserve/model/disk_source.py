@@ -14,7 +14,7 @@ from torch import Tensor
 from kunserve.errors import ConfigError
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.config import ModelConfig
-from kunserve.model.family.stored import form_of
+from kunserve.model.family.stored import stored_form
 
 SLICE_BYTES = 8 << 20  # read at a time: all of a tensor that is ever in host memory
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -50,7 +50,7 @@ class DiskSource:
         place = self._places.get(name)
         if place is None:
             raise ConfigError(f"the checkpoint has no tensor {name}")
-        form = form_of(name)
+        form = stored_form(name)
         if place.shape != (form.shape(tuple(out.shape)) if form else out.shape):
             raise ConfigError(f"{name} has shape {list(place.shape)} in {place.path}, not {list(out.shape)}")
         # What is not kept as it is read is in host memory whole for a moment.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kunserve.planner.drop import LEAST_GAIN, plan_drop
-from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
+from kunserve.planner.drop import LEAST_MERGE_GAIN, plan_drop
+from kunserve.planner.snapshot import DeviceView, GroupView, Lineage, ModelShape, Snapshot, StageView
 from kunserve.sizes import ceil_div, format_size
 
 ENOUGH_BLOCKS = 1 << 60  # more than any server holds: a plan for so many merges all that can merge
@@ -43,13 +43,13 @@ def why_no_drop(
 def _why_no_merge(
     model: ModelShape, devices: Sequence[DeviceView], groups: Sequence[Sequence[StageView]]
 ) -> str | None:
-    views = tuple(GroupView(i, tuple(stages), 0, Origin(tuple(stages))) for i, stages in enumerate(groups))
+    views = tuple(GroupView(i, tuple(stages), 0, Lineage(tuple(stages))) for i, stages in enumerate(groups))
     if plan_drop(Snapshot(0, model, tuple(devices), views), ENOUGH_BLOCKS).merges:
         return None
     if sum(sorted(map(len, groups))[:2]) > model.num_layers:
         return f"{model.num_layers} layers cannot be spread over the devices of two groups: nothing can be dropped."
     return (
-        f"{len(groups)} copies of the weights fit, but no two groups would hold {LEAST_GAIN:.0%} more KV as one: "
+        f"{len(groups)} copies of the weights fit, but no two groups would hold {LEAST_MERGE_GAIN:.0%} more KV as one: "
         "nothing is dropped for so little."
     )
 

@@ -1,14 +1,14 @@
 """How long a microbatch takes on a stage, predicted: what balances microbatches in a chain, and the simulator's clock.
 
-The form is the paper's (KunServe, section 4.3): a chunk of c tokens after a prefix of p costs
+The form is the paper's (KunServe, section 4.3): a span (chunk) of c tokens after a prefix of p costs
 `a * (p*c + (c*c+c)/2) + b*c + g` in each layer, and loading a layer's weights is paid once per microbatch. A decoding
-request is a chunk of one token. Around the layers there are the embedding, the norm and head per sampled row, and
+request is a span of one token. Around the layers there are the embedding, the norm and head per sampled row, and
 what submitting a stage costs.
 
-Two things are added, because decode needs them. A chunk reads the KV of all it attends to once, whatever its length:
-`k * (p+c)`. For a long chunk that is little beside `a`; a decoding row does nothing else (on a GPU, k is 20 times a).
+Two things are added, because decode needs them. A span reads the KV of all it attends to once, whatever its length:
+`k * (p+c)`. For a long span that is little beside `a`; a decoding row does nothing else (on a GPU, k is 20 times a).
 And reading weights and multiplying overlap: a few rows cost no more than reading. So the two are joined by a norm,
-`(load^o + (b*T)^o)^(1/o)` for T tokens in all chunks: o = 1 is the paper's sum, a large o is their maximum.
+`(load^o + (b*T)^o)^(1/o)` for T tokens in all spans: o = 1 is the paper's sum, a large o is their maximum.
 Which o fits is found with the other constants (scripts/bench/fit_cost_model.py).
 """
 
@@ -20,7 +20,7 @@ from operator import add
 from typing import NamedTuple
 
 
-class Chunk(NamedTuple):
+class TokenSpan(NamedTuple):
     """`num_tokens` tokens of one request after `prefix` others; the head is computed for `num_samples` of them."""
 
     prefix: int
@@ -39,34 +39,34 @@ class Chunk(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a microbatch asks of a layer: the sums over its chunks that its time depends on."""
+    """What a microbatch asks of a layer: the sums over its spans that its time depends on."""
 
     num_pairs: float = 0  # of a token and one it attends to
-    num_keys: float = 0  # tokens whose KV is read, chunk by chunk
+    num_keys: float = 0  # tokens whose KV is read, span by span
     num_tokens: float = 0
-    num_chunks: float = 0
+    num_spans: float = 0
     num_samples: float = 0
 
     @classmethod
-    def of(cls, chunks: Iterable[Chunk]) -> Work:
-        """Sum up the work of all these chunks in one microbatch."""
-        pairs = keys = tokens = num_chunks = samples = 0
-        for chunk in chunks:
-            pairs += chunk.num_pairs
-            keys += chunk.num_keys
-            tokens += chunk.num_tokens
-            num_chunks += 1
-            samples += chunk.num_samples
-        return cls(pairs, keys, tokens, num_chunks, samples)
+    def of(cls, spans: Iterable[TokenSpan]) -> Work:
+        """Sum up the work of all these spans in one microbatch."""
+        pairs = keys = tokens = num_spans = samples = 0
+        for span in spans:
+            pairs += span.num_pairs
+            keys += span.num_keys
+            tokens += span.num_tokens
+            num_spans += 1
+            samples += span.num_samples
+        return cls(pairs, keys, tokens, num_spans, samples)
 
-    def plus(self, chunk: Chunk) -> Work:
-        """Return this work with one more chunk."""
+    def plus(self, span: TokenSpan) -> Work:
+        """Return this work with one more span."""
         return Work(
-            self.num_pairs + chunk.num_pairs,
-            self.num_keys + chunk.num_keys,
-            self.num_tokens + chunk.num_tokens,
-            self.num_chunks + 1,
-            self.num_samples + chunk.num_samples,
+            self.num_pairs + span.num_pairs,
+            self.num_keys + span.num_keys,
+            self.num_tokens + span.num_tokens,
+            self.num_spans + 1,
+            self.num_samples + span.num_samples,
         )
 
     def join(self, other: Work) -> Work:
@@ -83,9 +83,9 @@ class CostModel:
     """Constants of one model on one kind of device, in seconds; none is negative."""
 
     pair_s: float  # a: one token attends to one other, in one layer
-    key_s: float  # k: a chunk reads the KV of one token, in one layer
+    key_s: float  # k: a span reads the KV of one token, in one layer
     token_s: float  # b: one token through the matrices of a layer
-    chunk_s: float  # g: one chunk in a layer, whatever its length
+    chunk_s: float  # g: one span (the paper's chunk) in a layer, whatever its length
     load_s: float  # reading one layer's weights, once per microbatch
     embed_token_s: float  # embedding of one token
     head_row_s: float  # norm and head of one sampled row
@@ -98,7 +98,7 @@ class CostModel:
         """Predict the seconds that one layer takes for `work`."""
         matrices = self._overlapped(self.load_s, self.token_s * work.num_tokens)
         attention = self.pair_s * work.num_pairs + self.key_s * work.num_keys
-        return matrices + attention + self.chunk_s * work.num_chunks
+        return matrices + attention + self.chunk_s * work.num_spans
 
     def head_time(self, num_samples: float) -> float:
         """Predict the seconds for norm, head and sampling of so many rows."""
@@ -106,24 +106,24 @@ class CostModel:
             return 0.0
         return self._overlapped(self.head_load_s, self.head_row_s * num_samples) + self.sample_s * num_samples
 
-    def stage_time(self, num_layers: int, chunks: Iterable[Chunk], is_first: bool, is_last: bool) -> float:
-        """Predict the seconds of a microbatch of these chunks on a stage of `num_layers` layers; 0 without chunks."""
-        return self.work_time(num_layers, Work.of(chunks), is_first, is_last)
+    def stage_time(self, num_layers: int, spans: Iterable[TokenSpan], is_first: bool, is_last: bool) -> float:
+        """Predict the seconds of a microbatch of these spans on a stage of `num_layers` layers; 0 without spans."""
+        return self.work_time(num_layers, Work.of(spans), is_first, is_last)
 
     def work_time(self, num_layers: int, work: Work, is_first: bool, is_last: bool) -> float:
-        """Predict the same as `stage_time`, from the sums over the chunks."""
-        if work.num_chunks == 0:
+        """Predict the same as `stage_time`, from the sums over the spans."""
+        if work.num_spans == 0:
             return 0.0
         ends = self.embed_token_s * work.num_tokens if is_first else 0.0
         if is_last:
             ends += self.head_time(work.num_samples)
         return self.stage_s + ends + num_layers * self.layer_time(work)
 
-    def added_time(self, num_layers: int, chunk: Chunk) -> float:
-        """Predict the seconds that one more chunk adds to a large microbatch in `num_layers` layers and the head."""
-        attention = self.pair_s * chunk.num_pairs + self.key_s * chunk.num_keys
-        layer = attention + self.token_s * chunk.num_tokens + self.chunk_s
-        return num_layers * layer + (self.head_row_s + self.sample_s) * chunk.num_samples
+    def added_time(self, num_layers: int, span: TokenSpan) -> float:
+        """Predict the seconds that one more span adds to a large microbatch in `num_layers` layers and the head."""
+        attention = self.pair_s * span.num_pairs + self.key_s * span.num_keys
+        layer = attention + self.token_s * span.num_tokens + self.chunk_s
+        return num_layers * layer + (self.head_row_s + self.sample_s) * span.num_samples
 
     def to_dict(self) -> dict[str, float]:
         """Return the constants by name, for a file."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kunserve.planner.layouts import merged_layouts
-from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge, Room
+from kunserve.planner.plan import EarlyGrowth, ExchangeMode, ExchangePlan, KvMove, Merge
 from kunserve.planner.snapshot import ModelShape, Snapshot, StageView
 
 NUM_GROWING = 6  # layers whose ranges can grow at once, if that leaves half of the freed chunks to new requests
@@ -82,15 +82,15 @@ def plan_exchange(
                 moves = [KvMove((r.request_id,), *move) for r in order for move in scene.moves[r.group_id]]
                 layouts = merged_layouts(snapshot, merge, live_groups | staying)
                 return ExchangePlan(ExchangeMode.BY_REQUEST, tuple(moves), (), layouts, staying)
-    steps, rooms = _order_layers(scene, most := _most_rooms(scene)), most
+    steps, growth_chunks = _order_layers(scene, most := _most_early_growth(scene)), most
     if steps is None:
-        steps, rooms = _order_layers(scene, none := dict.fromkeys(most, 0)), none
+        steps, growth_chunks = _order_layers(scene, none := dict.fromkeys(most, 0)), none
     if steps is not None:
         ids = {group: tuple(r.request_id for r in kindest if r.group_id == group) for group in scene.used}
         moves = [KvMove(ids[scene.group_of[step.source]], *step) for step in steps]
-        given = tuple(Room(device, chunks, *scene.num_blocks(device, chunks)) for device, chunks in rooms.items())
-        layouts = merged_layouts(snapshot, merge, live_groups, given)
-        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), given, layouts)
+        early = tuple(EarlyGrowth(d, chunks, *scene.num_blocks(d, chunks)) for d, chunks in growth_chunks.items())
+        layouts = merged_layouts(snapshot, merge, live_groups, early)
+        return ExchangePlan(ExchangeMode.BY_LAYER, tuple(moves), early, layouts)
     return ExchangePlan(ExchangeMode.INFEASIBLE, (), layouts=merged_layouts(snapshot, merge, ()))
 
 
@@ -164,7 +164,7 @@ def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
-def _most_rooms(scene: _Scene) -> dict[int, int]:
+def _most_early_growth(scene: _Scene) -> dict[int, int]:
     """Return the chunks that each kept layer can get at once beside the growth of a few ranges, and in the end.
 
     The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
@@ -172,18 +172,18 @@ def _most_rooms(scene: _Scene) -> dict[int, int]:
     """
     if scene.model.near is not None:
         return dict.fromkeys(scene.group_of, 0)
-    rooms = {}
+    growth_chunks = {}
     for device, group in scene.group_of.items():
         growth = scene.model.chunks_for(sum(used for (used,) in scene.used.values()) - scene.used[group][0]) + 1
         spare, [kept] = scene.free[device], scene.kept[device]
         num_growing = max(1, min(NUM_GROWING, spare // (2 * growth)))
         in_the_end = (spare + scene.ranges(device, scene.leaving[device])) // kept - growth
-        rooms[device] = max(0, min((spare - num_growing * growth) // kept, in_the_end))
-    return rooms
+        growth_chunks[device] = max(0, min((spare - num_growing * growth) // kept, in_the_end))
+    return growth_chunks
 
 
 def _order_requests(scene: _Scene, wanted: Sequence[LiveRequest]) -> list[LiveRequest] | None:
-    """Order in which the requests fit, as near to `wanted` as can be; None if some never fit.
+    """Order requests so that each fits, as near to `wanted` as can be; None if some never fit.
 
     A request needs its blocks on every device where it was not. The last one of a group makes room on its devices.
     """
@@ -214,15 +214,15 @@ def _order_requests(scene: _Scene, wanted: Sequence[LiveRequest]) -> list[LiveRe
     return order
 
 
-def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | None:
-    """Order in which single layers of all requests fit beside `rooms`; None if at some point no layer does.
+def _order_layers(scene: _Scene, growth_chunks: dict[int, int]) -> list[LayerMove] | None:
+    """Order single layers of all requests so that each fits beside `growth_chunks`; None if at some point none does.
 
     Of the layers that fit, one leaves the device with the least room, which needs it most.
     """
     pending = {
         move: move.first_layer for group in scene.moves if any(scene.used[group]) for move in scene.moves[group]
     }  # -> the next layer of it
-    free = {device: chunks - rooms[device] * sum(scene.kept[device]) for device, chunks in scene.free.items()}
+    free = {device: chunks - growth_chunks[device] * sum(scene.kept[device]) for device, chunks in scene.free.items()}
     steps = list[LayerMove]()
     filled = set[tuple[int, int]]()  # (device, layer) where KV has come
 
@@ -231,11 +231,11 @@ def _order_layers(scene: _Scene, rooms: dict[int, int]) -> list[LayerMove] | Non
 
         With the first KV that comes it gets room for all: everybody has blocks there already, in no order of groups.
         """
-        device, room, kind = move.destination, rooms[move.destination], scene.model.kind_of(pending[move])
+        device, early, kind = move.destination, growth_chunks[move.destination], scene.model.kind_of(pending[move])
         if (device, pending[move]) in filled:
             return 0
-        has = scene.model.chunks_by_kind(scene.range_chunks[device] + room)[kind]
-        return max(0, scene.model.chunks_for(scene.num_blocks(device, room)[kind]) - has)
+        has = scene.model.chunks_by_kind(scene.range_chunks[device] + early)[kind]
+        return max(0, scene.model.chunks_for(scene.num_blocks(device, early)[kind]) - has)
 
     while pending:
         # A layer that comes before there is room for it would wait for one behind it in the order, which waits for it.

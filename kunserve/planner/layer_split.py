@@ -62,7 +62,7 @@ class Chain:
     def __init__(self, model: ModelShape, budgets: Sequence[int], cuts: Cuts) -> None:
         last = len(budgets) - 1
         self.model = model
-        self.rooms = [budget - model.end_chunks(i == 0, i == last) for i, budget in enumerate(budgets)]
+        self.layer_budgets = [budget - model.end_chunks(i == 0, i == last) for i, budget in enumerate(budgets)]
         self.end_times = [model.end_time(i == 0, i == last) for i in range(len(budgets))]
         self.cuts = [*cuts, (model.num_layers, model.num_layers)]
         self.is_free = all(least <= 1 and greatest >= model.num_layers - 1 for least, greatest in cuts)
@@ -70,7 +70,7 @@ class Chain:
     @cached_property
     def most_chunks(self) -> int | None:
         """Chunks of KV per layer in the split that has most; None if there is no split."""
-        for_kv = sum(self.rooms) - self.model.num_layers * self.model.layer_chunks
+        for_kv = sum(self.layer_budgets) - self.model.num_layers * self.model.layer_chunks
         as_one_device = self.model.chunks_within(for_kv, self.model.by_kind(range(self.model.num_layers)))
         return self._most(range(max(0, as_one_device + 1)), inf)
 
@@ -107,7 +107,7 @@ class Chain:
 
         def first_start(stage: int, end: int) -> int:
             """Return where a stage that ends there can begin at the earliest."""
-            return max(end - in_time[stage], bisect_left(before, before[end] - self.rooms[stage]))
+            return max(end - in_time[stage], bisect_left(before, before[end] - self.layer_budgets[stage]))
 
         starts, reach = [0], list[list[int]]()  # where each stage can begin
         for stage, (least, greatest) in enumerate(self.cuts):
@@ -126,13 +126,13 @@ class Chain:
     def _most_in_time(self, slowest: float) -> list[int]:
         """Return the layers that each stage can have at most, if it is no slower than `slowest`."""
         if slowest == inf:
-            return [self.model.num_layers] * len(self.rooms)
+            return [self.model.num_layers] * len(self.layer_budgets)
         return [floor((slowest - end) / self.model.layer_time + ROUNDING) for end in self.end_times]
 
     def _most_layers(self, chunks: int, slowest: float) -> list[int]:
         """Return the most layers of each stage, with `chunks` of KV per layer and no slower than `slowest`."""
         chunks += self.model.layer_chunks
-        limits = [room // chunks for room in self.rooms]
+        limits = [budget // chunks for budget in self.layer_budgets]
         return limits if slowest == inf else list(map(min, limits, self._most_in_time(slowest)))
 
     def _is_possible(self, chunks: int, slowest: float) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 
-from kunserve.planner.plan import DeviceLayout, Merge, Part, Room
-from kunserve.planner.snapshot import ModelShape, Origin, Snapshot, StageView, stage_blocks
+from kunserve.planner.plan import DeviceLayout, EarlyGrowth, Merge, NewGroup
+from kunserve.planner.snapshot import Lineage, ModelShape, Snapshot, StageView, stage_blocks
 
 
 def stage_layout(model: ModelShape, budget_chunks: int, stage: StageView) -> DeviceLayout:
@@ -37,28 +37,28 @@ def blocks_of(model: ModelShape, layout: DeviceLayout) -> tuple[int, ...]:
     )
 
 
-def whole_part(
-    model: ModelShape, budgets: dict[int, int], stages: tuple[StageView, ...], origin: Origin | None
-) -> Part:
-    """Return the part with these stages, each of which gets all chunks of its device."""
-    return Part(
+def whole_group(
+    model: ModelShape, budgets: dict[int, int], stages: tuple[StageView, ...], lineage: Lineage | None
+) -> NewGroup:
+    """Return the new group with these stages, each of which gets all chunks of its device."""
+    return NewGroup(
         stages,
         tuple(stage_blocks(model, budgets, stage) for stage in stages),
         tuple(stage_layout(model, budgets[stage.device], stage) for stage in stages),
-        origin,
+        lineage,
     )
 
 
 def merged_layouts(
-    snapshot: Snapshot, merge: Merge, live_groups: Container[int], rooms: Iterable[Room] = ()
+    snapshot: Snapshot, merge: Merge, live_groups: Container[int], early_growth: Iterable[EarlyGrowth] = ()
 ) -> tuple[DeviceLayout, ...]:
     """Return the layouts of all devices of a merge right after the drop, before any KV has left.
 
     Layers that go keep their KV until it is copied, where one of `live_groups` has any. The layers that stay get the
-    freed chunks, or only `rooms` if KV comes layer by layer, and the rest stays free for that.
+    freed chunks, or only `early_growth` if KV comes layer by layer, and the rest stays free for that.
     """
     model, budgets = snapshot.model, snapshot.budgets()
-    room_of = {room.device: room.chunks for room in rooms}
+    growth_of = {growth.device: growth.chunks for growth in early_growth}
     before = {stage.device: (group.group_id, stage) for group in snapshot.groups for stage in group.stages}
     layouts = []
     for stage in merge.stages:
@@ -68,7 +68,7 @@ def merged_layouts(
         leaving = [i for i in range(old.first_layer, old.last_layer) if i not in stay and group_id in live_groups]
         spare = budgets[stage.device] - sum(given(model, leaving, chunks).values())
         spare -= model.weight_chunks(stage.first_layer, stage.last_layer)
-        grown = chunks + room_of[stage.device] if room_of else model.chunks_within(spare, model.by_kind(stay))
+        grown = chunks + growth_of[stage.device] if growth_of else model.chunks_within(spare, model.by_kind(stay))
         layouts.append(_layout(model, stage, given(model, leaving, chunks) | given(model, stay, grown)))
     return tuple(layouts)
 

@@ -18,13 +18,13 @@ from functools import cached_property
 from math import ceil
 from typing import NamedTuple
 
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 
-MANY = 8  # parts for each stage: more are a long backlog
+LONG_BACKLOG = 8  # parts of a backlog for each stage: more are a long one
 EFFICIENCY = 0.995  # of the smallest efficient microbatch, against a very large one
 
 
-class Part(NamedTuple):
+class BatchTarget(NamedTuple):
     """What the next microbatch of a chain may carry; seconds of all stages together."""
 
     decode_s: float  # no more decoding requests once they add so much
@@ -43,9 +43,9 @@ class Lookahead:
         """Predict the seconds of a microbatch in all stages together."""
         return self.cost.work_time(self.num_layers, work, is_first=True, is_last=True)
 
-    def added_time(self, chunk: Chunk) -> float:
-        """Predict the seconds that one more chunk adds in all stages together."""
-        return self.cost.added_time(self.num_layers, chunk)
+    def added_time(self, span: TokenSpan) -> float:
+        """Predict the seconds that one more span adds in all stages together."""
+        return self.cost.added_time(self.num_layers, span)
 
     @cached_property
     def least_tokens(self) -> int:
@@ -57,32 +57,32 @@ class Lookahead:
             low, high = (low, middle) if self._token_s(middle) <= most_s else (middle + 1, high)
         return low
 
-    def part(self, decoding: Sequence[Chunk], prompts: Sequence[Chunk], num_stages: int) -> Part:
+    def target(self, decoding: Sequence[TokenSpan], prompts: Sequence[TokenSpan], num_stages: int) -> BatchTarget:
         """Return what the next microbatch may take of all that could go now: decoding requests, pieces of prompts.
 
         Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
-        many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `MANY` parts for
-        each stage the parts are longer, as far as a microbatch can carry it: else what waits would wait for decoding,
-        part after part.
+        many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `LONG_BACKLOG`
+        parts for each stage the parts are longer, as far as a microbatch can carry it: else what waits would wait for
+        decoding, part after part.
         """
-        efficient, most = Chunk(0, self.least_tokens), Chunk(0, self.max_num_tokens)
+        efficient, most = TokenSpan(0, self.least_tokens), TokenSpan(0, self.max_num_tokens)
         prompts_s = sum(map(self.added_time, prompts))
-        part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / (MANY * num_stages)))
+        part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / (LONG_BACKLOG * num_stages)))
         num_parts = max(num_stages, ceil(prompts_s / part_s))
         decode, prompt = Work.of(decoding).part(num_stages), Work.of(prompts).part(num_parts)
         least = Work.of([efficient]).part(2)
         decode_s = sum(map(self.added_time, decoding)) / num_stages
-        return Part(decode_s, max(self.time(decode.join(prompt)), self.time(decode.join(least))))
+        return BatchTarget(decode_s, max(self.time(decode.join(prompt)), self.time(decode.join(least))))
 
     def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:
         """Return how many of a prompt's next tokens, after `prefix` others, fit beside `work` in `total_s`."""
         low, high = 0, num_tokens
         while low < high:
             middle = (low + high + 1) // 2
-            chunk = Chunk(prefix, middle, int(middle == num_tokens))
-            low, high = (middle, high) if self.time(work.plus(chunk)) <= total_s else (low, middle - 1)
+            span = TokenSpan(prefix, middle, int(middle == num_tokens))
+            low, high = (middle, high) if self.time(work.plus(span)) <= total_s else (low, middle - 1)
         return low
 
     def _token_s(self, num_tokens: int) -> float:
-        """Return the seconds per token of a chunk without attention."""
-        return self.time(Work(num_tokens=num_tokens, num_chunks=1)) / num_tokens
+        """Return the seconds per token of a span without attention."""
+        return self.time(Work(num_tokens=num_tokens, num_spans=1)) / num_tokens

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kunserve.planner.snapshot import Origin, Snapshot, StageView
+from kunserve.planner.snapshot import Lineage, Snapshot, StageView
 
 
 class DeviceLayout(NamedTuple):
@@ -23,7 +23,7 @@ class Merge:
     group_ids: tuple[int, ...]
     stages: tuple[StageView, ...]
     capacity_blocks: int  # once the KV of live requests is exchanged
-    origin: Origin
+    lineage: Lineage
     freed_bytes: int = 0  # of weights
     added_blocks: int = 0  # capacity after minus before
 
@@ -61,7 +61,7 @@ class DropPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class NewGroup:
     """One of the groups that a split makes.
 
     `num_blocks`, one per stage: before the split each device shrinks its KV to so many blocks, which hold the blocks
@@ -72,7 +72,7 @@ class Part:
     stages: tuple[StageView, ...]
     num_blocks: tuple[int, ...]
     layouts: tuple[DeviceLayout, ...]
-    origin: Origin | None
+    lineage: Lineage | None
 
     @property
     def capacity_blocks(self) -> int:
@@ -85,7 +85,7 @@ class Split:
     """A merged group that becomes two. Every device gets more layers around those it has: none leave."""
 
     group_id: int
-    into: tuple[Part, Part]
+    into: tuple[NewGroup, NewGroup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class KvMove:
     destination: int
 
 
-class Room(NamedTuple):
+class EarlyGrowth(NamedTuple):
     """Block ids of one device while KV goes by layer: those below its limit are mapped in every layer that stays."""
 
     device: int
@@ -134,7 +134,7 @@ class ExchangePlan:
 
     mode: ExchangeMode
     moves: tuple[KvMove, ...]
-    rooms: tuple[Room, ...] = ()  # by layer: of every device
+    early_growth: tuple[EarlyGrowth, ...] = ()  # by layer: of every device
     # Of every device right after the drop, before any KV has left. They follow from the merge and from the rest here.
     layouts: tuple[DeviceLayout, ...] = field(default=(), compare=False)
     cached_groups: frozenset[int] = frozenset()  # whose cached blocks, which no request uses, can follow after that

@@ -14,14 +14,14 @@ from dataclasses import replace
 from itertools import combinations_with_replacement
 
 from kunserve.planner.layer_split import Chain, cuts_within, free_cuts, split_layers
-from kunserve.planner.layouts import whole_part
-from kunserve.planner.plan import Join, Merge, Part
+from kunserve.planner.layouts import whole_group
+from kunserve.planner.plan import Join, Merge, NewGroup
 from kunserve.planner.restore import plan_restore
 from kunserve.planner.snapshot import (
     DeviceView,
     GroupView,
+    Lineage,
     ModelShape,
-    Origin,
     Snapshot,
     StageView,
     capacity_blocks,
@@ -38,7 +38,7 @@ def plan_rebuild(
     held: Mapping[int, StageView],
     need_blocks: int,
     least_blocks: int,
-) -> tuple[Part, ...] | None:
+) -> tuple[NewGroup, ...] | None:
     """Group free devices anew, each group with all layers; None if they cannot hold all, with a block of KV.
 
     As many groups as hold `least_blocks` (the longest request) each; or all devices in one chain, if only that keeps
@@ -59,7 +59,7 @@ def plan_rebuild(
 
 def _apart(
     model: ModelShape, devices: Sequence[DeviceView], held: Mapping[int, StageView], need_blocks: int, least_blocks: int
-) -> tuple[Part, ...] | None:
+) -> tuple[NewGroup, ...] | None:
     """Make as many chains of all devices as hold `least_blocks` each; else one that holds less; None if that cannot be.
 
     Each is cut for its share of `need_blocks`, or for `least_blocks` if that is more.
@@ -73,12 +73,12 @@ def _apart(
         if min(most) < least:
             continue
         budgets = {view.device: view.budget_chunks for view in devices}
-        parts = []
+        new = []
         for chain, blocks in zip(chains, most, strict=True):
             stages = split_layers(model, chain, max(least_blocks, ceil_div(need_blocks * blocks, sum(most))))
             assert stages is not None
-            parts.append(whole_part(model, budgets, stages, Origin(stages)))
-        return tuple(parts)
+            new.append(whole_group(model, budgets, stages, Lineage(stages)))
+        return tuple(new)
     return None
 
 
@@ -87,23 +87,23 @@ def _merged(
     devices: Sequence[DeviceView],
     held: Mapping[int, StageView],
     need_blocks: int,
-    apart: Sequence[Part],
-) -> tuple[Part] | None:
+    apart: Sequence[NewGroup],
+) -> tuple[NewGroup] | None:
     """Make one chain instead of the groups `apart`; None if they hold `need_blocks`, or no less than the chain would.
 
     Each device gets only layers that it would have apart: a split, during which the chain serves, takes none away.
     """
-    blocks = sum(part.capacity_blocks for part in apart)
+    blocks = sum(group.capacity_blocks for group in apart)
     if len(apart) == 1 or blocks >= need_blocks:
         return None
-    layers = {stage.device: (stage.first_layer, stage.last_layer) for part in apart for stage in part.stages}
+    layers = {stage.device: (stage.first_layer, stage.last_layer) for group in apart for stage in group.stages}
     row = sorted(_in_a_row(model, devices, held, 1), key=lambda view: layers[view.device])
     stages = split_layers(model, row, need_blocks, cuts_within([layers[view.device] for view in row]))
     if stages is None:
         return None
     budgets = {view.device: view.budget_chunks for view in devices}
-    part = whole_part(model, budgets, stages, _tree([Origin(part.stages) for part in apart]))
-    return (part,) if part.capacity_blocks > blocks else None
+    chain = whole_group(model, budgets, stages, _tree([Lineage(group.stages) for group in apart]))
+    return (chain,) if chain.capacity_blocks > blocks else None
 
 
 def _in_a_row(
@@ -138,11 +138,11 @@ def _most_blocks(model: ModelShape, chain: Sequence[DeviceView]) -> int:
     return model.blocks_in(Chain(model, budgets, free_cuts(model, len(chain))).most_chunks or 0)
 
 
-def _tree(origins: Sequence[Origin]) -> Origin:
-    """Halve origins again and again, neighbours apart: each half of a chain then has parts of all of the model."""
-    if len(origins) == 1:
-        return origins[0]
-    return Origin((), (_tree(origins[0::2]), _tree(origins[1::2])))
+def _tree(lineages: Sequence[Lineage]) -> Lineage:
+    """Halve lineages again and again, neighbours apart: each half of a chain then has parts of all of the model."""
+    if len(lineages) == 1:
+        return lineages[0]
+    return Lineage((), (_tree(lineages[0::2]), _tree(lineages[1::2])))
 
 
 def plan_join(snapshot: Snapshot, devices: Sequence[DeviceView], need_blocks: int, least_blocks: int) -> Join | None:
@@ -155,7 +155,7 @@ def plan_join(snapshot: Snapshot, devices: Sequence[DeviceView], need_blocks: in
     joining = sorted(devices, key=lambda view: (-view.budget_chunks, view.device))[:MOST_JOINING]
     best, best_gain = None, (0, False)
     for group in snapshot.groups:
-        if group.origin is not None and group.origin.parts:
+        if group.lineage is not None and group.lineage.merged_from:
             continue
         before = capacity_blocks(snapshot.model, snapshot.budgets(), group.stages)
         need = max(before + 1, need_blocks - snapshot.capacity_blocks() + before)
@@ -163,7 +163,7 @@ def plan_join(snapshot: Snapshot, devices: Sequence[DeviceView], need_blocks: in
             for gaps in combinations_with_replacement(range(len(group.stages) + 1), number):
                 stages = _with_newcomers(snapshot, group, joining[:number], gaps, need)
                 join = _join(snapshot, group, stages, before, least_blocks) if stages else None
-                if join and (gain := (join.merge.added_blocks, bool(join.merge.origin.parts))) > best_gain:
+                if join and (gain := (join.merge.added_blocks, bool(join.merge.lineage.merged_from))) > best_gain:
                     best, best_gain = join, gain
     return best
 
@@ -187,10 +187,10 @@ def _join(snapshot: Snapshot, group: GroupView, stages: tuple[StageView, ...], b
     newcomers = tuple(stage for stage in stages if stage.device not in members)
     restore = plan_restore(replace(snapshot, groups=(GroupView(0, stages),)))
     halves = restore.splits[0].into if restore else ()
-    origin = Origin(stages)
+    lineage = Lineage(stages)
     if halves and min(half.capacity_blocks for half in halves) >= least_blocks:
-        origin = Origin((), tuple(Origin(half.stages) for half in halves))
+        lineage = Lineage((), tuple(Lineage(half.stages) for half in halves))
     blocks = capacity_blocks(snapshot.model, snapshot.budgets(), stages)
-    merge = Merge((group.group_id, NEWCOMERS), stages, blocks, origin, 0, blocks - before)
+    merge = Merge((group.group_id, NEWCOMERS), stages, blocks, lineage, 0, blocks - before)
     with_newcomers = replace(snapshot, groups=(*snapshot.groups, GroupView(NEWCOMERS, newcomers)))
     return Join(group.group_id, with_newcomers, merge, newcomers)

@@ -151,18 +151,18 @@ class StageView(NamedTuple):
     last_layer: int
 
 
-class Origin(NamedTuple):
-    """Where a group came from: the stages it was launched with, or the two origins it was merged from."""
+class Lineage(NamedTuple):
+    """Where a group came from: the stages it was launched with, or the two lineages it was merged from."""
 
     stages: tuple[StageView, ...] = ()
-    parts: tuple[Origin, ...] = ()
+    merged_from: tuple[Lineage, ...] = ()
 
-    def launched(self) -> Iterator[Origin]:
-        """Yield all origins of the tree that were launched, not merged."""
-        if not self.parts:
+    def launched(self) -> Iterator[Lineage]:
+        """Yield all lineages of the tree that were launched, not merged."""
+        if not self.merged_from:
             yield self
-        for part in self.parts:
-            yield from part.launched()
+        for lineage in self.merged_from:
+            yield from lineage.launched()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class GroupView:
     group_id: int
     stages: tuple[StageView, ...]
     used_blocks: int = 0
-    origin: Origin | None = None  # None: not known; restoring then halves the group
+    lineage: Lineage | None = None  # None: not known; restoring then halves the group
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +219,9 @@ def capacity_blocks(model: ModelShape, budgets: dict[int, int], stages: Iterable
 def launched_stages(model: ModelShape, budgets: dict[int, int], group: GroupView) -> list[tuple[StageView, ...]]:
     """Return the stages of the groups that a group was at launch.
 
-    Of a group without a known origin: each device alone, if each can hold the model and some KV; else as it is.
+    Of a group without a known lineage: each device alone, if each can hold the model and some KV; else as it is.
     """
-    if group.origin is not None:
-        return [origin.stages for origin in group.origin.launched()]
+    if group.lineage is not None:
+        return [lineage.stages for lineage in group.lineage.launched()]
     alone: list[tuple[StageView, ...]] = [(StageView(stage.device, 0, model.num_layers),) for stage in group.stages]
     return alone if all(capacity_blocks(model, budgets, stages) for stages in alone) else [group.stages]

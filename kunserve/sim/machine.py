@@ -116,7 +116,7 @@ class Step(NamedTuple):
     work: Work
     num_begun: int  # requests that it is the first for
     sampled: Future[Any]
-    ahead_of: Future[Any] | None  # `sampled` of the one whose tokens it goes on from, if it is still in flight
+    depends_on: Future[Any] | None  # `sampled` of the one whose tokens it goes on from, if it is still in flight
 
 
 class SimExecutor(Executor):
@@ -188,8 +188,8 @@ class SimExecutor(Executor):
     async def _enter(self, group: Group, device: SimDevice, inputs: Step, seconds: float) -> None:
         """Run the first stage of a chain, once tokens that are still being sampled elsewhere are there."""
         async with self._entrances.setdefault(group, asyncio.Lock()):
-            if inputs.ahead_of is not None:
-                await asyncio.wrap_future(inputs.ahead_of)
+            if inputs.depends_on is not None:
+                await asyncio.wrap_future(inputs.depends_on)
             left_s = device.queue(seconds)
         await asyncio.sleep(left_s)
 

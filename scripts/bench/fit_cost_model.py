@@ -2,7 +2,7 @@
 
     python scripts/bench/fit_cost_model.py --model smollm2-135m --devices cpu:2
 
-Random microbatches (decode, prompts in chunks, both) run on random numbers of layers, through the executor that serves.
+Random microbatches (decode, prompts in spans, both) run on random numbers of layers, through the executor that serves.
 All devices run the same one at once: they share the memory's bandwidth, and in serving all decode or all are busy with
 prompts at the same time. A third of the microbatches is held out and says how good the prediction is. The constants go
 to a file where the server finds them: the cache folder, or `--out`. The prefix cache is off, and has no
@@ -37,7 +37,7 @@ from kunserve.gpu.host import HostDevice
 from kunserve.log import set_up_logging
 from kunserve.model.card import list_cards, load_card
 from kunserve.model.costs import cost_file, cost_folder, derive, device_kind, device_rates, write_costs
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.planner.cost_fit import Measurement, fit, relative_errors
 from kunserve.sampling import SamplingParams
 
@@ -50,42 +50,42 @@ class Trial:
     """A stage that holds layers `[0, num_layers)`, and the microbatch that passes it."""
 
     num_layers: int
-    chunks: tuple[Chunk, ...]
+    spans: tuple[TokenSpan, ...]
     is_last: bool
 
     def measured(self, seconds: float) -> Measurement:
         """The trial with the time it took."""
-        return Measurement(self.num_layers, Work.of(self.chunks), True, self.is_last, seconds)
+        return Measurement(self.num_layers, Work.of(self.spans), True, self.is_last, seconds)
 
 
 def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
-    """Decode, a prompt's chunk, or both; on a random part of the model, or on all of it with the head."""
+    """Decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
     is_last = rng.random() < 1 / 3
     layers = num_layers if is_last else rng.randrange(max(1, num_layers // 6), max(2, num_layers // 2))
     kind = rng.choice(("decode", "prefill", "mixed"))
-    chunks: list[Chunk] = []
+    spans: list[TokenSpan] = []
     room = most_tokens
     if kind != "decode":
         for _ in range(rng.choice((1, 1, 2, 3))):
             num_tokens = round(2 ** rng.uniform(3, 8))
             prefix = rng.choice((0, rng.randrange(MOST_PREFIX)))
             if room >= prefix + num_tokens:
-                chunks.append(Chunk(prefix, num_tokens, int(is_last and rng.random() < 0.3)))
+                spans.append(TokenSpan(prefix, num_tokens, int(is_last and rng.random() < 0.3)))
                 room -= prefix + num_tokens
-    if kind != "prefill" or not chunks:
+    if kind != "prefill" or not spans:
         longest = rng.randrange(16, MOST_PREFIX)
         for _ in range(round(2 ** rng.uniform(0, np.log2(MOST_ROWS)))):
             prefix = rng.randrange(longest // 2, longest)
             if room > prefix:
-                chunks.append(Chunk(prefix, 1, int(is_last)))
+                spans.append(TokenSpan(prefix, 1, int(is_last)))
                 room -= prefix + 1
-    return Trial(layers, tuple(chunks), is_last)
+    return Trial(layers, tuple(spans), is_last)
 
 
-def microbatch_of(chunks: Sequence[Chunk], group: Group, vocab_size: int) -> Microbatch:
+def microbatch_of(spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
     """Requests that have come so far, with blocks of the group."""
     fleet, spans = Fleet([group]), []
-    for i, (prefix, num_tokens, num_samples) in enumerate(chunks):
+    for i, (prefix, num_tokens, num_samples) in enumerate(spans):
         end = prefix + num_tokens
         token_ids = [(7 * i + j) % vocab_size for j in range(end + 1 - num_samples)]
         request = Request(f"trial-{i}", token_ids, SamplingParams(max_tokens=1, temperature=0))
@@ -107,7 +107,7 @@ async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
     whole = next(s for g in engine.groups for s in g.stages if s.device == device)
     stage = Stage(device, 0, trial.num_layers, BlockPool(whole.pool.num_blocks))  # nobody else runs
     group = Group(device, (stage,), engine.groups[0].block_size)
-    batch = microbatch_of(trial.chunks, group, engine.model.vocab_size)
+    batch = microbatch_of(trial.spans, group, engine.model.vocab_size)
     inputs = step_inputs(batch, group.block_size, ())
     started = await clock(engine, device)
     await engine.executor.execute(group, inputs)

@@ -29,7 +29,7 @@ from kunserve.compute.cuda.ops import CHECKPOINT_DTYPES
 from kunserve.compute.ops import ExpertWeights
 from kunserve.model.card import load_card
 from kunserve.model.config import ModelConfig
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 from kunserve.model.quant.planes import every_planes
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -132,7 +132,7 @@ def launch_packed(kernels: Any, dtype: torch.dtype) -> None:
         scales = torch.ones(planes.scales_shape(64, columns), dtype=getattr(torch, planes.scale_dtype))
         for num_rows in (3, packed.FEW_ROWS + 1, packed.MAX_SHARED_ROWS + 1):
             x = torch.zeros(num_rows, columns, dtype=dtype)
-            kernels.packed_linear(x, Part(codes, planes, scales))
+            kernels.packed_linear(x, StoredRows(codes, planes, scales))
 
 
 def compile_for(names: tuple[str, ...], is_quick: bool, architecture: int) -> list[dict[str, Any]]:

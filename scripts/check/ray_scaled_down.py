@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 from ray_replicas import APP, FLAGS, NAME, STREAM_S, Job, Said, application, make_model, problem_of, stream, undisturbed
 
-MANY, FEW = 64, 5  # streams at once: while another replica is wanted, and while one is too many
+MANY_STREAMS, FEW_STREAMS = 64, 5  # streams at once: while another replica is wanted, and while one is too many
 LOOK_EVERY_S = 0.5
 WAIT_S = 150.0  # at most, for a replica to come or to go
 
@@ -83,8 +83,8 @@ async def check(args: argparse.Namespace, model: str) -> dict[str, Any]:
     scaling = {"max_replicas": 2, "upscale_delay_s": 1.0, "downscale_delay_s": 3.0, "drain_s": args.drain_s}
     with application(5, model=model, flags=f"{FLAGS} {NAME}", **scaling) as url:
         jobs = jobs_of(args.tokens)
-        up_s = await keep(url, MANY, jobs, done, lambda number: number >= 2)
-        down_s = await keep(url, FEW, jobs, done, lambda number: number < 2)
+        up_s = await keep(url, MANY_STREAMS, jobs, done, lambda number: number >= 2)
+        down_s = await keep(url, FEW_STREAMS, jobs, done, lambda number: number < 2)
         counts = await serve.get_deployment_handle("front", APP).counts.remote()
     expected = await undisturbed({NAME: model}, [job for job, _ in done])
     problems = [problem_of(job, said, wanted) for (job, said), wanted in zip(done, expected, strict=True)]

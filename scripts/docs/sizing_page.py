@@ -13,9 +13,9 @@ from markdown_tables import table
 from kunserve.errors import ConfigError
 from kunserve.model.card import list_cards, load_card
 from kunserve.model.config import ModelConfig
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.sim.cluster import USABLE, Instances, parse_cluster
-from kunserve.sim.plan.capacity import Capacity, Lengths, Rates
+from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
 from kunserve.sim.workload import WORKLOADS
 
 BLOCK_SIZE = 16
@@ -130,7 +130,7 @@ def _rates(models: dict[str, ModelConfig]) -> Iterator[list[str]]:
             if found is None:
                 continue
             cost = Instances.of(model, parse_cluster(f"8x{kind}")).cost(model)
-            rates = [Rates.of(found, cost, model.num_layers, load) for load in loads.values()]
+            rates = [RequestRates.of(found, cost, model.num_layers, load) for load in loads.values()]
             yield [f"{name}, {kind}", *(f"{r.kv:.1f}, {r.dropped_kv:.1f}, {r.compute:.1f}" for r in rates)]
 
 
@@ -166,7 +166,7 @@ def chain_token_time(cost: CostModel, num_layers: int, num_stages: int, num_requ
     """
     num_microbatches = min(num_stages, num_requests)
     rows = num_requests / num_microbatches
-    work = Work(*(rows * amount for amount in Work.of([Chunk(CONTEXT - 1, 1, 1)])))
+    work = Work(*(rows * amount for amount in Work.of([TokenSpan(CONTEXT - 1, 1, 1)])))
 
     def stage_times(last: int) -> list[float]:
         """Return each stage's time if the last one, which has the head, holds so many layers."""

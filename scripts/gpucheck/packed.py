@@ -16,7 +16,7 @@ from kunserve.compute.cuda.ops import load_kernels
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.formats import Formats
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 from kunserve.model.quant.plane_codes import codes_plane, scales_plane
 from kunserve.model.quant.planes import Planes
 
@@ -30,7 +30,7 @@ FORMS = {
 ROWS = (1, 16, 64, 129, 2048)
 
 
-def random_part(planes: Planes, num_rows: int, num_columns: int, device: str | torch.device = "cpu") -> Part:
+def random_part(planes: Planes, num_rows: int, num_columns: int, device: str | torch.device = "cpu") -> StoredRows:
     """Random rows in planes, of values about as large as those of a normal distribution."""
     random = torch.Generator(device).manual_seed(num_rows + num_columns)
     groups = num_columns // (planes.group or num_columns)
@@ -43,7 +43,7 @@ def random_part(planes: Planes, num_rows: int, num_columns: int, device: str | t
         top = 16 if planes.kind == "A4" else 256
         codes, scale = codes & (top - 1), (scale * 4 / top).half().float()
         offset = -scale * (top // 2)
-    return Part(codes_plane(codes, planes), planes, scales_plane(scale, offset, planes))
+    return StoredRows(codes_plane(codes, planes), planes, scales_plane(scale, offset, planes))
 
 
 def products(bench: Bench) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-Part = Callable[[], dict[str, Any]]
+CheckPart = Callable[[], dict[str, Any]]
 Result = dict[str, Any]
 
 _answers: list[TextIO] = []  # in a worker, where they go
 
 
-def serve(parts: Mapping[str, Part]) -> None:
+def serve(parts: Mapping[str, CheckPart]) -> None:
     """Run the parts that stdin names, in the worker."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what else is printed does not get among the answers
@@ -41,7 +41,7 @@ def tell(figures: Result) -> Result:
     return figures
 
 
-def _run(part: Part) -> Result:
+def _run(part: CheckPart) -> Result:
     begun = time.perf_counter()
     try:
         result = part()

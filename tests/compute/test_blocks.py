@@ -15,7 +15,7 @@ from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.cpu_ops import FORMATS, CpuOps
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.model.quant.blocks import BLOCKS, GGML_BLOCKS, OUR_BLOCKS
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 
 @pytest.fixture(scope="module", params=[(), ("-march=haswell",)], ids=["this CPU", "AVX2"])
@@ -26,7 +26,7 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
         pytest.skip(str(error))
 
 
-def ggml(part: Part) -> Tensor:
+def ggml(part: StoredRows) -> Tensor:
     assert part.blocks is not None
     if part.blocks.name in OUR_BLOCKS:
         return part.dense()
@@ -98,7 +98,7 @@ def test_rows_of_a_few_groups(ops: CpuOps, name: str) -> None:
 
 
 def test_parts_of_different_formats_are_one_matrix(ops: CpuOps) -> None:
-    parts = (random_part("Q4_K", 6, 512), random_part("Q6_K", 3, 512, seed=1), Part(randn(4, 512)))
+    parts = (random_part("Q4_K", 6, 512), random_part("Q6_K", 3, 512, seed=1), StoredRows(randn(4, 512)))
     x, bias, residual = randn(9, 512), randn(13, seed=2), randn(9, 13, seed=3)
     plain = Linear.of(torch.cat([ggml(parts[0]), ggml(parts[1]), parts[2].data]))
     for M in (1, 9):

@@ -14,7 +14,7 @@ from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
 from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.cpu_team import CpuTeam
 from kunserve.model.quant.blocks import BLOCKS
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def matrices() -> list[Linear]:
 
     def blocks(name: str, N: int, K: int) -> Linear:
         rows = torch.randint(1, 60, (N, K // BLOCKS[name].num_values * BLOCKS[name].num_bytes)).byte()
-        return Linear((Part(rows, BLOCKS[name]),))
+        return Linear((StoredRows(rows, BLOCKS[name]),))
 
     floats = [Linear.of(made(N, K)) for N, K in [(3000, 100), (577, 900), (131, 8192)]]
     return [*floats, blocks("Q4_1", 1009, 576), blocks("Q8_0", 577, 4864), blocks("Q6_K", 2050, 512)]

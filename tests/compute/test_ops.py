@@ -15,7 +15,7 @@ from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import EngineError
 from kunserve.model.config import ACTIVATIONS
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 # ---- linear, norm, activation -------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def test_linear_is_batch_invariant(ops: CpuOps, N: int, K: int) -> None:
 
 def test_a_matrix_in_parts_is_one_matrix(ops: CpuOps) -> None:
     x, w, bias, residual = randn(9, 37), randn(11, 37, seed=1), randn(11, seed=2), randn(9, 11, seed=3)
-    matrix = Linear((Part(w[:5]), Part(w[5:6]), Part(w[6:])))
+    matrix = Linear((StoredRows(w[:5]), StoredRows(w[5:6]), StoredRows(w[6:])))
     assert matrix.shape == (11, 37) and torch.equal(matrix.dense(torch.float32), w)
     for rows in (1, 9):
         whole = ops.linear(x[:rows], Linear.of(w), bias, residual[:rows])

@@ -106,7 +106,7 @@ async def test_the_next_step_is_launched_with_a_placeholder_before_the_token_is_
         streams = [engine.submit(make_request(name, 5, 3, presence_penalty=0.5)) for name in ("a", "b")]
         first, second = await executor.next_step(), await executor.next_step()
         assert second.inputs.token_ids.tolist() == [-1, -2] and second.inputs.positions.tolist() == [5, 5]
-        assert second.inputs.ahead_of is first.inputs.sampled
+        assert second.inputs.depends_on is first.inputs.sampled
         assert [row.output_token_ids for row in second.inputs.sampling] == [(-1,), (-2,)]
         assert executor.num_pending == 0
         first.finish(7, 8)

@@ -14,9 +14,9 @@ from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.run_ahead import HOST_S, LEARNING_RATE, MARGIN, RunAhead
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.signals import Signals
-from kunserve.planner.cost import Chunk, Work
+from kunserve.planner.cost import TokenSpan, Work
 from kunserve.planner.microbatch import Lookahead
 from kunserve.policies import OverloadPolicy
 from kunserve.sim.clock import simulate
@@ -31,7 +31,7 @@ class Steps:
     def __init__(self, num_stages: int = 1, lookahead: Lookahead | None = LOOKAHEAD) -> None:
         self.group = make_group(num_stages=num_stages, num_blocks=200)
         fleet, self.signals = Fleet([self.group]), Signals()
-        limits, policy = Limits(64, 64, num_ahead=1), make_policy(OverloadPolicy.RECOMPUTE, 0)
+        limits, policy = SchedulerLimits(64, 64, num_ahead=1), make_policy(OverloadPolicy.RECOMPUTE, 0)
         self.scheduler = Scheduler(fleet, limits, policy, lookahead=lookahead)
         self.dispatch = Dispatch(fleet, self.scheduler, self.signals)
 
@@ -57,7 +57,7 @@ class Steps:
 
 
 def expected_s(batch: Microbatch) -> float:
-    work = Work.of(Chunk(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)
+    work = Work.of(TokenSpan(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)
     return LOOKAHEAD.time(work)
 
 

@@ -14,7 +14,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.kinds.mixed_group import MixedGroup, NearLayers
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.policies import OverloadPolicy
 
 BLOCK, WINDOW = 4, 10
@@ -31,7 +31,7 @@ def mixed_group(num_full: int, num_near: int, num_stages: int = 1) -> MixedGroup
 
 def scheduler_of(group: Group, policy: OverloadPolicy, budget: int, *, has_cache: bool = True) -> Scheduler:
     fleet = Fleet([group], has_prefix_cache=has_cache, near=NEAR)
-    return Scheduler(fleet, Limits(budget, 64), make_policy(policy, 0.0), num_host_blocks=0)
+    return Scheduler(fleet, SchedulerLimits(budget, 64), make_policy(policy, 0.0), num_host_blocks=0)
 
 
 def run(scheduler: Scheduler, group: Group, requests: list[Request]) -> int:

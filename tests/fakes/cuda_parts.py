@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fake_cuda import FakeCuda
 
-from kunserve.compute.cuda.attention import Planner, ReferenceAttention, StepBuffers, StepLimits
+from kunserve.compute.cuda.attention import ReferenceAttention, StepBuffers, StepLimits, StepUploader
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
@@ -25,6 +25,6 @@ def cuda_decoder_on_cpu(
     graphs = None
     if run_layers is not None:
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, driver.capture, run_layers)
-    planner = Planner(buffers, ReferenceAttention(block_size, buffers))
+    uploader = StepUploader(buffers, ReferenceAttention(block_size, buffers))
     kernels = CudaOps(TorchKernels())
-    return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, planner, buffers, graphs, limits)
+    return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, uploader, buffers, graphs, limits)

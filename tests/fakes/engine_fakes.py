@@ -18,7 +18,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.step.executor import Executor
@@ -138,7 +138,7 @@ async def scripted_engine(
             stages.append(Stage(len(memories) - 1, *layers, pool))
         groups.append(Group(group_id, tuple(stages), BLOCK_SIZE))
     executor = ScriptedExecutor()
-    limits = Limits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=64, num_ahead=num_ahead)
+    limits = SchedulerLimits(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=64, num_ahead=num_ahead)
     fleet = Fleet(groups)
     engine = Engine(
         MODEL,

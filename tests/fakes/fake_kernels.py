@@ -16,7 +16,7 @@ from kunserve.compute.cuda.attention import Attend, StepArrays, StepBuffers
 from kunserve.compute.cuda.ops import TorchKernels
 from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 
 class LaunchedKernels:
@@ -38,7 +38,7 @@ class LaunchedKernels:
         return out
 
     def packed_linear(
-        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         assert weight.scales is not None
         out = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
@@ -47,7 +47,7 @@ class LaunchedKernels:
         def work(x: Tensor, data: Tensor, scales: Tensor, *rest: Tensor) -> None:
             *given, out = rest
             added = [given.pop(0) if tensor is not None else None for tensor in (bias, residual)]
-            out.copy_(self._reference.packed_linear(x, Part(data, weight.blocks, scales), *added))
+            out.copy_(self._reference.packed_linear(x, StoredRows(data, weight.blocks, scales), *added))
 
         launch(work, [x, weight.data, weight.scales, *more], [out])
         return out

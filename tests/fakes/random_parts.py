@@ -6,10 +6,10 @@ import torch
 from op_layers import randn
 
 from kunserve.model.quant.blocks import BLOCKS, OUR_BLOCKS
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 
-def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
+def random_part(name: str, N: int, K: int, seed: int = 0) -> StoredRows:
     """Rows whose codes are any bits, and whose scales are small numbers."""
     blocks = BLOCKS[name]
     count = K // blocks.num_values
@@ -22,9 +22,9 @@ def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
             made[..., header:][made[..., header:] & 127 == 127] -= 1  # NaN of e4m3
             made[..., :header] = numbers[..., :header]
         case "F16":
-            return Part(randn(N, K, seed=seed).half().view(torch.uint8), blocks)
+            return StoredRows(randn(N, K, seed=seed).half().view(torch.uint8), blocks)
         case "BF16":
-            return Part(randn(N, K, seed=seed).bfloat16().view(torch.uint8), blocks)
+            return StoredRows(randn(N, K, seed=seed).bfloat16().view(torch.uint8), blocks)
         case "MXFP4":
             made[..., 0] = made[..., 0] % 8 + 116
         case "Q6_K":
@@ -33,4 +33,4 @@ def random_part(name: str, N: int, K: int, seed: int = 0) -> Part:
             made[..., :2] = scales[..., :2]
         case _:
             made[..., :4] = scales
-    return Part(made.view(N, -1), blocks)
+    return StoredRows(made.view(N, -1), blocks)

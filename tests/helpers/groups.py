@@ -13,7 +13,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch.placement import model_shape
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.card import load_card
 from kunserve.planner.snapshot import DeviceView, ModelShape
@@ -57,7 +57,7 @@ def make_scheduler(
     num_host_blocks: int = 0,
     num_ahead: int = 0,
 ) -> Scheduler:
-    limits = Limits(max_num_batched_tokens=budget, max_num_seqs=64, num_ahead=num_ahead)
+    limits = SchedulerLimits(max_num_batched_tokens=budget, max_num_seqs=64, num_ahead=num_ahead)
     return Scheduler(Fleet(groups), limits, make_policy(policy, watermark), num_host_blocks)
 
 

@@ -134,7 +134,7 @@ class Checked:
 
     async def settled(self) -> list[Transition]:
         """Wait until no transition is under way; return those that ended, which are counted, since the last call."""
-        while tasks := self.control._tasks:
+        while tasks := self.control.tasks:
             await asyncio.wait(set(tasks))
         ended = list(self.reconfigure.transitions.remembered)
         for transition in ended:
@@ -147,7 +147,7 @@ class Checked:
         """Restore, step by step, until the groups are as launched. Nothing may be running."""
         await self.settled()
         await self.until_no_step_runs()
-        while any(group.origin and group.origin.parts for group in self.engine.groups):
+        while any(group.lineage and group.lineage.merged_from for group in self.engine.groups):
             await self.control.restore()
             await self.settled()
         self.assert_idle()
@@ -159,13 +159,13 @@ class Checked:
 
     async def rebuilt(self) -> None:
         """Wait until no transition is under way, and nothing is left of a group with a lost device."""
-        while self.control._tasks or any(group.is_lost for group in self.engine.groups):
+        while self.control.tasks or any(group.is_lost for group in self.engine.groups):
             assert self.engine.is_running, "the engine has stopped: nobody replaces what is lost"
-            await asyncio.wait({*self.control._tasks, asyncio.ensure_future(asyncio.sleep(0.01))})
+            await asyncio.wait({*self.control.tasks, asyncio.ensure_future(asyncio.sleep(0.01))})
         await self.until_no_step_runs()
 
-    def assert_idle(self, *, is_settled: bool = True) -> None:
-        """No request is anywhere, every block is free; and if it `is_settled`, every chunk is where it belongs."""
+    def assert_idle(self, *, check_chunks: bool = True) -> None:
+        """No request is anywhere, every block is free; with `check_chunks`, every chunk is where it belongs, too."""
         self.assert_no_failure()
         self.check()
         assert not self.engine._live and not self.engine.scheduler.waiting and self.engine.num_running == 0
@@ -173,7 +173,7 @@ class Checked:
             assert group.is_admitting and not group.is_paused and group.num_in_flight == 0
             for stage in group.stages:
                 mapped = self.engine.memories[stage.device].layout
-                if not is_settled:
+                if not check_chunks:
                     continue
                 assert mapped == self.reconfigure._remap.of_stage(stage.view)
                 pool, kv = stage.pool, self.engine.memories[stage.device].kv

@@ -17,7 +17,7 @@ from kunserve.model.checkpoint import (
     save_checkpoint,
 )
 from kunserve.model.config import ModelConfig
-from kunserve.model.family.stored import form_of
+from kunserve.model.family.stored import stored_form
 from kunserve.model.hf_config import load_hf_config
 
 CONFIG = ModelConfig(
@@ -62,7 +62,7 @@ def test_every_tensor_of_every_family(family: str, dtype: torch.dtype, tmp_path:
     for name, shape in expected_shapes(config).items():
         out = torch.empty(shape)
         source.copy_into(name, out)
-        form = form_of(name)
+        form = stored_form(name)
         assert torch.equal(out, (form.read(saved[name]) if form else saved[name]).float()), name
 
 

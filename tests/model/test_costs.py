@@ -11,7 +11,7 @@ from kunserve.model.costs import COSTS, cost_file, cost_model, derive, device_ki
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.blocks import BLOCKS
 from kunserve.model.quant.formats import Formats
-from kunserve.planner.cost import Chunk
+from kunserve.planner.cost import TokenSpan
 
 GPUS = ("h100", "a800", "h800")
 SMOLLM2, QWEN = load_card("smollm2-135m"), load_card("qwen2.5-14b")
@@ -46,9 +46,9 @@ def test_what_nobody_measured_is_derived(tmp_path: Path) -> None:
 
 def test_derived_times_are_those_of_the_roofline() -> None:
     cost = derive(QWEN.config, device_rates()["a800"])
-    decode_s = cost.stage_time(48, [Chunk(1000, 1, 1)], True, True)
+    decode_s = cost.stage_time(48, [TokenSpan(1000, 1, 1)], True, True)
     assert 29.5e9 / 2.039e12 < decode_s < 2 * 29.5e9 / 2.039e12  # reading 29.5 GB of weights
-    prefill_s = cost.stage_time(48, [Chunk(0, 4096, 1)], True, True)
+    prefill_s = cost.stage_time(48, [TokenSpan(0, 4096, 1)], True, True)
     assert 4096 * 26e9 / 312e12 < prefill_s < 2 * 4096 * 26e9 / 312e12  # 2 flops for each of 13 G parameters
     assert cost.key_s > 15 * cost.pair_s
 

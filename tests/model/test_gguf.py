@@ -27,7 +27,7 @@ from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.blocks import GGML_BLOCKS
 from kunserve.model.quant.formats import NO_BLOCKS
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 
 def open_source(path: Path, cache: Path) -> GgufSource:
@@ -117,7 +117,7 @@ def test_blocks_are_copied_as_they_are_and_dequantized_as_ggml_does(
                 assert torch.equal(
                     stored.flatten(), torch.from_numpy(theirs[name].data.copy()).view(torch.uint8).flatten()
                 )
-                assert torch.equal(Part(stored, spec.blocks).dense(), expected)
+                assert torch.equal(StoredRows(stored, spec.blocks).dense(), expected)
 
 
 def test_the_rows_of_a_llamas_q_and_k_are_moved_in_blocks_too(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_rows_of_a_llamas_q_and_k_are_moved_in_blocks_too(tmp_path: Path) ->
             stored, numbers = torch.empty(spec.stored_shape, dtype=torch.uint8), torch.empty(spec.shape)
             source.copy_into(spec.name, stored)
             source.copy_into(spec.name, numbers)
-            assert torch.equal(Part(stored, spec.blocks).dense(), numbers)
+            assert torch.equal(StoredRows(stored, spec.blocks).dense(), numbers)
             original = load_file(tmp_path / "reference" / "model.safetensors")[spec.name]
             assert (numbers - original).abs().max() < 0.1
 

@@ -22,7 +22,7 @@ from kunserve.model.gguf.shape import gguf_config
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 from kunserve.model.quant.plane_codes import scales_plane
 from kunserve.model.quant.planes import OF_GGML, SCALES, Planes
 
@@ -31,7 +31,7 @@ def in_planes(config: ModelConfig) -> ModelConfig:
     return replace(config, formats=config.formats.as_planes())
 
 
-def stored(config: ModelConfig, source: WeightSource) -> dict[str, Part]:
+def stored(config: ModelConfig, source: WeightSource) -> dict[str, StoredRows]:
     """Read all matrices that are in planes; each must be what its numbers are."""
     parts = {}
     specs = {spec.name: spec for unit in weight_units(config, "float32") for spec in unit.tensors}
@@ -47,7 +47,7 @@ def stored(config: ModelConfig, source: WeightSource) -> dict[str, Part]:
         assert torch.equal(scales, again)
         numbers = torch.empty(spec.shape)
         source.copy_into(name, numbers)
-        parts[name] = Part(codes, spec.blocks, scales)
+        parts[name] = StoredRows(codes, spec.blocks, scales)
         assert torch.equal(parts[name].dense(), numbers), name
         assert Linear((parts[name],)).shape == spec.shape
     return parts

@@ -18,7 +18,7 @@ from kunserve.model.card import check_model
 from kunserve.model.checkpoint import QuantizedSource, open_weights
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
@@ -38,7 +38,7 @@ def test_a_matrix_is_what_it_stands_for_as_numbers_and_as_blocks(kind: str, fami
             if spec.blocks is not None:
                 stored = torch.empty(spec.stored_shape, dtype=torch.uint8)
                 source.copy_into(spec.name, stored)
-                assert torch.equal(Part(stored, spec.blocks).dense(), numbers), spec.name
+                assert torch.equal(StoredRows(stored, spec.blocks).dense(), numbers), spec.name
                 kept.add(spec.blocks.name)
     name = CHECKPOINTS[kind][2]
     assert kept == ({name} if name else set())
@@ -90,7 +90,7 @@ def test_mxfp4_is_what_transformers_makes_of_it_as_numbers_and_as_blocks(tmp_pat
         if spec.blocks is not None:
             stored = torch.empty(spec.stored_shape, dtype=torch.uint8)
             source.copy_into(spec.name, stored)
-            assert torch.equal(Part(stored.flatten(0, 1), spec.blocks).dense(), expected.flatten(0, 1))
+            assert torch.equal(StoredRows(stored.flatten(0, 1), spec.blocks).dense(), expected.flatten(0, 1))
             assert spec.blocks.name == "MXFP4" and stored.nbytes * 32 == 17 * expected.numel()
             kept.append(spec.name.rpartition(".")[2])
     assert sorted(kept) == ["down_proj"] * 3 + ["gate_up_proj"] * 3

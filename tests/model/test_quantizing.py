@@ -18,7 +18,7 @@ from kunserve.model.checkpoint import QuantizingSource, open_weights
 from kunserve.model.config import ModelConfig
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import weight_units
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 # A number of e4m3 has 3 bits behind its first: it is rounded by 2**-4 of itself, and by 2**-10 below 2**-6.
 RELATIVE, ABSOLUTE = 2.0**-4, 2.0**-10
@@ -32,7 +32,7 @@ def read(folder: Path, config: ModelConfig, load_format: str = "auto") -> dict[s
         if spec.blocks is not None:
             stored = torch.empty(spec.stored_shape, dtype=torch.uint8)
             source.copy_into(spec.name, stored)
-            numbers = Part(stored.flatten(0, -2), spec.blocks).dense().view(spec.shape)
+            numbers = StoredRows(stored.flatten(0, -2), spec.blocks).dense().view(spec.shape)
             assert torch.equal(numbers, tensors[spec.name]), spec.name
     return tensors
 

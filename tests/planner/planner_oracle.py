@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from kunserve.planner.plan import DropPlan
-from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
+from kunserve.planner.snapshot import DeviceView, GroupView, Lineage, ModelShape, Snapshot, StageView
 
 SMOLLM2 = ModelShape(30, 7, 55, 0, True, 24_576, 2 << 20, 16, head_time=8.0)
 SMOLLM2_BUDGET = 365
@@ -136,15 +136,15 @@ def check_drop(snapshot: Snapshot, plan: DropPlan, need_blocks: int) -> None:
         assert merge.freed_bytes == (freed - freed_before) * snapshot.model.chunk_bytes
         freed_before = freed
         capacity += merge.added_blocks
-        launched = sorted(stage for origin in merge.origin.launched() for stage in origin.stages)
-        assert launched == sorted(stage for part in parts for origin in origins_of(part) for stage in origin.stages)
+        launched = sorted(stage for lineage in merge.lineage.launched() for stage in lineage.stages)
+        assert launched == sorted(stage for part in parts for lineage in lineages_of(part) for stage in lineage.stages)
     assert plan.freed_bytes == freed * snapshot.model.chunk_bytes
     assert plan.added_blocks == capacity - before
     assert plan.meets_need == (capacity >= need_blocks)
 
 
-def origins_of(group: GroupView) -> list[Origin]:
-    return list((group.origin or Origin(group.stages)).launched())
+def lineages_of(group: GroupView) -> list[Lineage]:
+    return list((group.lineage or Lineage(group.stages)).launched())
 
 
 def apply_drop(snapshot: Snapshot, plan: DropPlan) -> Snapshot:
@@ -152,5 +152,5 @@ def apply_drop(snapshot: Snapshot, plan: DropPlan) -> Snapshot:
     groups = {group.group_id: group for group in snapshot.groups}
     for i, merge in enumerate(plan.merges):
         used = sum(groups.pop(group_id).used_blocks for group_id in merge.group_ids)
-        groups[1000 * snapshot.epoch + i] = GroupView(1000 * snapshot.epoch + i, merge.stages, used, merge.origin)
+        groups[1000 * snapshot.epoch + i] = GroupView(1000 * snapshot.epoch + i, merge.stages, used, merge.lineage)
     return replace(snapshot, epoch=snapshot.epoch + 1, groups=tuple(groups.values()))

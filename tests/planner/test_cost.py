@@ -7,27 +7,27 @@ from cost_models import COST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 
 CHUNKS = st.lists(
-    st.builds(Chunk, st.integers(0, 4000), st.integers(1, 600), st.integers(0, 1)), min_size=1, max_size=20
+    st.builds(TokenSpan, st.integers(0, 4000), st.integers(1, 600), st.integers(0, 1)), min_size=1, max_size=20
 )
 
 
 def test_the_papers_formula() -> None:
     paper = replace(COST, key_s=0.0, embed_token_s=0.0, stage_s=0.0)
-    chunks = [Chunk(100, 50), Chunk(0, 20), Chunk(7, 1)]
+    spans = [TokenSpan(100, 50), TokenSpan(0, 20), TokenSpan(7, 1)]
     a, b, g, load = paper.pair_s, paper.token_s, paper.chunk_s, paper.load_s
-    per_chunk = sum(a * (p * c + (c * c + c) / 2) + b * c + g for p, c, _ in chunks)
-    assert paper.stage_time(3, chunks, False, False) == pytest.approx(3 * (per_chunk + load))
+    per_span = sum(a * (p * c + (c * c + c) / 2) + b * c + g for p, c, _ in spans)
+    assert paper.stage_time(3, spans, False, False) == pytest.approx(3 * (per_span + load))
 
 
 def test_the_ends_count_where_they_are() -> None:
-    chunks = [Chunk(0, 10), Chunk(99, 1, 1), Chunk(50, 1, 1)]
-    middle = COST.stage_time(4, chunks, False, False)
-    assert COST.stage_time(4, chunks, True, False) == pytest.approx(middle + 12 * 1e-6)
-    assert COST.stage_time(4, chunks, False, True) == pytest.approx(middle + 6e-3 + 2 * (1e-3 + 1e-4))
-    assert COST.stage_time(4, [Chunk(0, 10)], False, True) == COST.stage_time(4, [Chunk(0, 10)], False, False)
+    spans = [TokenSpan(0, 10), TokenSpan(99, 1, 1), TokenSpan(50, 1, 1)]
+    middle = COST.stage_time(4, spans, False, False)
+    assert COST.stage_time(4, spans, True, False) == pytest.approx(middle + 12 * 1e-6)
+    assert COST.stage_time(4, spans, False, True) == pytest.approx(middle + 6e-3 + 2 * (1e-3 + 1e-4))
+    assert COST.stage_time(4, [TokenSpan(0, 10)], False, True) == COST.stage_time(4, [TokenSpan(0, 10)], False, False)
     assert COST.stage_time(4, [], True, True) == 0.0
 
 
@@ -40,20 +40,20 @@ def test_a_large_overlap_is_the_longer_of_loading_and_multiplying() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(CHUNKS, st.sampled_from([1.0, 1.5, 2.0, 8.0]), st.booleans())
-def test_more_work_takes_longer(chunks: list[Chunk], overlap: float, is_last: bool) -> None:
+def test_more_work_takes_longer(spans: list[TokenSpan], overlap: float, is_last: bool) -> None:
     cost = replace(COST, overlap=overlap)
-    time = cost.stage_time(5, chunks, True, is_last)
-    assert 0 < time < cost.stage_time(6, chunks, True, is_last)
-    assert time < cost.stage_time(5, [*chunks, Chunk(3, 1)], True, is_last)
-    longer = chunks[0]._replace(num_tokens=chunks[0].num_tokens + 1)
-    assert time < cost.stage_time(5, [longer, *chunks[1:]], True, is_last)
-    assert cost.stage_time(5, chunks, True, is_last) <= sum(cost.stage_time(5, [c], True, is_last) for c in chunks)
+    time = cost.stage_time(5, spans, True, is_last)
+    assert 0 < time < cost.stage_time(6, spans, True, is_last)
+    assert time < cost.stage_time(5, [*spans, TokenSpan(3, 1)], True, is_last)
+    longer = spans[0]._replace(num_tokens=spans[0].num_tokens + 1)
+    assert time < cost.stage_time(5, [longer, *spans[1:]], True, is_last)
+    assert cost.stage_time(5, spans, True, is_last) <= sum(cost.stage_time(5, [c], True, is_last) for c in spans)
 
 
 @settings(deadline=None, max_examples=40)
 @given(CHUNKS, st.integers(1, 8))
-def test_equal_parts_add_up(chunks: list[Chunk], num_parts: int) -> None:
-    work = Work.of(chunks)
+def test_equal_parts_add_up(spans: list[TokenSpan], num_parts: int) -> None:
+    work = Work.of(spans)
     total = Work()
     for _ in range(num_parts):
         total = total.join(work.part(num_parts))

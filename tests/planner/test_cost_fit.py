@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cost_models import COST
 
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.planner.cost_fit import Measurement, fit, relative_errors
 
 
@@ -16,9 +16,9 @@ def measured(cost: CostModel, num_steps: int, noise: float = 0.0) -> list[Measur
     rng, steps = random.Random(3), []
     for _ in range(num_steps):
         layers, is_last = rng.randrange(2, 30), rng.random() < 0.5
-        chunks = [Chunk(rng.randrange(1500), 1, rng.randrange(2)) for _ in range(rng.choice((0, 1, 3, 10, 40)))]
-        chunks += [Chunk(rng.choice((0, 700)), rng.randrange(8, 400)) for _ in range(rng.choice((0, 1, 2)))]
-        work = Work.of(chunks or [Chunk(5, 1, 1)])
+        spans = [TokenSpan(rng.randrange(1500), 1, rng.randrange(2)) for _ in range(rng.choice((0, 1, 3, 10, 40)))]
+        spans += [TokenSpan(rng.choice((0, 700)), rng.randrange(8, 400)) for _ in range(rng.choice((0, 1, 2)))]
+        work = Work.of(spans or [TokenSpan(5, 1, 1)])
         seconds = cost.work_time(layers, work, True, is_last) * rng.lognormvariate(0, noise)
         steps.append(Measurement(layers, work, True, is_last, seconds))
     return steps

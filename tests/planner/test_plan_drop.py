@@ -88,7 +88,7 @@ def test_pairs_merge_again_and_keep_what_they_have() -> None:
     assert second.meets_need
     (quad,) = second.merges
     assert len(quad.stages) == 4
-    assert [len(part.parts) for part in quad.origin.parts] == [2, 2]
+    assert [len(half.merged_from) for half in quad.lineage.merged_from] == [2, 2]
     # Both middle stages drop their embedding as well: more than the layers is freed.
     assert second.freed_bytes == (30 * 7 + 2 * 55) * SMOLLM2.chunk_bytes
 
@@ -96,7 +96,7 @@ def test_pairs_merge_again_and_keep_what_they_have() -> None:
 @pytest.mark.parametrize("seed", seeds(150))
 def test_as_many_merges_as_brute_force_needs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever has fewer merges holds less than needed, whatever has as many holds enough: then the count is exact."""
-    monkeypatch.setattr("kunserve.planner.drop.LEAST_GAIN", 0.0)
+    monkeypatch.setattr("kunserve.planner.drop.LEAST_MERGE_GAIN", 0.0)
     rng = random.Random(seed)
     snapshot = random_snapshot(rng, rng.randint(2, 5), is_even=True)
     groups = tuple(replace(group, used_blocks=group.used_blocks // 2) for group in snapshot.groups)  # none is full

@@ -9,7 +9,7 @@ from seeds import seeds
 
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.exchange import LiveRequest, layer_moves, plan_exchange
-from kunserve.planner.plan import ExchangeMode, ExchangePlan, Merge, Room
+from kunserve.planner.plan import EarlyGrowth, ExchangeMode, ExchangePlan, Merge
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot, StageView
 
 
@@ -47,9 +47,9 @@ class Simulation:
             assert weights + kv <= self.budgets[device]
 
     def run(self, plan: ExchangePlan) -> None:
-        self.rooms = {room.device: room for room in plan.rooms}
-        for layer, device in self.holder.items() if plan.rooms else ():
-            self.ranges[device, layer] += self.rooms[device].chunks
+        self.early = {growth.device: growth for growth in plan.early_growth}
+        for layer, device in self.holder.items() if plan.early_growth else ():
+            self.ranges[device, layer] += self.early[device].chunks
         self.check()
         for move in plan.moves:
             for layer in range(move.first_layer, move.last_layer):
@@ -58,8 +58,8 @@ class Simulation:
                 assert set(move.request_ids) <= here
                 there |= set(move.request_ids)
                 needed = self.model.chunks_for(sum(self.blocks[i] for i in there))
-                if room := self.rooms.get(move.destination):
-                    needed = self.model.chunks_for(room.num_blocks)
+                if growth := self.early.get(move.destination):
+                    needed = self.model.chunks_for(growth.num_blocks)
                 key = move.destination, layer
                 self.ranges[key] = max(self.ranges[key], needed)
             self.check()  # everything in the move lands before anything of it leaves
@@ -134,7 +134,7 @@ def test_what_one_layer_does_not_need_is_room_for_new_requests() -> None:
     snapshot, merge, requests = full_pair(layer_chunks=7, kv_chunks=21, num_layers=16)
     plan = plan_exchange(snapshot, merge, requests)
     assert plan.mode is ExchangeMode.BY_LAYER
-    assert plan.rooms == tuple(Room(device, (56 - 22) // 8, 21 + 4 + 21) for device in (0, 1))
+    assert plan.early_growth == tuple(EarlyGrowth(device, (56 - 22) // 8, 21 + 4 + 21) for device in (0, 1))
     Simulation(snapshot, merge, requests).run(plan)
 
 

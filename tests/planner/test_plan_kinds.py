@@ -137,13 +137,13 @@ class Ranges:
                 self.chunks[device][layer] = grown
 
     def run(self) -> None:
-        rooms = {room.device: room.by_kind(2) for room in self.plan.rooms}
+        early = {growth.device: growth.by_kind(2) for growth in self.plan.early_growth}
         for move in self.plan.moves:
             for layer in range(move.first_layer, move.last_layer):
                 assert self.is_home(move.destination, layer)
                 self.at[move.destination, layer] |= set(move.request_ids)
-                if rooms:
-                    needed = self.model.chunks_for(rooms[move.destination][self.model.kind_of(layer)])
+                if early:
+                    needed = self.model.chunks_for(early[move.destination][self.model.kind_of(layer)])
                     self.chunks[move.destination][layer] = max(self.chunks[move.destination][layer], needed)
             self.check()  # everything in the move lands before anything of it leaves
             for layer in range(move.first_layer, move.last_layer):
@@ -214,7 +214,7 @@ def test_a_merge_of_gemma_and_its_way_back() -> None:
         layout: DeviceLayout = stage_layout(GEMMA, budget, stage)
         full, near = blocks_of(GEMMA, layout)
         assert full >= merge.capacity_blocks > 80 and near == ceil_div(full, 4)
-    merged = replace(snapshot.groups[0], group_id=7, stages=merge.stages, origin=merge.origin, used_blocks=70)
+    merged = replace(snapshot.groups[0], group_id=7, stages=merge.stages, lineage=merge.lineage, used_blocks=70)
     assert plan_restore(replace(snapshot, groups=(merged,))) is None
     plan = plan_restore(replace(snapshot, groups=(replace(merged, used_blocks=40),)))
     assert plan is not None and [part.num_blocks for part in plan.splits[0].into] == [(40,), (40,)]

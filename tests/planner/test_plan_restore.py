@@ -46,7 +46,7 @@ def apply_restore(snapshot: Snapshot, plan: RestorePlan) -> Snapshot:
         used = groups.pop(split.group_id).used_blocks
         for i, (part, blocks) in enumerate(zip(split.into, (used // 2, used - used // 2), strict=True)):
             group_id = 2 * split.group_id + 10_000 + i
-            groups[group_id] = GroupView(group_id, part.stages, blocks, part.origin)
+            groups[group_id] = GroupView(group_id, part.stages, blocks, part.lineage)
     return replace(snapshot, epoch=snapshot.epoch + 1, groups=tuple(groups.values()))
 
 
@@ -168,11 +168,11 @@ def test_requests_are_shared_out_evenly_and_little_moves(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_seats", "counts"), [([6, 6], (5, 1)), ([4, 4], (2, 4)), ([3, 3], (3, 3)), ([1, 5], (1, 5))]
+    ("max_running", "counts"), [([6, 6], (5, 1)), ([4, 4], (2, 4)), ([3, 3], (3, 3)), ([1, 5], (1, 5))]
 )
-def test_no_half_gets_more_requests_than_it_has_seats(num_seats: list[int], counts: tuple[int, int]) -> None:
+def test_no_half_gets_more_requests_than_it_may_run(max_running: list[int], counts: tuple[int, int]) -> None:
     stages = (StageView(0, 0, 17), StageView(1, 17, 30))
     halves = [(StageView(0, 0, 30),), (StageView(1, 0, 30),)]
     requests = [HeldRequest(f"r{i}", num_blocks) for i, num_blocks in enumerate([9, 2, 2, 2, 2, 2])]
-    given = assign_requests(requests, stages, halves, num_seats)
+    given = assign_requests(requests, stages, halves, max_running)
     assert tuple(map(len, given)) == counts

@@ -18,10 +18,10 @@ from seeds import seeds
 
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.layouts import stage_layout
-from kunserve.planner.plan import ExchangeMode, Part
+from kunserve.planner.plan import ExchangeMode, NewGroup
 from kunserve.planner.rebuild import plan_join, plan_rebuild
 from kunserve.planner.restore import plan_restore
-from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Origin, Snapshot, StageView
+from kunserve.planner.snapshot import DeviceView, GroupView, Lineage, ModelShape, Snapshot, StageView
 from kunserve.sizes import ceil_div
 
 UNTIED = ModelShape(30, 7, 20, 20, False, 24_576, 2 << 20, 16, head_time=3.0)
@@ -35,21 +35,21 @@ def snapshot_of(model: ModelShape, budgets: Sequence[int], groups: Sequence[Grou
 
 def rebuild(
     snapshot: Snapshot, held: Sequence[StageView] = (), need_blocks: int = 0, least_blocks: int = 1
-) -> tuple[Part, ...] | None:
+) -> tuple[NewGroup, ...] | None:
     """Plan with all devices that are in no group."""
     in_groups = {stage.device for group in snapshot.groups for stage in group.stages}
     free = [view for view in snapshot.devices if view.device not in in_groups]
     return plan_rebuild(snapshot, free, {stage.device: stage for stage in held}, need_blocks, least_blocks)
 
 
-def stages(parts: tuple[Part, ...] | None) -> list[tuple[StageView, ...]]:
+def stages(parts: tuple[NewGroup, ...] | None) -> list[tuple[StageView, ...]]:
     assert parts is not None
     return [part.stages for part in parts]
 
 
-def regrouped(snapshot: Snapshot, parts: Sequence[Part]) -> Snapshot:
+def regrouped(snapshot: Snapshot, parts: Sequence[NewGroup]) -> Snapshot:
     """The server with these new groups."""
-    made = [GroupView(100 + i, part.stages, 0, part.origin) for i, part in enumerate(parts)]
+    made = [GroupView(100 + i, part.stages, 0, part.lineage) for i, part in enumerate(parts)]
     return replace(snapshot, groups=(*snapshot.groups, *made))
 
 
@@ -64,16 +64,16 @@ def split_again(snapshot: Snapshot) -> Snapshot:
                 for device, first, last in part.stages:
                     assert first <= kept[device].first_layer and kept[device].last_layer <= last
                 group_id = 2 * split.group_id + 10_000 + i
-                groups[group_id] = GroupView(group_id, part.stages, 0, part.origin)
+                groups[group_id] = GroupView(group_id, part.stages, 0, part.lineage)
         snapshot = replace(snapshot, groups=tuple(groups.values()))
     return snapshot
 
 
-def launched(parts: Sequence[Part]) -> list[tuple[StageView, ...]]:
-    return [origin.stages for part in parts if part.origin for origin in part.origin.launched()]
+def launched(parts: Sequence[NewGroup]) -> list[tuple[StageView, ...]]:
+    return [lineage.stages for part in parts if part.lineage for lineage in part.lineage.launched()]
 
 
-def check_parts(snapshot: Snapshot, parts: Sequence[Part]) -> None:
+def check_parts(snapshot: Snapshot, parts: Sequence[NewGroup]) -> None:
     """Every layer once, every device at most once, weights and KV within each budget, and some KV."""
     model, budgets = snapshot.model, snapshot.budgets()
     used = [stage.device for group in regrouped(snapshot, parts).groups for stage in group.stages]
@@ -97,7 +97,7 @@ def test_a_small_need_makes_groups_of_one() -> None:
     parts = rebuild(snapshot, need_blocks=512, least_blocks=256)
     assert stages(parts) == [((0, 0, 30),), ((1, 0, 30),)]
     assert parts is not None
-    assert [part.origin for part in parts] == [Origin((StageView(i, 0, 30),)) for i in range(2)]
+    assert [part.lineage for part in parts] == [Lineage((StageView(i, 0, 30),)) for i in range(2)]
     assert [part.num_blocks for part in parts] == [(256,), (256,)]
     check_parts(snapshot, parts)
 
@@ -112,7 +112,7 @@ def test_a_large_need_makes_one_chain(need: int, length: int) -> None:
     assert parts is not None
     check_parts(snapshot, parts)
     assert parts[0].capacity_blocks >= min(need, 1109)
-    assert parts[0].origin == Origin((), (Origin((StageView(0, 0, 30),)), Origin((StageView(1, 0, 30),))))
+    assert parts[0].lineage == Lineage((), (Lineage((StageView(0, 0, 30),)), Lineage((StageView(1, 0, 30),))))
 
 
 def test_what_is_left_of_a_chain_stays_near_its_layers() -> None:
@@ -156,7 +156,7 @@ def test_less_than_the_longest_request_is_better_than_nothing() -> None:
     parts = rebuild(snapshot_of(SMOLLM2, [SMOLLM2_BUDGET] * 2), least_blocks=10**6)
     assert parts is not None
     assert stages(parts) == [((0, 0, 15), (1, 15, 30))]
-    assert parts[0].origin == Origin(parts[0].stages)
+    assert parts[0].lineage == Lineage(parts[0].stages)
     assert parts[0].capacity_blocks == 1109
 
 
@@ -212,7 +212,7 @@ def test_three_devices_of_a_model_that_needs_two_are_one_chain() -> None:
     parts = rebuild(snapshot, LEFT)
     assert parts is not None
     assert [stage.device for stage in parts[0].stages] == [0, 1, 2]
-    assert parts[0].origin == Origin(parts[0].stages)
+    assert parts[0].lineage == Lineage(parts[0].stages)
     check_parts(snapshot, parts)
     assert parts == rebuild(snapshot, LEFT, need_blocks=parts[0].capacity_blocks)
 
@@ -273,7 +273,7 @@ class Case:
     least_blocks: int
     budget: int | None  # of all free devices, if they are alike
 
-    def rebuild(self, need_blocks: int | None = None) -> tuple[Part, ...] | None:
+    def rebuild(self, need_blocks: int | None = None) -> tuple[NewGroup, ...] | None:
         return rebuild(
             self.snapshot, self.held, self.need_blocks if need_blocks is None else need_blocks, self.least_blocks
         )
@@ -335,7 +335,7 @@ def test_groups_stay_apart_wherever_that_meets_the_need(seed: int) -> None:
     capacity = regrouped(case.snapshot, parts).capacity_blocks()
     apart = sum(group_blocks(case.snapshot, stages) for stages in launched(parts))
     going_on = case.snapshot.capacity_blocks()
-    if parts[0].origin and parts[0].origin.parts:
+    if parts[0].lineage and parts[0].lineage.merged_from:
         assert going_on + apart < case.need_blocks
         assert capacity > going_on + apart
     if capacity < case.need_blocks:  # then nothing else would hold more
@@ -370,7 +370,7 @@ def test_whoever_joins_takes_layers_over_and_gives_room(seed: int) -> None:
     parts = plan_rebuild(snapshot, snapshot.devices[:length], {}, 0, 1)
     if parts is None:
         return
-    groups = tuple(GroupView(i, part.stages, 0, part.origin) for i, part in enumerate(parts))
+    groups = tuple(GroupView(i, part.stages, 0, part.lineage) for i, part in enumerate(parts))
     snapshot = replace(snapshot, groups=groups)
     join = plan_join(snapshot, snapshot.devices[length:], rng.randint(0, 60), 1)
     if join is None:
@@ -382,16 +382,16 @@ def test_whoever_joins_takes_layers_over_and_gives_room(seed: int) -> None:
     for device, first, last in merge.stages:  # whoever is there loads nothing
         assert device not in old or (old[device].first_layer <= first and last <= old[device].last_layer)
     gain = group_blocks(snapshot, merge.stages) - group_blocks(snapshot, tuple(old.values()))
-    assert gain == merge.added_blocks and (gain > 0 or (gain == 0 and merge.origin.parts))
+    assert gain == merge.added_blocks and (gain > 0 or (gain == 0 and merge.lineage.merged_from))
     used = group_blocks(snapshot, tuple(old.values()))
     requests = [LiveRequest(f"r{i}", join.group_id, used // 3) for i in range(3)]
     exchange = plan_exchange(join.snapshot, merge, requests)
     assert exchange.mode is ExchangeMode.BY_REQUEST or not used // 3
-    joined = GroupView(join.group_id, merge.stages, 0, merge.origin)
+    joined = GroupView(join.group_id, merge.stages, 0, merge.lineage)
     others = tuple(group for group in groups if group.group_id != join.group_id)
     restored = split_again(replace(snapshot, groups=(joined, *others)))
-    if merge.origin.parts:
-        assert {group.stages for group in restored.groups} >= {origin.stages for origin in merge.origin.launched()}
+    if merge.lineage.merged_from:
+        assert {group.stages for group in restored.groups} >= {lineage.stages for lineage in merge.lineage.launched()}
 
 
 def test_one_that_is_left_stands_between_two() -> None:
@@ -400,7 +400,7 @@ def test_one_that_is_left_stands_between_two() -> None:
     join = plan_join(replace(snapshot, groups=(group,)), snapshot.devices[2:], 0, 1)
     assert join is not None
     assert [stage.device for stage in join.merge.stages] == [0, 2, 1] and join.merge.added_blocks > 0
-    assert join.merge.origin == Origin(join.merge.stages)
+    assert join.merge.lineage == Lineage(join.merge.stages)
 
 
 def test_one_more_beside_three_is_two_pairs_again() -> None:
@@ -408,11 +408,11 @@ def test_one_more_beside_three_is_two_pairs_again() -> None:
     group = GroupView(0, (StageView(0, 0, 11), StageView(2, 11, 20), StageView(1, 20, 30)))
     join = plan_join(replace(snapshot, groups=(group,)), snapshot.devices[3:], 0, 1)
     assert join is not None
-    assert sorted(len(origin.stages) for origin in join.merge.origin.launched()) == [2, 2]
+    assert sorted(len(lineage.stages) for lineage in join.merge.lineage.launched()) == [2, 2]
 
 
 def test_nobody_joins_a_merged_group() -> None:
     snapshot = snapshot_of(SMOLLM2, [PAIR_BUDGET] * 3)
     stages = (StageView(0, 0, 17), StageView(1, 17, 30))
-    group = GroupView(0, stages, 0, Origin((), (Origin(stages[:1]), Origin(stages[1:]))))
+    group = GroupView(0, stages, 0, Lineage((), (Lineage(stages[:1]), Lineage(stages[1:]))))
     assert plan_join(replace(snapshot, groups=(group,)), snapshot.devices[2:], 0, 1) is None

@@ -12,7 +12,7 @@ from tiny_models import make_tiny_model
 from kunserve import cli
 from kunserve.model.card import find_config
 from kunserve.sim.cluster import Instances, parse_cluster
-from kunserve.sim.plan.capacity import Capacity, Lengths, Rates
+from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
 from kunserve.sim.plan.outlook import BASELINES, DROP, MORE_GPUS, ROWS, Outcome, Outlook, busiest
 from kunserve.sim.policies import PLENTY
 from kunserve.sim.traces import TraceRow
@@ -41,11 +41,11 @@ def test_memory_is_shared_by_copies_and_kv(gpus: str, num_copies: int, gpus_per_
 def test_rates_say_what_runs_out_first() -> None:
     found = capacity("4xL40S")
     cost = Instances.of(MODEL, parse_cluster("4xL40S")).cost(MODEL)
-    long_answers = Rates.of(found, cost, MODEL.num_layers, Lengths(500, 1500))
+    long_answers = RequestRates.of(found, cost, MODEL.num_layers, Lengths(500, 1500))
     assert long_answers.kv < long_answers.dropped_kv < long_answers.compute
-    long_prompts = Rates.of(found, cost, MODEL.num_layers, Lengths(4000, 10))
+    long_prompts = RequestRates.of(found, cost, MODEL.num_layers, Lengths(4000, 10))
     assert long_prompts.kv / long_prompts.compute > 0.9 > long_answers.kv / long_answers.compute
-    twice = Rates.of(capacity("8xL40S"), cost, MODEL.num_layers, Lengths(500, 1500))
+    twice = RequestRates.of(capacity("8xL40S"), cost, MODEL.num_layers, Lengths(500, 1500))
     assert twice.kv == pytest.approx(2 * long_answers.kv) and twice.compute == pytest.approx(2 * long_answers.compute)
 
 
@@ -54,7 +54,7 @@ def outlook(need: float, rate: float = 5.0, num_copies: int = 4, **ttft_p99: flo
     times = {DROP: 2.0, "recompute": 30.0, "swap": 20.0, MORE_GPUS: 10.0, PLENTY: 1.0} | ttft_p99
     outcomes = {name: Outcome(0.1, times[name], 0.5, 1000.0, 0, 0, 0) for name in ROWS}
     has = Capacity(1, num_copies, 1, 1000, 1000, ((num_copies, 1000 if num_copies == 1 else 2000),))
-    return Outlook(has, Lengths(100, 100), Rates(6.0, 8.0, 10.0), rate, 60.0, 0, need, outcomes)
+    return Outlook(has, Lengths(100, 100), RequestRates(6.0, 8.0, 10.0), rate, 60.0, 0, need, outcomes)
 
 
 @pytest.mark.parametrize(

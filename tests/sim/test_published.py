@@ -11,7 +11,7 @@ from kunserve.config import EngineConfig
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits
+from kunserve.engine.schedule.scheduler import SchedulerLimits
 from kunserve.errors import ConfigError
 from kunserve.policies import OverloadPolicy
 from kunserve.sim.options import Options, simulate
@@ -30,7 +30,7 @@ def lengths(batch: Microbatch | None) -> dict[str, int]:
 
 def test_whole_prompts_go_first_and_by_themselves() -> None:
     group = make_group(num_blocks=32)  # of 4 tokens
-    scheduler = PrefillFirst(Fleet([group]), Limits(24, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    scheduler = PrefillFirst(Fleet([group]), SchedulerLimits(24, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     for name, num_prompt in (("a", 10), ("b", 12), ("c", 8)):
         scheduler.waiting.append(make_request(name, num_prompt, 5))
     seen = []
@@ -44,7 +44,7 @@ def test_whole_prompts_go_first_and_by_themselves() -> None:
 
 def test_who_runs_waits_for_a_prompt_and_blocks_are_left_free() -> None:
     group = make_group(num_blocks=100)
-    scheduler = PrefillFirst(Fleet([group]), Limits(400, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.5))
+    scheduler = PrefillFirst(Fleet([group]), SchedulerLimits(400, 8), make_policy(OverloadPolicy.RECOMPUTE, 0.5))
     scheduler.waiting.append(make_request("a", 40, 5))
     batch = scheduler.schedule(group, [group], 0)
     assert batch is not None

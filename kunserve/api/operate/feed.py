@@ -37,7 +37,7 @@ BEHIND_BYTES = 32 << 10
 MAX_VIEWERS = 200
 
 
-class Rates:
+class RecentRates:
     """Speeds over the last moments, from counters that only grow."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -89,7 +89,7 @@ class Feed:
 
     def __init__(self, state: Callable[[int], Mapping[str, Any]], metrics: Metrics, known: Mapping[str, Any]) -> None:
         self._state, self._metrics, self._known = state, metrics, known
-        self._rates = Rates(metrics)
+        self._rates = RecentRates(metrics)
         self._viewers: set[_Viewer] = set()
         self._sent: Frame = {}  # what every viewer knows
         self._past: deque[Frame] = deque(maxlen=NUM_PAST)

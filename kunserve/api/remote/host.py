@@ -13,7 +13,7 @@ import structlog
 
 from kunserve.api.remote import messages as m
 from kunserve.api.remote.link import Link
-from kunserve.api.wire.admission import Admission, Reservation
+from kunserve.api.wire.admission import Admission, LocalReservation
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.errors import internal_error
 from kunserve.api.wire.grammars import Begun, Kind, Structure
@@ -88,7 +88,7 @@ class Host:
         self.numbers, self.token_ids, self.deltas = array("I"), array("I"), list[m.Delta]()
         self.link = Link[m.ToWorker, m.FromWorker](list[m.FromWorker], self._take, self._step, self._end)
         self._requests: dict[int, Request] = {}
-        self._places: dict[int, Reservation] = {}
+        self._places: dict[int, LocalReservation] = {}
         self._structures: dict[int, Begun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._handlers = self._make_handlers()

@@ -7,18 +7,18 @@ from contextlib import asynccontextmanager
 
 from kunserve.api.remote import messages as m
 from kunserve.api.remote.structures import Asker
-from kunserve.api.wire.admission import Door, Place
+from kunserve.api.wire.admission import Door, Reservation
 from kunserve.api.wire.response_store import Responses, Stored
 
 
-class _RemotePlace(Place):
+class _RemoteReservation(Reservation):
     """Places in the queue, under a number of the worker's."""
 
     def __init__(self, asker: Asker, num_reqs: int) -> None:
         self._asker, self.number, self.num_reqs = asker, asker.new_number(), num_reqs
 
     def leave(self, num_reqs: int = 1) -> None:
-        """See `Place`. It comes right behind the request that is in the queue now."""
+        """See `Reservation`. It comes right behind the request that is in the queue now."""
         if num_reqs:
             self.num_reqs -= num_reqs
             self._asker.send(m.Leave(self.number, num_reqs))
@@ -35,9 +35,9 @@ class RemoteDoor(Door):
         await self._asker.ask(lambda call: m.Check(call, owner, num_reqs, num_tokens))
 
     @asynccontextmanager
-    async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[Place]:
+    async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[Reservation]:
         """See `Door`."""
-        place = _RemotePlace(self._asker, num_reqs)
+        place = _RemoteReservation(self._asker, num_reqs)
         try:
             await self._asker.ask(lambda call: m.Reserve(call, place.number, owner, num_reqs, num_tokens))
             yield place

@@ -19,7 +19,7 @@ from kunserve.api.say.marks import Marked, check_past, seed_choices
 from kunserve.api.say.reasoning import MessageParser
 from kunserve.api.say.reasoning_tokens import ReasoningTokens
 from kunserve.api.wire.access import front_of
-from kunserve.api.wire.admission import Place
+from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import RESUMED, Api, Past, begin_trace, json_response, to_json
 from kunserve.api.wire.errors import internal_error
 from kunserve.api.wire.sse import EventStream
@@ -75,7 +75,7 @@ def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
 
 
 async def answer(
-    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], reservation: Place
+    request: web.Request, api: Api, writer: AnswerWriter, choices: Sequence[Choice], reservation: Reservation
 ) -> web.StreamResponse:
     """Generate and send an answer. Leaving early in any way (a client that goes cancels this) ends the generation."""
     if (front := front_of(request)) is not None:
@@ -99,7 +99,7 @@ async def _answer(
     writer: AnswerWriter,
     choices: Sequence[Choice],
     running: Sequence[Choice],
-    reservation: Place,
+    reservation: Reservation,
 ) -> web.StreamResponse:
     """As `answer`; those that are `running` are generated, the others have ended."""
     async with submitted(api, reservation, [choice.request for choice in running]) as outputs:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
-from kunserve.api.wire.admission import Place
+from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import Api
 from kunserve.api.wire.turns import Turns
 from kunserve.engine.request import Output, Request
@@ -100,7 +100,7 @@ class _Sequence(Sink):
 
 
 @asynccontextmanager
-async def submitted(api: Api, reservation: Place, requests: Sequence[Request]) -> AsyncIterator[Deliveries]:
+async def submitted(api: Api, reservation: Reservation, requests: Sequence[Request]) -> AsyncIterator[Deliveries]:
     """Submit all requests or none, some in each turn of the loop; inside, read what comes of them.
 
     However the block is left (end, error, the client gone: cancellation), nothing of them stays in the engine.

@@ -35,7 +35,7 @@ class Queued(Protocol):
         """See `Backend.waiting`."""
 
 
-class Place(Protocol):
+class Reservation(Protocol):
     """What is held for sequences that are not in the engine's queue yet."""
 
     def leave(self, num_reqs: int = 1) -> None:
@@ -48,12 +48,12 @@ class Door(Protocol):
     async def check(self, owner: str = "", num_reqs: int = 1, num_tokens: int = 1) -> None:
         """Raise OverloadedError if so many sequences with prompts of so many tokens do not fit in the queue."""
 
-    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AbstractAsyncContextManager[Place]:
+    def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AbstractAsyncContextManager[Reservation]:
         """Reserve places for a request's sequences, all or none, until each is in the engine's queue."""
 
 
 @dataclass(slots=True)
-class Reservation(Place):
+class LocalReservation(Reservation):
     """The places of one request's sequences."""
 
     admission: Admission
@@ -62,7 +62,7 @@ class Reservation(Place):
     num_tokens: int  # of their prompts, as estimated
 
     def leave(self, num_reqs: int = 1) -> None:
-        """See `Place`."""
+        """See `Reservation`."""
         if num_reqs:
             num_tokens = self.num_tokens * num_reqs // self.num_reqs
             self.num_reqs -= num_reqs
@@ -100,14 +100,14 @@ class Admission(Door):
                 text = f"{own.num_reqs} requests of this key are waiting; what is left of the queue is for others."
                 self._refuse("key_share", text)
 
-    def reserve(self, owner: str, num_reqs: int, num_tokens: int) -> Reservation:
+    def reserve(self, owner: str, num_reqs: int, num_tokens: int) -> LocalReservation:
         """Do what `accepted` does, until the caller has left with all."""
         self.check_now(owner, num_reqs, num_tokens)
         self._add(owner, num_reqs, num_tokens)
-        return Reservation(self, owner, num_reqs, num_tokens)
+        return LocalReservation(self, owner, num_reqs, num_tokens)
 
     @asynccontextmanager
-    async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[Reservation]:
+    async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[LocalReservation]:
         """See `Door`."""
         reservation = self.reserve(owner, num_reqs, num_tokens)
         try:

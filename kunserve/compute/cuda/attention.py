@@ -157,13 +157,13 @@ class PlannedStep:
     token_ids: Tensor  # (T,) int32; as far as they were given
 
 
-class Planner:
-    """Turns a host batch into a planned one."""
+class StepUploader:
+    """Sends the arrays of a step to its device, and plans attention for them."""
 
     def __init__(self, buffers: StepBuffers, attention: PagedAttention) -> None:
         self._buffers, self._attention = buffers, attention
 
-    def plan(self, arrays: StepArrays, bucket: int | None, sampled_rows: Ints, token_ids: Ints) -> PlannedStep:
+    def upload(self, arrays: StepArrays, bucket: int | None, sampled_rows: Ints, token_ids: Ints) -> PlannedStep:
         """Send a step's arrays in one copy and plan attention; with a `bucket`, they are padded to it."""
         buffers = self._buffers
         buffers.wait_writable()

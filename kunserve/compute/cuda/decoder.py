@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kunserve.compute.cuda.attention import (
     PlannedBatch,
-    Planner,
     StepBuffers,
     StepLimits,
+    StepUploader,
     load_attention,
     padding_arrays,
     step_arrays,
@@ -48,13 +48,13 @@ class CudaDecoder(Decoder):
         weights: Weights,
         kv: KVMemory,
         max_model_len: int,
-        planner: Planner,
+        uploader: StepUploader,
         buffers: StepBuffers,
         graphs: DecodeGraphs | None,
         limits: StepLimits,
     ) -> None:
         super().__init__(config, ops, weights, kv, max_model_len)
-        self._planner, self._buffers, self.graphs, self._kv_memory = planner, buffers, graphs, kv
+        self._uploader, self._buffers, self.graphs, self._kv_memory = uploader, buffers, graphs, kv
         self._tokens = TokenBuffers(buffers.driver, limits.max_num_seqs)
         self._fed = torch.zeros_like(buffers.token_ids.device)
 
@@ -78,7 +78,7 @@ class CudaDecoder(Decoder):
         is_decode = len(batch.positions) == len(batch.context_lens)
         bucket = bucket_for(len(batch.positions), graphs.buckets) if graphs and is_decode else None
         ids = x.numpy() if first_layer == 0 else NO_IDS
-        step = self._planner.plan(step_arrays(batch, bucket), bucket, sampled_rows.int().numpy(), ids)
+        step = self._uploader.upload(step_arrays(batch, bucket), bucket, sampled_rows.int().numpy(), ids)
         if first_layer == 0:
             x = self._known(step.token_ids, has_placeholders=bool((ids < 0).any()))
         rows = step.sampled_rows
@@ -111,7 +111,7 @@ class CudaDecoder(Decoder):
 
     def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
         num_layers = self._config.num_layers
-        step = self._planner.plan(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
+        step = self._uploader.upload(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
         runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
         works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
         for run in filter(self._is_here, runs):  # each, as layers may differ
@@ -193,8 +193,8 @@ def cuda_decoder(
     graphs = None
     if is_capturable and not enforce_eager:
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, driver.torch_device, driver.capture)
-    planner = Planner(buffers, attention)
-    decoder = CudaDecoder(config, CudaOps(kernels), weights, kv, max_model_len, planner, buffers, graphs, limits)
+    uploader = StepUploader(buffers, attention)
+    decoder = CudaDecoder(config, CudaOps(kernels), weights, kv, max_model_len, uploader, buffers, graphs, limits)
     driver.synchronize_all()  # buffers were made on the default stream, which ours do not wait for
     note = f"{kernels_note}, attention: {attention_note}, {'graphs' if graphs else 'eager'}"
     return decoder, note

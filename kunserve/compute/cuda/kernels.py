@@ -15,7 +15,7 @@ from kunserve.compute.cuda.experts import moe
 from kunserve.compute.cuda.packed import can_scale, packed_linear, scaled_linear
 from kunserve.compute.ops import ExpertWeights
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 
 COLUMNS = 1024  # of one program in `act_and_mul`
 
@@ -123,7 +123,7 @@ class TritonKernels:
         self._has_fp8 = has_fp8
 
     def packed_linear(
-        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """See `Kernels.packed_linear`: floats with a scale for each row by torch, where that can be, else by ours."""
         if self._has_fp8 and can_scale(x, weight):

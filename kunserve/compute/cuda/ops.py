@@ -17,7 +17,7 @@ from kunserve.compute.cuda.attention import PlannedBatch
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 
 FP8_SINCE = (8, 9)  # compute capability whose tensor cores multiply floats of 8 bits
 CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,7 +38,7 @@ class Kernels(Protocol):
         """As `Ops.moe`."""
 
     def packed_linear(
-        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """As `Ops.linear`, for rows that are stored in planes. Rows of `residual` may lie apart."""
 
@@ -78,7 +78,7 @@ class TorchKernels:
         return self._ops.moe(x, experts)
 
     def packed_linear(
-        self, x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """See `Kernels.packed_linear`."""
         return self._ops.linear(x, Linear((weight,)), bias, residual)
@@ -181,7 +181,7 @@ class CudaOps:
         return self._kernels.moe(x, experts)
 
 
-def _linear(x: Tensor, weight: Part, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: StoredRows, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`Ops.linear` for rows that are stored as numbers."""
     if residual is None:
         return F.linear(x, weight.data, bias)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kunserve.model.quant.linear import Part
+from kunserve.model.quant.linear import StoredRows
 from kunserve.model.quant.planes import KINDS, Planes
 from kunserve.sizes import ceil_div
 
@@ -113,7 +113,7 @@ def quantize_rows(x, codes, scales, K, BLOCK: tl.constexpr):  # type: ignore[no-
         tl.store(codes + row * K + start + i, values.to(tl.float8e4nv), is_in)
 
 
-def packed_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def packed_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """See Kernels.packed_linear."""
     planes, scales = weight.blocks, weight.scales
     assert isinstance(planes, Planes) and scales is not None
@@ -150,14 +150,14 @@ def _span(num_programs: int, num_turns: int) -> int:
     return ceil_div(num_turns, max(1, min(WANTED_PROGRAMS // num_programs, num_turns // MIN_TURNS)))
 
 
-def can_scale(x: Tensor, weight: Part) -> bool:
+def can_scale(x: Tensor, weight: StoredRows) -> bool:
     """Whether torch's product of 8-bit floats takes a matrix as it is stored: bfloat16 comes out, and by 16 only."""
     planes = weight.blocks
     is_by_row = isinstance(planes, Planes) and planes.kind == "F8" and planes.group is None
     return is_by_row and x.dtype is torch.bfloat16 and weight.num_rows % 16 == 0 and weight.num_columns % 16 == 0
 
 
-def scaled_linear(x: Tensor, weight: Part, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def scaled_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """See Kernels.packed_linear, for `can_scale`: activations become floats of 8 bits, with a scale for each row."""
     assert weight.scales is not None
     T, K = x.shape

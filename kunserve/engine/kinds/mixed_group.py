@@ -16,7 +16,7 @@ from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.request import Request
 from kunserve.planner.demand import near_blocks
-from kunserve.planner.snapshot import Origin
+from kunserve.planner.snapshot import Lineage
 from kunserve.sizes import ceil_div
 
 
@@ -33,12 +33,12 @@ def layers_of_kind(near: NearLayers | None, kind: int, layers: range) -> Sequenc
 
 
 def new_group(
-    group_id: int, stages: Sequence[Stage], block_size: int, origin: Origin | None, near: NearLayers | None
+    group_id: int, stages: Sequence[Stage], block_size: int, lineage: Lineage | None, near: NearLayers | None
 ) -> Group:
     """Return a group; `near`: layers whose KV is a kind of its own, if there are any."""
     if near is None:
-        return Group(group_id, tuple(stages), block_size, origin=origin)
-    return MixedGroup(group_id, tuple(stages), block_size, origin=origin, window=near.window)
+        return Group(group_id, tuple(stages), block_size, lineage=lineage)
+    return MixedGroup(group_id, tuple(stages), block_size, lineage=lineage, window=near.window)
 
 
 def near_pool(stage: Stage) -> BlockPool:

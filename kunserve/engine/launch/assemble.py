@@ -14,7 +14,7 @@ from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
-from kunserve.engine.hooks import Mover
+from kunserve.engine.hooks import KvMover
 from kunserve.engine.kinds.mixed_group import NearLayers, new_group
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.placement import model_shape, near_kv, num_copies, place
@@ -31,7 +31,7 @@ from kunserve.engine.regroup.transition import Transitions
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.regroup.worth import Worth
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.text.tokenizer import Tokenizer
@@ -45,11 +45,11 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.copies import why_no_drop
-from kunserve.planner.cost import Chunk
+from kunserve.planner.cost import TokenSpan
 from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.snapshot import DeviceView, ModelShape, Origin, StageView
+from kunserve.planner.snapshot import DeviceView, Lineage, ModelShape, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.progress import Progress
 
@@ -131,11 +131,11 @@ def _scheduler(
     lookahead: Lookahead | None,
 ) -> Scheduler:
     """Return the scheduler; `block_bytes`: of all layers."""
-    limits = Limits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
+    limits = SchedulerLimits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
 
     def is_host_faster(num_tokens: int) -> bool:
         copied_s = 2 * num_tokens * block_bytes / config.block_size / links.kv_bytes_per_s  # there and back
-        return lookahead is None or copied_s < lookahead.added_time(Chunk(0, num_tokens))
+        return lookahead is None or copied_s < lookahead.added_time(TokenSpan(0, num_tokens))
 
     policy = make_policy(config.overload_policy, config.watermark, is_host_faster)
     return kind(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)
@@ -199,7 +199,7 @@ def _reopen(machine: Machine, model: ModelConfig, kv_shape: KVShape, memories: l
     memories[device] = machine.reopen(device, lambda opened: DeviceMemory(opened, units, model.num_layers, kv_shape))
 
 
-def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> Mover | None:
+def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> KvMover | None:
     """Return who moves requests' KV because the policy wants it; None for policies that do not."""
     match policy:
         case OverloadPolicy.DROP | OverloadPolicy.SWAP:
@@ -308,5 +308,5 @@ def _groups(
         for stage in stages:
             layout = stage_layout(shape, memories[stage.device].device.num_chunks, stage)
             chain.append(Stage(*stage, *map(BlockPool, blocks_of(shape, layout))))
-        groups.append(new_group(group_id, chain, shape.block_size, Origin(tuple(stages)), near))
+        groups.append(new_group(group_id, chain, shape.block_size, Lineage(tuple(stages)), near))
     return groups

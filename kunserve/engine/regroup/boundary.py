@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.hooks import Mover
+from kunserve.engine.hooks import KvMover
 from kunserve.engine.signals import Signals
 from kunserve.errors import ConflictError
 
@@ -15,7 +15,7 @@ from kunserve.errors import ConflictError
 class Boundary:
     """Brings groups to a step boundary, and holds them there."""
 
-    def __init__(self, fleet: Fleet, signals: Signals, mover: Mover | None) -> None:
+    def __init__(self, fleet: Fleet, signals: Signals, mover: KvMover | None) -> None:
         self._fleet, self._signals, self._mover = fleet, signals, mover
 
     @contextlib.contextmanager

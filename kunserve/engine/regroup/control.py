@@ -43,7 +43,7 @@ CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
 WEIGH_EVERY_S = 0.1  # what was not worth it
 LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
-LATE_S = 0.001  # of timers: one that fires on time may still find that not all of it is over, by rounding
+TIMER_SLACK_S = 0.001  # added to timers: by rounding, one that fires on time may find its time not quite over
 
 
 class OverloadControl:
@@ -79,6 +79,11 @@ class OverloadControl:
         self._tasks: set[asyncio.Task[Transition | None]] = set()  # under way, or about to begin
         self._rebuilds = set[asyncio.Task[Transition | None]]()  # of those, the ones that drops may run beside
         self._removals = set[asyncio.Future[dict[str, Any]]]()  # whose groups drain
+
+    @property
+    def tasks(self) -> frozenset[asyncio.Task[Transition | None]]:
+        """The transitions that are under way or about to begin."""
+        return frozenset(self._tasks)
 
     # --- what the engine calls ----------------------------------------------------------------------------------
 
@@ -229,7 +234,7 @@ class OverloadControl:
     def _is_dropped(self) -> bool:
         """Tell whether any group can be split."""
         if self._undropped is None or self._undropped[0] != self._fleet.epoch:
-            is_dropped = any(group.origin and group.origin.parts for group in self._fleet.groups)
+            is_dropped = any(group.lineage and group.lineage.merged_from for group in self._fleet.groups)
             self._undropped = self._fleet.epoch, self.snapshot().undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
@@ -244,7 +249,7 @@ class OverloadControl:
     def _look_in(self, seconds: float) -> None:
         """Wake the engine then, unless it is about to be: nothing else may happen until then."""
         if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(seconds + LATE_S, self._look_again)
+            self._next_look = asyncio.get_running_loop().call_later(seconds + TIMER_SLACK_S, self._look_again)
 
     def _look_again(self) -> None:
         self._next_look = None
@@ -293,7 +298,7 @@ class OverloadControl:
                 self._relaxation = Relaxation()
                 self._spawn(self.reconfigure.restore(replace(plan, splits=tuple(splits))))
         elif self._relaxation != before and self._relaxation.since_s is not None:
-            asyncio.get_running_loop().call_later(self._thresholds.hold_s + LATE_S, self._signals.wake)
+            asyncio.get_running_loop().call_later(self._thresholds.hold_s + TIMER_SLACK_S, self._signals.wake)
 
     def _spawn(
         self,
@@ -334,12 +339,12 @@ class OverloadControl:
     def _look_again_later(self) -> None:
         """Begin nothing for a while: what has just failed would do so again."""
         self._not_before_s = loop_time() + RETRY_S
-        asyncio.get_running_loop().call_later(RETRY_S + LATE_S, self._signals.wake)
+        asyncio.get_running_loop().call_later(RETRY_S + TIMER_SLACK_S, self._signals.wake)
 
     def snapshot(self) -> Snapshot:
         """Return the groups that do their work, as the planner sees them."""
         groups = tuple(
-            GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.origin)
+            GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.lineage)
             for g in self._fleet.working
         )
         return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)

@@ -27,7 +27,7 @@ from kunserve.engine.survive.health import DeviceState, Health
 from kunserve.errors import ConflictError, DeviceLostError
 from kunserve.gpu.refusal import log_failure
 from kunserve.planner.layouts import blocks_of
-from kunserve.planner.plan import Join, Part
+from kunserve.planner.plan import Join, NewGroup
 from kunserve.planner.rebuild import plan_join, plan_rebuild
 from kunserve.planner.snapshot import GroupView, Snapshot
 
@@ -198,12 +198,12 @@ class Membership:
                 await self._boundary.reached(old)
                 await self._copies_ended(old)
             has_others = bool(self._others(old, is_suspect=kind == "lose"))
-            parts = None if may_idle and has_others else self._plan(old, without)
-            if parts is None and not has_others and kind != "add":
+            new = None if may_idle and has_others else self._plan(old, without)
+            if new is None and not has_others and kind != "add":
                 raise NothingLeftError
             for group in old:
                 self._dissolve(group)
-            layouts = remap.planned(layout for part in parts or () for layout in part.layouts)
+            layouts = remap.planned(layout for group in new or () for layout in group.layouts)
             before = remap.now(old)
             try:
                 with transitions.step(transition, "remap"):
@@ -216,7 +216,7 @@ class Membership:
                 whole = {stage.device for group in old if not group.is_lost for stage in group.stages}
                 await remap.go_back({device: before[device] for device in whole}, error)
                 raise
-            transitions.commit(transition, old, [self._form(part) for part in parts or ()])
+            transitions.commit(transition, old, [self._form(group) for group in new or ()])
         self._fit_requests()
         return transition
 
@@ -243,7 +243,7 @@ class Membership:
         self._fleet.forget_idle(group)
         self._signals.wake()
 
-    def _plan(self, old: Sequence[Group], without: int | None = None) -> tuple[Part, ...] | None:
+    def _plan(self, old: Sequence[Group], without: int | None = None) -> tuple[NewGroup, ...] | None:
         """Plan groups of the devices that no group but `old` has; None if they cannot make one."""
         snapshot, gone = self._snapshot(), {group.group_id for group in old}
         others = tuple(view for view in snapshot.groups if view.group_id not in gone)
@@ -257,10 +257,10 @@ class Membership:
         rest = replace(snapshot, groups=others)
         return plan_rebuild(rest, free, held, self._need_blocks(), self._least_blocks) if free else None
 
-    def _form(self, part: Part) -> Group:
-        for layout in part.layouts:
+    def _form(self, group: NewGroup) -> Group:
+        for layout in group.layouts:
             self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
-        return self._fleet.make_group(part.stages, self._remap.shape.block_size, part.origin)
+        return self._fleet.make_group(group.stages, self._remap.shape.block_size, group.lineage)
 
     def _fit_requests(self) -> None:
         """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""
@@ -269,7 +269,7 @@ class Membership:
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""
-        groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.origin) for g in self._others([]))
+        groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.lineage) for g in self._others([]))
         return replace(self._snapshot(), groups=tuple(groups)).longest_blocks()
 
     def _groups_on(self, device: int) -> list[Group]:

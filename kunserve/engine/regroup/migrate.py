@@ -29,8 +29,8 @@ from kunserve.gpu.links import Links
 from kunserve.gpu.refusal import log_failure
 
 PAIR_EVERY_S = 0.05
-MAX_STAGES = 3  # copies of complete blocks, the last of them stop-and-copy
-LAST_STAGE_BLOCKS = 16  # fewer than these left: stop and copy
+MAX_COPY_ROUNDS = 3  # copies of complete blocks, the last of them stop-and-copy
+LAST_ROUND_BLOCKS = 16  # fewer than these left: stop and copy
 
 
 @dataclass(slots=True, eq=False)
@@ -120,8 +120,8 @@ class Migration:
         by_id = {group.group_id: group for group in groups}
         for source_id, destination_id in pair_groups(self._freeness(groups)):
             source, destination = by_id[source_id], by_id[destination_id]
-            has_seat = len(destination.running) < self._scheduler.limits.num_seats(destination)
-            if source_id not in self._migrating and has_seat and (request := shortest_running(source)) is not None:
+            may_run_more = len(destination.running) < self._scheduler.limits.max_running(destination)
+            if source_id not in self._migrating and may_run_more and (request := shortest_running(source)) is not None:
                 self.begin(request, source, destination)
         self.observe()
 
@@ -151,19 +151,19 @@ class Migration:
     async def _migrate(self, m: Migrating) -> None:
         has_arrived = False
         try:
-            has_arrived = await self._copy_in_stages(m)
+            has_arrived = await self._copy_in_rounds(m)
         except Exception as error:
             log_failure("migration failed, the request stays", error, request=m.request.request_id)
         finally:
             self._end(m, has_arrived=has_arrived)
 
-    async def _copy_in_stages(self, m: Migrating) -> bool:
+    async def _copy_in_rounds(self, m: Migrating) -> bool:
         """Copy while it runs, then stop it and copy the rest; False if that cannot be."""
-        for _ in range(MAX_STAGES):
+        for _ in range(MAX_COPY_ROUNDS):
             if not m.is_wanted:
                 return False
             computed = m.request.num_computed_tokens
-            if m.source.blocks_for(computed) - m.num_copied < LAST_STAGE_BLOCKS:
+            if m.source.blocks_for(computed) - m.num_copied < LAST_ROUND_BLOCKS:
                 return await self._stop_and_copy(m)
             complete = computed // m.source.block_size
             if not self._allocate(m, complete):

@@ -16,7 +16,8 @@ from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_d
 from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
 from kunserve.planner.snapshot import ModelShape
 
-CALM_S = 0.02  # after a look at all requests that found no overload: with many groups, one of them is always tight
+# Between two looks at all requests, if the first found no overload: of many groups, one is always tight.
+OVERLOAD_PAUSE_S = 0.02
 
 
 class Pressure:
@@ -34,7 +35,7 @@ class Pressure:
         self._fleet, self._scheduler, self._shape, self._thresholds = fleet, scheduler, shape, thresholds
         self._look_in = look_in
         self._estimate = OutputLengthEstimate()
-        self._calm_until_s = 0.0
+        self._pause_until_s = 0.0
         self._waits_since_s: float | None = None  # somebody, for blocks, without a break
 
     @property
@@ -66,7 +67,7 @@ class Pressure:
 
     def calm(self, seconds: float) -> None:
         """Find nothing for so long: what there was to be done about it was not worth it."""
-        self._calm_until_s = loop_time() + seconds
+        self._pause_until_s = loop_time() + seconds
         self._look_in(seconds)
 
     def _is_tight(self, changed: Sequence[Group]) -> bool:
@@ -96,8 +97,8 @@ class Pressure:
         head, now = self._scheduler.head, loop_time()
         has_to_wait = head is not None and self._has_to_wait(head)
         has_waited = self._has_waited(now) if has_to_wait else self._nobody_waits()
-        if now < self._calm_until_s:
-            self._look_in(CALM_S)
+        if now < self._pause_until_s:
+            self._look_in(OVERLOAD_PAUSE_S)
             return False
         blocks_for = self._fleet.blocks_for
         return is_overloaded(
@@ -132,12 +133,12 @@ class Pressure:
 
     def _all_loads(self, now: float) -> list[GroupLoad]:
         """Return the load of all groups; it is not asked for again so soon."""
-        self._calm_until_s = now + CALM_S
+        self._pause_until_s = now + OVERLOAD_PAUSE_S
         return self._loads(self._fleet.working)
 
     def _demand_looked_at(self, now: float) -> int:
         """Return the demand; it is not asked for again so soon."""
-        self._calm_until_s = now + CALM_S
+        self._pause_until_s = now + OVERLOAD_PAUSE_S
         return self.demand()
 
     def _view(self, request: Request) -> RequestView:

@@ -29,7 +29,7 @@ from kunserve.planner.exchange import plan_exchange
 from kunserve.planner.layouts import blocks_of
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, Join, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
-from kunserve.planner.snapshot import Origin, Snapshot, StageView
+from kunserve.planner.snapshot import Lineage, Snapshot, StageView
 
 
 class _CancelledError(Exception):
@@ -173,7 +173,8 @@ class Reconfigure:
 
     def _merge(self, merge: Merge, groups: Sequence[Group], exchange: ExchangePlan) -> tuple[Group, list[Moving]]:
         """Make the merged group and bind all requests to it, in the order in which they were admitted."""
-        new, by_layer = self._new_group(merge.stages, merge.origin), {room.device: room for room in exchange.rooms}
+        new = self._new_group(merge.stages, merge.lineage)
+        by_layer = {growth.device: growth for growth in exchange.early_growth}
         for group in groups:
             if group.group_id not in exchange.cached_groups:
                 self._fleet.forget_idle(group)  # of requests that have ended since then
@@ -243,7 +244,7 @@ class Reconfigure:
 
     def _bytes_to_load(self, old: Sequence[Group], plan: RestorePlan) -> int:
         """Return the bytes of weights that the parts of a restore hold more than the chains they are made of."""
-        after = [stage for split in plan.splits for part in split.into for stage in part.stages]
+        after = [stage for split in plan.splits for half in split.into for stage in half.stages]
         before = [stage.view for group in old for stage in group.stages]
         chunks = [sum(self._shape.weight_chunks(s.first_layer, s.last_layer) for s in of) for of in (after, before)]
         return (chunks[0] - chunks[1]) * self._shape.chunk_bytes
@@ -256,8 +257,8 @@ class Reconfigure:
         self, transition: Transition, old: Sequence[Group], plan: RestorePlan, before: Layouts
     ) -> None:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
-        parts = [part for split in plan.splits for part in split.into]
-        targets = {layout.stage.device: blocks_of(self._shape, layout) for part in parts for layout in part.layouts}
+        halves = [half for split in plan.splits for half in split.into]
+        targets = {layout.stage.device: blocks_of(self._shape, layout) for half in halves for layout in half.layouts}
         with ExitStack() as pause:
             with self.transitions.step(transition, "shrink"):
                 for device, num_blocks in targets.items():
@@ -275,7 +276,7 @@ class Reconfigure:
             with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, *num_blocks)
-                await self._remap.apply(self._remap.planned(layout for part in parts for layout in part.layouts))
+                await self._remap.apply(self._remap.planned(layout for half in halves for layout in half.layouts))
         with self.transitions.step(transition, "load"):
             transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
         self._give_way()
@@ -315,11 +316,11 @@ class Reconfigure:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
         made, moving = [], []
         for group, split in zip(old, splits, strict=True):
-            new = [self._new_group(part.stages, part.origin) for part in split.into]
+            new = [self._new_group(half.stages, half.lineage) for half in split.into]
             held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
-            num_seats = [self._scheduler.limits.num_seats(half) for half in new]
-            homes = assign_requests(held, stages, [part.stages for part in split.into], num_seats)
+            max_running = [self._scheduler.limits.max_running(half) for half in new]
+            homes = assign_requests(held, stages, [half.stages for half in split.into], max_running)
             by_id = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
             home = {request: by_id[request.request_id] for request in group.running}
             self._followers.split(group, home, new)
@@ -341,5 +342,5 @@ class Reconfigure:
             transition.exchange_bytes = self.exchange.transfers.bytes_to(devices) - num_bytes
             transition.num_lost = sum(m.is_lost for m in moving)
 
-    def _new_group(self, stages: Sequence[StageView], origin: Origin | None) -> Group:
-        return self._fleet.make_group(stages, self._shape.block_size, origin)
+    def _new_group(self, stages: Sequence[StageView], lineage: Lineage | None) -> Group:
+        return self._fleet.make_group(stages, self._shape.block_size, lineage)

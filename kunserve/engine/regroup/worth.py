@@ -80,7 +80,7 @@ class Worth:
     def _change_back(self, split: Split) -> Change:
         """Return what a split does to those who run in its group, if each half takes as many of them."""
         group = self._fleet.group(split.group_id)
-        passed = sum(len(part.stages) for part in split.into) / len(split.into)
+        passed = sum(len(half.stages) for half in split.into) / len(split.into)
         return self._moving([group], len(group.stages) - passed)
 
     def _moving(self, groups: Sequence[Group], added_stages: float) -> Change:

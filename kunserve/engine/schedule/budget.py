@@ -7,8 +7,8 @@ from typing import Protocol
 
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
-from kunserve.planner.cost import Chunk, Work
-from kunserve.planner.microbatch import MANY, Lookahead
+from kunserve.planner.cost import TokenSpan, Work
+from kunserve.planner.microbatch import LONG_BACKLOG, Lookahead
 from kunserve.sizes import ceil_div
 
 LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all its KV again
@@ -59,26 +59,26 @@ class TokenBudget:
 class TimeBudget:
     """Room for the next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
 
-    def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], num_seats: int) -> None:
+    def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], max_running: int) -> None:
         self._lookahead = lookahead
         self._work, self._decode_s, self._has_prompt = Work(), 0.0, False
         self._num_tokens = lookahead.max_num_tokens
-        num_seen = MANY * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
-        ahead = _admissible(group, waiting, num_seats, num_seen)
-        decoding, prompts = list[Chunk](), list[Chunk]()
+        num_seen = LONG_BACKLOG * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
+        ahead = _admissible(group, waiting, max_running, num_seen)
+        decoding, prompts = list[TokenSpan](), list[TokenSpan]()
         for r in filter(is_schedulable, group.running):
             if _decodes(r, _num_pending(r)):
-                decoding.append(Chunk(r.num_expected_tokens - 1, 1, 1))
-            prompts += _prompt_chunks(r)
-        prompts += [chunk for request in ahead for chunk in _prompt_chunks(request)]
-        self._part = lookahead.part(decoding, prompts, len(group.stages))
+                decoding.append(TokenSpan(r.num_expected_tokens - 1, 1, 1))
+            prompts += _prompt_spans(r)
+        prompts += [span for request in ahead for span in _prompt_spans(request)]
+        self._target = lookahead.target(decoding, prompts, len(group.stages))
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
         most = min(num_tokens, self._num_tokens)
         if _decodes(request, num_tokens):
-            return most if self._decode_s < self._part.decode_s * (1 - 1e-9) else 0
-        cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._part.total_s)
+            return most if self._decode_s < self._target.decode_s * (1 - 1e-9) else 0
+        cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._target.total_s)
         least = min(num_tokens, LEAST_CUT)
         if self._has_prompt and cut < least:
             return 0
@@ -87,20 +87,20 @@ class TimeBudget:
     def take(self, request: Request, num_tokens: int) -> None:
         """See `Budget.take`."""
         start, end = request.num_scheduled_tokens, request.num_scheduled_tokens + num_tokens
-        chunk = Chunk(start, num_tokens, int(end == request.num_expected_tokens))
-        self._work = self._work.plus(chunk)
+        span = TokenSpan(start, num_tokens, int(end == request.num_expected_tokens))
+        self._work = self._work.plus(span)
         self._num_tokens -= num_tokens
         if _decodes(request, _num_pending(request)):
-            self._decode_s += self._lookahead.added_time(chunk)
+            self._decode_s += self._lookahead.added_time(span)
         else:
             self._has_prompt = True
 
     @property
     def is_full(self) -> bool:
         """See `Budget.is_full`."""
-        if not self._num_tokens or not self._work.num_chunks:
+        if not self._num_tokens or not self._work.num_spans:
             return not self._num_tokens
-        return self._lookahead.time(self._work.plus(Chunk(0, LEAST_CUT))) > self._part.total_s
+        return self._lookahead.time(self._work.plus(TokenSpan(0, LEAST_CUT))) > self._target.total_s
 
 
 def is_schedulable(request: Request) -> bool:
@@ -121,18 +121,18 @@ def _num_pending(request: Request) -> int:
     return request.num_expected_tokens - request.num_scheduled_tokens
 
 
-def _prompt_chunks(request: Request) -> Iterator[Chunk]:
+def _prompt_spans(request: Request) -> Iterator[TokenSpan]:
     """Yield what is in flight of a request's input and what could follow; nothing of one that decodes."""
     computed, scheduled, num_pending = request.num_computed_tokens, request.num_scheduled_tokens, _num_pending(request)
     if scheduled - computed > request.num_in_flight:
-        yield Chunk(computed, scheduled - computed, int(num_pending <= 1))
+        yield TokenSpan(computed, scheduled - computed, int(num_pending <= 1))
     if num_pending > 0 and not _decodes(request, num_pending):
-        yield Chunk(scheduled, num_pending, 1)
+        yield TokenSpan(scheduled, num_pending, 1)
 
 
-def _admissible(group: Group, waiting: Iterable[Request], num_seats: int, num_tokens: int) -> Iterator[Request]:
+def _admissible(group: Group, waiting: Iterable[Request], max_running: int, num_tokens: int) -> Iterator[Request]:
     """Yield the first waiting requests that `group` has blocks for, up to `num_tokens` in all."""
-    num_free, room = group.free_for(1), num_seats - len(group.running)
+    num_free, room = group.free_for(1), max_running - len(group.running)
     for request in waiting:
         num_free -= group.blocks_for(request.num_tokens)
         if num_free < 0 or room == 0 or num_tokens <= 0:

@@ -63,7 +63,7 @@ class Policy(ABC):
         return len(group.running) / len(group.stages) + group.num_used / (group.num_blocks + 1)
 
 
-def is_settled(request: Request) -> bool:
+def is_evictable(request: Request) -> bool:
     """Tell whether a request's blocks may be taken now: no microbatch carries it, no copy runs on it."""
     return request.num_in_flight == 0 and not request.is_moving
 
@@ -98,7 +98,7 @@ class Recompute(Policy):
     def victim(self, group: Group, request: Request) -> Request | None:
         """Name the tail of the last priority. Nobody on the move: it may be waiting for blocks of those that run."""
         tail = max((r for r in reversed(group.running) if not r.is_moving), key=_priority)
-        return tail if is_settled(tail) else None
+        return tail if is_evictable(tail) else None
 
 
 class Queue(Policy):
@@ -145,7 +145,7 @@ class Retract(Policy):
         if not group.running:
             self._ratios.pop(group, None)
             return []
-        ready = [r for r in group.running if is_settled(r) and is_decoding(r)]
+        ready = [r for r in group.running if is_evictable(r) and is_decoding(r)]
         ready.sort(key=lambda r: (-r.priority, r.num_output_tokens, -r.num_prompt_tokens))
         victims = _until_fits(group, ready, num_leaving)
         if victims:
@@ -183,8 +183,8 @@ class Swap(Recompute):
         """Name those of the last priority first, from the tail of the running list; one stays."""
         if group.num_free + num_leaving >= len(group.running):  # each lacks one block at most
             return []
-        settled = (r for r in reversed(group.running) if is_settled(r))
-        return _until_fits(group, sorted(settled, key=_priority, reverse=True), num_leaving)
+        evictable = (r for r in reversed(group.running) if is_evictable(r))
+        return _until_fits(group, sorted(evictable, key=_priority, reverse=True), num_leaving)
 
     def victim(self, group: Group, request: Request) -> Request | None:
         """Name nobody: whoever has to leave is on the way."""

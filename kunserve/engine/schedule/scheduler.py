@@ -23,21 +23,21 @@ from kunserve.engine.schedule.policy import Policy
 from kunserve.engine.schedule.ready import Pending, alike, is_short, ready
 from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
 from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
-from kunserve.planner.cost import Chunk
+from kunserve.planner.cost import TokenSpan
 from kunserve.planner.microbatch import Lookahead
 
 TYPICAL_OUTPUT = 128  # tokens that a request is expected to generate, if it may: between those of published chat traces
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SchedulerLimits:
     """Bounds of one microbatch, and with them of a group."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
     num_ahead: int = 0  # microbatches of a group in flight, beyond one for each stage
 
-    def num_seats(self, group: Group) -> int:
+    def max_running(self, group: Group) -> int:
         """Return how many requests may run in `group`: a microbatch full for each stage, so that no merge costs one."""
         return self.max_num_seqs * len(group.stages)
 
@@ -52,7 +52,7 @@ class Scheduler:
     def __init__(
         self,
         fleet: Fleet,
-        limits: Limits,
+        limits: SchedulerLimits,
         policy: Policy,
         num_host_blocks: int = 0,
         lookahead: Lookahead | None = None,
@@ -224,7 +224,7 @@ class Scheduler:
             self.preempt(group, request)
 
     def hand_over(self, request: Request, destination: Group, table: BlockTable) -> None:
-        """Bind a settled request to another group, where its KV is in `table` by now."""
+        """Bind an evictable request to another group, where its KV is in `table` by now."""
         self.fleet.hand_over(request, destination, table)
         self.num_migrations += 1
 
@@ -233,7 +233,7 @@ class Scheduler:
         return self.num_preemptions + self.swapped.num_swaps
 
     def _evict(self, group: Group, request: Request) -> None:
-        """Let a settled request make way: to the host if the policy wants it and there is room, else to the queue."""
+        """Evict a request: to the host if the policy wants it and there is room, else to the queue."""
         if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
             self._give_way(group, request)
 
@@ -246,7 +246,7 @@ class Scheduler:
         """Return the room of the group's next microbatch."""
         if self.lookahead is None or len(group.stages) == 1:
             return TokenBudget(self.limits.max_num_batched_tokens, group)
-        return TimeBudget(self.lookahead, group, self.waiting, self.limits.num_seats(group))
+        return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_running(group))
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
         """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
@@ -359,11 +359,11 @@ class Scheduler:
         num_rows = max(1, min(TYPICAL_OUTPUT, head.params.max_tokens))
         if self.lookahead is None:
             return num_tokens / num_rows
-        row_s = self.lookahead.added_time(Chunk(head.num_tokens, 1, 1))
-        return self.lookahead.added_time(Chunk(0, num_tokens)) / (num_rows * row_s)
+        row_s = self.lookahead.added_time(TokenSpan(head.num_tokens, 1, 1))
+        return self.lookahead.added_time(TokenSpan(0, num_tokens)) / (num_rows * row_s)
 
     def _has_room(self, group: Group, head: Request) -> bool:
-        if not group.is_admitting or len(group.running) >= self.limits.num_seats(group):
+        if not group.is_admitting or len(group.running) >= self.limits.max_running(group):
             return False
         if (group.is_suspect or head.avoids == group.group_id) and self._should_go_elsewhere(group, head):
             return False

@@ -51,7 +51,7 @@ class SwapQueue:
         return sum(self._leaving[group.group_id].values())
 
     def begin_out(self, group: Group, request: Request) -> bool:
-        """Send a settled request to the host; False, and no change, if it has no KV or the space is full."""
+        """Send an evictable request to the host; False, and no change, if it has no KV or the space is full."""
         num_blocks = group.blocks_for(request.num_computed_tokens)
         if not 0 < num_blocks <= self.num_free:
             return False

@@ -143,9 +143,9 @@ async def _finish(
 
 async def _fed(inputs: StepInputs) -> _Fed:
     """Return what the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
-    if inputs.ahead_of is None:
+    if inputs.depends_on is None:
         return None
-    pending = asyncio.wrap_future(inputs.ahead_of)
+    pending = asyncio.wrap_future(inputs.depends_on)
     await asyncio.wait([pending])
     return None if pending.cancelled() else pending.result()
 
@@ -160,7 +160,7 @@ def _sample_on_host(
 
 def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:
     """Return the sampling rows. Waits for the tokens before only if a row depends on which they are."""
-    if inputs.ahead_of is None or not any(reads_output(row.params) for row in inputs.sampling):
+    if inputs.depends_on is None or not any(reads_output(row.params) for row in inputs.sampling):
         return inputs.sampling
     token_ids: list[int] | None = None
     if fed is not None:

@@ -75,7 +75,7 @@ class Executor(ABC):
     async def pass_through(self, group: Group, inputs: Any, passage: Passage) -> list[SampledToken]:
         """Do what `execute` promises, and tell `passage` while the microbatch is work of a stage.
 
-        Tokens that `inputs` lacks are taken from `inputs.ahead_of`, and what is sampled is put into `inputs.sampled`,
+        Tokens that `inputs` lacks are taken from `inputs.depends_on`, and what is sampled is put into `inputs.sampled`,
         without waiting for the caller.
         """
 
@@ -127,8 +127,8 @@ class DeviceExecutor(Executor):
         """Run the first stage, once its tokens are known: its device must not wait for them, as it may sample some."""
         stage = group.stages[0]
         async with self._entrances.setdefault(group, asyncio.Lock()):
-            if inputs.ahead_of is not None:
-                await asyncio.wait([asyncio.wrap_future(inputs.ahead_of)])
+            if inputs.depends_on is not None:
+                await asyncio.wait([asyncio.wrap_future(inputs.depends_on)])
             work = partial(run_stage, self._decoders[stage.device], stage, 0, inputs, None)
             running = asyncio.ensure_future(self._run(group, 0, passage, work))  # queued before the next one enters
         return await running

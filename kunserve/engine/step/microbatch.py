@@ -28,7 +28,7 @@ from kunserve.sizes import ceil_div
 class StepInputs:
     """What all stages of a microbatch share; made on the event loop when it is scheduled."""
 
-    token_ids: Tensor  # (T,) int32; -1 - i is the i-th token that `ahead_of` has sampled
+    token_ids: Tensor  # (T,) int32; -1 - i is the i-th token that `depends_on` has sampled
     positions: Tensor  # (T,) int32
     cu_seqlens_q: Tensor  # (B + 1,) int32
     context_lens: Tensor  # (B,) int32
@@ -38,7 +38,7 @@ class StepInputs:
     block_size: int
     near_tables: tuple[Tensor, ...] = ()  # as `block_tables`, of near blocks, where KV is of two kinds
     sampled: Future[Any] = field(default_factory=Future)  # what the last stage sampled, in its executor's terms
-    ahead_of: Future[Any] | None = None  # `sampled` of the microbatch that placeholders refer to
+    depends_on: Future[Any] | None = None  # `sampled` of the microbatch that placeholders refer to
 
     def attention(self, stage: int) -> AttentionBatch:
         """Return the view of one stage."""
@@ -46,11 +46,11 @@ class StepInputs:
         near = AttentionBatch(*arrays, self.near_tables[stage], self.block_size) if self.near_tables else None
         return AttentionBatch(*arrays, self.block_tables[stage], self.block_size, near=near)
 
-    def fed(self) -> Any:
+    def previous_tokens(self) -> Any:
         """Wait for the previous microbatch's tokens; None if it failed (then its requests have failed, too)."""
-        assert self.ahead_of is not None
+        assert self.depends_on is not None
         try:
-            return self.ahead_of.result()
+            return self.depends_on.result()
         except CancelledError:
             return None
 
@@ -233,5 +233,5 @@ def step_inputs(
         block_size=block_size,
         near_tables=tuple(map(torch.from_numpy, near)),
         sampled=batch.sampled,
-        ahead_of=oldest.sampled if is_ahead and oldest is not None else None,
+        depends_on=oldest.sampled if is_ahead and oldest is not None else None,
     )

@@ -68,7 +68,7 @@ def run_head(decoder: Decoder, x: Tensor, inputs: StepInputs, which: slice) -> l
     x, rows = x[which], inputs.sampling[which]
     if not rows:
         return []
-    filled = rows if inputs.ahead_of is None else fill_sampling(rows, inputs.fed())
+    filled = rows if inputs.depends_on is None else fill_sampling(rows, inputs.previous_tokens())
     return sample_in_slices(decoder, x, filled) if has_scored_rows(rows) else sample(decoder.logits(x), filled)
 
 
@@ -84,4 +84,4 @@ def sample_in_slices(decoder: Decoder, x: Tensor, rows: Sequence[SamplingRow]) -
 
 
 def _token_ids(inputs: StepInputs) -> Tensor:
-    return inputs.token_ids if inputs.ahead_of is None else fill_token_ids(inputs.token_ids, inputs.fed())
+    return inputs.token_ids if inputs.depends_on is None else fill_token_ids(inputs.token_ids, inputs.previous_tokens())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Form(NamedTuple):
+class StoredForm(NamedTuple):
     """A form of tensors in files."""
 
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of what a decoder reads -> in the file
@@ -34,16 +34,16 @@ def _paired_rows(tensor: Tensor) -> Tensor:
 
 
 # By what names end in: gpt-oss keeps the weights of an output as a column, and gate and up by turns.
-FORMS = {
-    ".experts.gate_up_proj": Form(_turned, lambda tensor: _columns(_pairs(tensor)), _paired_rows),
-    ".experts.gate_up_proj_bias": Form(lambda shape: shape, _pairs),
-    ".experts.down_proj": Form(_turned, _columns),
+STORED_FORMS = {
+    ".experts.gate_up_proj": StoredForm(_turned, lambda tensor: _columns(_pairs(tensor)), _paired_rows),
+    ".experts.gate_up_proj_bias": StoredForm(lambda shape: shape, _pairs),
+    ".experts.down_proj": StoredForm(_turned, _columns),
 }
 
 
-def form_of(name: str) -> Form | None:
+def stored_form(name: str) -> StoredForm | None:
     """Return the form of a tensor in files; None where it is as a decoder reads it."""
-    return next((form for ending, form in FORMS.items() if name.endswith(ending)), None)
+    return next((form for ending, form in STORED_FORMS.items() if name.endswith(ending)), None)
 
 
 def stored_name(name: str, names: Container[str]) -> str:

@@ -14,7 +14,7 @@ from kunserve.model.quant.planes import Planes
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredRows:
     """Rows of a matrix that are stored alike. R rows, K columns."""
 
     data: Tensor  # (R, K) numbers; of blocks (R, bytes of a row) uint8
@@ -39,22 +39,22 @@ class Part:
             return dense(self.data, self.scales, self.blocks)
         return self.data if self.blocks is None else dequantize(self.data, self.blocks)
 
-    def rows(self, indices: Tensor) -> Part:
+    def rows(self, indices: Tensor) -> StoredRows:
         """Return a copy of some rows."""
         scales = None if self.scales is None else self.scales.index_select(0, indices)
-        return Part(self.data.index_select(0, indices), self.blocks, scales)
+        return StoredRows(self.data.index_select(0, indices), self.blocks, scales)
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A matrix (N, K): what `Ops.linear` multiplies with and `Ops.embed` takes rows of."""
 
-    parts: tuple[Part, ...]  # their rows one after the other: N together
+    parts: tuple[StoredRows, ...]  # their rows one after the other: N together
 
     @classmethod
     def of(cls, weight: Tensor) -> Linear:
         """Return the matrix that a tensor (N, K) of numbers is."""
-        return cls((Part(weight),))
+        return cls((StoredRows(weight),))
 
     @property
     def shape(self) -> tuple[int, int]:

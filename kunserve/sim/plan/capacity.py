@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from kunserve.engine.launch.placement import model_shape, place
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
-from kunserve.planner.cost import Chunk, CostModel, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.planner.drop import plan_drop
-from kunserve.planner.snapshot import GroupView, Origin, Snapshot
+from kunserve.planner.snapshot import GroupView, Lineage, Snapshot
 from kunserve.sim.cluster import Cluster, Instances
 from kunserve.sim.machine import SimMachine
 
@@ -38,7 +38,7 @@ class Capacity:
         placed = place(
             shape, views, devices_per_group=1, max_model_len=model.max_position_embeddings, is_len_required=False
         )
-        groups = tuple(GroupView(i, stages, 0, Origin(stages)) for i, stages in enumerate(placed.groups))
+        groups = tuple(GroupView(i, stages, 0, Lineage(stages)) for i, stages in enumerate(placed.groups))
         snapshot = Snapshot(0, shape, tuple(views), groups)
         merges = plan_drop(snapshot, ENDLESS, ENDLESS).merges
         merged = {group_id for merge in merges for group_id in merge.group_ids}
@@ -71,7 +71,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class RequestRates:
     """Requests a second that a cluster carries for long, if all are of mean length: where what runs out."""
 
     kv: float  # KV, without a drop
@@ -81,14 +81,14 @@ class Rates:
     @classmethod
     def of(
         cls, capacity: Capacity, cost: CostModel, num_layers: int, lengths: Lengths, max_num_seqs: int = 1024
-    ) -> Rates:
+    ) -> RequestRates:
         """Estimate them from the times that the cost model predicts.
 
         A request in the middle of its answer holds its prompt and half of its output. As many as memory holds are
         decoded together; each step reads all weights once, whoever is in it. Prefills take their time from that.
         """
-        middle = Chunk(round(lengths.prompt + lengths.output / 2), 1, 1)
-        prefill_s = cost.added_time(num_layers, Chunk(0, max(1, round(lengths.prompt)), 1))
+        middle = TokenSpan(round(lengths.prompt + lengths.output / 2), 1, 1)
+        prefill_s = cost.added_time(num_layers, TokenSpan(0, max(1, round(lengths.prompt)), 1))
 
         def rate(chains: Sequence[tuple[int, int]]) -> float:
             total = 0.0

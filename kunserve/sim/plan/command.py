@@ -24,7 +24,7 @@ from kunserve.log import set_up_logging
 from kunserve.model.card import find_config
 from kunserve.sim.cluster import Instances
 from kunserve.sim.options import Options, cluster_of, rows_of, simulate
-from kunserve.sim.plan.capacity import Capacity, Lengths, Rates
+from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
 from kunserve.sim.plan.outlook import MORE_GPUS, ROWS, Outcome, Outlook, busiest
 from kunserve.sim.policies import PLENTY
 from kunserve.sim.traces import TraceRow, cut, stretch
@@ -120,7 +120,7 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     num_cut = sum(cut.num_prompt_tokens < row.num_prompt_tokens for cut, row in zip(rows, found, strict=True))
     lengths = Lengths(fmean(r.num_prompt_tokens for r in rows), fmean(r.num_output_tokens for r in rows))
     cost = Instances.of(model, cluster).cost(model)
-    rates = Rates.of(capacity, cost, model.num_layers, lengths, options.max_num_seqs)
+    rates = RequestRates.of(capacity, cost, model.num_layers, lengths, options.max_num_seqs)
     more = f"{cluster.num_gpus + capacity.gpus_per_copy}x{options.cluster.partition('x')[2]}"
     runs = [
         replace(options, policy="recompute", cluster=more) if name == MORE_GPUS else replace(options, policy=name)

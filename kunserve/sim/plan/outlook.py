@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kunserve.sim.plan.capacity import Capacity, Lengths, Rates
+from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
 from kunserve.sim.policies import PLENTY
 from kunserve.sim.traces import TraceRow
 
@@ -51,7 +51,7 @@ class Outlook:
 
     capacity: Capacity
     lengths: Lengths
-    rates: Rates
+    rates: RequestRates
     rate: float  # requests a second, on average over `seconds`
     seconds: float  # of the load that was simulated
     num_cut: int  # requests with prompts longer than can be served: they are cut

@@ -239,7 +239,7 @@ async def test_viewers_bring_the_key_and_are_not_too_many(monkeypatch: pytest.Mo
 
 
 def ticks(metrics: Any, times: Sequence[float]) -> list[Frame]:
-    rates = feed_module.Rates(metrics)
+    rates = feed_module.RecentRates(metrics)
     shown = []
     for at_s in times:
         metrics.generation_tokens(10)
@@ -259,9 +259,9 @@ async def test_rates() -> None:
         metrics.inter_tokens([0.25])
         metrics.recent.first_token(9.0, 0.5)
         [rates] = ticks(metrics, [9.0])
-        assert "gap_s" not in rates  # Rates began anew: the gap was of the time before
+        assert "gap_s" not in rates  # RecentRates began anew: the gap was of the time before
         assert (rates["ttft_p50_s"], rates["ttft_p99_s"]) == (0.5, 0.5)
-        again = feed_module.Rates(metrics)
+        again = feed_module.RecentRates(metrics)
         metrics.inter_tokens([0.25])
         assert again.at(9.1)["gap_s"] == 0.25 == again.at(11.0)["gap_s"]
         assert "gap_s" not in again.at(11.2)
@@ -278,7 +278,7 @@ async def test_times_to_first_token_stay_while_none_comes() -> None:
         application = client.app
         assert isinstance(application, web.Application)
         metrics = application[OPERATED].metrics
-        rates = feed_module.Rates(metrics)
+        rates = feed_module.RecentRates(metrics)
         assert not rates.at(0.0).keys() & {"ttft_p50_s", "ttft_p99_s", "ttft_at_s"}
         for at_s, ttft_s in ((1.0, 9.0), (14.0, 2.0), (15.0, 0.5)):
             metrics.recent.first_token(at_s, ttft_s)

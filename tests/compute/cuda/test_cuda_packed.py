@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kunserve.compute.cuda import kernels, packed
 from kunserve.compute.cuda.kernels import TritonKernels
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
-from kunserve.model.quant.linear import Linear, Part
+from kunserve.model.quant.linear import Linear, StoredRows
 from kunserve.model.quant.planes import Planes, every_planes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gpu_check compares the compiled kernels")
@@ -28,7 +28,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_near(actual: Tensor, x: Tensor, part: Part, *added: Tensor | None) -> None:
+def assert_near(actual: Tensor, x: Tensor, part: StoredRows, *added: Tensor | None) -> None:
     """Within the rounding of the result, and of sums in float32, of what float64 makes of the same rounded matrix."""
     matrix = part.dense().to(x.dtype).double()
     expected, size = x.double() @ matrix.t(), x.double().abs() @ matrix.abs().t()
@@ -162,9 +162,9 @@ def test_torch_accepts_the_operands_on_a_gpu(num_rows: int, monkeypatch: pytest.
     with FakeTensorMode():
         x = torch.empty(num_rows, K, dtype=torch.bfloat16, device="cuda")
 
-        def rows(num: int) -> Part:
+        def rows(num: int) -> StoredRows:
             codes = torch.empty(num, K, dtype=torch.uint8, device="cuda")
-            return Part(codes, FORMS["F8 of rows by 128, float32"], torch.empty(num, 1, device="cuda"))
+            return StoredRows(codes, FORMS["F8 of rows by 128, float32"], torch.empty(num, 1, device="cuda"))
 
         bias = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         y = packed.scaled_linear(x, rows(64), bias)
@@ -176,7 +176,7 @@ def test_torch_accepts_the_operands_on_a_gpu(num_rows: int, monkeypatch: pytest.
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_a_matrix_of_several_parts(has_residual: bool) -> None:
     """As q, k and v of a GGUF file, each in a format of its own."""
-    numbers = Part(randn(10, K, seed=13))
+    numbers = StoredRows(randn(10, K, seed=13))
     parts = (
         random_part(FORMS["A4 of 32 by 32, float32"], 24, K),
         random_part(FORMS["A8 of 64 by 64, float32"], 8, K),

@@ -77,7 +77,7 @@ async def test_across_a_drop_and_a_restore(folder: Path, expected: list[list[int
                 await engine.signals.next_commit()
             await change()
             assert engine.num_running
-            await asyncio.wait(set(control._tasks))
+            await asyncio.wait(control.tasks)
             engine.check()
         assert await answers == expected * 2
         await assert_idle(engine)

@@ -21,12 +21,12 @@ async def test_a_drop_and_a_restore_change_no_token(
                 await engine.signals.next_commit()
             await engine.drop()
             num_dropped += engine.num_running
-            await asyncio.wait(set(control._tasks))  # its KV is exchanged
+            await asyncio.wait(control.tasks)  # its KV is exchanged
             for _ in range(6):
                 await engine.signals.next_commit()
             await engine.restore()
             num_restored += engine.num_running
-            await asyncio.wait(set(control._tasks))
+            await asyncio.wait(control.tasks)
         assert num_dropped >= 30 and num_restored >= 30  # most of them were there each time
         assert await answers == smollm2_greedy
         outcomes = [(t.kind, t.outcome, t.exchange_bytes > 0) for t in control.reconfigure.transitions.remembered]
@@ -47,7 +47,7 @@ async def test_a_pair_holds_what_it_was_merged_for() -> None:
         await engine.drop()
         for request in requests:
             engine.abort(request.request_id)
-        await asyncio.wait(set(served.control._tasks))
+        await asyncio.wait(served.control.tasks)
         await assert_idle(engine)
         (group,) = engine.groups
         whole = Request("whole", [1] * 15_000, greedy(1))

@@ -54,11 +54,11 @@ async def test_across_a_drop_and_a_restore(family: str, tiny_models: TinyModels)
         await engine.signals.next_commit()
         await engine.drop()
         assert engine.num_running
-        await asyncio.wait(set(control._tasks))  # its KV is exchanged
+        await asyncio.wait(control.tasks)  # its KV is exchanged
         await engine.signals.next_commit()
         await engine.restore()
         assert engine.num_running
-        await asyncio.wait(set(control._tasks))
+        await asyncio.wait(control.tasks)
         assert await answers == expected * 3
         outcomes = [(t.kind, t.outcome) for t in control.reconfigure.transitions.remembered]
         assert outcomes == [("drop", "done"), ("restore", "done")]

@@ -117,7 +117,7 @@ async def test_across_a_drop_and_a_restore(
         for _ in range(40):  # most have let go of something
             await engine.signals.next_commit()
         await engine.drop(is_forced=True)
-        await asyncio.wait(set(control._tasks))
+        await asyncio.wait(control.tasks)
         engine.check()
         assert control.reconfigure.transitions.remembered[-1].exchange_mode == mode
         while len(engine.groups) == 1:
@@ -125,7 +125,7 @@ async def test_across_a_drop_and_a_restore(
             with contextlib.suppress(ConflictError):
                 await engine.restore()
         assert engine.num_running
-        await asyncio.wait(set(control._tasks))
+        await asyncio.wait(control.tasks)
         engine.check()
         assert await answers == expected[family] * 2
         await assert_idle(engine)

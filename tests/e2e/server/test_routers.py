@@ -92,7 +92,7 @@ async def test_routers_see_the_pool_as_it_is_now(tiny_models: TinyModels) -> Non
             await engine.signals.next_commit()
         assert scrape().saturation > 1
         await engine.drop(is_forced=True)  # live KV cannot follow
-        exchange = asyncio.gather(*served.control._tasks)
+        exchange = asyncio.gather(*served.control.tasks)
         while not exchange.done():  # what KV leaves becomes blocks of the chain only now
             assert 0 <= scrape().first("vllm:kv_cache_usage_perc") <= 1
             await engine.signals.next_commit()

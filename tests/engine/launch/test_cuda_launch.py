@@ -63,7 +63,7 @@ async def serving(folder: Path, seen: list[tuple[str, float]] | None = None, **s
 
 async def until_settled(served: Served) -> None:
     """Wait until no transition is under way."""
-    while tasks := served.control._tasks:
+    while tasks := served.control.tasks:
         await asyncio.wait(set(tasks))
 
 

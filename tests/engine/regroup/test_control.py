@@ -57,8 +57,8 @@ async def until_launched(checked: Checked, num_groups: int = 2) -> None:
     """Wait until it has restored everything by itself."""
     while len(checked.engine.groups) < num_groups:
         await asyncio.sleep(0)  # a hold of nothing is over at once
-        if checked.control._tasks:
-            await asyncio.wait(set(checked.control._tasks))
+        if checked.control.tasks:
+            await asyncio.wait(checked.control.tasks)
     await checked.settled()
     await checked.until_no_step_runs()
     checked.assert_idle()
@@ -99,7 +99,7 @@ async def test_it_restores_when_the_hold_time_is_over_and_not_before(
         late = 990.0
         engine.signals.wake()
         await asyncio.sleep(0)
-        assert not checked.control._tasks
+        assert not checked.control.tasks
         late = 1001.0
         engine.signals.wake()
         await until_launched(checked)
@@ -193,7 +193,7 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
             await next_round()
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
-        assert control._tasks and control.reconfigure.transitions.current is None
+        assert control.tasks and control.reconfigure.transitions.current is None
         control._is_automatic = True
         control.observe(checked.engine.groups)
         assert not any(group.is_paused for group in checked.engine.groups)
@@ -215,7 +215,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         groups = list(engine.groups)
         control._begin_drop(loop_time())
         assert all(group.is_paused for group in groups)  # from this very step on
-        [task] = control._tasks
+        [task] = control.tasks
         if way == "refused":  # its groups are in another transition by now
             monkeypatch.setattr(checked.reconfigure.transitions, "_running", [Transition("drop", 0.0, (0,))])
         elif way == "failed":

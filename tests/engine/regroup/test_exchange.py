@@ -21,7 +21,7 @@ from kunserve.errors import ConflictError, DeviceError
 from kunserve.planner.exchange import LiveRequest
 from kunserve.planner.layouts import merged_layouts
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, KvMove, Merge
-from kunserve.planner.snapshot import Origin, Snapshot, StageView
+from kunserve.planner.snapshot import Lineage, Snapshot, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason, SamplingParams
 
@@ -285,8 +285,8 @@ async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
     """Merge both groups; device 0 keeps four of six layers, so it has hardly more room than before."""
     snapshot = checked.control.snapshot()
     stages = (StageView(0, 0, 4), StageView(1, 4, 6))
-    origin = Origin((), tuple(group.origin for group in snapshot.groups if group.origin))
-    merge = Merge((0, 1), stages, 0, origin)
+    lineage = Lineage((), tuple(group.lineage for group in snapshot.groups if group.lineage))
+    merge = Merge((0, 1), stages, 0, lineage)
     committed = asyncio.get_running_loop().create_future()
     task = checked.control._spawn(checked.reconfigure.drop(snapshot, merge, committed.set_result))
     await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)

@@ -87,7 +87,7 @@ async def drop(checked: Checked) -> dict[int, list[str]]:
 
 async def wait(checked: Checked) -> None:
     """Until no transition is under way; what happened stays on record."""
-    while tasks := checked.control._tasks:
+    while tasks := checked.control.tasks:
         await asyncio.wait(set(tasks))
 
 

@@ -9,7 +9,7 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.gpu.links import Links
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.plan import Merge, Part, RestorePlan, Split
+from kunserve.planner.plan import Merge, NewGroup, RestorePlan, Split
 from kunserve.planner.price import BUBBLE
 from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot, StageView
 
@@ -103,7 +103,7 @@ def test_a_split_waits_until_the_calm_has_lasted_as_long_as_its_pause_takes_to_p
     chain = make_group(0, num_stages=2)
     scheduler = make_scheduler(chain)
     worth = Worth(scheduler.fleet, scheduler, Links(1e9), SHAPE, Thresholds())
-    halves = [Part((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
+    halves = [NewGroup((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
     plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
     assert worth.splits(plan, 0.0) == list(plan.splits)  # nobody runs: nothing is lost
     scheduler.fleet.admit(make_request("running", 8, 8), chain)

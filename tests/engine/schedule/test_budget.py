@@ -14,8 +14,8 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
-from kunserve.planner.cost import Chunk, Work
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
+from kunserve.planner.cost import TokenSpan, Work
 from kunserve.planner.microbatch import Lookahead
 from kunserve.policies import OverloadPolicy
 
@@ -26,11 +26,11 @@ def make_scheduler(
     group: Group, max_num_tokens: int = 64, policy: OverloadPolicy = OverloadPolicy.RECOMPUTE
 ) -> Scheduler:
     lookahead = Lookahead(COST, LAYERS, max_num_tokens)
-    return Scheduler(Fleet([group]), Limits(max_num_tokens, 64), make_policy(policy, 0.0), lookahead=lookahead)
+    return Scheduler(Fleet([group]), SchedulerLimits(max_num_tokens, 64), make_policy(policy, 0.0), lookahead=lookahead)
 
 
 def time_of(batch: Microbatch) -> float:
-    return LOOKAHEAD.time(Work.of(Chunk(s.start, s.end - s.start, int(s.samples)) for s in batch.spans))
+    return LOOKAHEAD.time(Work.of(TokenSpan(s.start, s.end - s.start, int(s.samples)) for s in batch.spans))
 
 
 def num_tokens_by_request(batch: Microbatch) -> dict[str, int]:

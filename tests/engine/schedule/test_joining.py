@@ -10,13 +10,15 @@ from groups import LAYERS, commit, make_group, make_request
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason
 
 
 def sharing_scheduler(budget: int, *groups: Group) -> Scheduler:
-    return Scheduler(Fleet(groups, has_prefix_cache=True), Limits(budget, 64), make_policy(OverloadPolicy.DROP, 0))
+    return Scheduler(
+        Fleet(groups, has_prefix_cache=True), SchedulerLimits(budget, 64), make_policy(OverloadPolicy.DROP, 0)
+    )
 
 
 def run_step(scheduler: Scheduler, group: Group) -> list[str]:

@@ -28,7 +28,7 @@ from kunserve.engine.schedule.policy import (
     remaining_steps,
     shortest_running,
 )
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.policies import OverloadPolicy
 
 
@@ -218,7 +218,7 @@ def test_below_a_drop_whoever_makes_way_goes_the_quicker_way(is_host_faster: boo
         return is_host_faster
 
     policy = Drop(0.0, answer)
-    scheduler = Scheduler(Fleet([group]), Limits(64, 64), policy, num_host_blocks=100)
+    scheduler = Scheduler(Fleet([group]), SchedulerLimits(64, 64), policy, num_host_blocks=100)
     for name in "ab":
         decoding(group, name, 10, 3)  # both hold three blocks, and need a fourth for their next token
     scheduler.schedule(group, [group], 0)

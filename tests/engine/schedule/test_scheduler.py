@@ -13,7 +13,7 @@ from kunserve.engine.batch import Microbatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.policy import make_policy, shortest_running
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.schedule.swap_queue import SwapMove
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import FinishReason
@@ -156,13 +156,13 @@ def test_requests_spread_over_idle_groups() -> None:
 
 def test_a_chain_has_as_many_seats_as_its_devices_had_and_no_microbatch_has_more_than_one_of_them() -> None:
     group = make_group(num_stages=2, num_blocks=64)
-    limits = Limits(max_num_batched_tokens=64, max_num_seqs=2)
+    limits = SchedulerLimits(max_num_batched_tokens=64, max_num_seqs=2)
     scheduler = Scheduler(Fleet([group]), limits, make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     scheduler.waiting.extend([make_request(f"r{i}", 4, 8) for i in range(5)])
     first, second = (scheduler.schedule(group, [group], 0) for _ in range(2))
     assert spans(first) == [("r0", 0, 4, False), ("r1", 0, 4, False)]
     assert spans(second) == [("r2", 0, 4, False), ("r3", 0, 4, False)]
-    assert scheduler.schedule(group, [group], 0) is None  # r4 has no seat
+    assert scheduler.schedule(group, [group], 0) is None  # r4 may not run yet
     for batch in (first, second):
         assert batch is not None
         commit(scheduler, group, batch)
@@ -330,7 +330,7 @@ def test_a_retracted_request_goes_to_the_tail_of_the_queue() -> None:
 def test_a_head_is_admitted_without_blocks_for_what_it_shares(policy: OverloadPolicy) -> None:
     group = make_group(num_blocks=10)
     fleet = Fleet([group], has_prefix_cache=True)
-    scheduler = Scheduler(fleet, Limits(64, 64), make_policy(policy, 0))
+    scheduler = Scheduler(fleet, SchedulerLimits(64, 64), make_policy(policy, 0))
     first, second, other = make_request("a", 25, 2), make_request("b", 26, 2), make_request("c", 26, 2)
     other.token_ids = [token + 1 for token in other.token_ids]
     scheduler.waiting.append(first)
@@ -351,7 +351,7 @@ def test_a_head_is_admitted_without_blocks_for_what_it_shares(policy: OverloadPo
 def test_who_comes_back_from_the_host_waits_for_all_its_blocks() -> None:
     group = make_group(num_blocks=10)
     fleet = Fleet([group], has_prefix_cache=True)
-    scheduler = Scheduler(fleet, Limits(64, 64), make_policy(OverloadPolicy.SWAP, 0), 16)
+    scheduler = Scheduler(fleet, SchedulerLimits(64, 64), make_policy(OverloadPolicy.SWAP, 0), 16)
     first, second = make_request("a", 24, 4), make_request("b", 25, 4)
     for request in (first, second):
         scheduler.waiting.append(request)

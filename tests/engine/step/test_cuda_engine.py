@@ -24,7 +24,7 @@ from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.weight_loader import WeightLoader
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import make_policy
-from kunserve.engine.schedule.scheduler import Limits, Scheduler
+from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.cuda_executor import CudaExecutor
@@ -37,7 +37,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.overload import Thresholds
-from kunserve.planner.snapshot import Origin, StageView
+from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.policies import OverloadPolicy
 from kunserve.sampling import SamplingParams, TokenMask
 from kunserve.sizes import ceil_div
@@ -67,10 +67,10 @@ async def serving(drivers: list[FakeCuda], num_ahead: int = 1) -> AsyncIterator[
         for layer in range(MODEL.num_layers):
             memory.kv.resize(layer, chunks.kv_chunks(machine.num_chunks, 0, MODEL.num_layers))
         stage = Stage(i, 0, MODEL.num_layers, BlockPool(memory.kv.num_blocks(0)))
-        groups.append(Group(i, (stage,), BLOCK, origin=Origin((StageView(i, 0, MODEL.num_layers),))))
+        groups.append(Group(i, (stage,), BLOCK, lineage=Lineage((StageView(i, 0, MODEL.num_layers),))))
     executor, _ = machine.executor(memories, MAX_LEN)
     fleet, signals = Fleet(groups), Signals()
-    scheduler = Scheduler(fleet, Limits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
+    scheduler = Scheduler(fleet, SchedulerLimits(48, 8, num_ahead), make_policy(OverloadPolicy.RECOMPUTE, 0.0))
     metrics = Metrics("tiny", MAX_LEN, lambda: engine.stats())
     limits = ServingLimits(MAX_LEN, 64)
     engine = Engine(MODEL, limits, fleet, scheduler, memories, executor, signals, None, metrics)
@@ -104,7 +104,7 @@ async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ..
             for _ in range(4):
                 await engine.signals.next_commit()
             assert isinstance(engine.control, OverloadControl)
-            while tasks := engine.control._tasks:
+            while tasks := engine.control.tasks:
                 await asyncio.wait(set(tasks))
             engine.check()
     return await asyncio.gather(*requests)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from crowd import make_request
 from loaded_groups import assert_same, loaded
+from patience import patient_with_sound_devices
 from transition_harness import Answer, Checked, again, checked_engine, make_requests
 
 from kunserve.engine.launch.host_machine import HostMachine
@@ -55,25 +56,20 @@ def expected_swapped(tiny64: Path) -> list[Answer]:
 
 @asynccontextmanager
 async def faulty_engine(folder: Path, layout: str, faults: Sequence[Fault], **settings: Any) -> AsyncIterator[Checked]:
-    """A checked engine, in this layout, with faults; what hangs goes on at the end.
-
-    Devices that answer have twenty times as long to do so: on a machine where much else runs, they may be late, too.
-    """
+    """A checked engine, in this layout, with faults; what hangs goes on at the end."""
     settings = {"num_blocks": NUM_BLOCKS, "device_timeout_s": TIMEOUT_S} | settings
-    async with checked_engine(folder, LAYOUTS.get(layout, layout), faults=faults, **settings) as checked:
-        silent = {fault.device for fault in faults if fault.kind in SILENT}
-        for device in (memory.device for i, memory in enumerate(checked.engine.memories) if i not in silent):
-            tick = device.tick
-            device.tick = lambda seconds, tick=tick: tick(seconds / 20)  # type: ignore[method-assign, misc]
-        try:
-            while layout.startswith("chain") and len(checked.engine.groups) > 1:
-                await checked.control.drop(is_forced=True)
-                await checked.settled()
-            yield checked
-        finally:
-            machine: Any = checked.machine
-            assert isinstance(machine, HostMachine)
-            machine.faults.release()
+    silent = {f"cpu:{fault.device}" for fault in faults if fault.kind in SILENT}
+    with patient_with_sound_devices(lambda device: device.name in silent):
+        async with checked_engine(folder, LAYOUTS.get(layout, layout), faults=faults, **settings) as checked:
+            try:
+                while layout.startswith("chain") and len(checked.engine.groups) > 1:
+                    await checked.control.drop(is_forced=True)
+                    await checked.settled()
+                yield checked
+            finally:
+                machine: Any = checked.machine
+                assert isinstance(machine, HostMachine)
+                machine.faults.release()
 
 
 async def answers_with(
@@ -88,12 +84,12 @@ async def answers_with(
                 await disturb(checked)
         answers = await answering
         await checked.rebuilt()
-        checked.assert_idle(is_settled="map-fails" not in faults)
+        checked.assert_idle(check_chunks="map-fails" not in faults)
         machine: Any = checked.machine
         machine.faults.release()  # what comes back now changes nothing
         answers += await checked.answer_all(again(REQUESTS[AFTER]))
         await checked.rebuilt()
-        checked.assert_idle(is_settled="map-fails" not in faults)
+        checked.assert_idle(check_chunks="map-fails" not in faults)
         states = {i: device["state"] for i, device in enumerate(checked.engine.state()["devices"])}
         kinds = [f"{t.kind} {t.outcome}" for t in checked.reconfigure.transitions.remembered]
         return answers, {i: state for i, state in states.items() if state != "ok"}, kinds
@@ -134,7 +130,7 @@ async def drop(checked: Checked) -> None:
 async def drop_and_restore(checked: Checked) -> None:
     """As `drop`, and back, while requests run."""
     await drop(checked)
-    while any(group.origin and group.origin.parts for group in checked.engine.groups):
+    while any(group.lineage and group.lineage.merged_from for group in checked.engine.groups):
         try:
             await checked.control.restore()
         except ConflictError:
@@ -187,7 +183,7 @@ async def test_a_device_fails_while_kv_goes_by_layer(
             await drop(checked)
         assert_same(await answering, expected_by_layer)
         await checked.rebuilt()
-        checked.assert_idle(is_settled=kind is not FaultKind.MAP_FAILS)
+        checked.assert_idle(check_chunks=kind is not FaultKind.MAP_FAILS)
         await checked.settled()
         assert ("drop", "by_layer") in {(kind, mode) for kind, _, mode in checked.outcomes}
 
