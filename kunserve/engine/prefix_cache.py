@@ -30,6 +30,11 @@ def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
     return keys
 
 
+def num_full(request: Request, block_size: int) -> int:
+    """Return how many of its blocks a request has filled."""
+    return min(request.num_computed_tokens, len(request.token_ids)) // block_size
+
+
 def is_being_computed(key: bytes, place: int, group: Group) -> bool:
     """Return whether a running request of a group will soon have computed the block of a key, its `place`-th."""
     end = (place + 1) * group.block_size
@@ -120,6 +125,13 @@ class PrefixCache:
             del self._away[key]
         self._told(key)
 
+    def tell_stored(self, request: Request, places: Sequence[int], block_size: int) -> None:
+        """Tell the listener of blocks of a request that a first group has now."""
+        for place in places if self.listener is not None else ():
+            tokens = request.token_ids[place * block_size : (place + 1) * block_size]
+            parent = request.block_keys[place - 1] if place else None
+            self.listener.stored(request.block_keys[place], parent, tokens, request.cache_salt)
+
     def _told(self, key: bytes) -> None:
         """Tell the listener if nobody has the block of a key any more."""
         if self.listener is not None and key not in self._homes and key not in self._away:
@@ -163,4 +175,6 @@ class PrefixCache:
         """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""
         devices = {group.group_id: {stage.device for stage in group.stages} for group in groups}
         for key, homes in self._homes.items():
-            assert homes and all(b.key == key and b in blocks and b.ids.keys() >= devices[i] for i, b in homes.items())
+            assert homes
+            for group_id, block in homes.items():
+                assert block.key == key and block in blocks and block.ids.keys() >= devices[group_id]

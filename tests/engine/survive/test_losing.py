@@ -12,8 +12,7 @@ from typing import Any, cast
 import pytest
 from crowd import make_request
 from loaded_groups import assert_same, loaded
-from patience import patient_with_sound_devices
-from transition_harness import Answer, Checked, again, checked_engine, make_requests
+from transition_harness import Answer, Checked, again, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.request import Request
