@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
+from transition_harness import patient_with_sound_devices
 
 from e2e.engines import assert_idle, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
@@ -149,6 +150,13 @@ async def test_more_long_requests_run_at_once(tiny_models: TinyModels) -> None:
     assert preempted[0] == 0 < preempted[1]
 
 
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """Wait for devices that this machine has no time for: none of them is ill."""
+    with patient_with_sound_devices(lambda _: False):
+        yield
+
+
 def share_of(engine: Engine) -> tuple[float, ...]:
     """Near blocks over full ones, of each group."""
     groups = [group for group in engine.groups if isinstance(group, MixedGroup)]
@@ -183,6 +191,7 @@ async def begin_beyond(engine: Engine) -> asyncio.Task[list[list[int]]]:
     return answers
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("has_cache", [True, False], ids=["cached", "uncached"])
 async def test_memory_goes_from_kind_to_kind(
@@ -209,7 +218,8 @@ async def test_memory_goes_from_kind_to_kind(
         await assert_idle(engine)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
 async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
     family: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
 ) -> None:
@@ -232,6 +242,7 @@ async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
         await assert_idle(engine)
 
 
+@pytest.mark.usefixtures("patience")
 async def test_a_kind_in_use_is_not_taken_away(tiny_models: TinyModels, expected: dict[str, list[list[int]]]) -> None:
     """Full blocks do not fit in what would be left of them: nothing changes."""
     folder = tiny_models.folder("gemma3", **SHAPES["gemma3"])
@@ -248,6 +259,7 @@ async def test_a_kind_in_use_is_not_taken_away(tiny_models: TinyModels, expected
         await assert_idle(engine)
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("fault", ["1:raise@rebalance.remap", "1:copy-fails@rebalance.shrink"])
 async def test_a_rebalance_that_fails_changes_nothing(
     fault: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
@@ -266,17 +278,27 @@ async def test_a_rebalance_that_fails_changes_nothing(
         await assert_idle(engine)
 
 
-async def test_the_share_follows_what_is_asked(tiny_models: TinyModels, expected: dict[str, list[list[int]]]) -> None:
-    """Nine streams that outgrow their windows, in the memory of five; then many that do not; then the former again."""
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("num_devices", [1, 2])
+async def test_the_share_follows_what_is_asked(
+    num_devices: int, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
+) -> None:
+    """Seven streams that outgrow their windows, in the memory of five; then many that do not; then the former again.
+
+    On each device. Of two, the weights of one could be dropped: they are not.
+    """
     folder, settings = tiny_models.folder("gemma3", **SHAPES["gemma3"]), KINDS | {"windowed_kv_share": None}
-    long, short = [random_prompt(10, seed=i) for i in range(9)], [random_prompt(20, seed=i) for i in range(40)]
-    async with running_engine(folder, num_blocks_override=88, max_model_len=320, **settings) as served:
+    long = [random_prompt(10, seed=i) for i in range(7 * num_devices)]
+    short = [random_prompt(20, seed=i) for i in range(40 * num_devices)]
+    async with running_engine(
+        folder, f"cpu:{num_devices}", num_blocks_override=88, max_model_len=320, **settings
+    ) as served:
         engine = served.engine
-        assert share_of(engine) == (1.0,)
+        assert set(share_of(engine)) == {1.0}
         for _ in range(2):
             await generate_all(engine, long, greedy(240))
             share = share_of(engine)
-            assert share < (0.6,)
+            assert max(share) < 0.7
             while share_of(engine) == share:  # it does not turn at once
                 await generate_all(engine, short, greedy(12))
             assert share_of(engine) > share
