@@ -10,7 +10,7 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.request import Request
-from kunserve.planner.demand import RequestView
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand, measure_near
 from kunserve.planner.exchange import LiveRequest, plan_exchange
 from kunserve.planner.kinds.mix import OfKinds
 from kunserve.planner.overload import growth
@@ -42,6 +42,12 @@ def as_full(fleet: Fleet, num_near: int) -> int:
     groups = [group for group in fleet.groups if isinstance(group, MixedGroup)]
     full, near = sum(group.num_blocks for group in groups), sum(group.num_near_blocks for group in groups)
     return ceil_div(num_near * full, max(1, near))
+
+
+def demand_of(group: MixedGroup, running: Sequence[RequestView], estimate: OutputLengthEstimate) -> OfKinds:
+    """Return what those who run in a group need when they have got as long as they are expected to."""
+    growing = measure_demand(running, (), estimate, group.block_size).growth
+    return OfKinds(group.num_full_used + growing, measure_near(running, estimate, group.window, group.block_size))
 
 
 def held_by(group: MixedGroup, running: Sequence[RequestView], horizon_steps: int, step_tokens: int) -> OfKinds:

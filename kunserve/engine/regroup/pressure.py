@@ -9,7 +9,7 @@ from functools import partial
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.kinds.mixed_group import MixedGroup
-from kunserve.engine.regroup.live_kv import as_full, held_by
+from kunserve.engine.regroup.live_kv import as_full, demand_of, held_by
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
@@ -17,6 +17,7 @@ from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_d
 from kunserve.planner.kinds.mix import Asked, OfKinds, plan_share
 from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
 from kunserve.planner.snapshot import ModelShape, Snapshot
+from kunserve.sizes import ceil_div
 
 # Between two looks at all requests, if the first found no overload: of many groups, one is always tight.
 OVERLOAD_PAUSE_S = 0.02
@@ -85,14 +86,9 @@ class Pressure:
         if now < self._mix_stays_until_s or not self._is_tight(changed):
             return None
         self._mix_stays_until_s = now + OVERLOAD_PAUSE_S
-        step_tokens, horizon = self._scheduler.limits.max_num_batched_tokens, self._thresholds.horizon_steps
-        groups = [group for group in self._fleet.groups if isinstance(group, MixedGroup)]
-        held = {g.group_id: held_by(g, list(map(self._view, g.running)), horizon, step_tokens) for g in groups}
-        in_steps = len(groups) * self._fleet.blocks_for(step_tokens)
-        demand = OfKinds(self._full_demand(self._estimate), self._near_demand(self._estimate) + in_steps)
         before = snapshot()
         assert before.model.near is not None
-        share = plan_share(before, Asked(held, demand, self._longest))
+        share = plan_share(before, self._asked())
         if share is None:
             return None
         is_near_growing = share > before.model.near.share
@@ -100,6 +96,22 @@ class Pressure:
             return None
         self._is_near_growing = is_near_growing
         return share
+
+    def _asked(self) -> Asked:
+        """Return what is asked of kinds. Those who wait count as if each group got the same part of them."""
+        step_tokens, horizon = self._scheduler.limits.max_num_batched_tokens, self._thresholds.horizon_steps
+        groups = [group for group in self._fleet.groups if isinstance(group, MixedGroup)]
+        waiting, size = list(map(self._view, self._scheduler.queued())), self._fleet.block_size
+        full = ceil_div(measure_demand((), waiting, self._estimate, size).blocks, len(groups))
+        near = ceil_div(measure_near(waiting, self._estimate, groups[0].window, size), len(groups))
+        near += self._fleet.blocks_for(step_tokens)
+        held, demand = dict[int, OfKinds](), dict[int, OfKinds]()
+        for group in groups:
+            running = list(map(self._view, group.running))
+            own = demand_of(group, running, self._estimate)
+            demand[group.group_id] = OfKinds(own.full + full, own.near + near)
+            held[group.group_id] = held_by(group, running, horizon, step_tokens)
+        return Asked(held, demand, self._longest)
 
     def keep_mix(self, seconds: float, *, may_go_on: bool = False) -> None:
         """Want no other share for so long; or if it `may_go_on`, none that takes from the kind that has just got."""

@@ -8,7 +8,6 @@ same part of what is asked for.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,10 +29,10 @@ class OfKinds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is asked of both kinds."""
+    """What is asked of both kinds, by group."""
 
-    held: Mapping[int, OfKinds]  # by group: what those who run hold, and will before anything can be done about it
-    demand: OfKinds  # of all requests, those that wait among them, when they have got as long as they are expected to
+    held: Mapping[int, OfKinds]  # what those who run hold, and will before anything can be done about it
+    demand: Mapping[int, OfKinds]  # of all requests, those that wait among them, as long as they are expected to get
     longest: int  # full blocks of the longest request that is accepted
 
 
@@ -45,14 +44,12 @@ def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     """Return the share that layers with a window should have; None if that of now is as good, or has to stay.
 
     All who run keep what they hold, and the longest request fits wherever it does now, with every drop and without.
+    It moves for those who run and would have to make way, however little there is to gain.
     """
     near = snapshot.model.near
     assert near is not None
     capacity = _capacities(snapshot.model)
-    chains, least = _chains(snapshot, asked)
-
-    def fits(share: int) -> bool:
-        return has_near(share) and has_full(share)
+    demand, least = _needs(snapshot, asked)
 
     def has_near(share: int) -> bool:
         return all(capacity(chain, share).near >= needed.near for chain, needed in least.items())
@@ -60,23 +57,23 @@ def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     def has_full(share: int) -> bool:
         return all(capacity(chain, share).full >= needed.full for chain, needed in least.items())
 
-    def served(share: int) -> tuple[float, float]:
-        """Return which part of what is asked is held of each kind."""
-        full, near = (sum(number * capacity(chain, share)[kind] for chain, number in chains.items()) for kind in (0, 1))
-        return full / max(1, asked.demand.full), near / max(1, asked.demand.near)
+    def served(share: int, kind: int) -> float:
+        """Return which part of what is asked of a kind is held, in the group that holds least of it."""
+        return min(capacity(chain, share)[kind] / max(1, needed[kind]) for chain, needed in demand.items())
 
     def worse(share: int) -> float:
-        """Return how much of what is asked is held of the scarcer kind."""
-        return min(served(share))
+        return min(served(share, 0), served(share, 1))
 
     first = bisect_left(SHARES, True, key=has_near)
     possible = SHARES[first : bisect_left(SHARES, True, key=lambda share: not has_full(share))]
-    even = bisect_left(possible, True, key=lambda share: served(share)[1] >= served(share)[0])
-    candidates = [share for share in possible[max(0, even - 1) : even + 1] if fits(share)]
-    if not candidates:
+    even = bisect_left(possible, True, key=lambda share: served(share, 1) >= served(share, 0))
+    candidates = [s for s in possible[max(0, even - 1) : even + 1] if has_near(s) and has_full(s)]
+    if not candidates or not demand:
         return None
     best, now = max(candidates, key=worse), worse(near.share)
-    return best if worse(best) >= LEAST_GAIN * now or now < 1 <= worse(best) else None
+    has_to_move = not (has_near(near.share) and has_full(near.share))
+    is_better = worse(best) >= LEAST_GAIN * now or now < 1 <= worse(best)
+    return best if has_to_move or is_better else None
 
 
 def most_share(
@@ -91,24 +88,31 @@ def most_share(
     return SHARES[max(0, bisect_left(SHARES, True, key=is_too_much) - 1)]
 
 
-def _chains(snapshot: Snapshot, asked: Asked) -> tuple[Counter[_Chain], dict[_Chain, OfKinds]]:
-    """Return how many groups have which stages, and what these have to hold; so do those that a restore brings back."""
+def _needs(snapshot: Snapshot, asked: Asked) -> tuple[dict[_Chain, OfKinds], dict[_Chain, OfKinds]]:
+    """Return what is asked of groups, and what they have to hold, the most of those that are alike.
+
+    Groups that a restore brings back have to hold something, too.
+    """
     assert snapshot.model.near is not None
     budgets, share, capacity = snapshot.budgets(), snapshot.model.near.share, _capacities(snapshot.model)
-    chains, least = Counter[_Chain](), dict[_Chain, OfKinds]()
+    demand, least = dict[_Chain, OfKinds](), dict[_Chain, OfKinds]()
 
-    def need(stages: Iterable[StageView], held: OfKinds) -> _Chain:
+    def hold(stages: Iterable[StageView], held: OfKinds) -> _Chain:
         chain = _chain(budgets, stages)
         full = max(held.full, min(asked.longest, capacity(chain, share).full))
-        before = least.get(chain, OfKinds(0, 0))
-        least[chain] = OfKinds(max(full, before.full), max(held.near, before.near))
+        least[chain] = _most(least.get(chain), OfKinds(full, held.near))
         return chain
 
     for group in snapshot.groups:
-        chains[need(group.stages, asked.held[group.group_id])] += 1
+        chain = hold(group.stages, asked.held[group.group_id])
+        demand[chain] = _most(demand.get(chain), asked.demand[group.group_id])
         for stages in launched_stages(snapshot.model, budgets, group):
-            need(stages, OfKinds(0, 0))
-    return chains, least
+            hold(stages, OfKinds(0, 0))
+    return demand, least
+
+
+def _most(a: OfKinds | None, b: OfKinds) -> OfKinds:
+    return b if a is None else OfKinds(max(a.full, b.full), max(a.near, b.near))
 
 
 def _chain(budgets: Mapping[int, int], stages: Iterable[StageView]) -> _Chain:
