@@ -67,7 +67,7 @@ class BlockStore:
 
     @property
     def num_following(self) -> int:
-        """Return how many cached blocks are on their way: they occupy their places until then."""
+        """Return how many cached blocks are on their way: they keep their ids until then."""
         on_the_way = (*self._followers.values(), *(convoy.followers for convoy in self._convoys))
         return sum(map(len, on_the_way))
 
@@ -165,9 +165,9 @@ class BlockStore:
         """
         if self._went.setdefault(block, destination) is destination:
             return block
-        place = block, destination.group_id
-        if (twin := self._twins.get(place)) is None:
-            twin = self._twins[place] = Block(dict(block.ids), num_refs=0)
+        key = block, destination.group_id
+        if (twin := self._twins.get(key)) is None:
+            twin = self._twins[key] = Block(dict(block.ids), num_refs=0)
             for device, block_id in block.ids.items():
                 self.pools[device].share([block_id])
         self.num_shared += (twin.num_refs > 0) - 1
@@ -239,12 +239,12 @@ class BlockStore:
 
     # --- cached blocks that follow ------------------------------------------------------------------------------
 
-    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]]) -> None:
-        """Send idle blocks of a group, the hottest first, to others, or to free ids of their own (`settle`)."""
+    def follow(self, source: Group, destinations: Sequence[tuple[Block, Group]]) -> None:
+        """Send idle blocks of a group, the hottest first, to others, or to free ids of their own (`end_following`)."""
         left = tuple(stage.view for stage in source.stages)
-        for block, home in homes:
+        for block, destination in destinations:
             assert self.prefixes is not None and block.key is not None
-            self._followers[home].append(Follower(block, block.key, block.parent, left))
+            self._followers[destination].append(Follower(block, block.key, block.parent, left))
             del self.idle(source)[block]
             self.prefixes.leave(source, block)
 
@@ -276,7 +276,7 @@ class BlockStore:
             self._leave(convoy.table.blocks, convoy.group)
             self._rest(convoy.group, convoy.followers)
 
-    def settle(self, group: Group) -> None:
+    def end_following(self, group: Group) -> None:
         """Let the blocks that follow to where they are be idle again."""
         self._rest(group, self._followers.pop(group, ()))
 

@@ -63,7 +63,7 @@ class Engine(Operated):
         seed: int = 0,
     ) -> None:
         self.model, self.limits, self.fleet, self.scheduler = model, limits, fleet, scheduler
-        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `fit`
+        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `limit_tokens`
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
         self.mover: KvMover | None = None
@@ -182,7 +182,7 @@ class Engine(Operated):
             self._finish(live, reason)
             self.signals.wake()
 
-    def fit(self, most_tokens: int) -> None:
+    def limit_tokens(self, most_tokens: int) -> None:
         """Note that no group holds more than so many tokens of one request. Whoever grows beyond that ends with a 503.
 
         Whoever asks for more than that may still end before.

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
@@ -27,7 +27,7 @@ class Weights:
         self._units = {unit.name: unit for unit in units}
         self._chunk_bytes = device.chunk_bytes
         self._filled: set[str] = set()  # units that are present and whose content is there
-        self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
+        self._ranges = {name: Range(device, pool, ChunkUse.WEIGHTS, self.num_chunks(name)) for name in self._units}
 
     def num_chunks(self, unit: str) -> int:
         """Return the chunks that a unit takes when present."""

@@ -229,7 +229,7 @@ class Scene:
             layers = range(stage.first_layer, stage.last_layer)
             self.kv.copy(device, device, layers, list(tail.moved), list(tail.moved.values()))
         self.check()
-        self.fleet.settle_followers(group)
+        self.fleet.end_following(group)
         if tail.is_whole:
             self.fleet.shrink(device, limit)
         else:
@@ -340,7 +340,7 @@ async def test_the_hottest_stay_when_memory_shrinks() -> None:
         scene.fleet.limit(0, 10)
         with scene.fleet.emptying(group, group.stages[0], 10) as tail:
             scene.kv.copy(0, 0, range(LAYERS), list(tail.moved), list(tail.moved.values()))
-        scene.fleet.settle_followers(group)
+        scene.fleet.end_following(group)
         scene.fleet.shrink(0, 10)
     scene.check()
     assert [cached(scene.fleet, group, prompt) for prompt in prompts] == [4, 4, 0, 0, 0, 2]

@@ -41,8 +41,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_call(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
     """Return what `read_body` does, for a route that generates: 503 if the queue has no room for one sequence more.
 
-    It is asked before the body is read, and once it is there; from then on the place is held. Else all who come while
-    one is free would wait for their turn to be parsed, one after the other, to be refused then.
+    It is asked before the body is read, and once it is there; from then on its place in the queue is held. Else all
+    who come while one is free would wait for their turn to be parsed, one after the other, to be refused then.
     """
     owner = owner_of(request)
     await api.admission.check(owner)
@@ -53,12 +53,12 @@ async def read_body(
     request: web.Request,
     api: Api,
     read: Callable[[dict[str, Any]], T],
-    place: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+    held_while_parsed: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
 ) -> T:
     """Return what `read` makes of the JSON object in the body; of a large one on a thread.
 
-    `place`: held from the body's last byte until it is parsed. 413 beyond the bound, 503 if there is no memory for it
-    now, 400 if it is no JSON or does not come in time; KunServeError of `read`.
+    `held_while_parsed`: from the body's last byte until it is parsed. 413 beyond the bound, 503 if there is no memory
+    for it now, 400 if it is no JSON or does not come in time; KunServeError of `read`.
     """
     if (resumed := request.get(RESUMED)) is not None:  # it stood in another body, which has been read
         return await api.on_thread(lambda: read(resumed.body))
@@ -76,7 +76,7 @@ async def read_body(
         except TimeoutError:
             body.end()  # it may have had to give way
             raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-        async with place():
+        async with held_while_parsed():
             await api.turns.take()
             if body.num_bytes <= SMALL_BYTES:
                 return read(_object(body.whole, _small(body.whole)))

@@ -113,8 +113,8 @@ class StepBuffers:
         self._host = driver.pinned(int(ends[-1]) * 4).view(torch.int32)
         self._device = torch.zeros(len(self._host), dtype=torch.int32, device=driver.torch_device)
         starts = [0, *ends[:-1].tolist()]
-        places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        staged = [Staged(self._host[place], self._device[place]) for place in places]
+        slices = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        staged = [Staged(self._host[taken], self._device[taken]) for taken in slices]
         self.token_ids, self.sampled_rows, self.positions, self.slots = staged[:4]
         self.cu_seqlens_q, self.kv_indptr, self.last_block_len, self.kv_indices = staged[4:]
         self._num_fixed = starts[-1]

@@ -23,7 +23,7 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.gpu.refusal import is_refusal
-from kunserve.model.host_copy import WeightOrigin
+from kunserve.model.host_copy import LoadedFrom
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import Relaxation, Thresholds
@@ -42,7 +42,8 @@ MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
 WEIGH_EVERY_S = 0.1  # what was not worth it
-LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
+# Least pause between two looks for a restore, unless a fiftieth of the hold time is less: each measures all requests.
+LOOK_EVERY_S = 0.1
 TIMER_SLACK_S = 0.001  # added to timers: by rounding, one that fires on time may find its time not quite over
 
 
@@ -116,7 +117,7 @@ class OverloadControl:
         loader = self.reconfigure.loader
         return {
             "host_copy": str(loader.host.kind),
-            "weight_sources": {str(origin): loader.num_bytes[origin] for origin in WeightOrigin},
+            "weight_sources": {str(source): loader.num_bytes[source] for source in LoadedFrom},
             "transitions": [transition.state() for transition in shown],
         }
 

@@ -139,7 +139,7 @@ class Exchange:
                     promised += growth
                     lane = lanes[move.source, move.destination]
                     under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane, promised, growth)))
-            await self._remap.settle(group.stages)
+            await self._remap.reassign_chunks(group.stages)
         except Exception as error:
             log_failure("exchange by layer failed, recomputing", error, requests=len(moving))
         else:

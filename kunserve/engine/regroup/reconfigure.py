@@ -113,7 +113,7 @@ class Reconfigure:
         with self.boundary.paused(old):
             with self.transitions.step(transition, "boundary"):  # 2
                 await self.boundary.reached(old, gives_up=True)
-                await self._settle(old)
+                await self._repair_layouts(old)
             exchange = self._plan_exchange(snapshot, merge, old, most_lost_blocks)
             if exchange.moves or exchange.mode is ExchangeMode.INFEASIBLE:
                 transition.exchange_mode = str(exchange.mode)
@@ -131,7 +131,7 @@ class Reconfigure:
                 else:
                     await self.exchange.by_request(moving)
                 transition.num_cached_blocks = await self._followers.bring(new)
-                await self._remap.settle(new.stages)
+                await self._remap.reassign_chunks(new.stages)
                 self._signals.wake()
 
     def would_drop(self, merge: Merge) -> dict[int, list[str]]:
@@ -191,9 +191,9 @@ class Reconfigure:
         self.exchange.reserve(moving, is_beyond_limit=bool(by_layer))
         return new, moving
 
-    async def _settle(self, groups: Sequence[Group]) -> None:
+    async def _repair_layouts(self, groups: Sequence[Group]) -> None:
         """Bring devices to their groups' layouts, if an earlier transition failed to."""
-        await self._remap.settle(stage for group in groups for stage in group.stages)
+        await self._remap.reassign_chunks(stage for group in groups for stage in group.stages)
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Reconfigure:
         with self.transitions.begin("restore", group_ids) as (transition, old), ExitStack() as pause:
             self._is_cancelled = False
             transition.planned_bytes = self._bytes_to_load(old, plan)
-            await self._settle(old)
+            await self._repair_layouts(old)
             before = self._remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
@@ -272,7 +272,7 @@ class Reconfigure:
                     pause.enter_context(self.boundary.paused(old))
                     await self.boundary.reached(old)
                 for group in old:
-                    self._fleet.settle_followers(group)
+                    self._fleet.end_following(group)
             with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, *num_blocks)
@@ -310,7 +310,7 @@ class Reconfigure:
             await self._remap.apply({stage.device: before[stage.device] for stage in group.stages})
             for stage in group.stages:
                 self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
-            self._fleet.settle_followers(group)
+            self._fleet.end_following(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
@@ -320,11 +320,11 @@ class Reconfigure:
             held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
             max_running = [self._scheduler.limits.max_running(half) for half in new]
-            homes = assign_requests(held, stages, [half.stages for half in split.into], max_running)
-            by_id = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
-            home = {request: by_id[request.request_id] for request in group.running}
-            self._followers.split(group, home, new)
-            moving += [self.exchange.begin(request, group, to) for request, to in home.items()]
+            ids_by_half = assign_requests(held, stages, [half.stages for half in split.into], max_running)
+            by_id = {request_id: to for to, ids in zip(new, ids_by_half, strict=True) for request_id in ids}
+            destinations = {request: by_id[request.request_id] for request in group.running}
+            self._followers.split(group, destinations, new)
+            moving += [self.exchange.begin(request, group, to) for request, to in destinations.items()]
             made += new
         self.exchange.reserve(moving)  # they have blocks everywhere already
         return made, moving

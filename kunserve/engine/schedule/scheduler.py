@@ -88,7 +88,7 @@ class Scheduler:
         return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Form the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
+        """Make the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
         spans: list[Span] = []
         num_leaving = self.swapped.num_leaving(group)
         evictions_before = self._num_evictions

@@ -55,8 +55,8 @@ class StepInputs:
 def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
     """Put sampled tokens where their placeholders are: (T,) int32, a new one. Without any, what comes out is unused."""
     ids = token_ids.numpy().copy()
-    places = np.flatnonzero(ids < 0)
-    ids[places] = 0 if sampled is None else np.array(sampled)[-1 - ids[places]]
+    placeholders = np.flatnonzero(ids < 0)
+    ids[placeholders] = 0 if sampled is None else np.array(sampled)[-1 - ids[placeholders]]
     return torch.from_numpy(ids)
 
 
@@ -72,29 +72,29 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
     ]
 
 
-def _places(batch: Microbatch) -> dict[Request, int]:
+def _sampled_indices(batch: Microbatch) -> dict[Request, int]:
     """Return the index of each request's token among those that a microbatch samples."""
-    places, num_sampled = dict[Request, int](), 0
+    indices, num_sampled = dict[Request, int](), 0
     for span in batch.spans:
         num_sampled += len(scored_positions(span))
         if span.samples:
-            places[span.request] = num_sampled
+            indices[span.request] = num_sampled
             num_sampled += 1
-    return places
+    return indices
 
 
-def _token_ids(spans: Sequence[Span], places: Mapping[Request, int]) -> list[int]:
-    """Return the tokens of all spans; for one that nobody knows yet its place, as `StepInputs.token_ids` says."""
+def _token_ids(spans: Sequence[Span], indices: Mapping[Request, int]) -> list[int]:
+    """Return the tokens of all spans; for one that nobody knows yet its index, as `StepInputs.token_ids` says."""
     token_ids = list[int]()
     for request, start, end, _, is_ahead in spans:
         token_ids += request.token_ids[start:end]
         if is_ahead:
-            token_ids.append(-1 - places[request])
+            token_ids.append(-1 - indices[request])
     return token_ids
 
 
 def _sampled(
-    batch: Microbatch, places: Mapping[Request, int], eos_token_ids: tuple[int, ...]
+    batch: Microbatch, indices: Mapping[Request, int], eos_token_ids: tuple[int, ...]
 ) -> tuple[list[int], list[SamplingRow]]:
     """Return the rows whose logits are needed, and what decides their tokens.
 
@@ -112,7 +112,7 @@ def _sampled(
                 len(r.token_ids) - len(r.prompt_token_ids) + span.is_ahead
             )  # a copy would be longer in each step
             if reads_output(params):
-                output = (*r.output_token_ids, -1 - places[r]) if span.is_ahead else r.output_token_ids
+                output = (*r.output_token_ids, -1 - indices[r]) if span.is_ahead else r.output_token_ids
             mask = None if r.constraint is None else _mask(r.constraint, len(output))
             numbers.append(num_tokens - 1)
             rows.append(SamplingRow(params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask))
@@ -154,7 +154,7 @@ def step_inputs(
     """Snapshot the arrays of a microbatch; of those in flight, `oldest` may yet sample some of its tokens."""
     spans = batch.spans
     is_ahead = any(span.is_ahead for span in spans)
-    places = _places(oldest) if is_ahead and oldest is not None else {}
+    indices = _sampled_indices(oldest) if is_ahead and oldest is not None else {}
     starts = np.array([span.start for span in spans], np.int32)
     ends = np.array([span.end for span in spans], np.int32)
     lens = ends - starts
@@ -164,9 +164,9 @@ def step_inputs(
     width = ceil_div(int(ends.max()), block_size)
     tables = [span.request.table for span in spans]
     near_tables = [table.near for table in tables if table.near is not None]
-    sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
+    sampled_rows, sampling = _sampled(batch, indices, eos_token_ids)
     return StepInputs(
-        token_ids=torch.from_numpy(np.array(_token_ids(spans, places), np.int32)),
+        token_ids=torch.from_numpy(np.array(_token_ids(spans, indices), np.int32)),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         context_lens=torch.from_numpy(ends),

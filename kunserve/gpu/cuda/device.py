@@ -97,7 +97,7 @@ class CudaDevice:
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
         self._mappings.check_reserved(address, num_bytes)
-        for start, num_chunks in _runs(self._mappings.places_in(address, num_bytes), self.chunk_bytes):
+        for start, num_chunks in _runs(self._mappings.mapped_in(address, num_bytes), self.chunk_bytes):
             self.unmap(start, num_chunks)
         self.driver.free(*self._reserved[address])
         self._mappings.release(address, num_bytes)

@@ -105,7 +105,7 @@ async def test_any_call_may_fail(kind: str, tiny64: Path, expected: list[Answer]
         assert {name for _, name in failed_on} == calls and {device for device, _ in failed_on} == {"cpu:0", "cpu:1"}
 
 
-async def test_devices_that_were_not_settled_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
+async def test_chunks_that_were_not_reassigned_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
     """All maps fail once the epoch is committed: the chain serves with less, and can be restored all the same."""
     async with checked_engine(tiny64, "cpu:2", 320) as checked:
         failures = Failures(checked.engine)

@@ -199,7 +199,7 @@ class HeldGrammar:
     def accept(self, token_id: int) -> None:
         pass
 
-    async def settled(self) -> None:
+    async def decided(self) -> None:
         pass
 
     def release(self) -> None:

@@ -39,17 +39,17 @@ class JsonReader:
 
     def push(self, text: str) -> list[Delta]:
         """Take more text; the first character is the object's brace."""
-        text, place = self.rest + text, 0
-        while place < len(text) and not self.is_done:
-            if text[place] in self._first_of_stops and not self._in_string:
-                if (mark := mark_at(text, place, self._stops)) is None:
+        text, index = self.rest + text, 0
+        while index < len(text) and not self.is_done:
+            if text[index] in self._first_of_stops and not self._in_string:
+                if (mark := mark_at(text, index, self._stops)) is None:
                     break
                 if mark:
                     self._end(is_whole=False)
                     break
-            self._take(text[place])
-            place += 1
-        self.rest = text[place:]
+            self._take(text[index])
+            index += 1
+        self.rest = text[index:]
         return self._told()
 
     def finish(self, is_cut: bool) -> list[Delta]:
