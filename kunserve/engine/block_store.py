@@ -99,7 +99,7 @@ class BlockStore:
             if not self.give_up_coldest(group):
                 return False
         while self.idle(group) and any(self.pool(stage).num_free < num_blocks for stage in group.stages):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
         table.append({stage.device: self.pool(stage).alloc(num_blocks) or [] for stage in group.stages})
         return True
 
@@ -317,9 +317,10 @@ class BlockStore:
     def forget_idle(self, group: Group) -> None:
         """Free all idle blocks of a group."""
         while self.idle(group):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
 
-    def _forget_oldest(self, group: Group) -> None:
+    def forget_oldest(self, group: Group) -> None:
+        """Free the idle block of a group that was used longest ago."""
         block, _ = self.idle(group).popitem(last=False)
         if self.prefixes is not None:
             self.prefixes.remove(group, block)
@@ -328,7 +329,7 @@ class BlockStore:
     def _reclaim(self, group: Group) -> bool:
         """Free one cached block of a group, if there is any: an idle one first."""
         if self.idle(group):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
             return True
         return self.give_up_coldest(group)
 
@@ -343,7 +344,7 @@ class BlockStore:
         pool.set_limit(num_blocks)
         num_others = pool.num_used - len(idle)
         while len(idle) > max(0, num_blocks - num_others):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
         beyond = [block for block in reversed(idle) if block.ids[device] >= num_blocks]
         self.follow(group, [(block, group) for block in beyond])
 

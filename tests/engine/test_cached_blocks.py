@@ -288,8 +288,8 @@ async def test_of_a_prefix_its_window_is_enough() -> None:
     first.num_computed_tokens = first.num_scheduled_tokens = 21
     scene.fleet.computed(first, group)
     assert (len(first.table.blocks), len(group.idle)) == (2, 4)  # of six
-    scene.fleet._blocks._forget_oldest(group)
-    scene.fleet._blocks._forget_oldest(group)
+    scene.fleet.store(0).forget_oldest(group)
+    scene.fleet.store(0).forget_oldest(group)
     second = admitted("second")
     assert second.num_computed_tokens == 20 and second.table.num_behind == 3 and second.table.num_places == 6
     scene.check()

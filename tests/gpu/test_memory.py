@@ -74,7 +74,7 @@ def test_addresses_are_left_for_eight_large_devices() -> None:
         device = NullDevice(0, (141 << 30) // chunk, chunk)
         shape = KVShape(8, 16, 128, torch.bfloat16)
         memory = KVMemory(device, ChunkPool(device.num_chunks), num_layers, shape)
-        reserved = sum(device._mappings.reserved.values())
+        reserved = sum(device.mappings.reserved.values())
         assert 8 * reserved <= 64 << 40  # half of what a process has
         one_layer = max_layer_chunks(num_layers, chunk)
         assert reserved == num_layers * min(one_layer, device.num_chunks) * chunk

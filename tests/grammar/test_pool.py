@@ -71,7 +71,7 @@ async def test_a_bomb_is_refused_and_remembered_and_others_go_on(name: str) -> N
                 await pool.compile(key, "x")
             assert deaths in (["crash"], ["cpu"])  # once: it was not tried again
         assert await spell(other, "34z") == [masks[1]] * 3
-        assert other._matcher.is_finished
+        assert other.is_finished
 
 
 def kill_process(pool: Pool) -> None:

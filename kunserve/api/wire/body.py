@@ -79,8 +79,8 @@ async def read_body(
         async with held_while_parsed():
             await api.turns.take()
             if body.num_bytes <= SMALL_BYTES:
-                return read(_object(body.whole, _small(body.whole)))
-            return await api.on_thread(lambda: read(_object(body.whole, _large(body.whole))))
+                return read(_object(body.whole, parse_small(body.whole)))
+            return await api.on_thread(lambda: read(_object(body.whole, parse_large(body.whole))))
 
 
 def _check_headers(request: web.Request, settings: ApiSettings) -> None:
@@ -123,15 +123,16 @@ def _check_depth(value: object, name: str) -> None:
         raise InvalidRequestError(f"`{name}` is nested more than {MAX_DEPTH} levels deep.", param=name)
 
 
-def _small(body: bytes) -> object:
+def parse_small(body: bytes) -> object:
+    """Read JSON at once. Raises InvalidRequestError."""
     try:
         return orjson.loads(body.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
 
 
-def _large(body: bytes) -> object:
-    """Read the same values as `_small`, in pieces."""
+def parse_large(body: bytes) -> object:
+    """Read the same values as `parse_small`, in pieces."""
     num_lists = num_scalars = 0
     for piece in pieces(body):  # what a cut goes through does not count
         num_lists += sum([piece.count(mark) for mark in (b"[[", b",[", b", [", b"[{", b",{", b", {")])
@@ -142,7 +143,7 @@ def _large(body: bytes) -> object:
         raise InvalidRequestError(f"The body has more than {MAX_SCALARS} strings, truth values and nulls.")
     may_have_halves = any(mark in body for mark in (b"\\ud", b"\\uD"))  # of characters: to be checked as orjson does
     if may_have_halves and _SURROGATE.search(body):
-        return _small(body)
+        return parse_small(body)
     try:
         return _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:

@@ -235,13 +235,13 @@ class FlashInferAttention:
         device = buffers.driver.torch_device
         float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
         self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
-        self._kinds = [
+        self.kinds = [
             _Kind(self, scores) for scores in dict.fromkeys(Scores.of(config, i) for i in range(config.num_layers))
         ]
 
     def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
         """See `PagedAttention.plan`."""
-        runs = {kind.scores: kind.plan(arrays, bucket) for kind in self._kinds}
+        runs = {kind.scores: kind.plan(arrays, bucket) for kind in self.kinds}
 
         def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
             return _attend_with_sinks(runs[scores], q, kv, sinks)

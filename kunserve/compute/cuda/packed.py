@@ -127,7 +127,7 @@ def packed_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, res
     rows = FEW_ROWS if is_wide or T <= FEW_ROWS else MANY_ROWS
     grid, num_turns = (ceil_div(N, COLUMNS), ceil_div(T, rows)), row_bytes // inner
     is_shared = T <= MAX_SHARED_ROWS
-    span = _span(grid[0] * grid[1], num_turns) if is_shared else num_turns
+    span = turns_per_program(grid[0] * grid[1], num_turns) if is_shared else num_turns
     num_parts = ceil_div(num_turns, span)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     parts = torch.empty(num_parts, T, N, dtype=torch.float32, device=x.device) if is_shared else out
@@ -145,7 +145,7 @@ def packed_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, res
     return out if bias is None or residual is None else out + bias
 
 
-def _span(num_programs: int, num_turns: int) -> int:
+def turns_per_program(num_programs: int, num_turns: int) -> int:
     """Return the turns of a program, where so many of them would take all turns: enough that there are enough."""
     return ceil_div(num_turns, max(1, min(WANTED_PROGRAMS // num_programs, num_turns // MIN_TURNS)))
 

@@ -68,7 +68,7 @@ class Membership:
         """
         self._snapshot, self._need_blocks = snapshot, need_blocks
         self._fleet, self._scheduler, self._reconfigure = fleet, scheduler, reconfigure
-        self._boundary, self._remap, self._health, self._signals = boundary, remap, health, signals
+        self._boundary, self.remap, self._health, self._signals = boundary, remap, health, signals
         self._least_blocks, self._reopen, self._limit_tokens, self._halt = least_blocks, reopen, limit_tokens, halt
 
     # --- what can happen ----------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Membership:
 
         `may_idle`: of none, if other groups do their work. NothingLeftError if there are no others, and it needs them.
         """
-        transitions, remap = self._reconfigure.transitions, self._remap
+        transitions, remap = self._reconfigure.transitions, self.remap
         with transitions.begin(kind, [group.group_id for group in old]) as (transition, _), self._boundary.paused(old):
             with transitions.step(transition, "boundary"):
                 await self._boundary.reached(old)
@@ -259,8 +259,8 @@ class Membership:
 
     def _make_group(self, group: NewGroup) -> Group:
         for layout in group.layouts:
-            self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
-        return self._fleet.make_group(group.stages, self._remap.shape.block_size, group.lineage)
+            self._fleet.refill(layout.stage.device, *blocks_of(self.remap.shape, layout))
+        return self._fleet.make_group(group.stages, self.remap.shape.block_size, group.lineage)
 
     def _limit_requests(self) -> None:
         """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""

@@ -50,7 +50,7 @@ class Reconfigure:
         transitions: Transitions,
         signals: Signals,
     ) -> None:
-        self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
+        self._fleet, self._scheduler, self.boundary, self.remap = fleet, scheduler, boundary, remap
         self.exchange, self.loader = exchange, loader
         self._followers = Followers(fleet, exchange.transfers)
         self._signals, self._shape = signals, remap.shape
@@ -87,16 +87,16 @@ class Reconfigure:
         They load their weights while it serves. Raises as `drop`; what they have loaded stays there then.
         """
         with self.transitions.begin("add", [plan.group_id]) as (transition, old):
-            layouts = {stage.device: self._remap.of_stage(stage) for stage in plan.newcomers}
+            layouts = {stage.device: self.remap.of_stage(stage) for stage in plan.newcomers}
             with self.transitions.step(transition, "remap"):
-                await self._remap.apply(layouts)
-            transition.planned_bytes = self._remap.num_unfilled_bytes(layouts)
+                await self.remap.apply(layouts)
+            transition.planned_bytes = self.remap.num_unfilled_bytes(layouts)
             with self.transitions.step(transition, "load"):
-                transition.weight_bytes = await self._remap.load(layouts, lambda: old[0].is_suspect)
-            if self._remap.num_unfilled_bytes(layouts):
+                transition.weight_bytes = await self.remap.load(layouts, lambda: old[0].is_suspect)
+            if self.remap.num_unfilled_bytes(layouts):
                 raise ConflictError("a device does not answer", retry_after_s=1)
             for stage in plan.newcomers:
-                self._fleet.refill(stage.device, *self._remap.num_blocks(stage))
+                self._fleet.refill(stage.device, *self.remap.num_blocks(stage))
             await self._merge_at_boundary(transition, old, plan.snapshot, plan.merge, None, 0)
         return transition
 
@@ -121,7 +121,7 @@ class Reconfigure:
                 if group.group_id not in exchange.cached_groups:
                     self._fleet.forget_idle(group)
             with self.transitions.step(transition, "remap"):  # 3
-                await self._remap.apply(self._remap.planned(exchange.layouts))
+                await self.remap.apply(self.remap.planned(exchange.layouts))
             transition.weight_bytes += merge.freed_bytes
             new, moving = self._merge(merge, old, exchange)
             self.transitions.commit(transition, old, [new], on_commit)  # 4
@@ -131,12 +131,12 @@ class Reconfigure:
                 else:
                     await self.exchange.by_request(moving)
                 transition.num_cached_blocks = await self._followers.bring(new)
-                await self._remap.reassign_chunks(new.stages)
+                await self.remap.reassign_chunks(new.stages)
                 self._signals.wake()
 
     def would_drop(self, merge: Merge) -> dict[int, list[str]]:
         """Return the weight units that a merge would unmap, by device; without those that it would not."""
-        dropped = {stage.device: self._remap.units_beyond(stage) for stage in merge.stages}
+        dropped = {stage.device: self.remap.units_beyond(stage) for stage in merge.stages}
         return {device: units for device, units in dropped.items() if units}
 
     def _plan_exchange(
@@ -180,7 +180,7 @@ class Reconfigure:
                 self._fleet.forget_idle(group)  # of requests that have ended since then
         self._followers.merge(groups, new)
         for stage in new.stages:
-            mapped = self._remap.num_blocks(stage)
+            mapped = self.remap.num_blocks(stage)
             self._fleet.grow(stage.device, *mapped)
             if by_layer:  # and ids of blocks that are mapped layer by layer
                 self._fleet.grow(stage.device, *by_layer[stage.device].by_kind(len(mapped)))
@@ -193,7 +193,7 @@ class Reconfigure:
 
     async def _repair_layouts(self, groups: Sequence[Group]) -> None:
         """Bring devices to their groups' layouts, if an earlier transition failed to."""
-        await self._remap.reassign_chunks(stage for group in groups for stage in group.stages)
+        await self.remap.reassign_chunks(stage for group in groups for stage in group.stages)
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class Reconfigure:
             self._is_cancelled = False
             transition.planned_bytes = self._bytes_to_load(old, plan)
             await self._repair_layouts(old)
-            before = self._remap.now(old)
+            before = self.remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
                 with self.transitions.step(transition, "split"):
@@ -276,9 +276,9 @@ class Reconfigure:
             with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, *num_blocks)
-                await self._remap.apply(self._remap.planned(layout for half in halves for layout in half.layouts))
+                await self.remap.apply(self.remap.planned(layout for half in halves for layout in half.layouts))
         with self.transitions.step(transition, "load"):
-            transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
+            transition.weight_bytes = await self.remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
     async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, tuple[int, ...]]) -> bool:
@@ -307,9 +307,9 @@ class Reconfigure:
         """Undo a restore of a group before its split: drop what came, and give the chunks to KV again."""
         with self.boundary.paused([group]):
             await self.boundary.reached([group])
-            await self._remap.apply({stage.device: before[stage.device] for stage in group.stages})
+            await self.remap.apply({stage.device: before[stage.device] for stage in group.stages})
             for stage in group.stages:
-                self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
+                self._fleet.grow(stage.device, *self.remap.num_blocks(stage))
             self._fleet.end_following(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:

@@ -222,13 +222,13 @@ async def test_stopping_on_the_way_frees_everything(tiny64: Path) -> None:
 async def test_the_timer_runs_only_while_something_does(tiny64: Path) -> None:
     async with migrating(tiny64) as served:
         engine = served.engine
-        assert mover(engine)._timer is None
+        assert not mover(engine).is_watching
         reader = asyncio.create_task(read(engine, make_request("r", 30, 50)))
         await until(engine, lambda: engine.num_running == 1)
-        assert mover(engine)._timer is not None
+        assert mover(engine).is_watching
         await reader
         mover(engine).pair()  # what the timer calls
-        assert mover(engine)._timer is None
+        assert not mover(engine).is_watching
 
 
 async def test_chains_do_not_migrate(tiny64: Path) -> None:

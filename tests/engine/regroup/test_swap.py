@@ -125,7 +125,7 @@ async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> No
         requests = [make_request(f"r{i}", 30, 70) for i in range(3)]
         readers = [asyncio.create_task(read(engine, request)) for request in requests]
         await gate.reached.wait()
-        returning = next(move.request for move in engine.scheduler.swapped._moving.values() if not move.is_out)
+        returning = next(move.request for move in engine.scheduler.swapped.moving.values() if not move.is_out)
         assert returning.is_moving and returning.block_tables
         engine.abort(returning.request_id)
         engine.check()

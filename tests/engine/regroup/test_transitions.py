@@ -41,7 +41,7 @@ def contents(checked: Checked) -> dict[str, torch.Tensor]:
         f"{memory.device.name} {unit} {spec.name}": memory.weights.tensor(unit, spec.name).clone()
         for memory in checked.engine.memories
         for unit in memory.weights.present
-        for spec in memory.weights._units[unit].tensors
+        for spec in memory.weights.specs(unit)
     }
 
 
@@ -336,7 +336,7 @@ async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path
             assert answer.finish is not None or isinstance(answer.error, OverloadedError)
         assert checked.reconfigure.transitions.current is None
         checked.assert_no_failure()
-        assert not checked.reconfigure.exchange._moving
+        assert not checked.reconfigure.exchange.moving
         assert not any(request.is_moving for group in checked.engine.groups for request in group.running)
 
 
