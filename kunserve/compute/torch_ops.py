@@ -81,26 +81,30 @@ class TorchOps:
     ) -> Tensor:
         """Attend causally, sequence by sequence, to its gathered blocks: -> (T, num_heads * head_dim)."""
         _, _, num_kv_heads, block_size, head_dim = kv.shape
-        q = qkv[:, : num_heads * head_dim].reshape(len(qkv), num_kv_heads, -1, head_dim)
+        wide, num_tokens = _wide(kv.dtype), len(qkv)
+        q = qkv[:, : num_heads * head_dim].reshape(num_tokens, num_kv_heads, -1, head_dim).transpose(0, 1).to(wide)
+        q = q * (head_dim**-0.5 if scores.scale is None else scores.scale)
         out = torch.empty_like(q)
-        scale = head_dim**-0.5 if scores.scale is None else scores.scale
-        ends, contexts = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist()
+        ends, contexts, tables = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist(), batch.block_tables.long()
         for b, context_len in enumerate(contexts):
-            tokens = slice(ends[b], ends[b + 1])
-            blocks = batch.block_tables[b, : ceil_div(context_len, block_size)].long()
-            keys, values = kv[blocks].to(_wide(kv.dtype)).movedim(0, 2).flatten(2, 3)[:, :, :context_len]
-            x = torch.einsum("tkgd,ksd->kgts", q[tokens].to(keys.dtype), keys) * scale
+            start, end = ends[b], ends[b + 1]
+            blocks = kv[tables[b, : ceil_div(context_len, block_size)]].to(wide)
+            keys, values = blocks.movedim(0, 2).flatten(2, 3)[:, :, :context_len].unbind()  # (kv heads, context, dim)
+            x = q[:, start:end].flatten(1, 2) @ keys.mT
             x = x if scores.softcap is None else self.softcap(x, scores.softcap)
-            behind = batch.positions[tokens, None] - torch.arange(context_len, device=kv.device)
-            unseen = behind < 0 if scores.window is None else (behind < 0) | (behind >= scores.window)
-            x = x.masked_fill(unseen, float("-inf"))
+            if end - start > 1 or scores.window is not None:  # the last token sees all
+                behind = batch.positions[start:end, None] - torch.arange(context_len, device=kv.device)
+                unseen = behind < 0 if scores.window is None else (behind < 0) | (behind >= scores.window)
+                x = x.view(num_kv_heads, end - start, -1, context_len).masked_fill(unseen[:, None], float("-inf"))
+                x = x.flatten(1, 2)
             if sinks is not None:
-                sink = sinks.to(x.dtype).view(num_kv_heads, -1, 1, 1).expand(*x.shape[:3], 1)
-                weights = torch.cat([x, sink], -1).softmax(-1)[..., :-1]
-            else:
-                weights = x.softmax(-1)
-            out[tokens] = torch.einsum("kgts,ksd->tkgd", weights, values).to(qkv.dtype)
-        return out.flatten(1)
+                sink = (
+                    sinks.to(wide).view(num_kv_heads, 1, -1, 1).expand(-1, end - start, -1, 1).reshape(*x.shape[:2], 1)
+                )
+                x = torch.cat([x, sink], -1)
+            weights = x.softmax(-1)[..., :context_len]
+            out[:, start:end] = (weights @ values).view(num_kv_heads, end - start, -1, head_dim)
+        return out.transpose(0, 1).to(qkv.dtype).flatten(1)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""

@@ -407,13 +407,13 @@ class BlockStore:
         on_the_way = [follower.block for followers in self._followers.values() for follower in followers]
         on_the_way += [block for convoy in self._convoys for block in convoy.table.blocks]
         assert all(block.num_refs == 0 and block.key is None for block in on_the_way)
-        named = defaultdict[int, list[list[int]]](list)  # by device
+        named = defaultdict[int, list[int]](list)  # by device
         for block in [*num_refs, *idle, *on_the_way]:
             for device, block_id in block.ids.items():
-                named[device].append([block_id])
+                named[device].append(block_id)
         for device, front in self._fronts:
-            named[device].append(front)
+            named[device] += front
         for device, pool in self.pools.items():
-            pool.check(named[device])
+            pool.check([named[device]])
         if self.prefixes is not None:
             self.prefixes.check(groups, {*num_refs, *idle})

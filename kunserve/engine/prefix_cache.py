@@ -163,5 +163,6 @@ class PrefixCache:
         """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""
         devices = {group.group_id: {stage.device for stage in group.stages} for group in groups}
         for key, holders in self._holders.items():
-            assert holders and all(b.key == key and b in blocks for b in holders.values())
-            assert all(block.ids.keys() >= devices[group_id] for group_id, block in holders.items())
+            assert holders
+            for group_id, block in holders.items():
+                assert block.key == key and block in blocks and block.ids.keys() >= devices[group_id]

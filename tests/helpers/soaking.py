@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transition_harness import TINY, Answer, Checked, checked_engine, make_requests
+from transition_harness import TINY, Answer, Checked, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.request import Request
 from kunserve.errors import DeviceError, KunServeError
@@ -38,7 +38,7 @@ class Soak:
         self._known = list(zip(requests, expected, strict=True))
         self._rng = random.Random(seed)
         self._hanging: list[threading.Event] = []
-        self._doomed: list[Any] = []  # devices that hang with their next step, or do already
+        self.doomed: list[Any] = []  # devices that hang with their next step, or do already
         self.counts = Counter[str]()
         self.rss_bytes: list[int] = []  # after each round
 
@@ -100,7 +100,7 @@ class Soak:
         """Devices that do their work, and will."""
         states = [device["state"] for device in self._engine.state()["devices"]]
         inner = [memory.device.inner for memory in self._engine.memories]
-        return [i for i, state in enumerate(states) if state == "ok" and inner[i] not in self._doomed]
+        return [i for i, state in enumerate(states) if state == "ok" and inner[i] not in self.doomed]
 
     def _victim(self) -> int:
         sound = self._sound()
@@ -140,7 +140,7 @@ class Soak:
             return work()
 
         victim = self._victim()
-        self._doomed.append(self._engine.memories[victim].device.inner)
+        self.doomed.append(self._engine.memories[victim].device.inner)
         self._next_run(victim, faulty)
 
     async def lose(self) -> None:
@@ -173,7 +173,7 @@ class Soak:
         for ends in self._hanging:
             ends.set()
         self._hanging.clear()
-        self._doomed.clear()
+        self.doomed.clear()
         while len(self._sound()) < len(self._engine.memories):
             await self._checked.rebuilt()
             with suppress(KunServeError):
@@ -197,7 +197,8 @@ async def soak(folder: Path, seconds: float, seed: int, devices: str = "cpu:3", 
         expected = await checked.answer_all(requests)
     async with checked_engine(folder, devices, NUM_BLOCKS, **SETTINGS | (PAIRS if are_pairs else {})) as checked:
         found = Soak(checked, requests, expected, seed, num_needed=1 + are_pairs)
-        await found.run(seconds)
+        with patient_with_sound_devices(lambda device: device in found.doomed):
+            await found.run(seconds)
         return found
 
 

@@ -98,10 +98,11 @@ class BlockPool:
 
     def check(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Assert that every id is free or used, once; and used exactly as often as `holders` hold it."""
-        free = set(self._free)  # tests check at every step: sets are ten times faster than loops
-        assert len(free) == len(self._free) and free.isdisjoint(self._ref_counts)
-        assert free.union(self._ref_counts) == set(range(self.num_blocks))
-        assert self._num_free_below_limit == len(free.intersection(range(self._limit)))
+        free, used = set(self._free), self._ref_counts  # tests check at every step: sets are faster than loops
+        assert len(free) == len(self._free) and free.isdisjoint(used) and len(free) + len(used) == self.num_blocks
+        assert all(min(ids) >= 0 and max(ids) < self.num_blocks for ids in (free, used) if ids)
+        is_bounded = self._limit < self.num_blocks
+        assert self._num_free_below_limit == (sum(map(self._limit.__gt__, free)) if is_bounded else len(free))
         assert min(self._ref_counts.values(), default=1) > 0
         if holders is not None:
             counts = Counter(chain.from_iterable(holders))

@@ -42,8 +42,8 @@ class Faults:
         self._begun_s: float | None = None
 
     def begin(self) -> None:
-        """Start the clock: the first step, which is the first request's, is here. Idempotent."""
-        if self._begun_s is None:
+        """Start the clock: work is here, the first request's unless a transition runs. Idempotent."""
+        if self._begun_s is None and not self.phases():
             self._begun_s = time.monotonic()
 
     def wrap(self, index: int, device: Device) -> Device:

@@ -141,6 +141,22 @@ def test_seconds_are_counted_from_the_first_request(monkeypatch: pytest.MonkeyPa
     assert faults.is_due(fault)
 
 
+def test_work_of_a_transition_is_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator may drop before the first request: the clock does not run then."""
+    now_s = 100.0
+    monkeypatch.setattr(faults_module, "time", FakeTime(lambda: now_s))
+    fault = Fault(1, FaultKind.LOST, 5.0)
+    faults = Faults([fault], phases=lambda: phases)
+    phases = ["drop.remap"]
+    faults.begin()
+    now_s = 110.0
+    assert not faults.is_due(fault)
+    phases = []
+    faults.begin()
+    now_s = 115.0
+    assert faults.is_due(fault)
+
+
 def test_a_phase_is_one_of_a_transition() -> None:
     remap, exchange = Fault(1, FaultKind.LOST, "drop.remap"), Fault(1, FaultKind.LOST, "exchange")
     faults = Faults([remap, exchange])

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from crowd import make_request
 from loaded_groups import assert_same, loaded
-from transition_harness import Answer, Checked, again, checked_engine, make_requests
+from transition_harness import Answer, Checked, again, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.request import Request
@@ -55,25 +55,20 @@ def expected_swapped(tiny64: Path) -> list[Answer]:
 
 @asynccontextmanager
 async def faulty_engine(folder: Path, layout: str, faults: Sequence[Fault], **settings: Any) -> AsyncIterator[Checked]:
-    """A checked engine, in this layout, with faults; what hangs goes on at the end.
-
-    Devices that answer have twenty times as long to do so: on a machine where much else runs, they may be late, too.
-    """
+    """A checked engine, in this layout, with faults; what hangs goes on at the end."""
     settings = {"num_blocks": NUM_BLOCKS, "device_timeout_s": TIMEOUT_S} | settings
-    async with checked_engine(folder, LAYOUTS.get(layout, layout), faults=faults, **settings) as checked:
-        silent = {fault.device for fault in faults if fault.kind in SILENT}
-        for device in (memory.device for i, memory in enumerate(checked.engine.memories) if i not in silent):
-            tick = device.tick
-            device.tick = lambda seconds, tick=tick: tick(seconds / 20)  # type: ignore[method-assign, misc]
-        try:
-            while layout.startswith("chain") and len(checked.engine.groups) > 1:
-                await checked.control.drop(is_forced=True)
-                await checked.settled()
-            yield checked
-        finally:
-            machine: Any = checked.machine
-            assert isinstance(machine, HostMachine)
-            machine.faults.release()
+    silent = {f"cpu:{fault.device}" for fault in faults if fault.kind in SILENT}
+    with patient_with_sound_devices(lambda device: device.name in silent):
+        async with checked_engine(folder, LAYOUTS.get(layout, layout), faults=faults, **settings) as checked:
+            try:
+                while layout.startswith("chain") and len(checked.engine.groups) > 1:
+                    await checked.control.drop(is_forced=True)
+                    await checked.settled()
+                yield checked
+            finally:
+                machine: Any = checked.machine
+                assert isinstance(machine, HostMachine)
+                machine.faults.release()
 
 
 async def answers_with(
