@@ -366,7 +366,7 @@ def patient_with_sound_devices(is_silent: Callable[[Any], bool]) -> Iterator[Non
     def slow_tick(device: WatchedDevice, elapsed_s: float) -> Silence:
         return tick(device, elapsed_s if is_silent(device.inner) else elapsed_s / PATIENCE)
 
-    WatchedDevice.tick = slow_tick  # type: ignore[method-assign]
+    WatchedDevice.tick = slow_tick  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

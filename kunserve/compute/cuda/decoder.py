@@ -99,8 +99,8 @@ class CudaDecoder(Decoder):
     def capture(self) -> None:
         """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
 
-        For layers that are not here, too: nothing of them is touched before it is replayed. RuntimeError if one cannot
-        be; torch takes no memory from there on, so that the process has to end.
+        Layers that are not present are captured, too: nothing of theirs is touched before a replay. RuntimeError if a
+        capture fails; torch allocates no memory any more after that, so the process has to end.
         """
         graphs = self.graphs
         if graphs is None:
@@ -152,7 +152,7 @@ class CudaDecoder(Decoder):
         return hidden[sampled_rows]
 
     def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
-        """Return ids (T,) from the host, with the device's own put in where the host did not know them."""
+        """Return ids (T,) from the host, with sampled ones in the place of placeholders."""
         return torch.where(ids < 0, self._previous_ids[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
 
 
@@ -181,7 +181,7 @@ def cuda_decoder(
     driver: Driver,
     enforce_eager: bool,
 ) -> tuple[CudaDecoder, str]:
-    """Put a device's decoder together; and what it is made of, for the log. ConfigError if something is missing.
+    """Make a device's decoder; also returns, for the log, what it is made of. ConfigError if something is missing.
 
     Until `capture` all its steps run eagerly.
     """
