@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from kunserve.compute.sampler import SampledToken
-from kunserve.engine.batch import Microbatch, count_prompt_tokens
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
@@ -27,7 +27,8 @@ from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits, overlong
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.executor import Executor
-from kunserve.engine.step.results import Result, judge, results_of
+from kunserve.engine.step.publish import Publisher
+from kunserve.engine.step.results import Results, judge
 from kunserve.engine.survive.health import Health
 from kunserve.engine.survive.retries import Retries
 from kunserve.engine.text.live import Live, replay
@@ -81,6 +82,7 @@ class Engine(Operated):
         )
         self.view = View(model, fleet, scheduler, memories, self.device_health)
         self._retries = Retries(fleet, scheduler, self.device_health, metrics)
+        self._publisher = Publisher(fleet, metrics, self.live, model.eos_token_ids, self._finish, self._fail_alone)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -220,7 +222,7 @@ class Engine(Operated):
         if self.is_idle_since_last_step:
             self._last_step_s = now
         self._num_in_flight += 1
-        for span in batch.spans:
+        for span in batch.others:  # who decodes was admitted before
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
                 if self.fleet.prefixes is not None and not span.request.is_continued:
@@ -232,16 +234,16 @@ class Engine(Operated):
 
     async def _step(self, group: Group, batch: Microbatch, execution: Coroutine[Any, Any, list[SampledToken]]) -> None:
         """Take a microbatch from its launch to its published tokens: forward, judge, commit, publish."""
-        started, tokens, results, failure = loop_time(), list[SampledToken](), list[Result](), None
+        started, results, failure = loop_time(), Results(), None
         try:
             try:
-                tokens = await execution
+                results = Results.of(batch, await execution)
             except Exception as error:  # whatever went wrong on the device, the server goes on
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.signals.next_commit(group)
             if failure is None:
-                await judge(results := results_of(batch, tokens))
+                await judge(results.others)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.signals.progress()
@@ -266,50 +268,11 @@ class Engine(Operated):
     def _commit(self, group: Group, batch: Microbatch) -> None:
         """Account for a microbatch that has passed its chain. Who ended meanwhile has waited for that."""
         self.scheduler.commit(group, batch)
-        for span in batch.spans:
-            if span.request.finish_reason is not None:
-                self._release(span.request)
+        for request in [r for r in batch.requests if r.finish_reason is not None]:
+            self._release(request)
 
-    def _publish(self, group: Group, batch: Microbatch, results: Sequence[Result]) -> None:
-        """Send every request what its token says; finish those for which it is the last."""
-        self.metrics.step(batch.num_tokens)
-        self.metrics.prompt_tokens(count_prompt_tokens(batch))
-        if group.on_first_commit is not None:
-            group.on_first_commit()
-            group.on_first_commit = None
-        now, num_generated, gaps_s = loop_time(), 0, list[float]()
-        for result in results:
-            if result.request.is_over_here:
-                continue
-            if result.scored:
-                result.add_prompt_logprobs()
-            self.fleet.computed(result.request, group)
-            live = self.live[result.request.request_id]
-            if result.error is not None:
-                self.fleet.distrust(result.request, group)
-                self._fail_alone(live, result.error)
-            elif result.token is not None:
-                num_generated += 1
-                if (gap_s := live.came(now)) is not None:
-                    gaps_s.append(gap_s)
-                else:
-                    self.metrics.first_token(live.request, now)
-                self._publish_one(live, result.token)
-        self.metrics.generation_tokens(num_generated)
-        self.metrics.inter_tokens(gaps_s)
-
-    def _publish_one(self, live: Live, token: SampledToken) -> None:
-        try:
-            output = live.take(token, self.model.eos_token_ids)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
-            self._fail_alone(live, error)
-            return
-        if output.finish_reason is None:
-            live.stream.put(output)
-        else:
-            self._finish(live, output.finish_reason, output)
+    def _publish(self, group: Group, batch: Microbatch, results: Results) -> None:
+        self._publisher.publish(group, batch, results)
 
     # --- endings ------------------------------------------------------------------------------------------------
 

@@ -15,16 +15,17 @@ departed: it belongs to another group than its KV is in, until it arrives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
+from kunserve.engine.batch import Decoding
 from kunserve.engine.block_store import BlockStore
 from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
 from kunserve.engine.group import Convoy, Group, Stage
 from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
 from kunserve.engine.kinds.mixed_store import MixedStore
-from kunserve.engine.prefix_cache import extend_keys, is_being_computed
+from kunserve.engine.prefix_cache import extend_keys, is_being_computed, num_full
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
@@ -173,15 +174,18 @@ class Fleet:
 
         A step has computed more of its tokens. What is in flight begins with the next one, or behind it.
         """
-        if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
+        if self.prefixes is not None and num_full(request, group.block_size) > request.table.num_indexed:
             new = self._blocks.index(request.table, group, self._keys(request, group))
-            if self.prefixes.listener is not None:
-                for position in new:
-                    tokens = request.token_ids[position * group.block_size : (position + 1) * group.block_size]
-                    parent = request.block_keys[position - 1] if position else None
-                    self.prefixes.listener.stored(request.block_keys[position], parent, tokens, request.cache_salt)
+            self.prefixes.tell_stored(request, new, group.block_size)
         if self._window is not None:
             self._blocks.leave_behind(request.table, group, self.num_behind(request.num_computed_tokens))
+
+    def due(self, decoding: Decoding, group: Group) -> Collection[Request]:
+        """Return for which of those who decode `computed` has something to do."""
+        if self._window is not None:
+            return set(decoding.requests)
+        size, pairs = group.block_size, zip(decoding.requests, decoding.ends, strict=True)
+        return () if self.prefixes is None else {r for r, end in pairs if end // size > r.table.num_indexed}
 
     def num_behind(self, position: int) -> int:
         """Return how many blocks are behind the window of a token."""
@@ -194,7 +198,7 @@ class Fleet:
     @staticmethod
     def _keys(request: Request, group: Group) -> Sequence[bytes]:
         """Return the keys of the blocks that it has filled."""
-        return extend_keys(request, group.block_size)[: _num_full(request, group)]
+        return extend_keys(request, group.block_size)[: num_full(request, group.block_size)]
 
     def _begin_with_prefix(self, request: Request, group: Group) -> None:
         """Let a request begin with the blocks that its group has of its tokens."""
@@ -412,8 +416,3 @@ class Fleet:
             table.check()
         for group in self.groups:
             group.check(num_layers)
-
-
-def _num_full(request: Request, group: Group) -> int:
-    """Return how many of its blocks a request has filled."""
-    return min(request.num_computed_tokens, len(request.token_ids)) // group.block_size

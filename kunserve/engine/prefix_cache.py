@@ -30,6 +30,11 @@ def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
     return keys
 
 
+def num_full(request: Request, block_size: int) -> int:
+    """Return how many of its blocks a request has filled."""
+    return min(request.num_computed_tokens, len(request.token_ids)) // block_size
+
+
 def is_being_computed(key: bytes, index: int, group: Group) -> bool:
     """Return whether a running request of a group will soon have computed the block of a key, its `index`-th."""
     end = (index + 1) * group.block_size
@@ -119,6 +124,13 @@ class PrefixCache:
         if not self._away[key]:
             del self._away[key]
         self._told(key)
+
+    def tell_stored(self, request: Request, indices: Sequence[int], block_size: int) -> None:
+        """Tell the listener of blocks of a request that a first group has now."""
+        for index in indices if self.listener is not None else ():
+            tokens = request.token_ids[index * block_size : (index + 1) * block_size]
+            parent = request.block_keys[index - 1] if index else None
+            self.listener.stored(request.block_keys[index], parent, tokens, request.cache_salt)
 
     def _told(self, key: bytes) -> None:
         """Tell the listener if nobody has the block of a key any more."""

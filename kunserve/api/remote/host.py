@@ -55,6 +55,15 @@ class _Remote(Sink):
                 host.ended(self._number)
         host.link.send_soon()
 
+    def put_token(self, text: str, token_id: int) -> None:
+        """See `Sink.put_token`."""
+        if not (self._has_begun and self._is_plain):
+            self.put(Output(text, (token_id,)))
+            return
+        self._host.numbers.append(self._number)
+        self._host.token_ids.append(token_id)
+        self._host.link.send_soon()
+
     def fail(self, error: KunServeError) -> None:
         """See `Sink.fail`."""
         self._host.deltas.append(m.Delta(self._number, problem=m.Problem.of(error)))

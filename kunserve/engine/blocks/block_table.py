@@ -30,7 +30,8 @@ class BlockTable:
     """The logical blocks of one request, in the order of its tokens. A place is where a block is, or was.
 
     `ids` says the same by device, in the order of the chain, with an id for each place: these are only appended to
-    while the request runs, and each step copies them as they are, 4 bytes an id. The first `num_behind` places are
+    while they stay, and who has copied them looks at what is new. Where others come in their place, `ids` is another
+    mapping. The first `num_behind` places are
     behind the window of all layers: their blocks are let go, and some id that is mapped stands there, which nobody
     reads.
     """
@@ -65,8 +66,7 @@ class BlockTable:
             return []
         left, self.blocks = self.blocks[:num_left], self.blocks[num_left:]
         self.num_behind += num_left
-        for device, ids in self.ids.items():  # all of them: what stood there may be unmapped one day
-            ids[: self.num_behind] = array(ID, [self.blocks[0].ids[device]]) * self.num_behind
+        self.read_ids(list(self.ids))  # all of them: what stood there may be unmapped one day
         return left
 
     def share(self, blocks: Sequence[Block], devices: Iterable[int], num_behind: int = 0) -> None:

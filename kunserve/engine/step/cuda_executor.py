@@ -38,6 +38,7 @@ class CudaExecutor(Executor):
         self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder], watched: Sequence[WatchedDevice]
     ) -> None:
         """Run on `devices`. `watched`: the same devices, as those see them who wait no longer than they live."""
+        super().__init__()
         self.devices, self.decoders, self._watched = devices, decoders, watched
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 

@@ -27,18 +27,31 @@ class Result:
                 known.append(scored.logprobs)
 
 
-def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result]:
-    """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
-    sampled, results = iter(tokens), list[Result]()
-    for span in batch.spans:
-        positions, token = scored_positions(span), None
-        scored = [(position, next(sampled)) for position in positions] if positions else []
-        error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
-        if span.samples:
-            token = next(sampled)
-            error = token.error if error is None else error
-        results.append(Result(span.request, scored, token, error))
-    return results
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What one step brought: to those who decode a token each, `plain` unless grammars judge it, and to the others."""
+
+    plain: Sequence[tuple[Request, SampledToken]] = ()
+    others: Sequence[Result] = ()
+
+    @classmethod
+    def of(cls, batch: Microbatch, tokens: Sequence[SampledToken]) -> Results:
+        """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
+        requests = batch.decoding.requests
+        pairs, others = list(zip(requests, tokens, strict=False)), list[Result]()
+        plain = [pair for pair in pairs if pair[0].constraint is None]
+        if len(plain) < len(pairs):
+            others = [Result(r, [], token, token.error) for r, token in pairs if r.constraint is not None]
+        sampled = iter(tokens[len(requests) :])
+        for span in batch.others:
+            positions, token = scored_positions(span), None
+            scored = [(position, next(sampled)) for position in positions] if positions else []
+            error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
+            if span.samples:
+                token = next(sampled)
+                error = token.error if error is None else error
+            others.append(Result(span.request, scored, token, error))
+        return cls(plain, others)
 
 
 async def judge(results: Sequence[Result]) -> None:

@@ -48,6 +48,11 @@ class Detokenizer:
         self._decode(b"".join(map(tokenizer.token_bytes, tail)))  # perhaps it ends inside a character
         self._strip = not tail and tokenizer.coding.strips_space
 
+    @property
+    def has_stops(self) -> bool:
+        """Whether there are strings that end the text."""
+        return len(self._stops) > 0
+
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that is final with it, "" once stopped."""
         self._num_tokens += 1
