@@ -12,9 +12,9 @@ from kunserve.config import EngineConfig
 from kunserve.engine.launch.placement import (
     Placement,
     budget_chunks,
+    choose_placement,
     model_shape,
     near_kv,
-    place,
     with_share_to_begin,
 )
 from kunserve.errors import ConfigError
@@ -55,7 +55,7 @@ def lengths(placement: Placement) -> list[int]:
 def test_chains_are_as_short_as_the_model_fits(card: str, num_devices: int, gib: int, expected: list[int]) -> None:
     shape = shape_of(card)
     devices = views(num_devices, gib * GIB, shape)
-    placement = place(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=None)
     assert sorted(lengths(placement), reverse=True) == expected
     check(placement, shape, devices)
 
@@ -63,8 +63,8 @@ def test_chains_are_as_short_as_the_model_fits(card: str, num_devices: int, gib:
 def test_a_length_that_is_asked_for_makes_chains_longer() -> None:
     shape = shape_of("llama-8b")
     devices = views(4, 17 * GIB, shape)  # 15 GiB of weights each: about 2 GiB of KV, 128 KiB per token
-    short = place(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
-    long = place(shape, devices, max_model_len=65536, is_len_required=True, devices_per_group=None)
+    short = choose_placement(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
+    long = choose_placement(shape, devices, max_model_len=65536, is_len_required=True, devices_per_group=None)
     assert lengths(short) == [1] * 4 and lengths(long) == [2] * 2
     check(long, shape, devices)
 
@@ -72,7 +72,7 @@ def test_a_length_that_is_asked_for_makes_chains_longer() -> None:
 def test_a_length_that_is_only_a_default_shrinks_to_what_fits() -> None:
     shape = shape_of("llama-8b")
     devices = views(4, 17 * GIB, shape)
-    placement = place(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
     assert lengths(placement) == [1] * 4
     assert 8192 < placement.max_model_len < 65536
     check(placement, shape, devices)
@@ -82,7 +82,7 @@ def test_a_default_length_does_not_shrink_to_nothing_while_devices_are_left() ->
     shape = shape_of("llama-8b")
     devices = views(2, shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes + 64 * MIB, shape)
     # a chunk of KV per layer: 512 tokens
-    placement = place(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
     assert lengths(placement) == [2]
     check(placement, shape, devices)
 
@@ -91,7 +91,7 @@ def test_the_flag_decides_how_long_chains_are() -> None:
     shape = shape_of("smollm2-135m")
     devices = views(4, 2 * GIB, shape)
     for size in (1, 2, 4):
-        placement = place(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=size)
+        placement = choose_placement(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=size)
         assert lengths(placement) == [size] * (4 // size)
         check(placement, shape, devices)
 
@@ -100,7 +100,7 @@ def test_chains_longer_than_devices_or_layers_are_refused() -> None:
     shape = shape_of("smollm2-135m")
     for num_devices, size in ((2, 3), (40, 31)):
         with pytest.raises(ConfigError, match=f"chains of {size} devices .* {num_devices} devices and 30 layers"):
-            place(
+            choose_placement(
                 shape, views(num_devices, GIB, shape), max_model_len=64, is_len_required=False, devices_per_group=size
             )
 
@@ -110,7 +110,7 @@ def test_too_little_memory_names_the_figures(is_len_required: bool) -> None:
     shape = shape_of("llama-70b")
     weights_gib = shape.weight_chunks(0, 80) * 2 * 10 // 1024 / 10  # rounded down
     with pytest.raises(ConfigError) as caught:
-        place(
+        choose_placement(
             shape,
             views(2, 60 * GIB, shape),
             max_model_len=4096,
@@ -128,7 +128,7 @@ def test_weights_that_fit_without_a_request_are_too_little() -> None:
     shape = shape_of("smollm2-135m", torch.float32)
     devices = [DeviceView(0, shape.weight_chunks(0, 30) + 29)]  # a chunk short of one per layer
     with pytest.raises(ConfigError, match="too little memory"):
-        place(shape, devices, max_model_len=4096, is_len_required=False, devices_per_group=None)
+        choose_placement(shape, devices, max_model_len=4096, is_len_required=False, devices_per_group=None)
 
 
 def test_budgets() -> None:
@@ -154,7 +154,9 @@ def test_a_share_that_follows_begins_with_the_most() -> None:
     for max_model_len, gib in ((None, 80), (131_072, 80), (131_072, 40)):
         shape = shape_of_gemma(None, max_model_len)
         devices, is_required = views(1, gib * GIB, shape), max_model_len is not None
-        placement = place(shape, devices, max_model_len=131_072, is_len_required=is_required, devices_per_group=None)
+        placement = choose_placement(
+            shape, devices, max_model_len=131_072, is_len_required=is_required, devices_per_group=None
+        )
         begun = with_share_to_begin(shape, devices, placement)
         assert begun.near is not None and placement.max_model_len == 131_072
         check(placement, begun, devices)
@@ -165,7 +167,7 @@ def test_a_share_that_follows_begins_with_the_most() -> None:
             with pytest.raises(AssertionError):
                 check(placement, begun.with_share(begun.near.share + 1), devices)
             with pytest.raises(ConfigError):  # of one kind
-                place(
+                choose_placement(
                     shape_of_gemma(1.0, max_model_len),
                     devices,
                     max_model_len=131_072,
@@ -177,6 +179,6 @@ def test_a_share_that_follows_begins_with_the_most() -> None:
 def test_a_share_that_is_given_stays() -> None:
     shape = shape_of_gemma(0.25, None)
     devices = views(1, 80 * GIB, shape)
-    placement = place(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
     begun = with_share_to_begin(shape, devices, placement)
     assert begun == shape and shape.near is not None and shape.near.is_fixed and shape.near.share == 250
