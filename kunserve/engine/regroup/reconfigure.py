@@ -60,7 +60,7 @@ class Reconfigure:
     @property
     def shape(self) -> ModelShape:
         """Return the sizes that plans are made with: the share of near KV is what it is now."""
-        return self._remap.shape
+        return self.remap.shape
 
     # --- drop ---------------------------------------------------------------------------------------------------
 
@@ -347,12 +347,12 @@ class Reconfigure:
         with self.transitions.begin("rebalance", group_ids) as (transition, groups), self.boundary.paused(groups):
             with self.transitions.step(transition, "boundary"):
                 await self.boundary.reached(groups, gives_up=True)
-                await self._settle(groups)
+                await self._repair_layouts(groups)
             stages = [stage for group in groups for stage in group.stages]
-            chunks = {stage.device: self._remap.memories[stage.device].pool.num_chunks for stage in stages}
+            chunks = {stage.device: self.remap.memories[stage.device].pool.num_chunks for stage in stages}
             layouts = {stage.device: stage_layout(shape, chunks[stage.device], stage.view) for stage in stages}
             kept = {
-                stage.device: tuple(map(min, self._remap.num_blocks(stage), blocks_of(shape, layouts[stage.device])))
+                stage.device: tuple(map(min, self.remap.num_blocks(stage), blocks_of(shape, layouts[stage.device])))
                 for stage in stages
             }
             try:
@@ -363,16 +363,16 @@ class Reconfigure:
                 if has_room:
                     with self.transitions.step(transition, "remap"):
                         for group in groups:
-                            self._fleet.settle_followers(group)
+                            self._fleet.end_following(group)
                         for device, num_blocks in kept.items():
                             self._fleet.shrink(device, *num_blocks)
-                        await self._remap.apply(self._remap.planned(layouts.values()))
-                    self._remap.shape = shape
+                        await self.remap.apply(self.remap.planned(layouts.values()))
+                    self.remap.shape = shape
             finally:
                 for stage in stages:
-                    self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
+                    self._fleet.grow(stage.device, *self.remap.num_blocks(stage))
                 for group in groups:
-                    self._fleet.settle_followers(group)
+                    self._fleet.end_following(group)
             if has_room:
                 self.transitions.commit(transition, [], [])
                 transition.new_groups = transition.old_groups
