@@ -64,12 +64,12 @@ class Engine(Operated):
         seed: int = 0,
     ) -> None:
         self.model, self.limits, self.fleet, self.scheduler = model, limits, fleet, scheduler
-        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `fit`
+        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `limit_tokens`
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
         self.mover: KvMover | None = None
         self._is_accepting = self._has_ended = False
-        self._live: dict[str, Live] = {}
+        self.live: dict[str, Live] = {}  # requests that are not done, by id
         self._random = random.Random(seed)
         self._num_in_flight = 0  # microbatches
         self._tasks: asyncio.TaskGroup | None = None
@@ -82,7 +82,7 @@ class Engine(Operated):
         )
         self.view = View(model, fleet, scheduler, memories, self.device_health)
         self._retries = Retries(fleet, scheduler, self.device_health, metrics)
-        self._publisher = Publisher(fleet, metrics, self._live, model.eos_token_ids, self._finish, self._fail_alone)
+        self._publisher = Publisher(fleet, metrics, self.live, model.eos_token_ids, self._finish, self._fail_alone)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -98,12 +98,12 @@ class Engine(Operated):
         Devices that do not end their last step in `last_step_s` are given up.
         """
         self._is_accepting = False
-        if self._live and drain_s > 0:
+        if self.live and drain_s > 0:
             self._drained = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_s):
                     await self._drained.wait()
-        for live in list(self._live.values()):
+        for live in list(self.live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
         giving_up = asyncio.create_task(self.device_health.give_up_hanging(last_step_s))
         try:
@@ -162,14 +162,14 @@ class Engine(Operated):
         if len(self.scheduler.waiting) >= self.limits.max_num_queued_reqs:
             self.metrics.rejection("queue_full")
             raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already", retry_after_s=1)
-        if request.request_id in self._live:
+        if request.request_id in self.live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.limits.check(request)
         if request.num_tokens >= self._most_tokens:
             raise overlong(self._most_tokens)
         request.arrival_s = loop_time()
         request.seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
-        self._live[request.request_id] = Live.of(request, sink, self.tokenizer)
+        self.live[request.request_id] = Live.of(request, sink, self.tokenizer)
         self.scheduler.waiting.append(request)
         self.signals.wake_for_queue()
 
@@ -180,11 +180,11 @@ class Engine(Operated):
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request whose client left: its blocks are free once its running step is done. Idempotent."""
-        if (live := self._live.get(request_id)) is not None:
+        if (live := self.live.get(request_id)) is not None:
             self._finish(live, reason)
             self.signals.wake()
 
-    def fit(self, most_tokens: int) -> None:
+    def limit_tokens(self, most_tokens: int) -> None:
         """Note that no group holds more than so many tokens of one request. Whoever grows beyond that ends with a 503.
 
         Whoever asks for more than that may still end before.
@@ -211,7 +211,7 @@ class Engine(Operated):
                         await self.signals.woken()
                 finally:  # before what is in flight ends: it may wait for a token that nobody will accept any more
                     self._has_ended = True
-                    for live in list(self._live.values()):
+                    for live in list(self.live.values()):
                         self._fail(live, EngineError("the engine has stopped"))
         except* Exception:  # a bug of ours: nothing can be served any more, and everybody has to know
             log.exception("engine stopped")
@@ -259,7 +259,7 @@ class Engine(Operated):
                 self.mover.stepped(group, step_s)
         else:
             for request, why in self._retries.failed(group, batch, failure):
-                self._fail(self._live[request.request_id], why)
+                self._fail(self.live[request.request_id], why)
         self._last_step_s = loop_time()
         self._dispatch.came_back(group)
         self.signals.progress(group.group_id)
@@ -297,7 +297,7 @@ class Engine(Operated):
     def _end(self, live: Live, reason: FinishReason) -> None:
         request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
-        del self._live[request.request_id]
+        del self.live[request.request_id]
         live.close(now := loop_time())
         self.metrics.request_finished(request, now)
         if self.control is not None:
@@ -306,7 +306,7 @@ class Engine(Operated):
         if self.mover is not None:
             self.mover.finished(request)
         self.signals.progress(group_id)
-        if self._drained is not None and not self._live:
+        if self._drained is not None and not self.live:
             self._drained.set()
 
     def _release(self, request: Request) -> None:
@@ -347,8 +347,8 @@ class Engine(Operated):
         if not self.is_running:
             return "the engine has stopped"
         silent_s = loop_time() - self._last_step_s
-        if self._live and silent_s > self.limits.stall_s:
-            return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
+        if self.live and silent_s > self.limits.stall_s:
+            return f"no step has finished for {silent_s:.0f} s although {len(self.live)} requests are not done"
         return None
 
     def waiting(self, owner: str | None = None) -> Waiting:
@@ -371,7 +371,7 @@ class Engine(Operated):
         """End requests at the head of the queue that no group can hold any more: else they would block it for ever."""
         least = self.scheduler.policy.least_tokens
         while (head := self.scheduler.head) is not None and least(head) > self._most_tokens:
-            self._fail(self._live[head.request_id], overlong(self._most_tokens))
+            self._fail(self.live[head.request_id], overlong(self._most_tokens))
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()

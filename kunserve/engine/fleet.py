@@ -377,9 +377,9 @@ class Fleet:
         """Free all cached blocks of a group that nobody uses."""
         self._blocks.forget_idle(group)
 
-    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]], kind: int = 0) -> None:
+    def follow(self, source: Group, destinations: Sequence[tuple[Block, Group]], kind: int = 0) -> None:
         """Send idle blocks of a group, the hottest first, to other groups. They set out by `take_convoy`."""
-        self.store(kind).follow(source, homes)
+        self.store(kind).follow(source, destinations)
 
     def take_convoy(self, group: Group, most: int, kind: int = 0) -> Convoy | None:
         """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
@@ -397,9 +397,9 @@ class Fleet:
         """Return how many cached blocks are on their way."""
         return self._blocks.num_following
 
-    def settle_followers(self, group: Group) -> None:
+    def end_following(self, group: Group) -> None:
         """Let others find blocks of a group again that were beyond a limit."""
-        self._blocks.settle(group)
+        self._blocks.end_following(group)
 
     def give_up_followers(self, group: Group) -> bool:
         """Free cached blocks that follow, from or to devices of a group; False if there were none."""

@@ -82,10 +82,10 @@ def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
     return Trial(layers, tuple(spans), is_last)
 
 
-def microbatch_of(spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
+def microbatch_of(token_spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
     """Requests that have come so far, with blocks of the group."""
     fleet, spans = Fleet([group]), []
-    for i, (prefix, num_tokens, num_samples) in enumerate(spans):
+    for i, (prefix, num_tokens, num_samples) in enumerate(token_spans):
         end = prefix + num_tokens
         token_ids = [(7 * i + j) % vocab_size for j in range(end + 1 - num_samples)]
         request = Request(f"trial-{i}", token_ids, SamplingParams(max_tokens=1, temperature=0))

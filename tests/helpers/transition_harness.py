@@ -111,7 +111,7 @@ class Checked:
         running = [request for group in self.engine.groups for request in group.running]
         assert len({id(request) for request in waiting + running}) == len(waiting + running)
         assert all(request.group_id is None and not request.block_tables for request in waiting)
-        live = {live.request.request_id for live in self.engine._live.values()}
+        live = {live.request.request_id for live in self.engine.live.values()}
         assert live == {r.request_id for r in waiting + running if r.finish_reason is None}
 
     async def answer(self, request: Request) -> Answer:
@@ -170,14 +170,14 @@ class Checked:
         """No request is anywhere, every block is free; with `check_chunks`, every chunk is where it belongs, too."""
         self.assert_no_failure()
         self.check()
-        assert not self.engine._live and not self.engine.scheduler.waiting and self.engine.num_running == 0
+        assert not self.engine.live and not self.engine.scheduler.waiting and self.engine.num_running == 0
         for group in self.engine.groups:
             assert group.is_admitting and not group.is_paused and group.num_in_flight == 0
             for stage in group.stages:
                 mapped = self.engine.memories[stage.device].layout
                 if not check_chunks:
                     continue
-                assert mapped == self.reconfigure._remap.of_stage(stage.view)
+                assert mapped == self.reconfigure.remap.of_stage(stage.view)
                 pool, kv = stage.pool, self.engine.memories[stage.device].kv
                 assert self.engine.fleet.num_used(stage.device) == 0 and pool.limit == pool.num_blocks == kv.num_blocks(
                     stage.first_layer
@@ -366,7 +366,7 @@ def patient_with_sound_devices(is_silent: Callable[[Any], bool]) -> Iterator[Non
     def slow_tick(device: WatchedDevice, elapsed_s: float) -> Silence:
         return tick(device, elapsed_s if is_silent(device.inner) else elapsed_s / PATIENCE)
 
-    WatchedDevice.tick = slow_tick  # type: ignore[method-assign]
+    WatchedDevice.tick = slow_tick  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -90,7 +90,7 @@ class Scheduler:
         return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Form the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
+        """Make the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
         draft, num_leaving, evictions_before = Draft(), self.swapped.num_leaving(group), self._num_evictions
         for victim in self.policy.make_way(group, num_leaving):
             self._evict(group, victim)

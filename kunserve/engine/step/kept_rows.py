@@ -43,9 +43,9 @@ class KeptRows:
         self._requests, self._ids, self._ends = requests, ids, ends
         self._widen(ceil_div(int(ends.max()), block_size))
         for i in np.flatnonzero(ends % block_size == 1 % block_size).tolist():  # it begins a block
-            place = (int(ends[i]) - 1) // block_size
+            block = (int(ends[i]) - 1) // block_size
             for table, own in zip(self._tables, ids[i].values(), strict=True):
-                table[i, place] = own[place]
+                table[i, block] = own[block]
 
     def tables(self, width: int) -> list[NDArray[np.int32]]:
         """Return the first ids of each row, for each stage: (B, width)."""
@@ -60,17 +60,17 @@ class KeptRows:
         self, requests: Sequence[Request], ids: Sequence[Ids], ends: NDArray[np.int32], block_size: int, row_of: RowOf
     ) -> None:
         """Take over the rows of those who were there a token ago, and make those of the others."""
-        place_of = {id(own): i for i, own in enumerate(self._ids)}
-        places = np.array([place_of.get(id(own), -1) for own in ids])
-        stays = (places >= 0) & (ends == self._ends[places] + 1) if len(self._ids) else np.zeros(len(ids), np.bool_)
+        row_of_ids = {id(own): i for i, own in enumerate(self._ids)}
+        old_rows = np.array([row_of_ids.get(id(own), -1) for own in ids])
+        stays = (old_rows >= 0) & (ends == self._ends[old_rows] + 1) if len(self._ids) else np.zeros(len(ids), np.bool_)
         num_stages = len(ids[0])
         if len(self._tables) != num_stages:
             self._tables, stays = [np.zeros((1, 1), np.int32)] * num_stages, np.zeros(len(ids), np.bool_)
-        self._tables = [table[np.where(stays, places, 0)] for table in self._tables]
+        self._tables = [table[np.where(stays, old_rows, 0)] for table in self._tables]
         self._widen(ceil_div(int(ends.max()), block_size))
         old, self._rows = self._rows, []
-        for i, (request, is_old, place) in enumerate(zip(requests, stays.tolist(), places.tolist(), strict=True)):
-            row = old[place] if is_old else row_of(request)
+        for i, (request, is_old, old_row) in enumerate(zip(requests, stays.tolist(), old_rows.tolist(), strict=True)):
+            row = old[old_row] if is_old else row_of(request)
             self._rows.append(row_of(request) if is_old and _is_changing(row) else row)
             if not is_old:
                 num_ids = ceil_div(int(ends[i]), block_size)

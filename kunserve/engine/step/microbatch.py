@@ -58,8 +58,8 @@ class StepInputs:
 def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
     """Put sampled tokens where their placeholders are: (T,) int32, a new one. Without any, what comes out is unused."""
     ids = token_ids.numpy().copy()
-    places = np.flatnonzero(ids < 0)
-    ids[places] = 0 if sampled is None else np.array(sampled)[-1 - ids[places]]
+    placeholders = np.flatnonzero(ids < 0)
+    ids[placeholders] = 0 if sampled is None else np.array(sampled)[-1 - ids[placeholders]]
     return torch.from_numpy(ids)
 
 
@@ -75,16 +75,16 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
     ]
 
 
-def _places(batch: Microbatch) -> dict[Request, int]:
+def _sampled_indices(batch: Microbatch) -> dict[Request, int]:
     """Return the index of each request's token among those that a microbatch samples."""
-    places = {request: i for i, request in enumerate(batch.decoding.requests)}
-    num_sampled = len(places)
+    indices = {request: i for i, request in enumerate(batch.decoding.requests)}
+    num_sampled = len(indices)
     for span in batch.others:
         num_sampled += len(scored_positions(span))
         if span.samples:
-            places[span.request] = num_sampled
+            indices[span.request] = num_sampled
             num_sampled += 1
-    return places
+    return indices
 
 
 class _Sampling:
@@ -94,17 +94,17 @@ class _Sampling:
         self.oldest, self._eos_token_ids = oldest, eos_token_ids
 
     @cached_property
-    def places(self) -> Mapping[Request, int]:
-        """Places of tokens among those that `oldest` samples."""
-        return {} if self.oldest is None else _places(self.oldest)
+    def indices(self) -> Mapping[Request, int]:
+        """Indices of tokens among those that `oldest` samples."""
+        return {} if self.oldest is None else _sampled_indices(self.oldest)
 
     def newest(self, decoding: Decoding) -> NDArray[np.int32]:
-        """Return the newest tokens of those who decode; for one that nobody knows its place, as `StepInputs` says."""
+        """Return the newest tokens of those who decode; for one that nobody knows its index, as `StepInputs` says."""
         if not decoding.is_ahead:
             return np.array([request.token_ids[-1] for request in decoding.requests], np.int32)
         if self.oldest is not None and self.oldest.decoding.requests == decoding.requests:  # as nearly always
             return -1 - np.arange(len(decoding.requests), dtype=np.int32)
-        return np.array([-1 - self.places[request] for request in decoding.requests], np.int32)
+        return np.array([-1 - self.indices[request] for request in decoding.requests], np.int32)
 
     def row(self, request: Request, *, is_ahead: bool) -> SamplingRow:
         """Return what decides the token after all that there are; one more if `is_ahead`."""
@@ -112,7 +112,7 @@ class _Sampling:
         # A copy would be longer in each step.
         output: Sequence[int] = range(len(r.token_ids) - len(r.prompt_token_ids) + is_ahead)
         if reads_output(params):
-            output = (*r.output_token_ids, -1 - self.places[r]) if is_ahead else r.output_token_ids
+            output = (*r.output_token_ids, -1 - self.indices[r]) if is_ahead else r.output_token_ids
         mask = None if r.constraint is None else _mask(r.constraint, len(output))
         return SamplingRow(params, r.seed, r.prompt_token_ids, output, self._eos_token_ids, mask)
 
@@ -177,7 +177,7 @@ def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Par
             rows.append(SamplingRow(r.params, 0, (), (), (), given=r.prompt_token_ids[position + 1]))
         token_ids += r.token_ids[span.start : span.end]
         if span.is_ahead:
-            token_ids.append(-1 - sampling.places[r])
+            token_ids.append(-1 - sampling.indices[r])
         if span.samples:
             numbers.append(len(token_ids) - 1)
             rows.append(sampling.row(r, is_ahead=span.is_ahead))

@@ -71,6 +71,6 @@ async def judge(results: Sequence[Result]) -> None:
             judging.append((result, request.constraint))
     for result, constraint in judging:
         try:
-            await constraint.settled()
+            await constraint.decided()
         except Exception as error:
             result.error = error

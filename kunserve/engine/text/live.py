@@ -122,7 +122,7 @@ async def replay(
         if constraint is not None:
             constraint.accept(token_id)
             if i == len(token_ids) - 1:  # only the last can be the end; waiting for each would take seconds
-                await constraint.settled()
+                await constraint.decided()
                 if constraint.error is not None:
                     raise InvalidRequestError(constraint.error.message, param="token_ids")
         if whole.finish_reason is not None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from api_fakes import FakeEngine, error_of, serving
 from structures import EOS, VOCABULARY
 
@@ -12,9 +14,24 @@ from kunserve.engine.request import Output, Request
 from kunserve.errors import EngineError
 from kunserve.sampling import FinishReason
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-def grammars() -> Grammars:
-    return Grammars(VOCABULARY)
+
+class SharedGrammars(Grammars):
+    """Structures of all tests here: a process that makes others takes as long to start as ten of these to compile."""
+
+    async def open(self) -> None:
+        """Leave it to the first structure."""
+
+    async def close(self) -> None:
+        """Leave it to the last test."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def grammars() -> AsyncIterator[Grammars]:
+    made = SharedGrammars(VOCABULARY)
+    yield made
+    await Grammars.close(made)
 
 
 async def accepts(request: Request, text: str) -> bool:
@@ -23,10 +40,10 @@ async def accepts(request: Request, text: str) -> bool:
     place = request.constraint.copy()  # type: ignore[attr-defined]
     for byte in text.encode():
         place.accept(byte)
-        await place.settled()
+        await place.decided()
     if not place.is_finished:
         place.accept(EOS)
-        await place.settled()
+        await place.decided()
     place.close()
     assert place.error is None or isinstance(place.error, EngineError)
     return place.error is None
@@ -79,10 +96,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
     ],
 )
 @pytest.mark.parametrize("url", ["/v1/completions", "/v1/chat/completions"])
-async def test_structures(body: dict[str, Any], good: str, bad: str, url: str) -> None:
+async def test_structures(body: dict[str, Any], good: str, bad: str, url: str, grammars: Grammars) -> None:
     engine = FakeEngine()
     prompt = {"prompt": "hi"} if url == "/v1/completions" else {"messages": [{"role": "user", "content": "hi"}]}
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         response = await client.post(url, json={**prompt, **body, "n": 2})
         assert response.status == 200, await response.text()
         first, second = engine.requests
@@ -114,9 +131,11 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("url", ROUTES)
-async def test_a_structure_in_another_servers_place_is_enforced_on_every_route(url: str, place: str) -> None:
+async def test_a_structure_in_another_servers_place_is_enforced_on_every_route(
+    url: str, place: str, grammars: Grammars
+) -> None:
     engine = FakeEngine()
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         response = await client.post(url, json={**ROUTES[url], place: PLACES[place]})
         assert response.status == 200, await response.text()
         assert await accepts(engine.requests[0], "42")
@@ -125,8 +144,8 @@ async def test_a_structure_in_another_servers_place_is_enforced_on_every_route(u
 
 @pytest.mark.parametrize("url", ROUTES)
 @pytest.mark.parametrize("field", ["guided_whitespace_pattern", "structural_tag"])
-async def test_what_is_no_structure_here_is_refused_by_name(url: str, field: str) -> None:
-    async with serving(FakeEngine(), grammars=grammars()) as client:
+async def test_what_is_no_structure_here_is_refused_by_name(url: str, field: str, grammars: Grammars) -> None:
+    async with serving(FakeEngine(), grammars=grammars) as client:
         response = await client.post(url, json={**ROUTES[url], field: "x"})
         assert response.status == 400 and f"`{field}` is not supported" in await response.text()
 
@@ -151,9 +170,9 @@ async def test_what_is_no_structure_here_is_refused_by_name(url: str, field: str
     ],
 )
 async def test_another_apis_field_is_refused_with_the_name_it_has_here(
-    url: str, field: str, value: Any, own: str
+    url: str, field: str, value: Any, own: str, grammars: Grammars
 ) -> None:
-    async with serving(FakeEngine(), grammars=grammars()) as client:
+    async with serving(FakeEngine(), grammars=grammars) as client:
         response = await client.post(url, json={**ROUTES[url], field: value})
         text = await response.text()
         assert response.status == 400 and f"`{field}`" in text and own in text
@@ -161,10 +180,10 @@ async def test_another_apis_field_is_refused_with_the_name_it_has_here(
 
 
 @pytest.mark.parametrize("place", ["output_config", "output_format"])
-async def test_the_format_of_messages_is_enforced_where_it_was_and_where_it_is(place: str) -> None:
+async def test_the_format_of_messages_is_enforced_where_it_was_and_where_it_is(place: str, grammars: Grammars) -> None:
     engine, form = FakeEngine(), {"type": "json_schema", "schema": {"enum": [42]}}
     body = {**ROUTES["/v1/messages"], place: form if place == "output_format" else {"format": form}}
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         assert (await client.post("/v1/messages", json=body)).status == 200
         assert await accepts(engine.requests[0], "42") and not await accepts(engine.requests[0], "43")
         both = {**body, "output_format": form, "output_config": {"format": form}}
@@ -223,9 +242,9 @@ async def test_sampling_is_obeyed_on_every_route(url: str) -> None:
         ({"grammar": "start"}, "grammar"),
     ],
 )
-async def test_structures_that_cannot_be(body: dict[str, Any], param: str) -> None:
+async def test_structures_that_cannot_be(body: dict[str, Any], param: str, grammars: Grammars) -> None:
     engine = FakeEngine()
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         response = await client.post("/v1/completions", json={"prompt": "hi", **body})
         error = await error_of(response)
     assert (response.status, error["param"]) == (400, param)
@@ -241,9 +260,9 @@ async def test_objects_stay_open_where_the_server_is_told_so() -> None:
         assert not await accepts(engine.requests[0], '{"b": 2}')
 
 
-async def test_blanks_have_an_end() -> None:
+async def test_blanks_have_an_end(grammars: Grammars) -> None:
     engine = FakeEngine()
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         await client.post("/v1/completions", json={"prompt": "hi", "structured_outputs": {"json": SCHEMA}})
         assert await accepts(engine.requests[0], '{\n  "a": 1\n}')
         assert not await accepts(engine.requests[0], '{   "a": 1}')
@@ -262,7 +281,7 @@ async def test_a_reasoning_model_may_think_before() -> None:
         assert constraint.mask(0)() is None
         for token in (*b"free text", 270, *b"{}"):
             constraint.accept(token)
-            await constraint.settled()
+            await constraint.decided()
             assert constraint.error is None
 
 
@@ -332,9 +351,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("way", WAYS_IN)
-async def test_the_same_is_refused_whatever_way_it_comes_in(way: str) -> None:
+async def test_the_same_is_refused_whatever_way_it_comes_in(way: str, grammars: Grammars) -> None:
     engine = FakeEngine()
-    async with serving(engine, grammars=grammars()) as client:
+    async with serving(engine, grammars=grammars) as client:
         for name, (schema, reason) in REFUSED.items():
             url, body = WAYS_IN[way](schema)
             response = await client.post(url, json=body)
@@ -364,16 +383,16 @@ async def test_the_same_is_refused_whatever_way_it_comes_in(way: str) -> None:
         ),
     ],
 )
-async def test_nested_too_deeply_anywhere(url: str, body: dict[str, Any], param: str) -> None:
-    async with serving(FakeEngine(), grammars=grammars()) as client:
+async def test_nested_too_deeply_anywhere(url: str, body: dict[str, Any], param: str, grammars: Grammars) -> None:
+    async with serving(FakeEngine(), grammars=grammars) as client:
         response = await client.post(url, json=body)
         text = await response.text()
     assert response.status == 400
     assert f"`{param}` is nested more than 200 levels deep" in text
 
 
-async def test_what_is_as_deep_as_may_be_is_echoed() -> None:
-    async with serving(FakeEngine(), grammars=grammars()) as client:
+async def test_what_is_as_deep_as_may_be_is_echoed(grammars: Grammars) -> None:
+    async with serving(FakeEngine(), grammars=grammars) as client:
         metadata = nested(198)
         response = await client.post("/v1/responses", json={"input": "hi", "metadata": metadata})
         assert response.status == 200 and (await response.json())["metadata"] == metadata
@@ -389,8 +408,8 @@ async def test_what_is_as_deep_as_may_be_is_echoed() -> None:
     ],
 )
 @pytest.mark.parametrize("field", ["guided_grammar", "structured_outputs"])
-async def test_grammars_that_cannot_be(grammar: str, field: str) -> None:
+async def test_grammars_that_cannot_be(grammar: str, field: str, grammars: Grammars) -> None:
     value: Any = grammar if field == "guided_grammar" else {"grammar": grammar}
-    async with serving(FakeEngine(), grammars=grammars()) as client:
+    async with serving(FakeEngine(), grammars=grammars) as client:
         response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True, field: value})
         assert response.status == 400 and "cannot be used" in (await error_of(response))["message"]

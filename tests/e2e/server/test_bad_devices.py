@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from e2e.client import Json, events_of, metrics_of, post, session_of, until
-from e2e.server_process import running_server
+from e2e.server_process import ServerProcess, running_server
 from e2e.tiny import random_prompt
 
 FLAGS = ("--devices", "cpu:2", "--num-gpu-blocks-override", "64", "--admin-key", "boss")
@@ -26,11 +26,13 @@ def flags(tiny_flags: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("fault", ["lost", "hang"])
-async def test_clients_notice_nothing_and_health_says_it(fault: str, flags: tuple[str, ...]) -> None:
+async def test_clients_notice_nothing_and_health_says_it(
+    fault: str, flags: tuple[str, ...], tiny_server: ServerProcess
+) -> None:
     questions = [question(i) for i in range(12)]
-    with running_server(*flags) as server:
-        async with session_of(server) as session:
-            expected = [(await post(session, "/v1/completions", q))["choices"] for q in questions]
+    async with session_of(tiny_server) as session:
+        answers = await asyncio.gather(*(post(session, "/v1/completions", q) for q in questions))
+        expected = [answer["choices"] for answer in answers]
     faults = ("--inject-faults", f"1:{fault}@0.1s", "--device-timeout", "1")
     with running_server(*flags, *faults) as server, server.log_shown():
         async with session_of(server) as session:

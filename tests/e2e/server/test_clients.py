@@ -16,7 +16,7 @@ from e2e.tiny import random_prompt
 NUM_STREAMS, NUM_ROUNDS = 200, 10
 GROWTH_BYTES = 8 << 20
 
-SAMPLED: Json = {"prompt": random_prompt(30), "seed": 11, "max_tokens": 24, "ignore_eos": True}
+SAMPLED: Json = {"prompt": random_prompt(30), "seed": 11, "max_tokens": 12, "ignore_eos": True}
 
 
 async def test_two_hundred_streams_a_third_of_them_cut_ten_times_over(tiny_server: ServerProcess) -> None:
@@ -32,7 +32,7 @@ async def test_two_hundred_streams_a_third_of_them_cut_ten_times_over(tiny_serve
             cut = set(rng.sample(range(NUM_STREAMS), NUM_STREAMS // 3))
             async with asyncio.TaskGroup() as tasks:
                 for i in range(NUM_STREAMS):
-                    tasks.create_task(leave_early(session, rng.randrange(20)) if i in cut else stay())
+                    tasks.create_task(leave_early(session, rng.randrange(12)) if i in cut else stay())
             await until(session, is_idle)
             resident.append(resident_bytes_beside_pools(tiny_server.pid))
         async with session.get("/health") as response:

@@ -133,7 +133,7 @@ async def drop_and_restore(checked: Checked) -> None:
         try:
             await checked.control.restore()
         except ConflictError:
-            if not checked.engine._live:  # no step would ever come
+            if not checked.engine.live:  # no step would ever come
                 break
             await checked.commits(1)
         await checked.settled()
