@@ -27,6 +27,8 @@ class Span(NamedTuple):
 class Decoding(NamedTuple):
     """Requests of a microbatch that go on alike: each computes one token, its newest, and samples the next.
 
+    No grammar judges these.
+
     `is_ahead`: nobody knows these tokens yet; the oldest microbatch in flight samples them.
     """
 

@@ -21,11 +21,11 @@ from functools import partial
 
 from kunserve.engine.batch import Decoding
 from kunserve.engine.block_store import BlockStore
-from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail, append_to_each
 from kunserve.engine.group import Convoy, Group, Stage
 from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
 from kunserve.engine.kinds.mixed_store import MixedStore
-from kunserve.engine.prefix_cache import extend_keys, is_being_computed, num_full
+from kunserve.engine.prefix_cache import extend_keys, full_keys, is_being_computed, num_full
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
@@ -161,6 +161,13 @@ class Fleet:
         num_places = group.blocks_for(num_tokens)
         return self._blocks.hold(table, group, num_places, num_places)
 
+    def allocate_next(self, requests: Iterable[Request], group: Group) -> None:
+        """Let requests of `group` that decode hold blocks for their next tokens, of which there are enough."""
+        full = [r for r in requests if r.num_scheduled_tokens % group.block_size == 0]
+        lacking = [r for r in full if r.table.num_places * group.block_size == r.num_scheduled_tokens]
+        if not append_to_each([r.table for r in lacking], {stage.device: stage.pool for stage in group.stages}):
+            assert all(self.allocate(r, group, r.num_scheduled_tokens + 1) for r in lacking), "there are enough"
+
     def release(self, request: Request) -> None:
         """Take a request out of its group. Its blocks are idle or free then, unless others use them."""
         assert request.group_id is not None
@@ -175,7 +182,7 @@ class Fleet:
         A step has computed more of its tokens. What is in flight begins with the next one, or behind it.
         """
         if self.prefixes is not None and num_full(request, group.block_size) > request.table.num_indexed:
-            new = self._blocks.index(request.table, group, self._keys(request, group))
+            new = self._blocks.index(request.table, group, full_keys(request, group.block_size))
             self.prefixes.tell_stored(request, new, group.block_size)
         if self._window is not None:
             self._blocks.leave_behind(request.table, group, self.num_behind(request.num_computed_tokens))
@@ -194,11 +201,6 @@ class Fleet:
     def _behind_prefix(self, num_blocks: int) -> int:
         """Return how many of the first blocks are behind the window of what follows them; one at least is not."""
         return min(num_blocks - 1, self.num_behind(num_blocks * self.block_size)) if num_blocks else 0
-
-    @staticmethod
-    def _keys(request: Request, group: Group) -> Sequence[bytes]:
-        """Return the keys of the blocks that it has filled."""
-        return extend_keys(request, group.block_size)[: num_full(request, group.block_size)]
 
     def _begin_with_prefix(self, request: Request, group: Group) -> None:
         """Let a request begin with the blocks that its group has of its tokens."""
@@ -280,7 +282,7 @@ class Fleet:
     def arrive(self, request: Request, group: Group) -> None:
         """Let a request that departed, and whose KV is all there, run on in `group`; free what it has elsewhere."""
         table = self._departed.pop(request)
-        self._blocks.arrive(table, group, self._keys(request, group) if self.prefixes is not None else ())
+        self._blocks.arrive(table, group, full_keys(request, group.block_size) if self.prefixes is not None else ())
         request.table, request.is_moving = table, False
         request.note("kv arrived", group=group.group_id)
         self.computed(request, group)

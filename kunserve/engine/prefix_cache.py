@@ -35,6 +35,11 @@ def num_full(request: Request, block_size: int) -> int:
     return min(request.num_computed_tokens, len(request.token_ids)) // block_size
 
 
+def full_keys(request: Request, block_size: int) -> Sequence[bytes]:
+    """Return the keys of the blocks that it has filled."""
+    return extend_keys(request, block_size)[: num_full(request, block_size)]
+
+
 def is_being_computed(key: bytes, index: int, group: Group) -> bool:
     """Return whether a running request of a group will soon have computed the block of a key, its `index`-th."""
     end = (index + 1) * group.block_size

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kunserve.engine.blocks.block_pool import BlockPool
+
 ID = "i"  # the type of ids in arrays: int32, as kernels read them
 
 
@@ -90,6 +92,19 @@ class BlockTable:
         assert all(block.num_refs > 0 for block in self.blocks)
         if self.near is not None:
             self.near.check()
+
+
+def append_to_each(tables: Sequence[BlockTable], pools: Mapping[int, BlockPool]) -> bool:
+    """Let each of some tables that hold blocks have one more; False, and no change, if a pool has too few free ids."""
+    if any(pool.num_free < len(tables) for pool in pools.values()):
+        return False
+    taken = {device: pool.alloc(len(tables)) or [] for device, pool in pools.items()}
+    for table, ids in zip(tables, zip(*taken.values(), strict=True), strict=True):
+        block = Block(dict(zip(pools, ids, strict=True)))
+        table.blocks.append(block)
+        for device, block_id in block.ids.items():
+            table.ids[device].append(block_id)
+    return True
 
 
 class Tail(NamedTuple):

@@ -13,7 +13,7 @@ Pending = tuple[Request, int]  # and how many tokens it could have
 
 
 class Alike(NamedTuple):
-    """Requests that go on by one token each, all in the same way, and those that have more to compute."""
+    """Requests that go on by one token each, all in the same way, and others: with a grammar, or more to compute."""
 
     decoding: list[Request]
     is_ahead: bool  # the microbatch in flight samples that token
@@ -28,7 +28,7 @@ def alike(group: Group, *, may_run_ahead: bool) -> Alike | None:
     if len(group.stages) > 1 or group.is_mixed or group.num_in_flight > 1:
         return None
     may_run_ahead = may_run_ahead and bool(group.in_flight)
-    known, ahead, others = list[Request](), list[Request](), list[Pending]()
+    known, ahead, judged, more = list[Request](), list[Request](), list[Pending](), list[Pending]()
     for r in group.running:
         if r.is_moving or r.finish_reason is not None or r.has_failed:  # not schedulable
             continue
@@ -38,14 +38,19 @@ def alike(group: Group, *, may_run_ahead: bool) -> Alike | None:
         if num_scheduled < num_known:
             num_pending = num_known + r.num_sampling - num_scheduled
             if num_pending > 1:
-                others.append((r, num_pending))
+                more.append((r, num_pending))
             elif num_scheduled < len(r.prompt_token_ids):
                 return None
+            elif r.constraint is not None:
+                judged.append((r, 1))
             else:
                 known.append(r)
         elif may_run_ahead and r.num_sampling == 1 and num_known + 1 < r.max_num_tokens:
-            ahead.append(r)
-    return None if known and ahead else Alike(known or ahead, bool(ahead), others)
+            if r.constraint is not None:
+                judged.append((r, 1))
+            else:
+                ahead.append(r)
+    return None if known and ahead else Alike(known or ahead, bool(ahead), judged + more)
 
 
 def ready(group: Group, *, may_run_ahead: bool) -> tuple[list[Pending], bool]:

@@ -123,10 +123,7 @@ class Scheduler:
             return None
         if is_short(group, decoding + [r for r, _ in others]):
             return None
-        for request in decoding:
-            if request.num_scheduled_tokens % group.block_size == 0:  # its blocks are full
-                is_allocated = self.fleet.allocate(request, group, request.num_scheduled_tokens + 1)
-                assert is_allocated, "there are blocks for all"
+        self.fleet.allocate_next(decoding, group)
         draft.go_on(decoding, is_ahead=is_ahead)
         budget = TokenBudget(limits.max_num_batched_tokens - len(decoding), group)
         self._fill(group, others, draft, budget)

@@ -150,7 +150,8 @@ class _Part(NamedTuple):
     """Arrays of some of a microbatch's requests, as in `StepInputs`."""
 
     token_ids: NDArray[np.int32]
-    starts: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    lens: NDArray[np.int32]
     ends: NDArray[np.int32]
     sampled_rows: NDArray[np.int64]
     sampling: Sequence[SamplingRow]
@@ -163,7 +164,7 @@ def _decoding(decoding: Decoding, sampling: _Sampling, kept: KeptRows, block_siz
     kept.follow(decoding, ends, block_size, partial(sampling.row, is_ahead=decoding.is_ahead))
     numbers = np.arange(len(ends))
     tables = kept.tables(ceil_div(int(ends.max()), block_size))
-    return _Part(sampling.newest(decoding), ends - 1, ends, numbers, kept.sampling, tables)
+    return _Part(sampling.newest(decoding), ends - 1, np.ones_like(ends), ends, numbers, kept.sampling, tables)
 
 
 def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Part:
@@ -181,9 +182,10 @@ def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Par
             numbers.append(len(token_ids) - 1)
             rows.append(sampling.row(r, is_ahead=span.is_ahead))
     starts, ends = (np.array([span[i] for span in spans], np.int32) for i in (1, 2))
-    width = ceil_div(int(ends.max()), block_size)
-    tables = _by_stage([span.request.table for span in spans], width)
-    return _Part(np.array(token_ids, np.int32), starts, ends, np.array(numbers, np.int64), rows, tables)
+    positions = np.concatenate([np.arange(span.start, span.end, dtype=np.int32) for span in spans])
+    tables = _by_stage([span.request.table for span in spans], ceil_div(int(ends.max()), block_size))
+    numbered = np.array(numbers, np.int64)
+    return _Part(np.array(token_ids, np.int32), positions, ends - starts, ends, numbered, rows, tables)
 
 
 def _both(first: _Part, second: _Part) -> _Part:
@@ -194,7 +196,7 @@ def _both(first: _Part, second: _Part) -> _Part:
         for of_stage in zip(first.tables, second.tables, strict=True)
     ]
     numbers = np.concatenate([first.sampled_rows, len(first.token_ids) + second.sampled_rows])
-    arrays = (np.concatenate(pair) for pair in zip(first[:3], second[:3], strict=True))
+    arrays = (np.concatenate(pair) for pair in zip(first[:4], second[:4], strict=True))
     return _Part(*arrays, numbers, [*first.sampling, *second.sampling], tables)
 
 
@@ -214,12 +216,10 @@ def step_inputs(
         parts.append(_decoding(batch.decoding, sampling, kept or KeptRows(), block_size))
     if batch.others:
         parts.append(_others(batch.others, sampling, block_size))
-    token_ids, starts, ends, sampled_rows, rows, tables = parts[0] if len(parts) == 1 else _both(*parts)
+    token_ids, positions, lens, ends, sampled_rows, rows, tables = parts[0] if len(parts) == 1 else _both(*parts)
     is_ahead = batch.decoding.is_ahead or any(span.is_ahead for span in batch.others)
     cu_seqlens = np.zeros(len(ends) + 1, np.int32)
-    lens = ends - starts
     np.cumsum(lens, out=cu_seqlens[1:])
-    positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
     near_tables = [span.request.table.near for span in batch.others if span.request.table.near is not None]
     near = _by_stage(near_tables, tables[0].shape[1])
     return StepInputs(

@@ -55,7 +55,7 @@ class Publisher:
     def _go_on(self, group: Group, batch: Microbatch, results: Results, now_s: float, gaps_s: list[float]) -> None:
         """Publish the tokens of those who decode, whose first one came before: what runs for each row of each step."""
         eos_token_ids, due = self._eos_token_ids, self._fleet.due(batch.decoding, group)
-        for request, token in results.plain:
+        for request, token in zip(batch.decoding.requests, results.decoding, strict=True):
             if request.finish_reason is not None or request.has_failed:  # nobody wants it
                 continue
             if request in due:
@@ -70,7 +70,9 @@ class Publisher:
             live.last_token_s = now_s
             try:
                 text = live.say(token_id, eos_token_ids) if live.is_simple else None
-            except Exception as failure:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as failure:  # a panic in the tokenizer's Rust code is no Exception
                 self._fail(live, failure)
                 continue
             if text is not None:

@@ -29,20 +29,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What one step brought: to those who decode a token each, `plain` unless grammars judge it, and to the others."""
+    """What one step brought: a token to each of those who decode, in their order, and results to the others."""
 
-    plain: Sequence[tuple[Request, SampledToken]] = ()
+    decoding: Sequence[SampledToken] = ()
     others: Sequence[Result] = ()
 
     @classmethod
     def of(cls, batch: Microbatch, tokens: Sequence[SampledToken]) -> Results:
         """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
-        requests = batch.decoding.requests
-        pairs, others = list(zip(requests, tokens, strict=False)), list[Result]()
-        plain = [pair for pair in pairs if pair[0].constraint is None]
-        if len(plain) < len(pairs):
-            others = [Result(r, [], token, token.error) for r, token in pairs if r.constraint is not None]
-        sampled = iter(tokens[len(requests) :])
+        num_decoding, others = len(batch.decoding.requests), list[Result]()
+        sampled = iter(tokens[num_decoding:])
         for span in batch.others:
             positions, token = scored_positions(span), None
             scored = [(position, next(sampled)) for position in positions] if positions else []
@@ -51,7 +47,7 @@ class Results:
                 token = next(sampled)
                 error = token.error if error is None else error
             others.append(Result(span.request, scored, token, error))
-        return cls(plain, others)
+        return cls(tokens[:num_decoding], others)
 
 
 async def judge(results: Sequence[Result]) -> None:
