@@ -56,8 +56,8 @@ def _folders(read_text: ReadText, controller: str) -> Iterator[PurePosixPath]:
         if names and controller not in names.split(","):
             continue
         base, group = ROOT / (names and controller), PurePosixPath(path)
-        for place in (group, *group.parents):  # a container may see its own group as the root
-            yield base / place.relative_to("/")
+        for folder in (group, *group.parents):  # a container may see its own group as the root
+            yield base / folder.relative_to("/")
 
 
 def _words(read_text: ReadText, path: PurePosixPath) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How a server is set up: the flags of `python -m kunserve.server`, as values."""
+"""The flags of `kunserve serve` that an engine has, as values."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 128, 2048  # in a step
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything below HTTP. Sizes in bytes, blocks or tokens as named."""
+    """The flags of all that is below HTTP. Names say whether sizes are in bytes, blocks or tokens."""
 
     model: str
     devices: DeviceSpec = DeviceSpec("cpu", (0, 1))
     device_memory_bytes: int | None = None  # whole budget of one device: weights + KV
-    num_blocks_override: int | None = None  # then the budget is the weights plus so many blocks
-    kv_bytes: int | None = None  # or the weights plus so much KV
+    num_blocks_override: int | None = None  # instead: the weights plus so many blocks
+    kv_bytes: int | None = None  # instead: the weights plus so much KV
     block_size: int = 16
     chunk_bytes: int = 2 << 20  # of physical memory on CPU devices; smaller only in tests
     dtype: str = "auto"
-    kv_cache_dtype: str = "auto"  # of KV_DTYPES
-    quantization: str | None = None  # fp8 is made of a checkpoint of numbers; others name what a checkpoint is
+    kv_cache_dtype: str = "auto"  # one of KV_DTYPES
+    quantization: str | None = None  # fp8 also quantizes while loading; others only name what the checkpoint is
     load_format: str = "auto"
     seed: int = 0
     max_model_len: int | None = None
-    max_num_batched_tokens: int | None = None  # None: as `num_batched_tokens` says
+    max_num_batched_tokens: int | None = None  # None: see `num_batched_tokens`
     max_num_seqs: int = 256
     max_num_queued_reqs: int = 1024
     enable_prefix_caching: bool = True  # requests that begin alike share KV
@@ -64,13 +64,13 @@ class EngineConfig:
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
-    device_timeout_s: float = 60.0  # a device that ends nothing of its work for so long is lost; 0: it never is
-    windowed_kv_share: float = 1.0  # of the KV of a layer that sees all, for one with a window; 1: it keeps all
+    device_timeout_s: float = 60.0  # a device that completes no work for so long is lost; 0: none ever is
+    windowed_kv_share: float = 1.0  # KV of a layer with a window, as a share of a full layer's; 1: it keeps all
     is_pinned: bool = False  # regroup only when an operator asks
     host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
-    gpu_memory_utilization: float = 0.92  # CUDA only, as is the next one
+    gpu_memory_utilization: float = 0.92  # this one and the next: CUDA only
     enforce_eager: bool = False
-    faults: tuple[Fault, ...] = ()  # that CPU devices have on purpose; in tests
+    faults: tuple[Fault, ...] = ()  # injected into CPU devices, in tests
 
     @property
     def num_batched_tokens(self) -> int:
@@ -80,7 +80,7 @@ class EngineConfig:
         return GPU_BATCHED_TOKENS if self.devices.kind == "cuda" else CPU_BATCHED_TOKENS
 
     def check(self) -> None:
-        """Raise ConfigError for a number that cannot be meant."""
+        """Raise ConfigError for a value out of its range, and for flags that exclude each other."""
         for flag, value, least in (
             ("--block-size", self.block_size, 1),
             ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),

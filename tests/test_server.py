@@ -119,7 +119,7 @@ async def test_files_are_read_before_the_model(
 
 def test_flags_of_gpus_do_nothing_on_cpus() -> None:
     def ignored(flags: str) -> list[str]:
-        return list(serving._without_effect(parse_args(["m", *flags.split()]).engine))
+        return list(serving.flags_without_effect(parse_args(["m", *flags.split()]).engine))
 
     assert ignored("--enforce-eager --gpu-memory-utilization 0.5") == ["--gpu-memory-utilization", "--enforce-eager"]
     assert ignored("--devices cuda:0 --enforce-eager") == ignored("") == []

@@ -24,7 +24,7 @@ _EXPORT = re.compile(r"^export (?=async |function|class|const)", re.MULTILINE)
 _STYLE = re.compile(r'<link rel="stylesheet" href="/page/([\w.]+)">')
 
 Event = tuple[str, dict[str, Any]]  # "snapshot" or "delta", and its data
-# What the page cannot draw a snapshot without, with its types.
+# Fields of a snapshot that the page cannot do without, and their types.
 NEEDED: dict[str, type | tuple[type, ...]] = {"at_s": (int, float), "devices": dict, "groups": dict, "requests": dict}
 
 
@@ -56,7 +56,7 @@ def read_recording(lines: Sequence[bytes]) -> list[Event]:
 
 
 def replay_html(events: Sequence[Event], files: Mapping[str, str] | None = None) -> str:
-    """Return the self-contained page. `files`: the page's, by name."""
+    """Return the page with everything in it. `files`: those of the live page, by name."""
     files = page_files() if files is None else files
     styles = [files[name] for name in _STYLE.findall(files["index.html"])]
     scripts = [files["uplot.min.js"], bundle(files, "replay.js")]
@@ -90,7 +90,7 @@ def bundle(files: Mapping[str, str], entry: str) -> str:
     def add(name: str) -> None:
         if name in done:
             return
-        done[name] = ""  # no way round in circles
+        done[name] = ""  # so that modules that import each other end here
         for needed in _IMPORT.findall(files[name]):
             add(needed)
         del done[name]

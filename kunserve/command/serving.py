@@ -77,7 +77,7 @@ async def _load_and_serve(config: ServerConfig, events: KVPublisher | None, stuc
         async with listener.answering_with(loading_handler(lambda: progress.newest)):
             with progress:
                 served = await _launch_or_stop(config, progress, stop)
-        for flag, why in (_without_effect(config.engine) | _without_cache(config)).items():
+        for flag, why in (flags_without_effect(config.engine) | _without_cache(config)).items():
             log.warning("flag without effect", flag=flag, because=why)
         if events is not None and served.engine.fleet.prefixes is not None:
             served.engine.fleet.prefixes.listener = events
@@ -314,7 +314,7 @@ def _without_cache(config: ServerConfig) -> dict[str, str]:
     return {"--kv-events-config": "there is no prefix cache (--enable-prefix-caching)"}
 
 
-def _without_effect(engine: EngineConfig) -> dict[str, str]:
+def flags_without_effect(engine: EngineConfig) -> dict[str, str]:
     """Return flags of GPUs that were given for CPU devices, and why they do nothing."""
     if engine.devices.resolved().kind != "cpu":
         return {}

@@ -168,9 +168,9 @@ class Screen:
             if "committed" not in transition["seconds"]:
                 continue
             at_s = transition["started_s"] + transition["seconds"]["committed"]
-            place = sum(1 for time_s in times if time_s <= at_s) - 1
-            if place >= 0:
-                row[place] = SIGNS.get(transition["kind"], "◆")
+            column = sum(1 for time_s in times if time_s <= at_s) - 1
+            if column >= 0:
+                row[column] = SIGNS.get(transition["kind"], "◆")
         return "".join(row)
 
 

@@ -1,7 +1,7 @@
 """The decoder's operations on a virtual CPU device, float32: one call into cpu_kernels.c per operation.
 
 Single-threaded, as a virtual device is one core, and the GIL is dropped meanwhile. Batch invariant: a token's results
-are bitwise the same however requests are batched, prompts are cut into chunks and blocks are placed.
+are bitwise the same however requests are batched, prompts are cut into pieces and blocks are placed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The decoder: one file for every family, whose differences are fields of `ModelConfig`. The forward path.
+"""The decoder: the one forward path, for every family of models; their differences are fields of `ModelConfig`.
 
-Runs any range of layers on the weights and KV of one device. The views it holds are over ranges whose addresses never
-change, so a drop or a restore needs nothing here.
+It runs any range of layers on the weights and KV of one device. Its views are over ranges whose addresses never change,
+so it need not hear of a drop or a restore.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kunserve.model.quant.linear import Linear
 
 
 class Decoder:
-    """A model on one device. `forward` runs the layers it is told to; they must be present."""
+    """A model on one device. The layers that `forward` is asked for must be present."""
 
     def __init__(self, config: ModelConfig, ops: Ops, weights: Weights, kv: KVMemory, max_model_len: int) -> None:
         self._config, self._ops, self._weights = config, ops, weights
@@ -33,7 +33,7 @@ class Decoder:
         self._norm = weights.tensor("embed" if tied else "head", "model.norm.weight")
         self._head = self._embed if tied else weights.linear("head", "lm_head.weight")
         dtype, device = self._norm.dtype, self._norm.device
-        # A number of the weights' dtype, as Gemma has it: of bfloat16 its bits differ from a float's.
+        # Rounded to the weights' dtype, as in Gemma's own code: rounded to bfloat16 it is another number.
         self._embed_scale = torch.tensor(config.embed_scale, dtype=dtype, device=device)
         tables: dict[tuple[bool, bool], Tensor] = {}
         for layer in range(config.num_layers):
@@ -78,7 +78,7 @@ class Decoder:
 
     @torch.inference_mode()
     def probe(self, first_layer: int, last_layer: int) -> None:
-        """Take one row through the weights of some layers that are there, without KV; raises if that fails."""
+        """Multiply a row of zeros by weights of each layer that is present, without KV; raises if the device fails."""
         x = torch.zeros((1, self._norm.shape[0]), dtype=self._norm.dtype, device=self._norm.device)
         for layer in range(first_layer, last_layer):
             if not self._weights.is_filled(layer_name(layer)):
@@ -128,7 +128,7 @@ class Decoder:
     def _joined(self, x: Tensor, y: Tensor, norm: Tensor | None) -> Tensor:
         """Return the residual `x` and what a layer adds to it, normed and scaled.
 
-        Two operations: one that fused them would do so for some places in a row and not for others.
+        Multiplying and adding are two operations: compilers fuse them in parts of a row only, which changes bits.
         """
         y, scale = self._normed(y, norm), self._config.residual_scale
         return x + (y if scale == 1 else y * scale)

@@ -87,7 +87,7 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     rows_per_slice = 1 if logits.device.type == "cpu" else max(1, SLICE_ELEMENTS // logits.shape[1])
     for start in range(0, len(others), rows_per_slice):
         part = others[start : start + rows_per_slice]
-        chosen = _choose(_rows(logits, part), [rows[i] for i in part])
+        chosen = choose(_rows(logits, part), [rows[i] for i in part])
         for i, token_id in zip(part, chosen, strict=True):
             token_ids[i] = token_id
     return [
@@ -141,7 +141,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """Choose tokens of rows that are drawn or whose logits are adjusted; None for those that are left without."""
     scores = logits.to(torch.float64, copy=True)
     for score, row in zip(scores, rows, strict=True):

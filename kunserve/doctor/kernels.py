@@ -115,8 +115,8 @@ def _missing_tools(probe: Probe) -> list[str]:
     if environment.get("FLASHINFER_DISABLE_JIT"):
         return ["FLASHINFER_DISABLE_JIT is set"]
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
-    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     if own := environment.get("FLASHINFER_NVCC"):
-        places = [own]
-    missing = [] if any(probe.which(place) for place in places) else ["no nvcc"]
+        candidates = [own]
+    missing = [] if any(probe.which(path) for path in candidates) else ["no nvcc"]
     return missing + ([] if probe.which("ninja") else ["no ninja"])

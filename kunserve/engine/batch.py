@@ -24,19 +24,52 @@ class Span(NamedTuple):
     is_ahead: bool = False
 
 
+class Decoding(NamedTuple):
+    """Requests of a microbatch that go on alike: each computes one token, its newest, and samples the next.
+
+    No grammar judges these.
+
+    `is_ahead`: nobody knows these tokens yet; the oldest microbatch in flight samples them.
+    """
+
+    requests: Sequence[Request] = ()
+    ends: Sequence[int] = ()  # each computes its token `end - 1`
+    is_ahead: bool = False
+
+
+NOBODY = Decoding()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Microbatch:
-    """Spans of distinct requests, scheduled together. Everything a stage needs is a snapshot: requests may change."""
+    """Parts of distinct requests, scheduled together. Everything a stage needs is a snapshot: requests may change.
+
+    Those who decode come first. They are nearly all, step after step: what has to be done for each of them in each step
+    is done for all at once, or by a loop over nothing else.
+    """
 
     group_id: int
     epoch: int
-    spans: tuple[Span, ...]
+    others: tuple[Span, ...]
+    decoding: Decoding = NOBODY
     sampled: Future[Any] = field(default_factory=Future)  # by its executor, for the microbatch that runs ahead of it
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All parts, in their order."""
+        requests, ends, is_ahead = self.decoding
+        alike = (Span(r, end - 1, end, True, is_ahead) for r, end in zip(requests, ends, strict=True))
+        return (*alike, *self.others)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Return whose parts these are, in their order."""
+        return [*self.decoding.requests, *(span.request for span in self.others)]
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all spans."""
-        return sum(span.end - span.start for span in self.spans)
+        return len(self.decoding.requests) + sum(span.end - span.start for span in self.others)
 
 
 def scored_positions(span: Span) -> Sequence[int]:
@@ -53,7 +86,7 @@ def count_prompt_tokens(batch: Microbatch) -> int:
     Those of a request that starts over are not: what comes before them may be missing.
     """
     num_new = 0
-    for request, start, end, _, _ in batch.spans:
+    for request, start, end, _, _ in batch.others:  # who decodes has come past its prompt
         counted, end = request.num_counted_tokens, min(end, len(request.prompt_token_ids))
         if counted < end and not request.has_failed:
             num_new += max(0, end - max(start, counted))  # of a request begun elsewhere, all of it may be cached
@@ -63,4 +96,6 @@ def count_prompt_tokens(batch: Microbatch) -> int:
 
 def work_of(batch: Microbatch) -> Work:
     """Return what a microbatch is, as the cost model counts it."""
-    return Work.of(TokenSpan(span.start, span.end - span.start, int(span.samples)) for span in batch.spans)
+    others = Work.of(TokenSpan(span.start, span.end - span.start, int(span.samples)) for span in batch.others)
+    num_rows, num_keys = len(batch.decoding.ends), sum(batch.decoding.ends)
+    return others.join(Work(num_keys, num_keys, num_rows, num_rows, num_rows))

@@ -1,6 +1,6 @@
 """Block store: gives tables blocks on all devices of their group, and keeps those that others may find.
 
-It is of one kind of KV. Where there are two, mixed_store.py has another one beside it.
+A store has one kind of KV. Where there are two kinds, mixed_store.py puts a second store beside it.
 
 A block is in one of four states. It is free. It is in use by the tables that name it. Or it is cached: nobody uses it,
 but its KV is complete, and a request that begins with the same tokens takes it over (prefix_cache.py). A cached block
@@ -25,7 +25,7 @@ from kunserve.engine.request import Request
 
 
 class BlockStore:
-    """Owns the block pools of all devices and the cached blocks of all groups; both are for reading."""
+    """Owns the block pools of all devices and the cached blocks of all groups; others may read both."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], num_behind: NumBehind | None, *, has_prefix_cache: bool) -> BlockStore:
@@ -42,7 +42,7 @@ class BlockStore:
         self._followers: defaultdict[Group, deque[Follower]] = defaultdict(deque)  # of a group; the hottest first
         self._convoys: list[Convoy] = []  # under way
 
-    # --- where groups and requests have what is of this kind ----------------------------------------------------
+    # --- what groups and requests have of this kind -------------------------------------------------------------
 
     def pool(self, stage: Stage) -> BlockPool:
         """Return the pool of a stage."""
@@ -57,7 +57,7 @@ class BlockStore:
         return request.table
 
     def num_free(self, group: Group) -> int:
-        """Return how many blocks of a group are nobody's, or idle."""
+        """Return how many blocks of a group are free or idle."""
         return min(self.pool(stage).num_free for stage in group.stages) + len(self.idle(group))
 
     def of_kind(self, kind: int) -> BlockStore:
@@ -67,22 +67,22 @@ class BlockStore:
 
     @property
     def num_following(self) -> int:
-        """Return how many cached blocks are on their way: they occupy their places until then."""
+        """Return how many cached blocks are on their way; they keep the ids that they have left until they arrive."""
         on_the_way = (*self._followers.values(), *(convoy.followers for convoy in self._convoys))
         return sum(map(len, on_the_way))
 
     # --- tables of a group --------------------------------------------------------------------------------------
 
     def begin_empty(self, table: BlockTable, num_behind: int) -> None:
-        """Prepare an empty table, in whose first places nothing is to be found: they are behind the window."""
+        """Prepare an empty table whose first `num_behind` places are behind the window: nobody finds blocks there."""
         table.num_indexed = num_behind
 
     def hold(self, table: BlockTable, group: Group, num_places: int, num_near: int) -> bool:
-        """Let a table have so many places, of near blocks `num_near` if there are any; False, and no change, if not."""
+        """Extend a table to `num_places`, of near blocks to `num_near`; False, and no change, if blocks are lacking."""
         return self.append(table, group, max(0, num_places - table.num_places))
 
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
-        """Let an empty table begin with the blocks that its group has of these keys; returns for how many it has KV."""
+        """Begin an empty table with its group's blocks of these keys; returns for how many keys there is KV."""
         assert self.prefixes is not None
         num_places, found = self.prefixes.find(group, keys)
         for block in found:
@@ -94,12 +94,12 @@ class BlockStore:
         return num_places
 
     def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
-        """Let a table have so many blocks more; False, and no change, if its group has not got them."""
+        """Append so many blocks to a table; False, and no change, if its group has not got them."""
         while num_blocks > self.num_free(group):
             if not self.give_up_coldest(group):
                 return False
         while self.idle(group) and any(self.pool(stage).num_free < num_blocks for stage in group.stages):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
         table.append({stage.device: self.pool(stage).alloc(num_blocks) or [] for stage in group.stages})
         return True
 
@@ -125,11 +125,11 @@ class BlockStore:
         table.num_indexed = table.num_places
 
     def release(self, table: BlockTable, group: Group, *, is_kept: bool) -> None:
-        """Let go of a table's blocks. If `is_kept`, those that can be found are idle then, a prefix's end first."""
+        """Let go of a table's blocks. If `is_kept`, those that can be found become idle, the end of a prefix first."""
         self._let_go(reversed(table.blocks), group, is_kept=is_kept)
 
     def leave_behind(self, table: BlockTable, group: Group, num_places: int) -> None:
-        """Let go of the blocks in a table's first places: they are behind the window. Who can be found is idle."""
+        """Let go of the blocks in a table's first places, behind the window. Those that can be found become idle."""
         self._let_go(table.leave_behind(num_places), group, is_kept=True)
 
     def _let_go(self, blocks: Iterable[Block], group: Group, *, is_kept: bool) -> None:
@@ -165,9 +165,9 @@ class BlockStore:
         """
         if self._went.setdefault(block, destination) is destination:
             return block
-        place = block, destination.group_id
-        if (twin := self._twins.get(place)) is None:
-            twin = self._twins[place] = Block(dict(block.ids), num_refs=0)
+        key = block, destination.group_id
+        if (twin := self._twins.get(key)) is None:
+            twin = self._twins[key] = Block(dict(block.ids), num_refs=0)
             for device, block_id in block.ids.items():
                 self.pools[device].share([block_id])
         self.num_shared += (twin.num_refs > 0) - 1
@@ -206,7 +206,7 @@ class BlockStore:
             self.pools[device].free([block.ids.pop(device) for block in blocks])
 
     def arrive(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> None:
-        """Free what a table holds outside its group. `keys`: of its full blocks; those that are there already go."""
+        """Free what a table holds outside its group; of blocks with one of `keys` it takes those that the group has."""
         self._leave(table.blocks, group)
         for i, key in enumerate(keys[table.num_behind :]):
             block, there = table.blocks[i], self.prefixes and self.prefixes.get(group, key)
@@ -215,7 +215,7 @@ class BlockStore:
         table.read_ids([stage.device for stage in group.stages])
 
     def _leave(self, blocks: Iterable[Block], group: Group) -> None:
-        """Free the ids of blocks on devices outside their group; of a shared one, who comes first does so for all."""
+        """Free the ids of blocks on devices outside their group; the first holder of a shared one does so for all."""
         devices, left = {stage.device for stage in group.stages}, defaultdict[int, list[int]](list)
         for block in blocks:
             for device in block.ids.keys() - devices:
@@ -239,12 +239,12 @@ class BlockStore:
 
     # --- cached blocks that follow ------------------------------------------------------------------------------
 
-    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]]) -> None:
-        """Send idle blocks of a group, the hottest first, to others, or to free ids of their own (`settle`)."""
+    def follow(self, source: Group, destinations: Sequence[tuple[Block, Group]]) -> None:
+        """Send idle blocks of a group, the hottest first, to others, or to free ids of their own (`end_following`)."""
         left = tuple(stage.view for stage in source.stages)
-        for block, home in homes:
+        for block, destination in destinations:
             assert self.prefixes is not None and block.key is not None
-            self._followers[home].append(Follower(block, block.key, block.parent, left))
+            self._followers[destination].append(Follower(block, block.key, block.parent, left))
             del self.idle(source)[block]
             self.prefixes.leave(source, block)
 
@@ -268,7 +268,7 @@ class BlockStore:
         return convoy
 
     def end(self, convoy: Convoy, *, is_lost: bool = False) -> None:
-        """Let the blocks of a convoy be idle in their group: they have arrived. Or free them: they are lost."""
+        """End a convoy: its blocks have arrived and are idle in their group; if it `is_lost`, they are freed."""
         self._convoys.remove(convoy)
         if is_lost:
             self._lose(convoy.followers)
@@ -276,12 +276,12 @@ class BlockStore:
             self._leave(convoy.table.blocks, convoy.group)
             self._rest(convoy.group, convoy.followers)
 
-    def settle(self, group: Group) -> None:
-        """Let the blocks that follow to where they are be idle again."""
+    def end_following(self, group: Group) -> None:
+        """Let blocks be idle again that were to follow to the group in which they are."""
         self._rest(group, self._followers.pop(group, ()))
 
     def _rest(self, group: Group, followers: Iterable[Follower]) -> None:
-        """Let blocks be idle, colder than those that are by now."""
+        """Make blocks idle, colder than those that are idle already."""
         for block, key, parent, _ in followers:
             assert self.prefixes is not None
             if self.prefixes.add(group, block, key, parent):
@@ -305,7 +305,7 @@ class BlockStore:
         return has_any
 
     def give_up_coldest(self, group: Group) -> bool:
-        """Free one block that follows: to this group, or to another part of the one that it was split from."""
+        """Free the coldest block that follows and has ids on devices of this group; False if there is none."""
         for followers in self._followers.values():
             if followers and any(stage.device in followers[-1].block.ids for stage in group.stages):
                 self._lose([followers.pop()])
@@ -317,9 +317,10 @@ class BlockStore:
     def forget_idle(self, group: Group) -> None:
         """Free all idle blocks of a group."""
         while self.idle(group):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
 
-    def _forget_oldest(self, group: Group) -> None:
+    def forget_oldest(self, group: Group) -> None:
+        """Free the idle block of a group that was used longest ago."""
         block, _ = self.idle(group).popitem(last=False)
         if self.prefixes is not None:
             self.prefixes.remove(group, block)
@@ -328,7 +329,7 @@ class BlockStore:
     def _reclaim(self, group: Group) -> bool:
         """Free one cached block of a group, if there is any: an idle one first."""
         if self.idle(group):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
             return True
         return self.give_up_coldest(group)
 
@@ -343,7 +344,7 @@ class BlockStore:
         pool.set_limit(num_blocks)
         num_others = pool.num_used - len(idle)
         while len(idle) > max(0, num_blocks - num_others):
-            self._forget_oldest(group)
+            self.forget_oldest(group)
         beyond = [block for block in reversed(idle) if block.ids[device] >= num_blocks]
         self.follow(group, [(block, group) for block in beyond])
 
@@ -352,7 +353,7 @@ class BlockStore:
         """See `Fleet.emptying`."""
         pool, device = self.pool(stage), stage.device
         for _ in range(len(pool.used_beyond(limit)) - pool.num_free):
-            self._reclaim(group)  # a block in front, or one beyond: one less is lacking
+            self._reclaim(group)  # frees an id below the limit, or empties one beyond: either way one less is lacking
         used = pool.used_beyond(limit)
         front = pool.alloc(min(len(used), pool.num_free)) or []
         entry = (device, front)
@@ -388,7 +389,7 @@ class BlockStore:
         for device, ids in freed.items():
             self.pools[device].free(ids)
 
-    # --- both ---------------------------------------------------------------------------------------------------
+    # --- regrouping, checking -----------------------------------------------------------------------------------
 
     def regrouped(self, old: Iterable[Group]) -> None:
         """Forget how blocks of these groups were shared: the groups are gone."""

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from kunserve.compute.sampler import SampledToken
-from kunserve.engine.batch import Microbatch, count_prompt_tokens
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.dispatch import Dispatch
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
@@ -27,7 +27,8 @@ from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits, overlong
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.executor import Executor
-from kunserve.engine.step.results import Result, judge, results_of
+from kunserve.engine.step.publish import Publisher
+from kunserve.engine.step.results import Results, judge
 from kunserve.engine.survive.health import Health
 from kunserve.engine.survive.retries import Retries
 from kunserve.engine.text.live import Live, replay
@@ -63,12 +64,12 @@ class Engine(Operated):
         seed: int = 0,
     ) -> None:
         self.model, self.limits, self.fleet, self.scheduler = model, limits, fleet, scheduler
-        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `fit`
+        self._most_tokens = sys.maxsize  # of one request, that a group can hold: see `limit_tokens`
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
         self.mover: KvMover | None = None
         self._is_accepting = self._has_ended = False
-        self._live: dict[str, Live] = {}
+        self.live: dict[str, Live] = {}  # requests that are not done, by id
         self._random = random.Random(seed)
         self._num_in_flight = 0  # microbatches
         self._tasks: asyncio.TaskGroup | None = None
@@ -81,6 +82,7 @@ class Engine(Operated):
         )
         self.view = View(model, fleet, scheduler, memories, self.device_health)
         self._retries = Retries(fleet, scheduler, self.device_health, metrics)
+        self._publisher = Publisher(fleet, metrics, self.live, model.eos_token_ids, self._finish, self._fail_alone)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -96,12 +98,12 @@ class Engine(Operated):
         Devices that do not end their last step in `last_step_s` are given up.
         """
         self._is_accepting = False
-        if self._live and drain_s > 0:
+        if self.live and drain_s > 0:
             self._drained = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_s):
                     await self._drained.wait()
-        for live in list(self._live.values()):
+        for live in list(self.live.values()):
             self._fail(live, OverloadedError("the server is stopping", retry_after_s=5))
         giving_up = asyncio.create_task(self.device_health.give_up_hanging(last_step_s))
         try:
@@ -160,14 +162,14 @@ class Engine(Operated):
         if len(self.scheduler.waiting) >= self.limits.max_num_queued_reqs:
             self.metrics.rejection("queue_full")
             raise OverloadedError(f"{len(self.scheduler.waiting)} requests are waiting already", retry_after_s=1)
-        if request.request_id in self._live:
+        if request.request_id in self.live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         self.limits.check(request)
         if request.num_tokens >= self._most_tokens:
             raise overlong(self._most_tokens)
         request.arrival_s = loop_time()
         request.seed = self._random.getrandbits(63) if request.params.seed is None else request.params.seed
-        self._live[request.request_id] = Live.of(request, sink, self.tokenizer)
+        self.live[request.request_id] = Live.of(request, sink, self.tokenizer)
         self.scheduler.waiting.append(request)
         self.signals.wake_for_queue()
 
@@ -178,11 +180,11 @@ class Engine(Operated):
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request whose client left: its blocks are free once its running step is done. Idempotent."""
-        if (live := self._live.get(request_id)) is not None:
+        if (live := self.live.get(request_id)) is not None:
             self._finish(live, reason)
             self.signals.wake()
 
-    def fit(self, most_tokens: int) -> None:
+    def limit_tokens(self, most_tokens: int) -> None:
         """Note that no group holds more than so many tokens of one request. Whoever grows beyond that ends with a 503.
 
         Whoever asks for more than that may still end before.
@@ -209,7 +211,7 @@ class Engine(Operated):
                         await self.signals.woken()
                 finally:  # before what is in flight ends: it may wait for a token that nobody will accept any more
                     self._has_ended = True
-                    for live in list(self._live.values()):
+                    for live in list(self.live.values()):
                         self._fail(live, EngineError("the engine has stopped"))
         except* Exception:  # a bug of ours: nothing can be served any more, and everybody has to know
             log.exception("engine stopped")
@@ -220,7 +222,7 @@ class Engine(Operated):
         if self.is_idle_since_last_step:
             self._last_step_s = now
         self._num_in_flight += 1
-        for span in batch.spans:
+        for span in batch.others:  # who decodes was admitted before
             if span.request.admitted_s is None:
                 span.request.admitted_s = now
                 if self.fleet.prefixes is not None and not span.request.is_continued:
@@ -232,16 +234,16 @@ class Engine(Operated):
 
     async def _step(self, group: Group, batch: Microbatch, execution: Coroutine[Any, Any, list[SampledToken]]) -> None:
         """Take a microbatch from its launch to its published tokens: forward, judge, commit, publish."""
-        started, tokens, results, failure = loop_time(), list[SampledToken](), list[Result](), None
+        started, results, failure = loop_time(), Results(), None
         try:
             try:
-                tokens = await execution
+                results = Results.of(batch, await execution)
             except Exception as error:  # whatever went wrong on the device, the server goes on
                 failure = error
             while group.in_flight[0] is not batch:  # it took a shorter way through the last stage
                 await self.signals.next_commit(group)
             if failure is None:
-                await judge(results := results_of(batch, tokens))
+                await judge(results.others)
         except asyncio.CancelledError:  # the engine has stopped: nobody shall wait for this microbatch
             group.in_flight.remove(batch)
             self.signals.progress()
@@ -257,7 +259,7 @@ class Engine(Operated):
                 self.mover.stepped(group, step_s)
         else:
             for request, why in self._retries.failed(group, batch, failure):
-                self._fail(self._live[request.request_id], why)
+                self._fail(self.live[request.request_id], why)
         self._last_step_s = loop_time()
         self._dispatch.came_back(group)
         self.signals.progress(group.group_id)
@@ -266,50 +268,11 @@ class Engine(Operated):
     def _commit(self, group: Group, batch: Microbatch) -> None:
         """Account for a microbatch that has passed its chain. Who ended meanwhile has waited for that."""
         self.scheduler.commit(group, batch)
-        for span in batch.spans:
-            if span.request.finish_reason is not None:
-                self._release(span.request)
+        for request in [r for r in batch.requests if r.finish_reason is not None]:
+            self._release(request)
 
-    def _publish(self, group: Group, batch: Microbatch, results: Sequence[Result]) -> None:
-        """Send every request what its token says; finish those for which it is the last."""
-        self.metrics.step(batch.num_tokens)
-        self.metrics.prompt_tokens(count_prompt_tokens(batch))
-        if group.on_first_commit is not None:
-            group.on_first_commit()
-            group.on_first_commit = None
-        now, num_generated, gaps_s = loop_time(), 0, list[float]()
-        for result in results:
-            if result.request.is_over_here:
-                continue
-            if result.scored:
-                result.add_prompt_logprobs()
-            self.fleet.computed(result.request, group)
-            live = self._live[result.request.request_id]
-            if result.error is not None:
-                self.fleet.distrust(result.request, group)
-                self._fail_alone(live, result.error)
-            elif result.token is not None:
-                num_generated += 1
-                if (gap_s := live.came(now)) is not None:
-                    gaps_s.append(gap_s)
-                else:
-                    self.metrics.first_token(live.request, now)
-                self._publish_one(live, result.token)
-        self.metrics.generation_tokens(num_generated)
-        self.metrics.inter_tokens(gaps_s)
-
-    def _publish_one(self, live: Live, token: SampledToken) -> None:
-        try:
-            output = live.take(token, self.model.eos_token_ids)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
-            self._fail_alone(live, error)
-            return
-        if output.finish_reason is None:
-            live.stream.put(output)
-        else:
-            self._finish(live, output.finish_reason, output)
+    def _publish(self, group: Group, batch: Microbatch, results: Results) -> None:
+        self._publisher.publish(group, batch, results)
 
     # --- endings ------------------------------------------------------------------------------------------------
 
@@ -334,7 +297,7 @@ class Engine(Operated):
     def _end(self, live: Live, reason: FinishReason) -> None:
         request, group_id = live.request, live.request.group_id
         request.finish_reason = reason
-        del self._live[request.request_id]
+        del self.live[request.request_id]
         live.close(now := loop_time())
         self.metrics.request_finished(request, now)
         if self.control is not None:
@@ -343,7 +306,7 @@ class Engine(Operated):
         if self.mover is not None:
             self.mover.finished(request)
         self.signals.progress(group_id)
-        if self._drained is not None and not self._live:
+        if self._drained is not None and not self.live:
             self._drained.set()
 
     def _release(self, request: Request) -> None:
@@ -384,8 +347,8 @@ class Engine(Operated):
         if not self.is_running:
             return "the engine has stopped"
         silent_s = loop_time() - self._last_step_s
-        if self._live and silent_s > self.limits.stall_s:
-            return f"no step has finished for {silent_s:.0f} s although {len(self._live)} requests are not done"
+        if self.live and silent_s > self.limits.stall_s:
+            return f"no step has finished for {silent_s:.0f} s although {len(self.live)} requests are not done"
         return None
 
     def waiting(self, owner: str | None = None) -> Waiting:
@@ -408,7 +371,7 @@ class Engine(Operated):
         """End requests at the head of the queue that no group can hold any more: else they would block it for ever."""
         least = self.scheduler.policy.least_tokens
         while (head := self.scheduler.head) is not None and least(head) > self._most_tokens:
-            self._fail(self._live[head.request_id], overlong(self._most_tokens))
+            self._fail(self.live[head.request_id], overlong(self._most_tokens))
 
     def _report_preemptions(self) -> None:
         preempted = self.scheduler.take_preempted()

@@ -15,16 +15,17 @@ departed: it belongs to another group than its KV is in, until it arrives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
+from kunserve.engine.batch import Decoding
 from kunserve.engine.block_store import BlockStore
-from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail, append_to_each
 from kunserve.engine.group import Convoy, Group, Stage
 from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
 from kunserve.engine.kinds.mixed_store import MixedStore
-from kunserve.engine.prefix_cache import extend_keys, is_being_computed
+from kunserve.engine.prefix_cache import extend_keys, full_keys, is_being_computed, num_full
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
@@ -160,6 +161,13 @@ class Fleet:
         num_places = group.blocks_for(num_tokens)
         return self._blocks.hold(table, group, num_places, num_places)
 
+    def allocate_next(self, requests: Iterable[Request], group: Group) -> None:
+        """Let requests of `group` that decode hold blocks for their next tokens, of which there are enough."""
+        full = [r for r in requests if r.num_scheduled_tokens % group.block_size == 0]
+        lacking = [r for r in full if r.table.num_places * group.block_size == r.num_scheduled_tokens]
+        if not append_to_each([r.table for r in lacking], {stage.device: stage.pool for stage in group.stages}):
+            assert all(self.allocate(r, group, r.num_scheduled_tokens + 1) for r in lacking), "there are enough"
+
     def release(self, request: Request) -> None:
         """Take a request out of its group. Its blocks are idle or free then, unless others use them."""
         assert request.group_id is not None
@@ -173,15 +181,18 @@ class Fleet:
 
         A step has computed more of its tokens. What is in flight begins with the next one, or behind it.
         """
-        if self.prefixes is not None and _num_full(request, group) > request.table.num_indexed:
-            new = self._blocks.index(request.table, group, self._keys(request, group))
-            if self.prefixes.listener is not None:
-                for position in new:
-                    tokens = request.token_ids[position * group.block_size : (position + 1) * group.block_size]
-                    parent = request.block_keys[position - 1] if position else None
-                    self.prefixes.listener.stored(request.block_keys[position], parent, tokens, request.cache_salt)
+        if self.prefixes is not None and num_full(request, group.block_size) > request.table.num_indexed:
+            new = self._blocks.index(request.table, group, full_keys(request, group.block_size))
+            self.prefixes.tell_stored(request, new, group.block_size)
         if self._window is not None:
             self._blocks.leave_behind(request.table, group, self.num_behind(request.num_computed_tokens))
+
+    def due(self, decoding: Decoding, group: Group) -> Collection[Request]:
+        """Return for which of those who decode `computed` has something to do."""
+        if self._window is not None:
+            return set(decoding.requests)
+        size, pairs = group.block_size, zip(decoding.requests, decoding.ends, strict=True)
+        return () if self.prefixes is None else {r for r, end in pairs if end // size > r.table.num_indexed}
 
     def num_behind(self, position: int) -> int:
         """Return how many blocks are behind the window of a token."""
@@ -190,11 +201,6 @@ class Fleet:
     def _behind_prefix(self, num_blocks: int) -> int:
         """Return how many of the first blocks are behind the window of what follows them; one at least is not."""
         return min(num_blocks - 1, self.num_behind(num_blocks * self.block_size)) if num_blocks else 0
-
-    @staticmethod
-    def _keys(request: Request, group: Group) -> Sequence[bytes]:
-        """Return the keys of the blocks that it has filled."""
-        return extend_keys(request, group.block_size)[: _num_full(request, group)]
 
     def _begin_with_prefix(self, request: Request, group: Group) -> None:
         """Let a request begin with the blocks that its group has of its tokens."""
@@ -276,7 +282,7 @@ class Fleet:
     def arrive(self, request: Request, group: Group) -> None:
         """Let a request that departed, and whose KV is all there, run on in `group`; free what it has elsewhere."""
         table = self._departed.pop(request)
-        self._blocks.arrive(table, group, self._keys(request, group) if self.prefixes is not None else ())
+        self._blocks.arrive(table, group, full_keys(request, group.block_size) if self.prefixes is not None else ())
         request.table, request.is_moving = table, False
         request.note("kv arrived", group=group.group_id)
         self.computed(request, group)
@@ -371,9 +377,9 @@ class Fleet:
         """Free all cached blocks of a group that nobody uses."""
         self._blocks.forget_idle(group)
 
-    def follow(self, source: Group, homes: Sequence[tuple[Block, Group]], kind: int = 0) -> None:
+    def follow(self, source: Group, destinations: Sequence[tuple[Block, Group]], kind: int = 0) -> None:
         """Send idle blocks of a group, the hottest first, to other groups. They set out by `take_convoy`."""
-        self.store(kind).follow(source, homes)
+        self.store(kind).follow(source, destinations)
 
     def take_convoy(self, group: Group, most: int, kind: int = 0) -> Convoy | None:
         """Take the hottest blocks that follow to a group, with blocks on all its devices; None if none is left.
@@ -391,9 +397,9 @@ class Fleet:
         """Return how many cached blocks are on their way."""
         return self._blocks.num_following
 
-    def settle_followers(self, group: Group) -> None:
+    def end_following(self, group: Group) -> None:
         """Let others find blocks of a group again that were beyond a limit."""
-        self._blocks.settle(group)
+        self._blocks.end_following(group)
 
     def give_up_followers(self, group: Group) -> bool:
         """Free cached blocks that follow, from or to devices of a group; False if there were none."""
@@ -412,8 +418,3 @@ class Fleet:
             table.check()
         for group in self.groups:
             group.check(num_layers)
-
-
-def _num_full(request: Request, group: Group) -> int:
-    """Return how many of its blocks a request has filled."""
-    return min(request.num_computed_tokens, len(request.token_ids)) // group.block_size

@@ -30,14 +30,24 @@ def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
     return keys
 
 
-def is_being_computed(key: bytes, place: int, group: Group) -> bool:
-    """Return whether a running request of a group will soon have computed the block of a key, its `place`-th."""
-    end = (place + 1) * group.block_size
+def num_full(request: Request, block_size: int) -> int:
+    """Return how many of its blocks a request has filled."""
+    return min(request.num_computed_tokens, len(request.token_ids)) // block_size
+
+
+def full_keys(request: Request, block_size: int) -> Sequence[bytes]:
+    """Return the keys of the blocks that it has filled."""
+    return extend_keys(request, block_size)[: num_full(request, block_size)]
+
+
+def is_being_computed(key: bytes, index: int, group: Group) -> bool:
+    """Return whether a running request of a group will soon have computed the block of a key, its `index`-th."""
+    end = (index + 1) * group.block_size
     return any(
         r.num_computed_tokens < end <= r.num_tokens
         and r.finish_reason is None
         and not (r.is_moving or r.has_failed)
-        and extend_keys(r, group.block_size)[place] == key
+        and extend_keys(r, group.block_size)[index] == key
         for r in group.running
     )
 
@@ -64,7 +74,7 @@ class PrefixCache:
 
     def __init__(self, num_behind: NumBehind | None = None) -> None:
         self._num_behind = num_behind
-        self._homes: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
+        self._holders: dict[bytes, dict[int, Block]] = {}  # key -> group id -> block
         self._version = 0  # of what can be found
         self.listener: Listener | None = None
         self._away = Counter[bytes]()  # keys of blocks on their way to a group
@@ -77,15 +87,15 @@ class PrefixCache:
     @property
     def keys(self) -> frozenset[bytes]:
         """Return the keys of all blocks that can be found in some group, or that are on their way to one."""
-        return frozenset([*self._homes, *self._away])
+        return frozenset([*self._holders, *self._away])
 
     def add(self, group: Group, block: Block, key: bytes, parent: bytes | None) -> bool:
         """Let a block of a group be found by its key; False, and no change, if another one of that group is.
 
         `parent`: the key of the block before it.
         """
-        homes = self._homes.setdefault(key, {})
-        if homes.setdefault(group.group_id, block) is not block:
+        holders = self._holders.setdefault(key, {})
+        if holders.setdefault(group.group_id, block) is not block:
             return False
         block.key, block.parent = key, parent
         self._version += 1
@@ -95,17 +105,17 @@ class PrefixCache:
         """Let a block of a group be found no more."""
         if block.key is None:
             return
-        homes = self._homes[block.key]
-        del homes[group.group_id]
-        if not homes:
-            del self._homes[block.key]
+        holders = self._holders[block.key]
+        del holders[group.group_id]
+        if not holders:
+            del self._holders[block.key]
             self._told(block.key)
         block.key = block.parent = None
         self._version += 1
 
     def has(self, key: bytes) -> bool:
         """Return whether any group has a block of a key, or gets one."""
-        return key in self._homes or key in self._away
+        return key in self._holders or key in self._away
 
     def leave(self, group: Group, block: Block) -> None:
         """Let a block be found no more until it is added to another group: it is on its way, see `came`."""
@@ -120,14 +130,21 @@ class PrefixCache:
             del self._away[key]
         self._told(key)
 
+    def tell_stored(self, request: Request, indices: Sequence[int], block_size: int) -> None:
+        """Tell the listener of blocks of a request that a first group has now."""
+        for index in indices if self.listener is not None else ():
+            tokens = request.token_ids[index * block_size : (index + 1) * block_size]
+            parent = request.block_keys[index - 1] if index else None
+            self.listener.stored(request.block_keys[index], parent, tokens, request.cache_salt)
+
     def _told(self, key: bytes) -> None:
         """Tell the listener if nobody has the block of a key any more."""
-        if self.listener is not None and key not in self._homes and key not in self._away:
+        if self.listener is not None and key not in self._holders and key not in self._away:
             self.listener.removed(key)
 
     def get(self, group: Group, key: bytes) -> Block | None:
         """Return the block of a group with this key."""
-        return self._homes.get(key, {}).get(group.group_id)
+        return self._holders.get(key, {}).get(group.group_id)
 
     def find(self, group: Group, keys: Sequence[bytes]) -> tuple[int, list[Block]]:
         """Return with how many of these keys' blocks a request can begin, and those that are not behind its window."""
@@ -148,9 +165,9 @@ class PrefixCache:
         lengths: dict[int, int] = {}
         runs: dict[int, int] = {}  # group id -> of the keys so far, the last ones that it has without a gap
         for number, key in enumerate(keys, 1):
-            homes = self._homes.get(key, {})
+            holders = self._holders.get(key, {})
             needed = number - self._behind(number)
-            runs = {i: runs.get(i, 0) + 1 for i in homes if needed < number or number == 1 or i in runs}
+            runs = {i: runs.get(i, 0) + 1 for i in holders if needed < number or number == 1 or i in runs}
             lengths.update((i, number) for i, run in runs.items() if run >= needed)
             if not runs and self._num_behind is None:
                 break
@@ -162,7 +179,7 @@ class PrefixCache:
     def check(self, groups: Sequence[Group], blocks: Collection[Block]) -> None:
         """Assert that a key leads to blocks that are there, on all devices of their group, and know it."""
         devices = {group.group_id: {stage.device for stage in group.stages} for group in groups}
-        for key, homes in self._homes.items():
-            assert homes
-            for group_id, block in homes.items():
+        for key, holders in self._holders.items():
+            assert holders
+            for group_id, block in holders.items():
                 assert block.key == key and block in blocks and block.ids.keys() >= devices[group_id]

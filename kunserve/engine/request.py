@@ -34,9 +34,9 @@ class Constraint(Protocol):
         """
 
     def accept(self, token_id: int) -> None:
-        """Begin to take the token that was chosen: `settled` says when it is known what comes of it."""
+        """Begin to take the token that was chosen: `decided` says when it is known what comes of it."""
 
-    async def settled(self) -> None:
+    async def decided(self) -> None:
         """Return when `error` and `is_finished` are known for all accepted tokens: after a bounded time."""
 
     def release(self) -> None:

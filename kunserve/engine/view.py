@@ -52,8 +52,8 @@ class View:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what `/kunserve/state` shows: devices with chunks by owner, groups with stages, requests, epoch."""
-        home, scheduler = self._home_units(), self._scheduler
+        """Return what `/kunserve/state` shows: devices with chunks by use, groups with stages, requests, epoch."""
+        launched, scheduler = self._launched_units(), self._scheduler
         return {
             "now_s": loop_time(),
             "epoch": self._fleet.epoch,
@@ -63,7 +63,7 @@ class View:
             "copies": {"now": len(self._fleet.groups), "at_launch": self._num_launched(), "no_drop": self.no_drop},
             "chunks_of_unit": self._memories[0].weights.chunks_of_unit,
             "devices": [
-                self._device(index, home.get(index, memory.weights.present))
+                self._device(index, launched.get(index, memory.weights.present))
                 for index, memory in enumerate(self._memories)
             ],
             "groups": [self._group(group) for group in self._fleet.groups],
@@ -76,12 +76,12 @@ class View:
             },
         }
 
-    def _device(self, index: int, home: Sequence[str]) -> dict[str, Any]:
-        """Describe a device. `home`: the weight units that it was launched with."""
+    def _device(self, index: int, launched: Sequence[str]) -> dict[str, Any]:
+        """Describe a device. `launched`: the weight units that it was launched with."""
         memory, fleet = self._memories[index], self._fleet
         counts = self._counts(memory)
         if memory.device.is_lost:
-            home = []
+            launched = []
         idle = sum(len(g.idle) for g in fleet.groups if any(stage.device == index for stage in g.stages))
         return {
             "name": memory.device.name,
@@ -89,7 +89,7 @@ class View:
             "chunk_bytes": memory.device.chunk_bytes,
             "chunks": {"budget": counts.budget, "weights": counts.weights, "kv": counts.kv, "free": counts.free},
             "weights": [] if memory.device.is_lost else memory.weights.present,
-            "home": home,
+            "home": launched,
             "blocks": _blocks(fleet.pools[index].limit, fleet.num_used(index), idle)
             if fleet.group_on(index) is not None
             else _blocks(0, 0, 0),
@@ -97,7 +97,7 @@ class View:
 
     @staticmethod
     def _counts(memory: DeviceMemory) -> ChunkCounts:
-        """Return the chunks of a device by owner; of one that is gone, nobody knows, and none is of use."""
+        """Return the chunks of a device by use; of one that is gone, nobody knows, and none is of use."""
         return ChunkCounts(memory.device.num_chunks, 0, 0, 0) if memory.device.is_lost else memory.counts
 
     def _device_stats(self, index: int) -> DeviceStats:
@@ -125,7 +125,7 @@ class View:
             },
         }
 
-    def _home_units(self) -> dict[int, list[str]]:
+    def _launched_units(self) -> dict[int, list[str]]:
         """Return the units that each device was launched with: where dropped weights come back to."""
         lineages = [lineage for group in self._fleet.groups if group.lineage for lineage in group.lineage.launched()]
         return {

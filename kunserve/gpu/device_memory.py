@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.device import Device
 from kunserve.gpu.kv_memory import KVMemory, KVShape
 from kunserve.gpu.watched import WatchedDevice
@@ -24,7 +24,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class ChunkCounts:
-    """Chunks of a device by owner; they add up to `budget`."""
+    """Chunks of a device by use; they add up to `budget`."""
 
     budget: int
     weights: int
@@ -55,7 +55,7 @@ class DeviceMemory:
 
     @property
     def counts(self) -> ChunkCounts:
-        """Chunks by owner."""
+        """Chunks by use."""
         counts: ChunkCounts = self._seen(lambda: (self._counts(), None))[0]
         return counts
 
@@ -76,7 +76,7 @@ class DeviceMemory:
                 return seen
 
     def _counts(self) -> ChunkCounts:
-        weights, kv = self.pool.num_owned(Owner.WEIGHTS), self.pool.num_owned(Owner.KV)
+        weights, kv = self.pool.num_used(ChunkUse.WEIGHTS), self.pool.num_used(ChunkUse.KV)
         return ChunkCounts(self.pool.num_chunks, weights, kv, self.pool.num_free)
 
     def _layout(self) -> Layout:
@@ -123,7 +123,7 @@ class DeviceMemory:
         if self._before is not None:  # it is being rearranged
             return
         try:
-            self.pool.check({Owner.WEIGHTS: self.weights.mapped_chunks, Owner.KV: self.kv.mapped_chunks})
+            self.pool.check({ChunkUse.WEIGHTS: self.weights.mapped_chunks, ChunkUse.KV: self.kv.mapped_chunks})
         except (AssertionError, RuntimeError):  # of these, one is of a dict that changes while it is read
             if number == self._num_rearranged:  # else this was something in between
                 raise

@@ -95,11 +95,11 @@ class HostDevice:
             )
         self._fd = os.memfd_create(f"kunserve-{self.name}")
         os.ftruncate(self._fd, needed)
-        self._mappings = Mappings(self.name, num_chunks, chunk_bytes)
+        self.mappings = Mappings(self.name, num_chunks, chunk_bytes)
         self._commit(needed)
         self._compute = WorkQueue(f"{self.name}-compute", core)
         self._copy = WorkQueue(f"{self.name}-copy", core)
-        self._team: Team | None = None
+        self.team: Team | None = None
         self._mates: Sequence[HostDevice] = ()
         self._num_asked, self._idle_since = 0, 0.0  # work that has not ended; of the event loop's clock
         self._leave = ctypes.c_int32(1)  # 0 while it helps another
@@ -130,19 +130,19 @@ class HostDevice:
             _libc.munmap(start, address - start)
         if tail := start + self.chunk_bytes - address:
             _libc.munmap(address + num_bytes, tail)
-        self._mappings.reserved[address] = num_bytes
+        self.mappings.reserved[address] = num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        self._mappings.check_reserved(address, num_bytes)
+        self.mappings.check_reserved(address, num_bytes)
         _libc.munmap(address, num_bytes)
-        self._mappings.release(address, num_bytes)
+        self.mappings.release(address, num_bytes)
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`. Neighbouring chunks go in one call."""
         assert self._fd is not None
-        self._mappings.check_map(address, chunks)
+        self.mappings.check_map(address, chunks)
         start = 0
         try:
             for i in range(1, len(chunks) + 1):
@@ -160,15 +160,15 @@ class HostDevice:
             if start:  # the chunks that were mapped would stay in two places once others get them
                 _mmap(address, start * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
             raise
-        self._mappings.map(address, chunks)
+        self.mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`."""
         if num_chunks == 0:
             return
-        self._mappings.check_unmap(address, num_chunks)
+        self.mappings.check_unmap(address, num_chunks)
         _mmap(address, num_chunks * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
-        self._mappings.unmap(address, num_chunks)
+        self.mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`."""
@@ -176,15 +176,15 @@ class HostDevice:
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`. Devices that have long had nothing to do help with it."""
-        if self._team is None:
+        if self.team is None:
             return await self._compute.run(work)
         clock = asyncio.get_running_loop().time
         self._stop_helping()
-        helpers = [mate.begin_to_help(self._team, clock()) for mate in self._mates]
+        helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
         self._helpers += [leave for leave in helpers if leave is not None]
         self._num_asked += 1
         try:
-            return await self._compute.run(partial(self._team.lead, work))
+            return await self._compute.run(partial(self.team.lead, work))
         finally:
             self._num_asked -= 1
             if not self._num_asked:
@@ -193,12 +193,12 @@ class HostDevice:
 
     def join(self, team: Team, mates: Sequence[HostDevice]) -> None:
         """Have `mates` help, by way of a team of its own, while they have nothing to do. It may be among them."""
-        self._team, self._mates = team, mates
+        self.team, self._mates = team, mates
 
     def begin_to_help(self, team: Team, now: float) -> ctypes.c_int32 | None:
         """Help a team, until there is work or what is returned is set; None of a device that is not idle."""
         is_idle = not self._num_asked and self._leave.value and now - self._idle_since >= IDLE_S
-        if not is_idle or self.is_lost or self._team in (None, team):
+        if not is_idle or self.is_lost or self.team in (None, team):
             return None
         self._leave = ctypes.c_int32(0)
         self._compute.begin(partial(team.help, self._leave))
@@ -252,7 +252,7 @@ class HostDevice:
             return  # its threads may still touch what is mapped
         self._compute.close()
         self._copy.close()
-        for address, num_bytes in list(self._mappings.reserved.items()):
+        for address, num_bytes in list(self.mappings.reserved.items()):
             self.release(address, num_bytes)
         os.close(self._fd)
         self._fd = None

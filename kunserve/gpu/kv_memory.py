@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.config import ModelConfig
@@ -54,7 +54,7 @@ class KVMemory:
         self.shape = shape
         self._chunk_bytes = device.chunk_bytes
         max_chunks = min(device.num_chunks, max_layer_chunks(num_layers, device.chunk_bytes))
-        self._ranges = [Range(device, pool, Owner.KV, max_chunks) for _ in range(num_layers)]
+        self._ranges = [Range(device, pool, ChunkUse.KV, max_chunks) for _ in range(num_layers)]
         blocks = self._ranges[0].num_bytes // shape.block_bytes
         self.layers: list[Tensor] = [  # (blocks that the range could hold, 2, num_kv_heads, block_size, head_dim)
             r.tensor[: blocks * shape.block_bytes].view(shape.dtype).view(blocks, *shape.block_shape)

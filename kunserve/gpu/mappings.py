@@ -27,11 +27,11 @@ class Mappings:
 
     def release(self, address: int, num_bytes: int) -> None:
         """Forget a reserved range and what is mapped in it."""
-        for place in self.places_in(address, num_bytes):
-            self._in_use.remove(self.chunks.pop(place))
+        for mapped in self.mapped_in(address, num_bytes):
+            self._in_use.remove(self.chunks.pop(mapped))
         del self.reserved[address]
 
-    def places_in(self, address: int, num_bytes: int) -> list[int]:
+    def mapped_in(self, address: int, num_bytes: int) -> list[int]:
         """Return the addresses in a range where a chunk is mapped, in order."""
         return [a for a in range(address, address + num_bytes, self._chunk_bytes) if a in self.chunks]
 
@@ -47,7 +47,7 @@ class Mappings:
             raise DeviceError(f"{self._device}: only chunks 0 to {self._num_chunks - 1} can be mapped")
         if not self._in_use.isdisjoint(chunks) or len(set(chunks)) != len(chunks):
             raise DeviceError(f"{self._device}: a chunk cannot be mapped in two places")
-        if self.places_in(address, end - address):
+        if self.mapped_in(address, end - address):
             raise DeviceError(f"{self._device}: {address:#x} is mapped already")
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
@@ -57,13 +57,13 @@ class Mappings:
 
     def check_unmap(self, address: int, num_chunks: int) -> None:
         """Raise DeviceError unless a chunk is mapped at each of these places."""
-        if len(self.places_in(address, num_chunks * self._chunk_bytes)) != num_chunks:
+        if len(self.mapped_in(address, num_chunks * self._chunk_bytes)) != num_chunks:
             raise DeviceError(f"{self._device}: {address:#x} is not mapped")
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """Forget what was unmapped."""
-        for place in range(address, address + num_chunks * self._chunk_bytes, self._chunk_bytes):
-            self._in_use.remove(self.chunks.pop(place))
+        for mapped in range(address, address + num_chunks * self._chunk_bytes, self._chunk_bytes):
+            self._in_use.remove(self.chunks.pop(mapped))
 
     def clear(self) -> None:
         """Forget everything, when the device closes."""

@@ -28,28 +28,28 @@ class NullDevice:
         self.name, self.is_lost = f"null:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._next_address = chunk_bytes
-        self._mappings = Mappings(self.name, num_chunks, chunk_bytes)
+        self.mappings = Mappings(self.name, num_chunks, chunk_bytes)
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
         address, self._next_address = self._next_address, self._next_address + num_bytes + self.chunk_bytes
-        self._mappings.reserved[address] = num_bytes
+        self.mappings.reserved[address] = num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        self._mappings.check_reserved(address, num_bytes)
-        self._mappings.release(address, num_bytes)
+        self.mappings.check_reserved(address, num_bytes)
+        self.mappings.release(address, num_bytes)
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`."""
-        self._mappings.check_map(address, chunks)
-        self._mappings.map(address, chunks)
+        self.mappings.check_map(address, chunks)
+        self.mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`."""
-        self._mappings.check_unmap(address, num_chunks)
-        self._mappings.unmap(address, num_chunks)
+        self.mappings.check_unmap(address, num_chunks)
+        self.mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """See `Device.tensor`; on the meta device, so that shapes are right and bytes are not there."""
@@ -83,4 +83,4 @@ class NullDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        self._mappings.clear()
+        self.mappings.clear()

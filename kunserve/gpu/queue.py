@@ -26,7 +26,7 @@ class WorkQueue:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` after everything submitted before. Once begun it is not interrupted: a cancelled caller waits."""
-        return await to_the_end(asyncio.get_running_loop().run_in_executor(self._threads, work))
+        return await to_the_end(asyncio.wrap_future(self._threads.submit(work)))
 
     def begin(self, work: Callable[[], None]) -> None:
         """Have `work` run after everything submitted before. Nobody hears of its end, nor of its errors."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.device import Device
 
 
 class Range:
     """Addresses for up to `max_chunks` chunks, the first `len(chunks)` of them mapped; grown and shrunk at the tail."""
 
-    def __init__(self, device: Device, pool: ChunkPool, owner: Owner, max_chunks: int) -> None:
-        self._device, self._pool, self._owner = device, pool, owner
+    def __init__(self, device: Device, pool: ChunkPool, use: ChunkUse, max_chunks: int) -> None:
+        self._device, self._pool, self._use = device, pool, use
         self.max_chunks = max_chunks
         self.num_bytes = max_chunks * device.chunk_bytes
         self.address = device.reserve(self.num_bytes)
@@ -30,7 +30,7 @@ class Range:
         assert 0 <= num_chunks <= self.max_chunks, f"{num_chunks} chunks in a range of {self.max_chunks}"
         tail = self.address + min(have, num_chunks) * self._device.chunk_bytes
         if num_chunks > have:
-            added = self._pool.alloc(num_chunks - have, self._owner)
+            added = self._pool.alloc(num_chunks - have, self._use)
             try:
                 self._device.map(tail, added)
             except BaseException:

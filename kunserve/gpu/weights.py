@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from math import prod
@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.device import Device
 from kunserve.gpu.range import Range
 from kunserve.model.checkpoint import WeightSource
@@ -27,15 +27,19 @@ class Weights:
         self._units = {unit.name: unit for unit in units}
         self._chunk_bytes = device.chunk_bytes
         self._filled: set[str] = set()  # units that are present and whose content is there
-        self._ranges = {name: Range(device, pool, Owner.WEIGHTS, self.num_chunks(name)) for name in self._units}
+        self._ranges = {name: Range(device, pool, ChunkUse.WEIGHTS, self.num_chunks(name)) for name in self._units}
 
     def num_chunks(self, unit: str) -> int:
         """Return the chunks that a unit takes when present."""
         return ceil_div(self._units[unit].num_bytes, self._chunk_bytes)
 
+    def specs(self, unit: str) -> Sequence[TensorSpec]:
+        """Return what a unit's tensors are, in order."""
+        return self._units[unit].tensors
+
     def num_tensor_bytes(self, unit: str) -> int:
         """Return the bytes of a unit's tensors, without what lies between them."""
-        return sum(spec.num_bytes for spec in self._units[unit].tensors)
+        return sum(spec.num_bytes for spec in self.specs(unit))
 
     @property
     def chunks_of_unit(self) -> dict[str, int]:
@@ -83,7 +87,7 @@ class Weights:
         return Linear(tuple(parts))
 
     def _spec(self, unit: str, name: str) -> TensorSpec:
-        return next(spec for spec in self._units[unit].tensors if spec.name == name)
+        return next(spec for spec in self.specs(unit) if spec.name == name)
 
     def content(self, unit: str) -> Tensor:
         """View all bytes of a unit: flat uint8, the same on every device."""
@@ -108,7 +112,7 @@ class Weights:
 
         On a GPU they are there when the queue says so, which `filling` waits for.
         """
-        for spec in self._units[unit].tensors:
+        for spec in self.specs(unit):
             source.copy_into(spec.name, self.tensor(unit, spec.name))
 
     def drop(self, unit: str) -> None:

@@ -15,7 +15,7 @@ therefore end at any time: killed by somebody, ended because it was idle, or to 
 | --- | --- |
 | `pool` | in the server: compiles on request, in fair turns; remembers what was refused |
 | `compiled` | in the server: one structure that was compiled, and the processes that hold it |
-| `matcher`, `process`, `fork_server` | in the server: one request's place, one process, what forks them |
+| `matcher`, `process`, `fork_server` | in the server: one request's position, one process, what forks them |
 | `fork_main`, `vocabulary` | in the fork server: no torch, no asyncio, nothing of a client's |
 | `child`, `source`, `schema.finite`, `finite_lark` | in a structure's process: likewise |
 | `schema` | there, too: schemas as people write them |

@@ -20,7 +20,7 @@ from typing import Any
 
 from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedError
 from kunserve.grammar.source import compile_matcher, is_limit, is_stuck
-from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
+from kunserve.grammar.wire import COST, POSITION, Frames, Kind, frame
 from kunserve.sizes import ceil_div
 
 NICE = 5  # of compiling: streams go before
@@ -36,13 +36,13 @@ def serve(connection: socket.socket, tokenizer: Any, vocab_size: int, fork_serve
     while not received:
         if not (data := connection.recv(1 << 16)):
             return
-        received += frames.feed(data)
+        received += frames.receive(data)
     _, text = received.popleft()
     kind, _, value = text.decode().partition("\0")
     mask_bytes = ceil_div(vocab_size, 32) * 4  # a bit for each token, in whole words
     matcher = _compile(connection, tokenizer, kind, value, mask_bytes)
     if matcher is not None:
-        _Places(connection, matcher, mask_bytes).follow(frames)
+        _Matchers(connection, matcher, mask_bytes).follow(frames)
     else:
         connection.recv(1)  # the server closes
 
@@ -95,7 +95,7 @@ def _compile(connection: socket.socket, tokenizer: Any, kind: str, value: str, m
     return matcher
 
 
-class _Places:
+class _Matchers:
     """The matchers of all requests that follow the structure here."""
 
     def __init__(self, connection: socket.socket, first: Any, mask_bytes: int) -> None:
@@ -114,53 +114,53 @@ class _Places:
                 continue
             if not (data := self._connection.recv(1 << 16)):
                 return
-            for kind, payload in frames.feed(data):
-                number, num_tokens = PLACE.unpack_from(payload)
+            for kind, payload in frames.receive(data):
+                number, num_tokens = POSITION.unpack_from(payload)
                 if kind is Kind.CLOSE:
                     self._matchers.pop(number, None)
                     self._masks.pop(number, None)
                 else:
-                    self._advance(number, num_tokens, memoryview(payload)[PLACE.size :].cast("I"))
+                    self._advance(number, num_tokens, memoryview(payload)[POSITION.size :].cast("I"))
 
     def _advance(self, number: int, num_tokens: int, token_ids: memoryview) -> None:
         """Take tokens, all of them if the matcher is a new one, and say what comes of it."""
         if (matcher := self._matchers.get(number)) is None:
             matcher = self._matchers[number] = self._first.deep_copy()
-        place = PLACE.pack(number, num_tokens)
+        position = POSITION.pack(number, num_tokens)
         self._masks.pop(number, None)
         for token_id in token_ids:
             signal.setitimer(signal.ITIMER_PROF, TOKEN_CPU_S)
             if not matcher.consume_token(token_id) or matcher.is_error():
-                self._refuse(place, matcher.get_error(), token_id)
+                self._refuse(position, matcher.get_error(), token_id)
                 return
         signal.setitimer(signal.ITIMER_PROF, 0)
         if matcher.is_stopped():
-            self._connection.sendall(frame(Kind.FINISHED, place))
+            self._connection.sendall(frame(Kind.FINISHED, position))
             return
-        self._connection.sendall(frame(Kind.MORE, place))
+        self._connection.sendall(frame(Kind.MORE, position))
         self._masks[number] = num_tokens
 
     def _send_mask(self, number: int, num_tokens: int) -> None:
-        place = PLACE.pack(number, num_tokens)
+        position = POSITION.pack(number, num_tokens)
         matcher = self._matchers[number]
         signal.setitimer(signal.ITIMER_PROF, TOKEN_CPU_S)
         try:
             mask = matcher.compute_bitmask()
         except ValueError as error:
-            self._refuse(place, str(error), None)
+            self._refuse(position, str(error), None)
             return
         signal.setitimer(signal.ITIMER_PROF, 0)
         if is_stuck(matcher):
             text = "a dead end: nothing may follow what was generated"
-            self._connection.sendall(frame(Kind.UNUSABLE, place, text.encode()))
+            self._connection.sendall(frame(Kind.UNUSABLE, position, text.encode()))
             return
-        self._connection.sendall(frame(Kind.MASK, place, mask[: self._mask_bytes]))
+        self._connection.sendall(frame(Kind.MASK, position, mask[: self._mask_bytes]))
 
-    def _refuse(self, place: bytes, error: str, token_id: int | None) -> None:
+    def _refuse(self, position: bytes, error: str, token_id: int | None) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         reason = error.partition("\n")[0]
         if token_id is None or is_limit(reason):
-            self._connection.sendall(frame(Kind.UNUSABLE, place, f"too complex: {reason}".encode()))
+            self._connection.sendall(frame(Kind.UNUSABLE, position, f"too complex: {reason}".encode()))
         else:
             text = f"the grammar does not allow token {token_id}: {reason}"
-            self._connection.sendall(frame(Kind.WRONG, place, text.encode()))
+            self._connection.sendall(frame(Kind.WRONG, position, text.encode()))

@@ -36,7 +36,7 @@ class Processes(Protocol):
 
 
 class Compiled:
-    """One structure. Made by `Pool.compile`. Implements `matcher.Placer`."""
+    """One structure. Made by `Pool.compile`. Implements `matcher.ProcessFinder`."""
 
     def __init__(self, pool: Processes, key: Key, process: Process) -> None:
         self._pool, self.key = pool, key
@@ -47,21 +47,21 @@ class Compiled:
         self._starting: asyncio.Task[None] | None = None
 
     def new_number(self) -> int:
-        """See `Placer.new_number`."""
+        """See `ProcessFinder.new_number`."""
         return next(self._numbers)
 
     def first_mask(self) -> Mask:
-        """See `Placer.first_mask`."""
+        """See `ProcessFinder.first_mask`."""
         mask = Mask()
         mask.set_result(self._first_mask)
         return mask
 
     def matcher(self) -> Matcher:
-        """Return a new request's place: the beginning."""
+        """Return a new request's position: the beginning."""
         return Matcher(self)
 
-    def place(self, matcher: Matcher, is_alone: bool = False) -> None:
-        """See `Placer.place`. A process that is started for it takes in all matchers that come meanwhile."""
+    def find_process(self, matcher: Matcher, is_alone: bool = False) -> None:
+        """See `ProcessFinder`. A process that is started for it takes in all matchers that come meanwhile."""
         if self._pool.is_closed:
             matcher.fail(OverloadedError(STOPPING, retry_after_s=5))
             return
@@ -79,7 +79,7 @@ class Compiled:
             self._start()
 
     def refuse(self, text: str) -> None:
-        """See `Placer.refuse`."""
+        """See `ProcessFinder.refuse`."""
         self._pool.refuse(self.key, text)
 
     def _start(self) -> None:

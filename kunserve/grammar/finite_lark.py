@@ -95,16 +95,16 @@ def _names(node: _Node) -> Iterator[str]:
 
 def _tokens(text: str) -> Iterator[_Token]:
     """Split a grammar; nested schemas become a token that ends or never does. Raises _UnknownError."""
-    place = 0
-    while place < len(text):
-        found = _TOKEN.match(text, place)
+    index = 0
+    while index < len(text):
+        found = _TOKEN.match(text, index)
         if found is None:
             raise _UnknownError
-        place, kind = found.end(), found.lastgroup or ""
+        index, kind = found.end(), found.lastgroup or ""
         if kind == "object":
-            place = _skip_blanks(text, place)
+            index = _skip_blanks(text, index)
             try:
-                value, place = _DECODER.raw_decode(text, place)
+                value, index = _DECODER.raw_decode(text, index)
             except (ValueError, RecursionError):
                 raise _UnknownError from None
             yield _object(found.group(), value)
@@ -123,10 +123,10 @@ def _object(directive: str, value: Any) -> _Token:
     return _Token("literal", directive)
 
 
-def _skip_blanks(text: str, place: int) -> int:
-    while place < len(text) and text[place].isspace():
-        place += 1
-    return place
+def _skip_blanks(text: str, index: int) -> int:
+    while index < len(text) and text[index].isspace():
+        index += 1
+    return index
 
 
 def _rules(tokens: list[_Token]) -> dict[str, _Node]:

@@ -1,4 +1,4 @@
-"""In the server: one request's place in its structure, whichever process follows it at the moment.
+"""In the server: one request's position in its structure, whichever process follows it at the moment.
 
 Its tokens are all that is needed to make it again, so a process that dies takes nothing with it. A token that is
 given while no process has the matcher, or whose process dies over it, is given to another one with all before it. The
@@ -27,7 +27,7 @@ Mask = Future["NDArray[np.uint32] | None"]
 MAX_OWN_DEATHS, MAX_DEATHS = 2, 5
 
 
-class Placer(Protocol):
+class ProcessFinder(Protocol):
     """What finds processes for the matchers of one structure."""
 
     def new_number(self) -> int:
@@ -36,42 +36,44 @@ class Placer(Protocol):
     def first_mask(self) -> Mask:
         """Return the mask of the first token."""
 
-    def place(self, matcher: Matcher, is_alone: bool = False) -> None:
+    def find_process(self, matcher: Matcher, is_alone: bool = False) -> None:
         """Find a process for a matcher that waits, of its own if it `is_alone`; the matcher enters it, or fails."""
 
     def refuse(self, text: str) -> None:
         """Refuse a structure from now on: it has ended processes."""
 
 
-def settle(mask: Mask, words: NDArray[np.uint32] | None) -> None:
+def resolve(mask: Mask, words: NDArray[np.uint32] | None) -> None:
     """Give a mask to whoever waits for it, unless that was done before."""
     if not mask.done():
         mask.set_result(words)
 
 
 class Matcher:
-    """A place in a structure. Used on the event loop. Implements `process.Follower`."""
+    """A position in a structure. Used on the event loop. Implements `process.Follower`."""
 
-    def __init__(self, placer: Placer, token_ids: Sequence[int] = (), error: KunServeError | None = None) -> None:
-        self.number = placer.new_number()
+    def __init__(
+        self, finder: ProcessFinder, token_ids: Sequence[int] = (), error: KunServeError | None = None
+    ) -> None:
+        self.number = finder.new_number()
         self.token_ids = array("I", token_ids)
         self.is_finished = False
         self.error = error  # why nothing can follow, and the request has to end
-        self._placer = placer
+        self._finder = finder
         self._process: Process | None = None
         self._is_alone = False  # its process is nobody else's
-        self._mask: Mask = placer.first_mask()
+        self._mask: Mask = finder.first_mask()
         self._judged = asyncio.Event()
         self._judged.set()
         self._num_deaths = self._num_own_deaths = 0  # over the last token
 
     def copy(self) -> Matcher:
-        """Return another request's matcher, at the same place."""
-        matcher = Matcher(self._placer, self.token_ids, self.error)
+        """Return another request's matcher, at the same position."""
+        matcher = Matcher(self._finder, self.token_ids, self.error)
         matcher.is_finished = self.is_finished
         if matcher.token_ids and not (self.is_finished or self.error):
             matcher._mask = Mask()
-            self._placer.place(matcher)
+            self._finder.find_process(matcher)
         return matcher
 
     @property
@@ -80,22 +82,22 @@ class Matcher:
         return self._mask
 
     def advance(self, token_id: int, mask: Mask) -> None:
-        """Begin to take a token; `settled` says when it is known whether it may follow, `mask` what may follow it."""
-        settle(self._mask, None)  # nobody can wait for it any more
+        """Begin to take a token; `decided` says when it is known whether it may follow, `mask` what may follow it."""
+        resolve(self._mask, None)  # nobody can wait for it any more
         self.token_ids.append(token_id)
         self._mask = mask
         self._num_deaths = self._num_own_deaths = 0
         if self.error is not None:
-            settle(mask, None)
+            resolve(mask, None)
             return
         self._judged.clear()
         if self._process is not None and self._process.is_alive:
             self._process.advance(self, len(self.token_ids), self.token_ids[-1:].tobytes())
         else:
             self._process = None
-            self._placer.place(self)
+            self._finder.find_process(self)
 
-    async def settled(self) -> None:
+    async def decided(self) -> None:
         """Return when `is_finished` and `error` are known for all tokens so far."""
         await self._judged.wait()
 
@@ -113,7 +115,7 @@ class Matcher:
 
     def close(self) -> None:
         """End the matcher: nothing will be taken any more, and whoever waits may go on."""
-        settle(self._mask, None)
+        resolve(self._mask, None)
         self._judged.set()
         self._leave()
 
@@ -143,7 +145,7 @@ class Matcher:
     def masked(self, num_tokens: int, mask: bytes) -> None:
         """See `Follower`."""
         if num_tokens == len(self.token_ids):
-            settle(self._mask, np.frombuffer(mask, np.uint32))
+            resolve(self._mask, np.frombuffer(mask, np.uint32))
 
     def lost(self, process: Process, death: Death) -> None:
         """See `Follower`."""
@@ -158,12 +160,12 @@ class Matcher:
         self._num_deaths += 1
         self._num_own_deaths += death.is_own
         if self._num_own_deaths == MAX_OWN_DEATHS:
-            self._placer.refuse(death.text)
+            self._finder.refuse(death.text)
             self.fail(InvalidRequestError(f"The structure that was asked for cannot be used: {death.text}"))
         elif self._num_deaths == MAX_DEATHS:
             self.fail(OverloadedError("the processes of the structure are killed again and again", retry_after_s=5))
         else:
-            self._placer.place(self, is_alone=self._num_own_deaths > 0)
+            self._finder.find_process(self, is_alone=self._num_own_deaths > 0)
 
     def _leave(self) -> None:
         process, self._process = self._process, None

@@ -21,11 +21,14 @@ from kunserve.grammar.process import KILLED, Death, DiedError, Process
 
 log = structlog.get_logger()
 
-MAX_PROCESSES, MAX_BYTES = 256, 4 << 30  # beyond, those that nobody waits for end, the longest unused first
-MAX_IDLE = 32  # processes that nobody follows: should the fork server die, all end at once, and keep the cores busy
+MAX_PROCESSES, MAX_BYTES = (
+    256,
+    4 << 30,
+)  # beyond these, processes that nobody waits for are ended, the longest unused first
+MAX_IDLE = 32  # processes without followers: should the fork server die, all end at once, and that keeps the cores busy
 IDLE_S = 60.0  # after so long without a request a process ends
-MAX_REFUSED = 4096  # that are remembered
-MAX_KILLED = 3  # processes that somebody else ended while they compiled one structure
+MAX_REFUSED = 4096  # refused structures that are remembered
+MAX_KILLED = 3  # processes that may be killed from outside while they compile one structure
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +44,7 @@ class _Job:
 
 @dataclass(slots=True)
 class _Refused:
-    """Structures that cannot be used, and why: the last so many, by a hash."""
+    """Why structures cannot be used, by a hash of each: the last `MAX_REFUSED` of them."""
 
     texts: OrderedDict[bytes, str] = field(default_factory=OrderedDict)
 
@@ -67,9 +70,9 @@ class Pool:
         self._fork_server, self._on_death = ForkServer(vocabulary), on_death
         self._compiled: dict[Key, Compiled] = {}
         self._refused = _Refused()
-        self._jobs: dict[Key, _Job] = {}  # that wait or run
+        self._jobs: dict[Key, _Job] = {}  # that wait to be compiled, or are being compiled
         self._queue: FairQueue[_Job] = FairQueue(CPU_S)
-        self._num_free = max(1, self.num_cores - 1)  # of compiles at a time
+        self._num_free = max(1, self.num_cores - 1)  # compiles that may begin now
         self._processes: dict[Process, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.TimerHandle | None = None
@@ -77,15 +80,15 @@ class Pool:
 
     @property
     def fork_server_pid(self) -> int | None:
-        """Return process id of the parent of all structures' processes, while it runs."""
+        """Return the process id of the parent of all structures' processes, while it runs."""
         return self._fork_server.pid
 
     async def open(self) -> None:
-        """Get ready before there are streams; `compile` does it otherwise."""
+        """Start the fork server before there are streams; else the first `compile` does."""
         await self._fork_server.open()
 
     async def compile(self, key: Key, owner: str) -> Compiled:
-        """Return a structure ready to be followed; `owner` waits for those who have had less of the time.
+        """Return a structure ready to be followed. Owners who have had less compile time go before `owner`.
 
         Raises RefusedError if it cannot be used, OverloadedError if it cannot be compiled now.
         """
@@ -116,7 +119,7 @@ class Pool:
             return self._add(await Process.start(self._fork_server, *key, self._died))
         except DiedError as error:
             return error.death
-        except RefusedError as error:  # it was not, before: for want of memory
+        except RefusedError as error:  # it was compiled before, so memory is short now
             return Death("refused", is_own=True, text=str(error))
         except OverloadedError:
             return KILLED
@@ -153,10 +156,11 @@ class Pool:
         await self._fork_server.close()
 
     def _run_jobs(self) -> None:
-        while self._num_free and (turn := self._queue.pop()) is not None:
+        while self._num_free and (popped := self._queue.pop()) is not None:
+            _, job = popped
             self._num_free -= 1
-            turn[1].is_running = True
-            self.spawn(self._run(turn[1]))
+            job.is_running = True
+            self.spawn(self._run(job))
 
     async def _run(self, job: _Job) -> None:
         cost_s = CPU_S
@@ -218,7 +222,7 @@ class Pool:
                 self._end(process)
 
     def _sweep(self) -> None:
-        """End what was not used for a while, and forget structures that have no process."""
+        """End processes that were not used for a while, and forget structures that have no process."""
         loop = asyncio.get_running_loop()
         for process in list(self._processes):
             if not process.followers and loop.time() - process.used_s > IDLE_S:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kunserve.grammar.fork_server import Exit, ForkServer
 from kunserve.grammar.limits import CPU_S, MEMORY_BYTES, TOKEN_CPU_S, RefusedError
-from kunserve.grammar.wire import COST, PLACE, Frames, Kind, frame
+from kunserve.grammar.wire import COST, POSITION, Frames, Kind, frame
 
 # A process that says nothing for so long is ended. Its own limit is of CPU time, which the machine may not give it.
 COMPILE_S, ANSWER_S = 60.0, 5.0
@@ -126,7 +126,7 @@ class Process(asyncio.Protocol):
         assert self._transport is not None
         self.followers[follower.number] = follower
         self.used_s = asyncio.get_running_loop().time()
-        self._transport.write(frame(Kind.ADVANCE, PLACE.pack(follower.number, num_tokens), token_ids))
+        self._transport.write(frame(Kind.ADVANCE, POSITION.pack(follower.number, num_tokens), token_ids))
         if not self._awaited:
             self._answered_s = self.used_s
             if self._timer is None:
@@ -138,7 +138,7 @@ class Process(asyncio.Protocol):
         self._awaited.discard(follower.number)
         self.used_s = asyncio.get_running_loop().time()
         if self.followers.pop(follower.number, None) is not None and self._transport is not None:
-            self._transport.write(frame(Kind.CLOSE, PLACE.pack(follower.number, 0)))
+            self._transport.write(frame(Kind.CLOSE, POSITION.pack(follower.number, 0)))
 
     def end(self) -> None:
         """Let it end: nobody needs it."""
@@ -151,15 +151,15 @@ class Process(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._answered_s = asyncio.get_running_loop().time()
-        for kind, payload in self._frames.feed(data):
+        for kind, payload in self._frames.receive(data):
             if kind in (Kind.COMPILED, Kind.REFUSED):
-                self._settle(kind, payload)
+                self._resolve(kind, payload)
                 continue
-            number, num_tokens = PLACE.unpack_from(payload)
+            number, num_tokens = POSITION.unpack_from(payload)
             follower = self.followers.get(number)
             if follower is None:  # forgotten meanwhile
                 continue
-            rest = payload[PLACE.size :]
+            rest = payload[POSITION.size :]
             if kind is Kind.MASK:
                 follower.masked(num_tokens, rest)
             else:
@@ -172,7 +172,7 @@ class Process(asyncio.Protocol):
         self._transport, self.is_alive = None, False
         self._fork_server.kill(self._serial)
 
-    def _settle(self, kind: Kind, payload: bytes) -> None:
+    def _resolve(self, kind: Kind, payload: bytes) -> None:
         self.cpu_s, self.memory_bytes = COST.unpack_from(payload)
         rest = payload[COST.size :]
         if self._compiled.done():

@@ -8,7 +8,7 @@ from struct import Struct
 
 _HEADER = Struct("<IB")  # bytes that follow the header, kind
 COST = Struct("<dQ")  # seconds of CPU, bytes of memory
-PLACE = Struct("<II")  # a matcher's number, and how many tokens it has then taken
+POSITION = Struct("<II")  # a matcher's number, and how many tokens it has then taken
 
 FORK, KILL, READY, FAILED, EXIT = b"F", b"K", b"R", b"E", b"X"  # to and from the fork server, one packet each
 ORDER = Struct("<cI")  # one of them, and the serial number of a process
@@ -19,15 +19,15 @@ class Kind(IntEnum):
     """What a frame says. To the process: COMPILE, ADVANCE, CLOSE; the others are its answers."""
 
     COMPILE = 0  # kind of structure, zero byte, text
-    ADVANCE = 1  # PLACE after them, tokens (uint32): answered by a verdict, and a mask unless that ends it
-    CLOSE = 2  # PLACE: forget the matcher
+    ADVANCE = 1  # POSITION after them, tokens (uint32): answered by a verdict, and a mask unless that ends it
+    CLOSE = 2  # POSITION: forget the matcher
     COMPILED = 3  # COST, mask of the first token
     REFUSED = 4  # COST, why
-    MORE = 5  # PLACE: the last token may follow, and something may follow it
-    FINISHED = 6  # PLACE: nothing may
-    WRONG = 7  # PLACE, why: it may not follow
-    UNUSABLE = 8  # PLACE, what the structure is: too complex, or a dead end
-    MASK = 9  # PLACE, bits
+    MORE = 5  # POSITION: the last token may follow, and something may follow it
+    FINISHED = 6  # POSITION: nothing may
+    WRONG = 7  # POSITION, why: it may not follow
+    UNUSABLE = 8  # POSITION, what the structure is: too complex, or a dead end
+    MASK = 9  # POSITION, bits
 
 
 def frame(kind: Kind, *parts: bytes) -> bytes:
@@ -41,7 +41,7 @@ class Frames:
     def __init__(self) -> None:
         self._data = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+    def receive(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
         """Yield the frames that `data` completes. The iterator is read to its end."""
         self._data += data
         start = 0

@@ -74,8 +74,8 @@ class Recording:
     @classmethod
     def of(cls, jobs: Sequence[Job], urls: Sequence[str]) -> Recording:
         """Return the recording of a run that has not begun: the jobs, dealt to the URLs in turn."""
-        places = [i if job.chat is None else job.chat for i, job in enumerate(jobs)]
-        streams = [Stream(job, urls[place % len(urls)]) for place, job in zip(places, jobs, strict=True)]
+        numbers = [i if job.chat is None else job.chat for i, job in enumerate(jobs)]
+        streams = [Stream(job, urls[number % len(urls)]) for number, job in zip(numbers, jobs, strict=True)]
         return cls(streams, [MetricSeries(url) for url in urls])
 
 

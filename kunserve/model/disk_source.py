@@ -21,7 +21,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _TensorLocation:
     """Bytes `[start, end)` of a file, which hold one tensor."""
 
     path: Path
@@ -39,50 +39,50 @@ class DiskSource:
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         source = SafetensorsSource(folder, config)  # maps the files, and reads their headers only
-        headers = {path: _places(path) for path in set(source.files.values())}
-        self._places = {name: headers[path][source.stored_names[name]] for name, path in source.files.items()}
+        headers = {path: _locations(path) for path in set(source.files.values())}
+        self._locations = {name: headers[path][source.stored_names[name]] for name, path in source.files.items()}
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out` (contiguous), casting to its dtype, slice by slice.
 
         Raises ConfigError on another shape or a read error.
         """
-        place = self._places.get(name)
-        if place is None:
+        location = self._locations.get(name)
+        if location is None:
             raise ConfigError(f"the checkpoint has no tensor {name}")
         form = stored_form(name)
-        if place.shape != (form.shape(tuple(out.shape)) if form else out.shape):
-            raise ConfigError(f"{name} has shape {list(place.shape)} in {place.path}, not {list(out.shape)}")
+        if location.shape != (form.shape(tuple(out.shape)) if form else out.shape):
+            raise ConfigError(f"{name} has shape {list(location.shape)} in {location.path}, not {list(out.shape)}")
         # What is not kept as it is read is in host memory whole for a moment.
-        read = out if form is None else torch.empty(place.shape, dtype=place.dtype)
+        read = out if form is None else torch.empty(location.shape, dtype=location.dtype)
         try:
-            with place.path.open("rb", buffering=0) as file:
-                _read(file, place, read.view(-1))
+            with location.path.open("rb", buffering=0) as file:
+                _read(file, location, read.view(-1))
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # all of it: with what was read ahead
         except OSError as error:
-            raise ConfigError(f"cannot read {name} from {place.path}: {error}") from None
+            raise ConfigError(f"cannot read {name} from {location.path}: {error}") from None
         if form is not None:
             out.copy_(form.read(read))
 
 
-def _read(file: BinaryIO, place: _Place, out: Tensor) -> None:
+def _read(file: BinaryIO, location: _TensorLocation, out: Tensor) -> None:
     """Read a tensor into `out` (flat)."""
-    descriptor, item_bytes = file.fileno(), place.dtype.itemsize
-    buffer = memoryview(bytearray(min(SLICE_BYTES, place.end - place.start)))
-    for start in range(place.start, place.end, SLICE_BYTES):
-        piece = buffer[: place.end - start]
+    descriptor, item_bytes = file.fileno(), location.dtype.itemsize
+    buffer = memoryview(bytearray(min(SLICE_BYTES, location.end - location.start)))
+    for start in range(location.start, location.end, SLICE_BYTES):
+        piece = buffer[: location.end - start]
         done = 0
         while done < len(piece):
             num_read = os.preadv(descriptor, [piece[done:]], start + done)
             if not num_read:
                 raise OSError("the file is shorter than its header says")
             done += num_read
-        first = (start - place.start) // item_bytes
-        values = torch.frombuffer(piece, dtype=place.dtype)
+        first = (start - location.start) // item_bytes
+        values = torch.frombuffer(piece, dtype=location.dtype)
         out[first : first + len(values)].copy_(values)  # has been copied when this returns: the buffer is used again
 
 
-def _places(path: Path) -> dict[str, _Place]:
+def _locations(path: Path) -> dict[str, _TensorLocation]:
     """Return where each tensor of a safetensors file lies: its header is JSON behind eight bytes of length."""
     try:
         with path.open("rb") as file:
@@ -90,9 +90,9 @@ def _places(path: Path) -> dict[str, _Place]:
             header = json.loads(file.read(begin - 8))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    places = {}
+    locations = {}
     for name, entry in header.items():
         if entry.get("dtype") in _DTYPES:  # neither metadata nor tensors that nobody reads
             start, end = (begin + offset for offset in entry["data_offsets"])
-            places[name] = _Place(path, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return places
+            locations[name] = _TensorLocation(path, start, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return locations

@@ -19,7 +19,7 @@ class HostCopy(enum.StrEnum):
     NONE = "none"  # a unit comes from another device that has it, else from the files, whose pages are let go
 
 
-class WeightOrigin(enum.StrEnum):
+class LoadedFrom(enum.StrEnum):
     """Where the bytes of a device's weights came from."""
 
     HOST = "host"  # the host copy

@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class ManyHistogram(Collector):
-    """One series. Fed and read on the event loop only."""
+    """One series. Written and read on the event loop only."""
 
     def __init__(self, name: str, text: str, labels: Mapping[str, str], buckets: Sequence[float]) -> None:
         """`buckets`: upper bounds, ascending, of those that are not infinite."""

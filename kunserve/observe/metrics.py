@@ -1,4 +1,4 @@
-"""Counters the engine feeds as it serves, in the names dashboards and routers know; `/metrics` renders them.
+"""Counters the engine keeps as it serves, in the names dashboards and routers know; `/metrics` renders them.
 
 Routers read one sample per gauge, so the gauges that route traffic are aggregated over all devices
 (`engine="0"`); what differs from device to device stands under our own prefix. Routers scrape as often as every
@@ -17,7 +17,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kunserve.grammar.limits import DEATH_REASONS
-from kunserve.observe.gauges import EngineStats as EngineStats  # for whoever feeds both
+from kunserve.observe.gauges import EngineStats as EngineStats  # for whoever sets both
 from kunserve.observe.gauges import Gauges
 from kunserve.observe.many import ManyHistogram
 from kunserve.observe.recent import Recent
@@ -257,7 +257,7 @@ class Metrics:
         self._rejections.labels(**self._labels, reason=reason).inc()
 
     def body_bytes(self, num_bytes: int) -> None:
-        """Show how many bytes of bodies are held that are no requests yet (fed by HTTP)."""
+        """Show how many bytes of bodies are held that are no requests yet (told by HTTP)."""
         self._body_bytes.set(num_bytes)
 
     def structure_process_died(self, reason: str) -> None:
@@ -296,7 +296,7 @@ class Metrics:
         self._retried_requests.inc()
 
     def choices_asked(self, n: int) -> None:
-        """Count the `n` of one prompt (fed by HTTP: the engine sees n requests)."""
+        """Count the `n` of one prompt (told by HTTP: the engine sees n requests)."""
         self._request_n.observe(n)
 
     def request_finished(self, request: Counted, now_s: float) -> None:

@@ -9,7 +9,7 @@ NUM_PROMPTS = 1000  # whose share of cached tokens is the recent one, as in vLLM
 
 
 class Recent:
-    """Fed by metrics at every token, so it does next to nothing; asked by the feed, a few times a second."""
+    """Told by metrics at every token, so it does next to nothing; asked by the feed, a few times a second."""
 
     __slots__ = ("_cached", "_first_tokens", "_looked_for", "_prompts", "gap_s")
 

@@ -1,4 +1,4 @@
-"""Plan a rebuild: what new groups free devices form, once theirs has dissolved because a device left it or came.
+"""Plan a rebuild: what new groups free devices make, once theirs has dissolved because a device left it or came.
 
 Weights that a device lacks are loaded from the host, and all requests of the old group are computed anew: nothing has
 to be kept. What a device already holds only says where in a chain it stands, so that less is loaded.
@@ -52,12 +52,12 @@ def plan_rebuild(
     richest_first = sorted(devices, key=lambda view: (-view.budget_chunks, view.device))
     for num_used in range(len(devices), 0, -1):
         used = richest_first[:num_used]
-        if apart := _apart(snapshot.model, used, held, rest, max(1, least_blocks)):
-            return _merged(snapshot.model, used, held, rest, apart) or apart
+        if unmerged := _unmerged(snapshot.model, used, held, rest, max(1, least_blocks)):
+            return _merged(snapshot.model, used, held, rest, unmerged) or unmerged
     return None
 
 
-def _apart(
+def _unmerged(
     model: ModelShape, devices: Sequence[DeviceView], held: Mapping[int, StageView], need_blocks: int, least_blocks: int
 ) -> tuple[NewGroup, ...] | None:
     """Make as many chains of all devices as hold `least_blocks` each; else one that holds less; None if that cannot be.
@@ -87,22 +87,22 @@ def _merged(
     devices: Sequence[DeviceView],
     held: Mapping[int, StageView],
     need_blocks: int,
-    apart: Sequence[NewGroup],
+    unmerged: Sequence[NewGroup],
 ) -> tuple[NewGroup] | None:
-    """Make one chain instead of the groups `apart`; None if they hold `need_blocks`, or no less than the chain would.
+    """Make one chain instead of the groups `unmerged`; None if they hold `need_blocks`, or as much as the chain.
 
-    Each device gets only layers that it would have apart: a split, during which the chain serves, takes none away.
+    Each device gets only layers that it would have unmerged: a split, during which the chain serves, takes none away.
     """
-    blocks = sum(group.capacity_blocks for group in apart)
-    if len(apart) == 1 or blocks >= need_blocks:
+    blocks = sum(group.capacity_blocks for group in unmerged)
+    if len(unmerged) == 1 or blocks >= need_blocks:
         return None
-    layers = {stage.device: (stage.first_layer, stage.last_layer) for group in apart for stage in group.stages}
+    layers = {stage.device: (stage.first_layer, stage.last_layer) for group in unmerged for stage in group.stages}
     row = sorted(_in_a_row(model, devices, held, 1), key=lambda view: layers[view.device])
     stages = split_layers(model, row, need_blocks, cuts_within([layers[view.device] for view in row]))
     if stages is None:
         return None
     budgets = {view.device: view.budget_chunks for view in devices}
-    chain = whole_group(model, budgets, stages, _tree([Lineage(group.stages) for group in apart]))
+    chain = whole_group(model, budgets, stages, _tree([Lineage(group.stages) for group in unmerged]))
     return (chain,) if chain.capacity_blocks > blocks else None
 
 
@@ -110,7 +110,7 @@ def _in_a_row(
     model: ModelShape, devices: Sequence[DeviceView], held: Mapping[int, StageView], num_copies: int
 ) -> list[DeviceView]:
     """Sort devices by the layers they hold; one that holds nothing stands where fewest of the others hold a layer."""
-    num_holders, places = [0] * model.num_layers, {}
+    num_holders, sort_keys = [0] * model.num_layers, {}
     length = ceil_div(num_copies * model.num_layers, len(devices))
     for view in sorted(devices, key=lambda view: (view.device not in held, view.device)):
         if stage := held.get(view.device):
@@ -118,10 +118,10 @@ def _in_a_row(
         else:
             first = num_holders.index(min(num_holders))
             last = min(first + length, model.num_layers)
-        places[view.device] = (first, last, view.device)
+        sort_keys[view.device] = (first, last, view.device)
         for layer in range(first, last):
             num_holders[layer] += 1
-    return sorted(devices, key=lambda view: places[view.device])
+    return sorted(devices, key=lambda view: sort_keys[view.device])
 
 
 def _in_order(model: ModelShape, chain: Sequence[DeviceView], least_blocks: int) -> Sequence[DeviceView]:

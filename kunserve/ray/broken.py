@@ -28,11 +28,11 @@ class Passed:
         data, passed, at = self._held + data, list[bytes](), 0
         while True:
             # A mark begins a line. What a model says cannot: in JSON its line breaks are escaped.
-            place = at if data.startswith(MARK, at) else data.find(b"\n" + MARK, at) + 1
-            if place < at or not data.startswith(MARK, place) or (end := data.find(END, place)) < 0:
+            start = at if data.startswith(MARK, at) else data.find(b"\n" + MARK, at) + 1
+            if start < at or not data.startswith(MARK, start) or (end := data.find(END, start)) < 0:
                 break
-            mark = orjson.loads(data[place + len(MARK) : end])
-            events, at = data[at:place], end + len(END)
+            mark = orjson.loads(data[start + len(MARK) : end])
+            events, at = data[at:start], end + len(END)
             if "error" in mark:
                 self.last_words = events
             else:

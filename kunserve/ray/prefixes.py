@@ -30,23 +30,23 @@ class Prefixes:
 
     def __init__(self) -> None:
         """Begin: nothing is known."""
-        self._homes: OrderedDict[bytes, Hashable] = OrderedDict()
+        self._replicas: OrderedDict[bytes, Hashable] = OrderedDict()
 
     def went(self, keys: Iterable[bytes], replica: Hashable) -> None:
         """Note which replica a body went to."""
         for key in keys:
-            self._homes[key] = replica
-            self._homes.move_to_end(key)
-        while len(self._homes) > MOST_KEYS:
-            self._homes.popitem(last=False)
+            self._replicas[key] = replica
+            self._replicas.move_to_end(key)
+        while len(self._replicas) > MOST_KEYS:
+            self._replicas.popitem(last=False)
 
     def shares(self, keys: Sequence[bytes]) -> dict[Hashable, float]:
         """Return which share of a body replicas have seen, those that have seen any."""
         found: dict[Hashable, float] = {}
         for i, key in enumerate(keys, 1):
-            if (home := self._homes.get(key)) is None:
+            if (replica := self._replicas.get(key)) is None:
                 break
-            found[home] = i / len(keys)
+            found[replica] = i / len(keys)
         return found
 
 

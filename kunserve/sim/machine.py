@@ -133,6 +133,7 @@ class SimExecutor(Executor):
         shares_head: bool,
         host: HostTime,
     ) -> None:
+        super().__init__()
         self._devices, self._links, self._cost = devices, links, cost
         self._token_bytes, self._num_layers = token_bytes, num_layers  # of an activation between stages
         self._shares_head, self._host, self._core = shares_head, host, Core()
@@ -140,9 +141,11 @@ class SimExecutor(Executor):
 
     def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Step:
         """See `Executor.inputs`: as far as time depends on it."""
-        pairs = keys = tokens = samples = num_begun = 0
-        is_ahead = False
-        for request, start, end, has_sample, runs_ahead in batch.spans:  # Work.of, unrolled: runs for every token
+        num_begun, (_, ends, is_ahead) = 0, batch.decoding
+        tokens = samples = len(ends)
+        keys = sum(ends)
+        pairs = 2 * keys
+        for request, start, end, has_sample, runs_ahead in batch.others:  # Work.of, unrolled: runs for every token
             num_tokens = end - start
             pairs += (start + end + 1) * num_tokens
             keys += end
@@ -150,7 +153,7 @@ class SimExecutor(Executor):
             samples += has_sample
             is_ahead |= runs_ahead
             num_begun += start == request.num_cached_tokens and request.num_preemptions == 0
-        work = Work(pairs // 2, keys, tokens, len(batch.spans), samples)
+        work = Work(pairs // 2, keys, tokens, len(ends) + len(batch.others), samples)
         return Step(work, num_begun, batch.sampled, group.in_flight[0].sampled if is_ahead else None)
 
     async def pass_through(self, group: Group, inputs: Step, passage: Passage) -> list[SampledToken]:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kunserve.config import EngineConfig
-from kunserve.engine.batch import Microbatch, Span
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.schedule.budget import TokenBudget
+from kunserve.engine.schedule.draft import Draft
+from kunserve.engine.schedule.ready import ready
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.policies import OverloadPolicy
 
@@ -41,26 +43,25 @@ class PrefillFirst(Scheduler):
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """See `Scheduler.schedule`."""
-        spans: list[Span] = []
-        self._prefill(group, groups, spans)
-        if not spans:
-            ready, _ = self._ready(group)
-            self._fill(group, ready, spans, TokenBudget(self.limits.max_num_batched_tokens, group))
-        if not spans:
+        draft = Draft()
+        self._prefill(group, groups, draft)
+        if not len(draft):
+            can_run, _ = ready(group, may_run_ahead=False)
+            self._fill(group, can_run, draft, TokenBudget(self.limits.max_num_batched_tokens, group))
+        if not len(draft):
             return None
-        batch = Microbatch(group.group_id, epoch, tuple(spans))
-        group.in_flight.append(batch)
+        group.in_flight.append(batch := draft.microbatch(group, epoch))
         return batch
 
-    def _prefill(self, group: Group, groups: Sequence[Group], spans: list[Span]) -> None:
+    def _prefill(self, group: Group, groups: Sequence[Group], draft: Draft) -> None:
         """Admit from the head of the queue, as long as the next prompt fits into the step as a whole."""
         num_tokens = self.limits.max_num_batched_tokens
-        while (head := self.waiting.head) is not None and len(spans) < self.limits.max_num_seqs:
-            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, spans):
+        while (head := self.waiting.head) is not None and len(draft) < self.limits.max_num_seqs:
+            if head.num_tokens > num_tokens or not self._may_admit_head(group, groups, draft):
                 return
             self.waiting.popleft()
             self.preempted_by.pop(head.request_id, None)
             self.fleet.admit(head, group, finds_prefix=True)
             num_new = head.num_tokens - head.num_scheduled_tokens
             num_tokens -= num_new
-            spans.append(self._span(head, num_new, TokenBudget(num_new, group)))
+            draft.add(head, num_new)

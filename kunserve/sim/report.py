@@ -130,8 +130,8 @@ def _attainment(answers: Sequence[Answer], slo_s: float) -> float:
 def _shares(values: Sequence[float]) -> list[tuple[float, float]]:
     """Return (value, share of values above it), from small to large, at a hundred places: misses against scale."""
     ordered = sorted(values)
-    places = sorted({i * (len(ordered) - 1) // 99 for i in range(100)}) if ordered else []
-    return [(round(ordered[i], DIGITS), round(1 - (i + 1) / len(ordered), 4)) for i in places]
+    indices = sorted({i * (len(ordered) - 1) // 99 for i in range(100)}) if ordered else []
+    return [(round(ordered[i], DIGITS), round(1 - (i + 1) / len(ordered), 4)) for i in indices]
 
 
 def _memory(samples: Sequence[Sample], block_size: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Trace files: arrival times and lengths, in the formats that are public.
 
-CSV, told by its columns: Azure 2023 and 2024, BurstGPT (failed requests, whose answer is empty, are left out), lengths
-of ShareGPT conversations (no times). JSON lines: Mooncake (milliseconds; which prompts begin alike).
+CSV, whose columns tell which format it is: Azure 2023 and 2024, BurstGPT (requests that failed have an empty answer and
+are left out), lengths of ShareGPT conversations (no times). JSON lines: Mooncake, in milliseconds, with ids that tell
+which prompts begin alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TIME_COLUMNS = ("TIMESTAMP", "arrived_at", "Timestamp")
 INPUT_COLUMNS = ("ContextTokens", "num_prefill_tokens", "Request tokens")
 OUTPUT_COLUMNS = ("GeneratedTokens", "num_decode_tokens", "Response tokens")
 BURSTGPT_OUTPUT = "Response tokens"
-HASHED_TOKENS = 512  # that one hash id of Mooncake's stands for
+HASHED_TOKENS = 512  # tokens that one hash id of Mooncake's stands for
 MOST_HASH_ID = (1 << 32) - 1
 MOONCAKE_KEYS = ("timestamp", "input_length", "output_length")
 
@@ -57,7 +58,7 @@ def read_rows(path: Path, *, needs_times: bool) -> list[TraceRow]:
 
 
 def cut(row: TraceRow, max_model_len: int) -> TraceRow:
-    """Return a row that can be served: with a token of prompt and of output, and no longer than requests may be."""
+    """Cut a row to what can be served: at least a token of prompt and of output, at most `max_model_len` in all."""
     num_prompt = min(max(1, row.num_prompt_tokens), max_model_len - 2)
     num_output = min(max(1, row.num_output_tokens), max_model_len - num_prompt - 1)
     return replace(row, num_prompt_tokens=num_prompt, num_output_tokens=num_output)
@@ -66,7 +67,7 @@ def cut(row: TraceRow, max_model_len: int) -> TraceRow:
 def pick_rows(
     rows: Sequence[TraceRow], window: tuple[float, float], limit: int | None, rng: Generator
 ) -> list[TraceRow]:
-    """Return the rows of seconds `[start, end)` of a trace, counted from `start`; of these a random `limit`, in order.
+    """Return the rows of seconds `[start, end)`, with times from `start` on; at most `limit` of them, drawn at random.
 
     Taking rows at random thins the trace and keeps the shape of its bursts.
     """
@@ -98,7 +99,7 @@ def _copy(row: TraceRow, id_offset: int) -> TraceRow:
 
 
 def stretch(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
-    """Return the same rows at `factor` times their times: 2 is half the rate."""
+    """Multiply the times of all rows by `factor`: 2 halves the rate."""
     return [replace(row, at_s=row.at_s * factor) for row in rows]
 
 

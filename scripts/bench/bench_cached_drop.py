@@ -59,7 +59,7 @@ async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     """Send the stream, and regroup in the middle of it."""
     prompts, phase, seen = make_prompts(args), 0, set[int]()
     asked, found = Counter[str](), Counter[str]()
-    seats, regrouping = asyncio.Semaphore(args.concurrency), list[asyncio.Task[None]]()
+    slots, regrouping = asyncio.Semaphore(args.concurrency), list[asyncio.Task[None]]()
 
     async with aiohttp.ClientSession() as session:
 
@@ -68,7 +68,7 @@ async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
             async with session.post(f"{server.url}/v1/completions", json=body) as response:
                 response.raise_for_status()
                 usage = (await response.json())["usage"]
-            seats.release()
+            slots.release()
             if system in seen:
                 asked[its_phase] += usage["prompt_tokens"]
                 found[its_phase] += usage["prompt_tokens_details"]["cached_tokens"]
@@ -76,7 +76,7 @@ async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
 
         async with asyncio.TaskGroup() as tasks:
             for number, (system, prompt) in enumerate(prompts):
-                await seats.acquire()
+                await slots.acquire()
                 if number in (2 * args.requests // 5, 4 * args.requests // 5):
                     regrouping.append(tasks.create_task(regroup(server, "restore" if phase else "drop")))
                     phase += 1

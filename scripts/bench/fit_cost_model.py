@@ -54,12 +54,12 @@ class Trial:
     is_last: bool
 
     def measured(self, seconds: float) -> Measurement:
-        """The trial with the time it took."""
+        """Return the trial with the time it took."""
         return Measurement(self.num_layers, Work.of(self.spans), True, self.is_last, seconds)
 
 
 def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
-    """Decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
+    """Draw decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
     is_last = rng.random() < 1 / 3
     layers = num_layers if is_last else rng.randrange(max(1, num_layers // 6), max(2, num_layers // 2))
     kind = rng.choice(("decode", "prefill", "mixed"))
@@ -82,10 +82,10 @@ def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
     return Trial(layers, tuple(spans), is_last)
 
 
-def microbatch_of(spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
+def microbatch_of(token_spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
     """Requests that have come so far, with blocks of the group."""
     fleet, spans = Fleet([group]), []
-    for i, (prefix, num_tokens, num_samples) in enumerate(spans):
+    for i, (prefix, num_tokens, num_samples) in enumerate(token_spans):
         end = prefix + num_tokens
         token_ids = [(7 * i + j) % vocab_size for j in range(end + 1 - num_samples)]
         request = Request(f"trial-{i}", token_ids, SamplingParams(max_tokens=1, temperature=0))

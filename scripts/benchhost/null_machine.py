@@ -51,6 +51,7 @@ class NullExecutor(Executor):
     """Makes a microbatch's arrays as all executors do, and lets its devices wait instead of compute."""
 
     def __init__(self, devices: Sequence[Device], step_s: float) -> None:
+        super().__init__()
         self._devices, self._step_s = devices, step_s
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:

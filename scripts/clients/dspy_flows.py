@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import dspy
-from flows import Place, run
+from flows import Target, run
 
 QUESTION = "What is the capital of France?"
 
@@ -17,30 +17,35 @@ class Sort(dspy.Signature):
     is_kind: Literal["yes", "no"] = dspy.OutputField()
 
 
-def model_of(place: Place) -> Any:
+def model_of(target: Target) -> Any:
     return dspy.LM(
-        f"openai/{place.model}", api_base=place.openai_url, api_key=place.key, max_tokens=64, cache=False, num_retries=0
+        f"openai/{target.model}",
+        api_base=target.openai_url,
+        api_key=target.key,
+        max_tokens=64,
+        cache=False,
+        num_retries=0,
     )
 
 
-def chat(place: Place) -> None:
-    [answer] = model_of(place)(QUESTION)
+def chat(target: Target) -> None:
+    [answer] = model_of(target)(QUESTION)
     assert "Paris" in str(answer), answer
 
 
-def multi_turn(place: Place) -> None:
+def multi_turn(target: Target) -> None:
     turns = [("user", QUESTION), ("assistant", "Paris."), ("user", "And what is the capital of Italy?")]
-    [answer] = model_of(place)(messages=[{"role": role, "content": content} for role, content in turns])
+    [answer] = model_of(target)(messages=[{"role": role, "content": content} for role, content in turns])
     assert "Rome" in str(answer), answer
 
 
-def structured_output(place: Place) -> None:
-    with dspy.context(lm=model_of(place), adapter=dspy.JSONAdapter()):
+def structured_output(target: Target) -> None:
+    with dspy.context(lm=model_of(target), adapter=dspy.JSONAdapter()):
         assert dspy.Predict(Sort)(text="Thank you, dear friend!").is_kind in ("yes", "no")
 
 
-def stream(place: Place) -> None:
-    with dspy.context(lm=model_of(place), adapter=dspy.JSONAdapter()):
+def stream(target: Target) -> None:
+    with dspy.context(lm=model_of(target), adapter=dspy.JSONAdapter()):
         predict = dspy.streamify(dspy.Predict(Sort), async_streaming=False)
         pieces = list(predict(text="Thank you, dear friend!"))
     assert len(pieces) > 1 and pieces[-1].is_kind in ("yes", "no"), pieces

@@ -17,7 +17,7 @@ MAX_PROBLEM_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Target:
     """Say where the server is, and what its model is called. It asks for no key; clients want to send one."""
 
     url: str
@@ -40,7 +40,7 @@ class Result:
     problem: str | None = None
 
 
-Flow = Callable[[Place], Any]
+Flow = Callable[[Target], Any]
 
 
 def run(client: str, *flows: Flow, package: str = "") -> None:
@@ -48,15 +48,15 @@ def run(client: str, *flows: Flow, package: str = "") -> None:
 
     `package`: what its distribution is called, where that is not the client's name.
     """
-    place, of_client = Place(*sys.argv[1:]), version(package or client)
+    target, of_client = Target(*sys.argv[1:]), version(package or client)
     for flow in flows:
-        result = Result(client, of_client, flow.__name__.replace("_", " "), _problem(flow, place))
+        result = Result(client, of_client, flow.__name__.replace("_", " "), _problem(flow, target))
         print(MARK + json.dumps(asdict(result)), flush=True)
 
 
-def _problem(flow: Flow, place: Place) -> str | None:
+def _problem(flow: Flow, target: Target) -> str | None:
     try:
-        outcome = flow(place)
+        outcome = flow(target)
         if inspect.iscoroutine(outcome):
             asyncio.run(outcome)
     except Exception as error:

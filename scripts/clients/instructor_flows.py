@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import instructor
-from flows import Place, run
+from flows import Target, run
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
@@ -21,27 +21,27 @@ class Person(BaseModel):
     age: int = Field(ge=0, le=120)
 
 
-def client_of(place: Place, mode: instructor.Mode) -> Any:
-    return instructor.from_openai(OpenAI(base_url=place.openai_url, api_key=place.key), mode=mode)
+def client_of(target: Target, mode: instructor.Mode) -> Any:
+    return instructor.from_openai(OpenAI(base_url=target.openai_url, api_key=target.key), mode=mode)
 
 
-def _describe(place: Place, mode: instructor.Mode, messages: list[Any] = DESCRIBE, **fields: Any) -> None:
-    person = client_of(place, mode).chat.completions.create(
-        model=place.model, response_model=Person, messages=messages, max_tokens=150, max_retries=0, **fields
+def _describe(target: Target, mode: instructor.Mode, messages: list[Any] = DESCRIBE, **fields: Any) -> None:
+    person = client_of(target, mode).chat.completions.create(
+        model=target.model, response_model=Person, messages=messages, max_tokens=150, max_retries=0, **fields
     )
     assert isinstance(person, Person), person
 
 
-def tools_mode(place: Place) -> None:
-    _describe(place, instructor.Mode.TOOLS)
+def tools_mode(target: Target) -> None:
+    _describe(target, instructor.Mode.TOOLS)
 
 
-def tools_strict_mode(place: Place) -> None:
-    _describe(place, instructor.Mode.TOOLS_STRICT)
+def tools_strict_mode(target: Target) -> None:
+    _describe(target, instructor.Mode.TOOLS_STRICT)
 
 
-def json_schema_mode(place: Place) -> None:
-    _describe(place, instructor.Mode.JSON_SCHEMA)
+def json_schema_mode(target: Target) -> None:
+    _describe(target, instructor.Mode.JSON_SCHEMA)
 
 
 # The modes below leave it to the model to follow the schema in its prompt. A model as small as that of these flows
@@ -58,18 +58,18 @@ def saying(text: str) -> dict[str, Any]:
     return {"extra_body": {"structured_outputs": {"choice": [text]}}}
 
 
-def json_mode(place: Place) -> None:
-    _describe(place, instructor.Mode.JSON, EXAMPLE)
+def json_mode(target: Target) -> None:
+    _describe(target, instructor.Mode.JSON, EXAMPLE)
 
 
-def md_json_mode(place: Place) -> None:
-    _describe(place, instructor.Mode.MD_JSON, **saying(f"```json\n{ANN}\n```"))
+def md_json_mode(target: Target) -> None:
+    _describe(target, instructor.Mode.MD_JSON, **saying(f"```json\n{ANN}\n```"))
 
 
-def parallel_tools_mode(place: Place) -> None:
+def parallel_tools_mode(target: Target) -> None:
     call = f'<tool_call>\n{{"name": "Person", "arguments": {ANN}}}\n</tool_call>'
-    people = client_of(place, instructor.Mode.PARALLEL_TOOLS).chat.completions.create(
-        model=place.model,
+    people = client_of(target, instructor.Mode.PARALLEL_TOOLS).chat.completions.create(
+        model=target.model,
         response_model=Iterable[Person],
         messages=DESCRIBE,
         max_tokens=150,
@@ -79,9 +79,9 @@ def parallel_tools_mode(place: Place) -> None:
     assert [person.name for person in people] == ["Ann", "Ann"]
 
 
-def partial(place: Place) -> None:
-    people = client_of(place, instructor.Mode.TOOLS).chat.completions.create_partial(
-        model=place.model, response_model=Person, messages=DESCRIBE, max_tokens=150, max_retries=0
+def partial(target: Target) -> None:
+    people = client_of(target, instructor.Mode.TOOLS).chat.completions.create_partial(
+        model=target.model, response_model=Person, messages=DESCRIBE, max_tokens=150, max_retries=0
     )
     assert [person.role for person in people][-1] in ("captain", "cook")
 

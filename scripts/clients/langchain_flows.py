@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from flows import Place, run
+from flows import Target, run
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -27,36 +27,36 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
     return f"18 degrees in {city}"
 
 
-def openai_model(place: Place, **fields: Any) -> Any:
+def openai_model(target: Target, **fields: Any) -> Any:
     given = {"max_tokens": 64, **fields}
-    return ChatOpenAI(model=place.model, base_url=place.openai_url, api_key=place.key, **given)
+    return ChatOpenAI(model=target.model, base_url=target.openai_url, api_key=target.key, **given)
 
 
-def anthropic_model(place: Place) -> Any:
-    return ChatAnthropic(model=place.model, base_url=place.url, api_key=place.key, max_tokens=64)
+def anthropic_model(target: Target) -> Any:
+    return ChatAnthropic(model=target.model, base_url=target.url, api_key=target.key, max_tokens=64)
 
 
-def chat(place: Place) -> None:
-    answer = openai_model(place).invoke(QUESTION)
+def chat(target: Target) -> None:
+    answer = openai_model(target).invoke(QUESTION)
     assert "Paris" in answer.content and answer.usage_metadata["output_tokens"] > 0, answer
 
 
-def chat_stream(place: Place) -> None:
-    chunks = list(openai_model(place, stream_usage=True).stream(QUESTION))
+def chat_stream(target: Target) -> None:
+    chunks = list(openai_model(target, stream_usage=True).stream(QUESTION))
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole = whole + chunk
     assert "Paris" in whole.content and whole.usage_metadata["output_tokens"] > 0, whole
 
 
-async def chat_async(place: Place) -> None:
-    answers = await openai_model(place).abatch([QUESTION, "What is the capital of Italy?"])
+async def chat_async(target: Target) -> None:
+    answers = await openai_model(target).abatch([QUESTION, "What is the capital of Italy?"])
     assert ["Paris" in answers[0].content, "Rome" in answers[1].content] == [True, True], answers
 
 
-def multi_turn(place: Place) -> None:
+def multi_turn(target: Target) -> None:
     messages = [SystemMessage("Answer in one sentence."), HumanMessage(QUESTION), AIMessage("Paris.")]
-    answer = openai_model(place).invoke([*messages, HumanMessage("And what is the capital of Italy?")])
+    answer = openai_model(target).invoke([*messages, HumanMessage("And what is the capital of Italy?")])
     assert "Rome" in answer.content, answer
 
 
@@ -70,50 +70,50 @@ def _call_and_answer(model: Any, **options: Any) -> None:
     assert model.bind_tools([get_weather]).invoke([*messages, called, *results]).content
 
 
-def tools(place: Place) -> None:
-    _call_and_answer(openai_model(place), parallel_tool_calls=False)
+def tools(target: Target) -> None:
+    _call_and_answer(openai_model(target), parallel_tool_calls=False)
 
 
-def structured_output_by_schema(place: Place) -> None:
-    model = openai_model(place).with_structured_output(Person, method="json_schema")
+def structured_output_by_schema(target: Target) -> None:
+    model = openai_model(target).with_structured_output(Person, method="json_schema")
     assert isinstance(model.invoke("Describe a ship's cook named Ann."), Person)
 
 
-def structured_output_by_call(place: Place) -> None:
-    model = openai_model(place).with_structured_output(Person, method="function_calling")
+def structured_output_by_call(target: Target) -> None:
+    model = openai_model(target).with_structured_output(Person, method="function_calling")
     assert isinstance(model.invoke("Describe a ship's cook named Ann."), Person)
 
 
-def json_mode(place: Place) -> None:
-    model = openai_model(place).with_structured_output(None, method="json_mode")
+def json_mode(target: Target) -> None:
+    model = openai_model(target).with_structured_output(None, method="json_mode")
     prompt = 'Answer with this JSON object and nothing else: {"name": "Ann"}'
     assert isinstance(model.invoke(prompt), dict)
 
 
-def responses(place: Place) -> None:
-    answer = openai_model(place, use_responses_api=True).invoke(QUESTION)
+def responses(target: Target) -> None:
+    answer = openai_model(target, use_responses_api=True).invoke(QUESTION)
     assert "Paris" in answer.text, answer
 
 
-def completions(place: Place) -> None:
-    model = OpenAI(model=place.model, base_url=place.openai_url, api_key=place.key, max_tokens=4)
+def completions(target: Target) -> None:
+    model = OpenAI(model=target.model, base_url=target.openai_url, api_key=target.key, max_tokens=4)
     assert "Paris" in model.invoke("The capital of France is")
 
 
-def anthropic_chat(place: Place) -> None:
-    assert "Paris" in anthropic_model(place).invoke(QUESTION).content
+def anthropic_chat(target: Target) -> None:
+    assert "Paris" in anthropic_model(target).invoke(QUESTION).content
 
 
-def anthropic_stream(place: Place) -> None:
-    assert "Paris" in "".join(chunk.text for chunk in anthropic_model(place).stream(QUESTION))
+def anthropic_stream(target: Target) -> None:
+    assert "Paris" in "".join(chunk.text for chunk in anthropic_model(target).stream(QUESTION))
 
 
-def anthropic_tools(place: Place) -> None:
-    _call_and_answer(anthropic_model(place), parallel_tool_calls=False)
+def anthropic_tools(target: Target) -> None:
+    _call_and_answer(anthropic_model(target), parallel_tool_calls=False)
 
 
-def anthropic_structured_output(place: Place) -> None:
-    model = anthropic_model(place).with_structured_output(Person)
+def anthropic_structured_output(target: Target) -> None:
+    model = anthropic_model(target).with_structured_output(Person)
     assert isinstance(model.invoke("Describe a ship's cook named Ann."), Person)
 
 

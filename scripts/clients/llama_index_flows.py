@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from flows import Place, run
+from flows import Target, run
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
@@ -25,11 +25,11 @@ def get_weather(city: str) -> str:
     return f"18 degrees in {city}"
 
 
-def model_of(place: Place, **fields: Any) -> Any:
+def model_of(target: Target, **fields: Any) -> Any:
     return OpenAILike(
-        model=place.model,
-        api_base=place.openai_url,
-        api_key=place.key,
+        model=target.model,
+        api_base=target.openai_url,
+        api_key=target.key,
         is_chat_model=True,
         is_function_calling_model=True,
         context_window=4096,
@@ -39,28 +39,28 @@ def model_of(place: Place, **fields: Any) -> Any:
     )
 
 
-def complete(place: Place) -> None:
-    assert "Paris" in model_of(place).complete(QUESTION).text
+def complete(target: Target) -> None:
+    assert "Paris" in model_of(target).complete(QUESTION).text
 
 
-def chat_stream(place: Place) -> None:
-    pieces = list(model_of(place).stream_chat([ChatMessage(role="user", content=QUESTION)]))
+def chat_stream(target: Target) -> None:
+    pieces = list(model_of(target).stream_chat([ChatMessage(role="user", content=QUESTION)]))
     assert "Paris" in "".join(piece.delta or "" for piece in pieces), pieces
 
 
-async def chat_async(place: Place) -> None:
-    answer = await model_of(place).achat([ChatMessage(role="user", content=QUESTION)])
+async def chat_async(target: Target) -> None:
+    answer = await model_of(target).achat([ChatMessage(role="user", content=QUESTION)])
     assert "Paris" in answer.message.content, answer
 
 
-def multi_turn(place: Place) -> None:
+def multi_turn(target: Target) -> None:
     turns = [("user", QUESTION), ("assistant", "Paris."), ("user", "And what is the capital of Italy?")]
-    answer = model_of(place).chat([ChatMessage(role=role, content=content) for role, content in turns])
+    answer = model_of(target).chat([ChatMessage(role=role, content=content) for role, content in turns])
     assert "Rome" in answer.message.content, answer
 
 
-def tools(place: Place) -> None:
-    model, tool = model_of(place), FunctionTool.from_defaults(get_weather)
+def tools(target: Target) -> None:
+    model, tool = model_of(target), FunctionTool.from_defaults(get_weather)
     asked = ChatMessage(role="user", content="How is the weather in Paris?")
     called = model.chat_with_tools([tool], chat_history=[asked], tool_required=True, allow_parallel_tool_calls=False)
     history = [asked, called.message]
@@ -70,13 +70,13 @@ def tools(place: Place) -> None:
     assert len(history) == 3 and model.chat(history).message.content, history
 
 
-def structured_output_by_call(place: Place) -> None:
-    person = model_of(place).as_structured_llm(Person).complete("Describe a ship's cook named Ann.").raw
+def structured_output_by_call(target: Target) -> None:
+    person = model_of(target).as_structured_llm(Person).complete("Describe a ship's cook named Ann.").raw
     assert isinstance(person, Person), person
 
 
-def structured_output_by_schema(place: Place) -> None:
-    model = model_of(place, should_use_structured_outputs=True)
+def structured_output_by_schema(target: Target) -> None:
+    model = model_of(target, should_use_structured_outputs=True)
     person = model.as_structured_llm(Person).complete("Describe a ship's cook named Ann.").raw
     assert isinstance(person, Person), person
 

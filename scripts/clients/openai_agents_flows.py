@@ -13,7 +13,7 @@ from agents import (
     SQLiteSession,
     function_tool,
 )
-from flows import Place, run
+from flows import Target, run
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 
@@ -27,12 +27,12 @@ class Person(BaseModel):
     role: Literal["captain", "cook"]
 
 
-def chat_model(place: Place) -> Any:
-    return OpenAIChatCompletionsModel(place.model, AsyncOpenAI(base_url=place.openai_url, api_key=place.key))
+def chat_model(target: Target) -> Any:
+    return OpenAIChatCompletionsModel(target.model, AsyncOpenAI(base_url=target.openai_url, api_key=target.key))
 
 
-def responses_model(place: Place) -> Any:
-    return OpenAIResponsesModel(place.model, AsyncOpenAI(base_url=place.openai_url, api_key=place.key))
+def responses_model(target: Target) -> Any:
+    return OpenAIResponsesModel(target.model, AsyncOpenAI(base_url=target.openai_url, api_key=target.key))
 
 
 def agent_of(model: Any, settings: ModelSettings | None = None, **fields: Any) -> Any:
@@ -75,36 +75,36 @@ async def _structured_output(model: Any) -> None:
     assert isinstance(result.final_output, Person), result
 
 
-async def chat_multi_turn(place: Place) -> None:
-    await _multi_turn(chat_model(place))
+async def chat_multi_turn(target: Target) -> None:
+    await _multi_turn(chat_model(target))
 
 
-async def chat_stream(place: Place) -> None:
-    await _stream(chat_model(place))
+async def chat_stream(target: Target) -> None:
+    await _stream(chat_model(target))
 
 
-async def chat_tools(place: Place) -> None:
-    await _tools(chat_model(place))
+async def chat_tools(target: Target) -> None:
+    await _tools(chat_model(target))
 
 
-async def chat_structured_output(place: Place) -> None:
-    await _structured_output(chat_model(place))
+async def chat_structured_output(target: Target) -> None:
+    await _structured_output(chat_model(target))
 
 
-async def responses_multi_turn(place: Place) -> None:
-    await _multi_turn(responses_model(place))
+async def responses_multi_turn(target: Target) -> None:
+    await _multi_turn(responses_model(target))
 
 
-async def responses_stream(place: Place) -> None:
-    await _stream(responses_model(place))
+async def responses_stream(target: Target) -> None:
+    await _stream(responses_model(target))
 
 
-async def responses_tools(place: Place) -> None:
-    await _tools(responses_model(place))
+async def responses_tools(target: Target) -> None:
+    await _tools(responses_model(target))
 
 
-async def responses_structured_output(place: Place) -> None:
-    await _structured_output(responses_model(place))
+async def responses_structured_output(target: Target) -> None:
+    await _structured_output(responses_model(target))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-from flows import Place, run
+from flows import Target, run
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
@@ -31,28 +31,28 @@ class Person(BaseModel):
     ages: list[int] = Field(max_length=2)
 
 
-def client_of(place: Place) -> OpenAI:
-    return OpenAI(base_url=place.openai_url, api_key=place.key)
+def client_of(target: Target) -> OpenAI:
+    return OpenAI(base_url=target.openai_url, api_key=target.key)
 
 
-def models(place: Place) -> None:
-    client = client_of(place)
-    assert place.model in [model.id for model in client.models.list()]
-    assert client.models.retrieve(place.model).id == place.model
+def models(target: Target) -> None:
+    client = client_of(target)
+    assert target.model in [model.id for model in client.models.list()]
+    assert client.models.retrieve(target.model).id == target.model
 
 
-def chat(place: Place) -> None:
-    answer = client_of(place).chat.completions.create(
-        model=place.model, messages=[{"role": "user", "content": QUESTION}], max_tokens=32
+def chat(target: Target) -> None:
+    answer = client_of(target).chat.completions.create(
+        model=target.model, messages=[{"role": "user", "content": QUESTION}], max_tokens=32
     )
     assert "Paris" in (answer.choices[0].message.content or ""), answer
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage and answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def chat_stream(place: Place) -> None:
-    stream = client_of(place).chat.completions.create(
-        model=place.model,
+def chat_stream(target: Target) -> None:
+    stream = client_of(target).chat.completions.create(
+        model=target.model,
         messages=[{"role": "user", "content": QUESTION}],
         max_tokens=32,
         stream=True,
@@ -68,10 +68,10 @@ def chat_stream(place: Place) -> None:
     assert "Paris" in text and finish_reasons[-1] == "stop" and len(usages) == 1, (text, finish_reasons, usages)
 
 
-async def chat_async(place: Place) -> None:
-    async with AsyncOpenAI(base_url=place.openai_url, api_key=place.key) as client:
+async def chat_async(target: Target) -> None:
+    async with AsyncOpenAI(base_url=target.openai_url, api_key=target.key) as client:
         stream = await client.chat.completions.create(
-            model=place.model,
+            model=target.model,
             messages=[{"role": "user", "content": QUESTION}],
             max_tokens=32,
             stream=True,
@@ -80,19 +80,19 @@ async def chat_async(place: Place) -> None:
     assert "Paris" in text
 
 
-def multi_turn(place: Place) -> None:
-    client = client_of(place)
+def multi_turn(target: Target) -> None:
+    client = client_of(target)
     messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": "Answer in one sentence."}]
     for question in (QUESTION, "And what is the capital of Italy?"):
         messages.append({"role": "user", "content": question})
-        answer = client.chat.completions.create(model=place.model, messages=messages, max_tokens=32)
+        answer = client.chat.completions.create(model=target.model, messages=messages, max_tokens=32)
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
     assert "Rome" in str(messages[-1]["content"]), messages
 
 
-def logprobs(place: Place) -> None:
-    answer = client_of(place).chat.completions.create(
-        model=place.model,
+def logprobs(target: Target) -> None:
+    answer = client_of(target).chat.completions.create(
+        model=target.model,
         messages=[{"role": "user", "content": QUESTION}],
         max_tokens=8,
         logprobs=True,
@@ -104,11 +104,11 @@ def logprobs(place: Place) -> None:
     assert text.startswith(answer.choices[0].message.content or "no text"), answer
 
 
-def tools(place: Place) -> None:
-    client = client_of(place)
+def tools(target: Target) -> None:
+    client = client_of(target)
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How is the weather in Paris?"}]
     first = client.chat.completions.create(
-        model=place.model,
+        model=target.model,
         messages=messages,
         tools=[{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER, "strict": True}}],
         tool_choice="required",
@@ -120,13 +120,13 @@ def tools(place: Place) -> None:
     for call in message.tool_calls:
         assert call.type == "function" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
         messages.append({"role": "tool", "tool_call_id": call.id, "content": "18 degrees, sunny"})
-    second = client.chat.completions.create(model=place.model, messages=messages, max_tokens=32)
+    second = client.chat.completions.create(model=target.model, messages=messages, max_tokens=32)
     assert second.choices[0].message.content
 
 
-def tools_stream(place: Place) -> None:
-    with client_of(place).chat.completions.stream(
-        model=place.model,
+def tools_stream(target: Target) -> None:
+    with client_of(target).chat.completions.stream(
+        model=target.model,
         messages=[{"role": "user", "content": "How is the weather in Paris?"}],
         tools=[{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER, "strict": True}}],
         tool_choice={"type": "function", "function": {"name": "get_weather"}},
@@ -137,9 +137,9 @@ def tools_stream(place: Place) -> None:
     assert call.function.name == "get_weather" and call.function.parsed_arguments, call
 
 
-def structured_output(place: Place) -> None:
-    answer = client_of(place).chat.completions.parse(
-        model=place.model,
+def structured_output(target: Target) -> None:
+    answer = client_of(target).chat.completions.parse(
+        model=target.model,
         messages=[{"role": "user", "content": DESCRIBE}],
         response_format=Person,
         max_tokens=100,
@@ -148,9 +148,9 @@ def structured_output(place: Place) -> None:
     assert isinstance(person, Person), answer
 
 
-def structured_output_stream(place: Place) -> None:
-    with client_of(place).chat.completions.stream(
-        model=place.model,
+def structured_output_stream(target: Target) -> None:
+    with client_of(target).chat.completions.stream(
+        model=target.model,
         messages=[{"role": "user", "content": DESCRIBE}],
         response_format=Person,
         max_tokens=100,
@@ -160,27 +160,27 @@ def structured_output_stream(place: Place) -> None:
     assert isinstance(person, Person) and "content.delta" in kinds and "content.done" in kinds, kinds
 
 
-def completions(place: Place) -> None:
-    answer = client_of(place).completions.create(
-        model=place.model, prompt=["The capital of France is", "One, two, three,"], max_tokens=8, logprobs=2
+def completions(target: Target) -> None:
+    answer = client_of(target).completions.create(
+        model=target.model, prompt=["The capital of France is", "One, two, three,"], max_tokens=8, logprobs=2
     )
     assert [choice.index for choice in answer.choices] == [0, 1] and "Paris" in answer.choices[0].text, answer
 
 
-def errors(place: Place) -> None:
+def errors(target: Target) -> None:
     try:
-        client_of(place).chat.completions.create(model=place.model, messages=[], temperature=9)
+        client_of(target).chat.completions.create(model=target.model, messages=[], temperature=9)
     except BadRequestError as caught:
         refusal = caught
     assert refusal.status_code == 400 and refusal.param and refusal.message, refusal
 
 
-def responses(place: Place) -> None:
-    client = client_of(place)
-    first = client.responses.create(model=place.model, input=QUESTION, max_output_tokens=32)
+def responses(target: Target) -> None:
+    client = client_of(target)
+    first = client.responses.create(model=target.model, input=QUESTION, max_output_tokens=32)
     assert first.status == "completed" and "Paris" in first.output_text, first
     second = client.responses.create(
-        model=place.model,
+        model=target.model,
         input="Which country did I ask about?",
         previous_response_id=first.id,
         max_output_tokens=32,
@@ -191,18 +191,18 @@ def responses(place: Place) -> None:
     client.responses.delete(first.id)
 
 
-def responses_stream(place: Place) -> None:
-    with client_of(place).responses.stream(model=place.model, input=QUESTION, max_output_tokens=32) as stream:
+def responses_stream(target: Target) -> None:
+    with client_of(target).responses.stream(model=target.model, input=QUESTION, max_output_tokens=32) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed", kinds
     assert "response.output_text.delta" in kinds and "Paris" in final.output_text
 
 
-def responses_tools(place: Place) -> None:
-    client = client_of(place)
+def responses_tools(target: Target) -> None:
+    client = client_of(target)
     first = client.responses.create(
-        model=place.model,
+        model=target.model,
         input="How is the weather in Paris?",
         tools=[{"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}],
         tool_choice="required",
@@ -211,7 +211,7 @@ def responses_tools(place: Place) -> None:
     calls = [item for item in first.output if item.type == "function_call"]
     assert calls and json.loads(calls[0].arguments)["city"] in ("Paris", "Rome"), first
     second = client.responses.create(
-        model=place.model,
+        model=target.model,
         previous_response_id=first.id,
         input=[{"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"} for call in calls],
         max_output_tokens=32,
@@ -219,9 +219,9 @@ def responses_tools(place: Place) -> None:
     assert second.output_text, second
 
 
-def responses_structured_output(place: Place) -> None:
-    answer = client_of(place).responses.parse(
-        model=place.model,
+def responses_structured_output(target: Target) -> None:
+    answer = client_of(target).responses.parse(
+        model=target.model,
         input=DESCRIBE,
         text_format=Person,
         max_output_tokens=100,

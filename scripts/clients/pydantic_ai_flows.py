@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from flows import Place, run
+from flows import Target, run
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.anthropic import AnthropicModel
@@ -28,16 +28,16 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
     return f"18 degrees in {city}"
 
 
-def chat_model(place: Place) -> Any:
-    return OpenAIChatModel(place.model, provider=OpenAIProvider(base_url=place.openai_url, api_key=place.key))
+def chat_model(target: Target) -> Any:
+    return OpenAIChatModel(target.model, provider=OpenAIProvider(base_url=target.openai_url, api_key=target.key))
 
 
-def responses_model(place: Place) -> Any:
-    return OpenAIResponsesModel(place.model, provider=OpenAIProvider(base_url=place.openai_url, api_key=place.key))
+def responses_model(target: Target) -> Any:
+    return OpenAIResponsesModel(target.model, provider=OpenAIProvider(base_url=target.openai_url, api_key=target.key))
 
 
-def anthropic_model(place: Place) -> Any:
-    return AnthropicModel(place.model, provider=AnthropicProvider(base_url=place.url, api_key=place.key))
+def anthropic_model(target: Target) -> Any:
+    return AnthropicModel(target.model, provider=AnthropicProvider(base_url=target.url, api_key=target.key))
 
 
 def agent_of(model: Any, **fields: Any) -> Agent[None, Any]:
@@ -69,56 +69,56 @@ def _describe(model: Any, output_type: Any) -> None:
     assert isinstance(agent_of(model, output_type=output_type).run_sync(DESCRIBE).output, Person)
 
 
-def chat_multi_turn(place: Place) -> None:
-    _chat_and_go_on(chat_model(place))
+def chat_multi_turn(target: Target) -> None:
+    _chat_and_go_on(chat_model(target))
 
 
-async def chat_stream(place: Place) -> None:
-    await _stream(chat_model(place))
+async def chat_stream(target: Target) -> None:
+    await _stream(chat_model(target))
 
 
-def chat_tools(place: Place) -> None:
-    _call(chat_model(place))
+def chat_tools(target: Target) -> None:
+    _call(chat_model(target))
 
 
-def chat_structured_output(place: Place) -> None:
-    _describe(chat_model(place), Person)
+def chat_structured_output(target: Target) -> None:
+    _describe(chat_model(target), Person)
 
 
-def chat_native_output(place: Place) -> None:
-    _describe(chat_model(place), NativeOutput(Person))
+def chat_native_output(target: Target) -> None:
+    _describe(chat_model(target), NativeOutput(Person))
 
 
-def responses_multi_turn(place: Place) -> None:
-    _chat_and_go_on(responses_model(place))
+def responses_multi_turn(target: Target) -> None:
+    _chat_and_go_on(responses_model(target))
 
 
-async def responses_stream(place: Place) -> None:
-    await _stream(responses_model(place))
+async def responses_stream(target: Target) -> None:
+    await _stream(responses_model(target))
 
 
-def responses_tools(place: Place) -> None:
-    _call(responses_model(place))
+def responses_tools(target: Target) -> None:
+    _call(responses_model(target))
 
 
-def responses_structured_output(place: Place) -> None:
-    _describe(responses_model(place), Person)
+def responses_structured_output(target: Target) -> None:
+    _describe(responses_model(target), Person)
 
 
-def anthropic_multi_turn(place: Place) -> None:
-    _chat_and_go_on(anthropic_model(place))
+def anthropic_multi_turn(target: Target) -> None:
+    _chat_and_go_on(anthropic_model(target))
 
 
-async def anthropic_stream(place: Place) -> None:
-    await _stream(anthropic_model(place))
+async def anthropic_stream(target: Target) -> None:
+    await _stream(anthropic_model(target))
 
 
-def anthropic_tools(place: Place) -> None:
-    _call(anthropic_model(place))
+def anthropic_tools(target: Target) -> None:
+    _call(anthropic_model(target))
 
 
-def anthropic_structured_output(place: Place) -> None:
-    _describe(anthropic_model(place), Person)
+def anthropic_structured_output(target: Target) -> None:
+    _describe(anthropic_model(target), Person)
 
 
 if __name__ == "__main__":

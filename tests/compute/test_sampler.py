@@ -174,7 +174,7 @@ def test_a_row_does_not_depend_on_the_batch_around_it(dtype: torch.dtype) -> Non
     assert sample(logits, rows) == alone
     order = rng.sample(range(24), 24)
     assert sample(logits[order], [rows[i] for i in order]) == [alone[i] for i in order]
-    as_on_a_gpu = sampler._choose(logits, rows)  # many rows at once
+    as_on_a_gpu = sampler.choose(logits, rows)  # many rows at once
     assert as_on_a_gpu == ids(alone)
     assert torch.equal(logits, before)
 
@@ -296,7 +296,7 @@ def test_a_row_without_any_possible_token_is_an_error_of_that_row() -> None:
     banned = replace(DRAWN, min_tokens=1, stop_token_ids=frozenset({1}))
     rows = [make_row(banned if i in (1, 5) else DRAWN, seed=i) for i in range(6)]
     assert_others_unharmed(torch.zeros(6, 2), rows, {1, 5}, "largest logit is not finite")
-    ids_on_a_gpu = sampler._choose(torch.zeros(6, 2), rows)  # many rows at once
+    ids_on_a_gpu = sampler.choose(torch.zeros(6, 2), rows)  # many rows at once
     assert ids_on_a_gpu == [None if i in (1, 5) else sample(torch.zeros(1, 2), [rows[i]])[0].token_id for i in range(6)]
 
 

@@ -58,7 +58,7 @@ def test_a_masked_row_alone_is_chosen_as_among_many(density: float) -> None:
         return row(params, mask=lambda: words)._replace(seed=seed)
 
     rows = [masked(seed) for seed in range(60)]
-    assert [token.token_id for token in sample(logits, rows)] == sampler._choose(logits, rows)
+    assert [token.token_id for token in sample(logits, rows)] == sampler.choose(logits, rows)
 
 
 def test_allowed_tokens() -> None:

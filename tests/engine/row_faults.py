@@ -56,8 +56,8 @@ class Grammar:
         self._num_accepted += 1
         self._release()
 
-    async def settled(self) -> None:
-        self._count("settled")
+    async def decided(self) -> None:
+        self._count("decided")
 
     def release(self) -> None:
         self._release()
@@ -130,7 +130,7 @@ EVERY_LAYOUT = {
     "a mask that cannot be begun": Fault(constrained("mask", 2, RuntimeError("no thread")), "no thread"),
     "a token that is not accepted": Fault(constrained("accept", 2, EngineError("not allowed")), "not allowed", 0),
     "a token that makes the grammar panic": Fault(constrained("accept", 0, Panic("oh")), "a step failed: .*oh"),
-    "a verdict that is not told": Fault(constrained("settled", 2, ValueError("no verdict")), "no verdict"),
+    "a verdict that is not told": Fault(constrained("decided", 2, ValueError("no verdict")), "no verdict"),
     "a token that cannot follow": Fault(constrained("error", 1, EngineError("not allowed")), "not allowed", 0),
     "an end that raises": Fault(constrained("is_finished", 3, KeyError("end")), "a step failed: .*end"),
     "a stop string that raises": Fault(

@@ -229,7 +229,7 @@ class Scene:
             layers = range(stage.first_layer, stage.last_layer)
             self.kv.copy(device, device, layers, list(tail.moved), list(tail.moved.values()))
         self.check()
-        self.fleet.settle_followers(group)
+        self.fleet.end_following(group)
         if tail.is_whole:
             self.fleet.shrink(device, limit)
         else:
@@ -288,8 +288,8 @@ async def test_of_a_prefix_its_window_is_enough() -> None:
     first.num_computed_tokens = first.num_scheduled_tokens = 21
     scene.fleet.computed(first, group)
     assert (len(first.table.blocks), len(group.idle)) == (2, 4)  # of six
-    scene.fleet._blocks._forget_oldest(group)
-    scene.fleet._blocks._forget_oldest(group)
+    scene.fleet.store(0).forget_oldest(group)
+    scene.fleet.store(0).forget_oldest(group)
     second = admitted("second")
     assert second.num_computed_tokens == 20 and second.table.num_behind == 3 and second.table.num_places == 6
     scene.check()
@@ -340,7 +340,7 @@ async def test_the_hottest_stay_when_memory_shrinks() -> None:
         scene.fleet.limit(0, 10)
         with scene.fleet.emptying(group, group.stages[0], 10) as tail:
             scene.kv.copy(0, 0, range(LAYERS), list(tail.moved), list(tail.moved.values()))
-        scene.fleet.settle_followers(group)
+        scene.fleet.end_following(group)
         scene.fleet.shrink(0, 10)
     scene.check()
     assert [cached(scene.fleet, group, prompt) for prompt in prompts] == [4, 4, 0, 0, 0, 2]

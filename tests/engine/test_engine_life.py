@@ -119,7 +119,7 @@ async def test_who_waits_for_a_token_that_nobody_will_accept_is_let_go_when_the_
         def accept(self, token_id: int) -> None:
             pass
 
-        async def settled(self) -> None:
+        async def decided(self) -> None:
             pass
 
         def release(self) -> None:

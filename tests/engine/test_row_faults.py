@@ -193,7 +193,7 @@ async def test_every_place_in_the_microbatch(broken_model: Path) -> None:
 async def test_text_that_cannot_be_ended_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scripted_engine(tokenizer=Tokenizer.dummy(100)) as (engine, executor):
         streams = [engine.submit(make_request(name, 5, 2)) for name in ("a", "bad", "b")]
-        bad, flush = engine._live["bad"].detokenizer, Detokenizer.flush
+        bad, flush = engine.live["bad"].detokenizer, Detokenizer.flush
         monkeypatch.setattr(Detokenizer, "flush", lambda self: 1 // 0 if self is bad else flush(self))
         for tokens in ((40, 50, 60), (41, 51, 61)):
             (await executor.next_step()).finish(*tokens)

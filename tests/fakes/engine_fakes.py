@@ -78,6 +78,7 @@ class ScriptedExecutor(Executor):
     """Hands every microbatch to the test, in order."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:

@@ -94,11 +94,11 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int, **options: Any) -> None:
         assert len(shape) == 4
         self.scores = _scores(options)
-        self._check(indptr, indices, last)
+        self.check(indptr, indices, last)
         for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):
             buffer[: len(values)].copy_(values)
 
-    def _check(self, indptr: Tensor, indices: Tensor, last: Tensor) -> None:
+    def check(self, indptr: Tensor, indices: Tensor, last: Tensor) -> None:
         assert len(last) == self.batch_size, "the batch size is fixed in graphs"
         assert len(indptr) == self.batch_size + 1 and int(indptr[-1]) == len(indices) <= len(self.buffers[1])
         self.num_plans += 1
@@ -117,7 +117,7 @@ def fast_decode_plan(
     assert wrapper.num_plans, "the first plan is the full one"
     assert len(shape) == 4 and wrapper.scores == _scores(options)
     assert global_override_indptr_cpu.device.type == "cpu"
-    wrapper._check(indptr, indices, last)
+    wrapper.check(indptr, indices, last)
     for buffer, values in zip(wrapper.buffers, (indptr, indices, last), strict=True):
         assert torch.equal(buffer[: len(values)], values), "the buffers have not been written"
 

@@ -24,7 +24,7 @@ class RuleBrokenError(AssertionError):
     """Our code did what CUDA forbids."""
 
 
-class Owner(Protocol):
+class StreamOwner(Protocol):
     """What a stream belongs to."""
 
     ordinal: int
@@ -63,7 +63,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Stream:
-    owner: Owner
+    owner: StreamOwner
     queue: deque[Piece] = field(default_factory=deque)
     num_submitted: int = 0  # held pieces
     num_done: int = 0
@@ -125,14 +125,14 @@ class Timeline:
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
-    def create(self, owner: Owner) -> int:
+    def create(self, owner: StreamOwner) -> int:
         """Make a stream that does not wait for the legacy one."""
         with self.change:
             stream = next(self._ids)
             self._streams[stream] = _Stream(owner)
             return stream
 
-    def take(self, stream: int, owner: Owner) -> None:
+    def take(self, stream: int, owner: StreamOwner) -> None:
         """Give a stream that nobody has to another device."""
         with self.change:
             state = self._state(stream)
@@ -152,7 +152,7 @@ class Timeline:
         """Return the GPU of a stream."""
         return self.owner(stream).ordinal
 
-    def owner(self, stream: int) -> Owner:
+    def owner(self, stream: int) -> StreamOwner:
         """Return what a stream belongs to."""
         return self._state(stream).owner
 
@@ -227,7 +227,7 @@ class Timeline:
 
     # --- running ---------------------------------------------------------------------------------------------------
 
-    def synchronize(self, event: Event, owner: Owner) -> None:
+    def synchronize(self, event: Event, owner: StreamOwner) -> None:
         """Block until an event is reached, or `owner` has faulted: DeviceError."""
         with self.change:
             self.forbid_in_capture("wait for the GPU")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kunserve.errors import DeviceError
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.copies import BlockCopy, layer_copies
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory, Layout
@@ -155,14 +155,14 @@ class DeviceContract(ABC):
 
     def test_a_range_that_finds_too_few_chunks_stays_as_it_was(self, device: Device) -> None:
         pool = ChunkPool(device.num_chunks)
-        kv, weights = (Range(device, pool, owner, NUM_CHUNKS) for owner in (Owner.KV, Owner.WEIGHTS))
+        kv, weights = (Range(device, pool, use, NUM_CHUNKS) for use in (ChunkUse.KV, ChunkUse.WEIGHTS))
         kv.resize(10)
         weights.resize(4)
         before = self.mapped(device)
         with pytest.raises(DeviceError, match="3 chunks wanted for weights, 2 free"):
             weights.resize(7)
         assert self.mapped(device) == before
-        pool.check({Owner.KV: kv.chunks, Owner.WEIGHTS: weights.chunks})
+        pool.check({ChunkUse.KV: kv.chunks, ChunkUse.WEIGHTS: weights.chunks})
 
     def test_a_layout_that_does_not_fit_leaves_the_old_one(self, device: Device) -> None:
         memory = new_memory(device)

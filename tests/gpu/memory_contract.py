@@ -28,7 +28,7 @@ from device_contract import (
 from torch import Tensor
 
 from kunserve.errors import DeviceError
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import Layout
@@ -120,7 +120,7 @@ class MemoryContract(DeviceContract):
     @pytest.mark.parametrize("nth", [1, 2])
     def test_chunks_of_a_range_whose_map_fails_are_nobodys(self, nth: int, device: Device) -> None:
         pool = ChunkPool(device.num_chunks)
-        kv, hole, weights = (Range(device, pool, owner, SIZE) for owner in (Owner.KV, Owner.KV, Owner.WEIGHTS))
+        kv, hole, weights = (Range(device, pool, use, SIZE) for use in (ChunkUse.KV, ChunkUse.KV, ChunkUse.WEIGHTS))
         kv.resize(1)
         hole.resize(1)
         weights.resize(1)
@@ -128,10 +128,10 @@ class MemoryContract(DeviceContract):
         before = self.mapped(device)
         with self.refusing_to_map(device, nth), pytest.raises(DeviceError):
             kv.resize(4)
-        pool.check({Owner.KV: kv.chunks, Owner.WEIGHTS: weights.chunks})
+        pool.check({ChunkUse.KV: kv.chunks, ChunkUse.WEIGHTS: weights.chunks})
         assert pool.num_free == NUM_CHUNKS - 2 and self.mapped(device) == before
         kv.resize(4)
-        pool.check({Owner.KV: kv.chunks, Owner.WEIGHTS: weights.chunks})
+        pool.check({ChunkUse.KV: kv.chunks, ChunkUse.WEIGHTS: weights.chunks})
 
     @pytest.mark.parametrize("nth", [1, 2])
     def test_a_rearrangement_that_fails_keeps_the_layout_and_the_kv(self, nth: int, device: Device) -> None:
@@ -304,7 +304,7 @@ class MemoryContract(DeviceContract):
         while not begun.is_set():
             await asyncio.sleep(0)
         closing = asyncio.create_task(asyncio.to_thread(device.close))
-        await settle()
+        await let_others_run()
         assert not closing.done()
         may_end.set()
         await closing
@@ -319,7 +319,7 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-async def settle() -> None:
+async def let_others_run() -> None:
     """Let every task go as far as it can without a thread."""
     for _ in range(20):
         await asyncio.sleep(0)
@@ -327,8 +327,8 @@ async def settle() -> None:
 
 async def cancelled(caller: asyncio.Task[Any], num_cancels: int) -> None:
     """Cancel a caller so often; it is still waiting afterwards."""
-    await settle()
+    await let_others_run()
     for _ in range(num_cancels):
         caller.cancel()
-        await settle()
+        await let_others_run()
         assert not caller.done()

@@ -76,7 +76,7 @@ class TestNullDevice(DeviceContract):
 
     def mapped(self, device: Device) -> dict[int, int]:
         assert isinstance(device, NullDevice)
-        return dict(device._mappings.chunks)
+        return dict(device.mappings.chunks)
 
     def is_clean(self, device: Device) -> bool:
         return not self.mapped(device)

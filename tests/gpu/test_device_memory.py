@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kunserve.errors import DeviceError
-from kunserve.gpu.chunk_pool import Owner
+from kunserve.gpu.chunk_pool import ChunkUse
 from kunserve.gpu.copies import BlockCopy
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host import HostDevice
@@ -140,7 +140,7 @@ def test_a_check_that_is_overtaken_counts_nothing_in_between(monkeypatch: pytest
     memory.check()
     monkeypatch.undo()
     memory.check()
-    memory.pool.alloc(1, Owner.WEIGHTS)  # which no range has mapped
+    memory.pool.alloc(1, ChunkUse.WEIGHTS)  # which no range has mapped
     with pytest.raises(AssertionError):  # nobody rearranges: it counts
         memory.check()
 

@@ -48,8 +48,8 @@ async def devices(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[HostDev
 
 
 def team_of(device: HostDevice) -> RecordingTeam:
-    assert isinstance(device._team, RecordingTeam)
-    return device._team
+    assert isinstance(device.team, RecordingTeam)
+    return device.team
 
 
 async def test_an_idle_device_helps_until_the_work_has_ended(devices: list[HostDevice]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from memory_contract import settle
+from memory_contract import let_others_run
 
 from kunserve.gpu.links import HOST, Links, Priority
 
@@ -40,7 +40,7 @@ class Transfers:
 async def test_activations_then_kv_then_weights_each_in_order_of_asking() -> None:
     transfers = Transfers()
     tasks = [transfers.begin("first", Priority.WEIGHTS)]
-    await settle()
+    await let_others_run()
     for name, priority in (
         ("weights", Priority.WEIGHTS),
         ("kv 1", Priority.KV),
@@ -48,11 +48,11 @@ async def test_activations_then_kv_then_weights_each_in_order_of_asking() -> Non
         ("activation", Priority.ACTIVATION),
     ):
         tasks.append(transfers.begin(name, priority))
-        await settle()
+        await let_others_run()
     assert transfers.order == ["first"]
     for name in ("first", "activation", "kv 1", "kv 2", "weights"):
         transfers.let_go(name)
-        await settle()
+        await let_others_run()
     assert transfers.order == ["first", "activation", "kv 1", "kv 2", "weights"]
     await asyncio.gather(*tasks)
 
@@ -61,7 +61,7 @@ async def test_links_do_not_wait_for_each_other() -> None:
     transfers = Transfers()
     ways = [(0, 1), (1, 0), (HOST, 1), (1, 2)]
     tasks = [transfers.begin(f"{way}", Priority.KV, *way) for way in ways]
-    await settle()
+    await let_others_run()
     assert len(transfers.order) == 4
     for way in ways:
         transfers.let_go(f"{way}")
@@ -74,7 +74,7 @@ async def test_a_transfer_that_fails_frees_the_link() -> None:
         async with transfers.links.turn(0, 1, Priority.KV, 1):
             raise OSError("lost")
     following = transfers.begin("following", Priority.KV)
-    await settle()
+    await let_others_run()
     assert transfers.order == ["following"]
     transfers.let_go("following")
     await following
@@ -90,14 +90,14 @@ async def test_a_cancelled_waiter_passes_its_turn_on() -> None:
         chosen.cancel()
 
     first = asyncio.create_task(hold_and_cancel())
-    await settle()
+    await let_others_run()
     waiting, chosen, last = (transfers.begin(name, Priority.KV) for name in ("waiting", "chosen", "last"))
-    await settle()
+    await let_others_run()
     waiting.cancel()
-    await settle()
+    await let_others_run()
     gate.set()
     await first
-    await settle()
+    await let_others_run()
     assert transfers.order == ["last"]
     transfers.let_go("last")
     await last

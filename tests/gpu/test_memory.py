@@ -9,7 +9,7 @@ import torch
 from seeds import seeds
 
 from kunserve.errors import DeviceError
-from kunserve.gpu.chunk_pool import ChunkPool, Owner
+from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.kv_memory import KVMemory, KVShape, max_layer_chunks
 from kunserve.gpu.null import NullDevice
 from kunserve.gpu.range import Range
@@ -20,8 +20,8 @@ from kunserve.planner.snapshot import ModelShape
 def test_random_resizes_keep_the_budget(seed: int) -> None:
     rng = random.Random(seed)
     device, pool = NullDevice(0, 40), ChunkPool(40)
-    owners = [Owner.WEIGHTS] * 3 + [Owner.KV] * 3
-    ranges = [Range(device, pool, owner, 40) for owner in owners]
+    uses = [ChunkUse.WEIGHTS] * 3 + [ChunkUse.KV] * 3
+    ranges = [Range(device, pool, use, 40) for use in uses]
     for _ in range(200):
         range_, target = rng.choice(ranges), rng.randrange(25)
         before = list(range_.chunks)
@@ -33,7 +33,7 @@ def test_random_resizes_keep_the_budget(seed: int) -> None:
             assert len(range_.chunks) == target
             assert range_.chunks[: min(target, len(before))] == before[:target]  # the front never moves
         pool.check(
-            {owner: [c for r, o in zip(ranges, owners, strict=True) if o is owner for c in r.chunks] for owner in Owner}
+            {use: [c for r, o in zip(ranges, uses, strict=True) if o is use for c in r.chunks] for use in ChunkUse}
         )
     for range_ in ranges:
         range_.release()
@@ -42,7 +42,7 @@ def test_random_resizes_keep_the_budget(seed: int) -> None:
 
 def test_a_failed_map_gives_the_chunks_back(monkeypatch: pytest.MonkeyPatch) -> None:
     device, pool = NullDevice(0, 4), ChunkPool(4)
-    range_ = Range(device, pool, Owner.KV, 4)
+    range_ = Range(device, pool, ChunkUse.KV, 4)
 
     def refuse(address: int, chunks: object) -> None:
         raise DeviceError("no")
@@ -55,14 +55,14 @@ def test_a_failed_map_gives_the_chunks_back(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_check_sees_a_leak() -> None:
     pool = ChunkPool(4)
-    taken = pool.alloc(2, Owner.KV)
-    pool.check({Owner.KV: taken})
+    taken = pool.alloc(2, ChunkUse.KV)
+    pool.check({ChunkUse.KV: taken})
     with pytest.raises(AssertionError):
-        pool.check({Owner.KV: taken[:1]})
+        pool.check({ChunkUse.KV: taken[:1]})
     with pytest.raises(AssertionError):
-        pool.check({Owner.WEIGHTS: taken})
+        pool.check({ChunkUse.WEIGHTS: taken})
     with pytest.raises(DeviceError, match="3 chunks wanted for weights, 2 free"):
-        pool.alloc(3, Owner.WEIGHTS)
+        pool.alloc(3, ChunkUse.WEIGHTS)
     pool.free(taken)
     with pytest.raises(AssertionError):
         pool.free(taken[:1])
@@ -74,7 +74,7 @@ def test_addresses_are_left_for_eight_large_devices() -> None:
         device = NullDevice(0, (141 << 30) // chunk, chunk)
         shape = KVShape(8, 16, 128, torch.bfloat16)
         memory = KVMemory(device, ChunkPool(device.num_chunks), num_layers, shape)
-        reserved = sum(device._mappings.reserved.values())
+        reserved = sum(device.mappings.reserved.values())
         assert 8 * reserved <= 64 << 40  # half of what a process has
         one_layer = max_layer_chunks(num_layers, chunk)
         assert reserved == num_layers * min(one_layer, device.num_chunks) * chunk

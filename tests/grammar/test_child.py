@@ -14,10 +14,10 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from structures import EOS, VOCABULARY
 
-from kunserve.grammar.child import _Places
+from kunserve.grammar.child import _Matchers
 from kunserve.grammar.limits import RefusedError
 from kunserve.grammar.source import compile_matcher
-from kunserve.grammar.wire import PLACE, Frames, Kind, frame
+from kunserve.grammar.wire import POSITION, Frames, Kind, frame
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ class Server:
 
     def send(self, number: int, num_tokens: int, text: bytes) -> None:
         tokens = array("I", list(text)).tobytes()
-        self.connection.sendall(frame(Kind.ADVANCE, PLACE.pack(number, num_tokens), tokens))
+        self.connection.sendall(frame(Kind.ADVANCE, POSITION.pack(number, num_tokens), tokens))
 
     def _answers(self) -> Iterator[tuple[Kind, tuple[int, int], bytes]]:
         while data := self.connection.recv(1 << 16):
-            for kind, payload in self.frames.feed(data):
-                yield kind, PLACE.unpack_from(payload), payload[PLACE.size :]
+            for kind, payload in self.frames.receive(data):
+                yield kind, POSITION.unpack_from(payload), payload[POSITION.size :]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def serve() -> Iterator[Any]:
     threads = []
 
     def serve(matcher: LLMatcher) -> Server:
-        threads.append(Thread(target=_Places(theirs, matcher, 40).follow, args=[Frames()]))
+        threads.append(Thread(target=_Matchers(theirs, matcher, 40).follow, args=[Frames()]))
         threads[0].start()
         return Server(ours)
 
@@ -63,8 +63,8 @@ def test_too_complex_for_its_limits(tokenizer: LLTokenizer, serve: Any) -> None:
     grammar = LLMatcher.grammar_from_lark('start: "aa" | "ab" | "ac" | "ad"')
     server = serve(LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=3)))
     server.send(7, 1, b"a")
-    kind, place, reason = next(server.answers)
-    assert (kind, place) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"too complex: ")
+    kind, position, reason = next(server.answers)
+    assert (kind, position) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"too complex: ")
     assert len(reason) < 300 and b"\n" not in reason
 
 
@@ -72,8 +72,8 @@ def test_a_dead_end_is_the_structure_s_fault(tokenizer: LLTokenizer, serve: Any)
     server = serve(compile_matcher(tokenizer, "grammar", 'start: "a" X | "b"\nX: /c/ & /d/')[0])
     server.send(7, 1, b"a")
     assert next(server.answers)[:2] == (Kind.MORE, (7, 1))
-    kind, place, reason = next(server.answers)
-    assert (kind, place) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"a dead end")
+    kind, position, reason = next(server.answers)
+    assert (kind, position) == (Kind.UNUSABLE, (7, 1)) and reason.startswith(b"a dead end")
 
 
 def test_verdicts_and_masks_of_several(tokenizer: LLTokenizer, serve: Any) -> None:
@@ -83,8 +83,8 @@ def test_verdicts_and_masks_of_several(tokenizer: LLTokenizer, serve: Any) -> No
     server.send(2, 2, b"cd")  # from the beginning, in one piece
     assert next(server.answers)[:2] == (Kind.FINISHED, (2, 2))
     server.send(1, 2, b"x")
-    kind, place, reason = next(server.answers)
-    assert (kind, place) == (Kind.WRONG, (1, 2)) and b"does not allow token 120" in reason
+    kind, position, reason = next(server.answers)
+    assert (kind, position) == (Kind.WRONG, (1, 2)) and b"does not allow token 120" in reason
 
 
 @pytest.mark.parametrize(

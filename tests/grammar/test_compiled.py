@@ -60,7 +60,7 @@ async def followed(outcomes: list[Death | KunServeError | str]) -> list[tuple[se
             matcher.advance(ord("a"), mask)
         async with asyncio.timeout(60):
             for matcher in matchers:
-                await matcher.settled()
+                await matcher.decided()
             words = [await asyncio.wrap_future(mask) for mask in masks]
         return [
             ({char for char in "abc" if w is not None and w[ord(char) >> 5] >> (ord(char) & 31) & 1}, m.error)

@@ -48,7 +48,7 @@ async def spell(place: GrammarConstraint, text: str) -> list[set[int] | None]:
     for byte in text.encode():
         masks.append(await asyncio.to_thread(ids_of, place.mask(place._num_accepted)))
         place.accept(byte)
-        await place.settled()
+        await place.decided()
         assert place.error is None
     return masks
 
@@ -71,7 +71,7 @@ async def test_a_bomb_is_refused_and_remembered_and_others_go_on(name: str) -> N
                 await pool.compile(key, "x")
             assert deaths in (["crash"], ["cpu"])  # once: it was not tried again
         assert await spell(other, "34z") == [masks[1]] * 3
-        assert other._matcher.is_finished
+        assert other.is_finished
 
 
 def kill_process(pool: Pool) -> None:
@@ -138,7 +138,7 @@ async def test_who_ends_its_processes_fails_alone(monkeypatch: pytest.MonkeyPatc
         for pid in set(processes_of(pool)) - {kept}:
             os.kill(pid, signal.SIGSEGV)
             os.kill(pid, signal.SIGCONT)
-        await place.settled()
+        await place.decided()
         assert isinstance(place.error, InvalidRequestError) and "cannot be used" in place.error.message
         assert await masks is None  # whoever samples goes on: the request ends with its next token
         with pytest.raises(RefusedError):
@@ -152,7 +152,7 @@ async def test_who_is_killed_again_and_again_gives_up(monkeypatch: pytest.Monkey
         places = await waiting(pool, 3)
         kill_process(pool)
         for place in places:
-            await place.settled()
+            await place.decided()
             assert isinstance(place.error, OverloadedError)
         await pool.compile(DIGITS, "x")  # which is no fault of the structure's
 
@@ -164,7 +164,7 @@ async def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) ->
     deaths: list[str] = []
     async with open_pool(on_death=deaths.append) as pool:
         [place] = await waiting(pool, 1)
-        await place.settled()
+        await place.decided()
         assert deaths and set(deaths) == {"hung"} and place.error is None
         assert await spell(place, "3z") and place.is_finished
 

@@ -24,7 +24,7 @@ def two_devices(
 async def asked(checked: Checked, requests: Sequence[Request]) -> asyncio.Task[list[Answer]]:
     """Ask for all of them, now."""
     task = asyncio.create_task(checked.answer_all(requests))
-    while not checked.engine._live.keys() >= {request.request_id for request in requests}:
+    while not checked.engine.live.keys() >= {request.request_id for request in requests}:
         await asyncio.sleep(0)
     return task
 

@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patience import patient_with_sound_devices
-from transition_harness import TINY, Answer, Checked, checked_engine, make_requests
+from transition_harness import TINY, Answer, Checked, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.request import Request
 from kunserve.errors import DeviceError, KunServeError

@@ -123,7 +123,7 @@ async def test_what_fails_or_never_begins_says_so(traces: Traces) -> None:
         engine.fleet.set_admitting(engine.groups[0], False)
         answer = asyncio.ensure_future(read(engine.submit(request)))
         await asyncio.sleep(0)
-        engine.fit(2)  # no group can hold it any more
+        engine.limit_tokens(2)  # no group can hold it any more
         with pytest.raises(Exception, match="tokens"):
             await answer
     phase, root = traces.spans()

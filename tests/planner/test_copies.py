@@ -14,7 +14,7 @@ from groups import shape_of, views
 from planner_oracle import SMOLLM2, random_model
 from seeds import seeds
 
-from kunserve.engine.launch.placement import num_copies, place
+from kunserve.engine.launch.placement import choose_placement, num_copies
 from kunserve.errors import ConfigError
 from kunserve.planner.copies import _shrunk, _weights_for_two, why_no_drop
 from kunserve.planner.snapshot import DeviceView, ModelShape, StageView
@@ -24,7 +24,9 @@ GIB, MIB = 1 << 30, 1 << 20
 
 def why(shape: ModelShape, devices: Sequence[DeviceView], devices_per_group: int | None = None) -> str | None:
     """What a launch on these devices would say."""
-    groups = place(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=devices_per_group).groups
+    groups = choose_placement(
+        shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=devices_per_group
+    ).groups
     return why_no_drop(
         shape, devices, groups, devices_per_group, partial(num_copies, max_model_len=4096, is_len_required=True)
     )
@@ -117,5 +119,7 @@ def one_copy(rng: random.Random) -> tuple[ModelShape, list[DeviceView]]:
 def test_what_does_not_fit_is_no_copy() -> None:
     shape = shape_of("llama-70b")
     with pytest.raises(ConfigError):
-        place(shape, views(1, 80 * GIB, shape), devices_per_group=None, max_model_len=4096, is_len_required=True)
+        choose_placement(
+            shape, views(1, 80 * GIB, shape), devices_per_group=None, max_model_len=4096, is_len_required=True
+        )
     assert num_copies(shape, views(1, 80 * GIB, shape), None, max_model_len=4096, is_len_required=True) == 0

@@ -119,7 +119,7 @@ class Ranges:
                 held = sum(self.requests[i].by_kind(2)[kind] for i in self.at[device, layer])
                 assert held <= self.model.blocks_in(self.chunks[device][layer]), (device, layer)
 
-    def settle(self, device: int) -> None:
+    def reassign(self, device: int) -> None:
         """Unmap what everybody has left, and give the chunks to the layers that stay."""
         layers = range(self.model.num_layers)
         for layer in layers:
@@ -149,7 +149,7 @@ class Ranges:
             for layer in range(move.first_layer, move.last_layer):
                 self.at[move.source, layer] -= set(move.request_ids)
             for device in self.stages:
-                self.settle(device)
+                self.reassign(device)
             self.check()
         for (device, layer), ids in self.at.items():
             everybody = {i for i, request in self.requests.items() if request.num_blocks}

@@ -112,8 +112,8 @@ def test_the_1b_shape_has_about_as_many_weights() -> None:
     assert 1.0e9 < config.num_layers * layer + config.vocab_size * config.hidden_size < 1.4e9
 
 
-@pytest.mark.parametrize(("host_copy", "origin"), [(HostCopy.MAPPED, "host"), (HostCopy.NONE, "mate")])
-async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) -> None:
+@pytest.mark.parametrize(("host_copy", "loaded_from"), [(HostCopy.MAPPED, "host"), (HostCopy.NONE, "mate")])
+async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, loaded_from: str) -> None:
     """The engine is the same; only the devices are others."""
     config = serving.engine_config(
         DeviceSpec("cpu", (0, 1)), "smollm2-135m", num_blocks=40, is_pinned=True, num_batched_tokens=64
@@ -122,7 +122,7 @@ async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, origin: str) ->
     result = await serving.regroup(config, num_requests=2, num_tokens=24)
     assert result["same_tokens"] and not result["errors"]
     assert [t["kind"] for t in result["transitions"]] == ["drop", "restore"]
-    assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [origin]]
+    assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [loaded_from]]
 
 
 async def test_a_text_is_as_likely_in_every_grouping(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from run_clients import Client, read_results, run_client, table
 PASSED = Result("dspy", "3.4", "chat")
 FAILED = Result("dspy", "3.4", "chat stream", "AssertionError: a | b")
 FLOWS = """
-from flows import Place, run
+from flows import Target, run
 
-def chat(place: Place) -> None:
+def chat(target: Target) -> None:
     print("a client prints things")
-    assert place.openai_url == "http://nowhere/v1", place
+    assert target.openai_url == "http://nowhere/v1", target
 
-async def chat_stream(place: Place) -> None:
-    raise ValueError("no such place")
+async def chat_stream(target: Target) -> None:
+    raise ValueError("no such target")
 
 run("pytest", chat{others})
 """
@@ -56,7 +56,7 @@ def test_a_table_has_a_row_for_each_flow_and_problems_stay_in_their_column() -> 
 def test_a_flow_passes_when_it_returns_and_fails_with_what_it_raises() -> None:
     passed, failed = run_client(script(FLOWS.format(others=", chat_stream")), "http://nowhere")
     assert (passed.client, passed.flow, passed.problem) == ("pytest", "chat", None)
-    assert (failed.flow, failed.problem) == ("chat stream", "ValueError: no such place")
+    assert (failed.flow, failed.problem) == ("chat stream", "ValueError: no such target")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_flow_that_fails_fails_the_whole_and_the_page_says_which(
     assert run_main(monkeypatch, [script(FLOWS.format(others=others))], "--page", str(page)) == status
     text = page.read_text()
     assert "| chat | passes |" in text
-    assert ("| chat stream | **fails**: ValueError: no such place |" in text) == bool(status)
+    assert ("| chat stream | **fails**: ValueError: no such target |" in text) == bool(status)
     assert f"1 of {1 + status} flows pass" in text
 
 

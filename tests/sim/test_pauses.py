@@ -89,7 +89,7 @@ def test_a_drop_commits_within_a_step_of_its_own_groups() -> None:
                 while len(engine.groups) == 2:
                     submitted(node, 1, rng.randrange(1000, 8000), 400)
                     await asyncio.sleep(rng.expovariate(20.0))
-                for request_id in list(engine._live):
+                for request_id in list(engine.live):
                     engine.abort(request_id)
                 while len(engine.groups) < 2:
                     await asyncio.sleep(0.05)

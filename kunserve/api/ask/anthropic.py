@@ -73,12 +73,12 @@ def _tool_choice(choice: AnthropicChoice, has_tools: bool) -> Any:
 
 def _response_format(asked: Counted) -> ResponseFormat | None:
     """Return what the answer must be: a schema or nothing."""
-    form = None if asked.output_config is None else asked.output_config.format
-    if form is not None and asked.output_format is not None:
+    format = None if asked.output_config is None else asked.output_config.format
+    if format is not None and asked.output_format is not None:
         text = "`output_config.format` and `output_format` exclude each other."
         raise InvalidRequestError(text, param="output_format")
-    form = form or asked.output_format
-    return None if form is None else ResponseFormat(type="json_schema", json_schema={"schema": form.schema})
+    format = format or asked.output_format
+    return None if format is None else ResponseFormat(type="json_schema", json_schema={"schema": format.schema})
 
 
 class _Messages:

@@ -35,7 +35,7 @@ class GenerationCall:
     """What completions and chat have in common."""
 
     model: str
-    params: SamplingParams  # its max_tokens: as asked, or the default, which `prompts.fit` cuts to what fits
+    params: SamplingParams  # its max_tokens: as asked, or the default, which `prompts.fit_to_context` cuts to what fits
     has_max_tokens: bool
     max_tokens_param: str  # the field that says it
     n: int

@@ -52,11 +52,11 @@ def chat_of(asked: Response, before: list[Any]) -> tuple[Chat, FieldNames]:
     return chat, names
 
 
-def _response_format(form: TextFormat | None) -> ResponseFormat | None:
+def _response_format(format: TextFormat | None) -> ResponseFormat | None:
     """Return what chat calls it: a schema stands in an object of its own there."""
-    if form is None or form.type != "json_schema" or form.schema is None:
-        return form
-    return msgspec.structs.replace(form, schema=None, json_schema={"schema": form.schema})
+    if format is None or format.type != "json_schema" or format.schema is None:
+        return format
+    return msgspec.structs.replace(format, schema=None, json_schema={"schema": format.schema})
 
 
 def input_items(values: dict[str, Any]) -> list[Any]:

@@ -35,8 +35,8 @@ def _json(value: object, param: str) -> str:
 
 def read_structure(asked: Completion | ChatOptions) -> Structure | None:
     """Return the structure that one of the fields for it asks for, if one does."""
-    form, options = asked.response_format, asked.structured_outputs
-    found = [] if form is None else _of_response_format(form)
+    format, options = asked.response_format, asked.structured_outputs
+    found = [] if format is None else _of_response_format(format)
     found += [] if options is None else _of_options(options)
     found += [
         _of_option(kind, value, name)
@@ -64,35 +64,38 @@ PLACES: dict[str, Kind] = {
 }
 
 
-def _of_response_format(form: ResponseFormat) -> list[Structure]:
-    match form.type:
+def _of_response_format(format: ResponseFormat) -> list[Structure]:
+    match format.type:
         case "text" | None:
             return []
         case "json_object" | "json_schema" | "json":
-            return [_of_json_format(form)]
-    text = form.value or (form.regex if form.type == "regex" else form.grammar) or form.pattern
+            return [_of_json_format(format)]
+    text = format.value or (format.regex if format.type == "regex" else format.grammar) or format.pattern
     if not isinstance(text, str):
-        wrong_type(f"response_format.{form.type}", "a string", text)
-    return [Structure(form.type, text, "response_format")]
+        wrong_type(f"response_format.{format.type}", "a string", text)
+    return [Structure(format.type, text, "response_format")]
 
 
-def _of_json_format(form: ResponseFormat) -> Structure:
+def _of_json_format(format: ResponseFormat) -> Structure:
     """Read a schema in any of the places where servers look for it: OpenAI's, or beside the type."""
-    inner = form.json_schema
-    places: dict[str, object] = {"response_format.schema": form.schema, "response_format.value": form.value}
+    inner = format.json_schema
+    fields: dict[str, object] = {
+        "response_format.schema": format.schema,
+        "response_format.value": format.value,
+    }
     if inner is not None and "schema" not in inner and _is_schema(inner):
-        places["response_format.json_schema"] = inner
+        fields["response_format.json_schema"] = inner
     elif inner is not None:
-        places["response_format.json_schema.schema"] = inner.get("schema")
-    given = {place: schema for place, schema in places.items() if schema is not None}
+        fields["response_format.json_schema.schema"] = inner.get("schema")
+    given = {field: schema for field, schema in fields.items() if schema is not None}
     if len(given) > 1:
-        text = f"{' and '.join(f'`{place}`' for place in given)} exclude each other."
+        text = f"{' and '.join(f'`{field}`' for field in given)} exclude each other."
         raise InvalidRequestError(text, param="response_format")
-    if not given and form.type == "json_object":
+    if not given and format.type == "json_object":
         return json_structure({"type": "object"}, "response_format")
-    place, schema = next(iter(given.items()), ("response_format.json_schema.schema", None))
+    field, schema = next(iter(given.items()), ("response_format.json_schema.schema", None))
     if not isinstance(schema, dict | bool):
-        wrong_type(place, "a JSON schema", schema)
+        wrong_type(field, "a JSON schema", schema)
     return json_structure(schema, "response_format")
 
 

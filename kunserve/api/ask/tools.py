@@ -87,7 +87,7 @@ def _read_definitions(tools: object) -> list[dict[str, Any]]:
         if name is None or not _NAME.fullmatch(name):
             raise InvalidRequestError(f"`{param}.function.name` must be a word.", param="tools")
         parameters = function.mapping("parameters")
-        for place in ("$defs", "definitions", "properties"):
-            if not isinstance(parameters.get(place, {}), dict):
-                wrong_type(f"{param}.function.parameters.{place}", "an object", parameters[place])
+        for field in ("$defs", "definitions", "properties"):
+            if not isinstance(parameters.get(field, {}), dict):
+                wrong_type(f"{param}.function.parameters.{field}", "an object", parameters[field])
     return tools

@@ -97,6 +97,11 @@ class Feed:
         self._rememberer: asyncio.Task[None] | None = None
         self.num_ticks, self.cpu_s = 0, 0.0  # since start, of this thread (scripts/bench/bench_feed.py)
 
+    @property
+    def num_viewers(self) -> int:
+        """How many watch now."""
+        return len(self._viewers)
+
     def _look(self) -> Frame:
         state = self._state(NUM_TRANSITIONS)
         return frame_of(state, **self._known, rates=self._rates.at(state["now_s"]))

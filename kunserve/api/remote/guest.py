@@ -92,7 +92,7 @@ class Guest(Generator, Counters):
                 request.priority,
                 request.owner,
                 request.cache_salt,
-                constraint.place.number if isinstance(constraint, RemoteConstraint) else None,
+                constraint.position.number if isinstance(constraint, RemoteConstraint) else None,
                 m.packed(request.output_token_ids),
                 request.num_cached_tokens,
                 request.is_continued,

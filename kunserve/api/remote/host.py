@@ -55,6 +55,15 @@ class _Remote(Sink):
                 host.ended(self._number)
         host.link.send_soon()
 
+    def put_token(self, text: str, token_id: int) -> None:
+        """See `Sink.put_token`."""
+        if not (self._has_begun and self._is_plain):
+            self.put(Output(text, (token_id,)))
+            return
+        self._host.numbers.append(self._number)
+        self._host.token_ids.append(token_id)
+        self._host.link.send_soon()
+
     def fail(self, error: KunServeError) -> None:
         """See `Sink.fail`."""
         self._host.deltas.append(m.Delta(self._number, problem=m.Problem.of(error)))
@@ -79,7 +88,7 @@ class Host:
         self.numbers, self.token_ids, self.deltas = array("I"), array("I"), list[m.Delta]()
         self.link = Link[m.ToWorker, m.FromWorker](list[m.FromWorker], self._take, self._step, self._end)
         self._requests: dict[int, Request] = {}
-        self._places: dict[int, LocalReservation] = {}
+        self._reservations: dict[int, LocalReservation] = {}
         self._structures: dict[int, Begun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._handlers = self._make_handlers()
@@ -131,9 +140,9 @@ class Host:
         self.num_lost = len(self._requests)
         for task in self._tasks:
             task.cancel()
-        for reservation in self._places.values():
+        for reservation in self._reservations.values():
             reservation.leave(reservation.num_reqs)
-        self._places.clear()
+        self._reservations.clear()
         for request in list(self._requests.values()):  # who ends is taken out
             self._api.departures.run(partial(self._api.backend.abort, request.request_id))
         for structure in list(self._structures):
@@ -173,15 +182,15 @@ class Host:
     def _reserve(self, message: m.Reserve) -> None:
         def reserve() -> None:
             asked = (message.owner, message.num_reqs, message.num_tokens)
-            self._places[message.place] = self._admission.reserve(*asked)
+            self._reservations[message.reservation] = self._admission.reserve(*asked)
 
         self._answer(message.call, reserve)
 
     def _leave(self, message: m.Leave) -> None:
-        if (reservation := self._places.get(message.place)) is not None:  # else it was refused
+        if (reservation := self._reservations.get(message.reservation)) is not None:  # else it was refused
             reservation.leave(min(message.num_reqs, reservation.num_reqs))
             if reservation.num_reqs == 0:
-                del self._places[message.place]
+                del self._reservations[message.reservation]
 
     def _submit(self, message: m.Submit) -> None:
         try:
@@ -229,7 +238,7 @@ class Host:
         self._structures[message.end] = constraint
         for token_id in m.unpacked(message.generated):
             constraint.accept(token_id)
-        await constraint.settled()  # for all of them: waiting for each would take seconds
+        await constraint.decided()  # for all of them: waiting for each would take seconds
         if constraint.error is not None:
             raise constraint.error
         return constraint.is_finished

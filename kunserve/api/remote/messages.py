@@ -1,7 +1,7 @@
 """What a worker and the engine's process say to each other: lists of these, in MessagePack.
 
-Numbers name a worker's requests, places and structures; the worker chooses them, and never one twice. A message with a
-`call` is answered by one `Reply` with the same. Token ids are packed: uint32 in the machine's order.
+Numbers name a worker's requests, reservations and structures; the worker chooses them, and never one twice. A message
+with a `call` is answered by one `Reply` with the same. Token ids are packed: uint32 in the machine's order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Reserve(Struct, array_like=True, tag=3):
     """Hold places in the queue, under a number (`Door.accepted`)."""
 
     call: int
-    place: int
+    reservation: int
     owner: str
     num_reqs: int
     num_tokens: int
@@ -78,7 +78,7 @@ class Reserve(Struct, array_like=True, tag=3):
 class Leave(Struct, array_like=True, tag=4):
     """Hold so many of these places no longer."""
 
-    place: int
+    reservation: int
     num_reqs: int
 
 
@@ -127,7 +127,7 @@ class Replay(Struct, array_like=True, tag=8):
 
 
 class Forget(Struct, array_like=True, tag=9):
-    """Nobody begins at this place of a structure any more."""
+    """Nobody begins at this position of a structure any more."""
 
     structure: int
 

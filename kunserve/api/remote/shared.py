@@ -37,12 +37,12 @@ class RemoteDoor(Door):
     @asynccontextmanager
     async def accepted(self, owner: str, num_reqs: int, num_tokens: int) -> AsyncIterator[Reservation]:
         """See `Door`."""
-        place = _RemoteReservation(self._asker, num_reqs)
+        reservation = _RemoteReservation(self._asker, num_reqs)
         try:
-            await self._asker.ask(lambda call: m.Reserve(call, place.number, owner, num_reqs, num_tokens))
-            yield place
+            await self._asker.ask(lambda call: m.Reserve(call, reservation.number, owner, num_reqs, num_tokens))
+            yield reservation
         finally:  # also of a client that left before there was an answer
-            place.leave(place.num_reqs)
+            reservation.leave(reservation.num_reqs)
 
 
 class RemoteResponses(Responses):

@@ -29,8 +29,8 @@ class Asker(Protocol):
         """Return the answer to a call, which `make` makes of its number."""
 
 
-class _Place:
-    """A place in a structure that the engine's process keeps for as long as this object lives."""
+class _Position:
+    """A position in a structure that the engine's process keeps for as long as this object lives."""
 
     def __init__(self, asker: Asker) -> None:
         self.number = asker.new_number()
@@ -41,15 +41,15 @@ class _Place:
 class RemoteConstraint:
     """A request's structure. Implements `Begun`; its masks are where the engine is."""
 
-    def __init__(self, asker: Asker, place: _Place) -> None:
-        self._asker, self.place = asker, place
+    def __init__(self, asker: Asker, position: _Position) -> None:
+        self._asker, self.position = asker, position
         self._given: list[int] = []  # tokens that nobody has judged yet
         self.error: KunServeError | None = None
         self.is_finished = False
 
     def copy(self) -> RemoteConstraint:
         """See `Begun`."""
-        return RemoteConstraint(self._asker, self.place)
+        return RemoteConstraint(self._asker, self.position)
 
     def mask(self, num_accepted: int) -> TokenMask:
         """Raise: nothing is sampled in a worker."""
@@ -59,12 +59,12 @@ class RemoteConstraint:
         """See `Constraint.accept`."""
         self._given.append(token_id)
 
-    async def settled(self) -> None:
-        """See `Constraint.settled`."""
-        begin, self.place = self.place, _Place(self._asker)
+    async def decided(self) -> None:
+        """See `Constraint.decided`."""
+        begin, self.position = self.position, _Position(self._asker)
         given, self._given = m.packed(self._given), []
         try:
-            end = self.place.number
+            end = self.position.number
             self.is_finished = await self._asker.ask(lambda call: m.Replay(call, begin.number, end, given))
         except KunServeError as error:
             self.error = error
@@ -84,6 +84,6 @@ class RemoteGrammars(Compiler):
 
     async def compile(self, structure: Structure, reasons: bool, owner: str = "") -> RemoteConstraint:
         """See `Compiler`."""
-        place, (kind, value, param) = _Place(self._asker), (structure.kind, structure.value, structure.param)
-        await self._asker.ask(lambda call: m.Compile(call, place.number, kind, value, param, reasons, owner))
-        return RemoteConstraint(self._asker, place)
+        position, (kind, value, param) = _Position(self._asker), (structure.kind, structure.value, structure.param)
+        await self._asker.ask(lambda call: m.Compile(call, position.number, kind, value, param, reasons, owner))
+        return RemoteConstraint(self._asker, position)

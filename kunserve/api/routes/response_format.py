@@ -31,7 +31,7 @@ class ResponseParts(PartStream):
         self._number += 1
         return named_event(name, {"sequence_number": self._number - 1, **values})
 
-    def _place(self, part: AnswerPart) -> dict[str, Any]:
+    def _location(self, part: AnswerPart) -> dict[str, Any]:
         return {"item_id": self.item(part)["id"], "output_index": part.index}
 
     def item(self, part: AnswerPart, status: str = "") -> dict[str, Any]:
@@ -54,36 +54,36 @@ class ResponseParts(PartStream):
         added = self.event("response.output_item.added", output_index=part.index, item=self.item(part, "in_progress"))
         if part.kind == "call":
             return added
-        place = {**self._place(part), "content_index": 0}
-        return added + self.event("response.content_part.added", **place, part=_text_part(part))
+        location = {**self._location(part), "content_index": 0}
+        return added + self.event("response.content_part.added", **location, part=_text_part(part))
 
     def more(self, part: AnswerPart, text: str) -> bytes:
         """See `PartStream`."""
-        place = self._place(part)
+        location = self._location(part)
         logprobs, self.waiting_logprobs = self.waiting_logprobs, []  # other parts tell none
         match part.kind:
             case "text":
                 part.logprobs += logprobs
                 told = {"delta": text, "logprobs": logprobs}
-                return self.event("response.output_text.delta", **place, content_index=0, **told)
+                return self.event("response.output_text.delta", **location, content_index=0, **told)
             case "reasoning":
-                return self.event("response.reasoning_text.delta", **place, content_index=0, delta=text)
-        return self.event("response.function_call_arguments.delta", **place, delta=text)
+                return self.event("response.reasoning_text.delta", **location, content_index=0, delta=text)
+        return self.event("response.function_call_arguments.delta", **location, delta=text)
 
     def end(self, part: AnswerPart) -> bytes:
         """See `PartStream`."""
-        place = self._place(part)
+        location = self._location(part)
         match part.kind:
             case "text":
                 told = {"text": part.text, "logprobs": part.logprobs}
-                done = self.event("response.output_text.done", **place, content_index=0, **told)
+                done = self.event("response.output_text.done", **location, content_index=0, **told)
             case "reasoning":
-                done = self.event("response.reasoning_text.done", **place, content_index=0, text=part.text)
+                done = self.event("response.reasoning_text.done", **location, content_index=0, text=part.text)
             case "call":
                 name = "response.function_call_arguments.done"
-                done = self.event(name, **place, name=part.name, arguments=part.text)
+                done = self.event(name, **location, name=part.name, arguments=part.text)
         if part.kind != "call":
-            done += self.event("response.content_part.done", **place, content_index=0, part=_text_part(part))
+            done += self.event("response.content_part.done", **location, content_index=0, part=_text_part(part))
         return done + self.event("response.output_item.done", output_index=part.index, item=self.item(part))
 
 
@@ -215,9 +215,9 @@ def _echoed(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a response repeats of its request, with what is so where it does not say."""
     names = ("instructions", "max_output_tokens", "max_tool_calls", "user", "previous_response_id")
     texts = ("safety_identifier", "prompt_cache_key")
-    form = (values.get("text") or {}).get("format") or {"type": "text"}
-    if form.get("type") == "json_schema":
-        form = {"name": None, "description": None, "strict": None, **form}
+    text_format = (values.get("text") or {}).get("format") or {"type": "text"}
+    if text_format.get("type") == "json_schema":
+        text_format = {"name": None, "description": None, "strict": None, **text_format}
     reasoning = values.get("reasoning") or {}
     return {
         **{name: values.get(name) for name in (*names, *texts)},
@@ -225,7 +225,7 @@ def _echoed(values: dict[str, Any]) -> dict[str, Any]:
         "tools": [_tool(tool) for tool in values.get("tools") or []],
         "tool_choice": values.get("tool_choice") or "auto",
         "parallel_tool_calls": values.get("parallel_tool_calls") is not False,
-        "text": {**(values.get("text") or {}), "format": form},
+        "text": {**(values.get("text") or {}), "format": text_format},
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
         "top_logprobs": values.get("top_logprobs") or 0,
         "truncation": values.get("truncation") or "disabled",

@@ -53,7 +53,7 @@ async def list_input_items(request: web.Request) -> web.Response:
     shown = [{"type": "message", "id": f"item_{index}", **item} for index, item in enumerate(items)]
     shown = shown if order == "asc" else shown[::-1]
     after = query.get("after")
-    place = next((index + 1 for index, item in enumerate(shown) if item["id"] == after), 0)
-    page = shown[place : place + int(limit)]
+    start = next((index + 1 for index, item in enumerate(shown) if item["id"] == after), 0)
+    page = shown[start : start + int(limit)]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return json_response({"object": "list", "data": page, **ends, "has_more": place + len(page) < len(shown)})
+    return json_response({"object": "list", "data": page, **ends, "has_more": start + len(page) < len(shown)})

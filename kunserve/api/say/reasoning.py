@@ -69,16 +69,16 @@ def reasoning_of_template(source: str | None, turn: str = "") -> str | None:
     name = next((name for marks, name in _SHOWN if all(mark in source for mark in marks)), None)
     if name is None or name in _SURE or "enable_thinking" in source:
         return name
-    form = REASONING_FORMATS[name]
-    return name if any(mark in turn for mark in form.starts + form.ends) else None
+    format = REASONING_FORMATS[name]
+    return name if any(mark in turn for mark in format.starts + format.ends) else None
 
 
 class ThinkSplitter:
     """Tells reasoning at the beginning of the output from what follows, the answer."""
 
-    def __init__(self, is_open: bool, form: ReasoningFormat = THINK) -> None:
+    def __init__(self, is_open: bool, format: ReasoningFormat = THINK) -> None:
         """Begin to read. `is_open`: the template has opened the reasoning already (DeepSeek-R1, Qwen3-Thinking)."""
-        self._form = form
+        self._format = format
         self._is_open, self._is_over = is_open, False
         self._has_begun = self._strips = False
         self._buffer = ""
@@ -92,13 +92,13 @@ class ThinkSplitter:
             return "", ""
         if not self._is_open:
             return self._end_of_reasoning("", self._buffer)
-        marks = self._form.ends + self._form.stops
-        place, mark = first_mark(self._buffer, marks)
+        marks = self._format.ends + self._format.stops
+        index, mark = first_mark(self._buffer, marks)
         if mark:
-            answer = self._buffer[place if mark in self._form.stops else place + len(mark) :]
-            return self._end_of_reasoning(self._buffer[:place], answer)
-        place -= held_back(self._buffer, marks)
-        reasoning, self._buffer = self._buffer[:place], self._buffer[place:]
+            answer = self._buffer[index if mark in self._format.stops else index + len(mark) :]
+            return self._end_of_reasoning(self._buffer[:index], answer)
+        index -= held_back(self._buffer, marks)
+        reasoning, self._buffer = self._buffer[:index], self._buffer[index:]
         return reasoning, ""
 
     def finish(self, is_cut: bool) -> tuple[str, str]:
@@ -109,7 +109,7 @@ class ThinkSplitter:
     def _begin(self) -> bool:
         """Return whether it is clear by now if the output begins with reasoning."""
         begin = self._buffer.lstrip()
-        if (mark := mark_at(begin, 0, self._form.starts)) is None:
+        if (mark := mark_at(begin, 0, self._format.starts)) is None:
             return False
         self._has_begun = True
         if mark:

@@ -14,7 +14,7 @@ class ReasoningTokens:
     __slots__ = (
         "_bytes",
         "_ends",
-        "_form",
+        "_format",
         "_is_first",
         "_is_inside",
         "_is_open",
@@ -25,12 +25,12 @@ class ReasoningTokens:
         "num_tokens",
     )
 
-    def __init__(self, tokenizer: TextTokenizer, is_open: bool, form: ReasoningFormat) -> None:
+    def __init__(self, tokenizer: TextTokenizer, is_open: bool, format: ReasoningFormat) -> None:
         """Begin to count. `is_open`: the prompt has begun the reasoning."""
         self.num_tokens = 0  # of the tokens so far
-        self._form, self._is_open = form, is_open
-        self._starts = tuple(mark.encode() for mark in form.starts)
-        self._ends = tuple(mark.encode() for mark in form.ends + form.stops)
+        self._format, self._is_open = format, is_open
+        self._starts = tuple(mark.encode() for mark in format.starts)
+        self._ends = tuple(mark.encode() for mark in format.ends + format.stops)
         self._tokenizer = tokenizer
         self._is_first, self._is_inside, self._is_over = not is_open, is_open, False
         self._bytes = b""
@@ -38,7 +38,7 @@ class ReasoningTokens:
 
     def fresh(self) -> ReasoningTokens:
         """Return the count of another look at the same choice."""
-        return ReasoningTokens(self._tokenizer, self._is_open, self._form)
+        return ReasoningTokens(self._tokenizer, self._is_open, self._format)
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Count what came."""
@@ -62,7 +62,7 @@ class ReasoningTokens:
             return
         self._bytes = b""
         self._is_inside = not self._is_inside
-        self._is_over = not self._is_inside and not self._form.repeats
+        self._is_over = not self._is_inside and not self._format.repeats
 
     def _begin(self) -> None:
         begin = self._bytes.lstrip()
@@ -70,4 +70,4 @@ class ReasoningTokens:
             self._is_first, self._is_inside = False, True
             self.num_tokens = self._num_before
         elif not any(start.startswith(begin) for start in self._starts):
-            self._is_first, self._is_over = False, not self._form.repeats
+            self._is_first, self._is_over = False, not self._format.repeats

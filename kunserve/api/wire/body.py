@@ -41,8 +41,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_call(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
     """Return what `read_body` does, for a route that generates: 503 if the queue has no room for one sequence more.
 
-    It is asked before the body is read, and once it is there; from then on the place is held. Else all who come while
-    one is free would wait for their turn to be parsed, one after the other, to be refused then.
+    It is asked before the body is read, and once it is there; from then on its place in the queue is held. Else all
+    who come while one is free would wait for their turn to be parsed, one after the other, to be refused then.
     """
     owner = owner_of(request)
     await api.admission.check(owner)
@@ -53,12 +53,12 @@ async def read_body(
     request: web.Request,
     api: Api,
     read: Callable[[dict[str, Any]], T],
-    place: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+    held_while_parsed: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
 ) -> T:
     """Return what `read` makes of the JSON object in the body; of a large one on a thread.
 
-    `place`: held from the body's last byte until it is parsed. 413 beyond the bound, 503 if there is no memory for it
-    now, 400 if it is no JSON or does not come in time; KunServeError of `read`.
+    `held_while_parsed`: from the body's last byte until it is parsed. 413 beyond the bound, 503 if there is no memory
+    for it now, 400 if it is no JSON or does not come in time; KunServeError of `read`.
     """
     if (resumed := request.get(RESUMED)) is not None:  # it stood in another body, which has been read
         return await api.on_thread(lambda: read(resumed.body))
@@ -76,11 +76,11 @@ async def read_body(
         except TimeoutError:
             body.end()  # it may have had to give way
             raise InvalidRequestError(f"The body took longer than {settings.body_timeout_s:g} s.") from None
-        async with place():
+        async with held_while_parsed():
             await api.turns.take()
             if body.num_bytes <= SMALL_BYTES:
-                return read(_object(body.whole, _small(body.whole)))
-            return await api.on_thread(lambda: read(_object(body.whole, _large(body.whole))))
+                return read(_object(body.whole, parse_small(body.whole)))
+            return await api.on_thread(lambda: read(_object(body.whole, parse_large(body.whole))))
 
 
 def _check_headers(request: web.Request, settings: ApiSettings) -> None:
@@ -123,15 +123,16 @@ def _check_depth(value: object, name: str) -> None:
         raise InvalidRequestError(f"`{name}` is nested more than {MAX_DEPTH} levels deep.", param=name)
 
 
-def _small(body: bytes) -> object:
+def parse_small(body: bytes) -> object:
+    """Read JSON at once. Raises InvalidRequestError."""
     try:
         return orjson.loads(body.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
 
 
-def _large(body: bytes) -> object:
-    """Read the same values as `_small`, in pieces."""
+def parse_large(body: bytes) -> object:
+    """Read the same values as `parse_small`, in pieces."""
     num_lists = num_scalars = 0
     for piece in pieces(body):  # what a cut goes through does not count
         num_lists += sum([piece.count(mark) for mark in (b"[[", b",[", b", [", b"[{", b",{", b", {")])
@@ -142,7 +143,7 @@ def _large(body: bytes) -> object:
         raise InvalidRequestError(f"The body has more than {MAX_SCALARS} strings, truth values and nulls.")
     may_have_halves = any(mark in body for mark in (b"\\ud", b"\\uD"))  # of characters: to be checked as orjson does
     if may_have_halves and _SURROGATE.search(body):
-        return _small(body)
+        return parse_small(body)
     try:
         return _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:

@@ -43,7 +43,7 @@ class Begun(Constraint, Protocol):
     """A constraint at the beginning of its structure, where others may begin as well."""
 
     def copy(self) -> Begun:
-        """Return another request's, at the same place."""
+        """Return another request's, at the same position."""
 
 
 class Compiler(Protocol):

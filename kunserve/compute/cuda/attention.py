@@ -101,11 +101,11 @@ class Staged:
 
 
 class StepBuffers:
-    """All staged arrays of one device, side by side, so that one copy takes a step's. Written once per step."""
+    """All staged arrays of one device, side by side, so that one copy sends a whole step. Written once per step."""
 
     def __init__(self, limits: StepLimits, driver: Driver) -> None:
         rows, seqs = max(limits.max_num_tokens, limits.max_num_seqs), limits.max_num_seqs
-        # Block ids last: of all others' room everything is copied, of theirs what is used.
+        # Block ids come last: the other arrays are copied whole, these only as far as they are used.
         sizes = [rows, rows, rows, rows, seqs + 1, seqs + 1, seqs, limits.max_num_blocks + seqs]
         ends = np.cumsum([ceil_div(size, ALIGNED_INTS) * ALIGNED_INTS for size in sizes])
         self.driver = driver
@@ -113,8 +113,8 @@ class StepBuffers:
         self._host = driver.pinned(int(ends[-1]) * 4).view(torch.int32)
         self._device = torch.zeros(len(self._host), dtype=torch.int32, device=driver.torch_device)
         starts = [0, *ends[:-1].tolist()]
-        places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        staged = [Staged(self._host[place], self._device[place]) for place in places]
+        slices = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        staged = [Staged(self._host[part], self._device[part]) for part in slices]
         self.token_ids, self.sampled_rows, self.positions, self.slots = staged[:4]
         self.cu_seqlens_q, self.kv_indptr, self.last_block_len, self.kv_indices = staged[4:]
         self._num_fixed = starts[-1]
@@ -125,7 +125,7 @@ class StepBuffers:
             self.driver.synchronize_event(self._copied)
 
     def send(self, num_blocks: int) -> None:
-        """Copy what was put, with so many block ids, on the current stream."""
+        """Copy what was put to the device, and of block ids the first `num_blocks`, on the current stream."""
         num = self._num_fixed + num_blocks
         self._device[:num].copy_(self._host[:num], non_blocking=True)
         self._copied = self.driver.record(self.driver.current_stream())
@@ -145,7 +145,7 @@ class PagedAttention(Protocol):
     is_capturable: bool  # whether a CUDA graph can hold it
 
     def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
-        """Plan one step. With a `bucket`, what is returned can be captured, and replayed after later plans for it."""
+        """Plan one step. With a `bucket`, a graph can capture the result, and stays valid after later plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +201,10 @@ def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) ->
 
 
 def _plan_options(scores: Scores) -> dict[str, float]:
-    """Return what FlashInfer's plans are told of a kind of layers, where it is not what they take anyway."""
-    window = None if scores.window is None else scores.window - 1  # theirs leaves out the query's own token
+    """Return the options of a plan for layers with these scores, where they differ from FlashInfer's defaults."""
+    window = (
+        None if scores.window is None else scores.window - 1
+    )  # FlashInfer's window does not count the query's own token
     options = {"sm_scale": scores.scale, "window_left": window, "logits_soft_cap": scores.softcap}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -235,13 +237,13 @@ class FlashInferAttention:
         device = buffers.driver.torch_device
         float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
         self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
-        self._kinds = [
+        self.kinds = [
             _Kind(self, scores) for scores in dict.fromkeys(Scores.of(config, i) for i in range(config.num_layers))
         ]
 
     def plan(self, arrays: StepArrays, bucket: int | None) -> Attend:
         """See `PagedAttention.plan`."""
-        runs = {kind.scores: kind.plan(arrays, bucket) for kind in self._kinds}
+        runs = {kind.scores: kind.plan(arrays, bucket) for kind in self.kinds}
 
         def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
             return _attend_with_sinks(runs[scores], q, kv, sinks)

@@ -1,4 +1,4 @@
-"""The decoder on a CUDA device: the same layers, fed from the host through stable addresses, replayed for decode."""
+"""The decoder on a CUDA device: the same layers, on arrays at stable addresses, so that decode steps replay graphs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NO_IDS = np.zeros(0, np.int32)
 class CudaDecoder(Decoder):
     """`Decoder` that takes its batch from the host: plans it, copies it and launches; nothing waits for results.
 
-    Call `forward` and `feed` from the device's launcher only. Without `graphs` every step runs eagerly.
+    Call `forward` and `put_previous_tokens` from the device's launcher only. Without `graphs` every step runs eagerly.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CudaDecoder(Decoder):
         super().__init__(config, ops, weights, kv, max_model_len)
         self._uploader, self._buffers, self.graphs, self._kv_memory = uploader, buffers, graphs, kv
         self._tokens = TokenBuffers(buffers.driver, limits.max_num_seqs)
-        self._fed = torch.zeros_like(buffers.token_ids.device)
+        self._previous_ids = torch.zeros_like(buffers.token_ids.device)
 
     @torch.inference_mode()
     def forward(
@@ -72,7 +72,7 @@ class CudaDecoder(Decoder):
         """Run as `Decoder.forward`, with `batch`, rows and token ids on the host; hidden states on this GPU.
 
         A token id below 0 stands for one that was sampled, but that the host has not seen: -1 - i is the i-th of those
-        last given to `feed`.
+        last given to `put_previous_tokens`.
         """
         graphs = self.graphs
         is_decode = len(batch.positions) == len(batch.context_lens)
@@ -87,9 +87,9 @@ class CudaDecoder(Decoder):
         y = self._replay(graphs, bucket, first_layer, last_layer, x, step.batch, rows)
         return self.logits(y) if with_head and last_layer == self._config.num_layers else y
 
-    def feed(self, token_ids: Tensor) -> None:
+    def put_previous_tokens(self, token_ids: Tensor) -> None:
         """Remember sampled ids (R,), on this GPU: the next step may name them before the host knows them."""
-        self._fed[: len(token_ids)].copy_(token_ids)
+        self._previous_ids[: len(token_ids)].copy_(token_ids)
 
     def launch_sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
         """Choose one token per row of logits (R, V), on the current stream: see `sampling.launch_sample`."""
@@ -99,8 +99,8 @@ class CudaDecoder(Decoder):
     def capture(self) -> None:
         """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
 
-        For layers that are not here, too: nothing of them is touched before it is replayed. RuntimeError if one cannot
-        be; torch takes no memory from there on, so that the process has to end.
+        Layers that are not present are captured, too: nothing of theirs is touched before a replay. RuntimeError if a
+        capture fails; torch allocates no memory any more after that, so the process has to end.
         """
         graphs = self.graphs
         if graphs is None:
@@ -152,8 +152,8 @@ class CudaDecoder(Decoder):
         return hidden[sampled_rows]
 
     def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
-        """Return ids (T,) from the host, with the device's own put in where the host did not know them."""
-        return torch.where(ids < 0, self._fed[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
+        """Return ids (T,) from the host, with sampled ones in the place of placeholders."""
+        return torch.where(ids < 0, self._previous_ids[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def cuda_decoder(
     driver: Driver,
     enforce_eager: bool,
 ) -> tuple[CudaDecoder, str]:
-    """Put a device's decoder together; and what it is made of, for the log. ConfigError if something is missing.
+    """Make a device's decoder; also returns, for the log, what it is made of. ConfigError if something is missing.
 
     Until `capture` all its steps run eagerly.
     """

@@ -24,7 +24,7 @@ BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER_BYTES = 16, 64, 128
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def expert_linear(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, places, block_experts, num_places, N, K,
+    x, weight, bias, out, pairs, block_experts, num_pairs, N, K,
     SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -32,10 +32,10 @@ def expert_linear(  # type: ignore[no-untyped-def]
     block, column = tl.program_id(0), tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
-        place = tl.load(places + block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        is_row = place < num_places
+        pair = tl.load(pairs + block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        is_row = pair < num_pairs
         n, k = column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, INNER)
-        rows = x + (place // SHARED)[:, None] * K
+        rows = x + (pair // SHARED)[:, None] * K
         columns = weight + (expert * N + n)[None, :] * K
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, K, INNER):
@@ -45,15 +45,15 @@ def expert_linear(  # type: ignore[no-untyped-def]
             total = tl.dot(a, b, total, input_precision=PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + expert * N + n, n < N, other=0.0).to(tl.float32)[None, :]
-        target = out + place[:, None] * N + n[None, :]
+        target = out + pair[:, None] * N + n[None, :]
         tl.store(target, total.to(out.dtype.element_ty), is_row[:, None] & (n < N)[None, :])
 
 
 class Routes(NamedTuple):
-    """Which rows go to which expert. T rows, k experts of each: a place is a row and one of its experts."""
+    """Which rows go to which expert. T rows, k experts of each: a pair is a row and one of its experts."""
 
     weights: Tensor  # (T, k) float32
-    places: Tensor  # (blocks * BLOCK_ROWS,) int32: by experts; T * k where there is padding
+    pairs: Tensor  # (blocks * BLOCK_ROWS,) int32: by experts; T * k where there is padding
     block_experts: Tensor  # (blocks,) int32: the expert of each block; -1: all of it is padding
 
 
@@ -62,17 +62,17 @@ def route(logits: Tensor, num_per_token: int, normalize: bool) -> Routes:
     (T, E), device = logits.shape, logits.device
     top = logits.float().softmax(-1).topk(num_per_token, dim=-1)
     weights = top.values / top.values.sum(-1, keepdim=True) if normalize else top.values
-    num_places, chosen = T * num_per_token, top.indices.flatten()
-    num_blocks = ceil_div(num_places, BLOCK_ROWS) + min(E, num_places)
+    num_pairs, chosen = T * num_per_token, top.indices.flatten()
+    num_blocks = ceil_div(num_pairs, BLOCK_ROWS) + min(E, num_pairs)
     counts = (chosen[:, None] == torch.arange(E, device=device)).sum(0)
     ends = ((counts + BLOCK_ROWS - 1) // BLOCK_ROWS).cumsum(0)  # blocks of the experts up to this one
     chosen, order = chosen.sort(stable=True)
     begins = (ends - (counts + BLOCK_ROWS - 1) // BLOCK_ROWS) * BLOCK_ROWS
-    rank = torch.arange(num_places, device=device) - (counts.cumsum(0) - counts)[chosen]
-    places = torch.full((num_blocks * BLOCK_ROWS,), num_places, dtype=torch.int32, device=device)
-    places[begins[chosen] + rank] = order.int()
+    rank = torch.arange(num_pairs, device=device) - (counts.cumsum(0) - counts)[chosen]
+    pairs = torch.full((num_blocks * BLOCK_ROWS,), num_pairs, dtype=torch.int32, device=device)
+    pairs[begins[chosen] + rank] = order.int()
     experts = torch.searchsorted(ends, torch.arange(num_blocks, device=device), right=True)
-    return Routes(weights, places, torch.where(experts < E, experts, -1).int())
+    return Routes(weights, pairs, torch.where(experts < E, experts, -1).int())
 
 
 def moe(x: Tensor, experts: ExpertWeights, act_and_mul: Callable[[Tensor, str, float], Tensor]) -> Tensor:
@@ -87,11 +87,11 @@ def moe(x: Tensor, experts: ExpertWeights, act_and_mul: Callable[[Tensor, str, f
 
 
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes, shared: int) -> Tensor:
-    """Multiply each place's row by its expert's matrix: (places, N); `shared` places have one row of `x`."""
-    (_, N, K), num_places = weight.shape, routes.weights.numel()
-    out = torch.empty(num_places, N, dtype=x.dtype, device=x.device)
+    """Multiply each pair's row by its expert's matrix: (pairs, N); `shared` pairs have one row of `x`."""
+    (_, N, K), num_pairs = weight.shape, routes.weights.numel()
+    out = torch.empty(num_pairs, N, dtype=x.dtype, device=x.device)
     expert_linear[(len(routes.block_experts), triton.cdiv(N, BLOCK_COLUMNS))](
-        x, weight, weight if bias is None else bias, out, routes.places, routes.block_experts, num_places, N, K,
+        x, weight, weight if bias is None else bias, out, routes.pairs, routes.block_experts, num_pairs, N, K,
         SHARED=shared, HAS_BIAS=bias is not None, PRECISION="ieee" if x.dtype is torch.float32 else "tf32",
         ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, INNER=BLOCK_INNER_BYTES // x.dtype.itemsize,
     )  # fmt: skip

@@ -119,7 +119,7 @@ class TritonKernels:
     is_capturable = True
 
     def __init__(self, *, has_fp8: bool = False) -> None:
-        """has_fp8: whether the GPU multiplies floats of 8 bits."""
+        """Make the kernels. `has_fp8`: whether the GPU multiplies floats of 8 bits."""
         self._has_fp8 = has_fp8
 
     def packed_linear(

@@ -99,7 +99,7 @@ class TorchKernels:
         kept = (slots >= 0).nonzero()[:, 0]
         if not len(kept):
             return
-        tokens, places = qkv[kept], slots[kept].long()
+        tokens, into = qkv[kept], slots[kept].long()
         order = torch.arange(len(kept), dtype=torch.int32, device=qkv.device)
         ends = torch.tensor([0, len(kept)], dtype=torch.int32, device=qkv.device)
         one_each = torch.empty(len(kept), 2, kv.shape[2], 1, kv.shape[4], dtype=kv.dtype, device=kv.device)
@@ -107,7 +107,7 @@ class TorchKernels:
         angles = rope[positions[kept].long()]
         self._ops.rotate_and_append(tokens, angles, one_each, batch, q_norm, k_norm, eps, offset)
         qkv[kept] = tokens
-        kv[places // kv.shape[3], :, :, places % kv.shape[3]] = one_each[:, :, :, 0]
+        kv[into // kv.shape[3], :, :, into % kv.shape[3]] = one_each[:, :, :, 0]
 
 
 class CudaOps:
@@ -182,7 +182,7 @@ class CudaOps:
 
 
 def _linear(x: Tensor, weight: StoredRows, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`Ops.linear` for rows that are stored as numbers."""
+    """Do what `Ops.linear` does, for rows that are stored as numbers."""
     if residual is None:
         return F.linear(x, weight.data, bias)
     y = torch.addmm(residual, x, weight.data.t())  # the sum costs nothing: it is the matrix product's epilogue

@@ -31,7 +31,7 @@ QUANTIZED = 4096  # columns at a time
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _float8(codes):  # type: ignore[no-untyped-def]
-    """e4m3 / 256 in float32: its bits are those of a float16 whose exponent has another bias. On any GPU."""
+    """Return e4m3 / 256 in float32: its bits are those of a float16 whose exponent has another bias. On any GPU."""
     wide = codes.to(tl.uint16)
     bits = (wide & 128) << 8 | (wide & 127) << 7
     return bits.to(tl.float16, bitcast=True).to(tl.float32)
@@ -62,13 +62,13 @@ def packed_product(  # type: ignore[no-untyped-def]
         packed = tl.load(codes + start + of_codes)
         if KIND == 0:
             start += start // half * half  # column of the low halves
-        place = scales + row * numbers
+        pointer = scales + row * numbers
         if KIND == 2:
-            values = _float8(packed) * (tl.load(place + start // group).to(tl.float32) * 256.0)[:, None]
+            values = _float8(packed) * (tl.load(pointer + start // group).to(tl.float32) * 256.0)[:, None]
         else:
-            place += start // group * 2
-            scale = tl.load(place).to(tl.float32)[:, None]
-            offset = tl.load(place + 1).to(tl.float32)[:, None]
+            pointer += start // group * 2
+            scale = tl.load(pointer).to(tl.float32)[:, None]
+            offset = tl.load(pointer + 1).to(tl.float32)[:, None]
             low = packed & 15 if KIND == 0 else packed
             values = tl.fma(low.to(tl.float32), scale, offset)
         near = tl.load(x + start + of_x)
@@ -87,7 +87,7 @@ def packed_product(  # type: ignore[no-untyped-def]
 def sum_parts(  # type: ignore[no-untyped-def]
     parts, added, out, size, N, num_parts, added_stride, has_added, BLOCK: tl.constexpr
 ):
-    """out[i] = sum of parts[p, i], in order; plus what `packed_product` adds. size: T * N."""
+    """Sum over parts, in order: out[i] = sum of parts[p, i]; plus what `packed_product` adds. size: T * N."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_out = i < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -127,7 +127,7 @@ def packed_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, res
     rows = FEW_ROWS if is_wide or T <= FEW_ROWS else MANY_ROWS
     grid, num_turns = (ceil_div(N, COLUMNS), ceil_div(T, rows)), row_bytes // inner
     is_shared = T <= MAX_SHARED_ROWS
-    span = _span(grid[0] * grid[1], num_turns) if is_shared else num_turns
+    span = turns_per_program(grid[0] * grid[1], num_turns) if is_shared else num_turns
     num_parts = ceil_div(num_turns, span)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     parts = torch.empty(num_parts, T, N, dtype=torch.float32, device=x.device) if is_shared else out
@@ -145,13 +145,13 @@ def packed_linear(x: Tensor, weight: StoredRows, bias: Tensor | None = None, res
     return out if bias is None or residual is None else out + bias
 
 
-def _span(num_programs: int, num_turns: int) -> int:
+def turns_per_program(num_programs: int, num_turns: int) -> int:
     """Return the turns of a program, where so many of them would take all turns: enough that there are enough."""
     return ceil_div(num_turns, max(1, min(WANTED_PROGRAMS // num_programs, num_turns // MIN_TURNS)))
 
 
 def can_scale(x: Tensor, weight: StoredRows) -> bool:
-    """Whether torch's product of 8-bit floats takes a matrix as it is stored: bfloat16 comes out, and by 16 only."""
+    """Tell whether torch's product of 8-bit floats takes a matrix as it is stored: to bfloat16, and by 16 only."""
     planes = weight.blocks
     is_by_row = isinstance(planes, Planes) and planes.kind == "F8" and planes.group is None
     return is_by_row and x.dtype is torch.bfloat16 and weight.num_rows % 16 == 0 and weight.num_columns % 16 == 0

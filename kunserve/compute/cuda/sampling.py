@@ -54,7 +54,7 @@ class TokenBuffers:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PendingTokens:
-    """Tokens that are being sampled. `on_device` is what the next step can be fed with (R,)."""
+    """Tokens that are being sampled. `on_device` is what the next step can begin with (R,)."""
 
     on_device: Tensor  # 0 for a row that has none: no step may look up what is no id
     on_host: Tensor  # (2, R) int64: ids, and whether the row's largest logit is finite; valid after the event
@@ -102,7 +102,7 @@ def _launch(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) 
 
 
 def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingTokens:
-    """Wrap tokens that the host knows already, for a step on `device` that is fed with them."""
+    """Wrap tokens that the host knows already, for a step on `device` that begins with them."""
     ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
     return PendingTokens(ids.to(device, non_blocking=True), ids, tuple(tokens))
 

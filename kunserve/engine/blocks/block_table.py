@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kunserve.engine.blocks.block_pool import BlockPool
+
 ID = "i"  # the type of ids in arrays: int32, as kernels read them
 
 
@@ -30,7 +32,8 @@ class BlockTable:
     """The logical blocks of one request, in the order of its tokens. A place is where a block is, or was.
 
     `ids` says the same by device, in the order of the chain, with an id for each place: these are only appended to
-    while the request runs, and each step copies them as they are, 4 bytes an id. The first `num_behind` places are
+    while they stay, and who has copied them looks at what is new. Where others come in their place, `ids` is another
+    mapping. The first `num_behind` places are
     behind the window of all layers: their blocks are let go, and some id that is mapped stands there, which nobody
     reads.
     """
@@ -65,8 +68,7 @@ class BlockTable:
             return []
         left, self.blocks = self.blocks[:num_left], self.blocks[num_left:]
         self.num_behind += num_left
-        for device, ids in self.ids.items():  # all of them: what stood there may be unmapped one day
-            ids[: self.num_behind] = array(ID, [self.blocks[0].ids[device]]) * self.num_behind
+        self.read_ids(list(self.ids))  # all of them: what stood there may be unmapped one day
         return left
 
     def share(self, blocks: Sequence[Block], devices: Iterable[int], num_behind: int = 0) -> None:
@@ -90,6 +92,19 @@ class BlockTable:
         assert all(block.num_refs > 0 for block in self.blocks)
         if self.near is not None:
             self.near.check()
+
+
+def append_to_each(tables: Sequence[BlockTable], pools: Mapping[int, BlockPool]) -> bool:
+    """Let each of some tables that hold blocks have one more; False, and no change, if a pool has too few free ids."""
+    if any(pool.num_free < len(tables) for pool in pools.values()):
+        return False
+    taken = {device: pool.alloc(len(tables)) or [] for device, pool in pools.items()}
+    for table, ids in zip(tables, zip(*taken.values(), strict=True), strict=True):
+        block = Block(dict(zip(pools, ids, strict=True)))
+        table.blocks.append(block)
+        for device, block_id in block.ids.items():
+            table.ids[device].append(block_id)
+    return True
 
 
 class Tail(NamedTuple):

@@ -150,10 +150,10 @@ class MixedStore(BlockStore):
 
     # --- cached blocks ------------------------------------------------------------------------------------------
 
-    def settle(self, group: Group) -> None:
-        """See `BlockStore.settle`."""
-        super().settle(group)
-        self._near.settle(group)
+    def end_following(self, group: Group) -> None:
+        """See `BlockStore.end_following`."""
+        super().end_following(group)
+        self._near.end_following(group)
 
     def give_up(self, group: Group) -> bool:
         """See `BlockStore.give_up`."""

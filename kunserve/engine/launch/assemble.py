@@ -17,7 +17,7 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.hooks import KvMover
 from kunserve.engine.kinds.mixed_group import NearLayers, new_group
 from kunserve.engine.launch.machine import Machine
-from kunserve.engine.launch.placement import model_shape, near_kv, num_copies, place
+from kunserve.engine.launch.placement import choose_placement, model_shape, near_kv, num_copies
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.exchange import Exchange
@@ -25,7 +25,7 @@ from kunserve.engine.regroup.membership import Membership
 from kunserve.engine.regroup.migrate import Migration
 from kunserve.engine.regroup.reconfigure import Reconfigure
 from kunserve.engine.regroup.remap import Remap
-from kunserve.engine.regroup.swap import Swap
+from kunserve.engine.regroup.swap import SwapMover
 from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.regroup.transition import Transitions
 from kunserve.engine.regroup.weight_loader import WeightLoader
@@ -70,14 +70,14 @@ async def assemble(
 ) -> tuple[Engine, OverloadControl]:
     """Join an engine, its control and its mover on a machine: the live one and the simulated one are made here.
 
-    `weights` is called once it is sure that they fit. `lookahead` forms the microbatches of chains; None: by tokens.
+    `weights` is called once it is sure that they fit. `lookahead` makes the microbatches of chains; None: by tokens.
     ConfigError if that cannot be; the caller closes the machine.
     """
     kv_shape = KVShape.of(model, config.block_size, machine.kv_dtype)
     shape = _shape(machine, model, config, kv_shape)
     views, per_group = machine.views(shape), config.pipeline_parallel_size
     is_len_required = config.max_model_len is not None
-    placement = place(
+    placement = choose_placement(
         shape, views, devices_per_group=per_group, max_model_len=max_model_len, is_len_required=is_len_required
     )
     memories, loader = await _open(machine, model, kv_shape, weights, [view.island for view in views])
@@ -172,7 +172,7 @@ def make_control(
         lambda: control.need_blocks(),
         shape.blocks_for(engine.limits.max_model_len),
         reopen,
-        engine.fit,
+        engine.limit_tokens,
         engine.halt,
     )
     worth = Worth(fleet, scheduler, links, shape, thresholds)
@@ -203,7 +203,7 @@ def _mover(engine: Engine, links: Links, policy: OverloadPolicy) -> KvMover | No
     """Return who moves requests' KV because the policy wants it; None for policies that do not."""
     match policy:
         case OverloadPolicy.DROP | OverloadPolicy.SWAP:
-            return Swap(engine.scheduler, engine.memories, links, engine.signals)
+            return SwapMover(engine.scheduler, engine.memories, links, engine.signals)
         case OverloadPolicy.MIGRATE:
             return Migration(engine.fleet, engine.scheduler, engine.memories, links, engine.signals)
         case _:

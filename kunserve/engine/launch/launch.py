@@ -149,7 +149,7 @@ async def _launch_on(
 
 
 def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
-    """Return what forms the microbatches of chains (None: tokens are counted), and where its constants come from."""
+    """Return what makes the microbatches of chains (None: tokens are counted), and where its constants come from."""
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
@@ -171,5 +171,5 @@ async def _log_host_copy(served: Served) -> None:
         mapped_bytes=loader.host.mapped_bytes,
         restore_s=None if seconds is None else float(f"{seconds:.2g}"),  # None: there is nothing to drop
         restore_bytes=sum(memories[device].weights.num_tensor_bytes(u) for device, us in dropped.items() for u in us),
-        restore_from=[str(origin) for origin in loader.num_bytes - before],
+        restore_from=[str(source) for source in loader.num_bytes - before],
     )

@@ -87,7 +87,7 @@ def budget_chunks(shape: ModelShape, memory_bytes: int | None, num_blocks: int |
     return weights + default_bytes // shape.chunk_bytes
 
 
-def place(
+def choose_placement(
     shape: ModelShape,
     devices: Sequence[DeviceView],
     *,
@@ -128,9 +128,9 @@ def num_copies(
     max_model_len: int,
     is_len_required: bool,
 ) -> int:
-    """Return how many complete copies of the weights `place` would put on these devices; 0 if it could not."""
+    """Return how many copies of the weights `choose_placement` would put on these devices; 0 if it could not."""
     try:
-        placement = place(
+        placement = choose_placement(
             shape,
             devices,
             max_model_len=max_model_len,

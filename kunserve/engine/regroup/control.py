@@ -23,7 +23,7 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.errors import ConflictError, InvalidRequestError, OverloadedError
 from kunserve.gpu.refusal import is_refusal
-from kunserve.model.host_copy import WeightOrigin
+from kunserve.model.host_copy import LoadedFrom
 from kunserve.observe.metrics import Metrics
 from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import Relaxation, Thresholds
@@ -42,7 +42,8 @@ MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 RETRY_S = 1.0  # after a transition that failed
 WEIGH_EVERY_S = 0.1  # what was not worth it
-LOOK_EVERY_S = 0.1  # at most, in a hold time 50 times: demand for a restore is measured over all requests
+# Least pause between two looks for a restore, unless a fiftieth of the hold time is less: each measures all requests.
+LOOK_EVERY_S = 0.1
 TIMER_SLACK_S = 0.001  # added to timers: by rounding, one that fires on time may find its time not quite over
 
 
@@ -67,10 +68,10 @@ class OverloadControl:
         self._fleet, self._scheduler = fleet, scheduler
         self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
         self._worth, self._shape, self._devices, self._thresholds = worth, shape, tuple(devices), thresholds
-        self._is_automatic, self._is_stopping = is_automatic, False
+        self.is_automatic, self._is_stopping = is_automatic, False
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
-        self._pressure = Pressure(fleet, scheduler, shape, thresholds, self._look_in)
+        self.pressure = Pressure(fleet, scheduler, shape, thresholds, self._look_in)
         self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
         self._next_look_s = 0.0
         self._next_look: asyncio.TimerHandle | None = None
@@ -90,13 +91,13 @@ class OverloadControl:
     def observe(self, changed: Sequence[Group]) -> None:
         """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
         now = loop_time()
-        if not self._is_automatic:
+        if not self.is_automatic:
             return
         self._worth.look(now)
         if now < self._not_before_s:
             return
         may_drop = self._tasks <= self._rebuilds and self._merged_epoch != self._fleet.epoch
-        if (may_drop or self.reconfigure.is_cancellable) and self._pressure.is_too_high(changed):
+        if (may_drop or self.reconfigure.is_cancellable) and self.pressure.is_too_high(changed):
             self._relaxation = Relaxation()
             if may_drop:
                 self._begin_drop(now)
@@ -108,7 +109,7 @@ class OverloadControl:
     def finished(self, request: Request) -> None:
         """Learn how long outputs are from a request that ended."""
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._pressure.finished(request.num_output_tokens)
+            self.pressure.finished(request.num_output_tokens)
 
     def state(self, num_transitions: int | None = None) -> dict[str, Any]:
         """Return for `/kunserve/state` what weights come from, and the last so many transitions, or all remembered."""
@@ -116,13 +117,13 @@ class OverloadControl:
         loader = self.reconfigure.loader
         return {
             "host_copy": str(loader.host.kind),
-            "weight_sources": {str(origin): loader.num_bytes[origin] for origin in WeightOrigin},
+            "weight_sources": {str(source): loader.num_bytes[source] for source in LoadedFrom},
             "transitions": [transition.state() for transition in shown],
         }
 
     async def stop(self) -> None:
         """End what is under way, and begin nothing more."""
-        self._is_automatic, self._is_stopping = False, True
+        self.is_automatic, self._is_stopping = False, True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -229,7 +230,7 @@ class OverloadControl:
 
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
-        return self._pressure.demand() / max(1, self.snapshot().undropped_blocks())
+        return self.pressure.demand() / max(1, self.snapshot().undropped_blocks())
 
     def _is_dropped(self) -> bool:
         """Tell whether any group can be split."""
@@ -269,7 +270,7 @@ class OverloadControl:
         return self._need_blocks(*MERGE_HEADROOM)
 
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
-        return round(of_arrivals * self._pressure.demand(of_lengths))
+        return round(of_arrivals * self.pressure.demand(of_lengths))
 
     def _begin_drop(self, now: float) -> None:
         snapshot, in_the_way = self.snapshot(), self.reconfigure.transitions.in_the_way
@@ -280,15 +281,15 @@ class OverloadControl:
             if not plan.meets_need and not self._tasks:  # a rebuild that fails leaves the epoch as it is
                 self._merged_epoch = plan.epoch
             return
-        begun = self._worth.merges(now, snapshot, plan, self._pressure.demand(), self._pressure.answer_tokens)
+        begun = self._worth.merges(now, snapshot, plan, self.pressure.demand(), self.pressure.answer_tokens)
         for merge in begun:
             groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
             self._spawn(self.reconfigure.drop(snapshot, merge, most_lost_blocks=merge.added_blocks), groups)
         if not begun:  # it may be when more waits
-            self._pressure.calm(WEIGH_EVERY_S)
+            self.pressure.calm(WEIGH_EVERY_S)
 
     def _begin_restore_if_relaxed(self, now: float) -> None:
-        snapshot, demand = self.snapshot(), self._pressure.demand()
+        snapshot, demand = self.snapshot(), self.pressure.demand()
         before, undropped = self._relaxation, snapshot.undropped_blocks()
         self._relaxation = before.observed(now, demand, undropped, self._thresholds)
         if self._relaxation.is_over(now, self._thresholds):

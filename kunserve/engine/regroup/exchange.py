@@ -73,14 +73,14 @@ class Exchange:
     ) -> None:
         self._fleet, self._scheduler, self._remap, self._memories = fleet, scheduler, remap, remap.memories
         self.transfers, self._signals, self._metrics = transfers, signals, metrics
-        self._moving: dict[str, Moving] = {}  # by request id
+        self.moving: dict[str, Moving] = {}  # by request id
         self._moving_at = defaultdict[int, dict[str, Moving]](dict)  # device -> of those, who leaves it or comes to it
 
     def begin(self, request: Request, old: Group, new: Group) -> Moving:
         """Bind a request to its new group; until its KV has followed, it is not scheduled."""
         left = tuple(stage.view for stage in old.stages)
         moving = Moving(request, new, left, self._fleet.depart(request, old, new))
-        self._moving[request.request_id] = moving
+        self.moving[request.request_id] = moving
         for device in moving.devices:
             self._moving_at[device][request.request_id] = moving
         return moving
@@ -139,7 +139,7 @@ class Exchange:
                     promised += growth
                     lane = lanes[move.source, move.destination]
                     under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane, promised, growth)))
-            await self._remap.settle(group.stages)
+            await self._remap.reassign_chunks(group.stages)
         except Exception as error:
             log_failure("exchange by layer failed, recomputing", error, requests=len(moving))
         else:
@@ -215,7 +215,7 @@ class Exchange:
 
         A policy that preempts nobody would leave it so for ever.
         """
-        here = [request for request in group.running if request.request_id not in self._moving]
+        here = [request for request in group.running if request.request_id not in self.moving]
         return not group.in_flight and all(
             is_schedulable(r) and group.missing_blocks(r, r.num_scheduled_tokens + 1) > group.num_free for r in here
         )
@@ -245,7 +245,7 @@ class Exchange:
                 there.update(blocks)
 
     def _is_moving(self, moving: Moving) -> bool:
-        return self._moving.get(moving.request.request_id) is moving
+        return self.moving.get(moving.request.request_id) is moving
 
     def _moving_to(self, group: Group) -> list[Moving]:
         return [m for m in self._moving_at[group.stages[0].device].values() if m.group is group]
@@ -266,7 +266,7 @@ class Exchange:
     def _end(self, moving: Moving, *, is_lost: bool = False) -> None:
         """Let a request go on that arrived, was lost on the way, or ended: free what it holds elsewhere."""
         request, group = moving.request, moving.group
-        del self._moving[request.request_id]
+        del self.moving[request.request_id]
         for device in moving.devices:
             del self._moving_at[device][request.request_id]
         devices = {stage.device for stage in group.stages}

@@ -43,24 +43,24 @@ class Followers:
         for group in groups:
             self._fleet.forget_idle(group)
 
-    def split(self, group: Group, homes: Mapping[Request, Group], parts: Sequence[Group]) -> None:
+    def split(self, group: Group, destinations: Mapping[Request, Group], parts: Sequence[Group]) -> None:
         """Let each cached block of a group follow to the part where the one before it goes.
 
         If none is before it, or that went nowhere, it goes where there are fewest. The requests of this group, whose
-        `homes` these are, have not departed yet.
+        `destinations` these are, have not departed yet.
         """
-        home_of = {block.key: home for request, home in homes.items() for block in request.table.blocks}
+        destination_of = {block.key: to for request, to in destinations.items() for block in request.table.blocks}
         num_blocks = Counter(dict.fromkeys(parts, 0))
-        num_blocks.update(home for request, home in homes.items() for _ in request.table.blocks)
+        num_blocks.update(to for request, to in destinations.items() for _ in request.table.blocks)
         for kind in range(self._fleet.num_kinds):
             following = list[tuple[Block, Group]]()
             for block in reversed(self._fleet.store(kind).idle(group)):  # a prefix's beginning before its end
-                home = home_of.get(block.key)  # where the full one of the same tokens goes
-                home = home or (home_of.get(block.parent) if block.parent else None)
-                home = home or min(parts, key=lambda part: num_blocks[part])
-                home_of[block.key] = home
-                num_blocks[home] += 1
-                following.append((block, home))
+                destination = destination_of.get(block.key)  # where the full one of the same tokens goes
+                destination = destination or (destination_of.get(block.parent) if block.parent else None)
+                destination = destination or min(parts, key=lambda part: num_blocks[part])
+                destination_of[block.key] = destination
+                num_blocks[destination] += 1
+                following.append((block, destination))
             self._fleet.follow(group, following, kind)
 
     async def bring(self, group: Group) -> int:

@@ -59,17 +59,17 @@ class Membership:
         need_blocks: Callable[[], int],
         least_blocks: int,
         reopen: Callable[[int], None],
-        fit: Callable[[int], None],
+        limit_tokens: Callable[[int], None],
         halt: Callable[[], None],
     ) -> None:
-        """Form groups. `least_blocks`: of a group, for the longest request. `fit` is told the tokens that one has.
+        """Make groups. `least_blocks`: of a group, for the longest request. `limit_tokens` gets that length in tokens.
 
         `reopen` puts a new device, with nothing in it, in the place of one that is gone. It blocks.
         """
         self._snapshot, self._need_blocks = snapshot, need_blocks
         self._fleet, self._scheduler, self._reconfigure = fleet, scheduler, reconfigure
-        self._boundary, self._remap, self._health, self._signals = boundary, remap, health, signals
-        self._least_blocks, self._reopen, self._fit, self._halt = least_blocks, reopen, fit, halt
+        self._boundary, self.remap, self._health, self._signals = boundary, remap, health, signals
+        self._least_blocks, self._reopen, self._limit_tokens, self._halt = least_blocks, reopen, limit_tokens, halt
 
     # --- what can happen ----------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Membership:
                 break
             await self._signals.next_commit()
         transition = await self._reconfigure.join(plan)
-        self._fit_requests()
+        self._limit_requests()
         return transition
 
     @property
@@ -192,7 +192,7 @@ class Membership:
 
         `may_idle`: of none, if other groups do their work. NothingLeftError if there are no others, and it needs them.
         """
-        transitions, remap = self._reconfigure.transitions, self._remap
+        transitions, remap = self._reconfigure.transitions, self.remap
         with transitions.begin(kind, [group.group_id for group in old]) as (transition, _), self._boundary.paused(old):
             with transitions.step(transition, "boundary"):
                 await self._boundary.reached(old)
@@ -216,8 +216,8 @@ class Membership:
                 whole = {stage.device for group in old if not group.is_lost for stage in group.stages}
                 await remap.go_back({device: before[device] for device in whole}, error)
                 raise
-            transitions.commit(transition, old, [self._form(group) for group in new or ()])
-        self._fit_requests()
+            transitions.commit(transition, old, [self._make_group(group) for group in new or ()])
+        self._limit_requests()
         return transition
 
     async def _copies_ended(self, groups: Sequence[Group]) -> None:
@@ -257,15 +257,15 @@ class Membership:
         rest = replace(snapshot, groups=others)
         return plan_rebuild(rest, free, held, self._need_blocks(), self._least_blocks) if free else None
 
-    def _form(self, group: NewGroup) -> Group:
+    def _make_group(self, group: NewGroup) -> Group:
         for layout in group.layouts:
-            self._fleet.refill(layout.stage.device, *blocks_of(self._remap.shape, layout))
-        return self._fleet.make_group(group.stages, self._remap.shape.block_size, group.lineage)
+            self._fleet.refill(layout.stage.device, *blocks_of(self.remap.shape, layout))
+        return self._fleet.make_group(group.stages, self.remap.shape.block_size, group.lineage)
 
-    def _fit_requests(self) -> None:
+    def _limit_requests(self) -> None:
         """Tell how long a request can be now, unless groups are about to come in the place of some that are lost."""
         if not self._lost_groups():
-            self._fit(self._longest_blocks() * self._fleet.block_size)
+            self._limit_tokens(self._longest_blocks() * self._fleet.block_size)
 
     def _longest_blocks(self) -> int:
         """Return the blocks that one request can have: those of the largest group, suspected or not."""

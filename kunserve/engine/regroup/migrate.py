@@ -81,6 +81,11 @@ class Migration:
         """Return the bytes that were copied since the server started."""
         return self._transfers.num_bytes
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether groups will be looked at again in a moment."""
+        return self._timer is not None
+
     # --- what the engine calls ----------------------------------------------------------------------------------
 
     def observe(self) -> None:

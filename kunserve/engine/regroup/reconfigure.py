@@ -50,7 +50,7 @@ class Reconfigure:
         transitions: Transitions,
         signals: Signals,
     ) -> None:
-        self._fleet, self._scheduler, self.boundary, self._remap = fleet, scheduler, boundary, remap
+        self._fleet, self._scheduler, self.boundary, self.remap = fleet, scheduler, boundary, remap
         self.exchange, self.loader = exchange, loader
         self._followers = Followers(fleet, exchange.transfers)
         self._signals, self._shape = signals, remap.shape
@@ -87,16 +87,16 @@ class Reconfigure:
         They load their weights while it serves. Raises as `drop`; what they have loaded stays there then.
         """
         with self.transitions.begin("add", [plan.group_id]) as (transition, old):
-            layouts = {stage.device: self._remap.of_stage(stage) for stage in plan.newcomers}
+            layouts = {stage.device: self.remap.of_stage(stage) for stage in plan.newcomers}
             with self.transitions.step(transition, "remap"):
-                await self._remap.apply(layouts)
-            transition.planned_bytes = self._remap.num_unfilled_bytes(layouts)
+                await self.remap.apply(layouts)
+            transition.planned_bytes = self.remap.num_unfilled_bytes(layouts)
             with self.transitions.step(transition, "load"):
-                transition.weight_bytes = await self._remap.load(layouts, lambda: old[0].is_suspect)
-            if self._remap.num_unfilled_bytes(layouts):
+                transition.weight_bytes = await self.remap.load(layouts, lambda: old[0].is_suspect)
+            if self.remap.num_unfilled_bytes(layouts):
                 raise ConflictError("a device does not answer", retry_after_s=1)
             for stage in plan.newcomers:
-                self._fleet.refill(stage.device, *self._remap.num_blocks(stage))
+                self._fleet.refill(stage.device, *self.remap.num_blocks(stage))
             await self._merge_at_boundary(transition, old, plan.snapshot, plan.merge, None, 0)
         return transition
 
@@ -113,7 +113,7 @@ class Reconfigure:
         with self.boundary.paused(old):
             with self.transitions.step(transition, "boundary"):  # 2
                 await self.boundary.reached(old, gives_up=True)
-                await self._settle(old)
+                await self._repair_layouts(old)
             exchange = self._plan_exchange(snapshot, merge, old, most_lost_blocks)
             if exchange.moves or exchange.mode is ExchangeMode.INFEASIBLE:
                 transition.exchange_mode = str(exchange.mode)
@@ -121,7 +121,7 @@ class Reconfigure:
                 if group.group_id not in exchange.cached_groups:
                     self._fleet.forget_idle(group)
             with self.transitions.step(transition, "remap"):  # 3
-                await self._remap.apply(self._remap.planned(exchange.layouts))
+                await self.remap.apply(self.remap.planned(exchange.layouts))
             transition.weight_bytes += merge.freed_bytes
             new, moving = self._merge(merge, old, exchange)
             self.transitions.commit(transition, old, [new], on_commit)  # 4
@@ -131,12 +131,12 @@ class Reconfigure:
                 else:
                     await self.exchange.by_request(moving)
                 transition.num_cached_blocks = await self._followers.bring(new)
-                await self._remap.settle(new.stages)
+                await self.remap.reassign_chunks(new.stages)
                 self._signals.wake()
 
     def would_drop(self, merge: Merge) -> dict[int, list[str]]:
         """Return the weight units that a merge would unmap, by device; without those that it would not."""
-        dropped = {stage.device: self._remap.units_beyond(stage) for stage in merge.stages}
+        dropped = {stage.device: self.remap.units_beyond(stage) for stage in merge.stages}
         return {device: units for device, units in dropped.items() if units}
 
     def _plan_exchange(
@@ -180,7 +180,7 @@ class Reconfigure:
                 self._fleet.forget_idle(group)  # of requests that have ended since then
         self._followers.merge(groups, new)
         for stage in new.stages:
-            mapped = self._remap.num_blocks(stage)
+            mapped = self.remap.num_blocks(stage)
             self._fleet.grow(stage.device, *mapped)
             if by_layer:  # and ids of blocks that are mapped layer by layer
                 self._fleet.grow(stage.device, *by_layer[stage.device].by_kind(len(mapped)))
@@ -191,9 +191,9 @@ class Reconfigure:
         self.exchange.reserve(moving, is_beyond_limit=bool(by_layer))
         return new, moving
 
-    async def _settle(self, groups: Sequence[Group]) -> None:
+    async def _repair_layouts(self, groups: Sequence[Group]) -> None:
         """Bring devices to their groups' layouts, if an earlier transition failed to."""
-        await self._remap.settle(stage for group in groups for stage in group.stages)
+        await self.remap.reassign_chunks(stage for group in groups for stage in group.stages)
 
     # --- restore ------------------------------------------------------------------------------------------------
 
@@ -209,8 +209,8 @@ class Reconfigure:
         with self.transitions.begin("restore", group_ids) as (transition, old), ExitStack() as pause:
             self._is_cancelled = False
             transition.planned_bytes = self._bytes_to_load(old, plan)
-            await self._settle(old)
-            before = self._remap.now(old)
+            await self._repair_layouts(old)
+            before = self.remap.now(old)
             try:
                 await self._bring_weights_back(transition, old, plan, before)
                 with self.transitions.step(transition, "split"):
@@ -272,13 +272,13 @@ class Reconfigure:
                     pause.enter_context(self.boundary.paused(old))
                     await self.boundary.reached(old)
                 for group in old:
-                    self._fleet.settle_followers(group)
+                    self._fleet.end_following(group)
             with self.transitions.step(transition, "remap"):
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, *num_blocks)
-                await self._remap.apply(self._remap.planned(layout for half in halves for layout in half.layouts))
+                await self.remap.apply(self.remap.planned(layout for half in halves for layout in half.layouts))
         with self.transitions.step(transition, "load"):
-            transition.weight_bytes = await self._remap.load(before, lambda: self._is_cancelled)
+            transition.weight_bytes = await self.remap.load(before, lambda: self._is_cancelled)
         self._give_way()
 
     async def _empty_tails(self, groups: Sequence[Group], targets: Mapping[int, tuple[int, ...]]) -> bool:
@@ -307,10 +307,10 @@ class Reconfigure:
         """Undo a restore of a group before its split: drop what came, and give the chunks to KV again."""
         with self.boundary.paused([group]):
             await self.boundary.reached([group])
-            await self._remap.apply({stage.device: before[stage.device] for stage in group.stages})
+            await self.remap.apply({stage.device: before[stage.device] for stage in group.stages})
             for stage in group.stages:
-                self._fleet.grow(stage.device, *self._remap.num_blocks(stage))
-            self._fleet.settle_followers(group)
+                self._fleet.grow(stage.device, *self.remap.num_blocks(stage))
+            self._fleet.end_following(group)
 
     def _split(self, old: Sequence[Group], splits: Sequence[Split]) -> tuple[list[Group], list[Moving]]:
         """Make the new groups, and bind every request to one of them; a block id means the same in all layers."""
@@ -320,11 +320,11 @@ class Reconfigure:
             held = [HeldRequest(r.request_id, r.num_blocks) for r in group.running]
             stages = [stage.view for stage in group.stages]
             max_running = [self._scheduler.limits.max_running(half) for half in new]
-            homes = assign_requests(held, stages, [half.stages for half in split.into], max_running)
-            by_id = {request_id: to for to, ids in zip(new, homes, strict=True) for request_id in ids}
-            home = {request: by_id[request.request_id] for request in group.running}
-            self._followers.split(group, home, new)
-            moving += [self.exchange.begin(request, group, to) for request, to in home.items()]
+            ids_by_half = assign_requests(held, stages, [half.stages for half in split.into], max_running)
+            by_id = {request_id: to for to, ids in zip(new, ids_by_half, strict=True) for request_id in ids}
+            destinations = {request: by_id[request.request_id] for request in group.running}
+            self._followers.split(group, destinations, new)
+            moving += [self.exchange.begin(request, group, to) for request, to in destinations.items()]
             made += new
         self.exchange.reserve(moving)  # they have blocks everywhere already
         return made, moving

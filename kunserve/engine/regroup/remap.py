@@ -154,7 +154,7 @@ class Remap:
 
         await memory.device.run(resize)
 
-    async def settle(self, stages: Iterable[Stage]) -> None:
+    async def reassign_chunks(self, stages: Iterable[Stage]) -> None:
         """Unmap KV of layers that are not served here any more, and give the chunks to those that are.
 
         Tries more than once: nobody would use these chunks until the next transition.
@@ -168,7 +168,7 @@ class Remap:
             except Exception as error:
                 if not attempts_left:
                     raise
-                log_failure("layouts are not settled, trying again", error, attempts_left=attempts_left)
+                log_failure("chunks could not be reassigned, trying again", error, attempts_left=attempts_left)
         for stage in stages:
             self._fleet.grow(stage.device, *self.num_blocks(stage))
 

@@ -78,7 +78,7 @@ class _Paced:
         self.budget.copied(num_bytes, seconds)
 
 
-class Swap:
+class SwapMover:
     """Does the copies that a scheduler asks for: one request of a group after the other."""
 
     def __init__(self, scheduler: Scheduler, memories: Sequence[DeviceMemory], links: Links, signals: Signals) -> None:

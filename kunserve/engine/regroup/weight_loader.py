@@ -10,7 +10,7 @@ from functools import partial
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host_weights import HostWeights
 from kunserve.gpu.links import HOST, Links, Priority
-from kunserve.model.host_copy import HostCopy, WeightOrigin
+from kunserve.model.host_copy import HostCopy, LoadedFrom
 
 
 class WeightLoader:
@@ -26,27 +26,27 @@ class WeightLoader:
         self._islands = list(islands) or [0] * len(memories)
         self._reading = defaultdict[str, asyncio.Lock](asyncio.Lock)  # unit -> held by who reads it from disk
         self._num_sending = Counter[int]()  # device -> units that others copy from it now
-        self.num_bytes = Counter[WeightOrigin]()  # loaded since the start, without what pads tensors and chunks
+        self.num_bytes = Counter[LoadedFrom]()  # loaded since the start, without what pads tensors and chunks
 
     async def load(self, device: int, unit: str, links: Links) -> None:
         """Fill one unit beside compute, in turns on the link that it comes over; returns when its content is there."""
         if self.host.kind is not HostCopy.NONE:
-            await self._read(device, unit, links, WeightOrigin.HOST)
+            await self._read(device, unit, links, LoadedFrom.HOST)
             return
         async with self._reading[unit]:  # else all devices of a launch, which ask at once, would read the files
             mate = self._mate(device, unit)
             if mate is None:
-                await self._read(device, unit, links, WeightOrigin.DISK)
+                await self._read(device, unit, links, LoadedFrom.DISK)
                 return
         await self._copy(mate, device, unit, links)
 
-    async def _read(self, device: int, unit: str, links: Links, origin: WeightOrigin) -> None:
+    async def _read(self, device: int, unit: str, links: Links, loaded_from: LoadedFrom) -> None:
         memory = self._memories[device]
         weights, chunk_bytes = memory.weights, memory.device.chunk_bytes
         with weights.filling(unit):
             async with links.turn(HOST, device, Priority.WEIGHTS, weights.num_chunks(unit) * chunk_bytes):
                 await memory.device.run_copy(partial(weights.fill, unit, self.host.source))
-        self.num_bytes[origin] += weights.num_tensor_bytes(unit)
+        self.num_bytes[loaded_from] += weights.num_tensor_bytes(unit)
 
     async def _copy(self, mate: int, device: int, unit: str, links: Links) -> None:
         """Copy a unit from a mate, in slices: activations that go the same way wait for one of them at most."""
@@ -61,7 +61,7 @@ class WeightLoader:
                         await target.device.copy_tensor(read[piece], write[piece], source.device)
         finally:
             self._num_sending[mate] -= 1
-        self.num_bytes[WeightOrigin.MATE] += target.weights.num_tensor_bytes(unit)
+        self.num_bytes[LoadedFrom.MATE] += target.weights.num_tensor_bytes(unit)
 
     def _mate(self, device: int, unit: str) -> int | None:
         """Return the nearest device whose copy of a unit is whole, of several the one that fewest copy from."""

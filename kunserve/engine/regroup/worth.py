@@ -1,4 +1,4 @@
-"""Whether a merge or a split is worth it: what the planner's prices need of the engine, looked at as it runs."""
+"""Worth: whether a merge or a split pays. Measures, as the engine runs, what the planner's prices need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 class Worth:
-    """Knows how what is asked of memory changes and how long a step takes, and so which merges and splits pay."""
+    """Follows the demand for memory and the time of steps, and says which merges and splits pay."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Worth:
         self._short_since_s = self._short_at_s = -inf
 
     def look(self, now_s: float) -> None:
-        """Note what is asked of memory, now and then: called before every step."""
+        """Sample the demand for memory now and then; called before every step."""
         if self._asked.is_due(now_s):
             in_use = sum(group.num_used for group in self._fleet.groups)
             self._asked.sample(now_s, in_use + self._shape.blocks_for(self._scheduler.num_waiting_tokens))
@@ -45,11 +45,11 @@ class Worth:
     def merges(
         self, now_s: float, snapshot: Snapshot, plan: DropPlan, demand_blocks: int, answer_tokens: float
     ) -> list[Merge]:
-        """Return the merges of a plan if they save more seconds than they cost, but those that lose too much KV.
+        """Return a plan's merges, but for those that lose too much KV, if they save more seconds than they cost.
 
-        `demand_blocks`: of all requests; `answer_tokens`: how many answers have on average.
+        `demand_blocks`: of all requests; `answer_tokens`: mean length of an answer.
         """
-        if now_s - self._short_at_s > self._asked.window_s:  # there was none for a while
+        if now_s - self._short_at_s > self._asked.window_s:  # there was no shortage for a while
             self._short_since_s = now_s
         self._short_at_s = now_s
         shortage = Shortage(
@@ -67,7 +67,7 @@ class Worth:
         return merges if saved_s > cost_s else []
 
     def splits(self, plan: RestorePlan, calm_s: float) -> list[Split]:
-        """Return the splits of a plan that pay before the calm is over: it has lasted for `calm_s`."""
+        """Return the splits of a plan that pay back within the time for which demand has been low so far, `calm_s`."""
         return [split for split in plan.splits if self._change_back(split).pays_back_in(calm_s)]
 
     def _change(self, merge: Merge) -> Change:
@@ -75,15 +75,15 @@ class Worth:
         groups = [self._fleet.group(group_id) for group_id in merge.group_ids]
         num_requests = sum(len(group.running) for group in groups)
         passed = sum(len(group.running) * len(group.stages) for group in groups) / max(1, num_requests)
-        return self._moving(groups, len(merge.stages) - passed)
+        return self._change_of(groups, len(merge.stages) - passed)
 
     def _change_back(self, split: Split) -> Change:
         """Return what a split does to those who run in its group, if each half takes as many of them."""
         group = self._fleet.group(split.group_id)
         passed = sum(len(half.stages) for half in split.into) / len(split.into)
-        return self._moving([group], len(group.stages) - passed)
+        return self._change_of([group], len(group.stages) - passed)
 
-    def _moving(self, groups: Sequence[Group], added_stages: float) -> Change:
+    def _change_of(self, groups: Sequence[Group], added_stages: float) -> Change:
         """Return the change in which half of the KV of some groups moves, both ways at once."""
         used = sum(group.num_used for group in groups)
         num_bytes = used * self._shape.kv_block_bytes * self._shape.num_layers
@@ -92,7 +92,7 @@ class Worth:
         return Change(sum(len(group.running) for group in groups), boundary_s, exchange_s, added_stages)
 
     def _request_blocks(self, demand_blocks: int, answer_tokens: float) -> float:
-        """Return the blocks of one of those who lack them: of who waits, or if nobody does, of who runs and grows."""
+        """Return the mean blocks of the requests that lack some: those that wait, or if none does, those that run."""
         if num_waiting := self._scheduler.num_waiting:
             num_tokens = self._scheduler.num_waiting_tokens / num_waiting + answer_tokens
             return max(1.0, num_tokens / self._shape.block_size)

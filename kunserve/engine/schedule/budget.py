@@ -1,4 +1,4 @@
-"""What a microbatch has room for: tokens, or in chains time. Asked by the scheduler, request by request. Pure."""
+"""Budgets of one microbatch: tokens, or in chains time. The scheduler asks them request by request. Pure."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ LEAST_CUT = 8  # tokens: a shorter piece of a prompt is not worth reading all it
 
 
 class Budget(Protocol):
-    """Room of one microbatch."""
+    """What one microbatch may still carry."""
 
     def fits(self, request: Request, num_tokens: int) -> int:
-        """Return how many of the next `num_tokens` of `request` have room; 0: it has to wait."""
+        """Return how many of the next `num_tokens` of `request` fit; 0: it has to wait."""
 
     def take(self, request: Request, num_tokens: int) -> None:
         """Count `num_tokens` of `request` that go. The request's counters are still as before."""
 
     @property
     def is_full(self) -> bool:
-        """Whether no prompt has room any more."""
+        """Whether no token of a prompt fits any more."""
 
 
 class TokenBudget:
-    """Room for so many tokens; in a chain also for so many decoding rows that all its microbatches get as many."""
+    """A number of tokens; in a chain also of decoding rows, so that all its microbatches carry about as many."""
 
     def __init__(self, num_tokens: int, group: Group) -> None:
         self._num_tokens = num_tokens
@@ -57,7 +57,7 @@ class TokenBudget:
 
 
 class TimeBudget:
-    """Room for the next part of a chain's backlog (planner/microbatch.py), and no more than its most tokens."""
+    """The time of a chain's next microbatch (`Lookahead.target`), and the most tokens that one may have."""
 
     def __init__(self, lookahead: Lookahead, group: Group, waiting: Iterable[Request], max_running: int) -> None:
         self._lookahead = lookahead

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from itertools import chain
 from weakref import WeakSet
 
-from kunserve.engine.batch import Microbatch, Span
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.request import Request
-from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget, is_schedulable
+from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget
+from kunserve.engine.schedule.draft import Draft
 from kunserve.engine.schedule.policy import Policy
+from kunserve.engine.schedule.ready import Pending, alike, is_short, ready
 from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
 from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
 from kunserve.planner.cost import TokenSpan
@@ -88,34 +90,65 @@ class Scheduler:
         return Waiting(self.num_waiting, self.num_waiting_tokens)
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
-        """Form the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
-        spans: list[Span] = []
-        num_leaving = self.swapped.num_leaving(group)
-        evictions_before = self._num_evictions
+        """Make the next microbatch of `group`, its blocks allocated; None if none can go. `groups` share the queue."""
+        draft, num_leaving, evictions_before = Draft(), self.swapped.num_leaving(group), self._num_evictions
         for victim in self.policy.make_way(group, num_leaving):
             self._evict(group, victim)
-        budget = self._budget(group)
-        ready, is_short = self._ready(group)
-        may_admit = not (num_leaving or is_short or self._num_evictions > evictions_before)
-        head, is_their_turn = self.waiting.head, group not in self._have_waited  # no stream misses two microbatches
-        first = [pair for pair in ready if pair[0].goes_first]
-        others = [pair for pair in ready if pair not in first] if first else ready
-        if is_their_turn:
-            self._fill(group, first, spans, budget)
-            if head is not None and head.goes_first and may_admit and self._num_evictions == evictions_before:
-                self._admit(group, groups, spans, budget, only_first=True)
-        have_waited = bool(spans)
-        self._fill(group, others if is_their_turn else others + first, spans, budget)
+        may_admit = not num_leaving and self._num_evictions == evictions_before
+        evictions_before = self._num_evictions
+        if (budget := self._go_on(group, draft)) is None:
+            budget = self._budget(group)
+            may_admit &= self._take_turns(group, groups, draft, budget, may_admit=may_admit)
         if may_admit and self._num_evictions == evictions_before:
             while self._bring_back_head(group, groups):
                 pass
-            self._admit(group, groups, spans, budget)
-        if not spans:
+            self._admit(group, groups, draft, budget)
+        if not len(draft):
             return None
-        (self._have_waited.add if have_waited else self._have_waited.discard)(group)
-        batch = Microbatch(group.group_id, epoch, tuple(spans))
-        group.in_flight.append(batch)
+        (self._have_waited.add if draft.has_first else self._have_waited.discard)(group)
+        group.in_flight.append(batch := draft.microbatch(group, epoch))
         return batch
+
+    def _go_on(self, group: Group, draft: Draft) -> Budget | None:
+        """Let those who run join together, as nearly always all can; returns the room left.
+
+        None, and nobody has joined, if some come before others, or one could lack room or a block.
+        """
+        head, limits = self.waiting.head, self.limits
+        now = alike(group, may_run_ahead=limits.num_ahead > 0)
+        if now is None or (head is not None and head.goes_first):
+            return None
+        decoding, is_ahead, others = now
+        if len(decoding) > min(limits.max_num_seqs, limits.max_num_batched_tokens):
+            return None
+        if is_short(group, decoding + [r for r, _ in others]):
+            return None
+        self.fleet.allocate_next(decoding, group)
+        draft.go_on(decoding, is_ahead=is_ahead)
+        budget = TokenBudget(limits.max_num_batched_tokens - len(decoding), group)
+        self._fill(group, others, draft, budget)
+        return budget
+
+    def _take_turns(
+        self, group: Group, groups: Sequence[Group], draft: Draft, budget: Budget, *, may_admit: bool
+    ) -> bool:
+        """Let those who run join one by one: who goes first before all others, in every other microbatch.
+
+        Returns whether there are blocks enough for whoever is new.
+        """
+        evictions_before = self._num_evictions
+        can_run, has_blocks = ready(group, may_run_ahead=self.limits.num_ahead > 0)
+        may_admit &= has_blocks
+        head, is_their_turn = self.waiting.head, group not in self._have_waited  # no stream misses two microbatches
+        first = [pair for pair in can_run if pair[0].goes_first]
+        others = [pair for pair in can_run if pair not in first] if first else can_run
+        if is_their_turn:
+            self._fill(group, first, draft, budget)
+            if head is not None and head.goes_first and may_admit and self._num_evictions == evictions_before:
+                self._admit(group, groups, draft, budget, only_first=True)
+        draft.has_first = len(draft) > 0
+        self._fill(group, others if is_their_turn else others + first, draft, budget)
+        return has_blocks
 
     @property
     def head(self) -> Request | None:
@@ -129,15 +162,20 @@ class Scheduler:
     def commit(self, group: Group, batch: Microbatch) -> None:
         """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens."""
         group.in_flight.remove(batch)
-        is_contended = len(self.waiting) > 0  # else there is nobody to share with, and no counter is kept
-        for request, _, end, samples, _ in batch.spans:
+        for request, end in zip(batch.decoding.requests, batch.decoding.ends, strict=True):
+            request.num_in_flight -= 1
+            request.num_sampling -= 1
+            request.num_computed_tokens = end
+        for request, _, end, samples, _ in batch.others:
             request.num_in_flight -= 1
             request.num_sampling -= samples
             request.num_computed_tokens = end
             if samples:
                 request.is_hurried = False
-            if samples and is_contended:
-                self.waiting.generated(request.owner, 1)
+        if len(self.waiting):  # else there is nobody to share with, and no counter is kept
+            for span in batch.spans:
+                if span.samples:
+                    self.waiting.generated(span.request.owner, 1)
 
     def preempt(self, group: Group, request: Request, *, is_hurried: bool = False) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed.
@@ -201,43 +239,11 @@ class Scheduler:
         request.is_hurried = False
         self.preempt(group, request)
 
-    def _ready(self, group: Group) -> tuple[list[tuple[Request, int]], bool]:
-        """Return requests with tokens to schedule, and how many: those with one token first, in order of admission.
-
-        Also whether there are too few blocks for their next tokens. Then nobody runs ahead, as whoever has to make way
-        must not be in flight, and nobody new comes in.
-        """
-        ahead = _can_run_ahead(group.in_flight[0]) if self.limits.num_ahead and group.in_flight else set()
-        one: list[tuple[Request, int]] = []
-        more: list[tuple[Request, int]] = []
-        for r in group.running:
-            if (r.num_scheduled_tokens < len(r.token_ids) or r in ahead) and is_schedulable(r):
-                num_pending = len(r.token_ids) + r.num_sampling - r.num_scheduled_tokens
-                (more if num_pending > 1 else one).append((r, num_pending))
-        ready = one + more
-        # One block at most is missing to each, so that nobody need count them while more are free.
-        is_short = len(ready) > group.num_free and group.num_free < sum(
-            group.missing_blocks(r, r.num_scheduled_tokens + 1) for r, _ in ready
-        )
-        if is_short:
-            ready = [(r, num_pending) for r, num_pending in ready if r not in ahead]
-        return ready, is_short
-
     def _budget(self, group: Group) -> Budget:
         """Return the room of the group's next microbatch."""
         if self.lookahead is None or len(group.stages) == 1:
             return TokenBudget(self.limits.max_num_batched_tokens, group)
         return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_running(group))
-
-    @staticmethod
-    def _span(request: Request, num_tokens: int, budget: Budget) -> Span:
-        budget.take(request, num_tokens)
-        start, num_known = request.num_scheduled_tokens, len(request.token_ids)
-        request.num_scheduled_tokens = end = start + num_tokens
-        samples, is_ahead = end == num_known + request.num_sampling, end > num_known
-        request.num_in_flight += 1
-        request.num_sampling += samples
-        return Span(request, start, end, samples, is_ahead)
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
         """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
@@ -259,14 +265,14 @@ class Scheduler:
         self.swapped.begin_in(group)
         return True
 
-    def _fill(self, group: Group, ready: Sequence[tuple[Request, int]], spans: list[Span], budget: Budget) -> None:
+    def _fill(self, group: Group, can_run: Sequence[Pending], draft: Draft, budget: Budget) -> None:
         """Let running requests join a microbatch of `group`, in this order."""
-        for request, num_pending in ready:
-            if len(spans) == self.limits.max_num_seqs or _is_alone(spans):
+        for request, num_pending in can_run:
+            if len(draft) == self.limits.max_num_seqs or draft.is_closed:
                 return
             if request.group_id != group.group_id:  # preempted meanwhile
                 continue
-            if request.suspect_until and not _may_join(request, spans):
+            if request.suspect_until and not draft.may_join(request):
                 continue
             if not (num_tokens := budget.fits(request, num_pending)):
                 continue
@@ -275,7 +281,12 @@ class Scheduler:
             table, end = request.table, request.num_scheduled_tokens + num_tokens  # nearly always in a block it has
             has_blocks = end <= (table.near or table).num_places * group.block_size
             if has_blocks or self._make_room(group, request, end):
-                spans.append(self._span(request, num_tokens, budget))
+                self._join(request, num_tokens, draft, budget)
+
+    @staticmethod
+    def _join(request: Request, num_tokens: int, draft: Draft, budget: Budget) -> None:
+        budget.take(request, num_tokens)
+        draft.add(request, num_tokens)
 
     @staticmethod
     def _within_reach(group: Group, request: Request, num_tokens: int) -> int:
@@ -287,14 +298,14 @@ class Scheduler:
         return min(num_tokens, max(most, 0 if request.num_in_flight else 1))
 
     def _admit(
-        self, group: Group, groups: Sequence[Group], spans: list[Span], budget: Budget, *, only_first: bool = False
+        self, group: Group, groups: Sequence[Group], draft: Draft, budget: Budget, *, only_first: bool = False
     ) -> None:
         """Let requests that wait join a microbatch of `group`, in the order of the queue, as long as there is room.
 
         `only_first`: those who go first, up to the first that does not.
         """
-        while len(spans) < self.limits.max_num_seqs and not budget.is_full and not _is_alone(spans):
-            if not self._may_admit_head(group, groups, spans):
+        while len(draft) < self.limits.max_num_seqs and not budget.is_full and not draft.is_closed:
+            if not self._may_admit_head(group, groups, draft):
                 return
             if only_first and self.waiting.head is not None and not self.waiting.head.goes_first:
                 return
@@ -305,14 +316,14 @@ class Scheduler:
             if group.is_mixed:
                 num_tokens = self._within_reach(group, head, num_tokens)
             if num_tokens and self.fleet.allocate(head, group, head.num_scheduled_tokens + num_tokens):
-                spans.append(self._span(head, num_tokens, budget))
+                self._join(head, num_tokens, draft, budget)
 
-    def _may_admit_head(self, group: Group, groups: Sequence[Group], spans: Sequence[Span]) -> bool:
+    def _may_admit_head(self, group: Group, groups: Sequence[Group], draft: Draft) -> bool:
         """Tell whether the head of the queue should join `group`, beside these. Whoever is on the host goes first."""
         head = self.waiting.head
         if head is None or self.swapped.ready or not self._takes(group, groups, head):
             return False
-        return not self.fleet.is_prefix_coming(head, group) and _may_join(head, spans)
+        return not self.fleet.is_prefix_coming(head, group) and draft.may_join(head)
 
     def _takes(self, group: Group, groups: Sequence[Group], head: Request) -> bool:
         """Tell whether `group` has room for `head`, and no other that has room is better for it.
@@ -369,36 +380,3 @@ class Scheduler:
         num_blocks = group.blocks_for(min(head.max_num_tokens, head.num_tokens + TYPICAL_OUTPUT))
         others = (g for g in self.fleet.groups if not g.is_suspect and g.group_id != head.avoids and g is not group)
         return any((group.is_suspect and g.num_blocks >= num_blocks) or self._has_room(g, head) for g in others)
-
-
-def _may_join(request: Request, spans: Sequence[Span]) -> bool:
-    """Tell whether a request may go with others in a microbatch: one that is suspected only alone.
-
-    But if it is suspected of the end of a device, it may go with those that are not: they all would lose their KV with
-    the next one, in whatever microbatch they are.
-    """
-    if not spans or not request.is_suspect:
-        return True
-    return request.num_killed > 0 and not any(map(_is_suspected, spans))
-
-
-def _is_alone(spans: Sequence[Span]) -> bool:
-    """Tell whether nobody may join a microbatch, because a step with its only request failed before."""
-    return len(spans) == 1 and _is_suspected(spans[0])
-
-
-def _is_suspected(span: Span) -> bool:
-    """Tell whether a part of a microbatch is of a request that is suspected up to there."""
-    return span.start < span.request.suspect_until
-
-
-def _can_run_ahead(oldest: Microbatch) -> set[Request]:
-    """Return who may be scheduled a token ahead: the oldest microbatch samples their next one, and not their last.
-
-    Only by the oldest: whatever waits for a younger one would hold up those between.
-    """
-    return {
-        r
-        for r, _, _, samples, _ in oldest.spans
-        if samples and r.num_sampling == 1 and len(r.token_ids) + 1 < r.max_num_tokens
-    }

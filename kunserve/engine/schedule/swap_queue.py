@@ -38,7 +38,7 @@ class SwapQueue:
         self.num_swaps = 0  # how often a request began to leave
         self._held: dict[str, int] = {}  # request id -> blocks of host space
         self._leaving = defaultdict[int, dict[str, int]](dict)  # group id -> request id -> blocks that come free
-        self._moving: dict[str, SwapMove] = {}  # by request id
+        self.moving: dict[str, SwapMove] = {}  # by request id
         self._begun: list[SwapMove] = []
 
     @property
@@ -75,7 +75,7 @@ class SwapQueue:
 
     def end(self, move: SwapMove, *, is_kept: bool) -> None:
         """End a copy that is over. `is_kept`: the host has the KV now, and the request has left its group."""
-        del self._moving[move.request.request_id]
+        del self.moving[move.request.request_id]
         if move.is_out:
             del self._leaving[move.group.group_id][move.request.request_id]
         self._fleet.resume(move.request)
@@ -93,12 +93,12 @@ class SwapQueue:
 
     def check(self) -> None:
         """Assert that space is held by exactly those that are on the host or moving, within its bound."""
-        assert self._held.keys() == {r.request_id for r in self.ready} | self._moving.keys()
+        assert self._held.keys() == {r.request_id for r in self.ready} | self.moving.keys()
         assert self.num_free >= 0
         assert all(r.group_id is None and not r.is_moving and not r.block_tables for r in self.ready)
-        assert all(m.request.is_moving and m.request in m.group.running for m in self._moving.values())
+        assert all(m.request.is_moving and m.request in m.group.running for m in self.moving.values())
 
     def _begin(self, move: SwapMove) -> None:
         self._fleet.suspend(move.request)
-        self._moving[move.request.request_id] = move
+        self.moving[move.request.request_id] = move
         self._begun.append(move)

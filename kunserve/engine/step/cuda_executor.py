@@ -28,7 +28,7 @@ from kunserve.gpu.cuda.stream import Launched
 from kunserve.gpu.queue import to_the_end
 from kunserve.gpu.watched import WatchedDevice
 
-_Fed = Launched[PendingTokens] | None
+_PreviousTokens = Launched[PendingTokens] | None
 
 
 class CudaExecutor(Executor):
@@ -38,6 +38,7 @@ class CudaExecutor(Executor):
         self, devices: Sequence[CudaDevice], decoders: Sequence[CudaDecoder], watched: Sequence[WatchedDevice]
     ) -> None:
         """Run on `devices`. `watched`: the same devices, as those see them who wait no longer than they live."""
+        super().__init__()
         self.devices, self.decoders, self._watched = devices, decoders, watched
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
@@ -57,19 +58,20 @@ class CudaExecutor(Executor):
 
         try:
             async with self._turns[group.stages[0].device]:
-                fed = await _fed(inputs)
-                launched = await self._launch(group, 0, inputs, fed, is_plain=plain)
-            if fed is not None and len(group.stages) > 1:
+                previous = await _previous_tokens(inputs)
+                launched = await self._launch(group, 0, inputs, previous, is_plain=plain)
+            if previous is not None and len(group.stages) > 1:
                 # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
                 # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
-                seen = asyncio.ensure_future(self._watched[group.stages[-1].device].wait_for(last.sampling.finish(fed)))
+                last_device = self._watched[group.stages[-1].device]
+                seen = asyncio.ensure_future(last_device.wait_for(last.sampling.finish(previous)))
             see(0, launched)
             for position in range(1, len(group.stages)):
-                launched = await self._launch(group, position, inputs, fed, launched, is_plain=plain)
+                launched = await self._launch(group, position, inputs, previous, launched, is_plain=plain)
                 see(position, launched)
             if not plain:
                 decoder = self.decoders[group.stages[-1].device]
-                work = partial(_sample_on_host, last, decoder, launched.value, inputs, fed)
+                work = partial(_sample_on_host, last, decoder, launched.value, inputs, previous)
                 watched = self._watched[group.stages[-1].device]
                 launched = await watched.wait_for(last.sampling.launch(work, [launched.ready]))
                 see(len(group.stages) - 1, launched)
@@ -89,12 +91,12 @@ class CudaExecutor(Executor):
         group: Group,
         position: int,
         inputs: StepInputs,
-        fed: _Fed,
+        previous: _PreviousTokens,
         before: Launched[Tensor] | None = None,
         *,
         is_plain: bool,
     ) -> Launched[Any]:
-        """Launch the stage at `position` behind the one `before`; the first behind what it is `fed` with.
+        """Launch the stage at `position` behind the one `before`; the first behind the `previous` microbatch's tokens.
 
         The last returns tokens, or where the host has to look at them, logits; where prompts are scored, hidden states.
         """
@@ -104,21 +106,21 @@ class CudaExecutor(Executor):
             self.decoders[stage.device],
             position + 1 == len(group.stages),
         )
-        sender = self.devices[group.stages[position - 1].device]  # of the first stage the last one, which feeds it
+        sender = self.devices[group.stages[position - 1].device]  # to the first stage the last one sends its tokens
 
         def work() -> Any:
             if before:
                 x = bring(sender, device, before.value)
-            elif fed is None:
+            elif previous is None:
                 x = inputs.token_ids.clamp(min=0)  # what failed needs no tokens
             else:
-                decoder.feed(bring(sender, device, fed.value.on_device))
+                decoder.put_previous_tokens(bring(sender, device, previous.value.on_device))
                 x = inputs.token_ids
             with_head = not (is_last and has_scored_rows(inputs.sampling))
             y = run_stage(decoder, stage, position, inputs, x, with_head=with_head)
             return decoder.launch_sample(y, inputs.sampling) if is_last and is_plain else y
 
-        needed = before or fed
+        needed = before or previous
         launch = device.launch(work, [needed.ready] if needed else ())
         return await self._watched[stage.device].wait_for(launch)
 
@@ -140,7 +142,7 @@ async def _finish(
     return value
 
 
-async def _fed(inputs: StepInputs) -> _Fed:
+async def _previous_tokens(inputs: StepInputs) -> _PreviousTokens:
     """Return what the microbatch before has sampled, once that is launched; None if there is none, or it has failed."""
     if inputs.depends_on is None:
         return None
@@ -150,19 +152,19 @@ async def _fed(inputs: StepInputs) -> _Fed:
 
 
 def _sample_on_host(
-    device: CudaDevice, decoder: CudaDecoder, y: Tensor, inputs: StepInputs, fed: _Fed
+    device: CudaDevice, decoder: CudaDecoder, y: Tensor, inputs: StepInputs, previous: _PreviousTokens
 ) -> PendingTokens:
     """Sample on the host a batch of which a row asks for more than `launch_sample` does; y: logits, or states."""
-    rows = _rows(device, inputs, fed)
+    rows = _rows(device, inputs, previous)
     return sampled(sample_in_slices(decoder, y, rows) if has_scored_rows(rows) else sample(y, rows), y.device)
 
 
-def _rows(device: CudaDevice, inputs: StepInputs, fed: _Fed) -> Sequence[SamplingRow]:
+def _rows(device: CudaDevice, inputs: StepInputs, previous: _PreviousTokens) -> Sequence[SamplingRow]:
     """Return the sampling rows. Waits for the tokens before only if a row depends on which they are."""
     if inputs.depends_on is None or not any(reads_output(row.params) for row in inputs.sampling):
         return inputs.sampling
     token_ids: list[int] | None = None
-    if fed is not None:
-        device.driver.synchronize_event(fed.ready)
-        token_ids = [token.token_id for token in fed.value.tokens()]
+    if previous is not None:
+        device.driver.synchronize_event(previous.ready)
+        token_ids = [token.token_id for token in previous.value.tokens()]
     return fill_sampling(inputs.sampling, token_ids)

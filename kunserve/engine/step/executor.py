@@ -17,6 +17,7 @@ from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
+from kunserve.engine.step.kept_rows import KeptRows
 from kunserve.engine.step.microbatch import StepInputs, step_inputs
 from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage
 from kunserve.errors import EngineError, KunServeError
@@ -37,9 +38,14 @@ class StepError(EngineError):
 class Executor(ABC):
     """Runs microbatches; the engine knows nothing else of how."""
 
+    def __init__(self) -> None:
+        self._kept_rows = WeakKeyDictionary[Group, KeptRows]()  # from one microbatch of a group to the next
+
     def inputs(self, group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
         """Take what `execute` needs of a microbatch now: its requests may change later."""
-        return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0])
+        if (kept := self._kept_rows.get(group)) is None:
+            kept = self._kept_rows[group] = KeptRows()
+        return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0], kept)
 
     @final
     async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
@@ -82,6 +88,7 @@ class DeviceExecutor(Executor):
     """
 
     def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
+        super().__init__()
         self._devices, self._decoders, self._shares_head = list(devices), list(decoders), shares_head
         self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
 

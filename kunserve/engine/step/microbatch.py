@@ -6,17 +6,20 @@ from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from functools import cached_property, partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.sampler import SamplingRow, reads_output
-from kunserve.engine.batch import Microbatch, Span, scored_positions
+from kunserve.engine.batch import Decoding, Microbatch, Span, scored_positions
 from kunserve.engine.blocks.block_table import BlockTable
 from kunserve.engine.request import Constraint, Request
+from kunserve.engine.step.kept_rows import KeptRows
 from kunserve.sampling import TokenMask
 from kunserve.sizes import ceil_div
 
@@ -55,8 +58,8 @@ class StepInputs:
 def fill_token_ids(token_ids: Tensor, sampled: Sequence[int] | None) -> Tensor:
     """Put sampled tokens where their placeholders are: (T,) int32, a new one. Without any, what comes out is unused."""
     ids = token_ids.numpy().copy()
-    places = np.flatnonzero(ids < 0)
-    ids[places] = 0 if sampled is None else np.array(sampled)[-1 - ids[places]]
+    placeholders = np.flatnonzero(ids < 0)
+    ids[placeholders] = 0 if sampled is None else np.array(sampled)[-1 - ids[placeholders]]
     return torch.from_numpy(ids)
 
 
@@ -72,51 +75,46 @@ def fill_sampling(rows: Sequence[SamplingRow], sampled: Sequence[int] | None) ->
     ]
 
 
-def _places(batch: Microbatch) -> dict[Request, int]:
+def _sampled_indices(batch: Microbatch) -> dict[Request, int]:
     """Return the index of each request's token among those that a microbatch samples."""
-    places, num_sampled = dict[Request, int](), 0
-    for span in batch.spans:
+    indices = {request: i for i, request in enumerate(batch.decoding.requests)}
+    num_sampled = len(indices)
+    for span in batch.others:
         num_sampled += len(scored_positions(span))
         if span.samples:
-            places[span.request] = num_sampled
+            indices[span.request] = num_sampled
             num_sampled += 1
-    return places
+    return indices
 
 
-def _token_ids(spans: Sequence[Span], places: Mapping[Request, int]) -> list[int]:
-    """Return the tokens of all spans; for one that nobody knows yet its place, as `StepInputs.token_ids` says."""
-    token_ids = list[int]()
-    for request, start, end, _, is_ahead in spans:
-        token_ids += request.token_ids[start:end]
-        if is_ahead:
-            token_ids.append(-1 - places[request])
-    return token_ids
+class _Sampling:
+    """What decides the next tokens of one microbatch, and where those are that nobody knows yet."""
 
+    def __init__(self, oldest: Microbatch | None, eos_token_ids: tuple[int, ...]) -> None:
+        self.oldest, self._eos_token_ids = oldest, eos_token_ids
 
-def _sampled(
-    batch: Microbatch, places: Mapping[Request, int], eos_token_ids: tuple[int, ...]
-) -> tuple[list[int], list[SamplingRow]]:
-    """Return the rows whose logits are needed, and what decides their tokens.
+    @cached_property
+    def indices(self) -> Mapping[Request, int]:
+        """Indices of tokens among those that `oldest` samples."""
+        return {} if self.oldest is None else _sampled_indices(self.oldest)
 
-    Span by span: the prompt's tokens to score, then the next to choose.
-    """
-    numbers, rows, num_tokens = list[int](), list[SamplingRow](), 0
-    for span in batch.spans:
-        r, params = span.request, span.request.params
-        for position in scored_positions(span):
-            numbers.append(num_tokens + position - span.start)
-            rows.append(SamplingRow(params, 0, (), (), (), given=r.prompt_token_ids[position + 1]))
-        num_tokens += span.end - span.start
-        if span.samples:
-            output: Sequence[int] = range(
-                len(r.token_ids) - len(r.prompt_token_ids) + span.is_ahead
-            )  # a copy would be longer in each step
-            if reads_output(params):
-                output = (*r.output_token_ids, -1 - places[r]) if span.is_ahead else r.output_token_ids
-            mask = None if r.constraint is None else _mask(r.constraint, len(output))
-            numbers.append(num_tokens - 1)
-            rows.append(SamplingRow(params, r.seed, r.prompt_token_ids, output, eos_token_ids, mask))
-    return numbers, rows
+    def newest(self, decoding: Decoding) -> NDArray[np.int32]:
+        """Return the newest tokens of those who decode; for one that nobody knows its index, as `StepInputs` says."""
+        if not decoding.is_ahead:
+            return np.array([request.token_ids[-1] for request in decoding.requests], np.int32)
+        if self.oldest is not None and self.oldest.decoding.requests == decoding.requests:  # as nearly always
+            return -1 - np.arange(len(decoding.requests), dtype=np.int32)
+        return np.array([-1 - self.indices[request] for request in decoding.requests], np.int32)
+
+    def row(self, request: Request, *, is_ahead: bool) -> SamplingRow:
+        """Return what decides the token after all that there are; one more if `is_ahead`."""
+        r, params = request, request.params
+        # A copy would be longer in each step.
+        output: Sequence[int] = range(len(r.token_ids) - len(r.prompt_token_ids) + is_ahead)
+        if reads_output(params):
+            output = (*r.output_token_ids, -1 - self.indices[r]) if is_ahead else r.output_token_ids
+        mask = None if r.constraint is None else _mask(r.constraint, len(output))
+        return SamplingRow(params, r.seed, r.prompt_token_ids, output, self._eos_token_ids, mask)
 
 
 def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
@@ -134,47 +132,106 @@ def _mask(constraint: Constraint, num_accepted: int) -> TokenMask:
     return mask
 
 
-def _padded(tables: Sequence[array[int]], width: int) -> Tensor:
+def _padded(tables: Sequence[array[int]], width: int) -> NDArray[np.int32]:
     """Return the first ids of tables as rows, zeros behind those of a shorter one: (B, width) int32."""
     tables = [table if len(table) <= width else table[:width] for table in tables]
     out = np.zeros((len(tables), width), np.int32)
     lens = np.array([len(table) for table in tables])
     out[np.arange(width) < lens[:, None]] = np.frombuffer(b"".join(tables), np.int32)
-    return torch.from_numpy(out)
+    return out
 
 
-def _by_stage(tables: Sequence[BlockTable], width: int) -> tuple[Tensor, ...]:
-    """Return the first ids of tables on each stage: (B, width) int32."""
-    return tuple(_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True))
+def _by_stage(tables: Sequence[BlockTable], width: int) -> list[NDArray[np.int32]]:
+    """Return the first ids of tables on each stage: (B, width)."""
+    return [_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True)]
+
+
+class _Part(NamedTuple):
+    """Arrays of some of a microbatch's requests, as in `StepInputs`."""
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    lens: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    sampled_rows: NDArray[np.int64]
+    sampling: Sequence[SamplingRow]
+    tables: Sequence[NDArray[np.int32]]
+
+
+def _decoding(decoding: Decoding, sampling: _Sampling, kept: KeptRows, block_size: int) -> _Part:
+    """Return the arrays of those who decode: what was kept of the step before, one token later."""
+    ends = np.array(decoding.ends, np.int32)
+    kept.follow(decoding, ends, block_size, partial(sampling.row, is_ahead=decoding.is_ahead))
+    numbers = np.arange(len(ends))
+    tables = kept.tables(ceil_div(int(ends.max()), block_size))
+    return _Part(sampling.newest(decoding), ends - 1, np.ones_like(ends), ends, numbers, kept.sampling, tables)
+
+
+def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Part:
+    """Return the arrays of spans, made anew."""
+    token_ids, numbers, rows = list[int](), list[int](), list[SamplingRow]()
+    for span in spans:
+        r, num_before = span.request, len(token_ids)
+        for position in scored_positions(span):  # first the prompt's tokens to score, then the next to choose
+            numbers.append(num_before + position - span.start)
+            rows.append(SamplingRow(r.params, 0, (), (), (), given=r.prompt_token_ids[position + 1]))
+        token_ids += r.token_ids[span.start : span.end]
+        if span.is_ahead:
+            token_ids.append(-1 - sampling.indices[r])
+        if span.samples:
+            numbers.append(len(token_ids) - 1)
+            rows.append(sampling.row(r, is_ahead=span.is_ahead))
+    starts, ends = (np.array([span[i] for span in spans], np.int32) for i in (1, 2))
+    positions = np.concatenate([np.arange(span.start, span.end, dtype=np.int32) for span in spans])
+    tables = _by_stage([span.request.table for span in spans], ceil_div(int(ends.max()), block_size))
+    numbered = np.array(numbers, np.int64)
+    return _Part(np.array(token_ids, np.int32), positions, ends - starts, ends, numbered, rows, tables)
+
+
+def _both(first: _Part, second: _Part) -> _Part:
+    """Return two parts as one, the second behind the first."""
+    width = max(first.tables[0].shape[1], second.tables[0].shape[1])
+    tables = [
+        np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in of_stage])
+        for of_stage in zip(first.tables, second.tables, strict=True)
+    ]
+    numbers = np.concatenate([first.sampled_rows, len(first.token_ids) + second.sampled_rows])
+    arrays = (np.concatenate(pair) for pair in zip(first[:4], second[:4], strict=True))
+    return _Part(*arrays, numbers, [*first.sampling, *second.sampling], tables)
 
 
 def step_inputs(
-    batch: Microbatch, block_size: int, eos_token_ids: tuple[int, ...], oldest: Microbatch | None = None
+    batch: Microbatch,
+    block_size: int,
+    eos_token_ids: tuple[int, ...],
+    oldest: Microbatch | None = None,
+    kept: KeptRows | None = None,
 ) -> StepInputs:
-    """Snapshot the arrays of a microbatch; of those in flight, `oldest` may yet sample some of its tokens."""
-    spans = batch.spans
-    is_ahead = any(span.is_ahead for span in spans)
-    places = _places(oldest) if is_ahead and oldest is not None else {}
-    starts = np.array([span.start for span in spans], np.int32)
-    ends = np.array([span.end for span in spans], np.int32)
-    lens = ends - starts
-    cu_seqlens = np.zeros(len(spans) + 1, np.int32)
+    """Snapshot the arrays of a microbatch; of those in flight, `oldest` may yet sample some of its tokens.
+
+    `kept`: what was kept of the group's microbatch before, and is for the next one.
+    """
+    sampling, parts = _Sampling(oldest, eos_token_ids), list[_Part]()
+    if batch.decoding.requests:
+        parts.append(_decoding(batch.decoding, sampling, kept or KeptRows(), block_size))
+    if batch.others:
+        parts.append(_others(batch.others, sampling, block_size))
+    token_ids, positions, lens, ends, sampled_rows, rows, tables = parts[0] if len(parts) == 1 else _both(*parts)
+    is_ahead = batch.decoding.is_ahead or any(span.is_ahead for span in batch.others)
+    cu_seqlens = np.zeros(len(ends) + 1, np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
-    positions = np.arange(cu_seqlens[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens[:-1], lens)
-    width = ceil_div(int(ends.max()), block_size)
-    tables = [span.request.table for span in spans]
-    near_tables = [table.near for table in tables if table.near is not None]
-    sampled_rows, sampling = _sampled(batch, places, eos_token_ids)
+    near_tables = [span.request.table.near for span in batch.others if span.request.table.near is not None]
+    near = _by_stage(near_tables, tables[0].shape[1])
     return StepInputs(
-        token_ids=torch.from_numpy(np.array(_token_ids(spans, places), np.int32)),
+        token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         cu_seqlens_q=torch.from_numpy(cu_seqlens),
         context_lens=torch.from_numpy(ends),
-        block_tables=_by_stage(tables, width),
-        sampled_rows=torch.from_numpy(np.array(sampled_rows, np.int64)),
-        sampling=tuple(sampling),
+        block_tables=tuple(torch.from_numpy(table.copy()) for table in tables),  # what is kept changes
+        sampled_rows=torch.from_numpy(sampled_rows),
+        sampling=tuple(rows),
         block_size=block_size,
-        near_tables=_by_stage(near_tables, width),
+        near_tables=tuple(map(torch.from_numpy, near)),
         sampled=batch.sampled,
         depends_on=oldest.sampled if is_ahead and oldest is not None else None,
     )

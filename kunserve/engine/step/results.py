@@ -27,18 +27,27 @@ class Result:
                 known.append(scored.logprobs)
 
 
-def results_of(batch: Microbatch, tokens: Sequence[SampledToken]) -> list[Result]:
-    """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
-    sampled, results = iter(tokens), list[Result]()
-    for span in batch.spans:
-        positions, token = scored_positions(span), None
-        scored = [(position, next(sampled)) for position in positions] if positions else []
-        error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
-        if span.samples:
-            token = next(sampled)
-            error = token.error if error is None else error
-        results.append(Result(span.request, scored, token, error))
-    return results
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What one step brought: a token to each of those who decode, in their order, and results to the others."""
+
+    decoding: Sequence[SampledToken] = ()
+    others: Sequence[Result] = ()
+
+    @classmethod
+    def of(cls, batch: Microbatch, tokens: Sequence[SampledToken]) -> Results:
+        """Return what each request of a microbatch gets of its sampled tokens, which come span by span."""
+        num_decoding, others = len(batch.decoding.requests), list[Result]()
+        sampled = iter(tokens[num_decoding:])
+        for span in batch.others:
+            positions, token = scored_positions(span), None
+            scored = [(position, next(sampled)) for position in positions] if positions else []
+            error = next((row.error for _, row in scored if row.error is not None), None) if scored else None
+            if span.samples:
+                token = next(sampled)
+                error = token.error if error is None else error
+            others.append(Result(span.request, scored, token, error))
+        return cls(tokens[:num_decoding], others)
 
 
 async def judge(results: Sequence[Result]) -> None:
@@ -62,6 +71,6 @@ async def judge(results: Sequence[Result]) -> None:
             judging.append((result, request.constraint))
     for result, constraint in judging:
         try:
-            await constraint.settled()
+            await constraint.decided()
         except Exception as error:
             result.error = error

@@ -41,17 +41,17 @@ class Retries:
         """
         failure = error if isinstance(error, StepError) else StepError(error, None)
         if not group.is_lost:  # else all is said
-            log_failure("step failed", failure.error, group=group.group_id, requests=len(batch.spans))
+            log_failure("step failed", failure.error, group=group.group_id, requests=len(batch.requests))
             self._num_failed[group.group_id] += 1
             if self._num_failed[group.group_id] >= SUSPECT_AFTER:
                 devices = [stage.device for stage in group.stages]
                 self._suspect(group, devices if failure.device is None else [failure.device])
         # Where step after step fails, one more says nothing of its request: unless it is so everywhere.
         is_the_groups_fault = group.is_suspect and not all(g.is_suspect for g in self._fleet.groups)
-        is_to_blame = len(batch.spans) == 1 and not (is_the_groups_fault or group.is_lost)
+        is_to_blame = len(batch.requests) == 1 and not (is_the_groups_fault or group.is_lost)
         has_faulted = self._health.take_fault(stage.device for stage in group.stages)
         # Who was there when a device ended before, and is the only one of those now, is to blame: the others are not.
-        again = [span.request for span in batch.spans if has_faulted and span.request.num_killed]
+        again = [request for request in batch.requests if has_faulted and request.num_killed]
         killer = again[0] if len(again) == 1 else None
         given_up = list[tuple[Request, EngineError]]()
         for request, _, end, _, _ in batch.spans:
@@ -73,18 +73,18 @@ class Retries:
     def came_back(self, group: Group, batch: Microbatch) -> None:
         """Note that a microbatch came back without an error."""
         # Who has failed already is in this one because it ran behind: over KV that is not there, which shows nothing.
-        passed = [span.request for span in batch.spans if not span.request.has_failed]
+        passed = [request for request in batch.requests if not request.has_failed]
         if passed:
             self._num_failed.pop(group.group_id, None)
         for request in passed:
-            if 0 < request.suspect_until <= request.num_computed_tokens:  # it has come further
+            if request.suspect_until and request.suspect_until <= request.num_computed_tokens:  # it has come further
                 request.num_failures = request.num_killed = request.suspect_until = 0
                 request.avoids = None
         self._start_over(group, batch)
 
     def _start_over(self, group: Group, batch: Microbatch) -> None:
-        for request in reversed([span.request for span in batch.spans]):  # the first is back first
-            if request.has_failed and request.finish_reason is None and request.num_in_flight == 0:
+        for request in [r for r in reversed(batch.requests) if r.has_failed]:  # the first is back first
+            if request.finish_reason is None and request.num_in_flight == 0:
                 request.has_failed = False
                 self._fleet.resume(request)  # a migration that has stopped it sees that it is gone
                 self._scheduler.preempt(group, request, is_hurried=group.is_lost)

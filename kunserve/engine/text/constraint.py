@@ -8,12 +8,12 @@ published, because "nothing may follow" is a reason to finish.
 from __future__ import annotations
 
 from kunserve.errors import KunServeError
-from kunserve.grammar.matcher import Mask, Matcher, settle
+from kunserve.grammar.matcher import Mask, Matcher, resolve
 from kunserve.sampling import TokenMask
 
 
 class GrammarConstraint:
-    """One request's place in its grammar. Implements `request.Constraint`; owned by the engine once submitted."""
+    """One request's position in its grammar. Implements `request.Constraint`; owned by the engine once submitted."""
 
     def __init__(self, matcher: Matcher, begins_after: int | None = None) -> None:
         """Follow a structure. `begins_after`: the token that ends the reasoning, before which everything is allowed."""
@@ -22,7 +22,7 @@ class GrammarConstraint:
         self._next: Mask | None = None  # somebody will need the mask after the next `accept`
 
     def copy(self) -> GrammarConstraint:
-        """Return another request's constraint, at the same place."""
+        """Return another request's constraint, at the same position."""
         other = GrammarConstraint(self._matcher.copy(), self._begins_after)
         other._num_accepted = self._num_accepted
         return other
@@ -44,18 +44,18 @@ class GrammarConstraint:
             self._matcher.advance(token_id, mask)
         elif token_id == self._begins_after:
             self._begins_after = None
-            settle(mask, self._matcher.mask.result())  # the first one, which is known
+            resolve(mask, self._matcher.mask.result())  # the first one, which is known
         else:
-            settle(mask, None)
+            resolve(mask, None)
 
-    async def settled(self) -> None:
-        """See `Constraint.settled`."""
-        await self._matcher.settled()
+    async def decided(self) -> None:
+        """See `Constraint.decided`."""
+        await self._matcher.decided()
 
     def release(self) -> None:
         """See `Constraint.release`."""
         if self._next is not None:
-            settle(self._next, None)
+            resolve(self._next, None)
             self._next = None
 
     def close(self) -> None:

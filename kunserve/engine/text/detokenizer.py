@@ -46,7 +46,12 @@ class Detokenizer:
         tail = [i for i in prompt_token_ids[-PROMPT_TAIL:] if i not in self._skipped]
         self._strip = False
         self._decode(b"".join(map(tokenizer.token_bytes, tail)))  # perhaps it ends inside a character
-        self._strip = not tail and tokenizer.form.strips_space
+        self._strip = not tail and tokenizer.coding.strips_space
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether there are strings that end the text."""
+        return len(self._stops) > 0
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that is final with it, "" once stopped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -26,6 +26,12 @@ class Live:
     stream: Sink
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
+    is_simple: bool = field(init=False)  # nothing but a token id or their number ends it, and nobody asks for logprobs
+
+    def __post_init__(self) -> None:
+        params, has_stops = self.request.params, self.detokenizer is not None and self.detokenizer.has_stops
+        is_scored = params.num_logprobs is not None or params.num_prompt_logprobs is not None
+        self.is_simple = self.request.constraint is None and not has_stops and not is_scored
 
     @classmethod
     def of(cls, request: Request, stream: Sink, tokenizer: Tokenizer | None) -> Live:
@@ -44,6 +50,20 @@ class Live:
             self.request.first_token_s = now_s
             return None
         return now_s - before_s
+
+    def say(self, token_id: int, eos_token_ids: tuple[int, ...]) -> str | None:
+        """Append a token that ends nothing to a simple request; returns its text, as `take` would.
+
+        None, and nothing is appended, if it may be the last.
+        """
+        request = self.request
+        token_ids = request.token_ids
+        if len(token_ids) + 1 >= request.max_num_tokens or token_id in eos_token_ids:
+            return None
+        if token_id in request.params.stop_token_ids:
+            return None
+        token_ids.append(token_id)
+        return "" if self.detokenizer is None else self.detokenizer.push(token_id)
 
     def take(self, token: SampledToken, eos_token_ids: tuple[int, ...]) -> Output:
         """Append a token to the request; returns what it says, and whether it is the last.
@@ -102,7 +122,7 @@ async def replay(
         if constraint is not None:
             constraint.accept(token_id)
             if i == len(token_ids) - 1:  # only the last can be the end; waiting for each would take seconds
-                await constraint.settled()
+                await constraint.decided()
                 if constraint.error is not None:
                     raise InvalidRequestError(constraint.error.message, param="token_ids")
         if whole.finish_reason is not None:

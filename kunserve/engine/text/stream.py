@@ -17,6 +17,10 @@ class Sink(Protocol):
     def put(self, output: Output) -> None:
         """Take a delta; the one with a finish reason is the last."""
 
+    def put_token(self, text: str, token_id: int) -> None:
+        """Take a delta of one token, of which nobody asked more."""
+        self.put(Output(text, (token_id,)))
+
     def fail(self, error: KunServeError) -> None:
         """End with an error."""
 

@@ -26,7 +26,7 @@ LONG_TOKENS = 4096  # 1 ms
 
 
 @dataclass(frozen=True, slots=True)
-class TokenForm:
+class TokenCoding:
     """How the vocabulary writes bytes: as GPT-2's visible characters (Llama 3, Qwen), or SentencePiece's way."""
 
     is_byte_level: bool
@@ -80,7 +80,7 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         self._core = core
-        self.form = _token_form(core)
+        self.coding = _token_coding(core)
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}  # filled as tokens appear; at most the vocabulary
         self._whole: dict[int, str | None] = {}  # likewise
@@ -119,7 +119,7 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset()  # the library would keep the GIL: in pieces
         parts = (ids[start : start + LONG_TOKENS] for start in range(0, len(ids), LONG_TOKENS))
         data = b"".join(b"".join([self.token_bytes(i) for i in part if i not in skipped]) for part in parts)
-        return (data.removeprefix(b" ") if self.form.strips_space else data).decode(errors="replace")
+        return (data.removeprefix(b" ") if self.coding.strips_space else data).decode(errors="replace")
 
     def to_json(self) -> str:
         """Return the whole tokenizer, as in `tokenizer.json`."""
@@ -155,15 +155,15 @@ class Tokenizer:
     @property
     def strips_space(self) -> bool:
         """Whether the first blank of a text is the tokenizer's own, and not part of it."""
-        return self.form.strips_space
+        return self.coding.strips_space
 
     def _to_bytes(self, token: str) -> bytes:
-        if self.form.is_byte_level:
+        if self.coding.is_byte_level:
             try:
                 return bytes(self._alphabet[char] for char in token)
             except KeyError:  # an added token: stored as plain text
                 return token.encode()
-        if self.form.has_byte_fallback and BYTE_TOKEN.fullmatch(token):
+        if self.coding.has_byte_fallback and BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(token[3:5])
         return token.replace(SPACE, " ").encode()
 
@@ -191,15 +191,15 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
-    """Read the form from the decoder's description. Raises ConfigError for a decoder we cannot follow byte by byte."""
+def _token_coding(core: tokenizers.Tokenizer) -> TokenCoding:
+    """Read it from the decoder's description. Raises ConfigError for a decoder we cannot follow byte by byte."""
     # The whole tokenizer as JSON would say it, too, but is megabytes. A decoder pickles as its JSON.
     decoder = {} if core.decoder is None else json.loads(core.decoder.__getstate__())
     parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     by_type = {str(part.get("type")): part for part in parts}
     kinds = set(by_type)
     if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
-        return TokenForm(is_byte_level=True)
+        return TokenCoding(is_byte_level=True)
     marks_space = "Metaspace" in kinds or by_type.get("Replace", {}).get("pattern") == {"String": SPACE}
     if not marks_space or not kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
         raise ConfigError(f"decoder {sorted(kinds)} is not supported, only byte-level and SentencePiece ones")
@@ -207,7 +207,7 @@ def _token_form(core: tokenizers.Tokenizer) -> TokenForm:
         by_type.get("Strip", {}).get("start", 0)
         or by_type.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
     )
-    return TokenForm(is_byte_level=False, has_byte_fallback="ByteFallback" in kinds, strips_space=bool(strips))
+    return TokenCoding(is_byte_level=False, has_byte_fallback="ByteFallback" in kinds, strips_space=bool(strips))
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

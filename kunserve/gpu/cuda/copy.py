@@ -45,14 +45,14 @@ async def copy_between(source: CopyEnd, target: CopyEnd, copies: Sequence[BlockC
             copy.scatter(piece)
 
     if target.driver.can_access(source.driver.ordinal):
-        await target.copy_in.run(lambda: put_down(_take_over(source, blocks, target)))
+        await target.copy_in.run(lambda: put_down(take_over(source, blocks, target)))
         return
     arrived = await target.copy_in.run(lambda: torch.empty_like(blocks, device=target.torch_device))
     await transfer(source, blocks, target, arrived)
     await target.copy_in.run(partial(put_down, arrived))
 
 
-def _take_over(source: CopyEnd, x: Tensor, target: CopyEnd) -> Tensor:
+def take_over(source: CopyEnd, x: Tensor, target: CopyEnd) -> Tensor:
     """Return `x`, in memory of the other GPU, by a stream of both ends: `source.peer`, and the current one of `target`.
 
     torch copies on the stream that is current on the source's GPU: left alone the default one, the same for all. The
@@ -116,7 +116,7 @@ async def _buffers(
         return [source.driver.pinned(num_bytes) for _ in range(NUM_BUFFERS)], _copy
 
     def from_peer(write: Tensor, buffer: Tensor) -> Tensor:
-        return write.copy_(_take_over(source, buffer, target))
+        return write.copy_(take_over(source, buffer, target))
 
     return await source.copy_out.run(make), from_peer
 

@@ -61,18 +61,18 @@ class CudaDevice:
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self.driver = driver
         self._reserved: dict[int, tuple[int, int]] = {}  # address -> what the driver knows it by: address, bytes
-        self._mappings = Mappings(name, num_chunks, chunk_bytes)
-        self._queues: list[StreamQueue] = []
+        self.mappings = Mappings(name, num_chunks, chunk_bytes)
+        self.queues: list[StreamQueue] = []
         self._handles: list[int] = []
         self._is_open, self._unmaps_runs = True, True
         try:
             self._create_chunks()
             kinds = ("compute", "sample", "in", "out", "peer", "hand")
-            self._queues += [StreamQueue(driver, f"{name}-{kind}") for kind in kinds]
+            self.queues += [StreamQueue(driver, f"{name}-{kind}") for kind in kinds]
         except BaseException:
             self.close()
             raise
-        self._compute, self.sampling, self.copy_in, self.copy_out, self.peer, self.hand_over = self._queues
+        self.compute, self.sampling, self.copy_in, self.copy_out, self.peer, self.hand_over = self.queues
 
     def _create_chunks(self) -> None:
         for made in range(self.num_chunks):
@@ -91,21 +91,21 @@ class CudaDevice:
         whole = num_bytes + self.chunk_bytes  # CUDA aligns to powers of two only; a part cannot be given back
         base = self.driver.reserve(whole)
         address = ceil_div(base, self.chunk_bytes) * self.chunk_bytes
-        self._reserved[address], self._mappings.reserved[address] = (base, whole), num_bytes
+        self._reserved[address], self.mappings.reserved[address] = (base, whole), num_bytes
         return address
 
     def release(self, address: int, num_bytes: int) -> None:
         """See `Device.release`."""
-        self._mappings.check_reserved(address, num_bytes)
-        for start, num_chunks in _runs(self._mappings.places_in(address, num_bytes), self.chunk_bytes):
+        self.mappings.check_reserved(address, num_bytes)
+        for start, num_chunks in _runs(self.mappings.mapped_in(address, num_bytes), self.chunk_bytes):
             self.unmap(start, num_chunks)
         self.driver.free(*self._reserved[address])
-        self._mappings.release(address, num_bytes)
+        self.mappings.release(address, num_bytes)
         del self._reserved[address]
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`: one call per chunk, and one for access to all."""
-        self._mappings.check_map(address, chunks)
+        self.mappings.check_map(address, chunks)
         size, done = self.chunk_bytes, 0
         with self._quiet():
             try:
@@ -117,16 +117,16 @@ class CudaDevice:
             except DeviceError:
                 self._unmap(address, done)
                 raise
-        self._mappings.map(address, chunks)
+        self.mappings.map(address, chunks)
 
     def unmap(self, address: int, num_chunks: int) -> None:
         """See `Device.unmap`: one call, or if the driver refuses that one per chunk, from then on."""
         if num_chunks == 0:
             return
-        self._mappings.check_unmap(address, num_chunks)
+        self.mappings.check_unmap(address, num_chunks)
         with self._quiet():
             self._unmap(address, num_chunks)
-        self._mappings.unmap(address, num_chunks)
+        self.mappings.unmap(address, num_chunks)
 
     def _unmap(self, address: int, num_chunks: int) -> None:
         """Unmap a run of chunks. CUDA's manual speaks of one mapping; NVIDIA's own samples unmap several in a call."""
@@ -148,7 +148,7 @@ class CudaDevice:
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`."""
-        return await self._compute.run(work)
+        return await self.compute.run(work)
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
@@ -176,11 +176,11 @@ class CudaDevice:
 
     async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""
-        return await self._compute.launch(work, after)
+        return await self.compute.launch(work, after)
 
     async def finish(self, launched: Launched[T]) -> T:
         """Wait for what was launched on the compute queue, or behind it."""
-        return await self._compute.finish(launched)
+        return await self.compute.finish(launched)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -188,9 +188,9 @@ class CudaDevice:
 
         Blocking: before serving, and after it.
         """
-        with self._compute.lent():
+        with self.compute.lent():
             yield
-            self.driver.synchronize(self._compute.stream)
+            self.driver.synchronize(self.compute.stream)
 
     @property
     def is_open(self) -> bool:
@@ -200,7 +200,7 @@ class CudaDevice:
     def abandon(self) -> None:
         """See `Device.abandon`."""
         self.is_lost = True
-        for queue in self._queues:
+        for queue in self.queues:
             queue.abandon()
 
     def copies_have_ended(self, timeout_s: float) -> bool:
@@ -211,7 +211,7 @@ class CudaDevice:
         """See `Device.close`. If its driver hangs, all that it has goes with the process."""
         if not self._is_open:
             return
-        if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in self._queues):
+        if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in self.queues):
             return
         self._is_open = False
         with ExitStack() as stack:  # each step even if one fails; a failed kernel makes every call fail
@@ -220,16 +220,16 @@ class CudaDevice:
                 stack.callback(_quietly, self.driver.release, handle)
             for base, whole in self._reserved.values():
                 stack.callback(_quietly, self.driver.free, base, whole)
-            for start, num_chunks in _runs(self._mappings.chunks, self.chunk_bytes):
+            for start, num_chunks in _runs(self.mappings.chunks, self.chunk_bytes):
                 stack.callback(_quietly, self._unmap, start, num_chunks)
-            for queue in self._queues:
+            for queue in self.queues:
                 stack.callback(_quietly, queue.close)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """Keep all streams of this device idle and without new work inside."""
         with ExitStack() as stack:
-            for queue in self._queues:
+            for queue in self.queues:
                 stack.enter_context(queue.quiet())
             yield
 

@@ -158,8 +158,8 @@ class _Search:
     def _array_may_end(self, schemas: Sequence[dict[str, Any]]) -> bool:
         least = max((_number(schema.get("minItems")) for schema in schemas), default=0)
         first = max((len(_prefix(schema)) for schema in schemas), default=0)
-        places = range(min(least, first + 1, _MAX_ITEMS))  # the items after the first few are all alike
-        return all(self._is_finite([_item(schema, place) for schema in schemas]) for place in places)
+        indices = range(min(least, first + 1, _MAX_ITEMS))  # the items after the first few are all alike
+        return all(self._is_finite([_item(schema, index) for schema in schemas]) for index in indices)
 
 
 def _types(schema: dict[str, Any]) -> frozenset[str]:
@@ -182,11 +182,11 @@ def _of_property(schemas: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return found
 
 
-def _item(schema: dict[str, Any], place: int) -> Any:
+def _item(schema: dict[str, Any], index: int) -> Any:
     """Return what a schema says about one item."""
     prefix = _prefix(schema)
-    if place < len(prefix):
-        return prefix[place]
+    if index < len(prefix):
+        return prefix[index]
     return schema.get("additionalItems") if isinstance(schema.get("items"), list) else schema.get("items")
 
 

@@ -83,16 +83,16 @@ def merged_array(writer: Writer, parts: Iterable[Schema], closes: bool) -> Schem
     prefixes = [list_of(part, "prefixItems") for part in speaking]
     if num_first := max(map(len, prefixes), default=0):
         plain["prefixItems"] = [
-            writer.write([_item(part, prefix, place) for part, prefix in zip(speaking, prefixes, strict=True)], closes)
-            for place in range(num_first)
+            writer.write([_item(part, prefix, index) for part, prefix in zip(speaking, prefixes, strict=True)], closes)
+            for index in range(num_first)
         ]
     if rest := [part["items"] for part in speaking if "items" in part]:
         plain["items"] = writer.write(rest, closes)
     return plain
 
 
-def _item(part: Schema, prefix: list[Any], place: int) -> Any:
-    return prefix[place] if place < len(prefix) else part.get("items", True)
+def _item(part: Schema, prefix: list[Any], index: int) -> Any:
+    return prefix[index] if index < len(prefix) else part.get("items", True)
 
 
 def merged_object(writer: Writer, parts: list[Schema], closes: bool, other_names: Iterable[str]) -> Schema | None:

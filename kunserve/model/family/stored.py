@@ -16,7 +16,7 @@ class StoredForm(NamedTuple):
     rows: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the same, of (E, N, ...) with a row for each output
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _transposed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
@@ -35,9 +35,9 @@ def _paired_rows(tensor: Tensor) -> Tensor:
 
 # By what names end in: gpt-oss keeps the weights of an output as a column, and gate and up by turns.
 STORED_FORMS = {
-    ".experts.gate_up_proj": StoredForm(_turned, lambda tensor: _columns(_pairs(tensor)), _paired_rows),
+    ".experts.gate_up_proj": StoredForm(_transposed, lambda tensor: _columns(_pairs(tensor)), _paired_rows),
     ".experts.gate_up_proj_bias": StoredForm(lambda shape: shape, _pairs),
-    ".experts.down_proj": StoredForm(_turned, _columns),
+    ".experts.down_proj": StoredForm(_transposed, _columns),
 }
 
 

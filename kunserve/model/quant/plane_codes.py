@@ -72,7 +72,7 @@ def numbers_of(rows: Tensor, blocks: Blocks) -> Numbers:
 
 
 def _of_super_blocks(of_row: Tensor) -> Numbers:
-    """Of 256 values in eight groups: two scales of 16 bits, then those of the groups, of 6 bits each, in 12 bytes."""
+    """Read the scales of 256 values in eight groups: two of 16 bits, then each group's, of 6 bits, in 12 bytes."""
     both = of_row[..., :4].contiguous().view(torch.float16).float()
     a, b, c = of_row[..., 4:8], of_row[..., 8:12], of_row[..., 12:16]
     scale = torch.cat([a & 63, (c & 15) | (a >> 6) << 4], dim=-1) * both[..., :1]

@@ -54,7 +54,7 @@ OF_GGML = {
 
 
 def every_planes() -> Iterator[Planes]:
-    """All planes that a matrix may be kept in, but for how many columns of a step share a scale."""
+    """Yield all planes that a matrix may be kept in, but for how many columns of a step share a scale."""
     yield from dict.fromkeys(OF_GGML.values())
     for kind in KINDS:
         for size in GROUPS:

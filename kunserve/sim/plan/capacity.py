@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kunserve.engine.launch.placement import model_shape, place
+from kunserve.engine.launch.placement import choose_placement, model_shape
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.planner.cost import CostModel, TokenSpan, Work
@@ -35,14 +35,14 @@ class Capacity:
         machine = SimMachine.of_gpus(model, cluster, block_size)
         shape = model_shape(model, KVShape.of(model, block_size, machine.dtype), machine.chunk_bytes)
         views = machine.views(shape)
-        placed = place(
+        placed = choose_placement(
             shape, views, devices_per_group=1, max_model_len=model.max_position_embeddings, is_len_required=False
         )
         groups = tuple(GroupView(i, stages, 0, Lineage(stages)) for i, stages in enumerate(placed.groups))
         snapshot = Snapshot(0, shape, tuple(views), groups)
         merges = plan_drop(snapshot, ENDLESS, ENDLESS).merges
         merged = {group_id for merge in merges for group_id in merge.group_ids}
-        apart = [group for group in groups if group.group_id not in merged]
+        unmerged = [group for group in groups if group.group_id not in merged]
         tokens = snapshot.capacity_blocks() * block_size
         return cls(
             instances.gpus,
@@ -52,7 +52,7 @@ class Capacity:
             placed.max_model_len,
             (
                 *((len(merge.group_ids), merge.capacity_blocks * block_size) for merge in merges),
-                *((1, tokens // len(groups)) for _ in apart),
+                *((1, tokens // len(groups)) for _ in unmerged),
             ),
         )
 

@@ -40,10 +40,10 @@ async def accepts(request: Request, text: str) -> bool:
     place = request.constraint.copy()  # type: ignore[attr-defined]
     for byte in text.encode():
         place.accept(byte)
-        await place.settled()
+        await place.decided()
     if not place.is_finished:
         place.accept(EOS)
-        await place.settled()
+        await place.decided()
     place.close()
     assert place.error is None or isinstance(place.error, EngineError)
     return place.error is None
@@ -281,7 +281,7 @@ async def test_a_reasoning_model_may_think_before() -> None:
         assert constraint.mask(0)() is None
         for token in (*b"free text", 270, *b"{}"):
             constraint.accept(token)
-            await constraint.settled()
+            await constraint.decided()
             assert constraint.error is None
 
 

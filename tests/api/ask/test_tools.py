@@ -158,7 +158,7 @@ def obeying(text: str) -> FakeEngine:
 async def take(constraint: Constraint, text: bytes, *token_ids: int) -> None:
     for token_id in (*text, *token_ids):
         constraint.accept(token_id)
-        await constraint.settled()
+        await constraint.decided()
 
 
 async def test_required_calls() -> None:

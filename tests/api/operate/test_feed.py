@@ -113,7 +113,7 @@ async def test_no_frame_is_made_while_nobody_watches() -> None:
         assert engine.num_looks == 2
         for viewer in viewers:
             viewer.close()
-        while feed._viewers:
+        while feed.num_viewers:
             await asyncio.sleep(0)
 
 
@@ -158,12 +158,12 @@ async def test_a_viewer_that_does_not_read_is_cut_off_and_nobody_waits_for_it() 
         try:
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(f"GET {URL} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            while not feed._viewers:
+            while not feed.num_viewers:
                 await asyncio.sleep(0)
             viewer = await client.get(URL)
             await next_event_of_any_size(viewer)
             num_seen = 0
-            while len(feed._viewers) == 2:
+            while feed.num_viewers == 2:
                 await asyncio.wait_for(feed.tick(), 5)
                 await next_event_of_any_size(viewer)
                 num_seen += 1

@@ -25,7 +25,7 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES)
 def test_large_and_small_bodies_are_read_alike(value: Any) -> None:
     text = orjson.dumps(value) if "big" not in value else b'{"big": [18446744073709551616, 1e30], "deep": [[[]]]}'
-    large, small = body._large(text), body._small(text)
+    large, small = body.parse_large(text), body.parse_small(text)
     assert large == small and repr(large) == repr(small)
 
 
@@ -37,33 +37,33 @@ def test_large_and_small_bodies_are_read_alike(value: Any) -> None:
     ],
 )
 def test_what_is_no_json(text: bytes) -> None:
-    for read in (body._small, body._large):
+    for read in (body.parse_small, body.parse_large):
         with pytest.raises(InvalidRequestError):
             read(text)
 
 
 @pytest.mark.parametrize("value", [[1], {}])
 def test_too_many_lists_and_objects(value: object) -> None:
-    body._large(orjson.dumps({"prompt": [value] * body.MAX_LISTS}))
+    body.parse_large(orjson.dumps({"prompt": [value] * body.MAX_LISTS}))
     with pytest.raises(InvalidRequestError, match="lists or objects within lists"):
-        body._large(orjson.dumps({"prompt": [value] * (body.MAX_LISTS * 9 // 8)}))
+        body.parse_large(orjson.dumps({"prompt": [value] * (body.MAX_LISTS * 9 // 8)}))
 
 
 @pytest.mark.parametrize("value", ["", True, None])
 def test_too_many_strings_and_the_like(value: object) -> None:
     with pytest.raises(InvalidRequestError, match="strings, truth values and nulls"):
-        body._large(orjson.dumps({"prompt": "x", "junk": [value] * (body.MAX_SCALARS * 9 // 8)}))
+        body.parse_large(orjson.dumps({"prompt": "x", "junk": [value] * (body.MAX_SCALARS * 9 // 8)}))
 
 
 async def test_a_large_body_is_read_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
-    large = body._large
+    large = body.parse_large
 
     def watched(data: bytes) -> object:
         threads.append(threading.current_thread())
         return large(data)
 
-    monkeypatch.setattr(body, "_large", watched)
+    monkeypatch.setattr(body, "parse_large", watched)
     model = ModelInfo(("tiny",), 10, "/", 0)
     engine = FakeEngine()
     async with serving(engine, model=model, tokenizer=CharTokenizer()) as client:

@@ -203,13 +203,13 @@ async def test_who_has_stopped_is_told_when_it_gives_way(monkeypatch: pytest.Mon
 
 
 async def test_bodies_that_wait_for_a_thread_count_until_their_client_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_read, large = threading.Event(), reading._large
+    may_read, large = threading.Event(), reading.parse_large
 
     def slow(data: bytes) -> object:
         assert may_read.wait(60)
         return large(data)
 
-    monkeypatch.setattr(reading, "_large", slow)
+    monkeypatch.setattr(reading, "parse_large", slow)
     model = ModelInfo(("tiny",), 10, "/", 0)
     data = b" " * (200 * KIB) + SMALL
     async with serving(FakeEngine(), ApiSettings(tokenizer_threads=1, logs_access=False), model=model) as client:

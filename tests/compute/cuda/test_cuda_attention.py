@@ -61,7 +61,7 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
     sequences, cuts = [[0, 1, 2], [0, 1, 2], [2, 1], [1], [1, 2, 0], [2, 0]], [(), (), (), (2,), (1, 4), (4,)]
     for i, (which, cut) in enumerate(zip(sequences, cuts, strict=True)):
         assert_same(pair, decode(i, which), 10 + i, cut)
-    (kind,) = attention._kinds
+    (kind,) = attention.kinds
     buckets = kind.buckets
     assert set(buckets) == {1, 2, 4, 6}
     assert [buckets[n].num_plans - 1 for n in (1, 2, 4, 6)] == [1 + 2, 1 + 2, 2 + 3, 0]  # once per step and stage

@@ -139,7 +139,7 @@ def test_ids_below_zero_are_those_that_were_fed(pair: Pair) -> None:
         assert_same(pair, spans, i)
     batch, rows = step(decode(0, [0, 1, 2]))
     expected = pair.plain.forward(0, LAYERS, torch.tensor([7, 30, 12], dtype=torch.int32), batch, rows)
-    pair.cuda.feed(torch.tensor([12, 7, 49]))
+    pair.cuda.put_previous_tokens(torch.tensor([12, 7, 49]))
     actual = pair.cuda.forward(0, LAYERS, torch.tensor([-2, 30, -1], dtype=torch.int32), batch, rows)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 

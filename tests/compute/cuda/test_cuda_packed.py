@@ -88,7 +88,7 @@ def test_columns_are_shared_out_where_rows_are_few(monkeypatch: pytest.MonkeyPat
     [(64, 64, 8), (64, 224, 28), (448, 64, 64), (2004, 64, 64), (1, 3, 3), (1, 17, 9)],
 )
 def test_enough_programs_of_enough_turns(num_programs: int, num_turns: int, span: int) -> None:
-    assert packed._span(num_programs, num_turns) == span
+    assert packed.turns_per_program(num_programs, num_turns) == span
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ async def test_the_same_memory_holds_twice_as_many_tokens(tiny_models: TinyModel
             assert memory.weights.tensor("layers.0", "model.layers.0.input_layernorm.weight").dtype is torch.float32
             tokens.append(served.engine.groups[0].num_blocks * 16)
             host_blocks.append(served.engine.scheduler.swapped.num_blocks)
-            assert memory.kv.shape.block_bytes == served.control.reconfigure._remap.shape.kv_block_bytes
+            assert memory.kv.shape.block_bytes == served.control.reconfigure.remap.shape.kv_block_bytes
     assert tokens[1] == tokens[2] == 2 * tokens[0] and host_blocks[1] == host_blocks[2] == 2 * host_blocks[0]
 
 

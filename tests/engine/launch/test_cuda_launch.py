@@ -121,7 +121,7 @@ async def test_two_gpus_directly_or_through_host_memory(
     async with serving(tiny, device_memory_bytes=24 * MIB, **settings) as served:
         assert [m.device.name for m in served.engine.memories] == ["cuda:0", "cuda:1"]
         assert served.machine.device_name == "GPU 0 that is not there"
-        assert [view.island for view in served.control._devices] == [0, 0 if are_peers else 1]
+        assert [view.island for view in served.control.snapshot().devices] == [0, 0 if are_peers else 1]
         await assert_same_tokens_through_drop_and_restore(served)
         (restore,) = (t for t in served.control.reconfigure.transitions.remembered if t.kind == "restore")
         assert restore.weight_sources.keys() == {"mate" if host_copy is HostCopy.NONE else "host"}

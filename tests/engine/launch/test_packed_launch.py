@@ -23,11 +23,11 @@ TWO: dict[str, Any] = {"devices": parse_devices("cuda:0,1"), "device_memory_byte
 def planes_in(served: Served) -> dict[str, set[str]]:
     """Names of the matrices of a layer that are packed, by the kind of their codes."""
     weights, kinds = served.engine.memories[0].weights, dict[str, set[str]]()
-    for spec in weights._units["layers.1"].tensors:
+    for spec in weights.specs("layers.1"):
         if isinstance(spec.blocks, Planes):
             kinds.setdefault(spec.blocks.kind, set()).add(spec.name.split(".")[-2])
             assert weights.linear("layers.1", spec.name).parts[0].scales is not None
-            assert any(other.name == spec.name + SCALES for other in weights._units["layers.1"].tensors)
+            assert any(other.name == spec.name + SCALES for other in weights.specs("layers.1"))
     return kinds
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from groups import shape_of, views
 
-from kunserve.engine.launch.placement import Placement, budget_chunks, place
+from kunserve.engine.launch.placement import Placement, budget_chunks, choose_placement
 from kunserve.errors import ConfigError
 from kunserve.planner.snapshot import DeviceView, ModelShape, capacity_blocks
 
@@ -45,7 +45,7 @@ def lengths(placement: Placement) -> list[int]:
 def test_chains_are_as_short_as_the_model_fits(card: str, num_devices: int, gib: int, expected: list[int]) -> None:
     shape = shape_of(card)
     devices = views(num_devices, gib * GIB, shape)
-    placement = place(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=None)
     assert sorted(lengths(placement), reverse=True) == expected
     check(placement, shape, devices)
 
@@ -53,8 +53,8 @@ def test_chains_are_as_short_as_the_model_fits(card: str, num_devices: int, gib:
 def test_a_length_that_is_asked_for_makes_chains_longer() -> None:
     shape = shape_of("llama-8b")
     devices = views(4, 17 * GIB, shape)  # 15 GiB of weights each: about 2 GiB of KV, 128 KiB per token
-    short = place(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
-    long = place(shape, devices, max_model_len=65536, is_len_required=True, devices_per_group=None)
+    short = choose_placement(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
+    long = choose_placement(shape, devices, max_model_len=65536, is_len_required=True, devices_per_group=None)
     assert lengths(short) == [1] * 4 and lengths(long) == [2] * 2
     check(long, shape, devices)
 
@@ -62,7 +62,7 @@ def test_a_length_that_is_asked_for_makes_chains_longer() -> None:
 def test_a_length_that_is_only_a_default_shrinks_to_what_fits() -> None:
     shape = shape_of("llama-8b")
     devices = views(4, 17 * GIB, shape)
-    placement = place(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
     assert lengths(placement) == [1] * 4
     assert 8192 < placement.max_model_len < 65536
     check(placement, shape, devices)
@@ -72,7 +72,7 @@ def test_a_default_length_does_not_shrink_to_nothing_while_devices_are_left() ->
     shape = shape_of("llama-8b")
     devices = views(2, shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes + 64 * MIB, shape)
     # a chunk of KV per layer: 512 tokens
-    placement = place(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
+    placement = choose_placement(shape, devices, max_model_len=65536, is_len_required=False, devices_per_group=None)
     assert lengths(placement) == [2]
     check(placement, shape, devices)
 
@@ -81,7 +81,7 @@ def test_the_flag_decides_how_long_chains_are() -> None:
     shape = shape_of("smollm2-135m")
     devices = views(4, 2 * GIB, shape)
     for size in (1, 2, 4):
-        placement = place(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=size)
+        placement = choose_placement(shape, devices, max_model_len=4096, is_len_required=True, devices_per_group=size)
         assert lengths(placement) == [size] * (4 // size)
         check(placement, shape, devices)
 
@@ -90,7 +90,7 @@ def test_chains_longer_than_devices_or_layers_are_refused() -> None:
     shape = shape_of("smollm2-135m")
     for num_devices, size in ((2, 3), (40, 31)):
         with pytest.raises(ConfigError, match=f"chains of {size} devices .* {num_devices} devices and 30 layers"):
-            place(
+            choose_placement(
                 shape, views(num_devices, GIB, shape), max_model_len=64, is_len_required=False, devices_per_group=size
             )
 
@@ -100,7 +100,7 @@ def test_too_little_memory_names_the_figures(is_len_required: bool) -> None:
     shape = shape_of("llama-70b")
     weights_gib = shape.weight_chunks(0, 80) * 2 * 10 // 1024 / 10  # rounded down
     with pytest.raises(ConfigError) as caught:
-        place(
+        choose_placement(
             shape,
             views(2, 60 * GIB, shape),
             max_model_len=4096,
@@ -118,7 +118,7 @@ def test_weights_that_fit_without_a_request_are_too_little() -> None:
     shape = shape_of("smollm2-135m", torch.float32)
     devices = [DeviceView(0, shape.weight_chunks(0, 30) + 29)]  # a chunk short of one per layer
     with pytest.raises(ConfigError, match="too little memory"):
-        place(shape, devices, max_model_len=4096, is_len_required=False, devices_per_group=None)
+        choose_placement(shape, devices, max_model_len=4096, is_len_required=False, devices_per_group=None)
 
 
 def test_budgets() -> None:

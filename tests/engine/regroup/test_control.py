@@ -187,14 +187,14 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
     """It sees the overload in the moment in which an operator has asked for something else."""
     async with automatic(tiny64, "cpu:4") as checked:
         control = checked.control
-        control._is_automatic = False
+        control.is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not control._pressure.is_too_high(checked.engine.groups):
+        while not control.pressure.is_too_high(checked.engine.groups):
             await next_round()
         asked = asyncio.create_task(control.drop([2, 3]))
         await asyncio.sleep(0)  # it is about to begin
         assert control.tasks and control.reconfigure.transitions.current is None
-        control._is_automatic = True
+        control.is_automatic = True
         control.observe(checked.engine.groups)
         assert not any(group.is_paused for group in checked.engine.groups)
         assert (await asked)["old_groups"] == (2, 3)
@@ -208,9 +208,9 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
 ) -> None:
     async with automatic(tiny64) as checked:
         control, engine = checked.control, checked.engine
-        control._is_automatic = False
+        control.is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
-        while not control._pressure.is_too_high(engine.groups):
+        while not control.pressure.is_too_high(engine.groups):
             await next_round()
         groups = list(engine.groups)
         control._begin_drop(loop_time())

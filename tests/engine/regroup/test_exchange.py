@@ -148,7 +148,7 @@ async def test_a_client_that_leaves_while_layers_move(
     its = await expected(tiny64, requests)
     async with two_devices(tiny64, 128) as checked:
         answers, gate = await loaded(checked, requests), Gate(checked)
-        remap = checked.reconfigure._remap
+        remap = checked.reconfigure.remap
         apply = remap.apply
 
         async def leave_and_apply(layouts: Layouts) -> None:
@@ -301,7 +301,7 @@ async def test_requests_that_do_not_fit_yet_wait_for_room(tiny64: Path) -> None:
         gate = Gate(checked)
         await drop_unevenly(checked)
         (group,) = checked.engine.groups
-        held = [m.has_blocks for m in checked.reconfigure.exchange._moving.values()]
+        held = [m.has_blocks for m in checked.reconfigure.exchange.moving.values()]
         assert 0 < held.count(False) < len(held) and not group.is_admitting
         late = await asked(checked, new)
         assert len(checked.engine.scheduler.waiting) == 2  # the blocks are for those on their way
@@ -320,7 +320,7 @@ async def test_a_client_that_leaves_while_its_kv_waits_for_room(tiny64: Path) ->
         answers = await loaded(checked, requests, 3)
         gate = Gate(checked)
         await drop_unevenly(checked)
-        late = [m.request for m in checked.reconfigure.exchange._moving.values() if not m.has_blocks]
+        late = [m.request for m in checked.reconfigure.exchange.moving.values() if not m.has_blocks]
         for request in late:
             checked.engine.abort(request.request_id)
         gate.is_open.set()
@@ -385,7 +385,7 @@ async def test_who_arrived_and_lacks_a_block_that_others_hold(
 
 async def test_ranges_that_are_resized_at_the_same_time_are_both_resized(tiny64: Path) -> None:
     async with two_devices(tiny64, 64) as checked:
-        remap, kv = checked.reconfigure._remap, checked.engine.memories[0].kv
+        remap, kv = checked.reconfigure.remap, checked.engine.memories[0].kv
         before = [kv.num_chunks(layer) for layer in range(6)]
         await asyncio.gather(*(remap.resize_kv(0, {layer: 0}) for layer in (1, 3)))
         assert [kv.num_chunks(layer) for layer in range(6)] == [0 if i in (1, 3) else n for i, n in enumerate(before)]

@@ -16,7 +16,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import Served
 from kunserve.engine.regroup import migrate
 from kunserve.engine.regroup.boundary import Boundary
-from kunserve.engine.regroup.migrate import LAST_STAGE_BLOCKS, Migrating, Migration
+from kunserve.engine.regroup.migrate import LAST_ROUND_BLOCKS, Migrating, Migration
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import is_decoding
 from kunserve.errors import DeviceError
@@ -94,7 +94,7 @@ async def test_a_long_request_runs_while_it_is_copied_and_stops_for_the_rest(
         assert await reader == expected
     (was_stopped, num_first), (is_stopped, num_last) = copies
     assert not was_stopped and num_first == 25  # complete blocks of the 101 tokens; the 26th stays behind
-    assert is_stopped and 0 < num_last < LAST_STAGE_BLOCKS
+    assert is_stopped and 0 < num_last < LAST_ROUND_BLOCKS
 
 
 async def test_it_generates_while_its_complete_blocks_are_copied(tiny64: Path) -> None:
@@ -112,7 +112,7 @@ async def test_it_generates_while_its_complete_blocks_are_copied(tiny64: Path) -
 
 
 async def test_given_up_when_it_grows_faster_than_it_is_copied(tiny64: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrate, "LAST_STAGE_BLOCKS", 0)  # never few enough
+    monkeypatch.setattr(migrate, "LAST_ROUND_BLOCKS", 0)  # never few enough
     expected = await alone(tiny64, make_request("long", 101, 50))
     async with migrating(tiny64) as served:
         reader = await begin_one(served.engine, make_request("long", 101, 50))
@@ -222,13 +222,13 @@ async def test_stopping_on_the_way_frees_everything(tiny64: Path) -> None:
 async def test_the_timer_runs_only_while_something_does(tiny64: Path) -> None:
     async with migrating(tiny64) as served:
         engine = served.engine
-        assert mover(engine)._timer is None
+        assert not mover(engine).is_watching
         reader = asyncio.create_task(read(engine, make_request("r", 30, 50)))
         await until(engine, lambda: engine.num_running == 1)
-        assert mover(engine)._timer is not None
+        assert mover(engine).is_watching
         await reader
         mover(engine).pair()  # what the timer calls
-        assert mover(engine)._timer is None
+        assert not mover(engine).is_watching
 
 
 async def test_chains_do_not_migrate(tiny64: Path) -> None:

@@ -16,7 +16,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.launch.launch import Served
-from kunserve.engine.regroup.swap import CopyBudget, Swap
+from kunserve.engine.regroup.swap import CopyBudget, SwapMover
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.swap_queue import SwapQueue
 from kunserve.errors import DeviceError
@@ -39,7 +39,7 @@ async def swapping(tiny64: Path, num_blocks: int = 40, **settings: Any) -> Async
 
 
 def buffers(engine: Engine) -> dict[str, Any]:
-    assert isinstance(engine.mover, Swap)
+    assert isinstance(engine.mover, SwapMover)
     return engine.mover._buffers
 
 
@@ -66,7 +66,7 @@ async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, tiny64
         assert await read_all(engine, make_crowd(size)) == expected
         assert engine.state()["requests"]["swaps"] > 3
         assert engine.scheduler.num_preemptions == 0
-        assert isinstance(engine.mover, Swap) and engine.mover.num_bytes > 0
+        assert isinstance(engine.mover, SwapMover) and engine.mover.num_bytes > 0
 
 
 async def test_without_room_on_the_host_victims_are_recomputed(tiny64: Path) -> None:
@@ -129,7 +129,7 @@ async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> No
         requests = [make_request(f"r{i}", 30, 70) for i in range(3)]
         readers = [asyncio.create_task(read(engine, request)) for request in requests]
         await gate.reached.wait()
-        returning = next(move.request for move in engine.scheduler.swapped._moving.values() if not move.is_out)
+        returning = next(move.request for move in engine.scheduler.swapped.moving.values() if not move.is_out)
         assert returning.is_moving and returning.block_tables
         engine.abort(returning.request_id)
         engine.check()

@@ -41,7 +41,7 @@ def contents(checked: Checked) -> dict[str, torch.Tensor]:
         f"{memory.device.name} {unit} {spec.name}": memory.weights.tensor(unit, spec.name).clone()
         for memory in checked.engine.memories
         for unit in memory.weights.present
-        for spec in memory.weights._units[unit].tensors
+        for spec in memory.weights.specs(unit)
     }
 
 
@@ -105,7 +105,7 @@ async def test_any_call_may_fail(kind: str, tiny64: Path, expected: list[Answer]
         assert {name for _, name in failed_on} == calls and {device for device, _ in failed_on} == {"cpu:0", "cpu:1"}
 
 
-async def test_devices_that_were_not_settled_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
+async def test_chunks_that_were_not_reassigned_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
     """All maps fail once the epoch is committed: the chain serves with less, and can be restored all the same."""
     async with checked_engine(tiny64, "cpu:2", 320) as checked:
         failures = Failures(checked.engine)
@@ -336,7 +336,7 @@ async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path
             assert answer.finish is not None or isinstance(answer.error, OverloadedError)
         assert checked.reconfigure.transitions.current is None
         checked.assert_no_failure()
-        assert not checked.reconfigure.exchange._moving
+        assert not checked.reconfigure.exchange.moving
         assert not any(request.is_moving for group in checked.engine.groups for request in group.running)
 
 

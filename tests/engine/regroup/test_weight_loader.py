@@ -20,7 +20,7 @@ from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import HOST, Links, Priority
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
-from kunserve.model.host_copy import HostCopy, WeightOrigin
+from kunserve.model.host_copy import HostCopy, LoadedFrom
 from kunserve.model.layout import weight_units
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ MODEL = ModelConfig("llama", 500, 64, 96, 2, 4, 2, 16, 256)
 CHUNK_BYTES = 1 << 16
 UNITS = {unit.name: unit for unit in weight_units(MODEL, "float32")}
 LAYER_BYTES = 4 * (64 + 64 * 64 + 2 * 32 * 64 + 64 * 64 + 64 + 3 * 64 * 96)
-MATE, DISK, FROM_HOST = WeightOrigin.MATE, WeightOrigin.DISK, WeightOrigin.HOST
+MATE, DISK, FROM_HOST = LoadedFrom.MATE, LoadedFrom.DISK, LoadedFrom.HOST
 
 
 class CountingSource(DummySource):

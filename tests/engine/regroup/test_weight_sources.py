@@ -50,7 +50,7 @@ def expected(tiny64: Path) -> list[Answer]:
 def unit_bytes(checked: Checked, device: int, units: Iterable[str]) -> int:
     """Bytes of the tensors of some units."""
     weights = checked.engine.memories[device].weights
-    return sum(weights.tensor(unit, spec.name).nbytes for unit in units for spec in weights._units[unit].tensors)
+    return sum(weights.tensor(unit, spec.name).nbytes for unit in units for spec in weights.specs(unit))
 
 
 def total_bytes(checked: Checked) -> int:
@@ -69,7 +69,7 @@ def assert_weights_are_the_files(checked: Checked, folder: Path) -> None:
     for memory in checked.engine.memories:
         assert not memory.weights.unfilled
         for unit in memory.weights.present:
-            for spec in memory.weights._units[unit].tensors:
+            for spec in memory.weights.specs(unit):
                 tensor = memory.weights.tensor(unit, spec.name)
                 expected = torch.empty_like(tensor)
                 source.copy_into(spec.name, expected)

@@ -151,7 +151,7 @@ async def test_a_stage_has_work_until_its_gpu_is_done_whatever_was_launched_behi
         assert isinstance(engine.executor, CudaExecutor)
         has_launched_last = threading.Event()
         first, last = engine.executor.decoders
-        stream = engine.executor.devices[0]._compute.stream
+        stream = engine.executor.devices[0].compute.stream
         monkeypatch.setattr(first, "forward", _then(first.forward, lambda: drivers[0].submit(stream)))
         monkeypatch.setattr(last, "forward", _then(last.forward, has_launched_last.set))
         answer = asyncio.ensure_future(generate(engine, 1, 1))
@@ -199,7 +199,7 @@ class HeldGrammar:
     def accept(self, token_id: int) -> None:
         pass
 
-    async def settled(self) -> None:
+    async def decided(self) -> None:
         pass
 
     def release(self) -> None:

@@ -152,7 +152,7 @@ async def test_nobody_ends_while_the_only_group_waits_to_be_replaced(tiny64: Pat
     async with chains_of_two(tiny64) as checked:
         lose(checked, 3)
         await checked.rebuilt()
-        remap: Any = checked.control.membership._remap
+        remap: Any = checked.control.membership.remap
         load = remap.load
 
         async def load_and_lose(*arguments: Any) -> int:

@@ -12,8 +12,7 @@ from typing import Any, cast
 import pytest
 from crowd import make_request
 from loaded_groups import assert_same, loaded
-from patience import patient_with_sound_devices
-from transition_harness import Answer, Checked, again, checked_engine, make_requests
+from transition_harness import Answer, Checked, again, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.request import Request
@@ -134,7 +133,7 @@ async def drop_and_restore(checked: Checked) -> None:
         try:
             await checked.control.restore()
         except ConflictError:
-            if not checked.engine._live:  # no step would ever come
+            if not checked.engine.live:  # no step would ever come
                 break
             await checked.commits(1)
         await checked.settled()

@@ -84,7 +84,7 @@ def test_streams_of_sound_groups_miss_one_microbatch_at_most(num_prompt_tokens: 
                 pass
 
         answering = [asyncio.create_task(read(ask(i, num_prompt_tokens, 200))) for i in range(number)]
-        while sum(live.request.num_output_tokens > 20 for live in engine._live.values()) < number:
+        while sum(live.request.num_output_tokens > 20 for live in engine.live.values()) < number:
             await engine.signals.next_commit()
         group = engine.fleet.group_on(1)
         assert group is not None

@@ -16,7 +16,7 @@ async def allowed(constraint: GrammarConstraint, num_accepted: int) -> set[int] 
 
 async def take(constraint: GrammarConstraint, token_id: int) -> None:
     constraint.accept(token_id)
-    await constraint.settled()
+    await constraint.decided()
 
 
 async def of_regex(pool: Pool, pattern: str, begins_after: int | None = None) -> GrammarConstraint:

@@ -103,7 +103,7 @@ def test_sentence_piece_bytes(tmp_path: Path) -> None:
     ids = tokenizer.encode("hello é")
     assert tokenizer.decode(ids) == "hello é"
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " hello é"
-    assert tokenizer.form.strips_space
+    assert tokenizer.coding.strips_space
 
 
 @pytest.mark.parametrize("skip", [False, True])

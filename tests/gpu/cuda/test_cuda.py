@@ -209,7 +209,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def compute_stream(device: CudaDevice) -> int:
-    return device._compute.stream
+    return device.compute.stream
 
 
 async def test_run_returns_when_the_device_is_done_and_launches_go_on(device: CudaDevice, driver: FakeCuda) -> None:

@@ -105,13 +105,13 @@ async def test_devices_that_copy_to_each_other_do_not_wait_for_each_other(monkey
     """Both launch on a stream of theirs, and only then ask for one of the other's."""
     drivers = [FakeCuda(0, reachable=[1]), FakeCuda(1, reachable=[0])]
     a, b = open_cuda_devices(drivers, 1, CHUNK)
-    both, take_over = threading.Barrier(2), copy._take_over
+    both, take_over = threading.Barrier(2), copy.take_over
 
     def together(*ends: Any) -> torch.Tensor:
         both.wait(10)
         return take_over(*ends)
 
-    monkeypatch.setattr(copy, "_take_over", together)
+    monkeypatch.setattr(copy, "take_over", together)
     kv = [torch.arange(8.0).view(4, 2) + 10 * i for i in range(2)]
     async with asyncio.timeout(30):
         await asyncio.gather(

@@ -63,11 +63,11 @@ def test_streams_outlive_their_devices() -> None:
     with device.computing():
         staged, there = driver.pinned(32), on_gpu()
         there.copy_(staged.view(torch.float32), non_blocking=True)
-    streams = {queue.stream for queue in device._queues}
+    streams = {queue.stream for queue in device.queues}
     device.close()
     del staged
     again = CudaDevice(FakeCuda(is_async=True), "cuda:0", 1, GRANULARITY)
-    assert {queue.stream for queue in again._queues} == streams
+    assert {queue.stream for queue in again.queues} == streams
     again.close()
 
 

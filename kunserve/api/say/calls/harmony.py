@@ -25,7 +25,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([\w.:/-]+)")
 
 
-class _Place(enum.Enum):
+class _State(enum.Enum):
     UNDECIDED = enum.auto()  # whether the output has headers at all
     HEADER = enum.auto()
     TEXT = enum.auto()
@@ -36,7 +36,7 @@ class _Place(enum.Enum):
 class Channels(Stepwise):
     """Reads one output. Implements `parser.ToolParser`, and tells the reasoning as well."""
 
-    _place: _Place
+    _state: _State
 
     def __init__(
         self, tools: Sequence[Mapping[str, Any]] = (), is_open: bool = False, reads_calls: bool = True
@@ -44,11 +44,11 @@ class Channels(Stepwise):
         """Begin to read. `is_open`: the prompt has begun an analysis. Not `reads_calls`: calls are text."""
         super().__init__()
         self._names = {tool["function"]["name"] for tool in tools}
-        self._place = _Place.REASONING if is_open else _Place.UNDECIDED
+        self._state = _State.REASONING if is_open else _State.UNDECIDED
         self._reads_calls = reads_calls
         self._num_calls = 0
         self._arguments: str | None = None  # of this call, as long as they may be no object; then they go out
-        self._is_told: set[_Place] = set()  # what has been said of
+        self._is_told: set[_State] = set()  # what has been said of
         self._breaks_line = False  # this message goes on with what one before has said
 
     def finish(self, is_cut: bool) -> list[Delta]:
@@ -56,28 +56,28 @@ class Channels(Stepwise):
         rest, self._buffer = self._buffer, ""
         if is_cut:
             return []
-        if self._place is _Place.HEADER:  # one that did not end; text, if it had not begun
+        if self._state is _State.HEADER:  # one that did not end; text, if it had not begun
             return [Text(rest)] if rest.strip() and not first_mark(rest, _FIRST)[1] else []
-        if self._place is _Place.UNDECIDED:
+        if self._state is _State.UNDECIDED:
             return [Text(rest)] if rest.strip() else []
         return joined([*self._say(rest), *self._end()])
 
     def _step(self) -> list[Delta]:
-        if self._place is _Place.UNDECIDED:
+        if self._state is _State.UNDECIDED:
             if (mark := mark_at(self._buffer.lstrip(), 0, _FIRST)) is not None:
-                self._place = _Place.HEADER if mark else _Place.TEXT
+                self._state = _State.HEADER if mark else _State.TEXT
             return []
-        if self._place is _Place.HEADER:
+        if self._state is _State.HEADER:
             header, message, rest = self._buffer.partition(_MESSAGE)
             if not message:
                 return []
             self._buffer = rest
             return self._begin(header)
         marks = _ENDS + _BEGINS
-        place, mark = first_mark(self._buffer, marks)
+        index, mark = first_mark(self._buffer, marks)
         if not mark:
-            place -= held_back(self._buffer, marks)
-        piece, self._buffer = self._buffer[:place], self._buffer[place + (len(mark) if mark in _ENDS else 0) :]
+            index -= held_back(self._buffer, marks)
+        piece, self._buffer = self._buffer[:index], self._buffer[index + (len(mark) if mark in _ENDS else 0) :]
         return [*self._say(piece), *self._end()] if mark else self._say(piece)
 
     def _begin(self, header: str) -> list[Delta]:
@@ -87,22 +87,22 @@ class Channels(Stepwise):
         is_function = recipient is not None and (name != recipient[1] or name in self._names)
         self._breaks_line = False
         if is_function and self._reads_calls:
-            self._place, self._arguments = _Place.CALL, ""
+            self._state, self._arguments = _State.CALL, ""
             return [CallBegin(self._num_calls, new_call_id(), name)]
         is_analysis = channel is not None and channel[1] == "analysis"
-        self._place = _Place.REASONING if is_analysis else _Place.TEXT
-        self._breaks_line = self._place in self._is_told
+        self._state = _State.REASONING if is_analysis else _State.TEXT
+        self._breaks_line = self._state in self._is_told
         return []
 
     def _say(self, piece: str) -> list[Delta]:
         """Return more of this message."""
-        if self._place is _Place.CALL:
+        if self._state is _State.CALL:
             return self._say_arguments(piece)
         if not piece:
             return []
-        self._is_told.add(self._place)
+        self._is_told.add(self._state)
         piece, self._breaks_line = "\n" * self._breaks_line + piece, False
-        return [Reasoning(piece) if self._place is _Place.REASONING else Text(piece)]
+        return [Reasoning(piece) if self._state is _State.REASONING else Text(piece)]
 
     def _say_arguments(self, piece: str) -> list[Delta]:
         if self._arguments is not None:
@@ -114,7 +114,7 @@ class Channels(Stepwise):
 
     def _end(self) -> list[Delta]:
         """End this message."""
-        was_call, self._place = self._place is _Place.CALL, _Place.HEADER
+        was_call, self._state = self._state is _State.CALL, _State.HEADER
         if not was_call:
             return []
         self._num_calls += 1

@@ -10,12 +10,12 @@ from kunserve.api.say.calls.marks import mark_at
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta, Text
 
 _ARGUMENTS = ("arguments", "parameters")  # Llama 3 says parameters
-_KEYS = frozenset({"name", "type", "id", "index", *_ARGUMENTS})  # an object with others at its beginning is no call
+_KEYS = frozenset({"name", "type", "id", "index", *_ARGUMENTS})  # an object that begins with other keys is no call
 _EMPTY = ("", "null", "[]", "{}")
 
 
 class JsonReader:
-    """One object: with `name` and `arguments`, or only the arguments of a function that was named before it.
+    """Reads one object: with `name` and `arguments`, or only the arguments of a function that was named before it.
 
     What turns out to be no call comes back as text. `rest` is what follows the object, once it `is_done`.
     """
@@ -39,30 +39,30 @@ class JsonReader:
 
     def push(self, text: str) -> list[Delta]:
         """Take more text; the first character is the object's brace."""
-        text, place = self.rest + text, 0
-        while place < len(text) and not self.is_done:
-            if text[place] in self._first_of_stops and not self._in_string:
-                if (mark := mark_at(text, place, self._stops)) is None:
+        text, index = self.rest + text, 0
+        while index < len(text) and not self.is_done:
+            if text[index] in self._first_of_stops and not self._in_string:
+                if (mark := mark_at(text, index, self._stops)) is None:
                     break
                 if mark:
                     self._end(is_whole=False)
                     break
-            self._take(text[place])
-            place += 1
-        self.rest = text[place:]
+            self._take(text[index])
+            index += 1
+        self.rest = text[index:]
         return self._told()
 
     def finish(self, is_cut: bool) -> list[Delta]:
-        """Return what is left if the output ended inside the object; `is_cut`: not by the model's own will."""
+        """Return what is left if the output ended inside the object; `is_cut`: by a limit, not by the model."""
         if not is_cut:
-            self._raw.append(self.rest)  # may have become a stop
+            self._raw.append(self.rest)  # it could have become a stop: none came
             self._end(is_whole=False)
         elif not self.is_call and not self._may_be_call():
             return [Text("".join(self._raw))]
         return self._told()
 
     def _told(self) -> list[Delta]:
-        """Return what has become certain."""
+        """Return the deltas that have become certain since the last call."""
         deltas: list[Delta] = [*self._begin]
         if self._written:
             deltas.append(CallArguments(self._index, "".join(self._written)))
@@ -115,7 +115,7 @@ class JsonReader:
             self._begin = [CallBegin(self._index, self._call_id, name)]
 
     def _end(self, is_whole: bool) -> None:
-        """End the object; not `is_whole`: braces are missing."""
+        """End the object. If it is not `is_whole`, closing braces are missing."""
         self.is_done = True
         if self._arguments_depth == 2 and not self._is_key:
             self._end_value(len(self._raw) - is_whole)

@@ -16,13 +16,13 @@ def _held_back(text: str, mark: str) -> int:
 
 def first_mark(text: str, marks: Iterable[str]) -> tuple[int, str]:
     """Return where the first of `marks` is in `text`, and which; its length and "" if none is."""
-    places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-    return min(places, default=(len(text), ""))
+    found = [(index, mark) for mark in marks if (index := text.find(mark)) >= 0]
+    return min(found, default=(len(text), ""))
 
 
-def mark_at(text: str, place: int, marks: Sequence[str]) -> str | None:
-    """Return which of `marks` is at `place`, "" if none is, None if more text is needed to tell."""
-    if text.startswith(tuple(marks), place):
-        return next(mark for mark in marks if text.startswith(mark, place))
-    rest = len(text) - place
-    return None if any(rest < len(mark) and mark.startswith(text[place:]) for mark in marks) else ""
+def mark_at(text: str, index: int, marks: Sequence[str]) -> str | None:
+    """Return which of `marks` is at `index`, "" if none is, None if more text is needed to tell."""
+    if text.startswith(tuple(marks), index):
+        return next(mark for mark in marks if text.startswith(mark, index))
+    rest = len(text) - index
+    return None if any(rest < len(mark) and mark.startswith(text[index:]) for mark in marks) else ""

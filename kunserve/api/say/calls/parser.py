@@ -48,7 +48,7 @@ class Reader(Protocol):
         """See `ToolParser`."""
 
 
-class _Place(enum.Enum):
+class _State(enum.Enum):
     UNDECIDED = enum.auto()  # whether the answer begins with a call
     TEXT = enum.auto()
     HEAD = enum.auto()  # inside of the marks, before a call
@@ -58,15 +58,15 @@ class _Place(enum.Enum):
 class CallsParser(Stepwise):
     """Reads one format."""
 
-    _place: _Place
+    _state: _State
 
-    def __init__(self, form: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, format: CallFormat, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         """Begin to read text of a format. `tools`: those of the request, for what only they can tell."""
         super().__init__()
-        self._form = form
-        self._opening = "" if form.tags is None else form.tags.name[0]  # of a name: nothing to leave out
+        self._format = format
+        self._opening = "" if format.tags is None else format.tags.name[0]  # of a name: nothing to leave out
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        self._place = _Place.UNDECIDED if form.is_bare else _Place.TEXT
+        self._state = _State.UNDECIDED if format.is_bare else _State.TEXT
         self._reader: Reader | None = None
         self._num_calls = 0
         self._brackets = ""  # that have been passed over, text if no call follows
@@ -81,7 +81,7 @@ class CallsParser(Stepwise):
             deltas = self._reader.finish(is_cut)
             if self._brackets and not self._reader.is_call and deltas:
                 deltas = [Text(self._brackets), *deltas]
-        elif self._place is _Place.HEAD and not is_cut:
+        elif self._state is _State.HEAD and not is_cut:
             deltas = self._finish_head()
         elif not is_cut and self._buffer.strip():
             deltas = [Text(self._buffer)]
@@ -89,73 +89,74 @@ class CallsParser(Stepwise):
         return joined(deltas)
 
     def _step(self) -> list[Delta]:
-        match self._place:
-            case _Place.UNDECIDED:
+        match self._state:
+            case _State.UNDECIDED:
                 if begin := self._buffer.lstrip():
-                    self._place = _Place.HEAD if begin[0] in "{[" else _Place.TEXT
+                    self._state = _State.HEAD if begin[0] in "{[" else _State.TEXT
                 return []
-            case _Place.TEXT:
+            case _State.TEXT:
                 return self._read_text()
-            case _Place.HEAD:
+            case _State.HEAD:
                 return self._read_head()
-            case _Place.CALL:
+            case _State.CALL:
                 return self._read_call()
 
     def _read_text(self) -> list[Delta]:
-        marks = self._form.marks if self._is_raw else self._form.starts
-        place, mark = first_mark(self._buffer, marks)
+        marks = self._format.marks if self._is_raw else self._format.starts
+        index, mark = first_mark(self._buffer, marks)
         if not mark:
-            place -= held_back(self._buffer, marks)
-        text, self._buffer = self._buffer[:place], self._buffer[place + (len(mark) if mark != self._opening else 0) :]
-        if mark in self._form.starts:
-            self._place = _Place.HEAD
-        self._is_raw = self._is_raw and mark not in (*self._form.starts, *self._form.ends)
+            index -= held_back(self._buffer, marks)
+        text, self._buffer = self._buffer[:index], self._buffer[index + (len(mark) if mark != self._opening else 0) :]
+        if mark in self._format.starts:
+            self._state = _State.HEAD
+        self._is_raw = self._is_raw and mark not in (*self._format.starts, *self._format.ends)
         if self._strips_text:
             text = text.lstrip()
             self._strips_text = not text
         return [Text(text)] if text else []
 
     def _read_head(self) -> list[Delta]:
-        form = self._form
+        format = self._format
         if self._is_behind_call and not self._skip_to_mark():
             return []
         rest = self._buffer = self._buffer.lstrip(_BETWEEN)
-        mark = mark_at(rest, 0, form.marks)
+        mark = mark_at(rest, 0, format.marks)
         if mark is None or not rest:
             return []
-        if mark and mark != self._opening and (form.head is None or mark not in form.call_marks[:-1]):
+        if mark and mark != self._opening and (format.head is None or mark not in format.call_marks[:-1]):
             self._buffer, self._brackets = rest[len(mark) :], ""
-            if mark in form.ends:
-                self._place = _Place.TEXT
+            if mark in format.ends:
+                self._state = _State.TEXT
             return []
         if rest[0] == "[":
             self._buffer, self._brackets = rest[1:], self._brackets + "["
             return []
         if rest[0] == "{":
-            return self._begin(JsonReader(self._num_calls, form.new_id(), None, form.marks))
-        if form.head is not None:
+            return self._begin(JsonReader(self._num_calls, format.new_id(), None, format.marks))
+        if format.head is not None:
             return self._read_name()
-        return self._read_tagged_name(form.tags) if form.tags is not None else self._as_text()
+        return self._read_tagged_name(format.tags) if format.tags is not None else self._as_text()
 
     def _skip_to_mark(self) -> bool:
         """Leave out what closes a call (a fence); False if the mark behind it has not come."""
-        place, mark = first_mark(self._buffer, self._form.marks)
+        index, mark = first_mark(self._buffer, self._format.marks)
         self._is_behind_call = not mark
-        self._buffer = self._buffer[place if mark else len(self._buffer) - held_back(self._buffer, self._form.marks) :]
+        end = index if mark else len(self._buffer) - held_back(self._buffer, self._format.marks)
+        self._buffer = self._buffer[end:]
         return bool(mark)
 
     def _read_name(self) -> list[Delta]:
         """Read a head, up to the arguments."""
-        form, rest = self._form, self._buffer
-        stops = (*form.ends, *form.starts, *form.call_marks[-1:])
+        format, rest = self._format, self._buffer
+        stops = (*format.ends, *format.starts, *format.call_marks[-1:])
         stop, mark = first_mark(rest, stops)
         brace = rest.find("{", 0, stop)
         if brace >= 0:
             if (match := self._match(rest[:brace])) is None:
                 return self._as_text()
             self._buffer = rest[brace:]
-            call_id = match.groupdict().get("id") or form.new_id()
-            return self._begin(JsonReader(self._num_calls, call_id, match["name"], form.marks))
+            call_id = match.groupdict().get("id") or format.new_id()
+            return self._begin(JsonReader(self._num_calls, call_id, match["name"], format.marks))
         if mark:
             return self._without_arguments(stop)
         return self._as_text() if len(rest) > MAX_HEAD_CHARS else []
@@ -169,20 +170,20 @@ class CallsParser(Stepwise):
         name = _NAME.match(rest)
         if name is None or name.end() > MAX_HEAD_CHARS:
             return self._as_text() if rest else []
-        follows = (closing,) if closing else (tags.key[0], *self._form.ends)
+        follows = (closing,) if closing else (tags.key[0], *self._format.ends)
         rest = rest[name.end() :].lstrip()
         if (mark := mark_at(rest, 0, follows)) is None:
             return []
-        is_other = mark in self._form.ends and self._schemas and name[0] not in self._schemas
+        is_other = mark in self._format.ends and self._schemas and name[0] not in self._schemas
         if not mark or is_other:
             return self._as_text()
         self._buffer = rest[len(closing) :]
-        begin = CallBegin(self._num_calls, self._form.new_id(), name[0])
+        begin = CallBegin(self._num_calls, self._format.new_id(), name[0])
         types = ArgumentTypes(self._schemas.get(name[0], {}))
-        return self._begin(TagReader(begin, tags, (*self._form.ends, *self._form.starts), types))
+        return self._begin(TagReader(begin, tags, (*self._format.ends, *self._format.starts), types))
 
     def _match(self, head: str) -> re.Match[str] | None:
-        return None if self._form.head is None or len(head) > MAX_HEAD_CHARS else self._form.head.search(head)
+        return None if self._format.head is None or len(head) > MAX_HEAD_CHARS else self._format.head.search(head)
 
     def _without_arguments(self, stop: int) -> list[Delta]:
         """Return the call that has only a head, which reaches to `stop`; text if it names no tool."""
@@ -190,7 +191,7 @@ class CallsParser(Stepwise):
         if match is None or (self._schemas and match["name"] not in self._schemas):
             return self._as_text()
         self._buffer = self._buffer[stop:]
-        call_id = match.groupdict().get("id") or self._form.new_id()
+        call_id = match.groupdict().get("id") or self._format.new_id()
         begin = CallBegin(self._num_calls, call_id, match["name"])
         self._end_call()
         return [begin, CallArguments(begin.index, "{}")]
@@ -200,12 +201,12 @@ class CallsParser(Stepwise):
         text, self._brackets = self._brackets, ""
         if self._opening and self._buffer.startswith(self._opening):  # would be taken for the beginning of a call again
             text, self._buffer = text + self._opening, self._buffer[len(self._opening) :]
-        self._place, self._is_raw = _Place.TEXT, True
+        self._state, self._is_raw = _State.TEXT, True
         self._strips_text = self._strips_text and not text
         return [Text(text), *self._read_text()] if text else self._read_text()
 
     def _begin(self, reader: Reader) -> list[Delta]:
-        self._reader, self._place = reader, _Place.CALL
+        self._reader, self._state = reader, _State.CALL
         return []
 
     def _read_call(self) -> list[Delta]:
@@ -220,22 +221,22 @@ class CallsParser(Stepwise):
             self._end_call()
             return deltas
         brackets, self._brackets = self._brackets, ""
-        self._place, self._is_raw = _Place.TEXT, True
+        self._state, self._is_raw = _State.TEXT, True
         return [Text(brackets), *deltas] if brackets else deltas
 
     def _end_call(self) -> None:
         self._num_calls += 1
-        self._place, self._brackets, self._strips_text = _Place.HEAD, "", True
-        self._is_behind_call = bool(self._form.call_marks)
+        self._state, self._brackets, self._strips_text = _State.HEAD, "", True
+        self._is_behind_call = bool(self._format.call_marks)
 
     def _finish_head(self) -> list[Delta]:
         """Return what the beginning of a call says that did not go on."""
-        if self._is_behind_call or (self._buffer and mark_at(self._buffer, 0, self._form.marks) is None):
+        if self._is_behind_call or (self._buffer and mark_at(self._buffer, 0, self._format.marks) is None):
             return []
         if self._match(self._buffer) is not None:
             return self._without_arguments(len(self._buffer))
         text = self._brackets + self._buffer
-        for mark in self._form.call_marks:
+        for mark in self._format.call_marks:
             text = text.replace(mark, "")
         return [Text(text)] if text else []
 

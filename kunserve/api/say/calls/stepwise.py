@@ -9,9 +9,9 @@ from kunserve.api.say.deltas import CallArguments, Delta, Text
 
 
 class Stepwise(ABC):
-    """Takes what is certain of its buffer, until a step changes neither that nor its place."""
+    """Takes what is certain of its buffer, until a step changes neither that nor its state."""
 
-    _place: enum.Enum
+    _state: enum.Enum
 
     def __init__(self) -> None:
         self._buffer = ""
@@ -21,7 +21,7 @@ class Stepwise(ABC):
         self._buffer += text
         deltas: list[Delta] = []
         before = None
-        while self._buffer and before != (before := (len(self._buffer), self._place)):
+        while self._buffer and before != (before := (len(self._buffer), self._state)):
             deltas += self._step()
         return joined(deltas)
 

@@ -13,7 +13,7 @@ from kunserve.api.say.calls.values import ArgumentTypes
 from kunserve.api.say.deltas import CallArguments, CallBegin, Delta
 
 
-class _Place(enum.Enum):
+class _State(enum.Enum):
     BETWEEN = enum.auto()
     KEY = enum.auto()
     BEFORE_VALUE = enum.auto()
@@ -36,7 +36,7 @@ class TagReader:
         self._index = begin.index
         self._tags, self._types = tags, types
         self._ends = tuple(mark for mark in (*stops, tags.end) if mark)
-        self._place = _Place.BETWEEN
+        self._state = _State.BETWEEN
         self._key, self._num_arguments = "", 0
         self._has_begun_value = False
         self._written: list[str] = []  # not yet told
@@ -45,16 +45,16 @@ class TagReader:
         """Take more text."""
         self.rest += text
         before = None
-        while not self.is_done and before != (before := (len(self.rest), self._place)):
+        while not self.is_done and before != (before := (len(self.rest), self._state)):
             self._step()
         return self._told()
 
     def finish(self, is_cut: bool) -> list[Delta]:
         """Return what is left if the output ended inside the call; `is_cut`: not by the model's own will."""
         if not is_cut:
-            if self._place is _Place.VALUE:
-                place = len(self.rest) - held_back(self.rest, self._tags.value[1:])
-                self._end_value(self.rest[:place])
+            if self._state is _State.VALUE:
+                index = len(self.rest) - held_back(self.rest, self._tags.value[1:])
+                self._end_value(self.rest[:index])
             self._end()
         return self._told()
 
@@ -64,38 +64,38 @@ class TagReader:
         return [*deltas, CallArguments(self._index, written)] if written else deltas
 
     def _step(self) -> None:
-        match self._place:
-            case _Place.BETWEEN:
+        match self._state:
+            case _State.BETWEEN:
                 self._read_between()
-            case _Place.KEY:
+            case _State.KEY:
                 self._read_key()
-            case _Place.BEFORE_VALUE:
+            case _State.BEFORE_VALUE:
                 self._read_opening()
-            case _Place.VALUE:
+            case _State.VALUE:
                 self._read_value()
 
     def _read_between(self) -> None:
         opening = self._tags.key[0]
-        place, mark = first_mark(self.rest, (opening, *self._ends))
+        index, mark = first_mark(self.rest, (opening, *self._ends))
         if not mark:
-            place -= held_back(self.rest, (opening, *self._ends))
-            self.rest = self.rest[place:]
+            index -= held_back(self.rest, (opening, *self._ends))
+            self.rest = self.rest[index:]
         elif mark == opening:
-            self.rest, self._place = self.rest[place + len(mark) :], _Place.KEY
+            self.rest, self._state = self.rest[index + len(mark) :], _State.KEY
         else:
-            self.rest = self.rest[place + len(mark) if mark == self._tags.end else place :]
+            self.rest = self.rest[index + len(mark) if mark == self._tags.end else index :]
             self._end()
 
     def _read_key(self) -> None:
         key, closing, rest = self.rest.partition(self._tags.key[1])
         if closing:
             self._key, self.rest, self._has_begun_value = key.strip(), rest, False
-            self._place = _Place.BEFORE_VALUE if self._tags.value[0] else _Place.VALUE
+            self._state = _State.BEFORE_VALUE if self._tags.value[0] else _State.VALUE
 
     def _read_opening(self) -> None:
         rest = self.rest.lstrip()
         if (mark := mark_at(rest, 0, self._tags.value[:1])) is not None:
-            self._place = _Place.VALUE if mark else _Place.BETWEEN
+            self._state = _State.VALUE if mark else _State.BETWEEN
             self.rest = rest[len(mark) :]
 
     def _read_value(self) -> None:
@@ -103,14 +103,14 @@ class TagReader:
         value, found, rest = self.rest.partition(closing)
         if found:
             self._end_value(value)
-            self.rest, self._place = rest, _Place.BETWEEN
+            self.rest, self._state = rest, _State.BETWEEN
         elif self._types.is_text(self._key):
-            place = len(self.rest) - held_back(self.rest, (closing,))
-            place -= self._tags.pads_values and self.rest.endswith("\n", 0, place)
+            index = len(self.rest) - held_back(self.rest, (closing,))
+            index -= self._tags.pads_values and self.rest.endswith("\n", 0, index)
             # One line end may be the tag's, and which one is not clear before there is more.
-            if place > 0 and (self._has_begun_value or self.rest[:place] != "\n"):
-                self._write_text(self.rest[:place])
-                self.rest = self.rest[place:]
+            if index > 0 and (self._has_begun_value or self.rest[:index] != "\n"):
+                self._write_text(self.rest[:index])
+                self.rest = self.rest[index:]
 
     def _end_value(self, value: str) -> None:
         """Take the rest of a value."""
