@@ -35,7 +35,7 @@ BIG_GIB = 76  # a GPU that holds four replicas of the 8B model
 
 
 def parts_of(bench: Bench) -> dict[str, CheckPart]:
-    """All parts in the order in which they run: what is quick, and what the rest relies on, first."""
+    """Return all parts in the order in which they run: what is quick, and what the rest relies on, first."""
     return {
         "contract": partial(memory.contract, bench),
         "driver_calls": partial(memory.driver_calls, bench),
@@ -74,7 +74,7 @@ def regroup(bench: Bench, host_copy: HostCopy = HostCopy.AUTO) -> dict[str, Any]
 
 
 def text_likelihood(bench: Bench) -> dict[str, Any]:
-    """The likelihood of each token of a text, in bf16, through drop, exchange and restore, and again."""
+    """Compare the likelihood of each token of a text, in bf16, through drop, exchange and restore, and again."""
     config = serving.engine_config(
         _devices(bench, 2), "smollm2-135m", num_blocks=512, is_pinned=True, num_batched_tokens=256
     )
@@ -82,7 +82,7 @@ def text_likelihood(bench: Bench) -> dict[str, Any]:
 
 
 def _large(bench: Bench) -> tuple[str, int]:
-    """The model for serving parts, and the memory of one of four devices."""
+    """Return the model for serving parts, and the memory of one of four devices."""
     total = torch.cuda.get_device_properties(bench.ordinal).total_memory
     if total >= BIG_GIB * GIB and not bench.is_quick:
         return "llama-8b", (total * 92 // 100 - 4 * GIB) // 4
@@ -90,7 +90,7 @@ def _large(bench: Bench) -> tuple[str, int]:
 
 
 def host(bench: Bench) -> dict[str, Any]:
-    """What a decode step of the engine takes beyond the GPU's own time."""
+    """Measure what a decode step of the engine takes beyond the GPU's own time."""
     model, memory_bytes = _large(bench)
     config = serving.engine_config(_devices(bench, 1), model, memory_bytes=2 * memory_bytes, is_pinned=True)
     return asyncio.run(serving.host(bench, config, num_requests=64, prompt_len=128)) | {"model": model}
@@ -104,7 +104,7 @@ def steady(bench: Bench) -> dict[str, Any]:
 
 
 def burst(bench: Bench, policy: OverloadPolicy, num_stages: int | None = None) -> dict[str, Any]:
-    """The same burst for every policy, and for a static pipeline, on four logical devices.
+    """Run the same burst for every policy, and for a static pipeline, on four logical devices.
 
     They get as much KV as the burst asks for too little, whatever the GPU has.
     """
@@ -117,7 +117,7 @@ def burst(bench: Bench, policy: OverloadPolicy, num_stages: int | None = None) -
 
 
 def sanitizer(bench: Bench) -> dict[str, Any]:
-    """compute-sanitizer memcheck over the parts that touch memory, with small models."""
+    """Run compute-sanitizer memcheck over the parts that touch memory, with small models."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "compute-sanitizer is not installed"}
@@ -132,7 +132,7 @@ def sanitizer(bench: Bench) -> dict[str, Any]:
 
 
 def environment(ordinal: int) -> dict[str, Any]:
-    """What the figures are of. ConfigError if there is no such GPU, or something that is needed is missing."""
+    """Describe the machine that figures are of. ConfigError if that GPU or anything else is missing."""
     for driver in open_drivers((ordinal,)):
         driver.close()
     properties = torch.cuda.get_device_properties(ordinal)
@@ -147,7 +147,7 @@ def environment(ordinal: int) -> dict[str, Any]:
 
 
 def worker_command(ordinal: int, *, is_quick: bool) -> list[str]:
-    """What runs parts (gpucheck/worker.py)."""
+    """Return the command that runs the worker (gpucheck/worker.py)."""
     return [sys.executable, __file__, "--worker", "--ordinal", str(ordinal), *(["--quick"] if is_quick else [])]
 
 

@@ -78,7 +78,7 @@ class Vmm:
             self.unmap(address + i * num_bytes, num_bytes)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
-        """A flat uint8 tensor over addresses, as KunServe makes them."""
+        """Make a flat uint8 tensor over addresses, as KunServe does."""
         storage = torch._C._construct_storage_from_data_pointer(address, self.device, num_bytes)
         flat = torch.empty(0, dtype=torch.uint8, device=self.device)
         return flat.set_(storage, 0, (num_bytes,), (1,))
@@ -172,7 +172,7 @@ def tensors_over_mappings(ordinal: int) -> dict[str, Any]:
 
 
 def graph_after_remap(ordinal: int) -> dict[str, Any]:
-    """A graph reads what is mapped when it is replayed, not what was when it was captured."""
+    """Check that a graph reads what is mapped when it is replayed, not what was when it was captured."""
     vmm = Vmm(ordinal)
     handles, base = [vmm.create() for _ in range(2)], vmm.reserve(CHUNK)
     weight = vmm.tensor(base, CHUNK).view(torch.bfloat16)[: 4096 * 4096].view(4096, 4096)
@@ -265,7 +265,7 @@ def launches(ordinal: int) -> dict[str, Any]:
 
 
 def pinned_after_stream(ordinal: int) -> dict[str, Any]:
-    """A pinned buffer is freed when its stream is nobody's: KunServe never destroys one, so this must be fine."""
+    """Check that a pinned buffer may be freed when its stream is nobody's: KunServe never destroys one."""
     vmm = Vmm(ordinal)
     with torch.cuda.stream(vmm.stream()):
         host, there = torch.zeros(1024, pin_memory=True), torch.zeros(1024, device=vmm.device)
@@ -280,7 +280,7 @@ def pinned_after_stream(ordinal: int) -> dict[str, Any]:
 
 
 def flashinfer_decode(ordinal: int) -> dict[str, Any]:
-    """A planned decode step against torch, for two shapes of heads: error, plan, run, bytes a second."""
+    """Compare a planned decode step with torch, for two shapes of heads: error, plan, run, bytes a second."""
     return {
         f"{num_heads}/{num_kv_heads}x{head_dim}": _decode_step(ordinal, num_heads, num_kv_heads, head_dim)
         for num_heads, num_kv_heads, head_dim in ((32, 8, 128), (9, 3, 64))
@@ -334,7 +334,7 @@ def _decode_step(ordinal: int, num_heads: int, num_kv_heads: int, head_dim: int)
 
 
 def packed_weights(ordinal: int) -> dict[str, Any]:
-    """torch's product of 8-bit floats, and KunServe's kernel for 4 and 8 bits: right, and in a graph the same."""
+    """Check torch's product of 8-bit floats, and KunServe's kernel for 4 and 8 bits: right, and in a graph the same."""
     from gpucheck import contact
 
     return {"fp8": contact.fp8_product(ordinal), "ours": contact.packed_products(ordinal)}

@@ -49,7 +49,7 @@ class Steps:
         device.run = lambda work: run(partial(timed, work))
 
     def seconds(self) -> tuple[list[float], list[float]]:
-        """Of steps, and of the gaps between them."""
+        """Return the seconds of steps, and of the gaps between them."""
         gaps = [later[0] - earlier[1] for earlier, later in zip(self.times, self.times[1:], strict=False)]
         return [end - begin for begin, end in self.times], gaps
 
@@ -64,7 +64,7 @@ class Found:
     ttft: list[float] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
-        """Medians; times in milliseconds."""
+        """Return medians; times in milliseconds."""
         return {
             "step_ms": round(1e3 * median(self.steps), 3),
             "gap_ms": round(1e3 * median(self.gaps), 3),
@@ -106,7 +106,7 @@ async def decode(engine: Engine, args: argparse.Namespace, found: Found) -> None
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, on and off by turns."""
+    """Run all rounds, on and off by turns."""
     config = EngineConfig(
         args.model,
         devices=parse_devices(args.devices),

@@ -97,12 +97,12 @@ def _guidellm(target: Target) -> str:
 
 
 def read_vllm(result: Mapping[str, Any]) -> Outcome:
-    """Of `vllm bench serve --save-result`."""
+    """Read what `vllm bench serve --save-result` wrote."""
     return Outcome(result["completed"], result["failed"], result["median_ttft_ms"], result["output_throughput"])
 
 
 def read_aiperf(result: Mapping[str, Any]) -> Outcome:
-    """Of aiperf's `profile_export_aiperf.json`; requests that failed stand in its summary of errors."""
+    """Read aiperf's `profile_export_aiperf.json`; requests that failed stand in its summary of errors."""
     failed = sum(int(error["count"]) for error in result["error_summary"])
     completed = int(result["request_count"]["avg"]) if "request_count" in result else 0
     problem = "it was cancelled" if result["was_cancelled"] else None
@@ -113,7 +113,7 @@ def read_aiperf(result: Mapping[str, Any]) -> Outcome:
 
 
 def read_guidellm(result: Mapping[str, Any]) -> Outcome:
-    """Of guidellm's report with one benchmark."""
+    """Read guidellm's report with one benchmark."""
     [benchmark] = result["benchmarks"]
     metrics, totals = benchmark["metrics"], benchmark["metrics"]["request_totals"]
     ttft_ms = metrics["time_to_first_token_ms"]["successful"]["median"]
@@ -215,7 +215,7 @@ def _tokenizer_of(model: str) -> Path:
 
 
 def show(outcomes: Mapping[str, Outcome]) -> None:
-    """A table for people."""
+    """Print a table for people."""
     table = Table("client", "requests", "failed", "TTFT p50", "tok/s", "problem")
     for name, outcome in outcomes.items():
         ttft = "" if outcome.ttft_ms is None else f"{outcome.ttft_ms:.0f} ms"
@@ -225,7 +225,7 @@ def show(outcomes: Mapping[str, Outcome]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The script."""
+    """Run the script."""
     outcomes = asyncio.run(measure(parse_arguments(arguments)))
     show(outcomes)
     is_ok = bool(outcomes) and not any(outcome.failed or outcome.problem for outcome in outcomes.values())

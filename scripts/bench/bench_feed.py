@@ -54,7 +54,7 @@ async def view(url: str, num_viewers: int) -> None:
 
 @asynccontextmanager
 async def viewers(url: str, number: int) -> AsyncIterator[None]:
-    """So many of them in a process of their own."""
+    """Run so many viewers in a process of their own."""
     if not number:
         yield
         return
@@ -123,7 +123,7 @@ async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of a burst without and with viewers, in turns on one server."""
+    """Measure tokens per second of a burst without and with viewers, in turns on one server."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
     rates: dict[int, list[float]] = {0: [], args.viewers: []}
     async with running_server(*flags, "--no-enable-prefix-caching") as server:

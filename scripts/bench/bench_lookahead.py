@@ -195,7 +195,7 @@ async def serve(engine: Engine, recorder: Recorder, jobs: Sequence[Job], name: s
 
 @asynccontextmanager
 async def serving(args: argparse.Namespace, mode: str, budget: int) -> AsyncIterator[Engine]:
-    """A started engine: one chain on all devices, which regroups only if asked."""
+    """Start an engine: one chain on all devices, which regroups only if asked."""
     devices = parse_devices(args.devices)
     config = EngineConfig(
         model=args.model,
@@ -231,7 +231,7 @@ def summary(results: Sequence[Result]) -> dict[str, float]:
 
 
 async def compare(args: argparse.Namespace, budget: int) -> dict[str, object]:
-    """Both ways by turns, with one warm-up each, at one token budget."""
+    """Run both ways by turns, with one warm-up each, at one token budget."""
     async with AsyncExitStack() as stack:
         engines = {mode: await stack.enter_async_context(serving(args, mode, budget)) for mode in MODES}
         vocab_size = engines[MODES[0]].model.vocab_size

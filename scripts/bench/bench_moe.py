@@ -86,7 +86,7 @@ async def started(name: str, stack: AsyncExitStack) -> Served:
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, both models by turns."""
+    """Run all rounds, both models by turns."""
     found: dict[tuple[str, int], list[float]] = {(name, n): [] for n in args.streams for name in CARDS}
     async with AsyncExitStack() as stack:
         models = {name: await started(name, stack) for name in CARDS}

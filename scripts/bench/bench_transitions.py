@@ -47,14 +47,14 @@ BURST = Burst(48, 16.0, 64, 128)  # 9,216 tokens of KV
 
 
 async def tokens_per_s(server: Server, load: Burst, seed: int) -> float:
-    """Of one load."""
+    """Measure the output tokens per second of one load."""
     result = await measure((server.url,), load, seed)
     rate: float = result["summary"]["output_tokens_per_s"]
     return rate
 
 
 async def latency(server: Server) -> dict[str, float]:
-    """Of one request on an idle server: medians of five."""
+    """Measure TTFT and TPOT of one request on an idle server: medians of five."""
     results = [(await measure((server.url,), ONE, seed))["summary"] for seed in range(5)]
     return {name: median(r[name]["p50"] for r in results) for name in ("ttft_s", "tpot_s")}
 
@@ -91,7 +91,7 @@ async def throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def launched(args: argparse.Namespace) -> Served:
-    """An engine in this process that regroups only when it is asked."""
+    """Start an engine in this process that regroups only when it is asked."""
     config = EngineConfig(
         args.model,
         parse_devices(args.devices),
@@ -120,7 +120,7 @@ async def settled(served: Served) -> None:
 
 
 async def commits(args: argparse.Namespace) -> dict[str, Any]:
-    """How long drops take until they are committed, beyond the longest step of their groups that ran meanwhile."""
+    """Measure the time of drops until they commit, beyond the longest step of their groups meanwhile."""
     served, returned = await launched(args), Group.returned
     engine, rng, steps = served.engine, random.Random(0), list[tuple[float, float]]()
 
@@ -154,13 +154,13 @@ async def commits(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, ninetieth percentile and most."""
+    """Return median, ninetieth percentile and most."""
     ordered = sorted(seconds)
     return {"p50": median(ordered), "p90": ordered[int(0.9 * (len(ordered) - 1))], "max": ordered[-1]}
 
 
 async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """As `throughput`, of an engine in this process."""
+    """Measure as `throughput` does, of an engine in this process."""
     served = await launched(args)
     engine, rates = served.engine, dict[str, list[float]](undropped=[], dropped=[])
 

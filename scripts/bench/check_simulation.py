@@ -71,7 +71,7 @@ class Case:
     num_blocks: int
 
     def jobs(self, seed: int) -> list[Job]:
-        """What is sent when."""
+        """Return what is sent when."""
         times = poisson_arrivals(self.rate, self.num_requests, stream_of(seed, 0))
         lengths = draw_lengths(self.prompt, self.output, len(times), stream_of(seed, 1))
         return make_jobs(times, lengths, (None, None), 0.0, stream_of(seed, 2))
@@ -91,7 +91,7 @@ CASES = {
 
 
 async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the live server does with it: figures, and `transitions` as it tells them."""
+    """Measure what the live server does with it: figures, and `transitions` as it tells them."""
     flags = ("--model", MODEL, "--devices", f"cpu:{NUM_DEVICES}", "--num-gpu-blocks-override", str(case.num_blocks))
     async with running_server(*flags, "--no-enable-prefix-caching", "--overload-policy", case.policy) as server:
         recording = Recording.of(jobs, (server.url,))
@@ -110,7 +110,7 @@ async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 async def spent(server: Server) -> tuple[float, ...]:
-    """So far: CPU seconds of the server's event loop and of this client, microbatches, tokens, requests."""
+    """Return, so far, CPU seconds of the server's event loop and of this client, microbatches, tokens, requests."""
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
         page = await response.text()
     counts = [float(line.split()[-1]) for name in COUNTERS for line in page.splitlines() if line.startswith(name)]
@@ -120,14 +120,14 @@ async def spent(server: Server) -> tuple[float, ...]:
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
-    """What is compared, and what helps to see why it differs."""
+    """Return what is compared, and what helps to see why it differs."""
     ttft, tpot = summary["ttft_s"], summary["tpot_s"]
     values = (summary["output_tokens_per_s"], ttft["mean"], ttft["p99"], ttft["p50"], tpot["p50"])
     return dict(zip(FIGURES, (*values, summary["longest_gap_s"], summary["elapsed_s"]), strict=True))
 
 
 def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
-    """What the simulation says."""
+    """Return what the simulation says."""
     model = load_card(MODEL).config
     cost, _ = cost_model(MODEL, model, "cpu")
     config = with_policy(
@@ -146,7 +146,7 @@ def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
 
 
 def host_time(*spent: Sequence[float]) -> HostTime:
-    """What each takes, from (CPU seconds, microbatches, tokens, requests) of three loads."""
+    """Return what each takes, from (CPU seconds, microbatches, tokens, requests) of three loads."""
     seconds, *counts = np.array(spent).T
     step_s, token_s, request_s = (
         max(0.0, float(each_s)) for each_s in np.linalg.solve(np.stack(counts, axis=1), seconds)
@@ -155,7 +155,7 @@ def host_time(*spent: Sequence[float]) -> HostTime:
 
 
 def host_lost(spent: HostTime, live: dict[str, dict[str, Any]], seed: int) -> HostTime:
-    """As many times what the host takes as predicts best how long the calibrations take."""
+    """Return the multiple of the host's time that predicts best how long the calibrations take."""
 
     def scaled(factor: float) -> HostTime:
         return HostTime(*(factor * each_s for each_s in asdict(spent).values()))
@@ -168,7 +168,7 @@ def host_lost(spent: HostTime, live: dict[str, dict[str, Any]], seed: int) -> Ho
 
 
 def compare(live: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
-    """Deviations, and which of them are out of bounds."""
+    """Return deviations, and which of them are out of bounds."""
     deviations = {name: simulated[name] / live[name] - 1 for name in FIGURES}
     missed = [name for name, bound in BOUNDS.items() if abs(deviations[name]) > bound]
     if len(simulated["transitions"]) != len(live["transitions"]):
@@ -177,7 +177,7 @@ def compare(live: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
 
 
 async def serve_all(seed: int, num_rounds: int) -> dict[str, dict[str, Any]]:
-    """What the live server does with all loads, by name; of those that are compared, medians over the rounds."""
+    """Serve all loads live, by name; of those that are compared, return medians over the rounds."""
     live = {name: await serve(case, case.jobs(seed)) for name, case in CALIBRATIONS.items()}
     for name, case in CASES.items():
         rounds = [await serve(case, case.jobs(seed)) for _ in range(num_rounds)]

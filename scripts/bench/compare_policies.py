@@ -75,7 +75,7 @@ async def measure(urls: tuple[str, ...], burst: Burst, seed: int) -> dict[str, A
 
 
 def flags_of(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> tuple[str, ...]:
-    """How to start the server; with plenty of memory each device could hold any burst alone."""
+    """Return how to start the server; with plenty of memory each device could hold any burst alone."""
     blocks = args.blocks
     if policy == PLENTY:
         tokens = max(b.num_requests * (b.num_prompt_tokens + b.num_output_tokens + BLOCK_SIZE) for b in bursts.values())

@@ -54,12 +54,12 @@ class Trial:
     is_last: bool
 
     def measured(self, seconds: float) -> Measurement:
-        """The trial with the time it took."""
+        """Return the trial with the time it took."""
         return Measurement(self.num_layers, Work.of(self.spans), True, self.is_last, seconds)
 
 
 def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
-    """Decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
+    """Draw decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
     is_last = rng.random() < 1 / 3
     layers = num_layers if is_last else rng.randrange(max(1, num_layers // 6), max(2, num_layers // 2))
     kind = rng.choice(("decode", "prefill", "mixed"))

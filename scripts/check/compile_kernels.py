@@ -167,7 +167,7 @@ def compile_for(names: tuple[str, ...], is_quick: bool, architecture: int) -> li
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """What a compiled kernel takes of a multiprocessor: registers of a thread, bytes of spills and shared memory."""
+    """Return what a compiled kernel takes: registers of a thread, bytes of spills and of shared memory."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -185,7 +185,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 
 def is_within_limits(row: dict[str, Any]) -> bool:
-    """Whether a kernel spills nothing and leaves room for others on a multiprocessor."""
+    """Tell whether a kernel spills nothing and leaves room for others on a multiprocessor."""
     registers, spilled, shared = (int(row[key]) for key in ("registers", "spilled_bytes", "shared_bytes"))
     return spilled == 0 and registers <= MAX_REGISTERS and shared <= MAX_SHARED_BYTES
 

@@ -60,7 +60,7 @@ class Flood:
 
 
 def make_message(host: str, key: str | None, max_tokens: int) -> bytes:
-    """A request as it goes over the wire."""
+    """Return a request as it goes over the wire."""
     body = json.dumps({"prompt": "Once upon a time", "max_tokens": max_tokens, "ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     if key is not None:
@@ -69,7 +69,7 @@ def make_message(host: str, key: str | None, max_tokens: int) -> bytes:
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process, the pools of its devices included (they are mapped from the start)."""
+    """Return the memory of a process, with the pools of its devices, which are mapped from the start."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
 

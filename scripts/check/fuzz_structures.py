@@ -123,7 +123,7 @@ while True:
 
 
 async def watch_health(url: str, found: Found) -> None:
-    """From a process of its own: this one is busy making structures."""
+    """Watch the server's health from a process of its own: this one is busy making structures."""
     address = url.partition("://")[2]
     watch = await asyncio.create_subprocess_exec(sys.executable, "-c", _WATCH, address, stdout=subprocess.PIPE)
     try:

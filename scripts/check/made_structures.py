@@ -24,12 +24,12 @@ Made = tuple[str, Any]  # "json", "regex", "grammar" or "choice", and the struct
 
 
 def word(rng: random.Random) -> str:
-    """A few characters of one alphabet."""
+    """Return a few characters of one alphabet."""
     return "".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 6)))
 
 
 def number(rng: random.Random, most: int) -> int:
-    """As often small as large."""
+    """Draw a number, as often small as large."""
     return int(most ** rng.random())
 
 
@@ -105,7 +105,7 @@ def linked_schema(rng: random.Random) -> Any:
 
 
 def regex(rng: random.Random) -> str:
-    """Repetitions, nested parentheses, classes, counts of counts, or nonsense."""
+    """Make repetitions, nested parentheses, classes, counts of counts, or nonsense."""
     part = rng.choice(["(a|b)*", "(a+)+", ".*a", r"\p{L}{0,50}", "[\\w\\s]", "(x|y|)", "(?i)ß", word(rng)])
     counts = f"{{{number(rng, 100)},{number(rng, 10**5) + 100}}}"
     return rng.choice(
@@ -168,7 +168,7 @@ def make(rng: random.Random) -> Made:
 
 
 def asked(rng: random.Random, made: Made) -> tuple[str, dict[str, Any]]:
-    """A request with a structure: some endpoint, some field."""
+    """Make a request with a structure: some endpoint, some field."""
     kind, value = made
     more = {"max_tokens": rng.choice([1, 8]), "stream": rng.random() < 0.3}
     chat = {"messages": [{"role": "user", "content": "Say something."}], **more}

@@ -36,12 +36,12 @@ async def _stream(session: aiohttp.ClientSession, body: dict[str, Any], arrivals
 
 
 def line_is_last(line: bytes) -> bool:
-    """Whether a stream ended as it should."""
+    """Tell whether a stream ended as it should."""
     return line in (b"\n", b"data: [DONE]\n")
 
 
 async def _scrape(session: aiohttp.ClientSession) -> tuple[float, float, float]:
-    """When the answer was asked for and when it was there, and the tokens it tells."""
+    """Return when the answer was asked for and when it was there, and the tokens it tells."""
     begun = time.perf_counter()
     async with session.get("/metrics") as response:
         text = await response.read()

@@ -42,7 +42,7 @@ class Others:
 
 
 def head_of(host: str, num_bytes: int, key: str | None) -> bytes:
-    """Of a completion with a body of so many bytes."""
+    """Return the head of a completion with a body of so many bytes."""
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     if key is not None:
         head += f"Authorization: Bearer {key}\r\n"
@@ -50,7 +50,7 @@ def head_of(host: str, num_bytes: int, key: str | None) -> bytes:
 
 
 def status_of(answer: asyncio.Task[bytes]) -> str:
-    """What an answer's head says; "none" if there is none yet."""
+    """Return what an answer's head says; "none" if there is none yet."""
     if not answer.done():
         return "none"
     fields = answer.result().lower().split(b"\r\n")

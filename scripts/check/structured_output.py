@@ -29,7 +29,7 @@ TOPICS = ["a cat", "a ship", "a recipe", "a football match", "a library", "a com
 
 
 def make_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
-    """An object of objects and lists, all of bounded length: answers end before max_tokens."""
+    """Make an object of objects and lists, all of bounded length: answers end before max_tokens."""
     names = rng.sample(WORDS, rng.randrange(2, 4))
     properties = {name: _make_value(rng, depth - 1) for name in names}
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
@@ -75,7 +75,7 @@ async def _ask(session: aiohttp.ClientSession, body: dict[str, Any]) -> dict[str
 
 
 async def _round(session: aiohttp.ClientSession, bodies: Sequence[dict[str, Any]]) -> tuple[list[Any], float]:
-    """All at once; answers, and tokens per second."""
+    """Ask all at once; return answers, and tokens per second."""
     started = time.perf_counter()
     answers = await asyncio.gather(*(_ask(session, body) for body in bodies))
     seconds = time.perf_counter() - started
@@ -129,7 +129,7 @@ async def measure(url: str, num_answers: int, concurrency: int, seed: int) -> di
 
 
 def is_valid(choice: dict[str, Any], validator: Any) -> bool:
-    """Whether an answer ended by itself and is what its schema says."""
+    """Tell whether an answer ended by itself and is what its schema says."""
     try:
         value = json.loads(choice["message"]["content"])
     except ValueError:

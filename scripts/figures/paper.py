@@ -45,7 +45,7 @@ SYSTEMS = (*BASELINES, "pipeline", VLLM, "drop", PLENTY)
 def bursty(
     testbed: Options, workload: str, rate: float, burst_rate: float, burst_s: float, duration_s: float
 ) -> Options:
-    """A workload whose rate (requests per second) rises at second 45; options count the mean over all seconds."""
+    """Return a workload whose rate (requests per second) rises at second 45; options have its mean."""
     burst_height = burst_rate / rate
     mean = rate * (1 + (burst_height - 1) * burst_s / duration_s)
     return replace(
@@ -98,7 +98,7 @@ class Experiment:
 def experiments(
     workloads: Sequence[str], seed: int, *, is_full: bool = False, is_quick: bool = False
 ) -> list[Experiment]:
-    """All that is simulated."""
+    """Return all that is simulated."""
     systems = POLICIES if is_full else SYSTEMS
 
     def sized(options: Options) -> Options:

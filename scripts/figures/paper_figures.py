@@ -63,7 +63,7 @@ def row(name: str, report: Report) -> str:
 
 
 def need(reports: Reports) -> list[str]:
-    """How much KV the load needs, of what the first system has mapped when it begins."""
+    """Return how much KV the load needs, of what the first system has mapped when it begins."""
     if PLENTY not in reports:
         return []
     memory, undropped = reports[PLENTY]["memory"], next(iter(reports.values()))["memory"]
@@ -136,7 +136,7 @@ def systems(reports: Reports) -> list[str]:
 
 
 def bounds(reports: Reports, best_s: float) -> list[str]:
-    """What no memory could better, and what the engine that is published would make of it."""
+    """Return what no memory could better, and what the engine that is published would make of it."""
     lines, drop_s = list[str](), reports["drop"]["ttft_s"]["p99"]
     if PLENTY in reports:
         ceiling = best_s / reports[PLENTY]["ttft_s"]["p99"]
@@ -207,12 +207,12 @@ BURST_S = 45.0  # where the first burst begins
 
 
 def compared(what: str, simulated: str, published: str) -> str:
-    """A line of the comparison."""
+    """Return a line of the comparison."""
     return f"- {what}: **{simulated}**; published: {published}"
 
 
 def change(value: float, reference: float) -> str:
-    """In per cent."""
+    """Return the change from a reference in per cent."""
     return f"{100 * (value / reference - 1):+.1f} %"
 
 
@@ -233,7 +233,7 @@ def misses(report: Report, bound_s: float) -> float:
 
 
 def dropped_window(report: Report) -> tuple[float, float] | None:
-    """From the first drop to the last restore, or to the end; None without a drop."""
+    """Return the time from the first drop to the last restore, or to the end; None without a drop."""
     done = [t for t in report["transitions"] if t["outcome"] == "done"]
     starts = [t["started_s"] for t in done if t["kind"] == "drop"]
     ends = [t["started_s"] for t in done if t["kind"] == "restore"]
@@ -248,7 +248,7 @@ def tpot_within(report: Report, window: tuple[float, float]) -> float:
 
 
 def memory_ends_s(report: Report) -> float | None:
-    """From when on somebody waits, with more than 95 % of the memory in use, for five seconds at a time."""
+    """Return from when on somebody waits, with more than 95 % of the memory in use, for five seconds at a time."""
     over = report["memory"]["over_time"]
     full = [
         waiting > 0 and used > 0.95 * kv
@@ -261,7 +261,7 @@ def memory_ends_s(report: Report) -> float | None:
 
 
 def draw_over_time(title: str, reports: Reports, path: Path) -> None:
-    """TTFT, tokens per second, and KV capacity and use over time, a column per run (figures 2, 12, 16, 17)."""
+    """Draw TTFT, tokens per second, and KV capacity and use over time, a column per run (figures 2, 12, 16, 17)."""
     pyplot = _pyplot()
     size = (2.6 * len(reports) + 1, 7)
     figure, axes = pyplot.subplots(3, len(reports), figsize=size, sharex=True, sharey="row", squeeze=False)
@@ -284,7 +284,7 @@ def draw_over_time(title: str, reports: Reports, path: Path) -> None:
 
 
 def draw_slo(title: str, reports: Reports, path: Path) -> None:
-    """SLO misses against the scale: so many times the best baseline's P50 (figure 13, last column)."""
+    """Draw SLO misses against the scale: so many times the best baseline's P50 (figure 13, last column)."""
     figure, axis = _pyplot().subplots(figsize=(5, 3.5))
     bound = min(reports[name]["ttft_s"]["p50"] for name in BASELINES if name in reports)
     scales = np.linspace(1, 12, 45)

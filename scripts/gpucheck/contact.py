@@ -18,7 +18,7 @@ N, K, ROWS, REPEATS = 4096, 14336, (1, 16, 129), 50
 
 
 def fp8_product(ordinal: int) -> dict[str, Any]:
-    """Error, microseconds and bytes of the matrix a second; AssertionError if it is wrong."""
+    """Return error, microseconds and bytes of the matrix a second; AssertionError if it is wrong."""
     if (found := torch.cuda.get_device_capability(ordinal)) < FP8_SINCE:
         return {"skipped": f"compute capability {found}"}
     device, figures = torch.device("cuda", ordinal), dict[str, Any]()
@@ -34,7 +34,7 @@ def fp8_product(ordinal: int) -> dict[str, Any]:
 
 
 def packed_products(ordinal: int) -> dict[str, Any]:
-    """As `fp8_product`, for each form of a matrix."""
+    """Check as `fp8_product` does, for each form of a matrix."""
     device, figures = torch.device("cuda", ordinal), dict[str, Any]()
     torch.cuda.set_device(ordinal)  # Triton launches there
     for name, planes in FORMS.items():

@@ -76,7 +76,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """A decode step on one device, then through a chain of two after a drop, then after the restore: same bits."""
+    """Compare a decode step on one device, through a chain of two after a drop, and after the restore: same bits."""
     config = config or (replace(llama_1b(), num_layers=8) if bench.is_quick else llama_1b())
     half, layers, source = config.num_layers // 2, config.num_layers, DummySource(config)
     prompt = make_step([0] * 4, [50, 20, 90, 7], config.vocab_size, 1, 128)
@@ -115,7 +115,7 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
 
 
 def bandwidth(bench: Bench) -> float:
-    """Bytes per second, read and written, of a large copy."""
+    """Measure bytes per second, read and written, of a large copy."""
     size = GIB // 16 if bench.is_quick else 4 * GIB
     a = torch.zeros(size, dtype=torch.uint8, device=bench.torch_device)
     b = torch.empty_like(a)
@@ -153,7 +153,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
 
 
 def _step_seconds(bench: Bench, placed: Placed, step: Step, num_layers: int) -> tuple[float, float, float]:
-    """Of one step with its planning: when each waits for the arrays of the one before; the GPU's part; the host's."""
+    """Time one step with its planning: when each waits for the arrays of the one before; the GPU's part; the host's."""
     repeats = 5 if bench.is_quick else 30
     host: list[float] = []
 
@@ -212,7 +212,7 @@ def _gpu_seconds(bench: Bench, work: Callable[[], None], repeats: int) -> float:
 
 
 def prefill(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """TFLOP/s of a prefill step of 8192 tokens in four prompts, and of a large matrix product."""
+    """Measure TFLOP/s of a prefill step of 8192 tokens in four prompts, and of a large matrix product."""
     config = config or (llama_1b() if bench.is_quick else llama_8b())
     length, seqs = (64 if bench.is_quick else 2048), 4
     units = weight_units(config, "bfloat16")
@@ -242,7 +242,7 @@ def prefill(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
 
 
 def kernels(bench: Bench) -> dict[str, Any]:
-    """Triton's kernels against torch's on this GPU: largest error in units of the dtype's precision."""
+    """Compare Triton's kernels with torch's on this GPU: largest error in units of the dtype's precision."""
     from kunserve.compute.cuda.ops import TorchKernels, load_kernels
 
     reference, device, dtype = TorchKernels(), bench.torch_device, torch.bfloat16
@@ -274,7 +274,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
 
 
 def transformers(bench: Bench) -> dict[str, Any]:
-    """smollm2-135m in bf16, and transformers in bf16, against transformers in float32; where both are at hand."""
+    """Compare smollm2-135m in bf16, and transformers in bf16, with transformers in float32; where both are at hand."""
     from kunserve.model.card import resolve_model
     from kunserve.model.checkpoint import open_weights
 

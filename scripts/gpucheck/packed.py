@@ -79,7 +79,7 @@ def in_four_bits(config: ModelConfig) -> ModelConfig:
 
 
 def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """As `forward.decode`, with the layers' matrices in 4 bits: their floor is a quarter as far away."""
+    """Measure as `forward.decode` does, with the layers' matrices in 4 bits: their floor is a quarter as far away."""
     return forward.decode(bench, in_four_bits(config or (llama_1b() if bench.is_quick else llama_8b())))
 
 

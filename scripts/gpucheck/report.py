@@ -67,7 +67,7 @@ def targets(parts: Parts) -> list[dict[str, Any]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A short page: what ran on what, targets, and every part's figures."""
+    """Write a short page: what ran on what, targets, and every part's figures."""
     where = result["environment"]
     lines = [
         f"# {where['device']}, {where['date']}",

@@ -52,7 +52,7 @@ class Answer:
 
 @asynccontextmanager
 async def open_engine(config: EngineConfig) -> AsyncIterator[Engine]:
-    """An engine that serves."""
+    """Open an engine that serves."""
     served = await launch(config, "gpu-check", lambda text, share: None)
     try:
         await served.engine.start()
@@ -81,7 +81,7 @@ def prompt_of(engine: Engine, seed: int, length: int) -> list[int]:
 
 
 async def settled(engine: Engine) -> dict[str, Any]:
-    """The last transition, once it has ended."""
+    """Return the last transition, once it has ended."""
     while (last := engine.state()["transitions"][-1])["outcome"] == "running":
         await engine.signals.next_commit()
     return dict(last)
@@ -148,7 +148,7 @@ async def decoding(engine: Engine, num_requests: int, prompt_len: int) -> AsyncI
 
 
 async def _rate(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Tokens per second for a while, and how many each request had by the middle of it."""
+    """Measure tokens per second for a while, and how many each request had by the middle of it."""
     before, started = sum(len(a.at_s) for a in answers), time.perf_counter()
     await asyncio.sleep(STEADY_S)
     now, took = sum(len(a.at_s) for a in answers), time.perf_counter() - started
@@ -156,7 +156,7 @@ async def _rate(answers: Sequence[Answer]) -> tuple[float, float]:
 
 
 async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) -> dict[str, Any]:
-    """Tokens per second of running requests before, and after, two groups have become a chain."""
+    """Measure tokens per second of running requests before, and after, two groups have become a chain."""
     async with open_engine(config) as engine, decoding(engine, num_requests, prompt_len) as answers:
         undropped, _ = await _rate(answers)
         await engine.drop()
@@ -173,7 +173,7 @@ async def steady(config: EngineConfig, *, num_requests: int, prompt_len: int) ->
 
 
 async def host(bench: Bench, config: EngineConfig, *, num_requests: int, prompt_len: int) -> dict[str, Any]:
-    """A decode step in the engine, over what the GPU alone needs for a step of as many sequences of that length.
+    """Divide the time of a decode step in the engine by what the GPU alone needs for one of as many sequences.
 
     Once with each step planned while the one before runs, as it is when serving, and once only after it: then all of
     the host's time shows (schedule, arrays, plan, launch, publish).
@@ -223,12 +223,12 @@ class Burst:
         return self.num_requests * (self.prompt_len + self.num_tokens)
 
     def too_few_blocks(self, num_devices: int) -> int:
-        """Blocks of KV on each device of which all together hold `SHARE_HELD` of the demand."""
+        """Return the blocks of KV on each device of which all together hold `SHARE_HELD` of the demand."""
         return int(self.demand_tokens * SHARE_HELD) // num_devices // BLOCK_SIZE
 
 
 async def burst(config: EngineConfig, load: Burst) -> dict[str, Any]:
-    """A Poisson burst: time to first token, longest gap, tokens per second.
+    """Measure a Poisson burst: time to first token, longest gap, tokens per second.
 
     RuntimeError if all of it would fit into the KV of replicas; that of a pipeline, in the same memory, is larger.
     """
@@ -277,7 +277,7 @@ def engine_config(
     is_pinned: bool = False,
     num_batched_tokens: int = 2048,
 ) -> EngineConfig:
-    """An engine with random weights."""
+    """Open an engine with random weights."""
     return EngineConfig(
         model=model,
         devices=devices,

@@ -70,7 +70,7 @@ class Worker:
         self._answers.put("")  # it has ended
 
     def run(self, name: str, limit_s: float) -> Result:
-        """What a part returns; "failed", and what it had told, if it raised, ended the process or ran too long."""
+        """Run a part and return its result; "failed", and what it had told, if it raised, died or ran too long."""
         assert self._process.stdin is not None
         told: Result = {}
         ends_at = time.monotonic() + limit_s

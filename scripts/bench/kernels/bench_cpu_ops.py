@@ -46,7 +46,7 @@ LINEARS = {
 
 
 def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A random tensor on 2 MiB pages where the system has them, as device memory is."""
+    """Return a random tensor on 2 MiB pages where the system has them, as device memory is."""
     num_bytes = prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -160,7 +160,7 @@ def bench_attention(ops: CpuOps, repeats: int, dtype: torch.dtype = torch.float3
 
 
 def bench_model(ops: Ops, rows: list[int], repeats: int, context: int = 200) -> list[dict[str, float | str]]:
-    """A whole decode step (30 layers and head) with `context` tokens per sequence, and its floor: bytes read once."""
+    """Time a decode step (30 layers and head) with `context` tokens per sequence, and its floor: bytes read once."""
     shapes = {"norm": (2, HIDDEN), **LINEARS}
     weights = [{name: huge(*shape) for name, shape in shapes.items() if name != "head"} for _ in range(LAYERS)]
     head, rope = (

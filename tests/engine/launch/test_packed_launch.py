@@ -14,17 +14,10 @@ from tiny_quantized import write_tiny_quantized
 from kunserve.config import parse_devices
 from kunserve.engine.launch.launch import Served
 from kunserve.engine.step.cuda_executor import CudaExecutor
-from kunserve.engine.survive import health
 from kunserve.model.host_copy import HostCopy
 from kunserve.model.quant.planes import SCALES, Planes
 
 TWO: dict[str, Any] = {"devices": parse_devices("cuda:0,1"), "device_memory_bytes": 24 * MIB}
-
-
-@pytest.fixture(autouse=True)
-def _slow_devices_are_no_suspects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference unpacks in each step: on a busy machine they would be overdue, and their devices avoided."""
-    monkeypatch.setattr(health, "STEP_FLOOR_S", 60.0)
 
 
 def planes_in(served: Served) -> dict[str, set[str]]:
