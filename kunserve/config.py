@@ -65,7 +65,7 @@ class EngineConfig:
     restore_watermark: float = 0.5  # of the undropped capacity
     restore_hold_s: float = 5.0
     device_timeout_s: float = 60.0  # a device that completes no work for so long is lost; 0: none ever is
-    windowed_kv_share: float = 1.0  # KV of a layer with a window, as a share of a full layer's; 1: it keeps all
+    windowed_kv_share: float | None = None  # KV of a layer with a window over one that sees all; None: it follows need
     is_pinned: bool = False  # regroup only when an operator asks
     host_copy: HostCopy = HostCopy.AUTO  # what the host keeps of the weights
     gpu_memory_utilization: float = 0.92  # this one and the next: CUDA only
@@ -99,7 +99,7 @@ class EngineConfig:
             ("--restore-watermark", self.restore_watermark),
             ("--windowed-kv-share", self.windowed_kv_share),
         ):
-            if not 0 < share <= 1:
+            if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"{flag} {share}: must be more than 0 and at most 1")
         if not 0 <= self.restore_hold_s < float("inf"):
             raise ConfigError(f"--restore-hold {self.restore_hold_s}: must be a number of seconds, at least 0")

@@ -13,6 +13,7 @@ ANY_EXCHANGE = "exchange"  # of whichever transition
 PHASES = (
     *("drop.boundary", "drop.remap", "drop.exchange"),
     *("restore.shrink", "restore.remap", "restore.load", "restore.split", "restore.exchange"),
+    *("rebalance.boundary", "rebalance.shrink", "rebalance.remap"),
     *("lose.remap", "lose.load", "add.remap", "add.load"),
     ANY_EXCHANGE,
 )

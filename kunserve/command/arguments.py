@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kunserve.command.command_line import checked, or_auto
 from kunserve.command.flags import (
     LOG_LEVELS,
     FlagParser,
@@ -366,12 +367,12 @@ def _add_overload_flags(group: Group) -> None:
     )
     add(
         "--windowed-kv-share",
-        type=float,
-        default=DEFAULTS.windowed_kv_share,
+        type=or_auto(checked(float)),
+        default="auto",
         metavar="SHARE",
         help="KV of a layer with a window, as a share of that of a layer that sees all, in models with both (Gemma, "
-        "gpt-oss): less than 1 frees KV behind windows and so holds more long requests, but fewer short ones; CPU "
-        "devices only",
+        "gpt-oss): less than 1 frees KV behind windows and so holds more long requests, but fewer short ones; auto "
+        "lets it follow the requests; 1 on GPUs, which keep all so far",
     )
     add(
         "--swap-space",

@@ -44,6 +44,15 @@ def number_from(convert: Callable[[str], N], low: N, high: N) -> Callable[[str],
     return parse_number
 
 
+def or_auto(parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """Return what `parse` does, and None of "auto"."""
+
+    def parse_or_auto(text: str) -> T | None:
+        return None if text == "auto" else parse(text)
+
+    return parse_or_auto
+
+
 def check_matplotlib() -> None:
     """Raise ValueError if matplotlib is missing; to be called before the run, which would be in vain."""
     try:

@@ -47,7 +47,7 @@ REJECTIONS = (
     "body_memory",
     "body_share",
 )  # what `Metrics.rejection` is told
-TRANSITION_KINDS = ("drop", "restore", "lose", "remove", "add")
+TRANSITION_KINDS = ("drop", "restore", "rebalance", "lose", "remove", "add")
 COUNTERS_AGE_S = 0.15
 
 
@@ -143,6 +143,7 @@ class Metrics:
         self._transitions = {
             "drop": self._counter("kunserve:drops", "Drops that were committed."),
             "restore": self._counter("kunserve:restores", "Restores that were committed."),
+            "rebalance": self._counter("kunserve:rebalances", "Moves of memory from one kind of KV to the other."),
         }
         text = "Transitions that failed and were undone, by their kind."
         self._rolled_back = self._counter_by("kind", "kunserve:rolled_back_transitions", text, TRANSITION_KINDS)

@@ -62,6 +62,7 @@ export function droppedChunks(frame) {
 const KINDS = {
   drop: ["▼", "drop"],
   restore: ["▲", "restore"],
+  rebalance: ["⇆", "rebalance"],
   lose: ["†", "device loss"],
   remove: ["−", "device removal"],
   add: ["+", "device addition"],

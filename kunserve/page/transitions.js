@@ -35,11 +35,13 @@ const FALLBACK = {
   drop: DOING.drop.boundary,
   restore: DOING.restore.shrink,
   lose: "A device was lost: what is left of its group forms new groups.",
+  rebalance: "Memory goes from one kind of KV to the other, at a step boundary of all groups.",
   remove: "A device is being taken out: what is left of its group forms new groups.",
   add: "A device is being taken in.",
 };
-// What the loss, the removal and the addition of a device are, once committed; and where they were not.
+// What a rebalance, the loss, the removal and the addition of a device are, once committed; and where they were not.
 const CHANGES = {
+  rebalance: "Layers with a window have another share of the KV",
   lose: "A device was lost, and its requests started over",
   remove: "A device was taken out of service",
   add: "A device was taken into service",
@@ -85,6 +87,7 @@ const groupsOf = (ids) => `${ids.length > 1 ? "groups" : "group"} ${listed(ids)}
 
 /** Which groups become which. A device that was lost may leave none, and one that is added may find none. */
 function regrouping({ old_groups: before, new_groups: after, kind, outcome, epoch }) {
+  if (`${before}` === `${after}`) return groupsOf(before);
   if (!before.length) return after.length ? `${groupsOf(after)} began` : "";
   if (after.length) return `${groupsOf(before)} became ${groupsOf(after)}`;
   if (outcome !== "running") return epoch === undefined ? groupsOf(before) : `${groupsOf(before)} ended`;

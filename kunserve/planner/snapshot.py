@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kunserve.sizes import ceil_div
@@ -24,6 +24,7 @@ class NearKv(NamedTuple):
     layers: tuple[int, ...]  # in order
     share: int  # chunks, in thousandths of those of a full layer
     least_chunks: int = 1  # that one request needs, if a full layer has as many
+    is_fixed: bool = True  # False: the share follows what is asked for
 
     def chunks(self, full_chunks: int) -> int:
         """Return the chunks of a near layer where full ones have `full_chunks`: no more than those."""
@@ -116,6 +117,11 @@ class ModelShape:
         full, near = num_layers
         most = num_chunks // full if full else num_chunks // near * 1000 // kind.share
         return bisect_left(range(1, most + 1), True, key=lambda n: full * n + near * kind.chunks(n) > num_chunks)
+
+    def with_share(self, share: int) -> ModelShape:
+        """Return the same model where layers with a window have another share of KV; there are two kinds."""
+        assert self.near is not None
+        return replace(self, near=self.near._replace(share=share))
 
     def blocks_by_kind(self, chunks: int) -> tuple[int, ...]:
         """Return the blocks of each kind where full layers have `chunks`."""

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from kunserve.command.command_line import OneLineParser, number_from
+from kunserve.command.command_line import OneLineParser, number_from, or_auto
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.costs import OVERLAP
@@ -92,9 +92,11 @@ def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
     add("--max-num-seqs", type=_count, default=default.max_num_seqs, help="most requests that run on one device")
     add(
         "--windowed-kv-share",
-        type=number_from(float, 0.001, 1.0),
+        type=or_auto(number_from(float, 0.001, 1.0)),
         default=default.windowed_kv_share,
-        help="KV of a layer with a window over that of one that sees all, in models with both; GPUs take only 1 so far",
+        metavar="SHARE",
+        help="KV of a layer with a window over that of one that sees all, in models with both, or auto: it follows the "
+        "requests; GPUs take only 1 so far, which is the default",
     )
     add(
         "--watermark",

@@ -99,18 +99,18 @@ def test_devices_are_counted_by_state() -> None:
 
 def test_transitions_are_counted_by_kind() -> None:
     metrics = metrics_of()
-    for kind in ("drop", "restore", "lose", "remove", "add"):
+    for kind in ("drop", "restore", "rebalance", "lose", "remove", "add"):
         metrics.transition(kind, {"boundary": 0.1}, 0)
     metrics.rolled_back("add")
     metrics.device_lost()
     now = values(metrics)
-    assert (now["kunserve:drops_total"], now["kunserve:restores_total"]) == (1, 1)
+    assert (now["kunserve:drops_total"], now["kunserve:restores_total"], now["kunserve:rebalances_total"]) == (1, 1, 1)
     assert now["kunserve:devices_lost_total"] == 1
     [boundary] = [s for s in samples(metrics) if s.name == "kunserve:transition_seconds_count"]
-    assert (boundary.labels["step"], boundary.value) == ("boundary", 5)
+    assert (boundary.labels["step"], boundary.value) == ("boundary", 6)
     name = "kunserve:rolled_back_transitions_total"
     undone = {s.labels["kind"]: s.value for s in samples(metrics) if s.name == name}
-    assert undone == {"drop": 0, "restore": 0, "lose": 0, "remove": 0, "add": 1}
+    assert undone == {"drop": 0, "restore": 0, "rebalance": 0, "lose": 0, "remove": 0, "add": 1}
 
 
 # As vLLM 0.32 writes them (v1/metrics/buckets.py): dashboards and alerts name them.

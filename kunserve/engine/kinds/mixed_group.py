@@ -72,6 +72,11 @@ class MixedGroup(Group):
         return max(near_pool(stage).num_used for stage in self.stages) - len(self.near_idle)
 
     @property
+    def num_full_used(self) -> int:
+        """Return the full blocks in use by requests on the fullest stage."""
+        return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
+
+    @property
     def num_full_free(self) -> int:
         """Return the full blocks that a request could get now."""
         return min(stage.pool.num_free for stage in self.stages) + len(self.idle)
@@ -84,18 +89,22 @@ class MixedGroup(Group):
     @property
     def num_used(self) -> int:
         """Return the blocks in use by requests; if near ones are scarcer, as many as are the same share of all."""
-        full = max(stage.pool.num_used for stage in self.stages) - len(self.idle)
-        return max(full, ceil_div(self.num_near_used * self.num_blocks, max(1, self.num_near_blocks)))
+        return max(self.num_full_used, ceil_div(self.num_near_used * self.num_blocks, max(1, self.num_near_blocks)))
 
     def free_for(self, num_tokens: int) -> int:
         """See `Group.free_for`. Whoever runs gets the near blocks that its own tokens need first."""
+        needed = min(self.near_blocks_for(num_tokens), self.num_near_blocks)
+        return self.num_full_free if needed <= self.num_near_free - self.near_promised() else 0
+
+    def near_promised(self, num_steps: int = 0) -> int:
+        """Return the near blocks that those who run lack for the tokens they have, or will have after some steps."""
         promised = 0
         for request in self.running:
             near = request.table.near
             if near is not None:
-                promised += max(0, self.near_blocks_for(request.num_tokens) - len(near.blocks))
-        needed = min(self.near_blocks_for(num_tokens), self.num_near_blocks)
-        return self.num_full_free if needed <= self.num_near_free - promised else 0
+                num_tokens = min(request.num_tokens + num_steps, request.max_num_tokens)
+                promised += max(0, self.near_blocks_for(num_tokens) - len(near.blocks))
+        return promised
 
     def can_hold(self, lengths: Sequence[int]) -> bool:
         """See `Group.can_hold`."""

@@ -17,7 +17,13 @@ from kunserve.engine.group import Group, Stage
 from kunserve.engine.hooks import KvMover
 from kunserve.engine.kinds.mixed_group import NearLayers, new_group
 from kunserve.engine.launch.machine import Machine
-from kunserve.engine.launch.placement import choose_placement, model_shape, near_kv, num_copies
+from kunserve.engine.launch.placement import (
+    choose_placement,
+    model_shape,
+    near_kv,
+    num_copies,
+    with_share_to_begin,
+)
 from kunserve.engine.regroup.boundary import Boundary
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.regroup.exchange import Exchange
@@ -80,6 +86,7 @@ async def assemble(
     placement = choose_placement(
         shape, views, devices_per_group=per_group, max_model_len=max_model_len, is_len_required=is_len_required
     )
+    placing, shape = shape, with_share_to_begin(shape, views, placement)
     memories, loader = await _open(machine, model, kv_shape, weights, [view.island for view in views])
     await _load(model, memories, placement.groups, shape, loader, progress)
     executor, note = await asyncio.to_thread(machine.executor, memories, placement.max_model_len)
@@ -113,7 +120,7 @@ async def assemble(
     engine.view.overload_policy = config.overload_policy
     copies = partial(num_copies, max_model_len=max_model_len, is_len_required=is_len_required)
     by_hand = _only_by_hand(config) if len(placement.groups) > 1 else None
-    engine.view.no_drop = by_hand or why_no_drop(shape, views, placement.groups, per_group, copies)
+    engine.view.no_drop = by_hand or why_no_drop(placing, views, placement.groups, per_group, copies)
     return engine, control
 
 
@@ -156,6 +163,7 @@ def make_control(
     """Return what regroups an engine, whose mover is set. `reopen` as in `Membership`, `clock` as in `Transitions`."""
     fleet, scheduler, signals, metrics = engine.fleet, engine.scheduler, engine.signals, engine.metrics
     health, transitions = engine.device_health, Transitions(fleet, loader, signals, metrics, clock)
+    longest = shape.blocks_for(engine.limits.max_model_len)
     boundary = Boundary(fleet, signals, engine.mover)
     remap = Remap(fleet, engine.model, shape, engine.memories, loader, links, health.lose)
     exchange = Exchange(fleet, scheduler, remap, Transfers(engine.memories, links), signals, metrics)
@@ -170,7 +178,7 @@ def make_control(
         signals,
         lambda: control.snapshot(),
         lambda: control.need_blocks(),
-        shape.blocks_for(engine.limits.max_model_len),
+        longest,
         reopen,
         engine.limit_tokens,
         engine.halt,
@@ -184,9 +192,9 @@ def make_control(
         signals,
         metrics,
         worth,
-        shape,
         views,
         thresholds,
+        longest,
         is_automatic=is_automatic,
     )
     health.on_lost = control.lost
@@ -276,6 +284,8 @@ async def _load(
 def _shape(machine: Machine, model: ModelConfig, config: EngineConfig, kv_shape: KVShape) -> ModelShape:
     """Return the sizes that the planner works with. ConfigError if the machine has no KV of the kinds asked for."""
     near = near_kv(model, config, kv_shape, machine.chunk_bytes)
+    if near is not None and not machine.has_kinds and not near.is_fixed:
+        near = None
     if near is not None and not machine.has_kinds:
         raise ConfigError("--windowed-kv-share: these devices do not free KV behind windows of only some layers yet")
     return model_shape(model, kv_shape, machine.chunk_bytes, machine.dtype, shares_head=machine.shares_head, near=near)

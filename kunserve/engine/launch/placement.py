@@ -16,6 +16,7 @@ from kunserve.gpu.kv_memory import KVShape, max_layer_chunks
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import layer_name, weight_units
 from kunserve.planner.demand import near_blocks
+from kunserve.planner.kinds.mix import most_share
 from kunserve.planner.layer_split import split_layers
 from kunserve.planner.snapshot import DeviceView, ModelShape, NearKv, StageView, capacity_blocks
 from kunserve.sizes import ceil_div, format_size
@@ -32,14 +33,29 @@ class Placement:
 def near_kv(config: ModelConfig, settings: EngineConfig, kv_shape: KVShape, chunk_bytes: int) -> NearKv | None:
     """Return what layers with a window get of KV, if others see all and the settings say less than those; else None.
 
-    At least what one request needs, with all tokens that a step can compute of it.
+    At least what one request needs, with all tokens that a step can compute of it. If the share is to follow what is
+    asked for it is the greatest, or where a length is required the least, and `with_share_to_begin` says more.
     """
-    share = round(1000 * settings.windowed_kv_share)
-    if not config.near_layers or config.window is None or share >= 1000:
+    share, is_fixed = settings.windowed_kv_share, settings.windowed_kv_share is not None
+    if not config.near_layers or config.window is None or share == 1:
         return None
+    if share is None:
+        share = 1.0 if settings.max_model_len is None else 0.0
     num_blocks = near_blocks(config.max_position_embeddings, config.window, kv_shape.block_size)
     num_blocks += ceil_div(settings.num_batched_tokens, kv_shape.block_size)
-    return NearKv(config.near_layers, max(1, share), ceil_div(num_blocks * kv_shape.block_bytes, chunk_bytes))
+    least_chunks = ceil_div(num_blocks * kv_shape.block_bytes, chunk_bytes)
+    return NearKv(config.near_layers, max(1, round(1000 * share)), least_chunks, is_fixed)
+
+
+def with_share_to_begin(shape: ModelShape, devices: Sequence[DeviceView], placement: Placement) -> ModelShape:
+    """Return the shape with which a placement begins.
+
+    A share that is to follow is as great as the longest request allows: short requests lose nothing.
+    """
+    if shape.near is None or shape.near.is_fixed:
+        return shape
+    budgets, longest = {view.device: view.budget_chunks for view in devices}, shape.blocks_for(placement.max_model_len)
+    return shape.with_share(most_share(shape, budgets, placement.groups, longest))
 
 
 def model_shape(

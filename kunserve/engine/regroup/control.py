@@ -29,7 +29,7 @@ from kunserve.planner.drop import plan_drop, plan_drop_of
 from kunserve.planner.overload import Relaxation, Thresholds
 from kunserve.planner.plan import RestorePlan
 from kunserve.planner.restore import plan_restore
-from kunserve.planner.snapshot import DeviceView, GroupView, ModelShape, Snapshot
+from kunserve.planner.snapshot import DeviceView, GroupView, Snapshot
 from kunserve.sampling import FinishReason
 from kunserve.sizes import format_size
 
@@ -40,6 +40,7 @@ log = structlog.get_logger()
 # anew, so it is cut for much more.
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
+MIX_STAYS = 10.0  # times as long as a rebalance took, until one goes back: for all groups stood still meanwhile
 RETRY_S = 1.0  # after a transition that failed
 WEIGH_EVERY_S = 0.1  # what was not worth it
 # Least pause between two looks for a restore, unless a fiftieth of the hold time is less: each measures all requests.
@@ -59,19 +60,19 @@ class OverloadControl:
         signals: Signals,
         metrics: Metrics,
         worth: Worth,
-        shape: ModelShape,
         devices: Sequence[DeviceView],
         thresholds: Thresholds,
+        longest: int,
         *,
         is_automatic: bool,
     ) -> None:
         self._fleet, self._scheduler = fleet, scheduler
         self.reconfigure, self.membership, self._signals, self._metrics = reconfigure, membership, signals, metrics
-        self._worth, self._shape, self._devices, self._thresholds = worth, shape, tuple(devices), thresholds
+        self._worth, self._devices, self._thresholds = worth, tuple(devices), thresholds
         self.is_automatic, self._is_stopping = is_automatic, False
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
-        self.pressure = Pressure(fleet, scheduler, shape, thresholds, self._look_in)
+        self.pressure = Pressure(fleet, scheduler, reconfigure.shape, thresholds, longest, self._look_in)
         self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
         self._next_look_s = 0.0
         self._next_look: asyncio.TimerHandle | None = None
@@ -91,7 +92,7 @@ class OverloadControl:
     def observe(self, changed: Sequence[Group]) -> None:
         """Look at the engine before it schedules, and begin what the planner says. Cheap while nothing is tight."""
         now = loop_time()
-        if not self.is_automatic:
+        if self._begin_rebalance(changed) or not self.is_automatic:
             return
         self._worth.look(now)
         if now < self._not_before_s:
@@ -288,6 +289,19 @@ class OverloadControl:
         if not begun:  # it may be when more waits
             self.pressure.calm(WEIGH_EVERY_S)
 
+    def _begin_rebalance(self, changed: Sequence[Group]) -> bool:
+        """Move memory from one kind of KV to the other if that is what is lacking; drops can wait for that."""
+        near = self.reconfigure.shape.near
+        if near is None or near.is_fixed or self._tasks or self._is_stopping:
+            return False
+        if len(self._fleet.working) < len(self._fleet.groups):  # not all can be at a step boundary
+            return False
+        share = self.pressure.wanted_share(changed, self.snapshot)
+        if share is None:
+            return False
+        self._spawn(self.reconfigure.rebalance(share), list(self._fleet.groups))
+        return True
+
     def _begin_restore_if_relaxed(self, now: float) -> None:
         snapshot, demand = self.snapshot(), self.pressure.demand()
         before, undropped = self._relaxation, snapshot.undropped_blocks()
@@ -327,6 +341,9 @@ class OverloadControl:
             return
         if (error := task.exception()) is None:
             transition = task.result()
+            if transition is not None and transition.kind == "rebalance":
+                rest_s = MIX_STAYS * transition.seconds["total"]
+                self.pressure.keep_mix(rest_s, may_go_on=transition.outcome == "done")
             if transition is not None and transition.outcome == "done":
                 self._metrics.transition(transition.kind, transition.seconds, transition.exchange_bytes)
                 if self.membership.idle and not self._is_stopping:
@@ -335,6 +352,7 @@ class OverloadControl:
             is_bug = not (is_refusal(error) or isinstance(error, ConflictError))
             log.error("transition failed", error=repr(error), exc_info=error if is_bug else None)
             self._look_again_later()
+            self.pressure.keep_mix(RETRY_S)
         self._signals.wake()
 
     def _look_again_later(self) -> None:
@@ -348,7 +366,7 @@ class OverloadControl:
             GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.lineage)
             for g in self._fleet.working
         )
-        return Snapshot(self._fleet.epoch, self._shape, self._devices, groups)
+        return Snapshot(self._fleet.epoch, self.reconfigure.shape, self._devices, groups)
 
 
 def _two_smallest(snapshot: Snapshot) -> list[int]:

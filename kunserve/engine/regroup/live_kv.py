@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kunserve.engine.blocks.block_table import Block, BlockTable
@@ -10,8 +10,10 @@ from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
 from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.request import Request
-from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_near
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand, measure_near
 from kunserve.planner.exchange import LiveRequest, plan_exchange
+from kunserve.planner.kinds.mix import OfKinds
+from kunserve.planner.overload import growth
 from kunserve.planner.plan import ExchangeMode, Merge
 from kunserve.planner.snapshot import Snapshot
 from kunserve.sizes import ceil_div
@@ -35,13 +37,24 @@ def loss_of(fleet: Fleet, snapshot: Snapshot, merge: Merge) -> Loss | None:
     return Loss(len(running), num_tokens, sum(group.num_used for group in groups))
 
 
-def near_demand(fleet: Fleet, requests: Iterable[RequestView], estimate: OutputLengthEstimate) -> int:
-    """Return at how many full blocks there are as many near ones as requests need, where KV is of two kinds."""
-    assert fleet.near is not None
-    num_near = measure_near(requests, estimate, fleet.near.window, fleet.block_size)
+def as_full(fleet: Fleet, num_near: int) -> int:
+    """Return at how many full blocks there are so many near ones, where KV is of two kinds."""
     groups = [group for group in fleet.groups if isinstance(group, MixedGroup)]
     full, near = sum(group.num_blocks for group in groups), sum(group.num_near_blocks for group in groups)
     return ceil_div(num_near * full, max(1, near))
+
+
+def demand_of(group: MixedGroup, running: Sequence[RequestView], estimate: OutputLengthEstimate) -> OfKinds:
+    """Return what those who run in a group need when they have got as long as they are expected to."""
+    growing = measure_demand(running, (), estimate, group.block_size).growth
+    return OfKinds(group.num_full_used + growing, measure_near(running, estimate, group.window, group.block_size))
+
+
+def held_by(group: MixedGroup, running: Sequence[RequestView], horizon_steps: int, step_tokens: int) -> OfKinds:
+    """Return what those who run in a group will hold after some steps, one of which computes prompts."""
+    full = group.num_full_used + growth(running, horizon_steps, group.block_size)
+    near = group.num_near_used + group.near_promised(horizon_steps) + ceil_div(step_tokens, group.block_size)
+    return OfKinds(full, near)
 
 
 def live_requests(groups: Sequence[Group]) -> list[LiveRequest]:

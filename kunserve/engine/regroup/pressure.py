@@ -8,13 +8,16 @@ from functools import partial
 
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.regroup.live_kv import near_demand
+from kunserve.engine.kinds.mixed_group import MixedGroup
+from kunserve.engine.regroup.live_kv import as_full, demand_of, held_by
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.signals import loop_time
-from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand
+from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand, measure_near
+from kunserve.planner.kinds.mix import Asked, OfKinds, plan_share
 from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
-from kunserve.planner.snapshot import ModelShape
+from kunserve.planner.snapshot import ModelShape, Snapshot
+from kunserve.sizes import ceil_div
 
 # Between two looks at all requests, if the first found no overload: of many groups, one is always tight.
 OVERLOAD_PAUSE_S = 0.02
@@ -29,14 +32,20 @@ class Pressure:
         scheduler: Scheduler,
         shape: ModelShape,
         thresholds: Thresholds,
+        longest: int,
         look_in: Callable[[float], None],
     ) -> None:
-        """`look_in` is called with the seconds after which another look may find something else."""
+        """Look at a fleet whose longest request has `longest` blocks.
+
+        `look_in` is called with the seconds after which another look may find something else.
+        """
         self._fleet, self._scheduler, self._shape, self._thresholds = fleet, scheduler, shape, thresholds
         self._look_in = look_in
         self._estimate = OutputLengthEstimate()
         self._pause_until_s = 0.0
         self._waits_since_s: float | None = None  # somebody, for blocks, without a break
+        self._longest, self._mix_stays_until_s = longest, 0.0
+        self._is_near_growing, self._no_turn_until_s = False, 0.0  # which kind got memory last
 
     @property
     def answer_tokens(self) -> float:
@@ -53,13 +62,62 @@ class Pressure:
         Blocks that they share count once.
         """
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
-        running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
-        waiting = map(self._view, self._scheduler.queued())
-        blocks = measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+        blocks = self._full_demand(estimate)
         if self._fleet.near is None:
             return blocks
+        return max(blocks, as_full(self._fleet, self._near_demand(estimate)))
+
+    def _full_demand(self, estimate: OutputLengthEstimate) -> int:
+        running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
+        waiting = map(self._view, self._scheduler.queued())
+        return measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+
+    def _near_demand(self, estimate: OutputLengthEstimate) -> int:
+        assert self._fleet.near is not None
         everybody = [r for group in self._fleet.groups for r in group.running] + list(self._scheduler.queued())
-        return max(blocks, near_demand(self._fleet, map(self._view, everybody), estimate))
+        return measure_near(map(self._view, everybody), estimate, self._fleet.near.window, self._fleet.block_size)
+
+    def wanted_share(self, changed: Sequence[Group], snapshot: Callable[[], Snapshot]) -> int | None:
+        """Return the share that layers with a window should have where KV is of two kinds; None if nothing is gained.
+
+        `changed` as in `is_too_high`. Nothing is while nothing is tight.
+        """
+        now = loop_time()
+        if now < self._mix_stays_until_s or not self._is_tight(changed):
+            return None
+        self._mix_stays_until_s = now + OVERLOAD_PAUSE_S
+        before = snapshot()
+        assert before.model.near is not None
+        share = plan_share(before, self._asked())
+        if share is None:
+            return None
+        is_near_growing = share > before.model.near.share
+        if is_near_growing != self._is_near_growing and now < self._no_turn_until_s:
+            return None
+        self._is_near_growing = is_near_growing
+        return share
+
+    def _asked(self) -> Asked:
+        """Return what is asked of kinds. Those who wait count as if each group got the same part of them."""
+        step_tokens, horizon = self._scheduler.limits.max_num_batched_tokens, self._thresholds.horizon_steps
+        groups = [group for group in self._fleet.groups if isinstance(group, MixedGroup)]
+        waiting, size = list(map(self._view, self._scheduler.queued())), self._fleet.block_size
+        full = ceil_div(measure_demand((), waiting, self._estimate, size).blocks, len(groups))
+        near = ceil_div(measure_near(waiting, self._estimate, groups[0].window, size), len(groups))
+        near += self._fleet.blocks_for(step_tokens)
+        held, demand = dict[int, OfKinds](), dict[int, OfKinds]()
+        for group in groups:
+            running = list(map(self._view, group.running))
+            own = demand_of(group, running, self._estimate)
+            demand[group.group_id] = OfKinds(own.full + full, own.near + near)
+            held[group.group_id] = held_by(group, running, horizon, step_tokens)
+        return Asked(held, demand, self._longest)
+
+    def keep_mix(self, seconds: float, *, may_go_on: bool = False) -> None:
+        """Want no other share for so long; or if it `may_go_on`, none that takes from the kind that has just got."""
+        self._no_turn_until_s = loop_time() + seconds
+        if not may_go_on:
+            self._mix_stays_until_s = self._no_turn_until_s
 
     def is_too_high(self, changed: Sequence[Group]) -> bool:
         """Return whether memory is too small. `changed`: groups that something happened to since the last call."""

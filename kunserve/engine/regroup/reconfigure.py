@@ -26,10 +26,10 @@ from kunserve.errors import ConflictError
 from kunserve.gpu.queue import gather_all
 from kunserve.gpu.refusal import log_failure
 from kunserve.planner.exchange import plan_exchange
-from kunserve.planner.layouts import blocks_of
+from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.plan import ExchangeMode, ExchangePlan, Join, Merge, RestorePlan, Split
 from kunserve.planner.restore import HeldRequest, assign_requests
-from kunserve.planner.snapshot import Lineage, Snapshot, StageView
+from kunserve.planner.snapshot import Lineage, ModelShape, Snapshot, StageView
 
 
 class _CancelledError(Exception):
@@ -53,9 +53,14 @@ class Reconfigure:
         self._fleet, self._scheduler, self.boundary, self.remap = fleet, scheduler, boundary, remap
         self.exchange, self.loader = exchange, loader
         self._followers = Followers(fleet, exchange.transfers)
-        self._signals, self._shape = signals, remap.shape
+        self._signals = signals
         self.transitions = transitions
         self._is_cancelled = False  # the restore
+
+    @property
+    def shape(self) -> ModelShape:
+        """Return the sizes that plans are made with: the share of near KV is what it is now."""
+        return self.remap.shape
 
     # --- drop ---------------------------------------------------------------------------------------------------
 
@@ -246,8 +251,8 @@ class Reconfigure:
         """Return the bytes of weights that the parts of a restore hold more than the chains they are made of."""
         after = [stage for split in plan.splits for half in split.into for stage in half.stages]
         before = [stage.view for group in old for stage in group.stages]
-        chunks = [sum(self._shape.weight_chunks(s.first_layer, s.last_layer) for s in of) for of in (after, before)]
-        return (chunks[0] - chunks[1]) * self._shape.chunk_bytes
+        chunks = [sum(self.shape.weight_chunks(s.first_layer, s.last_layer) for s in of) for of in (after, before)]
+        return (chunks[0] - chunks[1]) * self.shape.chunk_bytes
 
     def _give_way(self) -> None:
         if self._is_cancelled:
@@ -258,7 +263,7 @@ class Reconfigure:
     ) -> None:
         """Shrink KV, map the weights where it was, and load them while the chain keeps serving."""
         halves = [half for split in plan.splits for half in split.into]
-        targets = {layout.stage.device: blocks_of(self._shape, layout) for half in halves for layout in half.layouts}
+        targets = {layout.stage.device: blocks_of(self.shape, layout) for half in halves for layout in half.layouts}
         with ExitStack() as pause:
             with self.transitions.step(transition, "shrink"):
                 for device, num_blocks in targets.items():
@@ -329,6 +334,52 @@ class Reconfigure:
         self.exchange.reserve(moving)  # they have blocks everywhere already
         return made, moving
 
+    # --- kinds of KV --------------------------------------------------------------------------------------------
+
+    async def rebalance(self, share: int) -> Transition:
+        """Give layers with a window another share of KV on all devices: chunks go from one kind to the other.
+
+        Blocks in use move to where their kind keeps its memory; if there is too little room for them by now, nothing
+        changes and the outcome says so. Raises ConflictError if another transition runs or a device is suspected,
+        DeviceError after rolling back.
+        """
+        shape, group_ids = self.shape.with_share(share), [group.group_id for group in self._fleet.groups]
+        with self.transitions.begin("rebalance", group_ids) as (transition, groups), self.boundary.paused(groups):
+            with self.transitions.step(transition, "boundary"):
+                await self.boundary.reached(groups, gives_up=True)
+                await self._repair_layouts(groups)
+            stages = [stage for group in groups for stage in group.stages]
+            chunks = {stage.device: self.remap.memories[stage.device].pool.num_chunks for stage in stages}
+            layouts = {stage.device: stage_layout(shape, chunks[stage.device], stage.view) for stage in stages}
+            kept = {
+                stage.device: tuple(map(min, self.remap.num_blocks(stage), blocks_of(shape, layouts[stage.device])))
+                for stage in stages
+            }
+            try:
+                with self.transitions.step(transition, "shrink"):
+                    for device, num_blocks in kept.items():
+                        self._fleet.limit(device, *num_blocks)
+                    has_room = await self._empty_tails(groups, kept)
+                if has_room:
+                    with self.transitions.step(transition, "remap"):
+                        for group in groups:
+                            self._fleet.end_following(group)
+                        for device, num_blocks in kept.items():
+                            self._fleet.shrink(device, *num_blocks)
+                        await self.remap.apply(self.remap.planned(layouts.values()))
+                    self.remap.shape = shape
+            finally:
+                for stage in stages:
+                    self._fleet.grow(stage.device, *self.remap.num_blocks(stage))
+                for group in groups:
+                    self._fleet.end_following(group)
+            if has_room:
+                self.transitions.commit(transition, [], [])
+                transition.new_groups = transition.old_groups
+            else:
+                transition.outcome = "cancelled"
+        return transition
+
     # --- both ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -343,4 +394,4 @@ class Reconfigure:
             transition.num_lost = sum(m.is_lost for m in moving)
 
     def _new_group(self, stages: Sequence[StageView], lineage: Lineage | None) -> Group:
-        return self._fleet.make_group(stages, self._shape.block_size, lineage)
+        return self._fleet.make_group(stages, self.shape.block_size, lineage)

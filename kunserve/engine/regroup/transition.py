@@ -1,7 +1,8 @@
 """Transitions: what is known of each change of the grouping, while it runs and afterwards; and what may run with what.
 
 A transition is two-phase: it prepares while everything serves, then commits a new epoch at a step boundary, or the old
-one goes on. Drops of different groups run side by side, and one rebuild beside them; a restore runs alone.
+one goes on. Drops of different groups run side by side, and one rebuild beside them; a restore runs alone, and so does
+a rebalance.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ log = structlog.get_logger()
 
 # Rebuilds, in words: transitions that give free devices new groups, or places in one that goes on.
 REBUILDS = {"lose": "the loss of a device", "remove": "the removal of a device", "add": "the addition of a device"}
+ALONE = {"restore", "rebalance"}  # kinds of transitions that nothing may run beside
 HISTORY = 1000  # transitions that are remembered
 
 
@@ -35,7 +37,7 @@ HISTORY = 1000  # transitions that are remembered
 class Transition:
     """What happened, step by step. Times in seconds; `started_s` on the engine's clock."""
 
-    kind: str  # "drop", "restore", "lose", "remove", "add"
+    kind: str  # "drop", "restore", "rebalance", "lose", "remove", "add"
     started_s: float
     old_groups: tuple[int, ...]
     new_groups: tuple[int, ...] = ()
@@ -80,7 +82,7 @@ class Transitions:
     ) -> None:
         self._fleet, self._loader, self._signals, self._metrics, self._clock = fleet, loader, signals, metrics, clock
         self.remembered: list[Transition] = []
-        self._running: list[Transition] = []  # one restore; or drops, of different groups, and one rebuild
+        self._running: list[Transition] = []  # one of `ALONE`; or drops, of different groups, and one rebuild
 
     @property
     def current(self) -> Transition | None:
@@ -101,7 +103,7 @@ class Transitions:
         return None
 
     def _may_run_beside(self, kind: str, other: str) -> bool:
-        if "restore" in (kind, other):
+        if not ALONE.isdisjoint((kind, other)):
             return False
         num_rebuilds = (kind in REBUILDS) + (other in REBUILDS)
         if num_rebuilds == 2:  # else both would take the same free devices

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
+from transition_harness import patient_with_sound_devices
 
 from e2e.engines import assert_idle, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
 from kunserve.engine.engine import Engine
 from kunserve.engine.kinds.mixed_group import MixedGroup
-from kunserve.errors import ConflictError
+from kunserve.engine.launch.launch import Served
+from kunserve.errors import ConflictError, DeviceError
+from kunserve.faults import parse_faults
 from kunserve.policies import OverloadPolicy
 
 IS_WHOLE = bool(os.environ.get("KUNSERVE_ALL_MODELS"))
@@ -55,7 +60,9 @@ def expected(tiny_models: TinyModels) -> dict[str, list[list[int]]]:
 
     async def generated(family: str) -> list[list[int]]:
         folder = tiny_models.folder(family, **SHAPES[family])
-        async with running_engine(folder, num_blocks_override=256, enable_prefix_caching=False) as served:
+        async with running_engine(
+            folder, num_blocks_override=256, enable_prefix_caching=False, windowed_kv_share=1.0
+        ) as served:
             assert served.engine.fleet.num_kinds == 1
             return await generate_all(served.engine, PROMPTS, greedy(NUM_TOKENS))
 
@@ -141,3 +148,164 @@ async def test_more_long_requests_run_at_once(tiny_models: TinyModels) -> None:
             preempted.append(served.engine.scheduler.num_preemptions + served.engine.scheduler.swapped.num_swaps)
             await assert_idle(served.engine)
     assert preempted[0] == 0 < preempted[1]
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """Wait for devices that this machine has no time for: none of them is ill."""
+    with patient_with_sound_devices(lambda _: False):
+        yield
+
+
+def share_of(engine: Engine) -> tuple[float, ...]:
+    """Near blocks over full ones, of each group."""
+    groups = [group for group in engine.groups if isinstance(group, MixedGroup)]
+    return tuple(group.num_near_blocks / group.num_blocks for group in groups)
+
+
+def count_moved(served: Served) -> Counter[int]:
+    """How many blocks are copied to where their kind keeps its memory, from now on; by device."""
+    transfers, num_moved = served.control.reconfigure.exchange.transfers, Counter[int]()
+    within = transfers.within
+
+    async def counted(device: int, layers: Iterable[int], moved: Mapping[int, int]) -> None:
+        num_moved[device] += len(moved)
+        await within(device, layers, moved)
+
+    transfers.within = counted  # type: ignore[method-assign]
+    return num_moved
+
+
+async def rebalance(served: Served, share: int) -> str:
+    """Give near layers another share, in thousandths; returns what came of it."""
+    transition = await served.control.reconfigure.rebalance(share)
+    served.engine.check()
+    return transition.outcome
+
+
+async def begin_beyond(engine: Engine) -> asyncio.Task[list[list[int]]]:
+    """Begin to generate after all prompts, behind the blocks of others; returns when those have ended."""
+    fillers = asyncio.create_task(generate_all(engine, [random_prompt(200, seed=i) for i in range(10)], greedy(40)))
+    answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(NUM_TOKENS)))
+    await fillers
+    return answers
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("has_cache", [True, False], ids=["cached", "uncached"])
+async def test_memory_goes_from_kind_to_kind(
+    family: str, has_cache: bool, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
+) -> None:
+    """Again and again, both ways, while requests run: nobody makes way, and no token is another."""
+    folder = tiny_models.folder(family, **SHAPES[family])
+    settings: dict[str, Any] = {"num_blocks_override": 80, "max_model_len": 320, "enable_prefix_caching": has_cache}
+    async with running_engine(folder, "cpu:2", is_pinned=True, **KINDS, **settings) as served:
+        engine, seen, num_moved = served.engine, list[tuple[float, ...]](), count_moved(served)
+        answers, num_preemptions = await begin_beyond(engine), engine.scheduler.num_preemptions
+        for share in (1000, 350, 700, 300) * 3:
+            epoch = engine.fleet.epoch
+            assert await rebalance(served, share) == "done"
+            assert engine.fleet.epoch == epoch + 1
+            seen.append(share_of(engine))
+            for _ in range(8):
+                await engine.signals.next_commit()
+        assert engine.num_running
+        assert seen[1] < seen[2] < seen[0] == (1.0, 1.0)
+        assert await answers == expected[family]
+        assert num_moved.total() > 0 and engine.scheduler.num_preemptions == num_preemptions
+        assert await generate_all(engine, PROMPTS, greedy(NUM_TOKENS)) == expected[family]
+        await assert_idle(engine)
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
+async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
+    family: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
+) -> None:
+    folder = tiny_models.folder(family, **SHAPES[family])
+    settings: dict[str, Any] = {"is_pinned": True, "num_blocks_override": 160, "max_model_len": 320}
+    async with running_engine(folder, "cpu:2", **KINDS, **settings) as served:
+        engine, control = served.engine, served.control
+        answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(NUM_TOKENS)))
+        for share, change in ((600, engine.drop), (300, engine.restore), (900, engine.drop), (450, engine.restore)):
+            for _ in range(20):
+                await engine.signals.next_commit()
+            assert await rebalance(served, share) == "done"
+            await change()
+            assert engine.num_running
+            await asyncio.wait(control.tasks)
+            engine.check()
+        assert await rebalance(served, 250) == "done"
+        assert await answers == expected[family]
+        assert engine.scheduler.num_preemptions == 0
+        await assert_idle(engine)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_a_kind_in_use_is_not_taken_away(tiny_models: TinyModels, expected: dict[str, list[list[int]]]) -> None:
+    """Full blocks do not fit in what would be left of them: nothing changes."""
+    folder = tiny_models.folder("gemma3", **SHAPES["gemma3"])
+    async with running_engine(folder, "cpu:1", is_pinned=True, num_blocks_override=60, **KINDS) as served:
+        engine, before = served.engine, share_of(served.engine)
+        [group] = engine.groups
+        assert isinstance(group, MixedGroup)
+        answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(NUM_TOKENS)))
+        while group.num_full_used <= 60:
+            await engine.signals.next_commit()
+        assert await rebalance(served, 1000) == "cancelled"
+        assert share_of(engine) == before
+        assert await answers == expected["gemma3"]
+        await assert_idle(engine)
+
+
+@pytest.mark.usefixtures("patience")
+@pytest.mark.parametrize("fault", ["1:raise@rebalance.remap", "1:copy-fails@rebalance.shrink"])
+async def test_a_rebalance_that_fails_changes_nothing(
+    fault: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
+) -> None:
+    folder = tiny_models.folder("gemma3", **SHAPES["gemma3"])
+    settings: dict[str, Any] = {"is_pinned": True, "num_blocks_override": 80, "faults": parse_faults(fault)}
+    async with running_engine(folder, "cpu:2", enable_prefix_caching=False, **KINDS, **settings) as served:
+        engine, before = served.engine, share_of(served.engine)
+        answers = await begin_beyond(engine)
+        with pytest.raises((DeviceError, RuntimeError)):
+            await served.control.reconfigure.rebalance(1000)
+        engine.check()
+        assert share_of(engine) == before
+        assert served.control.reconfigure.transitions.remembered[0].outcome == "rolled back"
+        assert await answers == expected["gemma3"]
+        await assert_idle(engine)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_the_share_follows_what_is_asked(tiny_models: TinyModels, expected: dict[str, list[list[int]]]) -> None:
+    """Eight streams that outgrow their windows, in the memory of five; then many that do not; then the former again."""
+    folder, settings = tiny_models.folder("gemma3", **SHAPES["gemma3"]), KINDS | {"windowed_kv_share": None}
+    long, short = [random_prompt(10, seed=i) for i in range(8)], [random_prompt(20, seed=i) for i in range(40)]
+    async with running_engine(folder, num_blocks_override=88, max_model_len=320, **settings) as served:
+        engine = served.engine
+        assert share_of(engine) == (1.0,)
+        for _ in range(2):
+            await generate_all(engine, long, greedy(240))
+            share = share_of(engine)
+            assert share < (0.7,)
+            while share_of(engine) == share:  # it does not turn at once
+                await generate_all(engine, short, greedy(12))
+            assert share_of(engine) > share
+        assert engine.scheduler.num_preemptions + engine.scheduler.swapped.num_swaps == 0
+        assert {t.kind for t in served.control.reconfigure.transitions.remembered} == {"rebalance"}
+        assert await generate_all(engine, PROMPTS, greedy(NUM_TOKENS)) == expected["gemma3"]
+        await assert_idle(engine)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_memory_moves_before_weights_are_dropped(
+    tiny_models: TinyModels, expected: dict[str, list[list[int]]]
+) -> None:
+    folder, settings = tiny_models.folder("gemma3", **SHAPES["gemma3"]), KINDS | {"windowed_kv_share": None}
+    async with running_engine(folder, "cpu:2", num_blocks_override=40, max_model_len=320, **settings) as served:
+        assert await generate_all(served.engine, PROMPTS * 2, greedy(NUM_TOKENS)) == expected["gemma3"] * 2
+        assert served.control.reconfigure.transitions.remembered[0].kind == "rebalance"
+        assert max(share_of(served.engine)) < 1
+        await assert_idle(served.engine)

@@ -8,8 +8,18 @@ import pytest
 import torch
 from groups import shape_of, views
 
-from kunserve.engine.launch.placement import Placement, budget_chunks, choose_placement
+from kunserve.config import EngineConfig
+from kunserve.engine.launch.placement import (
+    Placement,
+    budget_chunks,
+    choose_placement,
+    model_shape,
+    near_kv,
+    with_share_to_begin,
+)
 from kunserve.errors import ConfigError
+from kunserve.gpu.kv_memory import KVShape
+from kunserve.model.card import find_config
 from kunserve.planner.snapshot import DeviceView, ModelShape, capacity_blocks
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -128,3 +138,47 @@ def test_budgets() -> None:
     assert budget_chunks(shape, None, 256, 0) == weights + 30 * 3  # 24 KiB a block
     assert budget_chunks(shape, None, 257, 0) == weights + 30 * 4
     assert budget_chunks(shape, None, None, 100 * MIB) == weights + 50
+
+
+def shape_of_gemma(share: float | None, max_model_len: int | None) -> ModelShape:
+    """gemma-3-12b, in whose layers 5 of 6 have a window of 1,024 tokens."""
+    model = find_config("gemma-3-12b")
+    settings = EngineConfig("gemma-3-12b", windowed_kv_share=share, max_model_len=max_model_len)
+    kv_shape = KVShape.of(model, 16, torch.bfloat16)
+    near = near_kv(model, settings, kv_shape, 2 * MIB)
+    return model_shape(model, kv_shape, 2 * MIB, near=near)
+
+
+def test_a_share_that_follows_begins_with_the_most() -> None:
+    """As much as layers that see all have, unless the length that is asked for would not fit: then it does just so."""
+    for max_model_len, gib in ((None, 80), (131_072, 80), (131_072, 40)):
+        shape = shape_of_gemma(None, max_model_len)
+        devices, is_required = views(1, gib * GIB, shape), max_model_len is not None
+        placement = choose_placement(
+            shape, devices, max_model_len=131_072, is_len_required=is_required, devices_per_group=None
+        )
+        begun = with_share_to_begin(shape, devices, placement)
+        assert begun.near is not None and placement.max_model_len == 131_072
+        check(placement, begun, devices)
+        if gib == 80:
+            assert begun.near.share == 1000
+        else:
+            assert begun.near.share < 1000
+            with pytest.raises(AssertionError):
+                check(placement, begun.with_share(begun.near.share + 1), devices)
+            with pytest.raises(ConfigError):  # of one kind
+                choose_placement(
+                    shape_of_gemma(1.0, max_model_len),
+                    devices,
+                    max_model_len=131_072,
+                    is_len_required=True,
+                    devices_per_group=None,
+                )
+
+
+def test_a_share_that_is_given_stays() -> None:
+    shape = shape_of_gemma(0.25, None)
+    devices = views(1, 80 * GIB, shape)
+    placement = choose_placement(shape, devices, max_model_len=8192, is_len_required=True, devices_per_group=None)
+    begun = with_share_to_begin(shape, devices, placement)
+    assert begun == shape and shape.near is not None and shape.near.is_fixed and shape.near.share == 250

@@ -1,0 +1,136 @@
+"""The mix of two kinds of KV: which share layers with a window have, and when another one holds more of what is asked.
+
+A share is that of `NearKv`, in thousandths. The more near layers have, the less is left to full ones, on every device:
+so the shares with which everybody keeps what they hold are a range, and the best of it is where both kinds hold the
+same part of what is asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+from kunserve.planner.layouts import blocks_of, stage_layout
+from kunserve.planner.snapshot import ModelShape, Snapshot, StageView, launched_stages
+
+SHARES = range(1, 1001)
+LEAST_GAIN = 1.1  # of what is held of what is asked: for less, all groups need not stop
+
+
+class OfKinds(NamedTuple):
+    """Blocks of each kind."""
+
+    full: int
+    near: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of both kinds, by group."""
+
+    held: Mapping[int, OfKinds]  # what those who run hold, and will before anything can be done about it
+    demand: Mapping[int, OfKinds]  # of all requests, those that wait among them, as long as they are expected to get
+    longest: int  # full blocks of the longest request that is accepted
+
+
+# What matters of the stages of a group, by which groups are alike: budget in chunks, and layers.
+_Chain = tuple[tuple[int, int, int], ...]
+
+
+def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
+    """Return the share that layers with a window should have; None if that of now is as good, or has to stay.
+
+    All who run keep what they hold, and the longest request fits wherever it does now, with every drop and without.
+    It moves for those who run and would have to make way, however little there is to gain.
+    """
+    near = snapshot.model.near
+    assert near is not None
+    capacity = _capacities(snapshot.model)
+    demand, least = _needs(snapshot, asked)
+
+    def has_near(share: int) -> bool:
+        return all(capacity(chain, share).near >= needed.near for chain, needed in least.items())
+
+    def has_full(share: int) -> bool:
+        return all(capacity(chain, share).full >= needed.full for chain, needed in least.items())
+
+    def served(share: int, kind: int) -> float:
+        """Return which part of what is asked of a kind is held, in the group that holds least of it."""
+        return min(capacity(chain, share)[kind] / max(1, needed[kind]) for chain, needed in demand.items())
+
+    def worse(share: int) -> float:
+        return min(served(share, 0), served(share, 1))
+
+    first = bisect_left(SHARES, True, key=has_near)
+    possible = SHARES[first : bisect_left(SHARES, True, key=lambda share: not has_full(share))]
+    even = bisect_left(possible, True, key=lambda share: served(share, 1) >= served(share, 0))
+    candidates = [s for s in possible[max(0, even - 1) : even + 1] if has_near(s) and has_full(s)]
+    if not candidates or not demand:
+        return None
+    best, now = max(candidates, key=worse), worse(near.share)
+    has_to_move = not (has_near(near.share) and has_full(near.share))
+    is_better = worse(best) >= LEAST_GAIN * now or now < 1 <= worse(best)
+    return best if has_to_move or is_better else None
+
+
+def most_share(
+    shape: ModelShape, budgets: Mapping[int, int], groups: Iterable[Iterable[StageView]], longest: int
+) -> int:
+    """Return the greatest share with which a request of `longest` full blocks fits in all of some groups; 1 if none."""
+    capacity, chains = _capacities(shape), {_chain(budgets, stages) for stages in groups}
+
+    def is_too_much(share: int) -> bool:
+        return any(capacity(chain, share).full < longest for chain in chains)
+
+    return SHARES[max(0, bisect_left(SHARES, True, key=is_too_much) - 1)]
+
+
+def _needs(snapshot: Snapshot, asked: Asked) -> tuple[dict[_Chain, OfKinds], dict[_Chain, OfKinds]]:
+    """Return what is asked of groups, and what they have to hold, the most of those that are alike.
+
+    Groups that a restore brings back have to hold something, too.
+    """
+    assert snapshot.model.near is not None
+    budgets, share, capacity = snapshot.budgets(), snapshot.model.near.share, _capacities(snapshot.model)
+    demand, least = dict[_Chain, OfKinds](), dict[_Chain, OfKinds]()
+
+    def hold(stages: Iterable[StageView], held: OfKinds) -> _Chain:
+        chain = _chain(budgets, stages)
+        full = max(held.full, min(asked.longest, capacity(chain, share).full))
+        least[chain] = _most(least.get(chain), OfKinds(full, held.near))
+        return chain
+
+    for group in snapshot.groups:
+        chain = hold(group.stages, asked.held[group.group_id])
+        demand[chain] = _most(demand.get(chain), asked.demand[group.group_id])
+        for stages in launched_stages(snapshot.model, budgets, group):
+            hold(stages, OfKinds(0, 0))
+    return demand, least
+
+
+def _most(a: OfKinds | None, b: OfKinds) -> OfKinds:
+    return b if a is None else OfKinds(max(a.full, b.full), max(a.near, b.near))
+
+
+def _chain(budgets: Mapping[int, int], stages: Iterable[StageView]) -> _Chain:
+    return tuple((budgets[stage.device], stage.first_layer, stage.last_layer) for stage in stages)
+
+
+class _Capacity(Protocol):
+    def __call__(self, chain: _Chain, share: int) -> OfKinds:
+        """Return what a group with these stages holds."""
+
+
+def _capacities(shape: ModelShape) -> _Capacity:
+    """Return what tells how much groups hold, and remembers it."""
+
+    @cache
+    def capacity(chain: _Chain, share: int) -> OfKinds:
+        mixed = shape.with_share(share)
+        each = [blocks_of(mixed, stage_layout(mixed, budget, StageView(0, *layers))) for budget, *layers in chain]
+        return OfKinds(*map(min, zip(*each, strict=True)))
+
+    return capacity
