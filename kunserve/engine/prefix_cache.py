@@ -132,7 +132,9 @@ class PrefixCache:
 
     def tell_stored(self, request: Request, indices: Sequence[int], block_size: int) -> None:
         """Tell the listener of blocks of a request that a first group has now."""
-        for index in indices if self.listener is not None else ():
+        if self.listener is None:
+            return
+        for index in indices:
             tokens = request.token_ids[index * block_size : (index + 1) * block_size]
             parent = request.block_keys[index - 1] if index else None
             self.listener.stored(request.block_keys[index], parent, tokens, request.cache_salt)

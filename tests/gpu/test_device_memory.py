@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kunserve.errors import DeviceError
+from kunserve.gpu.chunk_pool import ChunkUse
 from kunserve.gpu.copies import BlockCopy
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host import HostDevice
@@ -123,6 +124,25 @@ def test_who_looks_sees_it_before_or_after() -> None:
         looking.join()
     after = memory.counts, memory.layout
     assert lookers and set(seen) <= {before, after}
+
+
+def test_a_check_that_is_overtaken_counts_nothing_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has begun to look, and then the device's thread begins to rearrange."""
+    memory = new_memory(NullDevice(0, NUM_CHUNKS, 4096))
+    memory.rearrange(WHOLE)
+    check = memory.pool.check
+
+    def check_late(mapped: Any) -> None:
+        memory.rearrange(FRONT)
+        check(mapped)  # raises
+
+    monkeypatch.setattr(memory.pool, "check", check_late)
+    memory.check()
+    monkeypatch.undo()
+    memory.check()
+    memory.pool.alloc(1, ChunkUse.WEIGHTS)  # which no range has mapped
+    with pytest.raises(AssertionError):  # nobody rearranges: it counts
+        memory.check()
 
 
 async def test_kv_that_stays_keeps_its_bytes() -> None:

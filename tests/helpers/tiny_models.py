@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +158,12 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
 def _model_and_config(family: str, overrides: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' model class and configuration of one of FAMILIES."""
+    is_loaded = "transformers" in sys.modules
     import transformers
 
     prefix, more = VARIANTS[family]
     config = getattr(transformers, f"{prefix}Config")(**SHAPE | more | overrides)
-    return getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM"), config
+    model_class = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+    if not is_loaded:  # twice as many objects as all that was there: collections pass over these, too (conftest.py)
+        gc.freeze()
+    return model_class, config

@@ -47,6 +47,20 @@ class Environment:
         done = self.run("python", "-m", "pip", "install", *flags, *arguments)
         assert done.returncode == 0, done.stderr
 
+    def adopt(self, name: str) -> None:
+        """Put a package here that the tests run with, as pip would have: the same files, by links to them."""
+        [site] = self.bin.parent.glob("lib/python*/site-packages")
+        package = distribution(name)
+        for file in package.files or ():
+            source, target = Path(str(package.locate_file(file))), site / file
+            if ".." in file.parts or not source.exists():  # commands of its own, which name the other Python
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:  # on another file system
+                shutil.copy2(source, target)
+
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment to its end."""
         return subprocess.run(
@@ -116,7 +130,7 @@ def installed(request: pytest.FixtureRequest, built: Path, environment: Environm
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("installed"))
-    environment.install("torch")  # by itself first: the constraint names the build that is for CPUs here
+    environment.adopt("torch")  # the build for CPUs, which `make install` has got: pip would unpack a gigabyte again
     return environment
 
 

@@ -32,6 +32,7 @@ def reports() -> dict[str, dict[str, Any]]:
     return {policy: simulate(replace(BURST, policy=policy)) for policy in POLICIES}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", POLICIES)
 def test_everybody_is_answered(policy: str, reports: dict[str, dict[str, Any]]) -> None:
     report = reports[policy]  # the invariants were asserted at its end

@@ -26,7 +26,7 @@ class KeptRows:
 
     def __init__(self) -> None:
         self._requests: Sequence[Request] = ()
-        self._ids: list[Ids] = []  # of each row; a table has another mapping when its blocks are elsewhere
+        self._ids: Sequence[Ids] = []  # of each row; a table has another mapping when its blocks are elsewhere
         self._ends = np.zeros(0, np.int32)
         self._tables: list[NDArray[np.int32]] = []  # of each stage: (B, at least W), 0 behind the ids of a row
         self._rows: list[SamplingRow] = []

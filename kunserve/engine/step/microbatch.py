@@ -195,9 +195,9 @@ def _both(first: _Part, second: _Part) -> _Part:
         np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in of_stage])
         for of_stage in zip(first.tables, second.tables, strict=True)
     ]
+    token_ids, positions, lens, ends = (np.concatenate(pair) for pair in zip(first[:4], second[:4], strict=True))
     numbers = np.concatenate([first.sampled_rows, len(first.token_ids) + second.sampled_rows])
-    arrays = (np.concatenate(pair) for pair in zip(first[:4], second[:4], strict=True))
-    return _Part(*arrays, numbers, [*first.sampling, *second.sampling], tables)
+    return _Part(token_ids, positions, lens, ends, numbers, [*first.sampling, *second.sampling], tables)
 
 
 def step_inputs(

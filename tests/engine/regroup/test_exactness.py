@@ -24,7 +24,7 @@ from transition_harness import (
 from kunserve.engine.request import Request
 from kunserve.sampling import FinishReason
 
-SEEDS = seeds(50 if os.environ.get("KUNSERVE_ALL_FAULTS") else 24)  # all by `make test-faults`
+SEEDS = seeds(50 if os.environ.get("KUNSERVE_ALL_FAULTS") else 16)  # all by `make test-faults`
 ROOMY, TIGHT = 1280, 128  # blocks of all devices together; all requests at once hold about 250
 
 

@@ -57,7 +57,7 @@ def values_near(declared: type[msgspec.Struct], name: str) -> st.SearchStrategy[
 
 
 @cache
-def validator_of(declared: type[msgspec.Struct]) -> jsonschema.Draft202012Validator:
+def validator_of(declared: type[msgspec.Struct]) -> Any:
     return jsonschema.Draft202012Validator(body_schema(declared))
 
 
