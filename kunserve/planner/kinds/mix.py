@@ -17,7 +17,7 @@ from kunserve.planner.layouts import blocks_of, stage_layout
 from kunserve.planner.snapshot import ModelShape, Snapshot, StageView, launched_stages
 
 SHARES = range(1, 1001)
-LEAST_GAIN = 1.1  # of what is held of what is asked: for less, all groups need not stop
+LEAST_MIX_GAIN = 1.1  # of what is held of what is asked: for less, all groups need not stop
 
 
 class OfKinds(NamedTuple):
@@ -72,7 +72,7 @@ def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
         return None
     best, now = max(candidates, key=worse), worse(near.share)
     has_to_move = not (has_near(near.share) and has_full(near.share))
-    is_better = worse(best) >= LEAST_GAIN * now or now < 1 <= worse(best)
+    is_better = worse(best) >= LEAST_MIX_GAIN * now or now < 1 <= worse(best)
     return best if has_to_move or is_better else None
 
 
