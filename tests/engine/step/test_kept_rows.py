@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from groups import commit, make_group, make_request, make_scheduler
+from seeds import seeds
 
 from kunserve.compute.sampler import SamplingRow
 from kunserve.engine.batch import Microbatch
@@ -16,8 +18,6 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.step.kept_rows import KeptRows
 from kunserve.engine.step.microbatch import StepInputs, step_inputs
 from kunserve.sampling import FinishReason, SamplingParams
-from tests.helpers.groups import commit, make_group, make_request, make_scheduler
-from tests.helpers.seeds import seeds
 
 BLOCK = 4
 EOS = (2,)
