@@ -146,7 +146,7 @@ def _by_stage(tables: Sequence[BlockTable], width: int) -> list[NDArray[np.int32
     return [_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True)]
 
 
-class _Part(NamedTuple):
+class _Arrays(NamedTuple):
     """Arrays of some of a microbatch's requests, as in `StepInputs`."""
 
     token_ids: NDArray[np.int32]
@@ -158,16 +158,16 @@ class _Part(NamedTuple):
     tables: Sequence[NDArray[np.int32]]
 
 
-def _decoding(decoding: Decoding, sampling: _Sampling, kept: KeptRows, block_size: int) -> _Part:
+def _decoding(decoding: Decoding, sampling: _Sampling, kept: KeptRows, block_size: int) -> _Arrays:
     """Return the arrays of those who decode: what was kept of the step before, one token later."""
     ends = np.array(decoding.ends, np.int32)
     kept.follow(decoding, ends, block_size, partial(sampling.row, is_ahead=decoding.is_ahead))
     numbers = np.arange(len(ends))
     tables = kept.tables(ceil_div(int(ends.max()), block_size))
-    return _Part(sampling.newest(decoding), ends - 1, np.ones_like(ends), ends, numbers, kept.sampling, tables)
+    return _Arrays(sampling.newest(decoding), ends - 1, np.ones_like(ends), ends, numbers, kept.sampling, tables)
 
 
-def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Part:
+def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Arrays:
     """Return the arrays of spans, made anew."""
     token_ids, numbers, rows = list[int](), list[int](), list[SamplingRow]()
     for span in spans:
@@ -185,11 +185,11 @@ def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Par
     positions = np.concatenate([np.arange(span.start, span.end, dtype=np.int32) for span in spans])
     tables = _by_stage([span.request.table for span in spans], ceil_div(int(ends.max()), block_size))
     numbered = np.array(numbers, np.int64)
-    return _Part(np.array(token_ids, np.int32), positions, ends - starts, ends, numbered, rows, tables)
+    return _Arrays(np.array(token_ids, np.int32), positions, ends - starts, ends, numbered, rows, tables)
 
 
-def _both(first: _Part, second: _Part) -> _Part:
-    """Return two parts as one, the second behind the first."""
+def _both(first: _Arrays, second: _Arrays) -> _Arrays:
+    """Return the arrays of all, the second behind the first."""
     width = max(first.tables[0].shape[1], second.tables[0].shape[1])
     tables = [
         np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in of_stage])
@@ -197,7 +197,7 @@ def _both(first: _Part, second: _Part) -> _Part:
     ]
     token_ids, positions, lens, ends = (np.concatenate(pair) for pair in zip(first[:4], second[:4], strict=True))
     numbers = np.concatenate([first.sampled_rows, len(first.token_ids) + second.sampled_rows])
-    return _Part(token_ids, positions, lens, ends, numbers, [*first.sampling, *second.sampling], tables)
+    return _Arrays(token_ids, positions, lens, ends, numbers, [*first.sampling, *second.sampling], tables)
 
 
 def step_inputs(
@@ -211,7 +211,7 @@ def step_inputs(
 
     `kept`: what was kept of the group's microbatch before, and is for the next one.
     """
-    sampling, parts = _Sampling(oldest, eos_token_ids), list[_Part]()
+    sampling, parts = _Sampling(oldest, eos_token_ids), list[_Arrays]()
     if batch.decoding.requests:
         parts.append(_decoding(batch.decoding, sampling, kept or KeptRows(), block_size))
     if batch.others:
