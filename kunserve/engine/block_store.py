@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from kunserve.engine.blocks.block_pool import BlockPool
-from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail, append_to_each
 from kunserve.engine.group import Convoy, Follower, Group, Stage
 from kunserve.engine.prefix_cache import NumBehind, PrefixCache
 from kunserve.engine.request import Request
@@ -79,7 +79,7 @@ class BlockStore:
 
     def hold(self, table: BlockTable, group: Group, num_places: int, num_near: int) -> bool:
         """Extend a table to `num_places`, of near blocks to `num_near`; False, and no change, if blocks are lacking."""
-        return self.append(table, group, max(0, num_places - table.num_places))
+        return self.append([table], group, max(0, num_places - table.num_places))
 
     def begin(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> int:
         """Begin an empty table with its group's blocks of these keys; returns for how many keys there is KV."""
@@ -93,14 +93,15 @@ class BlockStore:
         table.share(found, [stage.device for stage in group.stages], num_places - len(found))
         return num_places
 
-    def append(self, table: BlockTable, group: Group, num_blocks: int) -> bool:
-        """Append so many blocks to a table; False, and no change, if its group has not got them."""
+    def append(self, tables: Sequence[BlockTable], group: Group, num_each: int) -> bool:
+        """Append so many blocks to each of some tables; False, and no change, if their group has not got them."""
+        num_blocks = num_each * len(tables)
         while num_blocks > self.num_free(group):
             if not self.give_up_coldest(group):
                 return False
         while self.idle(group) and any(self.pool(stage).num_free < num_blocks for stage in group.stages):
             self.forget_oldest(group)
-        table.append({stage.device: self.pool(stage).alloc(num_blocks) or [] for stage in group.stages})
+        append_to_each(tables, {stage.device: self.pool(stage).alloc(num_blocks) or [] for stage in group.stages})
         return True
 
     def index(self, table: BlockTable, group: Group, keys: Sequence[bytes]) -> list[int]:

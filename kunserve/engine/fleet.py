@@ -21,7 +21,7 @@ from functools import partial
 
 from kunserve.engine.batch import Decoding
 from kunserve.engine.block_store import BlockStore
-from kunserve.engine.blocks.block_table import Block, BlockTable, Tail, append_to_each
+from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
 from kunserve.engine.group import Convoy, Group, Stage
 from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
 from kunserve.engine.kinds.mixed_store import MixedStore
@@ -165,8 +165,8 @@ class Fleet:
         """Let requests of `group` that decode hold blocks for their next tokens, of which there are enough."""
         full = [r for r in requests if r.num_scheduled_tokens % group.block_size == 0]
         lacking = [r for r in full if r.table.num_places * group.block_size == r.num_scheduled_tokens]
-        if not append_to_each([r.table for r in lacking], {stage.device: stage.pool for stage in group.stages}):
-            assert all(self.allocate(r, group, r.num_scheduled_tokens + 1) for r in lacking), "there are enough"
+        is_allocated = self._blocks.append([r.table for r in lacking], group, 1)
+        assert is_allocated, "there are enough"
 
     def release(self, request: Request) -> None:
         """Take a request out of its group. Its blocks are idle or free then, unless others use them."""

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kunserve.engine.blocks.block_pool import BlockPool
-
 ID = "i"  # the type of ids in arrays: int32, as kernels read them
 
 
@@ -94,17 +92,11 @@ class BlockTable:
             self.near.check()
 
 
-def append_to_each(tables: Sequence[BlockTable], pools: Mapping[int, BlockPool]) -> bool:
-    """Let each of some tables that hold blocks have one more; False, and no change, if a pool has too few free ids."""
-    if any(pool.num_free < len(tables) for pool in pools.values()):
-        return False
-    taken = {device: pool.alloc(len(tables)) or [] for device, pool in pools.items()}
-    for table, ids in zip(tables, zip(*taken.values(), strict=True), strict=True):
-        block = Block(dict(zip(pools, ids, strict=True)))
-        table.blocks.append(block)
-        for device, block_id in block.ids.items():
-            table.ids[device].append(block_id)
-    return True
+def append_to_each(tables: Sequence[BlockTable], ids: Mapping[int, Sequence[int]]) -> None:
+    """Add new logical blocks to tables, to all as many: those to the first come first in the ids of each device."""
+    num_each = len(next(iter(ids.values()))) // max(1, len(tables))
+    for i, table in enumerate(tables):
+        table.append({device: new[i * num_each : (i + 1) * num_each] for device, new in ids.items()})
 
 
 class Tail(NamedTuple):

@@ -101,9 +101,9 @@ class MixedStore(BlockStore):
         while missing > self._near.num_free(group):
             if not self._near.give_up_coldest(group):
                 return False
-        if num_places > table.num_places and not self.append(table, group, num_places - table.num_places):
+        if num_places > table.num_places and not self.append([table], group, num_places - table.num_places):
             return False
-        has_appended = self._near.append(near, group, missing)
+        has_appended = self._near.append([near], group, missing)
         assert has_appended
         return True
 
