@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transition_harness import patient_with_sound_devices
 
-from e2e.engines import assert_idle, generate_all, greedy, running_engine
+from e2e.engines import assert_idle, generate, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
 from kunserve.engine.engine import Engine
 from kunserve.engine.kinds.mixed_group import MixedGroup
@@ -39,7 +39,7 @@ TRANSITIONS = [
     ("gpt-oss", False, 128, "by_request"),
     ("qwen2-window", True, 128, "by_request"),
 ]
-NUM_TOKENS, FEWER_TOKENS = 150, 90
+NUM_TOKENS = 150
 # So many layers that half of a chain has a half of either kind.
 SHAPE: dict[str, Any] = {
     "max_position_embeddings": 1024,
@@ -50,6 +50,7 @@ SHAPE: dict[str, Any] = {
 SHAPES = {family: SHAPE | ({"num_hidden_layers": 6} if family == "gemma3" else {}) for family in FAMILIES}
 SHARED = random_prompt(130, seed=9)
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 40, 70, 130)] + [[*SHARED, 7 + i] for i in range(3)]
+LENGTHS = [NUM_TOKENS - 15 * i for i in range(len(PROMPTS))]
 # Chunks of four blocks: that of windows is told apart from that of all tokens.
 KINDS: dict[str, Any] = {"windowed_kv_share": 0.3, "chunk_bytes": 64 << 10, "max_num_batched_tokens": 64}
 
@@ -115,13 +116,15 @@ async def test_across_a_drop_and_a_restore(
     tiny_models: TinyModels,
     expected: dict[str, list[list[int]]],
 ) -> None:
-    """A restore comes as soon as what the chain holds fits without it: half of the requests end earlier."""
+    """A restore comes as soon as what the chain holds fits without it: requests end one after the other."""
     folder = tiny_models.folder(family, **SHAPES[family])
     settings: dict[str, Any] = {"is_pinned": True, "num_blocks_override": num_blocks, "max_model_len": 320}
     async with running_engine(folder, "cpu:2", enable_prefix_caching=has_cache, **KINDS, **settings) as served:
         engine, control = served.engine, served.control
-        answers = asyncio.gather(*(generate_all(engine, PROMPTS, greedy(n)) for n in (NUM_TOKENS, FEWER_TOKENS)))
-        for _ in range(40):  # most have let go of something
+        answers = asyncio.gather(
+            *(generate(engine, prompt, greedy(n)) for prompt, n in zip(PROMPTS * 2, LENGTHS * 2, strict=True))
+        )
+        for _ in range(90):  # most have let go of something, and all of it takes more than half of a device
             await engine.signals.next_commit()
         await engine.drop(is_forced=True)
         await asyncio.wait(control.tasks)
@@ -134,7 +137,7 @@ async def test_across_a_drop_and_a_restore(
         assert engine.num_running
         await asyncio.wait(control.tasks)
         engine.check()
-        assert await answers == [expected[family], [tokens[:FEWER_TOKENS] for tokens in expected[family]]]
+        assert await answers == [tokens[:n] for tokens, n in zip(expected[family], LENGTHS, strict=True)] * 2
         await assert_idle(engine)
 
 
