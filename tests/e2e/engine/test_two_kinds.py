@@ -204,19 +204,22 @@ async def test_memory_goes_from_kind_to_kind(
     folder = tiny_models.folder(family, **SHAPES[family])
     settings: dict[str, Any] = {"num_blocks_override": 80, "max_model_len": 320, "enable_prefix_caching": has_cache}
     async with running_engine(folder, "cpu:2", is_pinned=True, **KINDS, **settings) as served:
-        engine, seen, num_moved = served.engine, list[tuple[float, ...]](), count_moved(served)
-        answers, num_preemptions = await begin_beyond(engine), engine.scheduler.num_preemptions
-        for share in (1000, 350, 700, 300) * 3:
-            epoch = engine.fleet.epoch
-            assert await rebalance(served, share) == "done"
-            assert engine.fleet.epoch == epoch + 1
-            seen.append(share_of(engine))
-            for _ in range(8):
-                await engine.signals.next_commit()
-        assert engine.num_running
-        assert seen[1] < seen[2] < seen[0] == (1.0, 1.0)
-        assert await answers == expected[family]
-        assert num_moved.total() > 0 and engine.scheduler.num_preemptions == num_preemptions
+        engine, num_moved, num_tries = served.engine, count_moved(served), 0
+        while num_moved.total() == 0 and num_tries < 4:  # now and then all blocks are where they may stay
+            answers, seen, num_tries = await begin_beyond(engine), list[tuple[float, ...]](), num_tries + 1
+            num_preemptions = engine.scheduler.num_preemptions
+            for share in (1000, 350, 700, 300) * 3:
+                epoch = engine.fleet.epoch
+                assert await rebalance(served, share) == "done"
+                assert engine.fleet.epoch == epoch + 1
+                seen.append(share_of(engine))
+                for _ in range(8):
+                    await engine.signals.next_commit()
+            assert engine.num_running
+            assert seen[1] < seen[2] < seen[0] == (1.0, 1.0)
+            assert await answers == expected[family]
+            assert engine.scheduler.num_preemptions == num_preemptions
+        assert num_moved.total() > 0
         assert await generate_all(engine, PROMPTS, greedy(NUM_TOKENS)) == expected[family]
         await assert_idle(engine)
 
