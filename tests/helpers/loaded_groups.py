@@ -1,10 +1,11 @@
-"""Two groups in the middle of their requests: where every exchange begins, and the same one in every run."""
+"""Groups in the middle of their requests: where every exchange begins, and the same one in every run."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,31 @@ async def asked(checked: Checked, requests: Sequence[Request]) -> asyncio.Task[l
 async def loaded(
     checked: Checked, requests: Sequence[Request], num_last: int | None = None
 ) -> asyncio.Future[list[Answer]]:
-    """Answers to all of them, each of which has its first token: `num_last` (or half) on the second group."""
-    num_first = len(requests) - (len(requests) // 2 if num_last is None else num_last)
-    first, last = checked.engine.groups
-    answers = []
+    """Answers to all of them, each of which has its first token: as many on each group, or `num_last` on the second."""
+    groups = list(checked.engine.groups)
+    each, rest = divmod(len(requests), len(groups))
+    numbers = [each + (i < rest) for i in range(len(groups))]
+    if num_last is not None:
+        numbers = [len(requests) - num_last, num_last]
+    ends, answers = list(accumulate(numbers)), list[Awaitable[list[Answer]]]()
     with ExitStack() as pauses:
-        for group, other, some in (first, last, requests[:num_first]), (last, first, requests[num_first:]):
-            checked.engine.fleet.set_admitting(group, True)
-            checked.engine.fleet.set_admitting(other, False)
+        for group, number, end in zip(groups, numbers, ends, strict=True):
+            some = requests[end - number : end]
+            for other in groups:
+                checked.engine.fleet.set_admitting(other, other is group)
             answers.append(await asked(checked, some))
             while not all(request.num_output_tokens for request in some):
                 await checked.commits(1)
-            pauses.enter_context(checked.reconfigure.boundary.paused([group]))  # it waits for the other
-    for group in (first, last):
+            pauses.enter_context(checked.reconfigure.boundary.paused([group]))  # it waits for the others
+    for group in groups:
         checked.engine.fleet.set_admitting(group, True)
     checked.engine.signals.wake()
-    assert [len(group.running) for group in (first, last)] == [num_first, len(requests) - num_first]
-    return asyncio.ensure_future(_joined(*answers))
+    assert [len(group.running) for group in groups] == numbers
+    return asyncio.ensure_future(_joined(answers))
 
 
-async def _joined(first: Awaitable[list[Answer]], last: Awaitable[list[Answer]]) -> list[Answer]:
-    return await first + await last
+async def _joined(answers: Sequence[Awaitable[list[Answer]]]) -> list[Answer]:
+    return [answer for of_group in answers for answer in await of_group]
 
 
 def assert_same(answers: Sequence[Answer], its: Sequence[Answer]) -> None:

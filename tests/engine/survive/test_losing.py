@@ -23,7 +23,7 @@ from kunserve.policies import OverloadPolicy
 NUM_BLOCKS = 320
 REQUESTS = make_requests(14, seed=8, longest_prompt=40, most_tokens=40)
 AFTER = slice(None, None, 4)  # those of them that are asked for once more when all is over
-BY_LAYER = [make_request(f"r{i}", 104, 22, 0.8 * (i % 2)) for i in range(8)]  # they fill all blocks
+BY_LAYER = [make_request(f"r{i}", 104, 22, 0.8 * (i % 2)) for i in range(16)]  # four fill all blocks of a device
 SWAPPED = [make_request(f"r{i}", 5 + i, 60, 0.8 * (i % 2)) for i in range(16)]
 TIMEOUT_S = 0.6  # after which a device that ends nothing is lost
 SILENT = (FaultKind.HANG, FaultKind.HANG_THEN_RETURN, FaultKind.SLOW)
@@ -171,16 +171,20 @@ async def test_a_device_fails_in_a_transition(
     assert set(bad) <= {device}
 
 
-@pytest.mark.parametrize("kind", FaultKind)
+@pytest.mark.parametrize(
+    ("num_devices", "kind"),
+    [(2, kind) for kind in FaultKind]
+    + some((2 * (i + j), (i, kind)) for i in (3, 4) for j, kind in enumerate(FaultKind)),
+)
 async def test_a_device_fails_while_kv_goes_by_layer(
-    kind: FaultKind, tiny64: Path, expected_by_layer: list[Answer]
+    num_devices: int, kind: FaultKind, tiny64: Path, expected_by_layer: list[Answer]
 ) -> None:
-    faults, settings = parse_faults(f"1:{kind}@exchange"), {"num_blocks": 128, "max_num_batched_tokens": 512}
-    async with faulty_engine(tiny64, "cpu:2", faults, **settings) as checked:
-        answering = await loaded(checked, again(BY_LAYER))
+    settings = {"num_blocks": 128, "max_num_batched_tokens": 512}
+    async with faulty_engine(tiny64, f"cpu:{num_devices}", parse_faults(f"1:{kind}@exchange"), **settings) as checked:
+        answering = await loaded(checked, again(BY_LAYER[: 4 * num_devices]))
         with suppress(KunServeError, OSError, RuntimeError):
             await drop(checked)
-        assert_same(await answering, expected_by_layer)
+        assert_same(await answering, expected_by_layer[: 4 * num_devices])
         await checked.rebuilt()
         checked.assert_idle(check_chunks=kind is not FaultKind.MAP_FAILS)
         await checked.settled()
