@@ -161,7 +161,7 @@ class Meter:
             ("schedule", engine.scheduler, "schedule"),
             ("arrays", engine.executor, "inputs"),
             ("commit", engine, "_commit"),
-            ("publish", engine, "_publish"),
+            ("publish", engine.publisher, "publish"),
         ):
             self._parts_s[part] = 0.0
             setattr(owner, name, self._timed(part, getattr(owner, name)))

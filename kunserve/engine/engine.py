@@ -82,7 +82,7 @@ class Engine(Operated):
         )
         self.view = View(model, fleet, scheduler, memories, self.device_health)
         self._retries = Retries(fleet, scheduler, self.device_health, metrics)
-        self._publisher = Publisher(fleet, metrics, self.live, model.eos_token_ids, self._finish, self._fail_alone)
+        self.publisher = Publisher(fleet, metrics, self.live, model.eos_token_ids, self._finish, self._fail_alone)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Engine(Operated):
             self._num_in_flight -= 1
         self._commit(group, batch)
         if failure is None:
-            self._publish(group, batch, results)
+            self.publisher.publish(group, batch, results)
             self._retries.came_back(group, batch)
             step_s = group.returned(started, loop_time())
             if self.mover is not None:
@@ -270,9 +270,6 @@ class Engine(Operated):
         self.scheduler.commit(group, batch)
         for request in [r for r in batch.requests if r.finish_reason is not None]:
             self._release(request)
-
-    def _publish(self, group: Group, batch: Microbatch, results: Results) -> None:
-        self._publisher.publish(group, batch, results)
 
     # --- endings ------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class OverloadControl:
         self.is_automatic, self._is_stopping = is_automatic, False
         self._relaxation = Relaxation()
         self._not_before_s = 0.0
-        self.pressure = Pressure(fleet, scheduler, reconfigure.shape, thresholds, longest, self._look_in)
+        self.pressure = Pressure(fleet, scheduler, thresholds, longest, self._look_in)
         self._look_every_s = min(LOOK_EVERY_S, thresholds.hold_s / 50)
         self._next_look_s = 0.0
         self._next_look: asyncio.TimerHandle | None = None

@@ -16,7 +16,7 @@ from kunserve.engine.signals import loop_time
 from kunserve.planner.demand import OutputLengthEstimate, RequestView, measure_demand, measure_near
 from kunserve.planner.kinds.mix import Asked, OfKinds, plan_share
 from kunserve.planner.overload import GroupLoad, Thresholds, is_overloaded
-from kunserve.planner.snapshot import ModelShape, Snapshot
+from kunserve.planner.snapshot import Snapshot
 from kunserve.sizes import ceil_div
 
 # Between two looks at all requests, if the first found no overload: of many groups, one is always tight.
@@ -30,7 +30,6 @@ class Pressure:
         self,
         fleet: Fleet,
         scheduler: Scheduler,
-        shape: ModelShape,
         thresholds: Thresholds,
         longest: int,
         look_in: Callable[[float], None],
@@ -39,7 +38,7 @@ class Pressure:
 
         `look_in` is called with the seconds after which another look may find something else.
         """
-        self._fleet, self._scheduler, self._shape, self._thresholds = fleet, scheduler, shape, thresholds
+        self._fleet, self._scheduler, self._thresholds = fleet, scheduler, thresholds
         self._look_in = look_in
         self._estimate = OutputLengthEstimate()
         self._pause_until_s = 0.0
@@ -70,7 +69,7 @@ class Pressure:
     def _full_demand(self, estimate: OutputLengthEstimate) -> int:
         running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
         waiting = map(self._view, self._scheduler.queued())
-        return measure_demand(running, waiting, estimate, self._shape.block_size).blocks - self._fleet.num_shared
+        return measure_demand(running, waiting, estimate, self._fleet.block_size).blocks - self._fleet.num_shared
 
     def _near_demand(self, estimate: OutputLengthEstimate) -> int:
         assert self._fleet.near is not None
@@ -131,7 +130,7 @@ class Pressure:
     def _is_tight(self, changed: Sequence[Group]) -> bool:
         """Return whether it is worth asking the planner: a group may run out of blocks, or the head does not fit."""
         horizon = self._thresholds.horizon_steps
-        per_request = 1 + horizon // self._shape.block_size
+        per_request = 1 + horizon // self._fleet.block_size
         if any(self._num_free(group) < len(group.running) * per_request for group in changed):
             return True
         head = self._scheduler.head
@@ -167,7 +166,7 @@ class Pressure:
             partial(self._demand_looked_at, now),
             sum(group.num_blocks for group in working),
             self._thresholds,
-            self._shape.block_size,
+            self._fleet.block_size,
         )
 
     def _has_waited(self, now: float) -> bool:
@@ -202,5 +201,5 @@ class Pressure:
     def _view(self, request: Request) -> RequestView:
         """Return what the planner knows of a request: one with a window as if it began where that does."""
         table, num_output_tokens = request.table, request.num_output_tokens
-        num_tokens = len(request.token_ids) - table.num_behind * self._shape.block_size
+        num_tokens = len(request.token_ids) - table.num_behind * self._fleet.block_size
         return RequestView(num_tokens, num_output_tokens, request.params.max_tokens, len(table.blocks))

@@ -54,31 +54,20 @@ class Publisher:
 
     def _go_on(self, group: Group, batch: Microbatch, results: Results, now_s: float, gaps_s: list[float]) -> None:
         """Publish the tokens of those who decode, whose first one came before: what runs for each row of each step."""
-        eos_token_ids, due = self._eos_token_ids, self._fleet.due(batch.decoding, group)
+        due = self._fleet.due(batch.decoding, group)
         for request, token in zip(batch.decoding.requests, results.decoding, strict=True):
             if request.finish_reason is not None or request.has_failed:  # nobody wants it
                 continue
             if request in due:
                 self._fleet.computed(request, group)
             live = self._live[request.request_id]
-            token_id, _, error = token
-            if error is not None:
+            if token.error is not None:
                 self._fleet.distrust(request, group)
-                self._fail(live, error)
+                self._fail(live, token.error)
                 continue
             gaps_s.append(now_s - live.last_token_s)
             live.last_token_s = now_s
-            try:
-                text = live.say(token_id, eos_token_ids) if live.is_simple else None
-            except KeyboardInterrupt:
-                raise
-            except BaseException as failure:  # a panic in the tokenizer's Rust code is no Exception
-                self._fail(live, failure)
-                continue
-            if text is not None:
-                live.stream.put_token(text, token_id)
-            else:
-                self._take(live, token)
+            self._take(live, token)
 
     def _arrived(self, group: Group, result: Result) -> Live | None:
         """Note what a step has computed of one request; returns its way out, None if it has ended."""
@@ -96,15 +85,18 @@ class Publisher:
         return None
 
     def _take(self, live: Live, token: SampledToken) -> None:
-        """Publish a token that may end its request."""
+        """Publish a token; without an `Output` if it can end nothing, as nearly all cannot."""
         try:
-            output = live.take(token, self._eos_token_ids)
+            text = live.say(token.token_id, self._eos_token_ids) if live.is_simple else None
+            said = live.take(token, self._eos_token_ids) if text is None else text
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic in a grammar's Rust code is no Exception
+        except BaseException as error:  # a panic in Rust code, of a tokenizer or a grammar, is no Exception
             self._fail(live, error)
             return
-        if output.finish_reason is None:
-            live.stream.put(output)
+        if isinstance(said, str):
+            live.stream.put_token(said, token.token_id)
+        elif said.finish_reason is None:
+            live.stream.put(said)
         else:
-            self._finish(live, output.finish_reason, output)
+            self._finish(live, said.finish_reason, said)
