@@ -173,13 +173,15 @@ async def undisturbed(models: Mapping[str, str], jobs: Sequence[Job]) -> list[Sa
 def application(num_cpus: int, **arguments: Any) -> Iterator[str]:
     """Run an application (`kunserve.ray.application.Arguments`) until the block is left; yields its address.
 
-    On a Ray of its own with so many CPUs, or on the one that RAY_ADDRESS names.
+    On a Ray of its own with so many CPUs, or on the one that RAY_ADDRESS names. Its processes have the priority of this
+    one: by default Ray's own make room for all others (nice 15), and a server among them for its clients.
     """
     import ray
     from ray import serve
 
     from kunserve.ray import app
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     port = free_port()
     own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
     ray.init(log_to_driver=False, logging_level="warning", **own)
