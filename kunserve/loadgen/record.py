@@ -18,7 +18,7 @@ from kunserve.command.server_url import connection_reason
 
 @asynccontextmanager
 async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncIterator[None]:
-    """Write the feed of `url` to `path` until the block is left; raise ValueError at once if there is no feed."""
+    """Write the feed of `url` to `path` until the block is left. Raises ValueError at once if there is no feed."""
     timeout = aiohttp.ClientTimeout(total=None, connect=10)
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -37,10 +37,10 @@ async def recording(url: str, headers: dict[str, str], path: Path) -> AsyncItera
 
 
 async def _write(response: aiohttp.ClientResponse, path: Path) -> None:
-    """Write one JSON object per event: seconds since the response began, its name, its data as it came."""
+    """Write a JSON object for each event: seconds since the response began, the event's name, its data as they came."""
     started_s = perf_counter()
     name = ""
-    with path.open("w", encoding="utf-8", buffering=1) as file:  # an interrupted run keeps what it saw
+    with path.open("w", encoding="utf-8", buffering=1) as file:  # by lines: a run that is interrupted keeps what it saw
         try:
             async for line in response.content:
                 text = line.decode().rstrip()

@@ -1,4 +1,4 @@
-"""What counters cannot give back: the newest first tokens and prompts, and the longest gap since somebody looked."""
+"""What counters cannot tell: the newest times to first token, the newest prompts, and the longest gap since a look."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ NUM_PROMPTS = 1000  # whose share of cached tokens is the recent one, as in vLLM
 
 
 class Recent:
-    """Told by metrics at every token, so it does next to nothing; asked by the feed, a few times a second."""
+    """Keeps them. Metrics tell it of every token, so it does next to nothing; the feed asks it a few times a second."""
 
     __slots__ = ("_cached", "_first_tokens", "_looked_for", "_prompts", "gap_s")
 
     def __init__(self) -> None:
-        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # when, and after how long; seconds
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # second they came at, seconds they took
         self._prompts: deque[tuple[int, int]] = deque()  # tokens, and those of them that were in the prefix cache
         self._looked_for = self._cached = 0  # tokens of all these
         self.gap_s = 0.0  # the longest between two tokens of a request, since `take_gap`
@@ -24,7 +24,7 @@ class Recent:
         self._first_tokens.append((at_s, ttft_s))
 
     def prompt(self, num_tokens: int, num_cached_tokens: int) -> None:
-        """Note a prompt that was looked for in the prefix cache."""
+        """Note a prompt: its tokens that were looked for in the prefix cache, and those that were found."""
         self._prompts.append((num_tokens, num_cached_tokens))
         self._looked_for += num_tokens
         self._cached += num_cached_tokens
@@ -39,7 +39,7 @@ class Recent:
         return self._cached / self._looked_for if self._looked_for else None
 
     def ttfts(self, since_s: float) -> list[float]:
-        """Return times to first token of requests that had it since then, ascending; `HISTORY` of them at most."""
+        """Return the times to first token of those that came at `since_s` or later, ascending; at most `HISTORY`."""
         return sorted(ttft_s for at_s, ttft_s in self._first_tokens if at_s >= since_s)
 
     @property

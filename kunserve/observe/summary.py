@@ -1,4 +1,4 @@
-"""Every ten seconds, the line that operators know from vLLM; only while something happens."""
+"""The line of the log that operators know from vLLM: every ten seconds, and only while something happens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ log = structlog.get_logger()
 
 
 class Summary:
-    """What was done since the line before."""
+    """Words the line; it remembers the counters of the line before."""
 
     def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
+        """Begin with what `metrics` have counted so far; `stats` tells how the engine stands at a line."""
         self._metrics, self._stats = metrics, stats
         self._num_prompt = metrics.num_prompt_tokens
         self._num_generated = metrics.num_generation_tokens
         self._was_busy = False
 
     def line(self, seconds: float) -> str | None:
-        """Return the line for the last `seconds`; None if nothing happened, then or just before."""
+        """Return the line for the last `seconds`; None if nothing happened in them, nor in those before."""
         stats, metrics = self._stats(), self._metrics
         num_prompt = metrics.num_prompt_tokens - self._num_prompt
         num_generated = metrics.num_generation_tokens - self._num_generated
@@ -45,7 +46,7 @@ class Summary:
 
 
 async def log_summary(summary: Summary, interval_s: float) -> None:
-    """Write the line every `interval_s`, until cancelled."""
+    """Write the line to the log every `interval_s`, until cancelled."""
     while True:
         await asyncio.sleep(interval_s)
         if (line := summary.line(interval_s)) is not None:

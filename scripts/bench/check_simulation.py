@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Compare the simulation with the live server, on workloads that its constants were not fitted on.
+"""Compare the simulation with the live server, on loads that its constants were not fitted to.
 
     python scripts/bench/fit_cost_model.py --devices cpu:2 && python scripts/bench/check_simulation.py
 
 A server on two virtual CPU devices answers a steady load, a burst under drop, and the same burst under recompute; the
-same requests are simulated with the constants that fit_cost_model.py left on this machine. The event loop and
-the client share the devices' cores, so what they take for each microbatch, token and request is measured as well: their
-CPU time during three loads of their own, with few rows in a microbatch, with many, and with hardly any tokens. How much
-of it the devices lose is found from how long these three take: they share cores with it, and wait for the interpreter.
-Nothing is fitted to the loads that are compared. Bounds: output tokens per second and mean TTFT within 15 %, P99 TTFT
-within 25 %, as many transitions. Needs a machine with nothing else to do, for about seven minutes. Ends with 1 if a
-bound is missed; the last line is a JSON object. The prefix cache is off in both: each round sends equal prompts.
+same requests are simulated with the constants that fit_cost_model.py left on this machine. The event loop and the
+client share the devices' cores, so their time is measured as well: the CPU time of three loads of their own (few rows
+in a microbatch, many rows, hardly any tokens) tells what a microbatch, a token and a request cost. Devices lose a
+multiple of that, as they wait for the interpreter, too: the multiple with which the simulation predicts best how long
+these three loads take. Nothing is fitted to the loads that are compared.
+
+Bounds: output tokens per second and mean TTFT within 15 %, P99 TTFT within 25 %, as many transitions. Needs a machine
+with nothing else to do, for about seven minutes. Ends with 1 if a bound is missed; the last line is a JSON object. The
+prefix cache is off in both: each round sends equal prompts.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ BOUNDS = {"output_tokens_per_s": 0.15, "mean_ttft_s": 0.15, "p99_ttft_s": 0.25}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A workload: Poisson arrivals, lengths uniform."""
+    """A load with Poisson arrivals and uniform lengths, on a server with one policy."""
 
     policy: str
     num_requests: int
@@ -71,7 +73,7 @@ class Case:
     num_blocks: int
 
     def jobs(self, seed: int) -> list[Job]:
-        """Return what is sent when."""
+        """Return the requests, each with its time."""
         times = poisson_arrivals(self.rate, self.num_requests, stream_of(seed, 0))
         lengths = draw_lengths(self.prompt, self.output, len(times), stream_of(seed, 1))
         return make_jobs(times, lengths, (None, None), 0.0, stream_of(seed, 2))
@@ -91,7 +93,7 @@ CASES = {
 
 
 async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Measure what the live server does with it: figures, and `transitions` as it tells them."""
+    """Send a load to a live server; return its figures, its `transitions`, and CPU seconds and counts as `host`."""
     flags = ("--model", MODEL, "--devices", f"cpu:{NUM_DEVICES}", "--num-gpu-blocks-override", str(case.num_blocks))
     async with running_server(*flags, "--no-enable-prefix-caching", "--overload-policy", case.policy) as server:
         recording = Recording.of(jobs, (server.url,))
@@ -110,7 +112,7 @@ async def serve(case: Case, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 async def spent(server: Server) -> tuple[float, ...]:
-    """Return, so far, CPU seconds of the server's event loop and of this client, microbatches, tokens, requests."""
+    """Return so far: CPU seconds of the server's event loop and this client; microbatches, tokens and requests."""
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
         page = await response.text()
     counts = [float(line.split()[-1]) for name in COUNTERS for line in page.splitlines() if line.startswith(name)]
@@ -120,14 +122,14 @@ async def spent(server: Server) -> tuple[float, ...]:
 
 
 def figures(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what is compared, and what helps to see why it differs."""
+    """Return the figures that have bounds, and others that help to see why they differ."""
     ttft, tpot = summary["ttft_s"], summary["tpot_s"]
     values = (summary["output_tokens_per_s"], ttft["mean"], ttft["p99"], ttft["p50"], tpot["p50"])
     return dict(zip(FIGURES, (*values, summary["longest_gap_s"], summary["elapsed_s"]), strict=True))
 
 
 def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
-    """Return what the simulation says."""
+    """Return the same figures of a simulation of the load."""
     model = load_card(MODEL).config
     cost, _ = cost_model(MODEL, model, "cpu")
     config = with_policy(
@@ -146,7 +148,7 @@ def predict(case: Case, jobs: Sequence[Job], host: HostTime) -> dict[str, Any]:
 
 
 def host_time(*spent: Sequence[float]) -> HostTime:
-    """Return what each takes, from (CPU seconds, microbatches, tokens, requests) of three loads."""
+    """Return what the host takes for a microbatch, a token and a request, by what `spent` says of three loads."""
     seconds, *counts = np.array(spent).T
     step_s, token_s, request_s = (
         max(0.0, float(each_s)) for each_s in np.linalg.solve(np.stack(counts, axis=1), seconds)
@@ -155,7 +157,7 @@ def host_time(*spent: Sequence[float]) -> HostTime:
 
 
 def host_lost(spent: HostTime, live: dict[str, dict[str, Any]], seed: int) -> HostTime:
-    """Return the multiple of the host's time that predicts best how long the calibrations take."""
+    """Return the multiple of the host's time with which simulations predict best how long the calibrations take."""
 
     def scaled(factor: float) -> HostTime:
         return HostTime(*(factor * each_s for each_s in asdict(spent).values()))
@@ -168,7 +170,7 @@ def host_lost(spent: HostTime, live: dict[str, dict[str, Any]], seed: int) -> Ho
 
 
 def compare(live: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
-    """Return deviations, and which of them are out of bounds."""
+    """Return how far the simulation is off, and which figures are out of bounds."""
     deviations = {name: simulated[name] / live[name] - 1 for name in FIGURES}
     missed = [name for name, bound in BOUNDS.items() if abs(deviations[name]) > bound]
     if len(simulated["transitions"]) != len(live["transitions"]):
@@ -177,7 +179,7 @@ def compare(live: dict[str, Any], simulated: dict[str, Any]) -> dict[str, Any]:
 
 
 async def serve_all(seed: int, num_rounds: int) -> dict[str, dict[str, Any]]:
-    """Serve all loads live, by name; of those that are compared, return medians over the rounds."""
+    """Serve all loads live. Returns figures by load: of those that are compared, the medians over the rounds."""
     live = {name: await serve(case, case.jobs(seed)) for name, case in CALIBRATIONS.items()}
     for name, case in CASES.items():
         rounds = [await serve(case, case.jobs(seed)) for _ in range(num_rounds)]
@@ -188,6 +190,7 @@ async def serve_all(seed: int, num_rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
+    """Run as a script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3, help="times that the server answers each load")

@@ -1,4 +1,4 @@
-"""Host devices that help each other: only who has nothing to do, and only until there is something."""
+"""Host devices help each other: only those that have nothing to do, and only until they have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT_S = 60
 
 
 class RecordingTeam:
-    """Helpers stay as long as they may; `has_help` is set while there is one."""
+    """A team whose helpers stay until they are told to leave; `has_help` is set while there is one."""
 
     def __init__(self) -> None:
         self.has_help, self.num_ended = threading.Event(), 0
@@ -82,7 +82,7 @@ async def test_a_device_that_paused_a_moment_ago_helps_nobody(
     assert await second.run(lambda: team_of(first).num_ended) == 0
 
 
-async def test_one_that_is_lost_or_closed_helps_no_more(devices: list[HostDevice]) -> None:
+async def test_a_device_that_is_lost_or_closed_helps_no_more(devices: list[HostDevice]) -> None:
     first, second = devices
     team = team_of(first)
 

@@ -1,4 +1,4 @@
-"""What a worker and the engine's process say to each other: lists of these, in MessagePack.
+"""The messages between a worker and the engine's process: lists of them cross the socket, in MessagePack.
 
 Numbers name a worker's requests, reservations and structures; the worker chooses them, and never one twice. A message
 with a `call` is answered by one `Reply` with the same. Token ids are packed: uint32 in the machine's order.
@@ -18,7 +18,7 @@ from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
 def packed(token_ids: Sequence[int]) -> bytes:
-    """Return token ids as they cross."""
+    """Return token ids in the form in which they cross."""
     return array("I", token_ids).tobytes()
 
 
@@ -30,7 +30,7 @@ def unpacked(data: bytes) -> array[int]:
 
 
 class Problem(Struct, array_like=True, frozen=True):
-    """An error that is answered to a client."""
+    """An error that a client is told, as it crosses."""
 
     kind: str  # a class of `kunserve.errors`
     message: str
@@ -39,12 +39,12 @@ class Problem(Struct, array_like=True, frozen=True):
 
     @classmethod
     def of(cls, error: KunServeError) -> Problem:
-        """Return an error as it crosses."""
+        """Return the message that says this error."""
         return cls(type(error).__name__, error.message, error.param, error.retry_after_s)
 
     @property
     def error(self) -> KunServeError:
-        """Return the same error on this side."""
+        """Return the error that the message says."""
         kind: type[KunServeError] = getattr(errors, self.kind, KunServeError)
         return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
@@ -53,11 +53,11 @@ class Problem(Struct, array_like=True, frozen=True):
 
 
 class Ready(Struct, array_like=True, tag=1):
-    """The worker takes connections."""
+    """Says that the worker takes connections."""
 
 
 class Check(Struct, array_like=True, tag=2):
-    """Is there room in the queue? (`Door.check`)."""
+    """Asks whether there is room in the queue (`Door.check`)."""
 
     call: int
     owner: str
@@ -66,7 +66,7 @@ class Check(Struct, array_like=True, tag=2):
 
 
 class Reserve(Struct, array_like=True, tag=3):
-    """Hold places in the queue, under a number (`Door.accepted`)."""
+    """Asks for room in the queue, and names it by a number (`Door.accepted`)."""
 
     call: int
     reservation: int
@@ -76,14 +76,14 @@ class Reserve(Struct, array_like=True, tag=3):
 
 
 class Leave(Struct, array_like=True, tag=4):
-    """Hold so many of these places no longer."""
+    """Gives back the room of so many requests of a reservation."""
 
     reservation: int
     num_reqs: int
 
 
 class Submit(Struct, array_like=True, tag=5):
-    """Queue a request; answered by `Taken`, then by what comes of it."""
+    """Queues a request. Answered by `Taken`, then by the tokens of `Step`."""
 
     number: int
     request_id: str
@@ -93,20 +93,20 @@ class Submit(Struct, array_like=True, tag=5):
     owner: str
     cache_salt: str
     structure: int | None
-    generated: bytes  # by another server: it goes on behind that
-    num_cached_tokens: int  # that the other server found
+    generated: bytes  # tokens that another server has generated: this one goes on behind them
+    num_cached_tokens: int  # of the prompt, in the prefix cache of the other server
     is_continued: bool
 
 
 class Abort(Struct, array_like=True, tag=6):
-    """A request is over: its client has left, or its text ends with a stop string."""
+    """Ends a request: its client has left, or its text has come to a stop string."""
 
     number: int
     reason: FinishReason
 
 
 class Compile(Struct, array_like=True, tag=7):
-    """Compile a structure, and keep its beginning under a number."""
+    """Compiles a structure, and keeps the position at its beginning under a number."""
 
     call: int
     structure: int
@@ -118,40 +118,40 @@ class Compile(Struct, array_like=True, tag=7):
 
 
 class Replay(Struct, array_like=True, tag=8):
-    """Follow a structure through tokens, and keep where that ends under another number; answered by `is_finished`."""
+    """Follows a structure through tokens from a kept position, and keeps the one at their end. Answered: is it over."""
 
     call: int
     structure: int
-    end: int
+    end: int  # the number of the position behind the tokens
     generated: bytes
 
 
 class Forget(Struct, array_like=True, tag=9):
-    """Nobody begins at this position of a structure any more."""
+    """Forgets a position of a structure: nobody begins there any more."""
 
     structure: int
 
 
 class Rejected(Struct, array_like=True, tag=10):
-    """Count a request that the worker has turned away (`Counters.rejection`)."""
+    """Counts a request that the worker has turned away (`Counters.rejection`)."""
 
     reason: str
 
 
 class Asked(Struct, array_like=True, tag=11):
-    """Count the `n` of a prompt (`Counters.choices_asked`)."""
+    """Counts how many choices of a prompt are asked for (`Counters.choices_asked`)."""
 
     n: int
 
 
 class Bodies(Struct, array_like=True, tag=12):
-    """The worker holds so many bytes of bodies now."""
+    """Says how many bytes of bodies the worker holds now."""
 
     num_bytes: int
 
 
 class Put(Struct, array_like=True, tag=13):
-    """Store a response."""
+    """Stores a response."""
 
     response_id: str
     owner: str
@@ -161,7 +161,7 @@ class Put(Struct, array_like=True, tag=13):
 
 
 class Load(Struct, array_like=True, tag=14):
-    """Ask for a stored response: None, or the last three fields of `Put`."""
+    """Asks for a stored response. Answered by None, or by the last three fields of its `Put`."""
 
     call: int
     response_id: str
@@ -169,7 +169,7 @@ class Load(Struct, array_like=True, tag=14):
 
 
 class Delete(Struct, array_like=True, tag=15):
-    """Forget a stored response; answered by whether there was one."""
+    """Deletes a stored response. Answered by whether there was one."""
 
     call: int
     response_id: str
@@ -199,7 +199,7 @@ FromWorker: TypeAlias = (
 
 
 class Reply(Struct, array_like=True, tag=1):
-    """The answer to a call."""
+    """Answers a message that has a `call`."""
 
     call: int
     value: Any = None
@@ -207,14 +207,14 @@ class Reply(Struct, array_like=True, tag=1):
 
 
 class Taken(Struct, array_like=True, tag=2):
-    """A request is queued, or it was refused."""
+    """Says that a request is queued, or why it was refused."""
 
     number: int
     problem: Problem | None = None
 
 
 class Delta(Struct, array_like=True):
-    """What a step brought to a request if it is more than a token; without a token, how it has ended."""
+    """Tells what a step brought to one request beside a plain token: likelihoods, its end, or an error."""
 
     number: int
     token_id: int | None = None
@@ -225,16 +225,16 @@ class Delta(Struct, array_like=True):
 
 
 class Step(Struct, array_like=True, tag=3):
-    """What came of all requests of a worker since the last one: first who begins, then tokens, then the rest."""
+    """Tells what came of all requests of a worker since the last `Step`. To be read in the order of the fields."""
 
-    began: list[tuple[int, int]]  # numbers, and how many tokens of their prompts were cached
-    numbers: bytes  # packed as token ids are
-    token_ids: bytes  # of these
+    began: list[tuple[int, int]]  # requests that have been admitted: number, and cached tokens of the prompt
+    numbers: bytes  # of requests that got a plain token, packed as token ids are
+    token_ids: bytes  # one for each of these
     deltas: list[Delta]
 
 
 class Stop(Struct, array_like=True, tag=4):
-    """Take no more connections, end those that there are, and end."""
+    """Tells the worker to take no more connections, to end those that there are, and to exit."""
 
 
 ToWorker: TypeAlias = Reply | Taken | Step | Stop

@@ -1,4 +1,4 @@
-"""A chat request made ready for the engine: prompt, constraint, and how its output is read; for all chat endpoints."""
+"""Make a chat request ready for the engine, for all chat endpoints: prompt, structure, and how its output is read."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from kunserve.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the engine gets, and a parser for each choice (None: the output is the message)."""
+    """A chat as the engine gets it, and how its answer is read."""
 
     ids: list[int]
     params: SamplingParams
     constraint: Begun | None
-    new_parser: Callable[[], MessageParser] | None
-    reasoning: ReasoningTokens | None  # None if none can come
+    new_parser: Callable[[], MessageParser] | None  # makes one for each choice; None: the text is the message
+    reasoning: ReasoningTokens | None  # counts them; None if none can come
 
 
 async def answer_chat(
     request: web.Request, api: Api, call: ChatCall, writer: AnswerWriter, answer_id: str
 ) -> web.StreamResponse:
-    """Answer a conversation, in the words of one endpoint."""
+    """Answer a conversation in the form of the endpoint that `writer` writes for."""
     generation, owner = call.generation, owner_of(request, call.generation.user)
     num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
     async with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as reservation:
@@ -52,7 +52,7 @@ async def answer_chat(
 
 
 async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversation:
-    """Render, tokenize, compile. Raises KunServeError for whatever the client has to mend."""
+    """Render and tokenize a chat, and compile its structure. Raises KunServeError for what its client must mend."""
     calls = _call_format(call.tools, api.settings.tool_call_parser)  # refuse before any work
     prompt = await tokenize_chat(api, call)
     thoughts = REASONING_FORMATS.get(api.settings.reasoning_parser or "")
@@ -77,10 +77,10 @@ async def prepare(request: web.Request, api: Api, call: ChatCall) -> Conversatio
 
 
 def _reasons(thoughts: ReasoningFormat, prompt: ChatPrompt, call: ChatCall) -> bool | None:
-    """Return whether the prompt has begun the reasoning, None where none can come.
+    """Return whether the prompt has begun a reasoning already; None where the answer can have none.
 
-    None can come if the template has closed the reasoning already (Qwen3 without thinking), or if the answer goes on
-    with a message that is past it.
+    It can have none if the template has closed the reasoning already (Qwen3 without thinking), or if it goes on with a
+    message whose reasoning is over.
     """
     ending = prompt.ending.rstrip()
     if ending.endswith(thoughts.ends):
@@ -105,7 +105,7 @@ def _call_format(tools: Tools, parser: str | None) -> CallFormat | None:
 def _tool_parser(tools: Tools, calls: CallFormat | None) -> ToolParser | None:
     """Return what takes calls out of one choice's text: in the model's own format, or as `Tools.structure` forces it.
 
-    The ids of calls are of the model's form in either case: templates may refuse others.
+    The ids of calls are written as the model's own are in either case: templates may refuse others.
     """
     new_id = (calls or BARE).new_id
     match tools.mode:

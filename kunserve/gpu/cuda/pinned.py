@@ -15,11 +15,11 @@ from kunserve.model.checkpoint import WeightSource
 from kunserve.model.layout import ALIGNMENT, WeightUnit
 from kunserve.sizes import ceil_div, format_size
 
-TOUCHING_THREADS = 8  # as many faults of pages as a system handles at a time, more or less
+TOUCHING_THREADS = 8  # with more, a kernel gives pages no sooner
 
 
 def _touch(memory: Tensor) -> None:
-    """Let the system give all pages of `memory` (N,), by several threads: the driver would fetch them one by one."""
+    """Write to all pages of `memory` (N,) by several threads: pinning would make them one by one."""
     size = ceil_div(len(memory), TOUCHING_THREADS)
     with ThreadPoolExecutor(TOUCHING_THREADS, "touch") as threads:
         list(threads.map(torch.Tensor.zero_, torch.split(memory, max(1, size))))
@@ -28,13 +28,13 @@ def _touch(memory: Tensor) -> None:
 class PinnedSource:
     """A `WeightSource` that reads each tensor once from another one, into pinned memory, as it is stored on devices.
 
-    Tensors are read when they are first asked for; whoever else asks meanwhile waits for that one read. Copies out of
-    it go asynchronously on the caller's stream. `close` after all devices are done. Without a driver there is nothing
-    to pin: devices in host memory copy from any memory.
+    A tensor is read when a device first asks for it; others that ask meanwhile wait for that one read. Copies to the
+    device run asynchronously on the caller's stream. Call `close` when all devices are done. Without a driver there is
+    nothing to pin: devices in host memory copy from any memory.
     """
 
     def __init__(self, source: WeightSource, units: Sequence[WeightUnit], driver: Driver | None) -> None:
-        """Pin the copy; DeviceError if the host cannot pin so much."""
+        """Make room for the copy and pin it. Raises DeviceError if the host cannot pin so much."""
         self._source, self._driver = source, driver
         specs = [spec for unit in units for spec in unit.tensors]
         offsets, end = [], 0
@@ -59,11 +59,11 @@ class PinnedSource:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of host memory that it owns."""
+        """Return how many bytes of host memory it owns."""
         return self._memory.nbytes
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        """See `WeightSource.copy_into`. `out` is complete when the current stream gets there."""
+        """See `WeightSource.copy_into`. `out` is complete when the current stream has come to this copy."""
         pinned = self._tensors.get(name)
         if pinned is None:
             raise ConfigError(f"the model has no tensor {name}")

@@ -1,3 +1,5 @@
+"""The sequences of one answer: submitted together, read together, and aborted together whatever happens."""
+
 from __future__ import annotations
 
 import asyncio
@@ -25,7 +27,10 @@ def requests(num: int) -> list[Request]:
 @asynccontextmanager
 async def generating(engine: FakeEngine, num: int) -> AsyncIterator[Deliveries]:
     api = make_app(engine)[API]
-    async with api.admission.accepted("", num, num) as place, submitted(api, place, requests(num)) as outputs:
+    async with (
+        api.admission.accepted("", num, num) as reservation,
+        submitted(api, reservation, requests(num)) as outputs,
+    ):
         yield outputs
 
 
@@ -129,14 +134,14 @@ async def test_what_fails_at_once_ends_the_answer() -> None:
 
 
 class CountingEngine(FakeEngine):
-    """Nobody it was given leaves its queue."""
+    """An engine whose requests all stay in the queue."""
 
     def waiting(self, owner: str | None = None) -> Waiting:
         return Waiting(len(self.requests), len(self.requests))
 
 
 def counted(engine: CountingEngine, api: Api) -> int:
-    """How many sequences count as waiting: so many fewer than the bound can still come."""
+    """Return how many sequences count as waiting: so many fewer than the bound are still admitted."""
     door = api.admission
     assert isinstance(door, Admission)
     for num in range(api.settings.max_num_queued_reqs, 0, -1):
@@ -154,9 +159,9 @@ async def test_many_sequences_are_submitted_in_turns_and_all_count_from_the_firs
     api = make_app(engine, ApiSettings(max_num_queued_reqs=num + 1))[API]
 
     async def consume() -> None:
-        async with api.admission.accepted("", num, num) as place:
-            await api.turns.take()  # that of its body
-            async with submitted(api, place, requests(num)):
+        async with api.admission.accepted("", num, num) as reservation:
+            await api.turns.take()  # the turn in which its body was read
+            async with submitted(api, reservation, requests(num)):
                 pass
 
     task = asyncio.create_task(consume())
@@ -175,7 +180,7 @@ async def test_whoever_leaves_half_submitted_leaves_nothing() -> None:
 
     async def consume() -> None:
         num = 5 * SLICE
-        async with api.admission.accepted("", num, num) as place, submitted(api, place, requests(num)):
+        async with api.admission.accepted("", num, num) as reservation, submitted(api, reservation, requests(num)):
             raise AssertionError("all were submitted")
 
     task = asyncio.create_task(consume())

@@ -16,14 +16,14 @@ GroupId = Annotated[int, Meta(ge=0, le=INT64_MAX, description="a group id")]
 
 
 class Detokenize(Struct, kw_only=True):
-    """POST /detokenize."""
+    """Declares the body of POST /detokenize."""
 
     tokens: list[TokenId]
     model: str | None = None
 
 
 class Burst(Struct, kw_only=True):
-    """POST /kunserve/burst."""
+    """Declares the body of POST /kunserve/burst."""
 
     requests: Annotated[int, Meta(ge=1, le=MAX_REQUESTS)] = 48
     rate: Annotated[float, Meta(ge=0.01, le=MAX_RATE)] = 16.0  # requests per second, Poisson arrivals
@@ -32,27 +32,27 @@ class Burst(Struct, kw_only=True):
 
 
 class Resume(Struct, kw_only=True):
-    """POST /kunserve/resume."""
+    """Declares the body of POST /kunserve/resume."""
 
     path: NonEmpty  # of the request that another server has begun to answer
     body: Object  # of that request
-    token_ids: list[list[TokenId]]  # that its client has been told of, choice by choice
-    num_cached_tokens: list[Count]  # of each choice, as that server said
+    token_ids: list[list[TokenId]]  # of each choice: the tokens that the client has been told of
+    num_cached_tokens: list[Count]  # of each choice: tokens of the prompt that were cached, as the other server said
 
 
 class Groups(Struct, kw_only=True):
-    """POST /kunserve/restore."""
+    """Declares the body of POST /kunserve/restore."""
 
     groups: list[GroupId] | None = None
 
 
 class Remove(Struct, kw_only=True):
-    """POST /kunserve/devices/{index}/remove."""
+    """Declares the body of POST /kunserve/devices/{index}/remove."""
 
-    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # for its requests to end before they go on elsewhere
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0  # time that requests on it have to end, before they go on elsewhere
 
 
 class Drop(Groups, kw_only=True):
-    """POST /kunserve/drop."""
+    """Declares the body of POST /kunserve/drop."""
 
-    force: bool = False  # even if the KV of live requests cannot follow, and they are computed again
+    force: bool = False  # drop even where the KV of live requests cannot follow, so that they are computed again
