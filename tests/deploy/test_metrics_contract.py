@@ -11,7 +11,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from kunserve.engine.engine import Engine
+from kunserve.engine.signals import loop_time
 from kunserve.sim.nodes.node import Node
+from kunserve.sim.nodes.router import Load, Prefix
 from kunserve.sim.options import Options, simulate
 from kunserve.sim.report import Sample
 
@@ -44,6 +47,15 @@ class Scrape(NamedTuple):
         return self.one("kunserve:weights_dropped_bytes") > 0
 
 
+def samples_of(node: Node) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """What a scrape of a server says now."""
+    samples = dict[str, list[tuple[dict[str, str], float]]]()
+    for family in text_string_to_metric_families(node.engine.metrics.render().decode()):
+        for each in family.samples:
+            samples.setdefault(each.name, []).append((each.labels, each.value))
+    return samples
+
+
 @pytest.fixture(scope="module")
 def scrapes() -> list[Scrape]:
     """All scrapes of a burst on one server of two GPUs."""
@@ -51,11 +63,8 @@ def scrapes() -> list[Scrape]:
     sample = Node.sample
 
     def scrape(node: Node) -> Sample:
-        truth, samples = sample(node), dict[str, list[tuple[dict[str, str], float]]]()
-        for family in text_string_to_metric_families(node.engine.metrics.render().decode()):
-            for each in family.samples:
-                samples.setdefault(each.name, []).append((each.labels, each.value))
-        found.append(Scrape(truth.at_s, samples, truth))
+        truth = sample(node)
+        found.append(Scrape(truth.at_s, samples_of(node), truth))
         return truth
 
     with pytest.MonkeyPatch.context() as patch:
@@ -112,3 +121,52 @@ def test_keda_scales_while_dropped_where_kv_usage_would_not(scrapes: list[Scrape
     assert all(wanted(scrape, usage, threshold) == 1 for scrape in burst)
     calm = [scrape for scrape in scrapes if scrape.at_s < 40.0]
     assert all(wanted(scrape, query, threshold) == 1 for scrape in calm)
+
+
+class StalePicker:
+    """The picker's scorers over what it has scraped, which is as old as a scrape may get; both are counted."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, scrape_every_s: float) -> None:
+        self.ages_s: list[float] = []  # of what a decision was made on
+        self.sizes: list[int] = []  # of a pool, in blocks, as it was seen
+        self._every_s = scrape_every_s
+        self._seen: dict[Engine, tuple[float, Load]] = {}
+        patch.setattr(Node, "load", lambda node: self._load(node))
+        patch.setattr("kunserve.sim.options.make_router", lambda name, seed: Prefix())
+
+    def _load(self, node: Node) -> Load:
+        last_s, _ = self._seen.get(node.engine, (-math.inf, None))
+        if loop_time() - last_s >= self._every_s:
+            self._seen[node.engine] = loop_time(), self._scraped(node)
+        at_s, load = self._seen[node.engine]
+        self.ages_s.append(loop_time() - at_s)
+        self.sizes.append(load.num_blocks)
+        return load
+
+    def _scraped(self, node: Node) -> Load:
+        samples = samples_of(node)
+        [(labels, _)] = samples[PICKER["cache"]]
+        waiting, running, usage = (samples[PICKER[name]][0][1] for name in ("queue", "running", "kv usage"))
+        return Load(int(waiting + running), int(waiting), usage, int(labels["num_gpu_blocks"]))
+
+
+def test_a_picker_with_old_metrics_loses_nobody_across_drops_and_restores() -> None:
+    """It sees pools as they were five seconds ago: smaller just after a drop, and larger just after a restore."""
+    burst = Options(
+        cluster="2xA800",
+        memory_gib=39.0,
+        workload="longbench",
+        rate=1.0,
+        duration_s=90.0,
+        burst_height=4.0,
+        burst_s=30.0,
+        nodes=2,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        picker = StalePicker(patch, 5.0)
+        report = simulate(burst)
+    kinds = [transition["kind"] for transition in report["transitions"]]
+    assert {"drop", "restore"} <= set(kinds) and max(picker.ages_s) > 4.0
+    assert max(picker.sizes) > 1.5 * min(picker.sizes)  # it has seen pools with and without a drop
+    assert report["finished"] == report["requests"] > 50
+    assert report["slo_attainment"] > 0.95  # of first tokens within 5 s, as with metrics of the moment
