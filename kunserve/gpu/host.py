@@ -52,7 +52,8 @@ _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def _mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+def map_memory(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """Map memory, as mmap(2) does; return its address. Raises DeviceError."""
     result = _libc.mmap(address, num_bytes, prot, flags, fd, offset)
     if result == _MAP_FAILED or result is None:
         errno = ctypes.get_errno()
@@ -124,7 +125,7 @@ class HostDevice:
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
         # Over-reserve to align, then give head and tail back.
-        start = _mmap(None, num_bytes + self.chunk_bytes, _PROT_NONE, _RESERVED)
+        start = map_memory(None, num_bytes + self.chunk_bytes, _PROT_NONE, _RESERVED)
         address = ceil_div(start, self.chunk_bytes) * self.chunk_bytes
         if address > start:
             _libc.munmap(start, address - start)
@@ -147,7 +148,7 @@ class HostDevice:
         try:
             for i in range(1, len(chunks) + 1):
                 if i == len(chunks) or chunks[i] != chunks[i - 1] + 1:
-                    _mmap(
+                    map_memory(
                         address + start * self.chunk_bytes,
                         (i - start) * self.chunk_bytes,
                         _PROT_RW,
@@ -158,7 +159,7 @@ class HostDevice:
                     start = i
         except DeviceError:
             if start:  # the chunks that were mapped would stay in two places once others get them
-                _mmap(address, start * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+                map_memory(address, start * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
             raise
         self.mappings.map(address, chunks)
 
@@ -167,7 +168,7 @@ class HostDevice:
         if num_chunks == 0:
             return
         self.mappings.check_unmap(address, num_chunks)
-        _mmap(address, num_chunks * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+        map_memory(address, num_chunks * self.chunk_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
         self.mappings.unmap(address, num_chunks)
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:

@@ -31,7 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def serve(connection: socket.socket, tokenizer: Any, vocab_size: int, fork_server_pid: int) -> None:
     """Compile the structure that comes first, and answer until the server closes the connection. Blocking."""
-    _limit(fork_server_pid)
+    limit_process(fork_server_pid)
     frames, received = Frames(), deque[tuple[Kind, bytes]]()
     while not received:
         if not (data := connection.recv(1 << 16)):
@@ -47,7 +47,8 @@ def serve(connection: socket.socket, tokenizer: Any, vocab_size: int, fork_serve
         connection.recv(1)  # the server closes
 
 
-def _limit(fork_server_pid: int) -> None:
+def limit_process(fork_server_pid: int) -> None:
+    """Limit the memory of this process, close what it inherited, and let it end with the fork server."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != fork_server_pid:  # it died before it could matter
         os._exit(0)

@@ -308,6 +308,7 @@ async def test_equal_blocks_of_two_groups_become_one() -> None:
     requests = [request for request, _ in scene.running]
     chain = scene.fleet.make_group([StageView(0, 0, 4), StageView(10, 4, 8)], BLOCK_SIZE, None)
     scene.followers.merge([first, second], chain)
+    tables = {request: request.table for request in requests}
     for request, source in [(r, g) for r, g in scene.running if g in (first, second)]:
         scene.fleet.depart(request, source, chain)
     scene.fleet.regroup([first, second], [chain])
@@ -315,7 +316,7 @@ async def test_equal_blocks_of_two_groups_become_one() -> None:
         assert scene.fleet.reserve(request, chain)
         there, here = (10, 0) if source is first else (0, 10)
         layers = range(4, 8) if source is first else range(4)
-        table = scene.fleet._departed[request]
+        table = tables[request]
         read, write = [b.ids[here] for b in table.blocks], [b.ids[there] for b in table.blocks]
         scene.kv.copy(here, there, layers, read, write)
         scene.fleet.arrive(request, chain)

@@ -94,7 +94,7 @@ class FakeCuda:
         self._reserved: dict[int, int] = {}
         self._mapped: dict[int, tuple[int, int]] = {}  # address -> bytes, handle
         self._accessible: set[int] = set()  # addresses of mappings
-        self._streams: list[int] = []  # that a device has
+        self.streams: list[int] = []  # that a device has
         self.pinned_ranges: dict[int, int] = {}
         self.error: str | None = None  # a kernel faulted
 
@@ -120,7 +120,7 @@ class FakeCuda:
 
     def destroy(self, stream: int) -> None:
         """Do what the driver must not: end a stream."""
-        self._streams.remove(stream)
+        self.streams.remove(stream)
         TIMELINE.destroy(stream)
 
     def is_usable(self, address: int) -> bool:
@@ -137,7 +137,7 @@ class FakeCuda:
         if self.error:
             return not self.is_open
         return not (
-            self.pinned_ranges or self._handles or self._reserved or self._mapped or self._streams or self.is_open
+            self.pinned_ranges or self._handles or self._reserved or self._mapped or self.streams or self.is_open
         )
 
     # --- Driver ------------------------------------------------------------------------------------------------
@@ -217,13 +217,13 @@ class FakeCuda:
         idle = _idle_streams[self.ordinal]
         stream = idle.pop() if idle else TIMELINE.create(self)
         TIMELINE.take(stream, self)
-        self._streams.append(stream)
+        self.streams.append(stream)
         return stream
 
     def return_stream(self, stream: int) -> None:
         self._count("return_stream", stream)
         self._check(TIMELINE.is_idle(stream), "return_stream: it has work")
-        self._streams.remove(stream)
+        self.streams.remove(stream)
         _idle_streams[self.ordinal].append(stream)
 
     def on(self, stream: int) -> AbstractContextManager[Any]:
@@ -246,7 +246,7 @@ class FakeCuda:
         TIMELINE.synchronize(event, self)
 
     def synchronize_all(self) -> None:
-        for stream in (*self._streams, TIMELINE.legacy(self.ordinal)):
+        for stream in (*self.streams, TIMELINE.legacy(self.ordinal)):
             self.synchronize(stream)
 
     def hold(self, tensor: Tensor, stream: int) -> None:
@@ -303,7 +303,7 @@ class FakeCuda:
             raise RuleBrokenError(rule)
 
     def _check_idle(self, call: str) -> None:
-        self._check(all(map(TIMELINE.is_idle, self._streams)), f"{call}: work that was submitted is not finished")
+        self._check(all(map(TIMELINE.is_idle, self.streams)), f"{call}: work that was submitted is not finished")
 
     def _inside(self, address: int, num_bytes: int) -> list[int]:
         return sorted(a for a, (n, _) in self._mapped.items() if address <= a and a + n <= address + num_bytes)

@@ -47,7 +47,7 @@ class TestHostDevice(MemoryContract):
 
     @contextmanager
     def refusing_to_map(self, device: Device, nth: int) -> Iterator[None]:
-        real, num_calls = host._mmap, 0
+        real, num_calls = host.map_memory, 0
 
         def mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
             nonlocal num_calls
@@ -57,7 +57,7 @@ class TestHostDevice(MemoryContract):
             return real(address, num_bytes, prot, flags, fd, offset)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(host, "_mmap", mmap)
+            patch.setattr(host, "map_memory", mmap)
             yield
 
     def queues(self, device: Device) -> Sequence[Run]:

@@ -112,7 +112,7 @@ import os, sys
 from kunserve.grammar import child
 from kunserve.grammar.limits import MEMORY_BYTES
 answer = os.dup(1)
-child._limit(os.getppid())
+child.limit_process(os.getppid())
 held = bytearray(MEMORY_BYTES // 2)
 try:
     held += bytearray(MEMORY_BYTES // 2)

@@ -11,6 +11,7 @@ from structures import constraint, open_pool
 
 from kunserve.errors import EngineError, KunServeError, OverloadedError
 from kunserve.grammar.compiled import Compiled, Key
+from kunserve.grammar.fork_server import ForkServer
 from kunserve.grammar.matcher import MAX_DEATHS, Mask
 from kunserve.grammar.pool import Pool
 from kunserve.grammar.process import KILLED, Death, Process
@@ -87,9 +88,9 @@ async def test_a_start_that_fails_in_a_way_that_nobody_foresaw_is_an_error(monke
     async with open_pool() as pool:
         (await constraint(pool, KEY)).close()
 
-        async def fork() -> None:
+        async def fork(_: ForkServer) -> None:
             raise OSError("too many open files")
 
-        monkeypatch.setattr(pool._fork_server, "fork", fork)
+        monkeypatch.setattr(ForkServer, "fork", fork)
         error = await pool.start(KEY)
         assert isinstance(error, EngineError) and "too many open files" in str(error)

@@ -42,11 +42,24 @@ BOMBS: dict[str, Key] = {
 }
 
 
+def watch_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what is compiled from now on, in order."""
+    begun: list[str] = []
+    start = Process.start
+
+    async def watched(*arguments: object) -> object:
+        begun.append(str(arguments[2]))
+        return await start(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Process, "start", watched)
+    return begun
+
+
 async def spell(place: GrammarConstraint, text: str) -> list[set[int] | None]:
     """Take the bytes of `text`; return what was allowed before each."""
     masks = []
-    for byte in text.encode():
-        masks.append(await asyncio.to_thread(ids_of, place.mask(place._num_accepted)))
+    for num_accepted, byte in enumerate(text.encode()):
+        masks.append(await asyncio.to_thread(ids_of, place.mask(num_accepted)))
         place.accept(byte)
         await place.decided()
         assert place.error is None
@@ -178,31 +191,25 @@ async def test_requests_that_come_together_are_compiled_for_once() -> None:
 
 async def test_clients_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiles at a time here; which one is next depends on what its client has had, not on when it came."""
-    begun: list[str] = []
-    start = Process.start
-
-    async def watched(*arguments: object) -> object:
-        begun.append(str(arguments[2]))
-        return await start(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Process, "start", watched)
+    begun = watch_starts(monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # one for the compiler
     async with open_pool() as pool:
-        pool._num_free = 1
         asked: list[Awaitable[object]] = [pool.compile(("regex", f"a{i}"), "flood") for i in range(6)]
         asked += [pool.compile(("regex", "b"), "other")]
         await asyncio.gather(*asked)
     assert begun[0] == "a0" and begun.index("b") == 1 and begun[2:] == [f"a{i}" for i in range(1, 6)]
 
 
-async def test_who_left_is_not_compiled_for() -> None:
+async def test_nothing_is_compiled_for_a_client_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = watch_starts(monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     async with open_pool() as pool:
-        pool._num_free = 1
         first = asyncio.create_task(pool.compile(DIGITS, "x"))
         left, stays = [asyncio.create_task(pool.compile(("regex", name), "x")) for name in "ab"]
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.gather(first, stays)
-        assert set(pool._compiled) == {DIGITS, ("regex", "b")}
+    assert begun == [DIGITS[1], "b"]
 
 
 async def test_many_requests_of_a_structure_share_a_few_processes() -> None:

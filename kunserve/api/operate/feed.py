@@ -78,7 +78,9 @@ class RecentRates:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Viewer:
+class Viewer:
+    """Someone who watches: the stream of events that goes there, and how much of it was the past."""
+
     request: web.Request
     over: asyncio.Event  # set when it is to leave
     past_bytes: int = 0  # that it was sent at first: they are no update, and do not count as behind
@@ -90,7 +92,7 @@ class Feed:
     def __init__(self, state: Callable[[int], Mapping[str, Any]], metrics: Metrics, known: Mapping[str, Any]) -> None:
         self._state, self._metrics, self._known = state, metrics, known
         self._rates = RecentRates(metrics)
-        self._viewers: set[_Viewer] = set()
+        self.viewers: set[Viewer] = set()
         self._sent: Frame = {}  # what every viewer knows
         self._past: deque[Frame] = deque(maxlen=NUM_PAST)
         self._ticker: asyncio.Task[None] | None = None
@@ -99,8 +101,8 @@ class Feed:
 
     @property
     def num_viewers(self) -> int:
-        """How many watch now."""
-        return len(self._viewers)
+        """Return how many watch now."""
+        return len(self.viewers)
 
     def _look(self) -> Frame:
         state = self._state(NUM_TRANSITIONS)
@@ -117,23 +119,23 @@ class Feed:
 
     def remember(self) -> None:
         """Keep what charts show of this moment."""
-        if not self._viewers:
+        if not self.viewers:
             self._sent = self._look()
         self._past.append({name: self._sent[name] for name in CHARTED})
 
     async def watch(self, request: web.Request) -> web.StreamResponse:
         """Send events until the viewer leaves or the server stops; the past first, if it is asked for."""
-        if len(self._viewers) >= MAX_VIEWERS:
+        if len(self.viewers) >= MAX_VIEWERS:
             raise OverloadedError(f"{MAX_VIEWERS} viewers are watching already.", retry_after_s=5)
         past = _event("past", list(self._past)) if "past" in request.query else b""
-        stream, viewer = EventStream(request, timeout_s=5.0), _Viewer(request, asyncio.Event(), len(past))
-        if not self._viewers:
+        stream, viewer = EventStream(request, timeout_s=5.0), Viewer(request, asyncio.Event(), len(past))
+        if not self.viewers:
             self._sent = self._look()
         try:
             await stream.open()
             if past:
                 await request.writer.write(past)
-            self._viewers.add(viewer)
+            self.viewers.add(viewer)
             if self._ticker is None:
                 self._ticker = asyncio.create_task(self._run(), name="feed")
             await request.writer.write(_event("snapshot", self._sent))  # in the buffer before any delta
@@ -142,12 +144,12 @@ class Feed:
         except ConnectionError:
             pass  # viewers come and go
         finally:
-            self._viewers.discard(viewer)
+            self.viewers.discard(viewer)
         return stream.response
 
     async def close(self, _: object = None) -> None:
         """End all streams: the server stops."""
-        for viewer in self._viewers:
+        for viewer in self.viewers:
             viewer.over.set()
         for task in (self._ticker, self._rememberer):
             if task is not None:
@@ -156,12 +158,12 @@ class Feed:
     async def _run(self) -> None:
         """Tick while there are viewers: this is the feed's only clock."""
         try:
-            while self._viewers:
+            while self.viewers:
                 await asyncio.sleep(TICK_S)
                 await self.tick()
         except Exception:
             log.exception("feed stopped")
-            for viewer in self._viewers:
+            for viewer in self.viewers:
                 viewer.over.set()
         finally:
             self._ticker = None
@@ -179,7 +181,7 @@ class Feed:
 
     async def _send(self, event: bytes) -> None:
         """Write to everybody. Does not wait: whose buffer is not nearly empty is cut off, not written to."""
-        for viewer in list(self._viewers):
+        for viewer in list(self.viewers):
             transport = viewer.request.transport
             if transport is not None and transport.get_write_buffer_size() <= BEHIND_BYTES + viewer.past_bytes:
                 try:
@@ -189,7 +191,7 @@ class Feed:
                     pass
             elif transport is not None:
                 transport.abort()
-            self._viewers.discard(viewer)
+            self.viewers.discard(viewer)
             viewer.over.set()
 
 

@@ -88,7 +88,7 @@ class FaultyDevice:
         self._to_come, self._kinds = list(faults), set[FaultKind]()
         self._lock = threading.Lock()  # of these two: work on the device's threads calls `map`
         self._released = threading.Event()
-        self._hang_ends_s = 0.0  # of a hang that ends by itself, on the clock of `time.monotonic`
+        self.hang_ends_s = 0.0  # of a hang that ends by itself, on the clock of `time.monotonic`
 
     def let_go(self) -> None:
         """Let work go on that hangs, and let none hang from now on."""
@@ -194,8 +194,8 @@ class FaultyDevice:
         if FaultKind.HANG in due:
             self._released.wait()
         if FaultKind.HANG_THEN_RETURN in due:
-            self._hang_ends_s = time.monotonic() + HANG_S
-        if (left_s := self._hang_ends_s - time.monotonic()) > 0:  # work of the other queue, too
+            self.hang_ends_s = time.monotonic() + HANG_S
+        if (left_s := self.hang_ends_s - time.monotonic()) > 0:  # work of the other queue, too
             self._released.wait(left_s)
 
     def _begin_copy(self, due: Collection[FaultKind]) -> None:

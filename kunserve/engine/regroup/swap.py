@@ -85,7 +85,7 @@ class SwapMover:
         self._scheduler, self._signals = scheduler, signals
         self._transfers = Transfers(memories, links)
         self._budgets: defaultdict[int, CopyBudget] = defaultdict(CopyBudget)  # by device
-        self._buffers: dict[str, dict[int, Tensor]] = {}  # request id -> layer -> (blocks, *block_shape)
+        self.buffers: dict[str, dict[int, Tensor]] = {}  # request id -> layer -> (blocks, *block_shape)
         self._moves: dict[int, deque[SwapMove]] = {}  # group id -> begun and not ended, the first under way
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -120,7 +120,7 @@ class SwapMover:
     def finished(self, request: Request) -> None:
         """Free an ended request's host memory, unless a copy works on it; then the copy's end does."""
         if not request.is_moving:
-            self._buffers.pop(request.request_id, None)
+            self.buffers.pop(request.request_id, None)
 
     async def stop(self) -> None:
         """End what is under way."""
@@ -151,13 +151,13 @@ class SwapMover:
 
     async def _copy(self, move: SwapMove) -> None:
         """Copy all layers of one request, all stages at once."""
-        self._buffers.setdefault(move.request.request_id, {})
+        self.buffers.setdefault(move.request.request_id, {})
         await gather_all(self._copy_stage(move, stage) for stage in move.group.stages)
 
     async def _copy_stage(self, move: SwapMove, stage: Stage) -> None:
         """Copy the layers of one stage, as many at a time as the budget allows; nothing if the request has ended."""
         request, device, table = move.request, stage.device, move.request.table
-        kv, buffers = self._transfers.kv(device), self._buffers[request.request_id]
+        kv, buffers = self._transfers.kv(device), self.buffers[request.request_id]
         parts = [(0, table.ids[device][: move.num_blocks].tolist())]
         if table.near is not None:  # of those behind the window nothing is needed, and nothing comes back
             parts.append((1, table.near.ids[device][move.num_behind : move.num_blocks].tolist()))
@@ -170,7 +170,7 @@ class SwapMover:
 
     def _end(self, move: SwapMove, *, is_lost: bool = False) -> None:
         if is_lost or not move.is_out or move.request.finish_reason is not None:
-            self._buffers.pop(move.request.request_id, None)
+            self.buffers.pop(move.request.request_id, None)
         self._scheduler.end_swap(move, is_lost=is_lost)
         self._signals.progress(move.group.group_id)
         self._signals.wake(move.group)

@@ -23,7 +23,7 @@ Stream = int  # a CUstream
 Event = Any  # a torch.cuda.Event; the fake has its own
 
 # Of this process, by GPU: streams that no device has. Contexts are torch's, so that they live as long as the process.
-_idle_streams: defaultdict[int, list[Stream]] = defaultdict(list)
+idle_streams: defaultdict[int, list[Stream]] = defaultdict(list)
 _idle_streams_change = threading.Lock()
 
 
@@ -226,14 +226,14 @@ class CudaDriver:
     def take_stream(self) -> Stream:
         """See `Driver.take_stream`."""
         with _idle_streams_change:
-            if idle := _idle_streams[self.ordinal]:
+            if idle := idle_streams[self.ordinal]:
                 return idle.pop()
         return int(self._call("cuStreamCreate", int(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
 
     def return_stream(self, stream: Stream) -> None:
         """See `Driver.return_stream`."""
         with _idle_streams_change:
-            _idle_streams[self.ordinal].append(stream)
+            idle_streams[self.ordinal].append(stream)
 
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """See `Driver.on`."""

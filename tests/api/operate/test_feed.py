@@ -120,10 +120,9 @@ async def test_no_frame_is_made_while_nobody_watches() -> None:
 async def test_the_ticker_ends_with_the_last_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_module, "TICK_S", 0.0)
     engine = Scene()
-    async with watched(engine) as (client, feed):
+    async with watched(engine) as (client, _):
         viewer = await client.get(URL)
-        ticker = feed._ticker
-        assert ticker is not None
+        [ticker] = [task for task in asyncio.all_tasks() if task.get_name() == "feed"]
         viewer.close()
         await ticker
         looks = engine.num_looks
@@ -197,12 +196,12 @@ async def test_the_past_does_not_count_as_behind() -> None:
         feed.remember()
         patient, behind = Slow(BEHIND_BYTES + 5000), Slow(BEHIND_BYTES + 5000)
         for slow, past_bytes in ((patient, 5000), (behind, 4999)):
-            viewer: Any = feed_module._Viewer(slow, asyncio.Event(), past_bytes)  # type: ignore[arg-type]
-            feed._viewers.add(viewer)
+            viewer: Any = feed_module.Viewer(slow, asyncio.Event(), past_bytes)  # type: ignore[arg-type]
+            feed.viewers.add(viewer)
         await feed.tick()
         assert (patient.is_aborted, behind.is_aborted) == (False, True)
         assert patient.written.startswith(b"event: delta") and not behind.written
-        feed._viewers.clear()
+        feed.viewers.clear()
 
 
 async def next_event_of_any_size(response: ClientResponse) -> None:
@@ -251,7 +250,7 @@ async def test_rates() -> None:
     async with serving(FakeEngine()) as client:
         application = client.app
         assert isinstance(application, web.Application)
-        metrics = application[feed_module.FEED]._metrics
+        metrics = application[OPERATED].metrics
         metrics.inter_tokens([9.0])  # while nobody watched
         shown = ticks(metrics, [5.0, 6.0, 7.0, 8.0])
         assert [rates["tok_s"] for rates in shown] == [0.0, 10.0, 10.0, 10.0]

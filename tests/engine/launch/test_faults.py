@@ -322,7 +322,7 @@ async def test_both_queues_hang(kind: FaultKind, open_faulty: Open, monkeypatch:
     monkeypatch.setattr(faults_module, "HANG_S", 1000.0)
     device, faults = open_faulty(f"1:{kind}@0s")
     hanging = [asyncio.ensure_future(queued(device)["run"]())]
-    while kind is FaultKind.HANG_THEN_RETURN and not device._hang_ends_s:  # until the first one hangs
+    while kind is FaultKind.HANG_THEN_RETURN and not device.hang_ends_s:  # until the first one hangs
         await asyncio.sleep(0.001)
     hanging += [asyncio.ensure_future(queued(device)[name]()) for name in ("run", *COPIES)]
     done, _ = await asyncio.wait(hanging, timeout=0.05)

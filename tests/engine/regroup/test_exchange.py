@@ -15,6 +15,7 @@ from loaded_groups import asked, assert_same, loaded, two_devices
 from structlog.testing import capture_logs
 from transition_harness import Answer, Checked, again, checked_engine, next_round
 
+from kunserve.engine.group import Group
 from kunserve.engine.regroup.remap import Layouts
 from kunserve.engine.request import Request
 from kunserve.errors import ConflictError, DeviceError
@@ -84,13 +85,13 @@ async def test_each_request_runs_on_when_its_own_layers_have_arrived(tiny64: Pat
     async with two_devices(tiny64, 320) as checked:
         answers = await loaded(checked, requests)
         moving: list[int] = []
-        end = checked.reconfigure.exchange._end
+        arrive = checked.engine.fleet.arrive
 
-        def end_and_count(*arguments: Any, **more: Any) -> None:
-            end(*arguments, **more)
+        def arrive_and_count(request: Request, group: Group) -> None:
+            arrive(request, group)
             moving.append(sum(r.is_moving for r in requests))
 
-        checked.reconfigure.exchange._end = end_and_count  # type: ignore[method-assign]
+        checked.engine.fleet.arrive = arrive_and_count  # type: ignore[method-assign]
         await checked.control.drop()
         await answers
         await checked.settled()
@@ -241,10 +242,10 @@ async def test_a_transition_that_lost_everybody_says_so(
     async with two_devices(tiny64, num_blocks) as checked:
         answers = await loaded(checked, requests)
 
-        async def fail(*_: Any) -> None:
+        async def fail(*_: Any, **__: Any) -> bool:
             raise error
 
-        checked.reconfigure.exchange._copy = fail  # type: ignore[method-assign, assignment]
+        checked.reconfigure.exchange.transfers.between = fail  # type: ignore[method-assign]
         with capture_logs() as logs:
             await checked.control.drop()
             assert_same(await answers, its)
@@ -288,7 +289,7 @@ async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
     lineage = Lineage((), tuple(group.lineage for group in snapshot.groups if group.lineage))
     merge = Merge((0, 1), stages, 0, lineage)
     committed = asyncio.get_running_loop().create_future()
-    task = checked.control._spawn(checked.reconfigure.drop(snapshot, merge, committed.set_result))
+    task = asyncio.create_task(checked.reconfigure.drop(snapshot, merge, committed.set_result))
     await asyncio.wait([task, committed], return_when=asyncio.FIRST_COMPLETED)
     return task
 

@@ -16,7 +16,8 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import Served
 from kunserve.engine.regroup import migrate
 from kunserve.engine.regroup.boundary import Boundary
-from kunserve.engine.regroup.migrate import LAST_ROUND_BLOCKS, Migrating, Migration
+from kunserve.engine.regroup.migrate import LAST_ROUND_BLOCKS, Migration
+from kunserve.engine.regroup.transfer import Transfers
 from kunserve.engine.request import Request
 from kunserve.engine.schedule.policy import is_decoding
 from kunserve.errors import DeviceError
@@ -76,17 +77,16 @@ async def test_a_long_request_runs_while_it_is_copied_and_stops_for_the_rest(
     tiny64: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[tuple[bool, int]] = []
-    copy = Migration._copy
+    copy, request = Transfers.between, make_request("long", 101, 50)
 
-    async def recorded(self: Migration, m: Migrating, end: int) -> None:
-        copies.append((m.request.is_moving, end - m.num_copied))
-        await copy(self, m, end)
+    async def recorded(self: Transfers, *arguments: Any, **more: Any) -> bool:
+        copies.append((request.is_moving, len(arguments[3])))  # ids of the blocks that are read
+        return await copy(self, *arguments, **more)
 
-    monkeypatch.setattr(Migration, "_copy", recorded)
+    monkeypatch.setattr(Transfers, "between", recorded)
     expected = await alone(tiny64, make_request("long", 101, 50))
     async with migrating(tiny64) as served:
         engine = served.engine
-        request = make_request("long", 101, 50)
         reader = await begin_one(engine, request)
         await until(engine, lambda: engine.scheduler.num_migrations == 1)
         assert request in engine.groups[1].running and not engine.groups[0].running

@@ -40,7 +40,7 @@ async def swapping(tiny64: Path, num_blocks: int = 40, **settings: Any) -> Async
 
 def buffers(engine: Engine) -> dict[str, Any]:
     assert isinstance(engine.mover, SwapMover)
-    return engine.mover._buffers
+    return engine.mover.buffers
 
 
 _known: dict[int, dict[str, list[int]]] = {}  # what a crowd of a size gets with plenty of memory, once it was seen

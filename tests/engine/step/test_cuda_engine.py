@@ -255,8 +255,8 @@ FAULTS = {
 async def test_a_bad_row_ends_its_request_alone(num_ahead: int, num_groups: int, is_host_sampled: bool) -> None:
     async with serving([FakeCuda(), FakeCuda()], num_ahead) as engine:
         assert isinstance(engine.executor, CudaExecutor)
-        for decoder in engine.executor.decoders:
-            decoder._embed.parts[0].data[BAD] = torch.nan
+        for memory in engine.memories:
+            memory.weights.tensor("embed", "model.embed_tokens.weight")[BAD] = torch.nan
         if num_groups == 1:
             await engine.drop()
 

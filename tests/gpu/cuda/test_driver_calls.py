@@ -67,10 +67,10 @@ class Bindings:
 def bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bindings]:
     properties = SimpleNamespace(name="a GPU", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    module._idle_streams.clear()
+    module.idle_streams.clear()
     bindings = Bindings()
     yield bindings
-    module._idle_streams.clear()
+    module.idle_streams.clear()
     assert not bindings.wrong
 
 

@@ -24,7 +24,7 @@ from kunserve.gpu.cuda.device import CudaDevice
 def driver() -> Iterator[FakeCuda]:
     driver = FakeCuda(is_async=True)
     yield driver
-    for stream in list(driver._streams):
+    for stream in list(driver.streams):
         driver.synchronize(stream)
         driver.return_stream(stream)
     driver.close()
