@@ -263,11 +263,11 @@ def _api_settings(config: ServerConfig, source: str | None, template: ChatTempla
         uses_priority=http.uses_priority,
         logs_access=http.logs_access,
         tool_call_parser=_chosen(http.tool_call_parser, format_of_template(source)),
-        reasoning_parser=_chosen(http.reasoning_parser, reasoning_of_template(source, _new_turn(template))),
+        reasoning_parser=_chosen(http.reasoning_parser, reasoning_of_template(source, _new_conversation(template))),
     )
 
 
-def _new_turn(template: ChatTemplate | None) -> str:
+def _new_conversation(template: ChatTemplate | None) -> str:
     """Return what a template makes of a new conversation; "" if it refuses it."""
     try:
         return "" if template is None else template.render([{"role": "user", "content": "Hi"}])

@@ -46,7 +46,7 @@ IGNORED = {
     "/metrics and /kunserve/state tell the load": ("--enable-server-load-tracking",),
     "no route depends on it": ("--root-path", "--disable-fastapi-docs", "--enable-offline-docs"),
 }
-# Those of them that have no value, and so a `--no-` form.
+# Those of them that have no value, and so one more with `--no-`.
 _SWITCHES = frozenset(
     (
         *("--disable-custom-all-reduce", "--enable-prompt-tokens-details"),

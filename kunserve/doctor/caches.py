@@ -61,7 +61,7 @@ def check_hub(probe: Probe, gpus: Gpus) -> Finding:
 def _check_folder(probe: Probe, folder: Path, consequence: str, remedy: str) -> Finding:
     """Check whether files can be put into a folder, which need not exist yet."""
     # Path.exists raises where a parent may not be looked into.
-    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free, size = probe.free_bytes(existing), _num_bytes(folder)
     name = str(folder)
     if folder.is_relative_to(probe.home):

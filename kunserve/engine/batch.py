@@ -56,7 +56,7 @@ class Microbatch:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All parts, in their order."""
+        """Return all parts, in their order."""
         requests, ends, is_ahead = self.decoding
         alike = (Span(r, end - 1, end, True, is_ahead) for r, end in zip(requests, ends, strict=True))
         return (*alike, *self.others)
@@ -68,7 +68,7 @@ class Microbatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all spans."""
+        """Return the number of tokens in all spans."""
         return len(self.decoding.requests) + sum(span.end - span.start for span in self.others)
 
 

@@ -136,12 +136,12 @@ class Engine(Operated):
 
     @property
     def is_running(self) -> bool:
-        """Whether the loop is alive."""
+        """Return whether the loop is alive."""
         return self._main is not None and not (self._has_ended or self._main.done())
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests are taken."""
+        """Return whether new requests are taken."""
         return self._is_accepting and self.is_running
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -317,22 +317,22 @@ class Engine(Operated):
 
     @property
     def groups(self) -> list[Group]:
-        """All groups that there are now."""
+        """Return all groups that there are now."""
         return self.fleet.groups
 
     @property
     def epoch(self) -> int:
-        """How often the grouping has changed."""
+        """Return how often the grouping has changed."""
         return self.fleet.epoch
 
     @property
     def num_running(self) -> int:
-        """Requests bound to a group."""
+        """Return the number of requests bound to a group."""
         return self.fleet.num_running
 
     @property
     def is_idle_since_last_step(self) -> bool:
-        """Whether nothing is in flight."""
+        """Return whether nothing is in flight."""
         return self._num_in_flight == 0
 
     def degraded(self) -> str | None:

@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def view(self) -> StageView:
-        """The stage as the planner sees it."""
+        """Return the stage as the planner sees it."""
         return StageView(self.device, self.first_layer, self.last_layer)
 
 
@@ -74,7 +74,7 @@ class Group:
 
     @property
     def is_paused(self) -> bool:
-        """Whether nothing new is scheduled: somebody waits for a step boundary, or a device is gone."""
+        """Return whether nothing new is scheduled: somebody waits for a step boundary, or a device is gone."""
         return self.num_pauses > 0 or self.is_lost
 
     @property
@@ -84,17 +84,17 @@ class Group:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that requests can hold at once: the least of the stages."""
+        """Return the number of blocks that requests can hold at once: the least of the stages."""
         return min(stage.pool.limit for stage in self.stages)
 
     @property
     def num_free(self) -> int:
-        """Blocks that a request could get now: nobody's, or cached for whoever may need them again."""
+        """Return the number of blocks that a request could get now: free ones, and cached ones that nobody holds."""
         return min(stage.pool.num_free for stage in self.stages) + len(self.idle)
 
     @property
     def num_used(self) -> int:
-        """Blocks in use by requests on the fullest stage."""
+        """Return the number of blocks in use by requests on the fullest stage."""
         return max(stage.pool.num_used for stage in self.stages) - len(self.idle)
 
     def free_for(self, num_tokens: int) -> int:

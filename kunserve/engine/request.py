@@ -51,7 +51,7 @@ class Constraint(Protocol):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing may follow."""
+        """Return whether nothing may follow."""
 
 
 class Trace(Protocol):
@@ -131,12 +131,12 @@ class Request:
 
     @property
     def goes_first(self) -> bool:
-        """Whether others wait for it in turns: it goes alone, or has waited long enough."""
+        """Return whether others wait for it in turns: it goes alone, or has waited long enough."""
         return (self.is_hurried and not self.num_sampling) or self.num_scheduled_tokens < self.suspect_until
 
     @property
     def is_over_here(self) -> bool:
-        """Whether what a step brings to it is of no use: it has ended, or starts over."""
+        """Return whether what a step brings to it is of no use: it has ended, or starts over."""
         return self.finish_reason is not None or self.has_failed
 
     @property
@@ -171,15 +171,15 @@ class Request:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens the client sent."""
+        """Return the number of tokens the client sent."""
         return len(self.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Return the number of tokens generated so far."""
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
-        """Tokens generated so far."""
+        """Return the tokens generated so far."""
         return self.token_ids[len(self.prompt_token_ids) :]

@@ -27,7 +27,7 @@ class ChunkPool:
 
     @property
     def num_free(self) -> int:
-        """Chunks that are used for nothing."""
+        """Return the number of chunks that are used for nothing."""
         return len(self._free)
 
     def num_used(self, use: ChunkUse) -> int:

@@ -55,13 +55,13 @@ class DeviceMemory:
 
     @property
     def counts(self) -> ChunkCounts:
-        """Chunks by use."""
+        """Return the chunks by use."""
         counts: ChunkCounts = self._seen(lambda: (self._counts(), None))[0]
         return counts
 
     @property
     def layout(self) -> Layout:
-        """What the chunks are for now."""
+        """Return what the chunks are for now."""
         layout: Layout = self._seen(lambda: (None, self._layout()))[1]
         return layout
 

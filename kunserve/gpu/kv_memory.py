@@ -38,7 +38,7 @@ class KVShape:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
+        """Return the number of bytes of one block of one layer."""
         return prod(self.block_shape) * self.dtype.itemsize
 
 
@@ -79,7 +79,7 @@ class KVMemory:
 
     @property
     def mapped_chunks(self) -> list[int]:
-        """All chunks that KV owns here."""
+        """Return all chunks that KV owns here."""
         return [chunk for range_ in self._ranges for chunk in range_.chunks]
 
     def resize(self, layer: int, num_chunks: int) -> None:

@@ -42,7 +42,7 @@ class Mappings:
             start <= address and end <= start + size and (address - start) % self._chunk_bytes == 0
             for start, size in self.reserved.items()
         ):
-            raise DeviceError(f"{self._device}: {address:#x} is no place for {len(chunks)} chunks in a reserved range")
+            raise DeviceError(f"{self._device}: {address:#x} has no reserved room for {len(chunks)} chunks")
         if not all(0 <= chunk < self._num_chunks for chunk in chunks):
             raise DeviceError(f"{self._device}: only chunks 0 to {self._num_chunks - 1} can be mapped")
         if not self._in_use.isdisjoint(chunks) or len(set(chunks)) != len(chunks):

@@ -21,7 +21,7 @@ class Range:
 
     @property
     def num_mapped_bytes(self) -> int:
-        """Bytes from the front that may be touched."""
+        """Return the number of bytes from the front that may be touched."""
         return len(self.chunks) * self._device.chunk_bytes
 
     def resize(self, num_chunks: int) -> None:

@@ -43,17 +43,17 @@ class Weights:
 
     @property
     def chunks_of_unit(self) -> dict[str, int]:
-        """Chunks of every unit of the model, present or not, in the order of a forward pass."""
+        """Return the chunks of every unit of the model, present or not, in the order of a forward pass."""
         return {unit: self.num_chunks(unit) for unit in self._units}
 
     @property
     def present(self) -> list[str]:
-        """Names of the units whose chunks are mapped, in the order of a forward pass."""
+        """Return the names of the units whose chunks are mapped, in the order of a forward pass."""
         return [name for name, range_ in self._ranges.items() if range_.chunks]
 
     @property
     def unfilled(self) -> list[str]:
-        """Names of the units that are present and whose content is not, in the order of a forward pass."""
+        """Return the names of the units that are present and whose content is not, in the order of a forward pass."""
         return [name for name in self.present if name not in self._filled]
 
     def is_filled(self, unit: str) -> bool:
@@ -62,7 +62,7 @@ class Weights:
 
     @property
     def mapped_chunks(self) -> list[int]:
-        """All chunks that weights own here."""
+        """Return all chunks that weights own here."""
         return [chunk for range_ in self._ranges.values() for chunk in range_.chunks]
 
     def tensor(self, unit: str, name: str, num_rows: int | None = None) -> Tensor:

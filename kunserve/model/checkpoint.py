@@ -81,12 +81,12 @@ class SafetensorsSource:
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """The file of every tensor that the model needs."""
+        """Return the file of every tensor that the model needs."""
         return self._files
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the mapped files: what the page cache holds of them at most."""
+        """Return the number of bytes of the mapped files: what the page cache holds of them at most."""
         return sum(path.stat().st_size for path in self._handles)
 
     def copy_into(self, name: str, out: Tensor) -> None:
@@ -125,7 +125,7 @@ class PackedSource(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the mapped files: what the page cache holds of them at most."""
+        """Return the number of bytes of the mapped files: what the page cache holds of them at most."""
         return int(getattr(self._plain, "num_bytes", 0))
 
     def copy_into(self, name: str, out: Tensor) -> None:

@@ -124,12 +124,12 @@ class ModelConfig:
 
     @property
     def common_window(self) -> int | None:
-        """Tokens that a token sees in every layer, itself among them; None if it sees all in one of them."""
+        """Return how many tokens a token sees in every layer, itself among them; None if it sees all in one of them."""
         return self.window if set(self.windowed_layers) >= set(range(self.num_layers)) else None
 
     @property
     def near_layers(self) -> tuple[int, ...]:
-        """Layers with a window, in order, if a token sees all in others: their KV can be of a kind of its own."""
+        """Return the layers with a window, in order, if others have none: their KV can be of a kind of its own."""
         is_mixed = self.window is not None and self.common_window is None
         return tuple(sorted(self.windowed_layers)) if is_mixed else ()
 

@@ -76,7 +76,7 @@ def prepare_embedded(
             if not is_complete(folder, embedded):
                 _convert_into(embedded, folder, progress, fetch)
     except OSError as error:
-        advice = "; KUNSERVE_CACHE=FOLDER names another place"
+        advice = "; KUNSERVE_CACHE=FOLDER names another folder"
         raise ConfigError(f"cannot prepare {embedded.package} in {folder}: {error.strerror or error}{advice}") from None
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(f"cannot prepare {embedded.package} in {folder}: {error}") from None

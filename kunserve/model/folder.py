@@ -61,9 +61,9 @@ def check_tokenizer_file(folder: Path) -> None:
             raise ConfigError(needs_packages(model))
         return
     if other is None:
-        raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another form are not supported)")
+        raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another format are not supported)")
     raise ConfigError(
-        f"{folder} has {other.name}, but no tokenizer.json (tokenizers of another form are not supported); "
+        f"{folder} has {other.name}, but no tokenizer.json (tokenizers of another format are not supported); "
         "convert it: transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
@@ -175,7 +175,7 @@ def _what_it_holds(folder: Path) -> str:
     if other := [name for name in names if name.endswith(".safetensors")]:
         return (
             f"{folder} holds {_first(other)}, but {neither}: rename it to {SINGLE_FILE} if it is the whole model "
-            "in Hugging Face's form (consolidated files are not), else take the model in that form"
+            "in Hugging Face's format (consolidated files are not), else take the model in that format"
         )
     if not names:
         return f"{folder} is empty: a model's folder has config.json, tokenizer.json and {SINGLE_FILE}"

@@ -48,12 +48,12 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are stored."""
+        """Return the number of bytes that are stored."""
         return prod(self.stored_shape) * ITEM_BYTES[self.dtype]
 
     @property
     def end(self) -> int:
-        """Where the next tensor of the same matrix begins."""
+        """Return where the next tensor of the same matrix begins."""
         return self.offset + self.num_bytes
 
     def is_stored_like(self, other: TensorSpec) -> bool:

@@ -5,7 +5,7 @@ A message has three parts: the topic, a sequence number (8 bytes, big-endian) an
 llm-d's index has read both since its version 0.9). Whoever sees a gap in the numbers asks the replay socket, a ROUTER,
 for all batches from a number on.
 
-A server is one place to a router, whichever of its groups has a prefix: a block is stored when the first group has it
+A server is one cache to a router, whichever of its groups has a prefix: a block is stored when the first group has it
 and removed when the last has lost it, and the rank is always 0. Block hashes are the last 8 bytes of our keys, as a
 number: vLLM shortens its own so, too. The salt of a prompt, if it has one, goes to `extra_keys` as a digest: it may
 tell whose prompt it is.

@@ -20,7 +20,7 @@ class ManyHistogram(Collector):
     """One series. Written and read on the event loop only."""
 
     def __init__(self, name: str, text: str, labels: Mapping[str, str], buckets: Sequence[float]) -> None:
-        """`buckets`: upper bounds, ascending, of those that are not infinite."""
+        """Begin at zero. `buckets`: upper bounds, ascending, of those that are not infinite."""
         self._name, self._text, self._labels = name, text, labels
         self._bounds = [*buckets, inf]
         self._counts = [0] * len(self._bounds)

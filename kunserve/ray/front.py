@@ -92,7 +92,7 @@ class Front:
     """See the module. An ASGI application."""
 
     def __init__(self, models: Mapping[str, Replicas], key: str) -> None:
-        """`models`: replicas by the name that requests give; the first get what names none. `key`: a front's."""
+        """Serve `models`: replicas by the names that requests give; the first get what names none. `key`: a front's."""
         self._models, self._key = dict(models), key
         self.num_repeated = self.num_resumed = 0  # requests sent again whole; streams gone on with
 

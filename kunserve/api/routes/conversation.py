@@ -40,7 +40,7 @@ class Conversation:
 async def answer_chat(
     request: web.Request, api: Api, call: ChatCall, writer: AnswerWriter, answer_id: str
 ) -> web.StreamResponse:
-    """Answer a conversation in the form of the endpoint that `writer` writes for."""
+    """Answer a conversation in the format of the endpoint that `writer` writes for."""
     generation, owner = call.generation, owner_of(request, call.generation.user)
     num_tokens = call.num_chars // CHARS_PER_TOKEN + len(call.messages)
     async with api.admission.accepted(owner, generation.n, num_tokens * generation.n) as reservation:

@@ -88,7 +88,7 @@ def _anthropic_card(model: ModelInfo, name: str) -> dict[str, Any]:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Answer GET /v1/models: one card for each name of the model, in Anthropic's form for its clients."""
+    """Answer GET /v1/models: one card for each name of the model, in Anthropic's format for its clients."""
     model = request.app[API].model
     if not anthropic_errors.is_ours(request):
         return json_response({"object": "list", "data": [_card(model, name) for name in model.served_names]})

@@ -58,11 +58,11 @@ _SHOWN = (
 _SURE = ("openai_gptoss", "granite", "kimi_k2")  # whose template shows it only if the model reasons, or does no harm
 
 
-def reasoning_of_template(source: str | None, turn: str = "") -> str | None:
+def reasoning_of_template(source: str | None, conversation: str = "") -> str | None:
     """Return the name of the format that a chat template shows of reasoning; None if the model does not reason.
 
-    `turn`: what the template makes of a new conversation. Templates of models that do not reason may show how others'
-    turns are written, and a structure would wait for the end of a reasoning that never comes.
+    `conversation`: what the template makes of a new one. Templates of models that do not reason may show how others'
+    messages are written, and a structure would wait for the end of a reasoning that never comes.
     """
     if source is None:
         return None
@@ -70,7 +70,7 @@ def reasoning_of_template(source: str | None, turn: str = "") -> str | None:
     if name is None or name in _SURE or "enable_thinking" in source:
         return name
     format = REASONING_FORMATS[name]
-    return name if any(mark in turn for mark in format.starts + format.ends) else None
+    return name if any(mark in conversation for mark in format.starts + format.ends) else None
 
 
 class ThinkSplitter:

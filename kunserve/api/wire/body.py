@@ -41,7 +41,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_call(request: web.Request, api: Api, read: Callable[[dict[str, Any]], T]) -> T:
     """Return what `read_body` does, for a route that generates: 503 if the queue has no room for one sequence more.
 
-    It is asked before the body is read, and once it is there; from then on its place in the queue is held. Else all
+    It is asked before the body is read, and once it is there; from then on it has a reservation in the queue. Else all
     who come while one is free would wait for their turn to be parsed, one after the other, to be refused then.
     """
     owner = owner_of(request)

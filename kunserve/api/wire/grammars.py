@@ -13,7 +13,7 @@ from kunserve.grammar.fork_server import Vocabulary
 from kunserve.grammar.limits import RefusedError
 from kunserve.grammar.pool import Pool
 
-# Compiling is not linear, and least so of grammars and regexes. A large form is a schema of a hundred thousand.
+# Compiling is not linear, and least so of grammars and regexes. A large web form is a schema of a hundred thousand.
 MAX_CHARS, MAX_GRAMMAR_CHARS = 1 << 18, 1 << 16
 
 Kind = Literal["json", "calls", "regex", "choice", "grammar"]

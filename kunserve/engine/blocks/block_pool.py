@@ -1,6 +1,6 @@
 """The blocks of one stage: ids `0..num_blocks`, reference-counted; the end of the memory flow.
 
-An id names the same place in the KV range of every layer of the stage. The pool grows when a drop maps chunks at the
+An id names the same offset in the KV range of every layer of the stage. The pool grows when a drop maps chunks at the
 tail of those ranges; before they shrink, `limit` keeps new allocations out of the tail until it is empty.
 """
 
@@ -24,12 +24,12 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `alloc` could hand out now."""
+        """Return the number of blocks that `alloc` could hand out now."""
         return self._num_free_below_limit
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Return the number of blocks that somebody holds."""
         return len(self._ref_counts)
 
     @property

@@ -84,7 +84,7 @@ class OverloadControl:
 
     @property
     def tasks(self) -> frozenset[asyncio.Task[Transition | None]]:
-        """The transitions that are under way or about to begin."""
+        """Return the transitions that are under way or about to begin."""
         return frozenset(self._tasks)
 
     # --- what the engine calls ----------------------------------------------------------------------------------

@@ -50,12 +50,12 @@ class Moving:
 
     @property
     def moves(self) -> tuple[LayerMove, ...]:
-        """Layers whose device changes."""
+        """Return the layers whose device changes."""
         return layer_moves(self.left, [stage.view for stage in self.group.stages])
 
     @property
     def devices(self) -> set[int]:
-        """All that it leaves or comes to."""
+        """Return all devices that it leaves or comes to."""
         return {stage.device for stage in self.left} | {stage.device for stage in self.group.stages}
 
 

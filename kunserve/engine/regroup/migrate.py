@@ -46,13 +46,13 @@ class Migrating:
 
     @property
     def is_here(self) -> bool:
-        """Whether the request still has its KV at the source."""
+        """Return whether the request still has its KV at the source."""
         request = self.request
         return request.group_id == self.source.group_id and request.num_preemptions == self.num_preemptions
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the request still runs at the source, and no transition waits for either group."""
+        """Return whether the request still runs at the source, and no transition waits for either group."""
         is_paused = self.source.is_paused or self.destination.is_paused
         return self.is_here and self.request.finish_reason is None and not is_paused
 
@@ -83,7 +83,7 @@ class Migration:
 
     @property
     def is_watching(self) -> bool:
-        """Whether groups will be looked at again in a moment."""
+        """Return whether groups will be looked at again in a moment."""
         return self._timer is not None
 
     # --- what the engine calls ----------------------------------------------------------------------------------

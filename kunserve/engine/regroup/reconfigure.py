@@ -243,7 +243,7 @@ class Reconfigure:
 
     @property
     def is_cancellable(self) -> bool:
-        """Whether `cancel_restore` would do something that it has not done yet."""
+        """Return whether `cancel_restore` would do something that it has not done yet."""
         current = self.transitions.current
         return current is not None and current.kind == "restore" and current.epoch is None and not self._is_cancelled
 

@@ -1,4 +1,4 @@
-"""Transfers: KV of some layers goes from one place to another, in slices, each of which takes a turn on its link.
+"""Transfers: KV of some layers goes to another device, to the host or back, in slices that take turns on its link.
 
 Whoever wants KV moved asks for a transfer, after the fleet has reserved blocks at its end. It ends in one of three
 ways: all has arrived, nobody wanted it any more, or an error was raised and it is lost.

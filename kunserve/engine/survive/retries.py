@@ -22,7 +22,7 @@ from kunserve.errors import EngineError
 from kunserve.gpu.refusal import log_failure
 from kunserve.observe.metrics import Metrics
 
-MOST_FAILURES = 5  # of a request alone, at the same place: then it is given up
+MOST_FAILURES = 5  # of a request alone, at the same token: then it is given up
 SUSPECT_AFTER = 2  # steps of a group that failed, one after the other
 PROBE_S = 10.0  # after which a suspected group gets requests again
 

@@ -50,7 +50,7 @@ class Detokenizer:
 
     @property
     def has_stops(self) -> bool:
-        """Whether there are strings that end the text."""
+        """Return whether there are strings that end the text."""
         return len(self._stops) > 0
 
     def push(self, token_id: int) -> str:

@@ -52,7 +52,7 @@ class Tokenizer:
             core, special = read_sentence_piece(model, settings, _special_tokens(settings))
             settings |= special
         else:
-            raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another form are not supported)")
+            raise ConfigError(f"{folder} has no tokenizer.json (tokenizers of another format are not supported)")
         template = folder / "chat_template.jinja"
         if template.exists():
             settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -90,7 +90,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included. A model's embedding may have more rows."""
+        """Return the number of tokens, added ones included. A model's embedding may have more rows."""
         return self._core.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -154,7 +154,7 @@ class Tokenizer:
 
     @property
     def strips_space(self) -> bool:
-        """Whether the first blank of a text is the tokenizer's own, and not part of it."""
+        """Return whether the first blank of a text is the tokenizer's own, and not part of it."""
         return self.coding.strips_space
 
     def _to_bytes(self, token: str) -> bytes:

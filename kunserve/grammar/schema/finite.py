@@ -110,7 +110,7 @@ class _Search:
         return list(found.values())
 
     def _referred(self, schema: dict[str, Any]) -> list[Any]:
-        """Return what its `$ref` leads to, if that is a place in this schema."""
+        """Return what its `$ref` leads to, if that is in this schema."""
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return []

@@ -19,7 +19,7 @@ _VALUES = (
 
 
 class UnsupportedTextError(RefusedError):
-    """A string cannot be held to the form that is asked for."""
+    """A string cannot be held to the format that is asked for."""
 
 
 class Writer(Protocol):

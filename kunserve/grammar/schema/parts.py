@@ -92,7 +92,7 @@ def _of_condition(schema: Schema) -> list[Any]:
 
 
 def _opposite(schema: Any, beside: Schema, where: str) -> Any:
-    """Return a schema that only what does not match another satisfies. `beside`: what holds in the same place."""
+    """Return a schema that only what does not match another satisfies. `beside`: what holds for the same value."""
     if isinstance(schema, bool):
         return not schema
     if not isinstance(schema, dict):

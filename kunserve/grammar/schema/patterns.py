@@ -1,4 +1,4 @@
-"""In a structure's process: regexes that schemas bring and the library does not know, in a form that it does."""
+"""In a structure's process: regexes that schemas bring and the library does not know, in a syntax that it does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KNOWN_FORMATS = frozenset({*FORMATS, "hostname", "ipv6", "uri", "unknown"})
 
 @cache
 def plain_patterns(pattern: str) -> tuple[str, ...] | None:
-    """Return regexes that a string must all match to match this one, in the library's form; None if there are none.
+    """Return regexes that a string must all match to match this one, in the library's syntax; None if there are none.
 
     What matches them matches the pattern; some that matches it may not match them.
     """

@@ -1,4 +1,4 @@
-"""In a structure's process: what `$ref` means in a schema, whatever place and names its author chose."""
+"""In a structure's process: what `$ref` means in a schema, wherever its author put it and whatever it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a checkpoint keeps a tensor, where that is not as a decoder reads it: under another name, or in another form."""
+"""How a checkpoint keeps a tensor, where that is not as a decoder reads it: under another name, or in a stored form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StoredForm(NamedTuple):
-    """A form of tensors in files."""
+    """Says how tensors of a stored form become those that a decoder reads."""
 
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of what a decoder reads -> in the file
     read: Callable[[Tensor], Tensor]  # in the file -> as a decoder reads it
@@ -42,7 +42,7 @@ STORED_FORMS = {
 
 
 def stored_form(name: str) -> StoredForm | None:
-    """Return the form of a tensor in files; None where it is as a decoder reads it."""
+    """Return the stored form of a tensor; None where it is as a decoder reads it."""
     return next((form for ending, form in STORED_FORMS.items() if name.endswith(ending)), None)
 
 

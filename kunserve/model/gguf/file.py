@@ -81,7 +81,7 @@ class GgufTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it takes."""
+        """Return the number of bytes that it takes."""
         count = prod(self.shape)
         if (blocks := self.blocks) is None:
             return count * ITEM_BYTES[self.format]

@@ -26,7 +26,7 @@ FORMAT = 1  # of the folder: raise it when other files would be written
 def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:
     """Return the folder that belongs to a GGUF file, making it first where it is missing: all but the weights.
 
-    It is made once for each state of the file. Raises ConfigError (another tokenizer, no place in the cache).
+    It is made once for each state of the file. Raises ConfigError (another tokenizer, no room in the cache).
     """
     first = file.paths[0]
     with reading(first):
@@ -46,7 +46,7 @@ def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        advice = "; KUNSERVE_CACHE=FOLDER names another place"
+        advice = "; KUNSERVE_CACHE=FOLDER names another folder"
         raise ConfigError(f"cannot prepare {first} in {folder}: {error.strerror or error}{advice}") from None
     return folder
 

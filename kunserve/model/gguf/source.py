@@ -48,7 +48,7 @@ class GgufSource:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the mapped files: what the page cache holds of them at most."""
+        """Return the number of bytes of the mapped files: what the page cache holds of them at most."""
         return sum(path.stat().st_size for path in self._paths) if self._keeps_pages else 0
 
     def copy_into(self, name: str, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The matrix of a linear layer as a value: parts of rows, each stored in a form of its own."""
+"""The matrix of a linear layer as a value: parts of rows, each stored in a format of its own."""
 
 from __future__ import annotations
 
