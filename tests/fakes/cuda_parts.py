@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from fake_cuda import FakeCuda
 
-from kunserve.compute.cuda.attention import (
-    FlashInferAttention,
-    ReferenceAttention,
-    StepBuffers,
-    StepLimits,
-    StepUploader,
-)
+from kunserve.compute.cuda.attention import ReferenceAttention, StepBuffers, StepLimits, StepUploader
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
@@ -22,20 +16,15 @@ CPU = torch.device("cpu")
 
 
 def cuda_decoder_on_cpu(
-    config: ModelConfig,
-    memory: DeviceMemory,
-    max_model_len: int,
-    limits: StepLimits,
-    run_layers: int | None = 2,
-    attention: FlashInferAttention | None = None,
+    config: ModelConfig, memory: DeviceMemory, max_model_len: int, limits: StepLimits, run_layers: int | None = 2
 ) -> CudaDecoder:
     """A decoder whose every part but the GPU's is the real one; without graphs if `run_layers` is None."""
     driver = FakeCuda()
-    buffers = StepBuffers(limits, driver) if attention is None else attention.buffers
+    buffers = StepBuffers(limits, driver)
     dtype, block_size = memory.kv.shape.dtype, memory.kv.shape.block_size
     graphs = None
     if run_layers is not None:
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, driver.capture, run_layers)
-    uploader = StepUploader(buffers, attention or ReferenceAttention(block_size, buffers))
+    uploader = StepUploader(buffers, ReferenceAttention(block_size, buffers))
     kernels = CudaOps(TorchKernels())
     return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, uploader, buffers, graphs, limits)

@@ -19,6 +19,7 @@ from kunserve.compute.cuda.attention import (
     MIN_FLOAT_WORKSPACE_BYTES,
     FlashInferAttention,
     StepBuffers,
+    StepUploader,
     float_workspace_bytes,
 )
 from kunserve.compute.cuda.ops import TorchKernels
@@ -43,7 +44,8 @@ def pair(attention: FlashInferAttention) -> Iterator[Pair]:
     """The plain decoder, and one that attends with FlashInfer, or what stands for it."""
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
     plain, cuda = (memory_on(device) for device in devices)
-    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS, attention=attention)
+    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)
+    decoder._uploader = StepUploader(attention.buffers, attention)
     decoder.capture()
     layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
     yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
