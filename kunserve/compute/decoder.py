@@ -60,9 +60,8 @@ class Decoder:
         """
         if first_layer == 0:
             x = self._embedded(x)
-        near = batch.near or batch
         for layer in range(first_layer, last_layer):
-            x = self._layer(layer, x, near if layer in self._near_layers else batch)
+            x = self._layer(layer, x, self._of_kind(layer, batch))
         if last_layer < self._config.num_layers:
             return x
         return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
@@ -89,6 +88,10 @@ class Decoder:
     def _embedded(self, token_ids: Tensor) -> Tensor:
         x = self._ops.embed(token_ids, self._embed).to(self._norm.dtype)
         return x if self._config.embed_scale == 1 else x * self._embed_scale
+
+    def _of_kind(self, layer: int, batch: AttentionBatch) -> AttentionBatch:
+        """Return the view of a batch that a layer reads: that of near blocks, if its KV is of that kind."""
+        return batch if batch.near is None or layer not in self._near_layers else batch.near
 
     def _layer(self, layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
         ops, config, w, kv = self._ops, self._config, self._layers[layer], self._kv[layer]

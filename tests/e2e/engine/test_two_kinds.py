@@ -14,6 +14,7 @@ from transition_harness import patient_with_sound_devices
 
 from e2e.engines import assert_idle, generate, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
+from e2e.two_kinds import FAMILIES, SHAPES, rebalance, share_of, watch
 from kunserve.engine.engine import Engine
 from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.launch.launch import Served
@@ -22,7 +23,6 @@ from kunserve.faults import parse_faults
 from kunserve.policies import OverloadPolicy
 
 IS_WHOLE = bool(os.environ.get("KUNSERVE_ALL_MODELS"))
-FAMILIES = ("gemma2", "gemma3", "gpt-oss", "qwen2-window")
 POLICIES = tuple(OverloadPolicy)
 # One family for each policy in a usual run, each of them at least once.
 CASES = [
@@ -40,14 +40,6 @@ TRANSITIONS = [
     ("qwen2-window", True, 128, "by_request"),
 ]
 NUM_TOKENS = 150
-# So many layers that half of a chain has a half of either kind.
-SHAPE: dict[str, Any] = {
-    "max_position_embeddings": 1024,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-}
-SHAPES = {family: SHAPE | ({"num_hidden_layers": 6} if family == "gemma3" else {}) for family in FAMILIES}
 SHARED = random_prompt(130, seed=9)
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 40, 70, 130)] + [[*SHARED, 7 + i] for i in range(3)]
 LENGTHS = [NUM_TOKENS - 15 * i for i in range(len(PROMPTS))]
@@ -68,25 +60,6 @@ def expected(tiny_models: TinyModels) -> dict[str, list[list[int]]]:
             return await generate_all(served.engine, PROMPTS, greedy(NUM_TOKENS))
 
     return {family: asyncio.run(generated(family)) for family in FAMILIES}
-
-
-def is_bounded(engine: Engine) -> bool:
-    """Whether no request that decodes holds more near blocks than its window needs; all layers keep what they need."""
-    for group in engine.groups:
-        assert isinstance(group, MixedGroup)
-        for request in group.running:
-            near = request.table.near
-            if not request.is_moving and near is not None and request.num_tokens - request.num_computed_tokens <= 1:
-                assert len(near.blocks) <= group.near_blocks_for(max(request.num_tokens, request.num_scheduled_tokens))
-                assert request.table.num_behind == 0
-    return True
-
-
-async def watch(engine: Engine) -> None:
-    while True:
-        await engine.signals.next_commit()
-        engine.check()
-        assert is_bounded(engine)
 
 
 @pytest.mark.parametrize(("family", "policy"), CASES)
@@ -160,12 +133,6 @@ def patience() -> Iterator[None]:
         yield
 
 
-def share_of(engine: Engine) -> tuple[float, ...]:
-    """Near blocks over full ones, of each group."""
-    groups = [group for group in engine.groups if isinstance(group, MixedGroup)]
-    return tuple(group.num_near_blocks / group.num_blocks for group in groups)
-
-
 def count_moved(served: Served) -> Counter[int]:
     """How many blocks are copied to where their kind keeps its memory, from now on; by device."""
     transfers, num_moved = served.control.reconfigure.exchange.transfers, Counter[int]()
@@ -177,13 +144,6 @@ def count_moved(served: Served) -> Counter[int]:
 
     transfers.within = counted  # type: ignore[method-assign]
     return num_moved
-
-
-async def rebalance(served: Served, share: int) -> str:
-    """Give near layers another share, in thousandths; returns what came of it."""
-    transition = await served.control.reconfigure.rebalance(share)
-    served.engine.check()
-    return transition.outcome
 
 
 async def begin_beyond(engine: Engine) -> asyncio.Task[list[list[int]]]:
