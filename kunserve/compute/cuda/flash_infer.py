@@ -112,14 +112,14 @@ class LayersPlanner:
         if bucket is not None:
             return self._plan_bucket(arrays, bucket)
         if self._has_mixed_module:
-            self._plan_mixed_again(arrays)
+            self.plan_mixed_again(arrays)
         else:
-            self._plan_mixed(arrays)
+            self.plan_mixed(arrays)
             self._has_mixed_module = True
         run: Callable[..., Any] = self._mixed.run
         return run
 
-    def _plan_mixed(self, arrays: StepArrays) -> None:
+    def plan_mixed(self, arrays: StepArrays) -> None:
         """Plan as FlashInfer documents it: it finds the module for these dtypes and options, too."""
         attention, staged = self._attention, self._staged
         seqs, blocks = len(arrays.cu_seqlens_q) - 1, len(arrays.kv[self._kind].kv_indices)
@@ -134,7 +134,7 @@ class LayersPlanner:
             **self._options,
         )
 
-    def _plan_mixed_again(self, arrays: StepArrays) -> None:
+    def plan_mixed_again(self, arrays: StepArrays) -> None:
         """Do the part of the wrapper's `plan` that differs from step to step, and nothing else.
 
         That takes 0.5 to 1.9 ms, for loops over tensors and for copies of arrays that are on the device already; this

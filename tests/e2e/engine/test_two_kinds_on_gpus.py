@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from fake_gpus import Gpus
 from e2e.engines import assert_idle, generate, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
 from e2e.two_kinds import FAMILIES, SHAPES, is_bounded, rebalance, share_of, watch
-from kunserve.engine.launch.launch import Served
+from kunserve.config import EngineConfig, parse_devices
+from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.step.cuda_executor import CudaExecutor
 
 GPU_SETTINGS: dict[str, Any] = {
@@ -36,6 +39,19 @@ def of_cpu(model: object, prompts: Sequence[Sequence[int]], num_tokens: int) -> 
             return await generate_all(served.engine, prompts, greedy(num_tokens))
 
     return asyncio.run(generated())
+
+
+@asynccontextmanager
+async def serving(folder: Path, devices: str = "cuda:0,1", **settings: Any) -> AsyncIterator[Served]:
+    """An engine on GPUs, whose memory is given back."""
+    config = EngineConfig(str(folder), devices=parse_devices(devices), **GPU_SETTINGS | settings)
+    served = await launch(config, "tiny", lambda text, share: None)
+    try:
+        await served.engine.start()
+        yield served
+    finally:
+        await served.engine.stop()
+        await served.close()
 
 
 async def settled(served: Served) -> None:
@@ -66,19 +82,19 @@ async def through_all(served: Served, num_between: int, modes: Sequence[str]) ->
 def test_tokens_are_those_of_a_cpu_through_everything(family: str, gpus: Gpus, tiny_models: TinyModels) -> None:
     """Of attention that reads what was planned for its kind, on two GPUs without a link of their own."""
     folder = tiny_models.folder(family, **SHAPES[family])
-    expected = of_cpu(folder, PROMPTS, 90)
+    expected = of_cpu(folder, PROMPTS, 60)
     gpus.count, gpus.granularity = 2, 64 << 10
 
     async def serve() -> None:
-        async with running_engine(folder, "cuda:0,1", **GPU_SETTINGS) as served:
+        async with serving(folder) as served:
             engine = served.engine
             assert engine.fleet.num_kinds == 2 and isinstance(engine.executor, CudaExecutor)
             assert share_of(engine)[0] < 0.5
             watcher = asyncio.create_task(watch(engine))
-            answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(90)))
-            await through_all(served, 12, ["by_request"])
+            answers = asyncio.create_task(generate_all(engine, PROMPTS, greedy(60)))
+            await through_all(served, 8, ["by_request"])
             assert await answers == expected
-            assert await generate_all(engine, PROMPTS, greedy(90)) == expected  # with what the cache has
+            assert await generate_all(engine, PROMPTS, greedy(60)) == expected  # with what the cache has
             assert not watcher.done(), watcher.exception()
             watcher.cancel()
             await assert_idle(engine)
@@ -97,7 +113,7 @@ def test_graphs_read_both_kinds_in_whatever_order_streams_go_on(
     gpus.count, gpus.granularity, gpus.are_async, gpus.are_peers = 2, 64 << 10, True, True
 
     async def serve() -> None:
-        async with running_engine(folder, "cuda:0,1", **GPU_SETTINGS) as served:
+        async with serving(folder) as served:
             engine = served.engine
             assert isinstance(engine.executor, CudaExecutor)
             answers = asyncio.create_task(generate_all(engine, prompts, greedy(60)))
@@ -116,8 +132,7 @@ def test_windows_are_freed_so_that_more_long_requests_run_at_once(gpus: Gpus, ti
     gpus.granularity = 64 << 10
 
     async def serve(share: float) -> None:
-        settings = GPU_SETTINGS | {"windowed_kv_share": share, "num_blocks_override": 72}
-        async with running_engine(folder, "cuda:0", **settings) as served:
+        async with serving(folder, "cuda:0", windowed_kv_share=share, num_blocks_override=72) as served:
             prompts = [random_prompt(10, seed=i) for i in range(7)]
             await asyncio.gather(*(generate(served.engine, prompt, greedy(240)) for prompt in prompts))
             preempted.append(served.engine.scheduler.num_preemptions + served.engine.scheduler.swapped.num_swaps)
