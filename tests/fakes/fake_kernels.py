@@ -34,6 +34,18 @@ class LaunchedKernels:
         launch(lambda x, w, out: out.copy_(self._reference.rms_norm(x, w, eps, offset)), [x, weight], [out])
         return out
 
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        total, out = torch.empty_like(x), torch.empty_like(x)
+
+        def work(x: Tensor, y: Tensor, weight: Tensor, total: Tensor, out: Tensor) -> None:
+            for to, value in zip((total, out), self._reference.add_and_norm(x, y, weight, eps, offset), strict=True):
+                to.copy_(value)
+
+        launch(work, [x, y, weight], [total, out])
+        return total, out
+
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
         launch(lambda x, out: out.copy_(self._reference.act_and_mul(x, activation, limit)), [gate_up], [out])

@@ -119,10 +119,7 @@ class CudaDecoder(Decoder):
         return all(layer_name(i) in present and self._kv_memory.num_blocks(i) for i in range(*run))
 
     def _run(self, run: Run, hidden: Tensor, batch: AttentionBatch) -> None:
-        y = hidden
-        for layer in range(*run):
-            y = self._layer(layer, y, self._of_kind(layer, batch))
-        hidden.copy_(y)
+        hidden.copy_(self._through(*run, hidden, batch))
 
     def _replay(
         self,

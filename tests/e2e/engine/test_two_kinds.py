@@ -185,7 +185,7 @@ async def test_memory_goes_from_kind_to_kind(
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
     family: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
 ) -> None:
@@ -275,3 +275,24 @@ async def test_memory_moves_before_weights_are_dropped(
         assert served.control.reconfigure.transitions.remembered[0].kind == "rebalance"
         assert max(share_of(served.engine)) < 1
         await assert_idle(served.engine)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_after_a_loss_memory_moves_for_the_longest_request(tiny_models: TinyModels) -> None:
+    """What is left of a chain holds it with a lower share alone: it is served, and the share follows."""
+    folder, settings = tiny_models.folder("gemma2", **SHAPES["gemma2"]), KINDS | {"windowed_kv_share": None}
+    sizes: dict[str, Any] = {"num_blocks_override": 40, "max_model_len": 960, "pipeline_parallel_size": 2}
+    prompt = random_prompt(880, seed=3)
+    async with running_engine(folder, "cpu:2", **sizes, **settings) as served:
+        engine = served.engine
+        assert share_of(engine) == (1.0,)
+        expected = await generate(engine, prompt, greedy(20))
+        engine.device_health.lose(1, "the test says so")
+        while len(engine.groups[0].stages) == 2:
+            await engine.signals.next_commit()
+        [group] = engine.groups
+        assert group.num_blocks < group.blocks_for(900)
+        assert await generate(engine, prompt, greedy(20)) == expected
+        assert [t.kind for t in served.control.reconfigure.transitions.remembered] == ["lose", "rebalance"]
+        assert group.num_blocks >= group.blocks_for(900) and share_of(engine) < (1.0,)
+        await assert_idle(engine)
