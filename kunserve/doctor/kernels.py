@@ -56,7 +56,7 @@ def check_flashinfer(probe: Probe, gpus: Gpus) -> Finding:
         return Finding(Status.PROBLEM, found, consequence, "pip install apache-tvm-ffi", prevents, details)
     if probe.environment.get("LD_BIND_NOW"):
         found = (
-            f"{bound.installed}, but LD_BIND_NOW is set, and its kernels name functions that are nowhere, nor called"
+            f"{bound.installed}, but LD_BIND_NOW is set: its kernels name functions that nobody calls"
         )
         return Finding(Status.PROBLEM, found, consequence, "unset LD_BIND_NOW", prevents, details)
     ready, missing = _ready_kernels(probe, package), _missing_tools(probe)
