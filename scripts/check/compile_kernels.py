@@ -186,8 +186,14 @@ def resources(compiled: Any) -> dict[str, Any]:
         "registers": usage["REG"],
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "waits": "griddepcontrol.wait" in compiled.asm["ptx"],
+        "early": early(compiled.asm["ptx"]),
     }
+
+
+def early(ptx: str) -> list[str] | None:
+    """Return what a kernel reads or writes before it has waited for the one before; None if it waits for none."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    return re.findall(r"\b(?:ld|st|atom|red)\.global", before) if waits else None
 
 
 def is_within_limits(row: dict[str, Any]) -> bool:
