@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from fake_cuda import FakeCuda
 
-from kunserve.compute.cuda.attention import ReferenceAttention, StepBuffers, StepLimits, StepUploader
+from kunserve.compute.cuda.arrays import StepBuffers, StepLimits
+from kunserve.compute.cuda.attention import ReferenceAttention, StepUploader
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
