@@ -8,6 +8,7 @@ from fake_cuda import FakeCuda
 from kunserve.compute.cuda.arrays import StepBuffers, StepLimits
 from kunserve.compute.cuda.attention import ReferenceAttention, StepUploader
 from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.flash_infer import FlashInferAttention
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
 from kunserve.gpu.device_memory import DeviceMemory
@@ -17,15 +18,20 @@ CPU = torch.device("cpu")
 
 
 def cuda_decoder_on_cpu(
-    config: ModelConfig, memory: DeviceMemory, max_model_len: int, limits: StepLimits, run_layers: int | None = 2
+    config: ModelConfig,
+    memory: DeviceMemory,
+    max_model_len: int,
+    limits: StepLimits,
+    run_layers: int | None = 2,
+    attention: FlashInferAttention | None = None,
 ) -> CudaDecoder:
     """A decoder whose every part but the GPU's is the real one; without graphs if `run_layers` is None."""
     driver = FakeCuda()
-    buffers = StepBuffers(limits, driver)
+    buffers = StepBuffers(limits, driver) if attention is None else attention.buffers
     dtype, block_size = memory.kv.shape.dtype, memory.kv.shape.block_size
     graphs = None
     if run_layers is not None:
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, driver.capture, run_layers)
-    uploader = StepUploader(buffers, ReferenceAttention(block_size, buffers))
+    uploader = StepUploader(buffers, attention or ReferenceAttention(block_size, buffers))
     kernels = CudaOps(TorchKernels())
     return CudaDecoder(config, kernels, memory.weights, memory.kv, max_model_len, uploader, buffers, graphs, limits)

@@ -16,7 +16,6 @@ from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LIMITS, PROMPTS, Pair, asser
 
 from kunserve.compute.cuda import decoder as cuda_decoder
 from kunserve.compute.cuda.arrays import StepBuffers
-from kunserve.compute.cuda.attention import StepUploader
 from kunserve.compute.cuda.flash_infer import MIN_FLOAT_WORKSPACE_BYTES, FlashInferAttention, float_workspace_bytes
 from kunserve.compute.cuda.ops import TorchKernels
 from kunserve.compute.decoder import Decoder
@@ -40,8 +39,7 @@ def pair(attention: FlashInferAttention) -> Iterator[Pair]:
     """The plain decoder, and one that attends with FlashInfer, or what stands for it."""
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
     plain, cuda = (memory_on(device) for device in devices)
-    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS)
-    decoder._uploader = StepUploader(attention.buffers, attention)
+    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS, attention=attention)
     decoder.capture()
     layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
     yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
