@@ -1,6 +1,6 @@
 """Speed of KunServe's servers beside llama.cpp's, by turns in one sitting, through HTTP. Starts no server.
 
-    python scripts/bench/peers/beside_llamacpp.py llamacpp=http://127.0.0.1:8301 q4=http://127.0.0.1:8000 ... [--rounds 3]
+    python scripts/bench/peers/beside_llamacpp.py llamacpp=http://127.0.0.1:8301 q4=http://127.0.0.1:8000 [...]
 
 All servers are ready and idle, with the same model; a prompt is so many token ids, none like another, and answers go on
 to their last token (`ignore_eos`). Of each server, in each round: one stream (milliseconds of a token after the first
