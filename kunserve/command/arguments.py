@@ -372,7 +372,7 @@ def _add_overload_flags(group: Group) -> None:
         metavar="SHARE",
         help="KV of a layer with a window, as a share of that of a layer that sees all, in models with both (Gemma, "
         "gpt-oss): less than 1 frees KV behind windows and so holds more long requests, but fewer short ones; auto "
-        "lets it follow the requests; 1 on GPUs, which keep all so far",
+        "lets it follow the requests",
     )
     add(
         "--swap-space",

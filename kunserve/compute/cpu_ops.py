@@ -99,6 +99,20 @@ class CpuOps:
             first += part.num_rows
         return y
 
+    def linear_and_norm(
+        self,
+        x: Tensor,
+        weight: Linear,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return `residual + x @ weight.T + bias` and its norm: (T, N) each."""
+        total = self.linear(x, weight, bias, residual)
+        return total, self.rms_norm(total, norm, eps, offset)
+
     def rotate_and_append(
         self,
         qkv: Tensor,

@@ -60,9 +60,7 @@ class Decoder:
         """
         if first_layer == 0:
             x = self._embedded(x)
-        near = batch.near or batch
-        for layer in range(first_layer, last_layer):
-            x = self._layer(layer, x, near if layer in self._near_layers else batch)
+        x = self._through(first_layer, last_layer, x, batch)
         if last_layer < self._config.num_layers:
             return x
         return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
@@ -90,20 +88,35 @@ class Decoder:
         x = self._ops.embed(token_ids, self._embed).to(self._norm.dtype)
         return x if self._config.embed_scale == 1 else x * self._embed_scale
 
-    def _layer(self, layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
+    def _of_kind(self, layer: int, batch: AttentionBatch) -> AttentionBatch:
+        """Return the view of a batch that a layer reads: that of near blocks, if its KV is of that kind."""
+        return batch if batch.near is None or layer not in self._near_layers else batch.near
+
+    def _through(self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
+        """Run layers on hidden states: (T, H) -> (T, H). A layer ends with the norm that the next one begins with."""
+        normed = self._normed(x, self._layers[first_layer].before_attention)
+        for layer in range(first_layer, last_layer):
+            after = self._layers[layer + 1].before_attention if layer + 1 < last_layer else None
+            x, normed = self._layer(layer, x, normed, self._of_kind(layer, batch), after)
+        return x
+
+    def _layer(
+        self, layer: int, x: Tensor, normed: Tensor, batch: AttentionBatch, after: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a layer on hidden states and what its first norm makes of them; `after`: the next norm's weight."""
         ops, config, w, kv = self._ops, self._config, self._layers[layer], self._kv[layer]
-        qkv = ops.linear(self._normed(x, w.before_attention), w.qkv, w.qkv_bias)
+        qkv = ops.linear(normed, w.qkv, w.qkv_bias)
         ops.rotate_and_append(
             qkv, self._ropes[layer], kv, batch, w.q_norm, w.k_norm, config.rms_norm_eps, config.norm_offset
         )
         attended = ops.attention(qkv, kv, batch, config.num_heads, self._scores[layer], w.sinks)
-        x = self._added(x, attended, w.o, w.o_bias, w.after_attention)
-        normed = self._normed(x, w.before_mlp)
+        x, normed = self._added(x, attended, w.o, w.o_bias, w.after_attention, w.before_mlp)
         if w.experts is not None:
             chosen = ops.moe(normed, w.experts)
-            return self._joined(x, chosen if w.mlp is None else chosen + self._shared(normed, w.mlp), w.after_mlp)
+            x = self._joined(x, chosen if w.mlp is None else chosen + self._shared(normed, w.mlp), w.after_mlp)
+            return x, self._normed(x, after)
         assert w.mlp is not None
-        return self._added(x, self._inner(normed, w.mlp), w.mlp.down, w.mlp.down_bias, w.after_mlp)
+        return self._added(x, self._inner(normed, w.mlp), w.mlp.down, w.mlp.down_bias, w.after_mlp, after)
 
     def _inner(self, x: Tensor, mlp: MlpWeights) -> Tensor:
         """Return what an MLP makes of `x` before its last matrix: (T, H) -> (T, I)."""
@@ -119,11 +132,21 @@ class Decoder:
         config = self._config
         return x if weight is None else self._ops.rms_norm(x, weight, config.rms_norm_eps, config.norm_offset)
 
-    def _added(self, x: Tensor, y: Tensor, weight: Linear, bias: Tensor | None, norm: Tensor | None) -> Tensor:
-        """Return the residual `x` and what a last matrix makes of `y`: in one operation where nothing is between."""
-        if norm is None and self._config.residual_scale == 1:
-            return self._ops.linear(y, weight, bias, residual=x)
-        return self._joined(x, self._ops.linear(y, weight, bias), norm)
+    def _added(
+        self, x: Tensor, y: Tensor, weight: Linear, bias: Tensor | None, norm: Tensor | None, after: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual `x` and what a last matrix makes of `y`; and that, normed by `after`.
+
+        In one operation where nothing is between.
+        """
+        ops, config = self._ops, self._config
+        if norm is not None or config.residual_scale != 1:
+            x = self._joined(x, ops.linear(y, weight, bias), norm)
+        elif after is None:
+            x = ops.linear(y, weight, bias, residual=x)
+        else:
+            return ops.linear_and_norm(y, weight, bias, x, after, config.rms_norm_eps, config.norm_offset)
+        return x, self._normed(x, after)
 
     def _joined(self, x: Tensor, y: Tensor, norm: Tensor | None) -> Tensor:
         """Return the residual `x` and what a layer adds to it, normed and scaled.

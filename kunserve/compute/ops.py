@@ -87,6 +87,18 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,), residual (T, N) -> (T, N)."""
 
+    def linear_and_norm(
+        self,
+        x: Tensor,
+        weight: Linear,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `linear` does, and what `rms_norm` makes of that with the weight `norm`: (T, N) each."""
+
     def rotate_and_append(
         self,
         qkv: Tensor,

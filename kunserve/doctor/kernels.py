@@ -54,6 +54,9 @@ def check_flashinfer(probe: Probe, gpus: Gpus) -> Finding:
     if probe.find_package("tvm_ffi") is None:
         found = f"{bound.installed}, but apache-tvm-ffi, which loads its kernels, is not installed"
         return Finding(Status.PROBLEM, found, consequence, "pip install apache-tvm-ffi", prevents, details)
+    if probe.environment.get("LD_BIND_NOW"):
+        found = f"{bound.installed}, but LD_BIND_NOW is set: its kernels name functions that nobody calls"
+        return Finding(Status.PROBLEM, found, consequence, "unset LD_BIND_NOW", prevents, details)
     ready, missing = _ready_kernels(probe, package), _missing_tools(probe)
     built = f"kernels built: {', '.join(ready) or 'none'}"
     found = f"{bound.installed}; {built}"

@@ -123,6 +123,10 @@ class ModelShape:
         assert self.near is not None
         return replace(self, near=self.near._replace(share=share))
 
+    def with_most_full(self) -> ModelShape:
+        """Return the same model with the share that leaves most to layers that see all, if it may be another."""
+        return self if self.near is None or self.near.is_fixed else self.with_share(1)
+
     def blocks_by_kind(self, chunks: int) -> tuple[int, ...]:
         """Return the blocks of each kind where full layers have `chunks`."""
         return tuple(map(self.blocks_in, self.chunks_by_kind(chunks)))

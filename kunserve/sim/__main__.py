@@ -93,10 +93,10 @@ def _add_engine_flags(parser: OneLineParser, default: Options) -> None:
     add(
         "--windowed-kv-share",
         type=or_auto(number_from(float, 0.001, 1.0)),
-        default=default.windowed_kv_share,
+        default="auto",
         metavar="SHARE",
         help="KV of a layer with a window over that of one that sees all, in models with both, or auto: it follows the "
-        "requests; GPUs take only 1 so far, which is the default",
+        "requests, which is the default, as of the server",
     )
     add(
         "--watermark",

@@ -48,7 +48,7 @@ class Options:
     max_num_batched_tokens: int = 1024
     max_num_seqs: int = 1024
     watermark: float = 0.0
-    windowed_kv_share: float | None = 1.0  # as GPUs have it so far; None: it follows the requests
+    windowed_kv_share: float | None = None  # None: it follows the requests, as the server's does
     is_running_ahead: bool = False  # a microbatch more in flight than stages, as the live server has it
     host_step_s: float = 0.0  # of the one thread that serves all GPUs and clients, for a microbatch
     host_token_s: float = 0.0  # and for each token that it streams

@@ -39,6 +39,8 @@ MAX_SHARED_BYTES = 48 << 10  # what a block gets without asking on any architect
 KERNELS = ("_rms_norm", "_act_and_mul", "_rotate_and_append", "expert_linear", "packed_product", "sum_parts")
 FP8_KERNELS = ("quantize_rows",)  # where tensor cores multiply floats of 8 bits
 FP8_SINCE = 89
+PDL_KERNELS = ("_rms_norm", "_act_and_mul", "_rotate_and_append")  # launched before the one before has ended
+PDL_SINCE = 90
 
 
 class _Target:
@@ -97,7 +99,9 @@ def launch_all(kernels: Any, config: ModelConfig, dtype: torch.dtype) -> None:
     def made(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind)
 
-    kernels.rms_norm(made(num_rows, config.hidden_size), made(config.hidden_size), 1e-5, config.norm_offset)
+    rows, norm = made(num_rows, config.hidden_size), made(config.hidden_size)
+    kernels.rms_norm(rows, norm, 1e-5, config.norm_offset)
+    kernels.add_and_norm(rows, rows, norm, 1e-5, config.norm_offset)
     if (experts := config.experts) is None:
         kernels.act_and_mul(made(num_rows, 2 * config.intermediate_size), config.activation)
     else:
@@ -149,7 +153,8 @@ def compile_for(names: tuple[str, ...], is_quick: bool, architecture: int) -> li
         home = next(home for home in (experts, packed, module) if hasattr(home, name))
         setattr(home, name, _Compiled(getattr(home, name), found))
     rows, known = [], set[str]()
-    works = [(name, partial(launch_all, module.TritonKernels(), config)) for name, config in shapes(names)]
+    dense = module.TritonKernels(has_pdl=architecture >= PDL_SINCE)
+    works = [(name, partial(launch_all, dense, config)) for name, config in shapes(names)]
     made = module.TritonKernels(has_fp8=False), module.TritonKernels(has_fp8=True)
     works += [("packed", partial(launch_packed, kernels)) for kernels in made[: 1 + (architecture >= FP8_SINCE)]]
     for name, work in works:
@@ -181,7 +186,14 @@ def resources(compiled: Any) -> dict[str, Any]:
         "registers": usage["REG"],
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
+        "early": early(compiled.asm["ptx"]),
     }
+
+
+def early(ptx: str) -> list[str] | None:
+    """Return what a kernel reads or writes before it has waited for the one before; None if it waits for none."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    return re.findall(r"\b(?:ld|st|atom|red)\.global", before) if waits else None
 
 
 def is_within_limits(row: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kunserve.compute.cuda.attention import StepLimits
+from kunserve.compute.cuda.arrays import StepLimits
 from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
 from kunserve.compute.ops import AttentionBatch
 from kunserve.gpu.cuda.device import CudaDevice, choose_chunk_bytes, open_cuda_devices, open_drivers

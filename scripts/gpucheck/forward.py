@@ -258,6 +258,9 @@ def kernels(bench: Bench) -> dict[str, Any]:
     width = 256 if bench.is_quick else 4096
     x, weight, gate_up = randn(37, width), randn(width), randn(37, 7 * width)
     errors["rms_norm"] = error(fast.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    pairs = zip(*(kernels.add_and_norm(x, x.flip(0), weight, 1e-5) for kernels in (fast, reference)), strict=True)
+    errors["add_and_norm"] = max(error(a, b) for a, b in pairs)
+    errors["launched_early"] = error(*(_chained(fast, x, weight, is_waiting=wait) for wait in (False, True)))
     errors["silu_and_mul"] = error(fast.act_and_mul(gate_up), reference.act_and_mul(gate_up))
     for head_dim, is_normed in ((64, False), (128, True)):
         positions = torch.tensor([0, 7, 3, 99, 5, 0], dtype=torch.int32, device=device)
@@ -271,6 +274,19 @@ def kernels(bench: Bench) -> dict[str, Any]:
             done.append((q[:5], kv))
         errors[f"rotate_and_append {head_dim}"] = max(error(a, b) for a, b in zip(*done, strict=True))
     return errors
+
+
+def _chained(kernels: Any, x: Tensor, weight: Tensor, *, is_waiting: bool) -> Tensor:
+    """Return what many small kernels, one on the other's result, come to; with a wait between each, or without."""
+    y = x
+    for _ in range(200):
+        _, y = kernels.add_and_norm(x, y, weight, 1e-5)
+        if is_waiting and x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        y = kernels.act_and_mul(torch.cat([y, x], dim=1))
+        if is_waiting and x.is_cuda:
+            torch.cuda.synchronize(x.device)
+    return y
 
 
 def transformers(bench: Bench) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def test_kernels_are_built_ahead_or_compiled_or_cannot_be(tmp_path: Path) -> Non
     no_tools = {"which": lambda name: name if name in ("gcc", "cc") else None}
     bare = {"find_package": flashinfer(tmp_path)}
     check_line(found(), "ok", "0.6.18.post1; kernels built: bf16/128")
+    check_line(found(environment={"LD_BIND_NOW": "1"}), "problem", "LD_BIND_NOW is set", "unset LD_BIND_NOW")
     check_line(found(**no_tools), "warning", "other dtypes and head sizes fail: no nvcc; no ninja")
     check_line(found(**bare), "warning", "kernels built: none", "compiles for minutes")
     finding = found(**bare, **no_tools)

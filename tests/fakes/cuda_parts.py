@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from fake_cuda import FakeCuda
 
-from kunserve.compute.cuda.attention import (
-    FlashInferAttention,
-    ReferenceAttention,
-    StepBuffers,
-    StepLimits,
-    StepUploader,
-)
+from kunserve.compute.cuda.arrays import StepBuffers, StepLimits
+from kunserve.compute.cuda.attention import ReferenceAttention, StepUploader
 from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.flash_infer import FlashInferAttention
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.compute.cuda.ops import CudaOps, TorchKernels
 from kunserve.gpu.device_memory import DeviceMemory

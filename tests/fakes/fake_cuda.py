@@ -75,10 +75,11 @@ class FakeCuda:
         *,
         is_async: bool = False,
         unmaps_runs: bool = True,
+        granularity: int = GRANULARITY,
     ) -> None:
         self.ordinal, self.gpu_name = ordinal, f"GPU {ordinal} that is not there"
         self.num_multiprocessors = 132  # of an H100
-        self.torch_device, self.granularity = torch.device("cpu"), GRANULARITY
+        self.torch_device, self.granularity = torch.device("cpu"), granularity
         self.is_async, self._unmaps_runs = is_async, unmaps_runs
         if is_async:
             self.torch_device = torch.device("gpu", ordinal)
@@ -150,7 +151,9 @@ class FakeCuda:
 
     def create(self, num_bytes: int) -> int:
         self._count("create", num_bytes)
-        self._check(num_bytes > 0 and num_bytes % GRANULARITY == 0, "create: size is no multiple of the granularity")
+        self._check(
+            num_bytes > 0 and num_bytes % self.granularity == 0, "create: size is no multiple of the granularity"
+        )
         if self._next_offset + num_bytes > self._total:
             raise DeviceError(f"cuda:{self.ordinal}: cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY")
         handle = 1000 + len(self._handles)
@@ -166,10 +169,12 @@ class FakeCuda:
 
     def reserve(self, num_bytes: int) -> int:
         self._count("reserve", num_bytes)
-        self._check(num_bytes > 0 and num_bytes % GRANULARITY == 0, "reserve: size is no multiple of the granularity")
-        start = self._mmap(None, num_bytes + GRANULARITY, 0, _RESERVED)
+        self._check(
+            num_bytes > 0 and num_bytes % self.granularity == 0, "reserve: size is no multiple of the granularity"
+        )
+        start = self._mmap(None, num_bytes + self.granularity, 0, _RESERVED)
         # The few pages around it stay reserved: nobody can land there.
-        address = ceil_div(start, GRANULARITY) * GRANULARITY
+        address = ceil_div(start, self.granularity) * self.granularity
         self._reserved[address] = num_bytes
         return address
 
@@ -183,7 +188,7 @@ class FakeCuda:
     def map(self, address: int, num_bytes: int, handle: int) -> None:
         self._count("map", address, num_bytes, handle)
         self._check_idle("map")
-        self._check(address % GRANULARITY == 0, "map: address is not aligned")
+        self._check(address % self.granularity == 0, "map: address is not aligned")
         self._check(self._handles.get(handle, (0, 0))[1] == num_bytes, "map: no such handle, or not all of it")
         in_range = any(a <= address and address + num_bytes <= a + n for a, n in self._reserved.items())
         self._check(in_range, "map: not in a reserved range")

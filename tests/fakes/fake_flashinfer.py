@@ -33,7 +33,7 @@ class _Wrapper:
 
     def __init__(self, floats: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
-        self.workspaces = [floats]
+        self.workspaces, self.pinned = [floats], torch.empty(0)
         self.num_plans = 0
 
     def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
@@ -71,11 +71,40 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     ) -> None:  # fmt: skip
         assert causal
         self.scores = _scores(options)
+        self._qo_indptr_last, self._batch_size = int(qo_indptr[-1]), len(last)
+        self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr.clone(), indptr.clone()
+        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = indices, last.clone()
+        self._shape = num_heads, num_kv_heads, page_size, head_dim, options.get("window_left", -1)
+        self._cached_module, self._pin_memory_int_workspace_buffer = SimpleNamespace(plan=self._plan), self.pinned
+        lens = (indptr.diff() - 1) * page_size + last
+        self._plan_info = self._plan(
+            *self.workspaces, self.pinned, qo_indptr, indptr, lens, self._qo_indptr_last, len(last), num_heads,
+            num_kv_heads, page_size, False, head_dim, head_dim, True, options.get("window_left", -1), -1, False, 0, 0,
+        )  # fmt: skip
+
+    def _plan(
+        self, floats: Tensor, ints: Tensor, pinned: Tensor, qo_indptr: Tensor, indptr: Tensor, lens: Tensor,
+        num_rows: int, batch_size: int, num_heads: int, num_kv_heads: int, page_size: int, has_graph: bool,
+        head_dim_qk: int, head_dim_vo: int, causal: bool, window_left: int, split: int, disable_split: bool,
+        colocated: int, uniform_q_len: int,
+    ) -> list[int]:  # fmt: skip
+        """The compiled module's own, of backend fa2: positional, its arrays in host memory."""
+        assert [floats, ints] == self.workspaces and pinned is self.pinned
+        assert all(t.device.type == "cpu" and t.dtype is torch.int32 for t in (qo_indptr, indptr, lens))
+        assert len(qo_indptr) == len(indptr) == len(lens) + 1 == batch_size + 1 and num_rows == int(qo_indptr[-1])
+        assert (num_heads, num_kv_heads, page_size, head_dim_qk, window_left) == self._shape
+        assert head_dim_vo == head_dim_qk and causal and not has_graph
+        assert (split, disable_split, colocated, uniform_q_len) == (-1, False, 0, 0)
         self.num_plans += 1
-        self._planned = qo_indptr.clone(), indptr.clone(), indices, last.clone()
+        return [*lens.tolist()]
 
     def run(self, q: Tensor, kv: Tensor, return_lse: bool = False) -> Any:
-        return self._attend(q, kv, *self._planned, return_lse)
+        assert len(q) == self._qo_indptr_last and len(self._paged_kv_last_page_len_buf) == self._batch_size
+        ends, indptr, indices, last = (
+            self._qo_indptr_buf, self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf
+        )  # fmt: skip
+        assert self._plan_info == ((indptr.diff() - 1) * kv.shape[3] + last).tolist(), "planned for other lengths"
+        return self._attend(q, kv, ends, indptr, indices, last, return_lse)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):

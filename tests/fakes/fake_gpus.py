@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import GRANULARITY, FakeCuda
 from fake_kernels import LaunchedAttention, LaunchedKernels
 from fake_timeline import TIMELINE
 
 from kunserve.compute.cuda import decoder
-from kunserve.compute.cuda.attention import StepBuffers
+from kunserve.compute.cuda.arrays import StepBuffers
 from kunserve.engine.survive import health
 from kunserve.gpu.cuda import device as cuda
 from kunserve.model.config import ModelConfig
@@ -30,11 +30,14 @@ class Gpus:
     count: int = 1
     are_peers: bool = False
     are_async: bool = False
+    granularity: int = GRANULARITY
     opened: list[FakeCuda] = field(default_factory=list)
 
     def open_driver(self, ordinal: int, _: Any) -> FakeCuda:
         reachable = range(self.count) if self.are_peers else ()
-        self.opened.append(FakeCuda(ordinal, reachable=reachable, is_async=self.are_async))
+        self.opened.append(
+            FakeCuda(ordinal, reachable=reachable, is_async=self.are_async, granularity=self.granularity)
+        )
         return self.opened[-1]
 
 

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from tiny_models import make_tiny_model
 
 from kunserve.compute.cuda import decoder as cuda_decoder
-from kunserve.compute.cuda.attention import ReferenceAttention, StepBuffers
+from kunserve.compute.cuda.arrays import StepBuffers
+from kunserve.compute.cuda.attention import ReferenceAttention
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.gpu.cuda.driver import Driver

@@ -11,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kunserve.compute.cuda.attention import (
-    PlannedBatch,
-    StepBuffers,
-    StepLimits,
-    StepUploader,
-    load_attention,
-    padding_arrays,
-    step_arrays,
-)
+from kunserve.compute.cuda.arrays import StepBuffers, StepLimits, padding_arrays, step_arrays
+from kunserve.compute.cuda.attention import PlannedBatch, StepUploader
+from kunserve.compute.cuda.flash_infer import load_attention
 from kunserve.compute.cuda.graphs import DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
 from kunserve.compute.cuda.ops import CudaOps, load_kernels
 from kunserve.compute.cuda.sampling import PendingTokens, TokenBuffers, launch_sample
@@ -78,7 +72,8 @@ class CudaDecoder(Decoder):
         is_decode = len(batch.positions) == len(batch.context_lens)
         bucket = bucket_for(len(batch.positions), graphs.buckets) if graphs and is_decode else None
         ids = x.numpy() if first_layer == 0 else NO_IDS
-        step = self._uploader.upload(step_arrays(batch, bucket), bucket, sampled_rows.int().numpy(), ids)
+        arrays = step_arrays(batch, bucket, self._config.window)
+        step = self._uploader.upload(arrays, bucket, sampled_rows.int().numpy(), ids)
         if first_layer == 0:
             x = self._known(step.token_ids, has_placeholders=bool((ids < 0).any()))
         rows = step.sampled_rows
@@ -111,7 +106,7 @@ class CudaDecoder(Decoder):
 
     def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
         num_layers = self._config.num_layers
-        step = self._uploader.upload(padding_arrays(bucket), bucket, NO_IDS, NO_IDS)
+        step = self._uploader.upload(padding_arrays(bucket, self._uploader.num_kinds), bucket, NO_IDS, NO_IDS)
         runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
         works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
         for run in filter(self._is_here, runs):  # each, as layers may differ
@@ -124,10 +119,7 @@ class CudaDecoder(Decoder):
         return all(layer_name(i) in present and self._kv_memory.num_blocks(i) for i in range(*run))
 
     def _run(self, run: Run, hidden: Tensor, batch: AttentionBatch) -> None:
-        y = hidden
-        for layer in range(*run):
-            y = self._layer(layer, y, batch)
-        hidden.copy_(y)
+        hidden.copy_(self._through(*run, hidden, batch))
 
     def _replay(
         self,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kunserve.compute.cuda.experts import moe
 from kunserve.compute.cuda.packed import can_scale, packed_linear, scaled_linear
@@ -32,15 +33,32 @@ def _weighted(x, scale, norm, offset, OFFSET: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _rms_norm(x, weight, out, eps, offset, H, OFFSET: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the kernel before, and let the next one be launched, which waits in turn: see `TritonKernels`."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _rms_norm(  # type: ignore[no-untyped-def]
+    x, added, weight, total, out, eps, offset, H,
+    ADDED: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm a row of x; where `ADDED`, of total = x + added, which is written, too."""
     row = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     mask = i < H
+    norm = tl.load(weight + i, mask, other=0.0)  # no kernel writes it
+    _begin(PDL)
     values = tl.load(x + row + i, mask, other=0.0)
+    if ADDED:
+        more = tl.load(added + row + i, mask, other=0.0)
+        values = (values.to(tl.float32) + more.to(tl.float32)).to(values.dtype)
+        tl.store(total + row + i, values, mask)
     wide = values.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / H + eps)
-    normed = _weighted(values, scale, tl.load(weight + i, mask, other=0.0), offset, OFFSET)
-    tl.store(out + row + i, normed, mask)
+    tl.store(out + row + i, _weighted(values, scale, norm, offset, OFFSET), mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -58,8 +76,9 @@ def _activated(gate, up, limit, alpha, KIND: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _act_and_mul(  # type: ignore[no-untyped-def]
-    gate_up, out, width, limit, alpha, KIND: tl.constexpr, BLOCK: tl.constexpr
+    gate_up, out, width, limit, alpha, KIND: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr
 ):
+    _begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < width
@@ -72,13 +91,14 @@ def _act_and_mul(  # type: ignore[no-untyped-def]
 def _rotate_and_append(  # type: ignore[no-untyped-def]
     qkv, rope, kv, positions, slots, q_norm, k_norm, eps, offset, width, block_size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr,
+    REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Run one program for a head of a token: rotate q in place, k into its slot, and copy v into it.
 
     A head is two halves that are rotated and a rest that is not. A thread has both of a pair: none is read after it
     was written.
     """
+    _begin(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, j = tl.arange(0, BLOCK), tl.arange(0, REST_BLOCK)
     mask, rest_mask = i < HALF, j < REST
@@ -114,13 +134,18 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
 
 
 class TritonKernels:
-    """Launches on torch's current stream."""
+    """Launches on torch's current stream.
+
+    With programmatic dependent launch a kernel of the dense path is launched while the one before still runs, and
+    waits for its end before it touches what others write. Each does, so that all that were before have ended, too.
+    """
 
     is_capturable = True
 
-    def __init__(self, *, has_fp8: bool = False) -> None:
-        """Make the kernels. `has_fp8`: whether the GPU multiplies floats of 8 bits."""
-        self._has_fp8 = has_fp8
+    def __init__(self, *, has_fp8: bool = False, has_pdl: bool = False) -> None:
+        """Make the kernels. `has_fp8`: whether the GPU multiplies floats of 8 bits; `has_pdl`: dependent launches."""
+        self._has_fp8, self._has_pdl = has_fp8, has_pdl
+        self._launch = {"launch_pdl": True} if has_pdl else {}
 
     def packed_linear(
         self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
@@ -132,9 +157,24 @@ class TritonKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+        return self._norm(x, None, x, weight, eps, offset)
+
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.add_and_norm`."""
+        total = torch.empty_like(x)
+        return total, self._norm(x, y, total, weight, eps, offset)
+
+    def _norm(self, x: Tensor, y: Tensor | None, total: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        """Norm x, or where there is `y`, `total`, which becomes x + y."""
         T, H = x.shape
         out = torch.empty_like(x)
-        _rms_norm[(T,)](x, weight, out, eps, offset, H, OFFSET=offset != 0, BLOCK=triton.next_power_of_2(H))
+        _rms_norm[(T,)](
+            x, x if y is None else y, weight, total, out, eps, offset, H,
+            ADDED=y is not None, OFFSET=offset != 0, PDL=self._has_pdl, BLOCK=triton.next_power_of_2(H),
+            **self._launch,
+        )  # fmt: skip
         return out
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
@@ -143,7 +183,9 @@ class TritonKernels:
         out = torch.empty(T, width, dtype=gate_up.dtype, device=gate_up.device)
         kind = ACTIVATIONS.index(activation)
         grid = (T, triton.cdiv(width, COLUMNS))
-        _act_and_mul[grid](gate_up, out, width, limit, SWIGLU_ALPHA, KIND=kind, BLOCK=COLUMNS)
+        _act_and_mul[grid](
+            gate_up, out, width, limit, SWIGLU_ALPHA, KIND=kind, PDL=self._has_pdl, BLOCK=COLUMNS, **self._launch
+        )
         return out
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
@@ -180,5 +222,5 @@ class TritonKernels:
             HEADS=num_heads, KV_HEADS=num_kv_heads,
             HALF=half, BLOCK=triton.next_power_of_2(max(half, 1)),
             REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
-            NORMED=q_norm is not None, OFFSET=offset != 0,
+            NORMED=q_norm is not None, OFFSET=offset != 0, PDL=self._has_pdl, **self._launch,
         )  # fmt: skip

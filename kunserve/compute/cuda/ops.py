@@ -20,6 +20,7 @@ from kunserve.errors import ConfigError
 from kunserve.model.quant.linear import Linear, StoredRows
 
 FP8_SINCE = (8, 9)  # compute capability whose tensor cores multiply floats of 8 bits
+PDL_SINCE = (9, 0)  # which launches a kernel before the one before has ended
 CHECKPOINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -30,6 +31,11 @@ class Kernels(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
+
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return x + y, rounded, and what `rms_norm` makes of it: (T, H) each."""
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
@@ -68,6 +74,13 @@ class TorchKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         """See `Kernels.rms_norm`."""
         return self._ops.rms_norm(x, weight, eps, offset)
+
+    def add_and_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.add_and_norm`."""
+        total = x + y
+        return total, self._ops.rms_norm(total, weight, eps, offset)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         """See `Kernels.act_and_mul`."""
@@ -134,6 +147,19 @@ class CudaOps:
             parts.append(linear(x, part, *of_part))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def linear_and_norm(
+        self,
+        x: Tensor,
+        weight: Linear,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return `residual + x @ weight.T + bias` and its norm: the sum is the norm's work, not that of the product."""
+        return self._kernels.add_and_norm(residual, self.linear(x, weight, bias), norm, eps, offset)
+
     def rotate_and_append(
         self,
         qkv: Tensor,
@@ -183,10 +209,8 @@ class CudaOps:
 
 def _linear(x: Tensor, weight: StoredRows, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Do what `Ops.linear` does, for rows that are stored as numbers."""
-    if residual is None:
-        return F.linear(x, weight.data, bias)
-    y = torch.addmm(residual, x, weight.data.t())  # the sum costs nothing: it is the matrix product's epilogue
-    return y if bias is None else y + bias
+    y = F.linear(x, weight.data, bias)
+    return y if residual is None else residual + y  # torch's addmm would copy a matrix before it adds to it
 
 
 def cuda_dtype(name: str, checkpoint: str) -> torch.dtype:
@@ -207,6 +231,6 @@ def load_kernels(device: torch.device) -> tuple[Kernels, str]:
         module = importlib.import_module("kunserve.compute.cuda.kernels")
     except ImportError:
         return TorchKernels(), "torch reference: triton is not installed"
-    has_fp8 = torch.cuda.get_device_capability(device) >= FP8_SINCE
-    kernels: Kernels = module.TritonKernels(has_fp8=has_fp8)
+    capability = torch.cuda.get_device_capability(device)
+    kernels: Kernels = module.TritonKernels(has_fp8=capability >= FP8_SINCE, has_pdl=capability >= PDL_SINCE)
     return kernels, "Triton kernels"

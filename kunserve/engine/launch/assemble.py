@@ -41,7 +41,6 @@ from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals
 from kunserve.engine.text.tokenizer import Tokenizer
-from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
@@ -282,12 +281,8 @@ async def _load(
 
 
 def _shape(machine: Machine, model: ModelConfig, config: EngineConfig, kv_shape: KVShape) -> ModelShape:
-    """Return the sizes that the planner works with. ConfigError if the machine has no KV of the kinds asked for."""
+    """Return the sizes that the planner works with."""
     near = near_kv(model, config, kv_shape, machine.chunk_bytes)
-    if near is not None and not machine.has_kinds and not near.is_fixed:
-        near = None
-    if near is not None and not machine.has_kinds:
-        raise ConfigError("--windowed-kv-share: these devices do not free KV behind windows of only some layers yet")
     return model_shape(model, kv_shape, machine.chunk_bytes, machine.dtype, shares_head=machine.shares_head, near=near)
 
 

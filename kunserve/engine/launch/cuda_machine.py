@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kunserve.compute.cuda.attention import StepLimits
+from kunserve.compute.cuda.arrays import StepLimits
 from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
 from kunserve.compute.cuda.graphs import RUN_LAYERS
 from kunserve.compute.cuda.ops import cuda_dtype
@@ -84,7 +84,6 @@ class CudaOptions:
 class CudaMachine(Machine):
     """Drivers, later devices, that are open, and the sizes that were found."""
 
-    has_kinds = False  # its attention takes one block table
     shares_head = False  # decoding is bound by reading the head's matrix: both ends would read all of it
 
     def __init__(
@@ -98,6 +97,7 @@ class CudaMachine(Machine):
         self._model, self._options, self.dtype = model, options, options.dtype
         self._devices: list[CudaDevice] = []
         self._host: HostWeights | None = None
+        self._has_kinds = False
         self._drivers = open_drivers(options.ordinals, open_driver)
         self.device_name = self._drivers[0].gpu_name
         try:
@@ -134,6 +134,7 @@ class CudaMachine(Machine):
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""
+        self._has_kinds = shape.num_kinds > 1
         num_blocks, kv_bytes = self._options.num_blocks, self._options.kv_bytes
         if num_blocks is not None or kv_bytes is not None:
             asked = budget_chunks(shape, None, num_blocks, kv_bytes or 0)
@@ -169,6 +170,8 @@ class CudaMachine(Machine):
         limits = StepLimits(
             options.max_num_batched_tokens, options.max_num_seqs, self.budget_bytes // self._block_bytes
         )
+        if self._has_kinds and self._model.window is not None:
+            limits = limits.with_near(self._model.window, options.block_size)
         made = []
         for device, memory in zip(self._devices, memories, strict=True):
             made.append(_decoder(self._model, options, memory, max_model_len, limits, device.driver))

@@ -26,7 +26,6 @@ class Machine(Protocol):
     chunk_bytes: int
     shares_head: bool  # the executor lets both ends of a chain compute the head, if both have it
     device_name: str  # as its maker calls it; all devices are alike
-    has_kinds: bool = True  # the executor takes KV of two kinds
     scheduler: type[Scheduler] = Scheduler  # plans its microbatches
 
     @property

@@ -268,9 +268,13 @@ class Membership:
             self._limit_tokens(self._longest_blocks() * self._fleet.block_size)
 
     def _longest_blocks(self) -> int:
-        """Return the blocks that one request can have: those of the largest group, suspected or not."""
+        """Return the blocks that one request can have: those of the largest group, suspected or not.
+
+        Memory may have to move to the kind of KV that is lacking first: it does for one that waits (`Pressure`).
+        """
+        snapshot = self._snapshot()
         groups = (GroupView(g.group_id, tuple(s.view for s in g.stages), 0, g.lineage) for g in self._others([]))
-        return replace(self._snapshot(), groups=tuple(groups)).longest_blocks()
+        return replace(snapshot, model=snapshot.model.with_most_full(), groups=tuple(groups)).longest_blocks()
 
     def _groups_on(self, device: int) -> list[Group]:
         """Return the group of a device, or none."""

@@ -8,7 +8,7 @@ same part of what is asked for.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -43,19 +43,17 @@ _Chain = tuple[tuple[int, int, int], ...]
 def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     """Return the share that layers with a window should have; None if that of now is as good, or has to stay.
 
-    All who run keep what they hold, and the longest request fits wherever it does now, with every drop and without.
-    It moves for those who run and would have to make way, however little there is to gain.
+    All who run keep what they hold, and the longest request fits wherever it could, with every drop and without; if
+    that cannot be yet, wherever it does now. It moves for that, and for those who run and would have to make way,
+    however little there is to gain.
     """
     near = snapshot.model.near
     assert near is not None
     capacity = _capacities(snapshot.model)
-    demand, least = _needs(snapshot, asked)
-
-    def has_near(share: int) -> bool:
-        return all(capacity(chain, share).near >= needed.near for chain, needed in least.items())
-
-    def has_full(share: int) -> bool:
-        return all(capacity(chain, share).full >= needed.full for chain, needed in least.items())
+    demand, least = _needs(snapshot, asked, SHARES[0])
+    if not _possible(capacity, least):  # others hold too much near KV: it can wait for them
+        demand, least = _needs(snapshot, asked, near.share)
+    possible = _possible(capacity, least)
 
     def served(share: int, kind: int) -> float:
         """Return which part of what is asked of a kind is held, in the group that holds least of it."""
@@ -64,14 +62,12 @@ def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     def worse(share: int) -> float:
         return min(served(share, 0), served(share, 1))
 
-    first = bisect_left(SHARES, True, key=has_near)
-    possible = SHARES[first : bisect_left(SHARES, True, key=lambda share: not has_full(share))]
     even = bisect_left(possible, True, key=lambda share: served(share, 1) >= served(share, 0))
-    candidates = [s for s in possible[max(0, even - 1) : even + 1] if has_near(s) and has_full(s)]
+    candidates = [s for s in possible[max(0, even - 1) : even + 1] if _holds(capacity, least, s) == (True, True)]
     if not candidates or not demand:
         return None
     best, now = max(candidates, key=worse), worse(near.share)
-    has_to_move = not (has_near(near.share) and has_full(near.share))
+    has_to_move = _holds(capacity, least, near.share) != (True, True)
     is_better = worse(best) >= LEAST_MIX_GAIN * now or now < 1 <= worse(best)
     return best if has_to_move or is_better else None
 
@@ -88,13 +84,24 @@ def most_share(
     return SHARES[max(0, bisect_left(SHARES, True, key=is_too_much) - 1)]
 
 
-def _needs(snapshot: Snapshot, asked: Asked) -> tuple[dict[_Chain, OfKinds], dict[_Chain, OfKinds]]:
+def _possible(capacity: _Capacity, least: Mapping[_Chain, OfKinds]) -> Sequence[int]:
+    """Return the shares with which all groups hold what they have to."""
+    first = bisect_left(SHARES, True, key=lambda share: _holds(capacity, least, share)[1])
+    return SHARES[first : bisect_left(SHARES, True, key=lambda share: not _holds(capacity, least, share)[0])]
+
+
+def _holds(capacity: _Capacity, least: Mapping[_Chain, OfKinds], share: int) -> tuple[bool, bool]:
+    """Tell of each kind whether all groups hold what they have to."""
+    held = [(capacity(chain, share), needed) for chain, needed in least.items()]
+    return all(has.full >= needed.full for has, needed in held), all(has.near >= needed.near for has, needed in held)
+
+
+def _needs(snapshot: Snapshot, asked: Asked, share: int) -> tuple[dict[_Chain, OfKinds], dict[_Chain, OfKinds]]:
     """Return what is asked of groups, and what they have to hold, the most of those that are alike.
 
-    Groups that a restore brings back have to hold something, too.
+    That is the longest request, too, where it fits with a `share`, also in groups that a restore brings back.
     """
-    assert snapshot.model.near is not None
-    budgets, share, capacity = snapshot.budgets(), snapshot.model.near.share, _capacities(snapshot.model)
+    budgets, capacity = snapshot.budgets(), _capacities(snapshot.model)
     demand, least = dict[_Chain, OfKinds](), dict[_Chain, OfKinds]()
 
     def hold(stages: Iterable[StageView], held: OfKinds) -> _Chain:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import compile_kernels
 import pytest
-from compile_kernels import ARCHITECTURES, FP8_KERNELS, FP8_SINCE, KERNELS, is_within_limits
+from compile_kernels import (
+    ARCHITECTURES,
+    FP8_KERNELS,
+    FP8_SINCE,
+    KERNELS,
+    PDL_KERNELS,
+    PDL_SINCE,
+    is_within_limits,
+)
 
 
 @pytest.mark.long
@@ -27,6 +35,10 @@ def test_all_that_the_decoder_launches_compiles_and_fits(tmp_path: Path) -> None
     assert {(row["sm"], row["kernel"]) for row in rows} == wanted
     # Codes of 4 bits by their step and the width of their scales, of 8 by that, floats: each for three kinds of tiles.
     assert all(sum(row["kernel"] == "packed_product" and row["sm"] == sm for row in rows) == 18 for sm in ARCHITECTURES)
+    for row in rows:  # nothing that is launched early goes on before the kernel before it has ended
+        assert (row["early"] is not None) == (row["kernel"] in PDL_KERNELS and row["sm"] >= PDL_SINCE), row
+        assert row["kernel"] == "_rms_norm" or not row["early"]
+        assert set(row["early"] or ()) <= {"ld.global"}  # the weight of a norm
     assert all(is_within_limits(row) and row["registers"] > 8 for row in rows)
     dtypes = {row["first"].split()[1] for row in rows}
     assert dtypes == {"float32", "float16", "bfloat16"}

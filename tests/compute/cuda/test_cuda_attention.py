@@ -15,12 +15,8 @@ from fake_cuda import FakeCuda
 from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
 
 from kunserve.compute.cuda import decoder as cuda_decoder
-from kunserve.compute.cuda.attention import (
-    MIN_FLOAT_WORKSPACE_BYTES,
-    FlashInferAttention,
-    StepBuffers,
-    float_workspace_bytes,
-)
+from kunserve.compute.cuda.arrays import StepBuffers
+from kunserve.compute.cuda.flash_infer import MIN_FLOAT_WORKSPACE_BYTES, FlashInferAttention, float_workspace_bytes
 from kunserve.compute.cuda.ops import TorchKernels
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.torch_ops import TorchOps
@@ -59,12 +55,12 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
     sequences, cuts = [[0, 1, 2], [0, 1, 2], [2, 1], [1], [1, 2, 0], [2, 0]], [(), (), (), (2,), (1, 4), (4,)]
     for i, (which, cut) in enumerate(zip(sequences, cuts, strict=True)):
         assert_same(pair, decode(i, which), 10 + i, cut)
-    (kind,) = attention.kinds
-    buckets = kind.buckets
+    (planner,) = attention.planners
+    buckets = planner.buckets
     assert set(buckets) == {1, 2, 4, 6}
     assert [buckets[n].num_plans - 1 for n in (1, 2, 4, 6)] == [1 + 2, 1 + 2, 2 + 3, 0]  # once per step and stage
     for wrapper in buckets.values():
-        assert wrapper.workspaces == [attention.floats, kind.ints]  # one of each for all
+        assert wrapper.workspaces == [attention.floats, planner.ints]  # one of each for all
     addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
     assert len(addresses) == 1
 

@@ -10,7 +10,7 @@ import torch
 from cuda_parts import cuda_decoder_on_cpu
 from torch import Tensor
 
-from kunserve.compute.cuda.attention import StepLimits, step_arrays
+from kunserve.compute.cuda.arrays import StepLimits, step_arrays
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.ops import AttentionBatch
@@ -148,18 +148,18 @@ def test_arrays_of_a_mixed_batch() -> None:
     batch, _ = step([(2, 3, 9), (0, 6, 7)])
     arrays = step_arrays(batch)
     assert arrays.positions.tolist() == [3, 4, 5, 6, 7, 8, 6]
-    assert arrays.slots.tolist() == [9 * 4 + 3, 0, 1, 2, 3, 7 * 4, 3 * 4 + 2]
-    assert arrays.kv_indptr.tolist() == [0, 3, 5]
-    assert arrays.kv_indices.tolist() == [9, 0, 7, 11, 3]
-    assert arrays.last_block_len.tolist() == [1, 3]
-    assert all(a.dtype.name == "int32" for a in (arrays.slots, arrays.kv_indptr, arrays.cu_seqlens_q))
+    assert arrays.kv[0].slots.tolist() == [9 * 4 + 3, 0, 1, 2, 3, 7 * 4, 3 * 4 + 2]
+    assert arrays.kv[0].kv_indptr.tolist() == [0, 3, 5]
+    assert arrays.kv[0].kv_indices.tolist() == [9, 0, 7, 11, 3]
+    assert arrays.kv[0].last_block_len.tolist() == [1, 3]
+    assert all(a.dtype.name == "int32" for a in (*arrays.kv[0], arrays.cu_seqlens_q))
 
 
 def test_padding_writes_nothing_and_reads_a_block_that_is_there() -> None:
     batch, _ = step([(0, 6, 7), (3, 3, 4)])
     arrays = step_arrays(batch, 4)
-    assert arrays.slots.tolist() == [3 * 4 + 2, 1 * 4 + 3, -1, -1]
-    assert arrays.kv_indptr.tolist() == [0, 2, 3, 4, 5]
-    assert arrays.kv_indices.tolist() == [11, 3, 1, 11, 11]
-    assert arrays.last_block_len.tolist() == [3, 4, 1, 1]
+    assert arrays.kv[0].slots.tolist() == [3 * 4 + 2, 1 * 4 + 3, -1, -1]
+    assert arrays.kv[0].kv_indptr.tolist() == [0, 2, 3, 4, 5]
+    assert arrays.kv[0].kv_indices.tolist() == [11, 3, 1, 11, 11]
+    assert arrays.kv[0].last_block_len.tolist() == [3, 4, 1, 1]
     assert arrays.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]

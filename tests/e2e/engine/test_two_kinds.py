@@ -14,6 +14,7 @@ from transition_harness import patient_with_sound_devices
 
 from e2e.engines import assert_idle, generate, generate_all, greedy, running_engine
 from e2e.tiny import TinyModels, random_prompt
+from e2e.two_kinds import FAMILIES, SHAPES, rebalance, share_of, watch
 from kunserve.engine.engine import Engine
 from kunserve.engine.kinds.mixed_group import MixedGroup
 from kunserve.engine.launch.launch import Served
@@ -22,7 +23,6 @@ from kunserve.faults import parse_faults
 from kunserve.policies import OverloadPolicy
 
 IS_WHOLE = bool(os.environ.get("KUNSERVE_ALL_MODELS"))
-FAMILIES = ("gemma2", "gemma3", "gpt-oss", "qwen2-window")
 POLICIES = tuple(OverloadPolicy)
 # One family for each policy in a usual run, each of them at least once.
 CASES = [
@@ -40,14 +40,6 @@ TRANSITIONS = [
     ("qwen2-window", True, 128, "by_request"),
 ]
 NUM_TOKENS = 150
-# So many layers that half of a chain has a half of either kind.
-SHAPE: dict[str, Any] = {
-    "max_position_embeddings": 1024,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-}
-SHAPES = {family: SHAPE | ({"num_hidden_layers": 6} if family == "gemma3" else {}) for family in FAMILIES}
 SHARED = random_prompt(130, seed=9)
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 40, 70, 130)] + [[*SHARED, 7 + i] for i in range(3)]
 LENGTHS = [NUM_TOKENS - 15 * i for i in range(len(PROMPTS))]
@@ -68,25 +60,6 @@ def expected(tiny_models: TinyModels) -> dict[str, list[list[int]]]:
             return await generate_all(served.engine, PROMPTS, greedy(NUM_TOKENS))
 
     return {family: asyncio.run(generated(family)) for family in FAMILIES}
-
-
-def is_bounded(engine: Engine) -> bool:
-    """Whether no request that decodes holds more near blocks than its window needs; all layers keep what they need."""
-    for group in engine.groups:
-        assert isinstance(group, MixedGroup)
-        for request in group.running:
-            near = request.table.near
-            if not request.is_moving and near is not None and request.num_tokens - request.num_computed_tokens <= 1:
-                assert len(near.blocks) <= group.near_blocks_for(max(request.num_tokens, request.num_scheduled_tokens))
-                assert request.table.num_behind == 0
-    return True
-
-
-async def watch(engine: Engine) -> None:
-    while True:
-        await engine.signals.next_commit()
-        engine.check()
-        assert is_bounded(engine)
 
 
 @pytest.mark.parametrize(("family", "policy"), CASES)
@@ -160,12 +133,6 @@ def patience() -> Iterator[None]:
         yield
 
 
-def share_of(engine: Engine) -> tuple[float, ...]:
-    """Near blocks over full ones, of each group."""
-    groups = [group for group in engine.groups if isinstance(group, MixedGroup)]
-    return tuple(group.num_near_blocks / group.num_blocks for group in groups)
-
-
 def count_moved(served: Served) -> Counter[int]:
     """How many blocks are copied to where their kind keeps its memory, from now on; by device."""
     transfers, num_moved = served.control.reconfigure.exchange.transfers, Counter[int]()
@@ -177,13 +144,6 @@ def count_moved(served: Served) -> Counter[int]:
 
     transfers.within = counted  # type: ignore[method-assign]
     return num_moved
-
-
-async def rebalance(served: Served, share: int) -> str:
-    """Give near layers another share, in thousandths; returns what came of it."""
-    transition = await served.control.reconfigure.rebalance(share)
-    served.engine.check()
-    return transition.outcome
 
 
 async def begin_beyond(engine: Engine) -> asyncio.Task[list[list[int]]]:
@@ -225,7 +185,7 @@ async def test_memory_goes_from_kind_to_kind(
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 async def test_rebalances_before_between_and_after_a_drop_and_a_restore(
     family: str, tiny_models: TinyModels, expected: dict[str, list[list[int]]]
 ) -> None:
@@ -315,3 +275,24 @@ async def test_memory_moves_before_weights_are_dropped(
         assert served.control.reconfigure.transitions.remembered[0].kind == "rebalance"
         assert max(share_of(served.engine)) < 1
         await assert_idle(served.engine)
+
+
+@pytest.mark.usefixtures("patience")
+async def test_after_a_loss_memory_moves_for_the_longest_request(tiny_models: TinyModels) -> None:
+    """What is left of a chain holds it with a lower share alone: it is served, and the share follows."""
+    folder, settings = tiny_models.folder("gemma2", **SHAPES["gemma2"]), KINDS | {"windowed_kv_share": None}
+    sizes: dict[str, Any] = {"num_blocks_override": 40, "max_model_len": 960, "pipeline_parallel_size": 2}
+    prompt = random_prompt(880, seed=3)
+    async with running_engine(folder, "cpu:2", **sizes, **settings) as served:
+        engine = served.engine
+        assert share_of(engine) == (1.0,)
+        expected = await generate(engine, prompt, greedy(20))
+        engine.device_health.lose(1, "the test says so")
+        while len(engine.groups[0].stages) == 2:
+            await engine.signals.next_commit()
+        [group] = engine.groups
+        assert group.num_blocks < group.blocks_for(900)
+        assert await generate(engine, prompt, greedy(20)) == expected
+        assert [t.kind for t in served.control.reconfigure.transitions.remembered] == ["lose", "rebalance"]
+        assert group.num_blocks >= group.blocks_for(900) and share_of(engine) < (1.0,)
+        await assert_idle(engine)

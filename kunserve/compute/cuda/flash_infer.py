@@ -1,0 +1,216 @@
+"""FlashInfer's attention on a CUDA device, planned on the host: how a batch is cut into thread blocks.
+
+Prior art: vLLM's and mini-sglang's FlashInfer backends. From the latter: a plan writes into one pinned buffer, so that
+the next one first waits until that has been copied.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kunserve.compute.cuda.arrays import KvBuffers, StepArrays, StepBuffers
+from kunserve.compute.cuda.attention import Attend, PagedAttention, ReferenceAttention
+from kunserve.compute.ops import Scores
+from kunserve.errors import ConfigError
+from kunserve.model.config import ModelConfig
+from kunserve.sizes import ceil_div
+
+MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
+INT_WORKSPACE_BYTES = 8 << 20
+
+
+def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
+    """Return what FlashInfer's fa2 plans need for partial results of split contexts; else it refuses to plan.
+
+    From PrefillPlan in its scheduler.cuh (0.6.18): per tile of queries, float32 output and sum of every row and head.
+    A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
+    into as many as run at once, two on each multiprocessor.
+    """
+    group, per_row = config.num_heads // config.num_kv_heads, config.num_heads * (config.head_dim + 1) * 4
+    at_once = 2 * num_sms // config.num_kv_heads
+    rows_per_tile = 16 if group <= 16 else 64 if group <= 64 or config.head_dim >= 256 else 128
+    captured = max(at_once, ceil_div(max_bucket * group, rows_per_tile) + max_bucket - 1) * rows_per_tile
+    return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
+
+
+def _plan_options(scores: Scores) -> dict[str, float]:
+    """Return the options of a plan for layers with these scores, where they differ from FlashInfer's defaults."""
+    window = (
+        None if scores.window is None else scores.window - 1
+    )  # FlashInfer's window does not count the query's own token
+    options = {"sm_scale": scores.scale, "window_left": window, "logits_soft_cap": scores.softcap}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _attend_with_sinks(run: Callable[..., Any], q: Tensor, kv: Tensor, sinks: Tensor | None) -> Tensor:
+    """Run a planned wrapper. A sink takes its share of softmax's sum, which is 2 ** lse, and gives nothing for it."""
+    if sinks is None:
+        out: Tensor = run(q, kv)
+        return out
+    out, lse = run(q, kv, return_lse=True)
+    return (out * torch.sigmoid(lse * math.log(2) - sinks.float())[..., None]).to(q.dtype)
+
+
+class FlashInferAttention:
+    """FlashInfer's paged kernels: one wrapper for mixed batches, and one per bucket of captured decode steps.
+
+    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim. Layers
+    that differ in what becomes of scores (windows) are planned one after the other, each with their own wrappers.
+    """
+
+    is_capturable = True
+
+    def __init__(
+        self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+    ) -> None:
+        self.flashinfer = importlib.import_module("flashinfer")
+        self.decode = importlib.import_module("flashinfer.decode")
+        self.shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
+        self.dtypes, self.buffers = {"q_data_type": dtype, "kv_data_type": dtype}, buffers
+        device = buffers.driver.torch_device
+        float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
+        self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
+        near = frozenset(config.near_layers) if len(buffers.kv) > 1 else ()
+        kind_of = {Scores.of(config, i): int(i in near) for i in range(config.num_layers)}
+        self.planners = [LayersPlanner(self, scores, kind) for scores, kind in kind_of.items()]
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> tuple[Attend, ...]:
+        """See `PagedAttention.plan`."""
+        runs = {planner.scores: planner.plan(arrays, bucket) for planner in self.planners}
+
+        def attend(q: Tensor, kv: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
+            return _attend_with_sinks(runs[scores], q, kv, sinks)
+
+        return (attend,) * len(arrays.kv)
+
+
+class LayersPlanner:
+    """Plans for layers with the same scores. What a plan says is kept in `ints` until all layers of a step have run."""
+
+    def __init__(self, attention: FlashInferAttention, scores: Scores, kind: int) -> None:
+        """Plan for layers whose KV is of a `kind`: 0 full, 1 near."""
+        self.scores, self._attention, self._kind, self._options = scores, attention, kind, _plan_options(scores)
+        self.ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=attention.buffers.driver.torch_device)
+        floats, flashinfer = attention.floats, attention.flashinfer
+        self._mixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend="fa2")
+        self._mixed.reset_workspace_buffer(floats, self.ints)
+        self._has_mixed_module = False
+        self.buckets: dict[int, Any] = {}
+
+    @property
+    def _staged(self) -> KvBuffers:
+        return self._attention.buffers.kv[self._kind]
+
+    def plan(self, arrays: StepArrays, bucket: int | None) -> Callable[..., Any]:
+        """Plan a step for these layers; returns what runs it."""
+        if bucket is not None:
+            return self._plan_bucket(arrays, bucket)
+        if self._has_mixed_module:
+            self.plan_mixed_again(arrays)
+        else:
+            self.plan_mixed(arrays)
+            self._has_mixed_module = True
+        run: Callable[..., Any] = self._mixed.run
+        return run
+
+    def plan_mixed(self, arrays: StepArrays) -> None:
+        """Plan as FlashInfer documents it: it finds the module for these dtypes and options, too."""
+        attention, staged = self._attention, self._staged
+        seqs, blocks = len(arrays.cu_seqlens_q) - 1, len(arrays.kv[self._kind].kv_indices)
+        self._mixed.plan(
+            attention.buffers.cu_seqlens_q.host[: seqs + 1],
+            staged.kv_indptr.host[: seqs + 1],
+            staged.kv_indices.device[:blocks],
+            staged.last_block_len.host[:seqs],
+            *attention.shape,
+            causal=True,
+            **attention.dtypes,
+            **self._options,
+        )
+
+    def plan_mixed_again(self, arrays: StepArrays) -> None:
+        """Do the part of the wrapper's `plan` that differs from step to step, and nothing else.
+
+        That takes 0.5 to 1.9 ms, for loops over tensors and for copies of arrays that are on the device already; this
+        is what FlashInfer's own fast_decode_plan does for decoding. Arguments of plan: prefill.py of 0.6.18.
+        """
+        wrapper, attention, staged = self._mixed, self._attention, self._staged
+        num_heads, num_kv_heads, head_dim, block_size = attention.shape
+        of_kind, seqs, rows = arrays.kv[self._kind], len(arrays.cu_seqlens_q) - 1, int(arrays.cu_seqlens_q[-1])
+        wrapper._plan_info = wrapper._cached_module.plan(
+            attention.floats,
+            self.ints,
+            wrapper._pin_memory_int_workspace_buffer,
+            attention.buffers.cu_seqlens_q.host[: seqs + 1],
+            staged.kv_indptr.host[: seqs + 1],
+            torch.from_numpy(of_kind.lens(block_size)),
+            rows,
+            seqs,
+            num_heads,
+            num_kv_heads,
+            block_size,
+            False,  # no graph holds it
+            head_dim,
+            head_dim,
+            True,  # causal
+            self._options.get("window_left", -1),
+            -1,  # no split of fixed size
+            False,  # splits are allowed
+            0,  # thread blocks of others
+            0,  # sequences differ in length
+        )
+        wrapper._qo_indptr_buf = attention.buffers.cu_seqlens_q.device[: seqs + 1]
+        wrapper._paged_kv_indptr_buf = staged.kv_indptr.device[: seqs + 1]
+        wrapper._paged_kv_indices_buf = staged.kv_indices.device[: len(of_kind.kv_indices)]
+        wrapper._paged_kv_last_page_len_buf = staged.last_block_len.device[:seqs]
+        wrapper._qo_indptr_last, wrapper._batch_size = rows, seqs
+
+    def _plan_bucket(self, arrays: StepArrays, bucket: int) -> Callable[..., Any]:
+        staged, attention = self._staged, self._attention
+        host = (
+            staged.kv_indptr.host[: bucket + 1],
+            staged.kv_indices.device[: len(arrays.kv[self._kind].kv_indices)],
+            staged.last_block_len.host[:bucket],
+        )
+        options = attention.dtypes | self._options
+        wrapper = self.buckets.get(bucket)
+        if wrapper is None:
+            wrapper = self.buckets[bucket] = attention.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                attention.floats,
+                "HND",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=staged.kv_indptr.device[: bucket + 1],
+                paged_kv_indices_buffer=staged.kv_indices.device,
+                paged_kv_last_page_len_buffer=staged.last_block_len.device[:bucket],
+                backend="fa2",
+            )
+            wrapper.reset_workspace_buffer(attention.floats, self.ints)  # one for all: steps of a stream take turns
+            wrapper.plan(*host, *attention.shape, **options)
+        else:  # the arrays are on the device already: plan() would copy them once more, and wait
+            attention.decode.fast_decode_plan(
+                wrapper, *host, *attention.shape, **options, global_override_indptr_cpu=host[0]
+            )
+        run: Callable[..., Any] = wrapper.run
+        return run
+
+
+def load_attention(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+) -> tuple[PagedAttention, str]:
+    """Return FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if missing.
+
+    max_bucket: the largest number of sequences in a step that is captured.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return ReferenceAttention(block_size, buffers), f"torch reference: FlashInfer has no kernels for {dtype}"
+    try:
+        return FlashInferAttention(config, block_size, dtype, buffers, max_bucket), "FlashInfer"
+    except ImportError as error:
+        raise ConfigError(f"--devices cuda needs flashinfer-python: pip install 'kunserve[cuda]' ({error})") from None
