@@ -12,6 +12,7 @@ from kunserve.policies import OverloadPolicy
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")  # each kind of devices serves some of them
 KV_DTYPES = ("auto", "float16", "bfloat16")  # auto: that of the weights
+DEFAULT_KV_BYTES = 1 << 30  # of one CPU device, where neither --device-memory nor a number of blocks is given
 MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
 
 

@@ -32,9 +32,11 @@ from kunserve.command.listen import Listener
 from kunserve.command.worker import GIL_SWITCH_S as GIL_SWITCH_S
 from kunserve.command.worker import Setup, of_worker
 from kunserve.command.workers import Workers
-from kunserve.config import EngineConfig
+from kunserve.config import DEFAULT_KV_BYTES, EngineConfig
 from kunserve.errors import ConfigError, InvalidRequestError
 from kunserve.grammar.fork_server import Vocabulary
+from kunserve.host.cgroup import available_bytes
+from kunserve.host.memory import HUGE_BYTES, MemoryAhead
 from kunserve.observe.metrics import Metrics
 from kunserve.observe.summary import Summary, log_summary
 from kunserve.progress import LoadingProgress
@@ -107,11 +109,23 @@ async def _launch_or_stop(config: ServerConfig, progress: LoadingProgress, stop:
 
 
 async def _launch(config: ServerConfig, progress: LoadingProgress) -> Served:
+    ahead = _memory_ahead(config.engine)
     module = await asyncio.to_thread(
         import_module, "kunserve.engine.launch.launch"
     )  # with torch, for seconds: pages load
-    served: Served = await module.launch(config.engine, config.served_names[0], progress.update)
+    served: Served = await module.launch(config.engine, config.served_names[0], progress.update, ahead)
     return served
+
+
+def _memory_ahead(engine: EngineConfig) -> MemoryAhead | None:
+    """Begin to take what CPU devices will have at least, while torch is imported; None where that is not known."""
+    devices = engine.devices
+    if devices.kind != "cpu" or engine.num_blocks_override is not None:
+        return None
+    kv_bytes = DEFAULT_KV_BYTES if engine.kv_bytes is None else engine.kv_bytes
+    least = kv_bytes if engine.device_memory_bytes is None else engine.device_memory_bytes
+    share = available_bytes() // 2 // len(devices.indices)  # more than that is a matter of seconds anyway
+    return MemoryAhead(len(devices.indices), min(least, share) // HUGE_BYTES * HUGE_BYTES)
 
 
 async def _serve(
@@ -120,7 +134,6 @@ async def _serve(
     """Serve what is loaded until `stop`; then drain. Closes the engine; `stuck` as in `_load_and_serve`."""
     engine, is_hurried, tracer = served.engine, False, _tracer(config)
     sys.setswitchinterval(GIL_SWITCH_S)
-    gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
     try:
         await engine.start()
         app, setup = _app(config, served, tracer)
@@ -132,6 +145,8 @@ async def _serve(
             watchers.append(asyncio.create_task(log_summary(Summary(served.metrics, engine.stats), interval_s)))
         try:
             await (workers.open() if config.http.num_workers else listener.serve(runner))
+            gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
+            gc.enable()
             log.info("ready", url=listener.url, model=config.served_names[0])
             await _first_of(stop.wait(), engine.wait())
             if not engine.is_running:

@@ -46,12 +46,13 @@ INLINE vf affine(vi code, vf scale, vf offset) { return fma_(__builtin_convertve
 /* Codes of 4 and of 5 bits, of which only the lowest bits count. `sixteen` are the weights of codes `first` to `first` + 15
  * where a vector has room. `turned` moves bit 4 - left of each lane to bit 4 (left is at most 4), with those above it;
  * `mixed` has the bits of `mask` from `high` and the others from `low`. Shifts are by vectors: by a number they cost two
- * steps. */
+ * steps. The high nibble of a byte has nothing above it. */
 #if VL == 16
 INLINE vf sixteen(int first, vf scale, vf offset) { return affine(NUMBERED + first, scale, offset); }
 INLINE vf of_nibble(vi code, vf table, vf scale, vf offset) {
   return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
 }
+INLINE vf of_high_nibble(vi q, vf table, vf scale, vf offset) { return of_nibble(q >> 4, table, scale, offset); }
 INLINE vf of_five(vi code, vf table, vf table16, vf scale, vf offset) {
   return (vf)_mm512_permutex2var_ps((__m512)table, (__m512i)code, (__m512)table16);
 }
@@ -62,6 +63,7 @@ INLINE vi mixed(int mask, vi high, vi low) {
 #else
 INLINE vf sixteen(int first, vf scale, vf offset) { return scale; }
 INLINE vf of_nibble(vi code, vf table, vf scale, vf offset) { return affine(code & 15, scale, offset); }
+INLINE vf of_high_nibble(vi q, vf table, vf scale, vf offset) { return affine(q >> 4, scale, offset); }
 INLINE vf of_five(vi code, vf table, vf table16, vf scale, vf offset) { return affine(code & 31, scale, offset); }
 INLINE vi turned(vi q, vi left) { return q >> (4 - left) << 4; }
 INLINE vi mixed(int mask, vi high, vi low) { return (high & mask) | (low & ~mask); }
@@ -74,7 +76,7 @@ INLINE Group halves4(const uint8_t *codes, vf s, vf o) {
   UNROLL for (int v = 0; v < GV / 2; v++) {
     vi q = bytes(codes + v * VL);
     g.w[v] = of_nibble(q, table, s, o);
-    g.w[GV / 2 + v] = of_nibble(q >> 4, table, s, o);
+    g.w[GV / 2 + v] = of_high_nibble(q, table, s, o);
   }
   return g;
 }

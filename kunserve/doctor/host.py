@@ -5,11 +5,11 @@ from __future__ import annotations
 import resource
 from typing import Any
 
-from kunserve.cgroup import core_quota, memory_left
 from kunserve.doctor.cards import Card, known_cards
 from kunserve.doctor.finding import BOTH, CPU, Finding, Status, first_line, ok
 from kunserve.doctor.gpus import GIB, Gpus
 from kunserve.doctor.probe import Probe
+from kunserve.host.cgroup import core_quota, memory_left
 
 CHUNK_BYTES = 2 << 20  # of a CPU device
 POPULATE_KERNEL, COLLAPSE_KERNEL = (5, 14), (6, 1)  # the first ones with these kinds of madvise

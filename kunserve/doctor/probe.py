@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kunserve.host.cgroup import available_bytes
+
 RUN_LIMIT_S = 20.0
 _MADV_POPULATE_WRITE = 23
 
@@ -66,12 +68,6 @@ def _limit(kind: int) -> int | None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _available_bytes() -> int:
-    """Return what the server itself counts as available."""
-    module: Any = importlib.import_module("kunserve.gpu.host")
-    return int(module.available_bytes())
 
 
 def _take_memory(num_bytes: int) -> None:
@@ -136,7 +132,7 @@ class Probe:
     run: Callable[[Sequence[str], str], tuple[int, str]] = _run
     limit: Callable[[int], int | None] = _limit
     cores: Callable[[], int] = _cores
-    available_bytes: Callable[[], int] = _available_bytes
+    available_bytes: Callable[[], int] = available_bytes
     take_memory: Callable[[int], None] = _take_memory
     cache_root: Callable[[], Path] = _cache_root
     is_writable: Callable[[Path], bool] = _is_writable

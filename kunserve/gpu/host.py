@@ -18,17 +18,18 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kunserve.cgroup import ReadText, memory_left, read_file
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, WorkQueue
+from kunserve.host.cgroup import available_bytes
+from kunserve.host.memory import HUGE_BYTES, HostMemory
 from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 2 << 20  # one huge page
+CHUNK_BYTES = HUGE_BYTES
 IDLE_S = 0.05  # without work, after which a device helps another: shorter pauses are those between its own steps
 
 _libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
@@ -42,12 +43,10 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _PROT_NONE = 0
 _PROT_RW = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -59,14 +58,6 @@ def map_memory(address: int | None, num_bytes: int, prot: int, flags: int, fd: i
         errno = ctypes.get_errno()
         raise DeviceError(f"mmap of {format_size(num_bytes)} failed: {os.strerror(errno)}")
     return int(result)
-
-
-def available_bytes(read_text: ReadText = read_file) -> int:
-    """Return the memory that this process can take now: without swapping, and within its control groups' limits."""
-    lines = read_text("/proc/meminfo").splitlines()
-    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    left = memory_left(read_text)
-    return available if left is None else min(available, left)
 
 
 class Team(Protocol):
@@ -84,20 +75,26 @@ class HostDevice:
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, index: int, num_chunks: int, chunk_bytes: int = CHUNK_BYTES, core: int | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        num_chunks: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        core: int | None = None,
+        memory: HostMemory | None = None,
+    ) -> None:
+        """Take the memory now: a later remap then moves page tables only. `memory` has some of it already."""
         self.index, self.name, self.is_lost = index, f"cpu:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
-        self._fd: int | None = None
-        needed, available = num_chunks * chunk_bytes, available_bytes()
-        if needed > available:
-            raise ConfigError(
-                f"{self.name}: --device-memory of {format_size(needed)} does not fit: "
-                f"{format_size(available)} of host memory are available"
-            )
-        self._fd = os.memfd_create(f"kunserve-{self.name}")
-        os.ftruncate(self._fd, needed)
+        self._memory: HostMemory | None = None
+        memory = memory or HostMemory(f"kunserve-{self.name}")
+        try:
+            self._take(memory, num_chunks * chunk_bytes)
+        except BaseException:
+            memory.close()
+            raise
+        self._memory = memory
         self.mappings = Mappings(self.name, num_chunks, chunk_bytes)
-        self._commit(needed)
         self._compute = WorkQueue(f"{self.name}-compute", core)
         self._copy = WorkQueue(f"{self.name}-copy", core)
         self.team: Team | None = None
@@ -106,21 +103,17 @@ class HostDevice:
         self._leave = ctypes.c_int32(1)  # 0 while it helps another
         self._helpers: list[ctypes.c_int32] = []  # what those who help this one look at
 
-    def _commit(self, num_bytes: int) -> None:
-        """Take all physical memory now, in huge pages if possible: a later remap then moves page tables only."""
-        address = self.reserve(num_bytes)
-        self.map(address, range(self.num_chunks))
-        # A huge page needs a first small one to be made from. With only that there is nothing to copy: several times
-        # faster than to populate all of it in small pages first.
-        for start in range(address, address + num_bytes, CHUNK_BYTES):
-            self._populate(start, mmap.PAGESIZE)
-        _libc.madvise(address, num_bytes, _MADV_COLLAPSE)  # best effort: small pages work too
-        self._populate(address, num_bytes)
-        self.release(address, num_bytes)
-
-    def _populate(self, address: int, num_bytes: int) -> None:
-        if _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) != 0:
-            raise DeviceError(f"{self.name}: cannot populate memory: {os.strerror(ctypes.get_errno())}")
+    def _take(self, memory: HostMemory, needed: int) -> None:
+        available = available_bytes() + memory.num_taken
+        if needed > available:
+            raise ConfigError(
+                f"{self.name}: --device-memory of {format_size(needed)} does not fit: "
+                f"{format_size(available)} of host memory are available"
+            )
+        try:
+            memory.take(needed)
+        except OSError as error:
+            raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
@@ -142,7 +135,7 @@ class HostDevice:
 
     def map(self, address: int, chunks: Sequence[int]) -> None:
         """See `Device.map`. Neighbouring chunks go in one call."""
-        assert self._fd is not None
+        assert self._memory is not None
         self.mappings.check_map(address, chunks)
         start = 0
         try:
@@ -153,7 +146,7 @@ class HostDevice:
                         (i - start) * self.chunk_bytes,
                         _PROT_RW,
                         mmap.MAP_SHARED | _MAP_FIXED,
-                        self._fd,
+                        self._memory.fd,
                         chunks[start] * self.chunk_bytes,
                     )
                     start = i
@@ -242,11 +235,11 @@ class HostDevice:
     @property
     def is_open(self) -> bool:
         """Return whether it still has its memory."""
-        return self._fd is not None
+        return self._memory is not None
 
     def close(self) -> None:
         """See `Device.close`."""
-        if self._fd is None:
+        if self._memory is None:
             return
         self._stop_helping()
         if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in (self._compute, self._copy)):
@@ -255,5 +248,5 @@ class HostDevice:
         self._copy.close()
         for address, num_bytes in list(self.mappings.reserved.items()):
             self.release(address, num_bytes)
-        os.close(self._fd)
-        self._fd = None
+        self._memory.close()
+        self._memory = None

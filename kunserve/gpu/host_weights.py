@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.cuda.pinned import PinnedSource
-from kunserve.gpu.host import available_bytes
+from kunserve.host.cgroup import available_bytes
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.host_copy import HostCopy, choose_host_copy
 from kunserve.model.layout import WeightUnit

@@ -10,7 +10,7 @@ import torch
 
 from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
 from kunserve.compute.decoder import Decoder
-from kunserve.config import EngineConfig
+from kunserve.config import DEFAULT_KV_BYTES, EngineConfig
 from kunserve.engine.launch.faults import Faults
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.placement import budget_chunks
@@ -18,15 +18,15 @@ from kunserve.engine.step.executor import DeviceExecutor, Executor
 from kunserve.errors import ConfigError, ConflictError
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import DeviceMemory
-from kunserve.gpu.host import HostDevice, Team, available_bytes
+from kunserve.gpu.host import HostDevice, Team
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
+from kunserve.host.cgroup import available_bytes
+from kunserve.host.memory import HostMemory, MemoryAhead
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
 from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.sizes import format_size
-
-DEFAULT_KV_BYTES = 1 << 30  # of one CPU device, where neither --device-memory nor a number of blocks is given
 
 
 class HostMachine(Machine):
@@ -35,8 +35,10 @@ class HostMachine(Machine):
     shares_head = True
     device_name = "cpu"
 
-    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, model: ModelConfig, config: EngineConfig, ahead: MemoryAhead | None = None) -> None:
+        """Serve `model`; its devices get the memory that was taken `ahead`."""
+        self._model, self._config, self._ahead = model, config, ahead
+        self._memories: list[HostMemory] = []  # of devices that are not open yet
         self.dtype, self.chunk_bytes = _host_dtype(config.dtype), config.chunk_bytes
         self._kv_dtype = _host_kv_dtype(config.kv_cache_dtype, self.dtype)
         self.faults = Faults(config.faults)
@@ -55,7 +57,9 @@ class HostMachine(Machine):
         """See `Machine.views`."""
         config, indices = self._config, self._config.devices.indices
         weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
-        available = available_bytes()
+        if self._ahead is not None:
+            self._memories, self._ahead = self._ahead.hand_over(), None
+        available = available_bytes() + sum(memory.num_taken for memory in self._memories)
         default = max(0, min(DEFAULT_KV_BYTES, available * 4 // 5 // len(indices) - weights))
         kv_bytes = default if config.kv_bytes is None else config.kv_bytes
         budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, kv_bytes)
@@ -72,16 +76,17 @@ class HostMachine(Machine):
         torch.set_num_threads(1)  # a device computes on its own thread
         try:
             with ThreadPoolExecutor(len(self._views)) as threads:
-                opened = list(threads.map(self._open_one, self._views))
+                memories = [self._memories.pop(0) if self._memories else None for _ in self._views]
+                opened = list(threads.map(self._open_one, self._views, memories))
         except BaseException:
             self.close()
             raise
         return [self.faults.wrap(view.device, device) for view, device in zip(self._views, opened, strict=True)]
 
-    def _open_one(self, view: DeviceView) -> HostDevice:
+    def _open_one(self, view: DeviceView, memory: HostMemory | None = None) -> HostDevice:
         cores = self._cores()
         core = cores[view.device] if cores else None
-        device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core)
+        device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core, memory)
         self._devices.append(device)
         return device
 
@@ -134,6 +139,9 @@ class HostMachine(Machine):
     def close(self) -> None:
         """See `Machine.close`."""
         self._close(self._devices)
+        for memory in self._memories + (self._ahead.hand_over() if self._ahead else []):
+            memory.close()
+        self._memories, self._ahead = [], None
 
     def _close(self, devices: Sequence[HostDevice]) -> None:
         with ThreadPoolExecutor(len(devices) or 1) as threads:  # each may wait for what does not end

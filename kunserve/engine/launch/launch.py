@@ -18,6 +18,7 @@ from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.restore_time import measure_restore
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
+from kunserve.host.memory import MemoryAhead
 from kunserve.model.card import ModelFiles, resolve_model
 from kunserve.model.checkpoint import WeightSource, open_weights
 from kunserve.model.config import ModelConfig
@@ -49,8 +50,10 @@ class Served:
         await asyncio.to_thread(self.machine.close)
 
 
-async def launch(config: EngineConfig, served_name: str, progress: Progress) -> Served:
-    """Build an engine. ConfigError, with nothing left open, if it cannot be."""
+async def launch(
+    config: EngineConfig, served_name: str, progress: Progress, ahead: MemoryAhead | None = None
+) -> Served:
+    """Build an engine, on memory that was taken `ahead`. ConfigError, with nothing left open, if it cannot be."""
     started = time.perf_counter()
     config = replace(config, devices=config.devices.resolved())
     files = await asyncio.to_thread(
@@ -61,7 +64,7 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
         quantization=config.quantization,
     )
     files = replace(files, config=await asyncio.to_thread(_as_stored, files.config, config))
-    machine = await asyncio.to_thread(_make_machine, files.config, config)
+    machine = await asyncio.to_thread(_make_machine, files.config, config, ahead)
     try:
         served = await _launch_on(machine, files, config, served_name, progress)
         await _log_host_copy(served)
@@ -86,10 +89,10 @@ async def launch(config: EngineConfig, served_name: str, progress: Progress) -> 
     return served
 
 
-def _make_machine(model: ModelConfig, config: EngineConfig) -> Machine:
+def _make_machine(model: ModelConfig, config: EngineConfig, ahead: MemoryAhead | None) -> Machine:
     """Return the machine of `--devices`. ConfigError, in one line, if it has none of these devices."""
     if config.devices.kind == "cpu":
-        return HostMachine(model, config)
+        return HostMachine(model, config, ahead)
     from kunserve.engine.launch.cuda_machine import CudaMachine, CudaOptions  # needs more than a CPU build has
 
     return CudaMachine(model, CudaOptions.of(model, config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -50,16 +50,17 @@ class Linear:
     """A matrix (N, K): what `Ops.linear` multiplies with and `Ops.embed` takes rows of."""
 
     parts: tuple[StoredRows, ...]  # their rows one after the other: N together
+    shape: tuple[int, int] = field(init=False, compare=False)  # (N, K); kept, as each product asks for it
+
+    def __post_init__(self) -> None:
+        """Add up the parts."""
+        shape = sum(part.num_rows for part in self.parts), self.parts[0].num_columns
+        object.__setattr__(self, "shape", shape)
 
     @classmethod
     def of(cls, weight: Tensor) -> Linear:
         """Return the matrix that a tensor (N, K) of numbers is."""
         return cls((StoredRows(weight),))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return sum(part.num_rows for part in self.parts), self.parts[0].num_columns
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as numbers: (N, K); a view where that is what is stored."""

@@ -29,6 +29,14 @@ def core_quota(read_text: ReadText = read_file) -> float | None:
     return min(quotas, default=None)
 
 
+def available_bytes(read_text: ReadText = read_file) -> int:
+    """Return the memory that this process can take now: without swapping, and within its control groups' limits."""
+    lines = read_text("/proc/meminfo").splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    left = memory_left(read_text)
+    return available if left is None else min(available, left)
+
+
 def memory_left(read_text: ReadText = read_file) -> int | None:
     """Return the bytes that this process may still take; None if nothing limits it. File caches are given back."""
     left: list[int] = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kunserve.cgroup import ReadText, core_quota, memory_left
-from kunserve.gpu.host import available_bytes
+from kunserve.host.cgroup import ReadText, available_bytes, core_quota, memory_left
 
 
 def reader_of(contents: Mapping[str, str]) -> ReadText:
