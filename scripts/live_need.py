@@ -5,12 +5,14 @@
     python scripts/live_need.py --lengths sharegpt_8k_filtered_stats_llama2_tokenizer.csv --need 4 --devices cpu:1
 
 The need is the most KV that the load uses at once where there is plenty, over what is mapped without a drop. So the
-load is sent to a server with plenty first; the others get as many blocks as make it that need. --trace: rows taken at
+load is sent to a server with plenty first; the others get as many blocks as make it that need, or a few more: memory is
+in whole chunks, in each layer. `need` of the result says what it was. --trace: rows taken at
 random from the whole file, as many as --requests, whose times are shrunk until all come within --seconds; --lengths:
 rows of a file without times, at Poisson's. As these devices are slow, prompts and answers are divided by --shrink, and
 cut where they are longer than --longest still: every device has to hold the longest request. Policies run by turns,
 each with a server of its own, --rounds times; figures are medians. The prefix cache is off: every server gets the same
-prompts. Needs a machine with nothing else to do. The last line of stdout is one JSON object.
+prompts. Needs a machine with nothing else to do. --blocks: as many on each device, as a run before told, and no server
+with plenty: so that policies can be measured in runs of their own. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Seen:
     swaps: float
     drops: float
     peak_blocks: float  # in use at once, on all devices
+    mapped_blocks: float  # before the first drop, on all devices
     unfinished: float
 
 
@@ -91,6 +94,7 @@ async def serve(args: argparse.Namespace, jobs: Sequence[Job], policy: str, num_
     async with running_server(*flags, *memory, "--overload-policy", policy) as server:
         recording = Recording.of(jobs, (server.url,))
         target = Target((server.url,), await first_model(server.url, {}), seed=args.seed)
+        mapped_blocks = sum(group["blocks"]["total"] for group in (await server.state())["groups"])
         polling = asyncio.create_task(peak_blocks(server, peaks := [0]))
         await run(recording, target)
         polling.cancel()
@@ -107,6 +111,7 @@ async def serve(args: argparse.Namespace, jobs: Sequence[Job], policy: str, num_
         state["requests"]["swaps"],
         sum(t["kind"] == "drop" for t in state["transitions"]),
         peaks[0],
+        mapped_blocks,
         len(jobs) - found["completed"],
     )
 
@@ -145,23 +150,26 @@ def table(found: dict[str, Seen]) -> list[str]:
 
 
 async def measure(args: argparse.Namespace, policies: Sequence[str]) -> dict[str, Any]:
-    """Run plenty, then all policies by turns; the medians, by policy."""
+    """Run plenty unless the blocks are known, then all policies by turns; the medians, by policy."""
     jobs, num_devices = jobs_of(args), int(args.devices.partition(":")[2] or 1)
-    enough = sum(map(blocks_of, jobs)) + 1
-    plenty = await serve(args, jobs, "recompute", enough)
-    num_blocks = blocks_for(args.need, round(plenty.peak_blocks), jobs, num_devices)
-    print(
-        f"peak {plenty.peak_blocks:.0f} blocks; a need of {args.need:g}: {num_blocks} on each device", file=sys.stderr
-    )
-    rounds: dict[str, list[Seen]] = {PLENTY: [plenty], **{policy: [] for policy in policies}}
+    rounds, num_blocks = dict[str, list[Seen]](), args.blocks
+    if num_blocks is None:
+        plenty = await serve(args, jobs, "recompute", sum(map(blocks_of, jobs)) + 1)
+        num_blocks = blocks_for(args.need, round(plenty.peak_blocks), jobs, num_devices)
+        told = f"peak {plenty.peak_blocks:.0f} blocks; a need of {args.need:g}: {num_blocks} on each device"
+        print(f"{told}; {plenty}", file=sys.stderr, flush=True)
+        rounds[PLENTY] = [plenty]
+    rounds |= {policy: [] for policy in policies}
     for number in range(args.rounds):
         for policy in policies:
             rounds[policy].append(await serve(args, jobs, policy, num_blocks))
             print(f"round {number}, {policy}: {rounds[policy][-1]}", file=sys.stderr, flush=True)
     found = {policy: middle(seen) for policy, seen in rounds.items()}
     print(*table(found), sep="\n")
+    mapped = {seen.mapped_blocks for policy, seen in found.items() if policy != PLENTY}
     return {
-        "need": args.need,
+        "need": [round(found[PLENTY].peak_blocks / each, 3) for each in mapped] if PLENTY in found else None,
+        "mapped_blocks": sorted(mapped),
         "blocks": num_blocks,
         "policies": {
             policy: {name: round(getattr(seen, name), 4) for name in Seen.__slots__} for policy, seen in found.items()
@@ -186,7 +194,8 @@ def main() -> None:
     load.add_argument("--trace", type=Path, help="a file of arrivals and lengths")
     load.add_argument("--lengths", type=Path, help="a file of lengths")
     parser.add_argument("--need", type=float, required=True)
-    parser.add_argument("--policies", default="drop,recompute,swap", help="with commas")
+    parser.add_argument("--blocks", type=int, help="of each device, if they are known")
+    parser.add_argument("--policies", default="drop,recompute,swap", help="with commas; empty: only plenty")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--devices", default="cpu:2")
     parser.add_argument("--requests", type=int, default=40)
@@ -196,10 +205,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if min(args.need, args.requests, args.seconds, args.rounds) <= 0:
-        raise SystemExit("error: --need, --requests, --seconds and --rounds must be above zero")
+    if min(args.need, args.requests, args.seconds, args.rounds, args.blocks or 1) <= 0:
+        raise SystemExit("error: --need, --requests, --seconds, --rounds and --blocks must be above zero")
     try:
-        print(json.dumps(asyncio.run(measure(args, args.policies.split(",")))))
+        print(json.dumps(asyncio.run(measure(args, list(filter(None, args.policies.split(",")))))))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

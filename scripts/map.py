@@ -148,10 +148,12 @@ def capacity(load: Options) -> Capacity:
     return Capacity.of(find_config(load.model), cluster_of(load), load.block_size)
 
 
-def burst_for(point: Point, seed: int, out: Path) -> float:
-    """Return how long a burst lasts that needs what the point says, to a twentieth if that is found: by secants."""
+def burst_for(point: Point, seed: int, out: Path, burst_s: float = USUAL_S) -> float:
+    """Return how long a burst lasts that needs what the point says, to a twentieth if that is found: by secants.
+
+    `burst_s` is tried first.
+    """
     low, high = (0.0, 0.25), (LONGEST_S, inf)  # bursts and their needs; before a burst about a quarter is in use
-    burst_s = USUAL_S
     for _ in range(MOST_TRIES):
         need = need_of(point, burst_s, seed, out)
         if abs(need - point.need) < 0.05 * point.need:
@@ -167,15 +169,21 @@ def burst_for(point: Point, seed: int, out: Path) -> float:
     return burst_s
 
 
-def explore(job: tuple[Point, int, Sequence[str], Path]) -> dict[str, Any]:
-    """Run one point with one seed under all policies; in a process of its own."""
-    point, seed, policies, out = job
-    burst_s = burst_for(point, seed, out)
-    load = point.load(burst_s, seed)
-    runs = {policy: run(replace(load, policy=policy), out) for policy in policies}
-    need = need_of(point, burst_s, seed, out)
-    print(f"{point.name}, seed {seed}: burst of {burst_s:g} s, need {need:.2f}", file=sys.stderr, flush=True)
-    return {"point": point, "seed": seed, "need": need, "burst_s": burst_s, "runs": runs}
+def explore(job: tuple[Point, Sequence[int], Sequence[str], Path]) -> list[dict[str, Any]]:
+    """Run one point with all seeds under all policies; in a process of its own.
+
+    A burst that fits one seed is tried first with the next.
+    """
+    point, seeds, policies, out = job
+    found, burst_s = list[dict[str, Any]](), USUAL_S
+    for seed in seeds:
+        burst_s = burst_for(point, seed, out, burst_s)
+        load = point.load(burst_s, seed)
+        runs = {policy: run(replace(load, policy=policy), out) for policy in policies}
+        need = need_of(point, burst_s, seed, out)
+        print(f"{point.name}, seed {seed}: burst of {burst_s:g} s, need {need:.2f}", file=sys.stderr, flush=True)
+        found.append({"point": point, "seed": seed, "need": need, "burst_s": burst_s, "runs": runs})
+    return found
 
 
 def rows_of(
@@ -286,9 +294,9 @@ def main() -> None:
     baselines = QUICK_BASELINES if args.quick else BASELINES
     seeds = range(args.seeds or (2 if args.quick else 3))
     policies = (PLENTY, "drop", *baselines, *([VLLM] if args.published else []))
-    jobs = [(point, seed, policies, args.out) for point in chosen for seed in seeds]
+    jobs = [(point, seeds, policies, args.out) for point in chosen]
     with ProcessPoolExecutor(args.jobs) as processes:
-        found = list(processes.map(explore, jobs))
+        found = [result for results in processes.map(explore, jobs) for result in results]
     rows = list(rows_of(found, policies, baselines))
     for row in rows:
         print(json.dumps(row))

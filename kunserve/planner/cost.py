@@ -14,7 +14,7 @@ Which o fits is found with the other constants (scripts/bench/fit_cost_model.py)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from operator import add
 from typing import NamedTuple
@@ -37,6 +37,11 @@ class TokenSpan(NamedTuple):
         """Tokens whose KV it reads."""
         return self.prefix + self.num_tokens
 
+    @property
+    def num_spans(self) -> int:
+        """Return 1, as `Work` counts it."""
+        return 1
+
 
 class Work(NamedTuple):
     """What a microbatch asks of a layer: the sums over its spans that its time depends on."""
@@ -58,6 +63,12 @@ class Work(NamedTuple):
             num_spans += 1
             samples += span.num_samples
         return cls(pairs, keys, tokens, num_spans, samples)
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> Work:
+        """Sum up the work of requests that compute one token each, and have so many with it."""
+        num_rows, num_keys = len(lengths), sum(lengths)
+        return cls(num_keys, num_keys, num_rows, num_rows, num_rows)
 
     def plus(self, span: TokenSpan) -> Work:
         """Return this work with one more span."""
@@ -119,10 +130,10 @@ class CostModel:
             ends += self.head_time(work.num_samples)
         return self.stage_s + ends + num_layers * self.layer_time(work)
 
-    def added_time(self, num_layers: int, span: TokenSpan) -> float:
-        """Predict the seconds that one more span adds to a large microbatch in `num_layers` layers and the head."""
+    def added_time(self, num_layers: int, span: TokenSpan | Work) -> float:
+        """Predict the seconds that one or more spans add to a large microbatch in `num_layers` layers and the head."""
         attention = self.pair_s * span.num_pairs + self.key_s * span.num_keys
-        layer = attention + self.token_s * span.num_tokens + self.chunk_s
+        layer = attention + self.token_s * span.num_tokens + self.chunk_s * span.num_spans
         return num_layers * layer + (self.head_row_s + self.sample_s) * span.num_samples
 
     def to_dict(self) -> dict[str, float]:

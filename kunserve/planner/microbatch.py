@@ -43,8 +43,8 @@ class Lookahead:
         """Predict the seconds of a microbatch in all stages together."""
         return self.cost.work_time(self.num_layers, work, is_first=True, is_last=True)
 
-    def added_time(self, span: TokenSpan) -> float:
-        """Predict the seconds that one more span adds in all stages together."""
+    def added_time(self, span: TokenSpan | Work) -> float:
+        """Predict the seconds that one or more spans add in all stages together."""
         return self.cost.added_time(self.num_layers, span)
 
     @cached_property
@@ -57,7 +57,7 @@ class Lookahead:
             low, high = (low, middle) if self._token_s(middle) <= most_s else (middle + 1, high)
         return low
 
-    def target(self, decoding: Sequence[TokenSpan], prompts: Sequence[TokenSpan], num_stages: int) -> BatchTarget:
+    def target(self, decoding: Work, prompts: Sequence[TokenSpan], num_stages: int) -> BatchTarget:
         """Return what the next microbatch may take of all that could go now: decoding requests, pieces of prompts.
 
         Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
@@ -69,9 +69,9 @@ class Lookahead:
         prompts_s = sum(map(self.added_time, prompts))
         part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / (LONG_BACKLOG * num_stages)))
         num_parts = max(num_stages, ceil(prompts_s / part_s))
-        decode, prompt = Work.of(decoding).part(num_stages), Work.of(prompts).part(num_parts)
+        decode, prompt = decoding.part(num_stages), Work.of(prompts).part(num_parts)
         least = Work.of([efficient]).part(2)
-        decode_s = sum(map(self.added_time, decoding)) / num_stages
+        decode_s = self.added_time(decoding) / num_stages
         return BatchTarget(decode_s, max(self.time(decode.join(prompt)), self.time(decode.join(least))))
 
     def cut(self, work: Work, prefix: int, num_tokens: int, total_s: float) -> int:

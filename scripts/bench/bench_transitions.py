@@ -3,6 +3,7 @@
 
     python scripts/bench/bench_transitions.py --rounds 3 --cycles 10
     python scripts/bench/bench_transitions.py --rounds 0 --cycles 0 --drops 50
+    python scripts/bench/bench_transitions.py --rounds 0 --cycles 0 --again 20
 
 `throughput`: a load that fits without a drop, on two groups and on the chain they make when an operator asks, by turns;
 and the latency of a single request before the first drop and after the last restore. `alone`: the same load without a
@@ -210,6 +211,31 @@ async def drift(args: argparse.Namespace) -> dict[str, Any]:
     return {"cycles": cycles}
 
 
+async def again(args: argparse.Namespace) -> dict[str, Any]:
+    """Two bursts with a pause between."""
+    flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
+    bursts = list[dict[str, Any]]()
+    async with running_server(*flags, NO_CACHE) as server:
+        await measure((server.url,), ONE, 0)
+        for seed in range(2):
+            await asyncio.sleep(args.again if seed else 0.0)
+            before = await server.state()
+            summary = (await measure((server.url,), BURST, seed))["summary"]
+            new = (await server.state())["transitions"][len(before["transitions"]) :]
+            burst = {
+                "groups_before": len(before["groups"]),
+                "p99_ttft_s": summary["ttft_s"]["p99"],
+                "longest_gap_s": summary["longest_gap_s"],
+                "tokens_per_s": summary["output_tokens_per_s"],
+                "transitions": [
+                    (t["kind"], t["started_s"] - before["now_s"], t["seconds"].get("committed")) for t in new
+                ],
+            }
+            print(burst, file=sys.stderr, flush=True)
+            bursts.append(burst)
+    return {"pause_s": args.again, "bursts": bursts}
+
+
 async def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,6 +245,7 @@ async def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of throughput; 0: not measured")
     parser.add_argument("--cycles", type=int, default=10, help="of drift; 0: not measured")
     parser.add_argument("--drops", type=int, default=0, help="of commits; 0: not measured")
+    parser.add_argument("--again", type=float, default=0.0, help="seconds between two bursts; 0: not measured")
     args = parser.parse_args()
     report: dict[str, Any] = {}
     if args.rounds:
@@ -226,6 +253,8 @@ async def main() -> None:
         report["throughput"] = await throughput(args)
     if args.drops:
         report["commits"] = await commits(args)
+    if args.again:
+        report["again"] = await again(args)
     if args.cycles:
         report["drift"] = await drift(args)
     print(json.dumps(report))

@@ -81,3 +81,11 @@ def test_constants_that_cannot_be_are_named(change: dict[str, float], named: str
     del values["stage_s"]
     with pytest.raises(ValueError, match="stage_s"):
         CostModel.from_dict(values)
+
+
+def test_rows_that_decode_are_spans_of_one_token() -> None:
+    lengths = [100, 7, 4000]
+    spans = [TokenSpan(length - 1, 1, 1) for length in lengths]
+    rows = Work.of_rows(lengths)
+    assert rows == Work.of(spans) and Work.of_rows([]) == Work()
+    assert COST.added_time(3, rows) == pytest.approx(sum(COST.added_time(3, span) for span in spans))

@@ -22,7 +22,7 @@ def split(lookahead: Lookahead, prompts: list[int], num_stages: int) -> list[lis
     in_flight: list[list[TokenSpan]] = []
     while any(d < n for d, n in zip(done, prompts, strict=True)):
         rest = [TokenSpan(d, n - d, 1) for d, n in zip(done, prompts, strict=True) if d < n]
-        total_s = lookahead.target([], [*rest, *chain.from_iterable(in_flight)], num_stages).total_s
+        total_s = lookahead.target(Work(), [*rest, *chain.from_iterable(in_flight)], num_stages).total_s
         part: list[tuple[int, TokenSpan]] = []
         work = Work()
         for i, num_tokens in enumerate(prompts):
@@ -60,7 +60,7 @@ def test_parts_cover_all_tokens_once_and_are_equally_long(prompts: list[int], nu
 @settings(deadline=None)
 @given(st.integers(200, 4000), st.integers(2, 4))
 def test_one_prompt_is_cut_for_all_stages(num_tokens: int, num_stages: int) -> None:
-    part = LOOKAHEAD.target([], [TokenSpan(0, num_tokens, 1)], num_stages)
+    part = LOOKAHEAD.target(Work(), [TokenSpan(0, num_tokens, 1)], num_stages)
     first = LOOKAHEAD.cut(Work(), 0, num_tokens, part.total_s)
     least = LOOKAHEAD.least_tokens
     most = max(least * 1.2, num_tokens / (LONG_BACKLOG * num_stages) * 1.2)
@@ -71,25 +71,25 @@ def test_a_long_backlog_goes_in_larger_parts_as_far_as_a_microbatch_carries_them
     least = LOOKAHEAD.least_tokens
     sizes = []
     for num_least in (2 * LONG_BACKLOG, 4 * LONG_BACKLOG, 8 * LONG_BACKLOG, 1000):  # two stages
-        total_s = LOOKAHEAD.target([], [TokenSpan(0, least)] * num_least, 2).total_s
+        total_s = LOOKAHEAD.target(Work(), [TokenSpan(0, least)] * num_least, 2).total_s
         sizes.append(LOOKAHEAD.cut(Work(), 0, 10**5, total_s) / least)
     assert sizes[:3] == pytest.approx([1, 2, 4], rel=0.2)
     assert sizes[3] * least <= LOOKAHEAD.max_num_tokens * 1.1
 
 
 def test_a_piece_after_a_long_prefix_is_shorter() -> None:
-    total_s = LOOKAHEAD.target([], [TokenSpan(0, 3000)], 2).total_s
+    total_s = LOOKAHEAD.target(Work(), [TokenSpan(0, 3000)], 2).total_s
     cuts = [LOOKAHEAD.cut(Work(), prefix, 1000, total_s) for prefix in (0, 1000, 8000)]
     assert cuts[0] > cuts[1] > cuts[2] > 0
 
 
 def test_what_decodes_is_shared_and_leaves_room_for_prompts() -> None:
-    decoding = [TokenSpan(1000, 1, 1)] * 60
+    decoding = Work.of([TokenSpan(1000, 1, 1)] * 60)
     alone = LOOKAHEAD.target(decoding, [], 2)
-    assert alone.decode_s == pytest.approx(30 * LOOKAHEAD.added_time(decoding[0]))
+    assert alone.decode_s == pytest.approx(30 * LOOKAHEAD.added_time(TokenSpan(1000, 1, 1)))
     part = LOOKAHEAD.target(decoding, [TokenSpan(500, 900, 1)], 2)
     assert part.decode_s == alone.decode_s
-    assert LOOKAHEAD.cut(Work.of(decoding[:30]), 500, 900, part.total_s) >= LOOKAHEAD.least_tokens // 2
+    assert LOOKAHEAD.cut(decoding.part(2), 500, 900, part.total_s) >= LOOKAHEAD.least_tokens // 2
 
 
 def test_the_smallest_efficient_size_follows_the_cost_of_loading() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import map as policy_map
+import pytest
 
 from kunserve.model.costs import OVERLAP
 
@@ -51,3 +53,17 @@ def test_overlaps_are_points_of_their_own() -> None:
     assert len(swept) == 2 * len(plain) == 48 and set(plain) < set(swept)
     assert len({point.name for point in swept}) == 48
     assert {point.load(20.0, 0).overlap for point in swept} == {1.0, OVERLAP}
+
+
+def test_a_burst_that_is_known_to_fit_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[float]()
+
+    def need_of(point: policy_map.Point, burst_s: float, seed: int, out: Path) -> float:
+        tried.append(burst_s)
+        return 0.4 + 0.01 * burst_s
+
+    monkeypatch.setattr(policy_map, "need_of", need_of)
+    burst_s = policy_map.burst_for(POINT, 0, Path())
+    assert len(tried) > 1 and need_of(POINT, burst_s, 0, Path()) == pytest.approx(POINT.need, rel=0.05)
+    tried.clear()
+    assert policy_map.burst_for(POINT, 1, Path(), burst_s) == burst_s and tried == [burst_s]

@@ -65,19 +65,24 @@ class TimeBudget:
         self._num_tokens = lookahead.max_num_tokens
         num_seen = LONG_BACKLOG * len(group.stages) * lookahead.max_num_tokens  # beyond, nothing depends on it
         ahead = _admissible(group, waiting, max_running, num_seen)
-        decoding, prompts = list[TokenSpan](), list[TokenSpan]()
-        for r in filter(is_schedulable, group.running):
-            if _decodes(r, _num_pending(r)):
-                decoding.append(TokenSpan(r.num_expected_tokens - 1, 1, 1))
-            prompts += _prompt_spans(r)
+        decoding, prompts = list[int](), list[TokenSpan]()
+        for r in group.running:  # for those who decode nothing is called: each microbatch looks at all of them
+            if r.is_moving or r.finish_reason is not None or r.has_failed:  # not schedulable
+                continue
+            num_scheduled, num_expected = r.num_scheduled_tokens, len(r.token_ids) + r.num_sampling
+            if is_decoding := num_scheduled + 1 == num_expected > len(r.prompt_token_ids):
+                decoding.append(num_expected)
+            if num_scheduled < num_expected - is_decoding or num_scheduled - r.num_computed_tokens > r.num_in_flight:
+                prompts += _prompt_spans(r)
         prompts += [span for request in ahead for span in _prompt_spans(request)]
-        self._target = lookahead.target(decoding, prompts, len(group.stages))
+        self._target = lookahead.target(Work.of_rows(decoding), prompts, len(group.stages))
+        self._most_decode_s = self._target.decode_s * (1 - 1e-9)
 
     def fits(self, request: Request, num_tokens: int) -> int:
         """See `Budget.fits`."""
-        most = min(num_tokens, self._num_tokens)
         if _decodes(request, num_tokens):
-            return most if self._decode_s < self._target.decode_s * (1 - 1e-9) else 0
+            return min(1, self._num_tokens) if self._decode_s < self._most_decode_s else 0
+        most = min(num_tokens, self._num_tokens)
         cut = self._lookahead.cut(self._work, request.num_scheduled_tokens, most, self._target.total_s)
         least = min(num_tokens, LEAST_CUT)
         if self._has_prompt and cut < least:
