@@ -65,7 +65,10 @@ class Turns:
         while self._waiting and self._num_left > 0:
             turn = self._waiting.popleft()
             if not isinstance(turn, asyncio.Future):
-                loop.call_soon(turn)  # by the loop: what fails there stops no other
+                try:
+                    turn()
+                except Exception as error:  # it stops no other
+                    loop.call_exception_handler({"message": f"a turn of {turn!r} failed", "exception": error})
             elif turn.done():  # its client has left
                 continue
             else:
