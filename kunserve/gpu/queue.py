@@ -37,6 +37,28 @@ class Answer(asyncio.Future[T]):
         super().cancel()
 
 
+def answer_of(work: Awaitable[T]) -> Answer[T]:
+    """Return what becomes of any work. Who waits may be answered before it ends; it is asked to end if one gives up."""
+    if isinstance(work, Answer):
+        return work
+    running = asyncio.ensure_future(work)
+    answer = Answer[T](running.cancel)
+
+    def tell(running: asyncio.Future[T]) -> None:
+        error = None if running.cancelled() else running.exception()
+        if answer.done():
+            return
+        if running.cancelled():
+            answer.end()
+        elif error is None:
+            answer.set_result(running.result())
+        else:
+            answer.set_exception(error)
+
+    running.add_done_callback(tell)
+    return answer
+
+
 class _Item(Generic[T]):
     """Work, and the loop that waits for it; nobody does if there is no answer."""
 

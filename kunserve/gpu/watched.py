@@ -17,7 +17,7 @@ from torch import Tensor
 from kunserve.errors import DeviceLostError
 from kunserve.gpu.copies import BlockCopy
 from kunserve.gpu.device import Device
-from kunserve.gpu.queue import Answer
+from kunserve.gpu.queue import answer_of
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class _Line:
     """Work of one kind of a device that has not ended, and how long none of it has."""
 
     def __init__(self) -> None:
-        self.waiting: set[Answer[Any]] = set()
+        self.waiting: set[asyncio.Future[Any]] = set()
         self.silent_s = 0.0
 
 
@@ -82,7 +82,7 @@ class WatchedDevice:
         self.is_lost = True
         self.inner.abandon()
         for line in self._lines:
-            for answer in line.waiting:
+            for answer in [answer for answer in line.waiting if not answer.done()]:
                 answer.set_exception(DeviceLostError(f"{self.name} is lost: {reason}"))
             line.waiting.clear()
         if self.watcher is not None:
@@ -108,27 +108,17 @@ class WatchedDevice:
             raise DeviceLostError(f"{self.name} is lost")
         if self.watcher is not None and not self.has_work:
             self.watcher.has_work()
-        running = asyncio.ensure_future(begin())
-        answer = Answer[T](running.cancel)  # it ends when nothing works on the memory any more
+        answer = answer_of(begin())
         line.waiting.add(answer)
-        running.add_done_callback(partial(self._ended, line, answer))
+        answer.add_done_callback(partial(self._ended, line))
         return await answer
 
-    def _ended(self, line: _Line, answer: Answer[T], task: asyncio.Future[T]) -> None:
+    def _ended(self, line: _Line, answer: asyncio.Future[Any]) -> None:
         line.waiting.discard(answer)
         line.silent_s = 0.0
-        error = None if task.cancelled() else task.exception()
-        if answer.done():
-            return  # the device was lost before
-        if task.cancelled():
-            answer.end()
-        elif error is None:
-            answer.set_result(task.result())
-        else:
-            answer.set_exception(error)
-            if isinstance(error, DeviceLostError):
-                self.has_faulted = True
-                self.lose(error.message)
+        if not (self.is_lost or answer.cancelled()) and isinstance(error := answer.exception(), DeviceLostError):
+            self.has_faulted = True
+            self.lose(error.message)
 
     # --- as a device --------------------------------------------------------------------------------------------
 
