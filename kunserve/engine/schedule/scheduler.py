@@ -165,23 +165,32 @@ class Scheduler:
         """Tell whether `group` has room for whoever is next; perhaps another should take it."""
         return self.head is not None and self._has_room(group, self.head)
 
-    def commit(self, group: Group, batch: Microbatch) -> None:
-        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens."""
+    def commit(self, group: Group, batch: Microbatch) -> list[Request]:
+        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens.
+
+        Returns the requests that have ended meanwhile.
+        """
         group.in_flight.remove(batch)
+        ended = list[Request]()
         for request, end in zip(batch.decoding.requests, batch.decoding.ends, strict=True):
             request.num_in_flight -= 1
             request.num_sampling -= 1
             request.num_computed_tokens = end
+            if request.finish_reason is not None:
+                ended.append(request)
         for request, _, end, samples, _ in batch.others:
             request.num_in_flight -= 1
             request.num_sampling -= samples
             request.num_computed_tokens = end
             if samples:
                 request.is_hurried = False
+            if request.finish_reason is not None:
+                ended.append(request)
         if len(self.waiting):  # else there is nobody to share with, and no counter is kept
             for span in batch.spans:
                 if span.samples:
                     self.waiting.generated(span.request.owner, 1)
+        return ended
 
     def preempt(self, group: Group, request: Request, *, is_hurried: bool = False) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed.
