@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Steady:
     """
 
     requests: list[Request]
-    ends: list[int]  # how many tokens of each are scheduled
+    ends: Sequence[int]  # how many tokens of each are scheduled
     num_left: int  # so many tokens more, and the first of them has come to its last
 
     @classmethod
