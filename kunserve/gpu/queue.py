@@ -87,12 +87,13 @@ class _Item(Generic[T]):
 
     def _tell(self) -> None:
         assert self._answer is not None
+        error, self._error = self._error, None  # its traceback knows this item: all that the work holds would stay
         if self._answer.done():
             return
-        if self._error is None:
+        if error is None:
             self._answer.set_result(self._value)  # type: ignore[arg-type]  # it is what the work returned
         else:
-            self._answer.set_exception(self._error)
+            self._answer.set_exception(error)
 
 
 class WorkQueue:
@@ -105,12 +106,12 @@ class WorkQueue:
     def __init__(self, name: str, core: int | None = None) -> None:
         self._items = SimpleQueue[_Item[Any] | None]()  # None: there are no more
         self._is_closed = False
-        self._thread = threading.Thread(target=self._work, args=(core,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
-
-    def _work(self, core: int | None) -> None:
         if core is not None:
-            os.sched_setaffinity(0, {core})  # 0: the calling thread
+            os.sched_setaffinity(self._thread.native_id or 0, {core})
+
+    def _work(self) -> None:
         while (item := self._items.get()) is not None:
             item.run()
             del item  # what it holds: the next may be long in coming
