@@ -101,7 +101,7 @@ class OverloadControl:
         if (may_drop or self.reconfigure.is_cancellable) and self.pressure.is_too_high(changed):
             self._relaxation = Relaxation()
             if may_drop:
-                self._begin_drop(now)
+                self.begin_drop(now)
             else:
                 self.reconfigure.cancel_restore()
         elif not self._tasks and self._is_dropped() and self._may_look(now) and self._may_be_low():
@@ -273,7 +273,8 @@ class OverloadControl:
     def _need_blocks(self, of_lengths: float, of_arrivals: float) -> int:
         return round(of_arrivals * self.pressure.demand(of_lengths))
 
-    def _begin_drop(self, now: float) -> None:
+    def begin_drop(self, now: float) -> None:
+        """Begin the merges that the planner proposes and that are worth their cost; their groups are paused at once."""
         snapshot, in_the_way = self.snapshot(), self.reconfigure.transitions.in_the_way
         free = tuple(group for group in snapshot.groups if in_the_way("drop", [group.group_id]) is None)
         snapshot = replace(snapshot, groups=free)

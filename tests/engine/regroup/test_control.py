@@ -212,9 +212,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         while not control.pressure.is_too_high(engine.groups):
             await next_round()
         groups = list(engine.groups)
-        control.is_automatic = True
-        control.observe(groups)
-        control.is_automatic = False
+        control.begin_drop(loop_time())
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control.tasks
         if way == "refused":  # its groups are in another transition by now
