@@ -76,9 +76,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = indices, last.clone()
         self._shape = num_heads, num_kv_heads, page_size, head_dim, options.get("window_left", -1)
         self._cached_module, self._pin_memory_int_workspace_buffer = SimpleNamespace(plan=self._plan), self.pinned
-        lens = (indptr.diff() - 1) * page_size + last
+        lens, (floats, ints) = (indptr.diff() - 1) * page_size + last, self.workspaces
         self._plan_info = self._plan(
-            *self.workspaces, self.pinned, qo_indptr, indptr, lens, self._qo_indptr_last, len(last), num_heads,
+            floats, ints, self.pinned, qo_indptr, indptr, lens, self._qo_indptr_last, len(last), num_heads,
             num_kv_heads, page_size, False, head_dim, head_dim, True, options.get("window_left", -1), -1, False, 0, 0,
         )  # fmt: skip
 

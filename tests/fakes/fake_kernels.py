@@ -74,7 +74,7 @@ class LaunchedKernels:
 
         def work(x: Tensor, router_data: Tensor, *rest: Tensor) -> None:
             *tensors, out = rest
-            weights = dict(zip(given, tensors, strict=True))
+            weights: dict[str, Any] = dict(zip(given, tensors, strict=True))
             linear = Linear((StoredRows(router_data, router.blocks),))
             out.copy_(self._reference.moe(x, replace(experts, router=linear, **weights)))
 

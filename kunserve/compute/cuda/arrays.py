@@ -160,7 +160,7 @@ class StepBuffers:
         staged = [Staged(self._host[part], self._device[part]) for part in slices]
         self.token_ids, self.sampled_rows, self.positions, self.cu_seqlens_q = staged[:4]
         self.kv = tuple(
-            KvBuffers(*staged[4 + 3 * kind : 7 + 3 * kind], staged[-1 - kind]) for kind in range(1 + len(near))
+            KvBuffers(*[*staged[4 + 3 * kind : 7 + 3 * kind], staged[-1 - kind]]) for kind in range(1 + len(near))
         )
         self._num_fixed = starts[-1]
 

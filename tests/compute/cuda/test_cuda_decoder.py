@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -163,3 +164,31 @@ def test_padding_writes_nothing_and_reads_a_block_that_is_there() -> None:
     assert arrays.kv[0].kv_indices.tolist() == [11, 3, 1, 11, 11]
     assert arrays.kv[0].last_block_len.tolist() == [3, 4, 1, 1]
     assert arrays.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_near_arrays_name_no_block_behind_the_window() -> None:
+    batch, _ = step([(2, 3, 9), (0, 6, 7)])
+    arrays = step_arrays(replace(batch, near=batch), window=3)
+    full, near = arrays.kv
+    assert near.kv_indptr.tolist() == [0, 3, 4] and near.kv_indices.tolist() == [9, 0, 7, 3]
+    assert full.kv_indices.tolist() == [9, 0, 7, 11, 3]
+    assert near.slots.tolist() == full.slots.tolist() and near.last_block_len.tolist() == [1, 3]
+    assert full.lens(BLOCK).tolist() == [9, 7] and near.lens(BLOCK).tolist() == [9, 3]
+    decoding, _ = step([(0, 6, 7), (3, 3, 4)])
+    padded = step_arrays(replace(decoding, near=decoding), 4, window=3).kv[1]
+    assert padded.kv_indices.tolist() == [3, 1, 3, 3] and padded.slots.tolist() == [3 * 4 + 2, 1 * 4 + 3, -1, -1]
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 9])
+def test_no_step_names_more_near_blocks_than_there_is_room_for(window: int) -> None:
+    limits = StepLimits(32, 6, 1000).with_near(window, BLOCK)
+    rng = random.Random(window)
+    for _ in range(50):
+        lens = [rng.randint(1, 32 // 6) for _ in range(6)]
+        starts = torch.tensor([rng.randint(0, 60) for _ in lens])
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(lens).cumsum(0)])
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts.tolist(), lens, strict=True)])
+        tables = torch.arange(6 * 20, dtype=torch.int32).view(6, 20)
+        batch = AttentionBatch(positions.int(), ends.int(), (starts + torch.tensor(lens)).int(), tables, BLOCK)
+        near = step_arrays(replace(batch, near=batch), window=window).kv[1]
+        assert len(near.kv_indices) <= limits.max_blocks_by_kind[1]
