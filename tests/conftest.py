@@ -81,7 +81,7 @@ def fresh_logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model of six layers in float64, where the order of sums does not choose tokens."""
-    folder = tmp_path_factory.mktemp("tiny64")
-    return make_tiny_model("llama", folder, dtype=torch.float64, num_hidden_layers=6, hidden_size=32)
+def six_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model of six layers."""
+    folder = tmp_path_factory.mktemp("six_layers")
+    return make_tiny_model("llama", folder, num_hidden_layers=6, hidden_size=32)

@@ -65,17 +65,17 @@ async def requests(pool: Pool) -> list[Request]:
 
 
 def seen(outputs: list[Output]) -> tuple[list[int], list[float]]:
-    """Tokens, and logprobs of the prompt but for the last bits, which differ with how it is cut."""
-    return token_ids(outputs), [round(scored.logprob, 6) for o in outputs for scored in o.prompt_logprobs]
+    """Return the tokens, and the logprobs of the prompt."""
+    return token_ids(outputs), [scored.logprob for o in outputs for scored in o.prompt_logprobs]
 
 
 async def answers(
     folder: Path, layout: str, fails: Fails, **settings: Any
 ) -> tuple[list[Any], list[int], list[Request]]:
     """What is answered, which steps failed, and the requests."""
-    settings = {"num_blocks_override": 60, "block_size": 4, "chunk_bytes": 1 << 14, "max_model_len": 128} | settings
+    settings = {"num_blocks_override": 60, "block_size": 4, "chunk_bytes": 1 << 13, "max_model_len": 128} | settings
     async with running_engine(
-        folder, **LAYOUTS[layout].settings, dtype="float64", max_num_batched_tokens=16, is_pinned=True, **settings
+        folder, **LAYOUTS[layout].settings, dtype="float32", max_num_batched_tokens=16, is_pinned=True, **settings
     ) as served:
         vocabulary = Vocabulary(served.tokenizer.to_json, VOCAB_SIZE, served.files.config.eos_token_ids[:1])
         async with open_pool(vocabulary) as pool:
@@ -86,8 +86,8 @@ async def answers(
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Any]:
-    return asyncio.run(answers(tiny64, "cpu:1", lambda *_: False, num_blocks_override=600))[0]
+def expected(six_layers: Path) -> list[Any]:
+    return asyncio.run(answers(six_layers, "cpu:1", lambda *_: False, num_blocks_override=600))[0]
 
 
 class Sometimes:
@@ -109,18 +109,18 @@ class Sometimes:
 @pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("every", [2, 4, 8])
 async def test_steps_that_fail_now_and_then_change_no_token(
-    layout: str, is_ahead: bool, every: int, tiny64: Path, expected: list[Any]
+    layout: str, is_ahead: bool, every: int, six_layers: Path, expected: list[Any]
 ) -> None:
-    found, failed, asked = await answers(tiny64, layout, Sometimes(every), async_scheduling=is_ahead)
+    found, failed, asked = await answers(six_layers, layout, Sometimes(every), async_scheduling=is_ahead)
     assert found == expected and len(failed) >= 3
     assert sum(request.num_preemptions for request in asked) >= 3
 
 
 async def test_a_group_that_always_fails_is_left(
-    tiny64: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "PROBE_S", 3600.0)
-    found, failed, asked = await answers(tiny64, "cpu:2", lambda group, _: group.group_id == 0)
+    found, failed, asked = await answers(six_layers, "cpu:2", lambda group, _: group.group_id == 0)
     assert found == expected and set(failed) == {0}
     assert 1 <= len(failed) < len(asked)  # who was there already fails once
 
@@ -176,14 +176,14 @@ def test_a_suspected_group_is_tried_again_after_a_while() -> None:
 @pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
 @pytest.mark.parametrize("is_ahead", [False, True])
 async def test_what_fails_everywhere_fails_alone(
-    layout: str, is_ahead: bool, tiny64: Path, expected: list[Any]
+    layout: str, is_ahead: bool, six_layers: Path, expected: list[Any]
 ) -> None:
     """One request is poison wherever it is computed; nobody who shared a step with it notices."""
 
     def fails(_: Group, batch: Microbatch) -> bool:
         return any(span.request.request_id == "r3" for span in batch.spans)
 
-    found, failed, asked = await answers(tiny64, layout, fails, async_scheduling=is_ahead)
+    found, failed, asked = await answers(six_layers, layout, fails, async_scheduling=is_ahead)
     assert isinstance(found[3], EngineError) and "the step failed" in found[3].message
     assert found[:3] + found[4:] == expected[:3] + expected[4:]
     assert len(failed) >= asked[3].num_failures == retries.MOST_FAILURES
@@ -192,14 +192,14 @@ async def test_what_fails_everywhere_fails_alone(
 @pytest.mark.parametrize("layout", ["cpu:1", "cpu:2", "chain"])
 @pytest.mark.parametrize("is_ahead", [False, True])
 async def test_what_always_fails_at_its_beginning_ends(
-    layout: str, is_ahead: bool, tiny64: Path, expected: list[Any]
+    layout: str, is_ahead: bool, six_layers: Path, expected: list[Any]
 ) -> None:
     """Its next piece may be in flight behind the one that fails: that this comes back is no progress."""
 
     def fails(_: Group, batch: Microbatch) -> bool:
         return any(span.request.request_id == "scored" and span.start == 0 for span in batch.spans)
 
-    found, _, asked = await answers(tiny64, layout, fails, async_scheduling=is_ahead)
+    found, _, asked = await answers(six_layers, layout, fails, async_scheduling=is_ahead)
     assert asked[LONG].request_id == "scored"
     assert isinstance(found[LONG], EngineError) and "the step failed" in found[LONG].message
     assert found[:LONG] + found[LONG + 1 :] == expected[:LONG] + expected[LONG + 1 :]

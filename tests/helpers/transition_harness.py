@@ -31,12 +31,11 @@ from kunserve.sampling import FinishReason, SamplingParams
 T = TypeVar("T")
 
 BLOCK_SIZE = 4
-CHUNK_BLOCKS = 32  # of one layer of the tiny model, in a chunk of 64 KiB
+CHUNK_BLOCKS = 32  # of one layer of the tiny model, in a chunk of 32 KiB
 PATIENCE = 20  # so many times as long as the deadline
-TOLERANCE = 1e-9  # of logprobs: batches differ, so the last bits do
 TINY: dict[str, Any] = {
-    "dtype": "float64",
-    "chunk_bytes": 1 << 16,
+    "dtype": "float32",
+    "chunk_bytes": 1 << 15,
     "block_size": BLOCK_SIZE,
     "max_num_batched_tokens": 64,
     "max_model_len": 128,
@@ -66,15 +65,10 @@ class Answer:
             self.finish = output.finish_reason, output.stop_reason
 
     def assert_same(self, other: Answer) -> None:
-        """Tokens, text and endings are the same; logprobs are but for rounding."""
+        """Everything is the same to the last bit: no result of a CPU device depends on its batch."""
         assert (self.token_ids, self.text, self.finish) == (other.token_ids, other.text, other.finish)
-        assert self.error is other.error is None and len(self.logprobs) == len(other.logprobs)
-        mine_all, its_all = self.logprobs + self.prompt_logprobs, other.logprobs + other.prompt_logprobs
-        for mine, its in zip(mine_all, its_all, strict=True):
-            assert (mine.token_id, mine.rank) == (its.token_id, its.rank)
-            assert abs(mine.logprob - its.logprob) < TOLERANCE
-            for (token, logprob), (its_token, its_logprob) in zip(mine.top, its.top, strict=True):
-                assert token == its_token and abs(logprob - its_logprob) < TOLERANCE
+        assert self.error is other.error is None
+        assert (self.logprobs, self.prompt_logprobs) == (other.logprobs, other.prompt_logprobs)
 
 
 class Checked:

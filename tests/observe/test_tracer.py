@@ -132,12 +132,12 @@ async def test_what_fails_or_never_begins_says_so(traces: Traces) -> None:
     assert "gen_ai.latency.time_in_queue" not in (root.attributes or {})
 
 
-async def test_a_drop_and_the_way_of_the_kv_are_events(traces: Traces, tiny64: Path) -> None:
+async def test_a_drop_and_the_way_of_the_kv_are_events(traces: Traces, six_layers: Path) -> None:
     rng = random.Random(3)
     requests = [
         Request(f"r{i}", rng.choices(range(3, 60), k=30), SamplingParams(20, ignore_eos=True, seed=i)) for i in range(4)
     ]
-    async with two_devices(tiny64, 320) as checked:
+    async with two_devices(six_layers, 320) as checked:
         for request in requests:
             request.trace = traces.tracer.of({}).begin(1)
         answers = await loaded(checked, requests)

@@ -50,9 +50,9 @@ async def answers(engine: Engine, pool: Pool, at_token: Callable[[int], None]) -
 
 
 @pytest.mark.parametrize("layout", ["cpu:2", "chain"])
-async def test_streams_are_exact_whatever_dies(tiny64: Path, layout: str) -> None:
+async def test_streams_are_exact_whatever_dies(six_layers: Path, layout: str) -> None:
     settings = {**LAYOUTS[layout].settings, "block_size": 8, "max_model_len": 112, "chunk_bytes": 1 << 14}
-    async with running_engine(tiny64, dtype="float64", is_pinned=True, **settings) as served:
+    async with running_engine(six_layers, dtype="float32", is_pinned=True, **settings) as served:
         vocabulary = Vocabulary(served.tokenizer.to_json, VOCAB_SIZE, served.files.config.eos_token_ids)
         async with open_pool(vocabulary) as pool:
             expected = await answers(served.engine, pool, lambda _: None)

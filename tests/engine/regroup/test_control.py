@@ -33,11 +33,11 @@ BURST = [
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Answer]:
+def expected(six_layers: Path) -> list[Answer]:
     """What an undisturbed server answers to the burst."""
 
     async def ask() -> list[Answer]:
-        async with checked_engine(tiny64, "cpu:1", 1280) as checked:
+        async with checked_engine(six_layers, "cpu:1", 1280) as checked:
             return await checked.answer_all(again(BURST))
 
     return asyncio.run(ask())
@@ -66,9 +66,9 @@ async def until_launched(checked: Checked, num_groups: int = 2) -> None:
 
 @pytest.mark.parametrize(("devices", "num_groups"), [("cpu:2", 2), ("cpu:4", 4)])
 async def test_a_burst_is_answered_with_a_drop_and_undone_after_it(
-    devices: str, num_groups: int, tiny64: Path, expected: list[Answer]
+    devices: str, num_groups: int, six_layers: Path, expected: list[Answer]
 ) -> None:
-    async with automatic(tiny64, devices) as checked:
+    async with automatic(six_layers, devices) as checked:
         for number in range(1, 3):
             assert_same(await checked.answer_all(again(BURST)), expected)
             await until_launched(checked, num_groups)
@@ -77,8 +77,8 @@ async def test_a_burst_is_answered_with_a_drop_and_undone_after_it(
         assert max(checked.steps) > 1
 
 
-async def test_little_load_changes_nothing(tiny64: Path, expected: list[Answer]) -> None:
-    async with automatic(tiny64) as checked:
+async def test_little_load_changes_nothing(six_layers: Path, expected: list[Answer]) -> None:
+    async with automatic(six_layers) as checked:
         for request, its in list(zip(again(BURST), expected, strict=True))[:4]:
             (await checked.answer(request)).assert_same(its)
         await checked.settled()
@@ -86,9 +86,9 @@ async def test_little_load_changes_nothing(tiny64: Path, expected: list[Answer])
 
 
 async def test_it_restores_when_the_hold_time_is_over_and_not_before(
-    tiny64: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with automatic(tiny64, hold_s=1000.0) as checked:
+    async with automatic(six_layers, hold_s=1000.0) as checked:
         engine = checked.engine
         late = 0.0
         monkeypatch.setattr("kunserve.engine.regroup.control.loop_time", lambda: loop_time() + late)
@@ -124,8 +124,8 @@ class HeldLoads:
         return hold
 
 
-async def test_a_burst_cancels_a_restore_and_a_later_one_drops_again(tiny64: Path, expected: list[Answer]) -> None:
-    async with automatic(tiny64) as checked:
+async def test_a_burst_cancels_a_restore_and_a_later_one_drops_again(six_layers: Path, expected: list[Answer]) -> None:
+    async with automatic(six_layers) as checked:
         loads = HeldLoads(checked)
         assert_same(await checked.answer_all(again(BURST)), expected)
         await loads.has_begun.wait()  # it is over: the weights come back
@@ -150,10 +150,10 @@ async def until_cancelled(checked: Checked) -> None:
 
 
 async def test_a_transition_that_failed_is_tried_again(
-    tiny64: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_module, "RETRY_S", 0.0)
-    async with automatic(tiny64) as checked:
+    async with automatic(six_layers) as checked:
         failing: list[str] = []
         for name in ("drop", "restore"):
             begin = getattr(checked.reconfigure, name)
@@ -182,9 +182,11 @@ def _refuse_once(device: Any, failing: list[str]) -> None:
     device.map = refuse
 
 
-async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64: Path, expected: list[Answer]) -> None:
+async def test_an_operator_and_the_server_do_not_get_into_each_others_way(
+    six_layers: Path, expected: list[Answer]
+) -> None:
     """It sees the overload in the moment in which an operator has asked for something else."""
-    async with automatic(tiny64, "cpu:4") as checked:
+    async with automatic(six_layers, "cpu:4") as checked:
         control = checked.control
         control.is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
@@ -203,9 +205,9 @@ async def test_an_operator_and_the_server_do_not_get_into_each_others_way(tiny64
 
 @pytest.mark.parametrize("way", ["refused", "failed", "bug", "cancelled", "stopped", "done"])
 async def test_no_way_out_of_a_drop_leaves_a_group_paused(
-    way: str, tiny64: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
+    way: str, six_layers: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with automatic(tiny64) as checked:
+    async with automatic(six_layers) as checked:
         control, engine = checked.control, checked.engine
         control.is_automatic = False
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
@@ -242,7 +244,7 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
 
 
 async def test_more_than_the_largest_chain_holds_is_preempted_and_ends(
-    tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [
         Request(f"r{i}", [3 + i] * 60, SamplingParams(40, temperature=0, seed=i, ignore_eos=True)) for i in range(14)
@@ -256,7 +258,7 @@ async def test_more_than_the_largest_chain_holds_is_preempted_and_ends(
         return found
 
     monkeypatch.setattr(control_module, "plan_drop", plan)
-    async with automatic(tiny64) as checked:
+    async with automatic(six_layers) as checked:
         answers = await checked.answer_all(requests)
         assert all(answer.finish == (FinishReason.LENGTH, None) for answer in answers)
         assert checked.engine.scheduler.num_preemptions > 0

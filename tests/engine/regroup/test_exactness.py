@@ -29,11 +29,11 @@ ROOMY, TIGHT = 1280, 128  # blocks of all devices together; all requests at once
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny64: Path) -> tuple[list[Request], list[Answer]]:
+def undisturbed(six_layers: Path) -> tuple[list[Request], list[Answer]]:
     """64 requests, and what one device answers that has room for all of them."""
 
     async def ask() -> tuple[list[Request], list[Answer]]:
-        async with checked_engine(tiny64, "cpu:1", ROOMY, async_scheduling=False) as checked:
+        async with checked_engine(six_layers, "cpu:1", ROOMY, async_scheduling=False) as checked:
             requests = make_requests(64, longest_prompt=20, most_tokens=9)
             requests = with_stop_strings(requests, await checked.answer_all(requests))
             answers = await checked.answer_all(requests)
@@ -57,10 +57,10 @@ def test_the_requests_are_mixed(undisturbed: tuple[list[Request], list[Answer]])
 @pytest.mark.parametrize("num_blocks", [ROOMY, TIGHT])
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:4"])
 async def test_regrouping_changes_no_answer(
-    devices: str, num_blocks: int, tiny64: Path, undisturbed: tuple[list[Request], list[Answer]]
+    devices: str, num_blocks: int, six_layers: Path, undisturbed: tuple[list[Request], list[Answer]]
 ) -> None:
     requests, expected = undisturbed
-    async with checked_engine(tiny64, devices, num_blocks // int(devices[-1])) as checked:
+    async with checked_engine(six_layers, devices, num_blocks // int(devices[-1])) as checked:
         for seed in SEEDS[num_blocks == TIGHT :: 2]:
             regroup = partial(regroup_in_order if seed % 4 > 1 else regroup_forever, checked, random.Random(seed))
             answers = await answer_while(checked, again(requests), regroup)

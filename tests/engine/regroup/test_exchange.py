@@ -63,10 +63,10 @@ async def expected(folder: Path, requests: Sequence[Request]) -> list[Answer]:
         return await checked.answer_all(again(requests))
 
 
-async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:
+async def test_new_requests_run_while_kv_is_exchanged(six_layers: Path) -> None:
     old, new = long_requests(8, 30, 20), long_requests(4, 12, 8, "new")
-    its = await expected(tiny64, old + new)
-    async with two_devices(tiny64, 320) as checked:
+    its = await expected(six_layers, old + new)
+    async with two_devices(six_layers, 320) as checked:
         answers, gate = await loaded(checked, old), Gate(checked)
         await checked.control.drop()
         before = [r.num_output_tokens for r in old]
@@ -80,9 +80,9 @@ async def test_new_requests_run_while_kv_is_exchanged(tiny64: Path) -> None:
         await checked.undo_drops()
 
 
-async def test_each_request_runs_on_when_its_own_layers_have_arrived(tiny64: Path) -> None:
+async def test_each_request_runs_on_when_its_own_layers_have_arrived(six_layers: Path) -> None:
     requests = long_requests(8, 30, 12)
-    async with two_devices(tiny64, 320) as checked:
+    async with two_devices(six_layers, 320) as checked:
         answers = await loaded(checked, requests)
         moving: list[int] = []
         arrive = checked.engine.fleet.arrive
@@ -99,10 +99,10 @@ async def test_each_request_runs_on_when_its_own_layers_have_arrived(tiny64: Pat
 
 
 # Freed are 8 chunks of a device; KV has 24: three times as much. All of it is in use.
-async def test_kv_larger_than_the_freed_weights_goes_layer_by_layer(tiny64: Path) -> None:
+async def test_kv_larger_than_the_freed_weights_goes_layer_by_layer(six_layers: Path) -> None:
     old, new = long_requests(8, 112, 14), long_requests(1, 5, 4, "new")
-    its = await expected(tiny64, old + new)
-    async with two_devices(tiny64, 128) as checked:
+    its = await expected(six_layers, old + new)
+    async with two_devices(six_layers, 128) as checked:
         engine = checked.engine
         answers = await loaded(checked, old)
         kv, weights = engine.memories[0].counts.kv, engine.memories[0].counts.weights
@@ -119,10 +119,10 @@ async def test_kv_larger_than_the_freed_weights_goes_layer_by_layer(tiny64: Path
         await checked.undo_drops()
 
 
-async def test_a_prompt_under_way_does_not_wait_for_all_layers(tiny64: Path) -> None:
+async def test_a_prompt_under_way_does_not_wait_for_all_layers(six_layers: Path) -> None:
     old, late = long_requests(7, 112, 14), long_requests(8, 112, 4, "late")[7:]  # which begins like none of them
-    its = await expected(tiny64, old + late)
-    async with two_devices(tiny64, 128) as checked:
+    its = await expected(six_layers, old + late)
+    async with two_devices(six_layers, 128) as checked:
         engine = checked.engine
         answers = await loaded(checked, old)
         engine.scheduler.limits = replace(engine.scheduler.limits, max_num_batched_tokens=16)
@@ -143,11 +143,11 @@ async def test_a_prompt_under_way_does_not_wait_for_all_layers(tiny64: Path) -> 
 
 @pytest.mark.parametrize("is_during_remap", [True, False])
 async def test_a_client_that_leaves_while_layers_move(
-    is_during_remap: bool, tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    is_during_remap: bool, six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = long_requests(8, 112, 14)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, 128) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, 128) as checked:
         answers, gate = await loaded(checked, requests), Gate(checked)
         remap = checked.reconfigure.remap
         apply = remap.apply
@@ -170,10 +170,10 @@ async def test_a_client_that_leaves_while_layers_move(
         assert checked.engine.scheduler.num_preemptions == 0  # nobody else noticed
 
 
-async def test_kv_that_fits_in_no_order_is_recomputed_if_an_operator_insists(tiny64: Path) -> None:
+async def test_kv_that_fits_in_no_order_is_recomputed_if_an_operator_insists(six_layers: Path) -> None:
     requests = long_requests(8, 370, 26)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, 384, max_model_len=400) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, 384, max_model_len=400) as checked:
         answers = await loaded(checked, requests)
         with pytest.raises(
             ConflictError, match=r"to free \d+.* of weights, \d+ tokens of 8 requests .*\"force\": true"
@@ -188,11 +188,11 @@ async def test_kv_that_fits_in_no_order_is_recomputed_if_an_operator_insists(tin
         await checked.undo_drops()
 
 
-async def test_a_failed_remap_loses_nothing_of_kv_that_fits_in_no_order(tiny64: Path) -> None:
+async def test_a_failed_remap_loses_nothing_of_kv_that_fits_in_no_order(six_layers: Path) -> None:
     """Its ranges are unmapped by then: whoever ran must not read what is mapped there now."""
     requests = long_requests(8, 370, 26)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, 384, max_model_len=400) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, 384, max_model_len=400) as checked:
         answers = await loaded(checked, requests)
         device: Any = checked.engine.memories[1].device
         map_ = device.map
@@ -209,10 +209,10 @@ async def test_a_failed_remap_loses_nothing_of_kv_that_fits_in_no_order(tiny64: 
         assert checked.num_outcomes("drop", "rolled back") == 1
 
 
-async def test_a_failed_copy_recomputes_only_its_request(tiny64: Path) -> None:
+async def test_a_failed_copy_recomputes_only_its_request(six_layers: Path) -> None:
     requests = long_requests(8, 30, 20)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, 320) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, 320) as checked:
         answers = await loaded(checked, requests)
         device: Any = checked.engine.memories[0].device.inner
         run_copy = device.run_copy
@@ -235,11 +235,11 @@ async def test_a_failed_copy_recomputes_only_its_request(tiny64: Path) -> None:
 )
 @pytest.mark.parametrize(("num_blocks", "num_prompt_tokens", "mode"), [(320, 30, "by_request"), (128, 112, "by_layer")])
 async def test_a_transition_that_lost_everybody_says_so(
-    error: Exception, has_traceback: bool, num_blocks: int, num_prompt_tokens: int, mode: str, tiny64: Path
+    error: Exception, has_traceback: bool, num_blocks: int, num_prompt_tokens: int, mode: str, six_layers: Path
 ) -> None:
     requests = long_requests(8, num_prompt_tokens, 14)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, num_blocks) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, num_blocks) as checked:
         answers = await loaded(checked, requests)
 
         async def fail(*_: Any, **__: Any) -> bool:
@@ -261,9 +261,9 @@ async def test_a_transition_that_lost_everybody_says_so(
         await checked.settled()
 
 
-async def test_a_transition_that_moved_everybody_lost_nobody(tiny64: Path) -> None:
+async def test_a_transition_that_moved_everybody_lost_nobody(six_layers: Path) -> None:
     requests = long_requests(8, 30, 14)
-    async with two_devices(tiny64, 320) as checked:
+    async with two_devices(six_layers, 320) as checked:
         answers = await loaded(checked, requests)
         await checked.control.drop()
         await answers
@@ -294,10 +294,10 @@ async def drop_unevenly(checked: Checked) -> asyncio.Task[Any]:
     return task
 
 
-async def test_requests_that_do_not_fit_yet_wait_for_room(tiny64: Path) -> None:
+async def test_requests_that_do_not_fit_yet_wait_for_room(six_layers: Path) -> None:
     old, new = long_requests(10, 112, 14), long_requests(2, 5, 4, "new")
-    its = await expected(tiny64, old + new)
-    async with two_devices(tiny64, 256) as checked:
+    its = await expected(six_layers, old + new)
+    async with two_devices(six_layers, 256) as checked:
         answers = await loaded(checked, old, 3)
         gate = Gate(checked)
         await drop_unevenly(checked)
@@ -313,11 +313,11 @@ async def test_requests_that_do_not_fit_yet_wait_for_room(tiny64: Path) -> None:
         assert checked.engine.scheduler.num_preemptions == 0
 
 
-async def test_a_client_that_leaves_while_its_kv_waits_for_room(tiny64: Path) -> None:
+async def test_a_client_that_leaves_while_its_kv_waits_for_room(six_layers: Path) -> None:
     """Nothing else is in flight then: only its leaving tells the exchange to look again."""
     requests = long_requests(10, 112, 14)
-    its = await expected(tiny64, requests)
-    async with two_devices(tiny64, 256) as checked:
+    its = await expected(six_layers, requests)
+    async with two_devices(six_layers, 256) as checked:
         answers = await loaded(checked, requests, 3)
         gate = Gate(checked)
         await drop_unevenly(checked)
@@ -350,12 +350,12 @@ def one_by_one(
     ],
 )
 async def test_an_order_that_does_not_fit_after_all(
-    requests: list[Request], tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    requests: list[Request], six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody gives way, and nobody waits for ever."""
-    its, requests = await expected(tiny64, requests), again(requests)
+    its, requests = await expected(six_layers, requests), again(requests)
     monkeypatch.setattr("kunserve.engine.regroup.reconfigure.plan_exchange", one_by_one)
-    async with two_devices(tiny64, 128, max_model_len=400) as checked:
+    async with two_devices(six_layers, 128, max_model_len=400) as checked:
         answers = await loaded(checked, requests)
         await checked.control.drop()
         assert_same(await answers, its)
@@ -366,17 +366,17 @@ async def test_an_order_that_does_not_fit_after_all(
 
 @pytest.mark.parametrize("policy", [OverloadPolicy.SWAP, OverloadPolicy.QUEUE])
 async def test_who_arrived_and_lacks_a_block_that_others_hold(
-    policy: OverloadPolicy, tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    policy: OverloadPolicy, six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """These policies preempt nobody: then one of those on their way gives way."""
     requests = (
         long_requests(1, 150, 200, "grows") + long_requests(1, 140, 8, "waits") + long_requests(1, 498, 12, "long")
     )
-    its, requests = await expected(tiny64, requests), again(requests)
+    its, requests = await expected(six_layers, requests), again(requests)
     for request in requests:  # they begin alike, and shall not share that
         request.cache_salt = request.request_id
     monkeypatch.setattr("kunserve.engine.regroup.reconfigure.plan_exchange", one_by_one)
-    async with two_devices(tiny64, 128, max_model_len=512, overload_policy=policy) as checked:
+    async with two_devices(six_layers, 128, max_model_len=512, overload_policy=policy) as checked:
         answers = await loaded(checked, requests, 1)
         await checked.control.drop()
         assert_same(await answers, its)
@@ -384,8 +384,8 @@ async def test_who_arrived_and_lacks_a_block_that_others_hold(
         assert checked.engine.scheduler.num_preemptions > 0
 
 
-async def test_ranges_that_are_resized_at_the_same_time_are_both_resized(tiny64: Path) -> None:
-    async with two_devices(tiny64, 64) as checked:
+async def test_ranges_that_are_resized_at_the_same_time_are_both_resized(six_layers: Path) -> None:
+    async with two_devices(six_layers, 64) as checked:
         remap, kv = checked.reconfigure.remap, checked.engine.memories[0].kv
         before = [kv.num_chunks(layer) for layer in range(6)]
         await asyncio.gather(*(remap.resize_kv(0, {layer: 0}) for layer in (1, 3)))

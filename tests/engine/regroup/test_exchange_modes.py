@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from loaded_groups import loaded, two_devices
 from mixed_crowd import NUM_REQUESTS, Crowd, assert_same, pool_of
 from tiny_models import make_tiny_model
@@ -46,16 +45,18 @@ FAILING: dict[str, Fails] = {
 
 
 @pytest.fixture(scope="module")
-def crowds(tiny64: Path) -> dict[str, Crowd]:
+def crowds(six_layers: Path) -> dict[str, Crowd]:
     async def make() -> dict[str, Crowd]:
-        return {mode: await Crowd.make(tiny64, load.num_prompt_tokens, load.num_tokens) for mode, load in LOADS.items()}
+        return {
+            mode: await Crowd.make(six_layers, load.num_prompt_tokens, load.num_tokens) for mode, load in LOADS.items()
+        }
 
     return asyncio.run(make())
 
 
 @pytest.fixture
-async def pool(tiny64: Path) -> AsyncIterator[Pool]:
-    async with pool_of(tiny64) as pool:
+async def pool(six_layers: Path) -> AsyncIterator[Pool]:
+    async with pool_of(six_layers) as pool:
         yield pool
 
 
@@ -91,10 +92,10 @@ def num_lost(mode: str, failing: str) -> int:
 @pytest.mark.parametrize("failing", FAILING)
 @pytest.mark.parametrize("mode", ["by_request", "by_layer"])
 async def test_a_drop_changes_no_answer(
-    mode: str, failing: str, crowds: dict[str, Crowd], tiny64: Path, pool: Pool
+    mode: str, failing: str, crowds: dict[str, Crowd], six_layers: Path, pool: Pool
 ) -> None:
     load, crowd = LOADS[mode], crowds[mode]
-    async with two_devices(tiny64, load.num_blocks, load.max_model_len) as checked:
+    async with two_devices(six_layers, load.num_blocks, load.max_model_len) as checked:
         answers, copies = await loaded(checked, await crowd.new(pool)), Copies(checked)
         copies.begin(FAILING[failing])
         await checked.control.drop()
@@ -106,10 +107,10 @@ async def test_a_drop_changes_no_answer(
 
 
 async def test_a_drop_that_can_exchange_nothing_changes_no_answer(
-    crowds: dict[str, Crowd], tiny64: Path, pool: Pool
+    crowds: dict[str, Crowd], six_layers: Path, pool: Pool
 ) -> None:
     load, crowd = LOADS["infeasible"], crowds["infeasible"]
-    async with two_devices(tiny64, load.num_blocks, load.max_model_len) as checked:
+    async with two_devices(six_layers, load.num_blocks, load.max_model_len) as checked:
         requests = await crowd.new(pool)
         answers, copies = await loaded(checked, requests), Copies(checked)
         copies.begin(FAILING["all"])  # there are none
@@ -122,10 +123,12 @@ async def test_a_drop_that_can_exchange_nothing_changes_no_answer(
 
 
 @pytest.mark.parametrize("failing", FAILING)
-async def test_a_restore_changes_no_answer(failing: str, crowds: dict[str, Crowd], tiny64: Path, pool: Pool) -> None:
+async def test_a_restore_changes_no_answer(
+    failing: str, crowds: dict[str, Crowd], six_layers: Path, pool: Pool
+) -> None:
     """Its KV always goes by request, since it has room on both sides."""
     load, crowd = LOADS["by_request"], crowds["by_request"]
-    async with two_devices(tiny64, load.num_blocks, load.max_model_len) as checked:
+    async with two_devices(six_layers, load.num_blocks, load.max_model_len) as checked:
         requests = await crowd.new(pool)
         answers, copies = await loaded(checked, requests), Copies(checked)
         await checked.control.drop()
@@ -152,7 +155,7 @@ def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A number of devices, a model for them, and a crowd."""
     folder = tmp_path_factory.mktemp(f"deep{request.param}")
     shape = {"num_hidden_layers": LAYERS[request.param], "hidden_size": 32}
-    make_tiny_model("llama", folder, dtype=torch.float64, **shape)
+    make_tiny_model("llama", folder, **shape)
     load = LOADS["by_request"]
     crowd = asyncio.run(Crowd.make(folder, load.num_prompt_tokens, load.num_tokens))
     return request.param, folder, crowd

@@ -68,7 +68,7 @@ async def test_an_index_made_of_events_alone_is_what_the_caches_hold(
     seed: int,
     num_blocks: int,
     disturb: Callable[[Checked, random.Random], Awaitable[None]],
-    tiny64: Path,
+    six_layers: Path,
     tmp_path: Path,
 ) -> None:
     requests, rng = make_family(seed), random.Random(seed)
@@ -76,7 +76,7 @@ async def test_an_index_made_of_events_alone_is_what_the_caches_hold(
     values = {"enable_kv_cache_events": True, "endpoint": f"ipc://{tmp_path}/events", "replay_endpoint": endpoint}
     config = kv_events_config({**values, "buffer_steps": 100_000})
     assert config is not None
-    async with checked_engine(tiny64, "cpu:4", num_blocks) as checked:
+    async with checked_engine(six_layers, "cpu:4", num_blocks) as checked:
         publisher = KVPublisher(config, BLOCK_SIZE)
         try:
             assert checked.engine.fleet.prefixes is not None
@@ -99,7 +99,7 @@ async def test_an_index_made_of_events_alone_is_what_the_caches_hold(
             publisher.close()
 
 
-async def test_a_block_is_stored_once_for_all_groups_and_removed_with_the_last(tiny64: Path) -> None:
+async def test_a_block_is_stored_once_for_all_groups_and_removed_with_the_last(six_layers: Path) -> None:
     """A server is one place to a router."""
 
     class Heard:
@@ -112,7 +112,7 @@ async def test_a_block_is_stored_once_for_all_groups_and_removed_with_the_last(t
         def removed(self, key: bytes) -> None:
             self.events.append(("removed", key))
 
-    async with checked_engine(tiny64, "cpu:2", 64) as checked:
+    async with checked_engine(six_layers, "cpu:2", 64) as checked:
         fleet, heard = checked.engine.fleet, Heard()
         assert fleet.prefixes is not None
         fleet.prefixes.listener = heard

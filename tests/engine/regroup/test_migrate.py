@@ -26,9 +26,9 @@ from kunserve.sampling import FinishReason
 
 
 @asynccontextmanager
-async def migrating(tiny64: Path, num_blocks: int = PLENTY, **settings: Any) -> AsyncIterator[Served]:
+async def migrating(six_layers: Path, num_blocks: int = PLENTY, **settings: Any) -> AsyncIterator[Served]:
     settings = {"overload_policy": OverloadPolicy.MIGRATE, **settings}
-    async with serving(tiny64, num_blocks, **settings) as served:
+    async with serving(six_layers, num_blocks, **settings) as served:
         yield served
 
 
@@ -37,8 +37,8 @@ def mover(engine: Engine) -> Migration:
     return engine.mover
 
 
-async def alone(tiny64: Path, request: Request) -> list[int]:
-    async with migrating(tiny64) as served:
+async def alone(six_layers: Path, request: Request) -> list[int]:
+    async with migrating(six_layers) as served:
         return await read(served.engine, request)
 
 
@@ -54,10 +54,10 @@ async def begin_one(engine: Engine, request: Request) -> asyncio.Task[list[int]]
     return reader
 
 
-async def test_a_crowd_with_pairing_after_every_step_gets_the_same_tokens(tiny64: Path) -> None:
-    async with migrating(tiny64) as served:
+async def test_a_crowd_with_pairing_after_every_step_gets_the_same_tokens(six_layers: Path) -> None:
+    async with migrating(six_layers) as served:
         expected = await read_all(served.engine, make_crowd())
-    async with migrating(tiny64, num_blocks=40) as served:
+    async with migrating(six_layers, num_blocks=40) as served:
         engine = served.engine
         engine.fleet.set_admitting(engine.groups[1], False)  # all crowd into the first group
         readers = asyncio.create_task(read_all(engine, make_crowd()))
@@ -74,7 +74,7 @@ async def test_a_crowd_with_pairing_after_every_step_gets_the_same_tokens(tiny64
 
 
 async def test_a_long_request_runs_while_it_is_copied_and_stops_for_the_rest(
-    tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[tuple[bool, int]] = []
     copy, request = Transfers.between, make_request("long", 101, 50)
@@ -84,8 +84,8 @@ async def test_a_long_request_runs_while_it_is_copied_and_stops_for_the_rest(
         return await copy(self, *arguments, **more)
 
     monkeypatch.setattr(Transfers, "between", recorded)
-    expected = await alone(tiny64, make_request("long", 101, 50))
-    async with migrating(tiny64) as served:
+    expected = await alone(six_layers, make_request("long", 101, 50))
+    async with migrating(six_layers) as served:
         engine = served.engine
         reader = await begin_one(engine, request)
         await until(engine, lambda: engine.scheduler.num_migrations == 1)
@@ -97,8 +97,8 @@ async def test_a_long_request_runs_while_it_is_copied_and_stops_for_the_rest(
     assert is_stopped and 0 < num_last < LAST_ROUND_BLOCKS
 
 
-async def test_it_generates_while_its_complete_blocks_are_copied(tiny64: Path) -> None:
-    async with migrating(tiny64) as served:
+async def test_it_generates_while_its_complete_blocks_are_copied(six_layers: Path) -> None:
+    async with migrating(six_layers) as served:
         engine = served.engine
         gate, request = CopyGate(engine.memories[1].device), make_request("long", 101, 50)
         reader = await begin_one(engine, request)
@@ -111,10 +111,12 @@ async def test_it_generates_while_its_complete_blocks_are_copied(tiny64: Path) -
         assert engine.scheduler.num_migrations == 1
 
 
-async def test_given_up_when_it_grows_faster_than_it_is_copied(tiny64: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_given_up_when_it_grows_faster_than_it_is_copied(
+    six_layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(migrate, "LAST_ROUND_BLOCKS", 0)  # never few enough
-    expected = await alone(tiny64, make_request("long", 101, 50))
-    async with migrating(tiny64) as served:
+    expected = await alone(six_layers, make_request("long", 101, 50))
+    async with migrating(six_layers) as served:
         reader = await begin_one(served.engine, make_request("long", 101, 50))
         await until(served.engine, lambda: mover(served.engine).num_given_up == 1)
         assert served.engine.groups[1].num_used == 0
@@ -122,9 +124,9 @@ async def test_given_up_when_it_grows_faster_than_it_is_copied(tiny64: Path, mon
         assert served.engine.scheduler.num_migrations == 0
 
 
-async def test_given_up_when_the_destination_has_no_blocks(tiny64: Path) -> None:
-    expected = await alone(tiny64, make_request("long", 101, 20))
-    async with migrating(tiny64) as served:
+async def test_given_up_when_the_destination_has_no_blocks(six_layers: Path) -> None:
+    expected = await alone(six_layers, make_request("long", 101, 20))
+    async with migrating(six_layers) as served:
         pool = served.engine.groups[1].stages[0].pool
         taken = pool.alloc(pool.num_free - 20)
         assert taken is not None
@@ -148,9 +150,9 @@ async def _tokens_while_migrating(engine: Engine, request: Request, source: Any,
             is_begun = True
 
 
-async def test_a_failed_copy_leaves_the_request_where_it_is(tiny64: Path) -> None:
-    expected = await alone(tiny64, make_request("short", 30, 30))
-    async with migrating(tiny64) as served:
+async def test_a_failed_copy_leaves_the_request_where_it_is(six_layers: Path) -> None:
+    expected = await alone(six_layers, make_request("short", 30, 30))
+    async with migrating(six_layers) as served:
         CopyGate(served.engine.memories[1].device).open(DeviceError("the copy failed"))
         reader = await begin_one(served.engine, make_request("short", 30, 30))
         assert await reader == expected
@@ -158,8 +160,8 @@ async def test_a_failed_copy_leaves_the_request_where_it_is(tiny64: Path) -> Non
 
 
 @pytest.mark.parametrize("num_prompt", [101, 30])  # while it runs; while it is stopped
-async def test_who_leaves_on_the_way_frees_both_ends(tiny64: Path, num_prompt: int) -> None:
-    async with migrating(tiny64) as served:
+async def test_who_leaves_on_the_way_frees_both_ends(six_layers: Path, num_prompt: int) -> None:
+    async with migrating(six_layers) as served:
         engine = served.engine
         gate, request = CopyGate(engine.memories[1].device), make_request("r", num_prompt, 50)
         reader = await begin_one(engine, request)
@@ -174,9 +176,9 @@ async def test_who_leaves_on_the_way_frees_both_ends(tiny64: Path, num_prompt: i
         assert request.finish_reason is FinishReason.ABORT
 
 
-async def test_who_is_preempted_on_the_way_is_recomputed(tiny64: Path) -> None:
-    expected = await alone(tiny64, make_request("long", 101, 50))
-    async with migrating(tiny64) as served:
+async def test_who_is_preempted_on_the_way_is_recomputed(six_layers: Path) -> None:
+    expected = await alone(six_layers, make_request("long", 101, 50))
+    async with migrating(six_layers) as served:
         engine = served.engine
         gate, request = CopyGate(engine.memories[1].device), make_request("long", 101, 50)
         reader = await begin_one(engine, request)
@@ -190,9 +192,9 @@ async def test_who_is_preempted_on_the_way_is_recomputed(tiny64: Path) -> None:
 
 
 @pytest.mark.parametrize("num_prompt", [101, 30])
-async def test_a_drop_waits_for_copies_and_then_takes_all_along(tiny64: Path, num_prompt: int) -> None:
-    expected = await alone(tiny64, make_request("r", num_prompt, 50))
-    async with migrating(tiny64) as served:
+async def test_a_drop_waits_for_copies_and_then_takes_all_along(six_layers: Path, num_prompt: int) -> None:
+    expected = await alone(six_layers, make_request("r", num_prompt, 50))
+    async with migrating(six_layers) as served:
         engine = served.engine
         gate = CopyGate(engine.memories[1].device)
         reader = await begin_one(engine, make_request("r", num_prompt, 50))
@@ -208,8 +210,8 @@ async def test_a_drop_waits_for_copies_and_then_takes_all_along(tiny64: Path, nu
         assert await reader == expected
 
 
-async def test_stopping_on_the_way_frees_everything(tiny64: Path) -> None:
-    async with migrating(tiny64) as served:
+async def test_stopping_on_the_way_frees_everything(six_layers: Path) -> None:
+    async with migrating(six_layers) as served:
         gate = CopyGate(served.engine.memories[1].device)
         reader = await begin_one(served.engine, make_request("short", 30, 50))
         await gate.reached.wait()
@@ -219,8 +221,8 @@ async def test_stopping_on_the_way_frees_everything(tiny64: Path) -> None:
         assert served.engine.groups[1].num_used == 0 and not mover(served.engine).is_busy(served.engine.groups)
 
 
-async def test_the_timer_runs_only_while_something_does(tiny64: Path) -> None:
-    async with migrating(tiny64) as served:
+async def test_the_timer_runs_only_while_something_does(six_layers: Path) -> None:
+    async with migrating(six_layers) as served:
         engine = served.engine
         assert not mover(engine).is_watching
         reader = asyncio.create_task(read(engine, make_request("r", 30, 50)))
@@ -231,8 +233,8 @@ async def test_the_timer_runs_only_while_something_does(tiny64: Path) -> None:
         assert not mover(engine).is_watching
 
 
-async def test_chains_do_not_migrate(tiny64: Path) -> None:
-    async with migrating(tiny64, num_blocks=1, devices="cpu:4", pipeline_parallel_size=2) as served:
+async def test_chains_do_not_migrate(six_layers: Path) -> None:
+    async with migrating(six_layers, num_blocks=1, devices="cpu:4", pipeline_parallel_size=2) as served:
         engine = served.engine
         engine.fleet.set_admitting(engine.groups[1], False)
         reader = asyncio.create_task(read(engine, make_request("r", 30, 50)))
@@ -245,9 +247,9 @@ async def test_chains_do_not_migrate(tiny64: Path) -> None:
         await reader
 
 
-async def test_a_request_whose_step_fails_while_it_stops_starts_over(tiny64: Path) -> None:
-    expected = await alone(tiny64, make_request("long", 101, 50))
-    async with migrating(tiny64) as served:
+async def test_a_request_whose_step_fails_while_it_stops_starts_over(six_layers: Path) -> None:
+    expected = await alone(six_layers, make_request("long", 101, 50))
+    async with migrating(six_layers) as served:
         engine, request = served.engine, make_request("long", 101, 50)
         execute: Any = engine.executor.execute
         num_failed = 0

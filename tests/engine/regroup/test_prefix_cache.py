@@ -98,11 +98,11 @@ async def answers_to_family(folder: Path, seed: int) -> list[Answer]:
 @pytest.mark.parametrize("num_blocks", [48, 1024])
 @pytest.mark.parametrize("seed", seeds(3))
 async def test_the_cache_changes_no_answer(
-    seed: int, num_blocks: int, disturb: Callable[[Checked, random.Random], Awaitable[None]], tiny64: Path
+    seed: int, num_blocks: int, disturb: Callable[[Checked, random.Random], Awaitable[None]], six_layers: Path
 ) -> None:
     requests, rng = make_family(seed), random.Random(seed)
-    expected = await answers_to_family(tiny64, seed)
-    async with engine_of(tiny64, "cpu:4", num_blocks) as checked:
+    expected = await answers_to_family(six_layers, seed)
+    async with engine_of(six_layers, "cpu:4", num_blocks) as checked:
         waves = asyncio.create_task(by_waves(checked, requests, rng))
         disturbing = asyncio.ensure_future(disturb(checked, rng))
         answers = await waves
@@ -115,10 +115,10 @@ async def test_the_cache_changes_no_answer(
         await checked.undo_drops()
 
 
-async def test_everybody_at_once_shares_what_is_there_first(tiny64: Path) -> None:
+async def test_everybody_at_once_shares_what_is_there_first(six_layers: Path) -> None:
     first, rest = make_family(7, 1), make_family(7, 60)
-    expected = await answers_without_cache(tiny64, copies(rest))
-    async with engine_of(tiny64, "cpu:2", 64, max_num_batched_tokens=32) as checked:
+    expected = await answers_without_cache(six_layers, copies(rest))
+    async with engine_of(six_layers, "cpu:2", 64, max_num_batched_tokens=32) as checked:
         await checked.answer_all(first)
         rng = random.Random(1)
         answers = await answer_while(checked, copies(rest), lambda: regroup_forever(checked, rng))
@@ -127,8 +127,8 @@ async def test_everybody_at_once_shares_what_is_there_first(tiny64: Path) -> Non
         await checked.undo_drops()
 
 
-async def test_turns_of_a_chat_find_prompt_and_answer_of_those_before(tiny64: Path) -> None:
-    async with engine_of(tiny64, "cpu:2", 256) as checked:
+async def test_turns_of_a_chat_find_prompt_and_answer_of_those_before(six_layers: Path) -> None:
+    async with engine_of(six_layers, "cpu:2", 256) as checked:
         history = list(range(3, 3 + 21))
         for turn in range(4):
             request = Request(f"t{turn}", list(history), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
@@ -138,25 +138,25 @@ async def test_turns_of_a_chat_find_prompt_and_answer_of_those_before(tiny64: Pa
             history += [*answer.token_ids, 5, 6, 7, 8]
 
 
-async def test_a_prompt_that_is_all_cached_computes_its_last_token(tiny64: Path) -> None:
-    async with engine_of(tiny64, "cpu:1", 256) as checked:
+async def test_a_prompt_that_is_all_cached_computes_its_last_token(six_layers: Path) -> None:
+    async with engine_of(six_layers, "cpu:1", 256) as checked:
         for number, cached in enumerate([0, 12, 12]):
             request = Request(f"r{number}", list(range(3, 19)), SamplingParams(max_tokens=2, temperature=0.0))
             await checked.answer_all([request])
             assert request.num_cached_tokens == cached
 
 
-async def test_a_salt_keeps_prefixes_apart(tiny64: Path) -> None:
-    async with engine_of(tiny64, "cpu:1", 256) as checked:
+async def test_a_salt_keeps_prefixes_apart(six_layers: Path) -> None:
+    async with engine_of(six_layers, "cpu:1", 256) as checked:
         for number, (salt, cached) in enumerate([("", 0), ("a", 0), ("b", 0), ("a", 16), ("", 16)]):
             request = Request(f"r{number}", list(range(3, 20)), SamplingParams(max_tokens=1), cache_salt=salt)
             await checked.answer_all([request])
             assert request.num_cached_tokens == cached
 
 
-async def test_a_full_cache_is_no_overload(tiny64: Path) -> None:
+async def test_a_full_cache_is_no_overload(six_layers: Path) -> None:
     """Blocks that nobody uses are given back before anybody waits, is preempted, or weights are dropped."""
-    async with engine_of(tiny64, "cpu:2", 24, is_pinned=False) as checked:
+    async with engine_of(six_layers, "cpu:2", 24, is_pinned=False) as checked:
         rng = random.Random(3)
         for i in range(60):
             prompt = rng.choices(range(3, VOCAB_SIZE), k=40)
@@ -166,8 +166,8 @@ async def test_a_full_cache_is_no_overload(tiny64: Path) -> None:
         assert all(group.num_used == 0 and group.num_free == group.num_blocks for group in checked.engine.groups)
 
 
-async def test_a_request_goes_where_its_prefix_is(tiny64: Path) -> None:
-    async with engine_of(tiny64, "cpu:4", 256) as checked:
+async def test_a_request_goes_where_its_prefix_is(six_layers: Path) -> None:
+    async with engine_of(six_layers, "cpu:4", 256) as checked:
         prompts = [[20 * i + j for j in range(3, 20)] for i in range(4)]
         for turn in range(3):
             requests = [Request(f"{turn}.{i}", p, SamplingParams(max_tokens=4)) for i, p in enumerate(prompts)]
@@ -175,8 +175,8 @@ async def test_a_request_goes_where_its_prefix_is(tiny64: Path) -> None:
             assert [request.num_cached_tokens for request in requests] == [16 * (turn > 0)] * 4
 
 
-async def test_a_request_that_was_preempted_finds_its_own_prefix(tiny64: Path) -> None:
-    async with engine_of(tiny64, "cpu:1", 256) as checked:
+async def test_a_request_that_was_preempted_finds_its_own_prefix(six_layers: Path) -> None:
+    async with engine_of(six_layers, "cpu:1", 256) as checked:
         request = Request("r", list(range(3, 40)), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
         answering = asyncio.create_task(checked.answer(request))
         while request.num_output_tokens < 5:
@@ -188,19 +188,19 @@ async def test_a_request_that_was_preempted_finds_its_own_prefix(tiny64: Path) -
                 assert request.num_computed_tokens == 0
         await checked.commits(1)
         assert request.num_preemptions == 1 and request.num_computed_tokens >= 40
-        expected = (await answers_without_cache(tiny64, copies([request])))[0]
+        expected = (await answers_without_cache(six_layers, copies([request])))[0]
         (await answering).assert_same(expected)
 
 
-async def test_after_a_drop_that_was_rolled_back_cached_blocks_are_as_before(tiny64: Path) -> None:
+async def test_after_a_drop_that_was_rolled_back_cached_blocks_are_as_before(six_layers: Path) -> None:
     """Where no request runs, a drop could give the KV of the layers that go to others before it is known to succeed."""
     prompts = [
         Request(f"p{i}", [40 * i + j for j in range(3, 36)], SamplingParams(max_tokens=6, temperature=0.0))
         for i in range(6)
     ]
-    expected = await answers_without_cache(tiny64, copies(prompts))
+    expected = await answers_without_cache(six_layers, copies(prompts))
     outcomes = set[str]()
-    async with engine_of(tiny64, "cpu:2", 64) as checked:
+    async with engine_of(six_layers, "cpu:2", 64) as checked:
         failures = Failures(checked.engine)
         for fail_at in range(1, 60, 2):
             await checked.answer_all(copies(prompts))
@@ -223,14 +223,14 @@ async def test_after_a_drop_that_was_rolled_back_cached_blocks_are_as_before(tin
     assert outcomes >= {"rolled back", "done"}
 
 
-async def test_cached_blocks_live_through_drop_and_restore(tiny64: Path) -> None:
+async def test_cached_blocks_live_through_drop_and_restore(six_layers: Path) -> None:
     """All devices together hold the prompts; nobody uses them while groups merge and split."""
     prompts = [
         Request(f"p{i}", [40 * i + j for j in range(3, 36)], SamplingParams(max_tokens=6, temperature=0.0))
         for i in range(6)
     ]
-    expected = await answers_without_cache(tiny64, copies(prompts))
-    async with engine_of(tiny64, "cpu:4", 256) as checked:
+    expected = await answers_without_cache(six_layers, copies(prompts))
+    async with engine_of(six_layers, "cpu:4", 256) as checked:
         await checked.answer_all(copies(prompts))
         for verb in ("drop", "restore", "drop", "drop", "restore", "restore"):
             await getattr(checked.control, verb)()
@@ -243,10 +243,10 @@ async def test_cached_blocks_live_through_drop_and_restore(tiny64: Path) -> None
         checked.assert_no_failure()
 
 
-async def test_what_follows_gives_way_to_a_request(tiny64: Path) -> None:
+async def test_what_follows_gives_way_to_a_request(six_layers: Path) -> None:
     """A request that needs the memory of cached blocks on their way gets it, and is not preempted."""
     rng = random.Random(5)
-    async with engine_of(tiny64, "cpu:2", 24) as checked:
+    async with engine_of(six_layers, "cpu:2", 24) as checked:
         for i in range(8):
             prompt = rng.choices(range(3, VOCAB_SIZE), k=40)
             await checked.answer_all([Request(f"w{i}", prompt, SamplingParams(max_tokens=4, ignore_eos=True))])
@@ -257,7 +257,7 @@ async def test_what_follows_gives_way_to_a_request(tiny64: Path) -> None:
             )
             for i in range(2)
         ]
-        expected = await answers_without_cache(tiny64, copies(large))
+        expected = await answers_without_cache(six_layers, copies(large))
         dropping = asyncio.create_task(checked.control.drop())
         answers = await checked.answer_all(large)
         await dropping

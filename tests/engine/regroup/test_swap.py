@@ -32,8 +32,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @asynccontextmanager
-async def swapping(tiny64: Path, num_blocks: int = 40, **settings: Any) -> AsyncIterator[Served]:
-    async with serving(tiny64, num_blocks, overload_policy=SWAP, **settings) as served:
+async def swapping(six_layers: Path, num_blocks: int = 40, **settings: Any) -> AsyncIterator[Served]:
+    async with serving(six_layers, num_blocks, overload_policy=SWAP, **settings) as served:
         yield served
         assert not buffers(served.engine)
 
@@ -46,9 +46,9 @@ def buffers(engine: Engine) -> dict[str, Any]:
 _known: dict[int, dict[str, list[int]]] = {}  # what a crowd of a size gets with plenty of memory, once it was seen
 
 
-async def uncontended(tiny64: Path, size: int = 16) -> dict[str, list[int]]:
+async def uncontended(six_layers: Path, size: int = 16) -> dict[str, list[int]]:
     if size not in _known:
-        async with serving(tiny64, PLENTY, overload_policy=SWAP) as served:
+        async with serving(six_layers, PLENTY, overload_policy=SWAP) as served:
             _known[size] = await read_all(served.engine, make_crowd(size))
             assert served.engine.scheduler.swapped.num_swaps == served.engine.scheduler.num_preemptions == 0
     return _known[size]
@@ -58,10 +58,10 @@ async def uncontended(tiny64: Path, size: int = 16) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, tiny64: Path) -> None:
+async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, six_layers: Path) -> None:
     size = 28 if name == "chain" else 16
-    expected = await uncontended(tiny64, size)
-    async with swapping(tiny64, **LAYOUTS[name]) as served:
+    expected = await uncontended(six_layers, size)
+    async with swapping(six_layers, **LAYOUTS[name]) as served:
         engine = served.engine
         assert await read_all(engine, make_crowd(size)) == expected
         assert engine.state()["requests"]["swaps"] > 3
@@ -69,21 +69,21 @@ async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, tiny64
         assert isinstance(engine.mover, SwapMover) and engine.mover.num_bytes > 0
 
 
-async def test_without_room_on_the_host_victims_are_recomputed(tiny64: Path) -> None:
-    expected = await uncontended(tiny64)
-    async with swapping(tiny64, swap_space_bytes=20 * 2048 * 6) as served:  # 20 blocks of six layers
+async def test_without_room_on_the_host_victims_are_recomputed(six_layers: Path) -> None:
+    expected = await uncontended(six_layers)
+    async with swapping(six_layers, swap_space_bytes=20 * 2048 * 6) as served:  # 20 blocks of six layers
         engine = served.engine
         assert engine.scheduler.swapped.num_blocks == 20
         assert await read_all(engine, make_crowd()) == expected
         assert engine.scheduler.swapped.num_swaps > 0 and engine.scheduler.num_preemptions > 0
-    async with swapping(tiny64, swap_space_bytes=0) as served:
+    async with swapping(six_layers, swap_space_bytes=0) as served:
         assert await read_all(served.engine, make_crowd()) == expected
         assert served.engine.scheduler.swapped.num_swaps == 0 and served.engine.scheduler.num_preemptions > 0
 
 
-async def test_a_failed_copy_costs_a_recomputation_and_nothing_else(tiny64: Path) -> None:
-    expected = await uncontended(tiny64)
-    async with swapping(tiny64) as served:
+async def test_a_failed_copy_costs_a_recomputation_and_nothing_else(six_layers: Path) -> None:
+    expected = await uncontended(six_layers)
+    async with swapping(six_layers) as served:
         engine = served.engine
         gates = [CopyGate(memory.device) for memory in engine.memories]
         gates[0].open(DeviceError("the copy failed"))
@@ -93,9 +93,9 @@ async def test_a_failed_copy_costs_a_recomputation_and_nothing_else(tiny64: Path
         assert engine.scheduler.num_preemptions == gates[0].num_copies  # of those that leave, and of those that return
 
 
-async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(tiny64: Path) -> None:
+async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(six_layers: Path) -> None:
     """One device, whose copies wait at a gate: four requests grow until some have to make way."""
-    async with swapping(tiny64, devices="cpu:1") as served:
+    async with swapping(six_layers, devices="cpu:1") as served:
         engine, swapped = served.engine, served.engine.scheduler.swapped
         gate = CopyGate(engine.memories[0].device)
         requests = [make_request(f"r{i}", 30, 70) for i in range(4)]
@@ -122,8 +122,8 @@ async def test_who_leaves_while_being_copied_or_on_the_host_frees_everything(tin
         }
 
 
-async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> None:
-    async with swapping(tiny64, devices="cpu:1") as served:
+async def test_who_leaves_while_coming_back_frees_everything(six_layers: Path) -> None:
+    async with swapping(six_layers, devices="cpu:1") as served:
         engine = served.engine
         gate = CopyGate(engine.memories[0].device, lets_out=True)
         requests = [make_request(f"r{i}", 30, 70) for i in range(3)]
@@ -139,8 +139,8 @@ async def test_who_leaves_while_coming_back_frees_everything(tiny64: Path) -> No
         assert [r.request_id for r in requests if r.finish_reason is FinishReason.ABORT] == [returning.request_id]
 
 
-async def test_stopping_in_the_middle_of_a_copy_frees_everything(tiny64: Path) -> None:
-    async with swapping(tiny64, devices="cpu:1") as served:
+async def test_stopping_in_the_middle_of_a_copy_frees_everything(six_layers: Path) -> None:
+    async with swapping(six_layers, devices="cpu:1") as served:
         engine = served.engine
         gate = CopyGate(engine.memories[0].device)
         requests = [make_request(f"r{i}", 30, 70) for i in range(4)]
@@ -153,9 +153,9 @@ async def test_stopping_in_the_middle_of_a_copy_frees_everything(tiny64: Path) -
         assert engine.scheduler.swapped.num_free == engine.scheduler.swapped.num_blocks
 
 
-async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(tiny64: Path) -> None:
-    expected = await uncontended(tiny64)
-    async with swapping(tiny64) as served:
+async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(six_layers: Path) -> None:
+    expected = await uncontended(six_layers)
+    async with swapping(six_layers) as served:
         engine = served.engine
         readers = asyncio.create_task(read_all(engine, make_crowd()))
         await until(engine, lambda: len(engine.scheduler.swapped.ready) > 0)
@@ -164,17 +164,17 @@ async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(tiny6
         assert await readers == expected
 
 
-async def test_with_nothing_to_drop_kv_goes_to_the_host_and_nothing_is_computed_twice(tiny64: Path) -> None:
-    expected = await uncontended(tiny64)
-    async with serving(tiny64, 40, "cpu:1", **NO_PRICES) as served:
+async def test_with_nothing_to_drop_kv_goes_to_the_host_and_nothing_is_computed_twice(six_layers: Path) -> None:
+    expected = await uncontended(six_layers)
+    async with serving(six_layers, 40, "cpu:1", **NO_PRICES) as served:
         assert await read_all(served.engine, make_crowd()) == expected
         assert served.engine.scheduler.swapped.num_swaps > 0
         assert served.engine.scheduler.num_preemptions == 0 and not buffers(served.engine)
 
 
-async def test_what_does_not_fit_after_a_drop_either_goes_to_the_host(tiny64: Path) -> None:
-    expected = await uncontended(tiny64, 64)
-    async with serving(tiny64, 40, **NO_PRICES) as served:
+async def test_what_does_not_fit_after_a_drop_either_goes_to_the_host(six_layers: Path) -> None:
+    expected = await uncontended(six_layers, 64)
+    async with serving(six_layers, 40, **NO_PRICES) as served:
         engine, swapped = served.engine, served.engine.scheduler.swapped
         readers = asyncio.create_task(read_all(engine, make_crowd(64)))
         await until(engine, lambda: len(swapped.ready) > 0)
@@ -184,8 +184,8 @@ async def test_what_does_not_fit_after_a_drop_either_goes_to_the_host(tiny64: Pa
         assert swapped.num_swaps > num_swaps and not buffers(engine)
 
 
-async def test_who_is_on_the_host_counts_as_waiting_for_blocks(tiny64: Path) -> None:
-    async with serving(tiny64, 40, "cpu:1", **NO_PRICES) as served:
+async def test_who_is_on_the_host_counts_as_waiting_for_blocks(six_layers: Path) -> None:
+    async with serving(six_layers, 40, "cpu:1", **NO_PRICES) as served:
         engine, scheduler = served.engine, served.engine.scheduler
         readers = asyncio.create_task(read_all(engine, make_crowd()))
         await until(engine, lambda: len(scheduler.swapped.ready) > 0)

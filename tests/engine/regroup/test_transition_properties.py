@@ -74,15 +74,15 @@ def is_shown(checked: Checked, failures: Failures, num_left: int) -> bool:
 
 @pytest.mark.long
 @pytest.mark.drawn
-async def test_everything_at_random(tiny64: Path) -> None:
+async def test_everything_at_random(six_layers: Path) -> None:
     num_left = 0
-    async with checked_engine(tiny64, "cpu:4", 96, max_num_seqs=6, max_num_batched_tokens=24) as checked:
+    async with checked_engine(six_layers, "cpu:4", 96, max_num_seqs=6, max_num_batched_tokens=24) as checked:
         failures = Failures(checked.engine)
         for seed in seeds(MOST_SEEDS):
             if is_shown(checked, failures, num_left):
                 break
             requests = make_requests(NUM_REQUESTS, seed)
-            async with checked_engine(tiny64, "cpu:1", 4000, async_scheduling=False) as undisturbed:
+            async with checked_engine(six_layers, "cpu:1", 4000, async_scheduling=False) as undisturbed:
                 expected = await undisturbed.answer_all(again(requests))
             failures.begin(0.01, random.Random(seed))
             asking = asyncio.create_task(ask_at_random(checked, again(requests), random.Random(seed)))

@@ -25,11 +25,11 @@ REQUESTS = make_requests(NUM_REQUESTS, seed=1, longest_prompt=32, most_tokens=16
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Answer]:
+def expected(six_layers: Path) -> list[Answer]:
     """What an undisturbed server answers."""
 
     async def ask() -> list[Answer]:
-        async with checked_engine(tiny64, "cpu:1", 320) as checked:
+        async with checked_engine(six_layers, "cpu:1", 320) as checked:
             return await checked.answer_all(again(REQUESTS))
 
     return asyncio.run(ask())
@@ -64,9 +64,9 @@ async def begin(checked: Checked, requests: Sequence[Request]) -> list[asyncio.T
 
 
 @pytest.mark.parametrize("kind", ["drop", "restore"])
-async def test_any_call_may_fail(kind: str, tiny64: Path, expected: list[Answer]) -> None:
+async def test_any_call_may_fail(kind: str, six_layers: Path, expected: list[Answer]) -> None:
     """The first call of a transition fails, then the second, and so on until there is no such call any more."""
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         engine, original = checked.engine, contents(checked)
         failures = Failures(engine)
         failed_on: set[tuple[str, str]] = set()
@@ -105,9 +105,11 @@ async def test_any_call_may_fail(kind: str, tiny64: Path, expected: list[Answer]
         assert {name for _, name in failed_on} == calls and {device for device, _ in failed_on} == {"cpu:0", "cpu:1"}
 
 
-async def test_chunks_that_were_not_reassigned_are_by_the_next_transition(tiny64: Path, expected: list[Answer]) -> None:
+async def test_chunks_that_were_not_reassigned_are_by_the_next_transition(
+    six_layers: Path, expected: list[Answer]
+) -> None:
     """All maps fail once the epoch is committed: the chain serves with less, and can be restored all the same."""
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         failures = Failures(checked.engine)
         answers = await begin(checked, again(REQUESTS))
         await checked.control.drop()
@@ -135,8 +137,8 @@ def refuse_to_map(checked: Checked, number: int) -> None:
     device.map = refuse
 
 
-async def test_going_back_is_tried_again(tiny64: Path, expected: list[Answer]) -> None:
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+async def test_going_back_is_tried_again(six_layers: Path, expected: list[Answer]) -> None:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         answers = await begin(checked, again(REQUESTS))
         refuse_to_map(checked, 3)
         with pytest.raises(DeviceError, match="refused"):
@@ -146,9 +148,9 @@ async def test_going_back_is_tried_again(tiny64: Path, expected: list[Answer]) -
         assert checked.outcomes == {("drop", "rolled back", "by_request"): 1}
 
 
-async def test_nothing_runs_on_a_device_that_cannot_go_back(tiny64: Path, expected: list[Answer]) -> None:
+async def test_nothing_runs_on_a_device_that_cannot_go_back(six_layers: Path, expected: list[Answer]) -> None:
     """It would read what is mapped there now, or nothing: it is lost, and the others go on without it."""
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         answers = await begin(checked, again(REQUESTS))
         refuse_to_map(checked, 1000)
         with pytest.raises(DeviceError, match="refused"):
@@ -161,8 +163,10 @@ async def test_nothing_runs_on_a_device_that_cannot_go_back(tiny64: Path, expect
 # --- clients that leave, operators that are early ---------------------------------------------------------------------
 
 
-async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(tiny64: Path, expected: list[Answer]) -> None:
-    async with checked_engine(tiny64, "cpu:2", 64) as checked:
+async def test_a_client_leaves_while_its_blocks_are_moved_out_of_the_tail(
+    six_layers: Path, expected: list[Answer]
+) -> None:
+    async with checked_engine(six_layers, "cpu:2", 64) as checked:
         answers = await begin(checked, again(REQUESTS))
         await checked.control.drop()
         await checked.settled()
@@ -210,8 +214,8 @@ async def _move_to_tail(checked: Checked, stage: Stage, table: BlockTable) -> No
     pool.free(front)
 
 
-async def test_one_transition_at_a_time_and_of_the_present_epoch(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+async def test_one_transition_at_a_time_and_of_the_present_epoch(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:4", 64) as checked:
         control, reconfigure = checked.control, checked.reconfigure
         first, second = asyncio.create_task(control.drop([0, 1])), asyncio.create_task(control.drop([2, 3]))
         await asyncio.wait([first, second])
@@ -230,8 +234,8 @@ async def test_one_transition_at_a_time_and_of_the_present_epoch(tiny64: Path) -
         await checked.undo_drops()
 
 
-async def test_merges_do_not_wait_for_each_others_steps(tiny64: Path, expected: list[Answer]) -> None:
-    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+async def test_merges_do_not_wait_for_each_others_steps(six_layers: Path, expected: list[Answer]) -> None:
+    async with checked_engine(six_layers, "cpu:4", 64) as checked:
         engine, reconfigure, held = checked.engine, checked.reconfigure, asyncio.Event()
         execute: Any = engine.executor.execute
 
@@ -259,8 +263,8 @@ async def test_merges_do_not_wait_for_each_others_steps(tiny64: Path, expected: 
         await finish(checked, answers, expected)
 
 
-async def test_one_merge_that_fails_leaves_the_others(tiny64: Path, expected: list[Answer]) -> None:
-    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+async def test_one_merge_that_fails_leaves_the_others(six_layers: Path, expected: list[Answer]) -> None:
+    async with checked_engine(six_layers, "cpu:4", 64) as checked:
         answers = await begin(checked, again(REQUESTS))
         snapshot = checked.control.snapshot()
         merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
@@ -283,9 +287,9 @@ async def test_one_merge_that_fails_leaves_the_others(tiny64: Path, expected: li
         await finish(checked, answers, expected)
 
 
-async def test_no_merge_drops_weights_while_another_one_goes_back(tiny64: Path, expected: list[Answer]) -> None:
+async def test_no_merge_drops_weights_while_another_one_goes_back(six_layers: Path, expected: list[Answer]) -> None:
     """Without a host copy the way back is over any device that still has the weights."""
-    async with checked_engine(tiny64, "cpu:4", 64) as checked:
+    async with checked_engine(six_layers, "cpu:4", 64) as checked:
         answers = await begin(checked, again(REQUESTS))
         snapshot = checked.control.snapshot()
         merges = [plan_drop_of(snapshot, ids).merges[0] for ids in ([0, 1], [2, 3])]
@@ -318,8 +322,8 @@ async def test_no_merge_drops_weights_while_another_one_goes_back(tiny64: Path, 
         await finish(checked, answers, expected)
 
 
-async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+async def test_a_stopping_engine_ends_a_transition_and_every_stream(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         held = asyncio.Event()
         device: Any = checked.engine.memories[0].device.inner
         run_copy = device.run_copy
@@ -340,8 +344,8 @@ async def test_a_stopping_engine_ends_a_transition_and_every_stream(tiny64: Path
         assert not any(request.is_moving for group in checked.engine.groups for request in group.running)
 
 
-async def test_an_operator_whose_restore_is_ended_by_the_stop_is_told(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+async def test_an_operator_whose_restore_is_ended_by_the_stop_is_told(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         await checked.control.drop()
         await checked.settled()
         device: Any = checked.engine.memories[0].device.inner
@@ -361,8 +365,8 @@ async def test_an_operator_whose_restore_is_ended_by_the_stop_is_told(tiny64: Pa
         assert len(group.stages) == 2 and checked.reconfigure.transitions.remembered[-1].outcome == "rolled back"
 
 
-async def test_a_transition_that_runs_says_what_it_is_at_and_how_many_weights_it_is_about(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 320) as checked:
+async def test_a_transition_that_runs_says_what_it_is_at_and_how_many_weights_it_is_about(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 320) as checked:
         copies = checked.engine.state()["copies"]
         assert (copies["now"], copies["at_launch"]) == (2, 2)
         answers = await begin(checked, again(REQUESTS))

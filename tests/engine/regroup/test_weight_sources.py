@@ -37,11 +37,11 @@ SEEDS = seeds(8)
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Answer]:
+def expected(six_layers: Path) -> list[Answer]:
     """What an undisturbed server answers."""
 
     async def ask() -> list[Answer]:
-        async with checked_engine(tiny64, "cpu:1", 1280) as checked:
+        async with checked_engine(six_layers, "cpu:1", 1280) as checked:
             return await checked.answer_all(again(REQUESTS))
 
     return asyncio.run(ask())
@@ -98,15 +98,15 @@ async def wait(checked: Checked) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
 async def test_regrouping_changes_no_answer_and_no_weight(
-    devices: str, kind: HostCopy, tiny64: Path, expected: list[Answer]
+    devices: str, kind: HostCopy, six_layers: Path, expected: list[Answer]
 ) -> None:
-    async with checked_engine(tiny64, devices, 160, host_copy=kind) as checked:
+    async with checked_engine(six_layers, devices, 160, host_copy=kind) as checked:
         for seed in SEEDS:
             regroup = partial(regroup_in_order if seed % 2 else regroup_forever, checked, random.Random(seed))
             for answer, its in zip(await answer_while(checked, again(REQUESTS), regroup), expected, strict=True):
                 answer.assert_same(its)
             await checked.undo_drops()
-            assert_weights_are_the_files(checked, tiny64)
+            assert_weights_are_the_files(checked, six_layers)
         assert checked.num_outcomes("drop", "done") > 0 and checked.num_outcomes("restore", "done") > 0
 
 
@@ -122,8 +122,8 @@ async def test_weights_are_converted_to_the_same_bits_wherever_they_come_from(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_dummy_weights_come_back_too(kind: HostCopy, tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 160, host_copy=kind, load_format="dummy") as checked:
+async def test_dummy_weights_come_back_too(kind: HostCopy, six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 160, host_copy=kind, load_format="dummy") as checked:
         weights = [memory.weights for memory in checked.engine.memories]
         before = [[w.content(unit).clone() for unit in w.present] for w in weights]
         await drop(checked)
@@ -133,9 +133,9 @@ async def test_dummy_weights_come_back_too(kind: HostCopy, tiny64: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["drop", "restore"])
-async def test_any_call_may_fail_without_a_host_copy(kind: str, tiny64: Path) -> None:
+async def test_any_call_may_fail_without_a_host_copy(kind: str, six_layers: Path) -> None:
     """The first call of a transition fails, then the second, and so on: what comes back comes from whole copies."""
-    async with checked_engine(tiny64, "cpu:2", 320, host_copy=HostCopy.NONE) as checked:
+    async with checked_engine(six_layers, "cpu:2", 320, host_copy=HostCopy.NONE) as checked:
         failures, number, num_rolled_back = Failures(checked.engine), 0, 0
         while True:
             if kind == "restore":
@@ -149,10 +149,10 @@ async def test_any_call_may_fail_without_a_host_copy(kind: str, tiny64: Path) ->
             await checked.settled()
             is_over, is_old = not failures.failed, checked.engine.epoch == epoch
             failures.arm(None)
-            assert_weights_are_the_files(checked, tiny64)
+            assert_weights_are_the_files(checked, six_layers)
             assert is_old == (not is_over) or kind == "drop"  # a drop may fail after its commit
             await checked.undo_drops()
-            assert_weights_are_the_files(checked, tiny64)
+            assert_weights_are_the_files(checked, six_layers)
             if is_over:
                 break
             number += 1
@@ -164,8 +164,8 @@ async def test_any_call_may_fail_without_a_host_copy(kind: str, tiny64: Path) ->
 
 
 @pytest.mark.parametrize("devices", ["cpu:2", "cpu:3"])
-async def test_without_a_host_copy_mates_have_all_that_comes_back(devices: str, tiny64: Path) -> None:
-    async with checked_engine(tiny64, devices, 160, host_copy=HostCopy.NONE) as checked:
+async def test_without_a_host_copy_mates_have_all_that_comes_back(devices: str, six_layers: Path) -> None:
+    async with checked_engine(six_layers, devices, 160, host_copy=HostCopy.NONE) as checked:
         num_devices, total, at_start = int(devices[-1]), total_bytes(checked), sources(checked)
         timed = checked.control.would_drop()
         sampled = sum(min(unit_bytes(checked, device, [unit]) for unit in units) for device, units in timed.items())
@@ -184,8 +184,8 @@ async def test_without_a_host_copy_mates_have_all_that_comes_back(devices: str, 
 
 
 @pytest.mark.parametrize("kind", [HostCopy.PINNED, HostCopy.MAPPED])
-async def test_with_a_host_copy_all_comes_from_it(kind: HostCopy, tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 160, host_copy=kind) as checked:
+async def test_with_a_host_copy_all_comes_from_it(kind: HostCopy, six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 160, host_copy=kind) as checked:
         assert checked.engine.state()["host_copy"] == str(kind)
         before, lost = sources(checked), await drop(checked)
         await checked.control.restore()
@@ -195,9 +195,9 @@ async def test_with_a_host_copy_all_comes_from_it(kind: HostCopy, tiny64: Path) 
         assert sources(checked) == {"host": before["host"] + num_bytes, "mate": 0, "disk": 0}
 
 
-async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(tiny64: Path) -> None:
+async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(six_layers: Path) -> None:
     """A device of the chain has lost the content of a unit: both read it again, one of them from the files."""
-    async with checked_engine(tiny64, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
+    async with checked_engine(six_layers, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
         lost, before = await drop(checked), sources(checked)
         weights = checked.engine.memories[1].weights
         in_doubt = next(unit for unit in lost[0] if unit in weights.present)
@@ -209,12 +209,12 @@ async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(tiny64: Pa
         num_bytes = sum(unit_bytes(checked, device, units) for device, units in lost.items())
         assert checked.reconfigure.transitions.remembered[-1].weight_sources == {"disk": doubted, "mate": num_bytes}
         assert sources(checked)["disk"] == before["disk"] + doubted
-        assert_weights_are_the_files(checked, tiny64)
+        assert_weights_are_the_files(checked, six_layers)
         checked.assert_idle()
 
 
-async def test_a_restore_that_was_cancelled_is_done_again_from_mates(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
+async def test_a_restore_that_was_cancelled_is_done_again_from_mates(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
         lost, before = await drop(checked), sources(checked)
         device: Any = checked.engine.memories[0].device.inner
         run_copy, num_copies = device.run_copy, 0
@@ -238,7 +238,7 @@ async def test_a_restore_that_was_cancelled_is_done_again_from_mates(tiny64: Pat
         await wait(checked)
         assert checked.reconfigure.transitions.remembered[-1].weight_sources == {"mate": num_bytes}
         assert sources(checked)["disk"] == before["disk"]
-        assert_weights_are_the_files(checked, tiny64)
+        assert_weights_are_the_files(checked, six_layers)
 
 
 # --- what the start says ----------------------------------------------------------------------------------------------
@@ -253,23 +253,23 @@ async def said_at_start(folder: Path, devices: str, **settings: Any) -> tuple[di
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_start_says_what_is_kept_and_how_long_a_restore_takes(kind: HostCopy, tiny64: Path) -> None:
-    said, checked = await said_at_start(tiny64, "cpu:2", host_copy=kind)
+async def test_the_start_says_what_is_kept_and_how_long_a_restore_takes(kind: HostCopy, six_layers: Path) -> None:
+    said, checked = await said_at_start(six_layers, "cpu:2", host_copy=kind)
     assert (said["kind"], said["because"]) == (str(kind), f"--host-copy {kind}")
     assert said["restore_from"] == ["mate" if kind is HostCopy.NONE else "host"]
     assert said["restore_s"] > 0 and 0 < said["restore_bytes"] < 2 * total_bytes(checked)
     assert (said["host_bytes"] >= total_bytes(checked)) == (kind is HostCopy.PINNED)
     assert said["host_bytes"] == 0 or kind is HostCopy.PINNED
-    files = (tiny64 / "model.safetensors").stat().st_size
+    files = (six_layers / "model.safetensors").stat().st_size
     assert said["mapped_bytes"] == (files if kind is HostCopy.MAPPED else 0)
 
 
-async def test_the_start_says_why_when_it_chose(tiny64: Path) -> None:
-    said, _ = await said_at_start(tiny64, "cpu:2")
+async def test_the_start_says_why_when_it_chose(six_layers: Path) -> None:
+    said, _ = await said_at_start(six_layers, "cpu:2")
     assert (said["kind"], said["because"]) == ("mapped", "CPU devices have no use for pinned memory")
 
 
-async def test_nothing_is_timed_where_nothing_can_be_dropped(tiny64: Path) -> None:
-    said, checked = await said_at_start(tiny64, "cpu:1", host_copy=HostCopy.NONE)
+async def test_nothing_is_timed_where_nothing_can_be_dropped(six_layers: Path) -> None:
+    said, checked = await said_at_start(six_layers, "cpu:1", host_copy=HostCopy.NONE)
     assert (said["restore_s"], said["restore_bytes"], said["restore_from"]) == (None, 0, [])
     assert checked.control.reconfigure.loader.num_bytes == {"disk": total_bytes(checked)}

@@ -173,20 +173,20 @@ def test_reservations_are_clipped_and_an_empty_group_takes_whatever_input_fits()
     assert not policy.may_admit(group, make_request("r", 33_021, 5000))
 
 
-async def test_retract_changes_no_token(tiny64: Path) -> None:
+async def test_retract_changes_no_token(six_layers: Path) -> None:
     """Outputs longer than the estimate: those that the ratio let in do not all fit in the end."""
     crowd, again = ([make_request(f"r{i}", 4, 40, 0.8 * (i % 2)) for i in range(24)] for _ in range(2))
-    async with serving(tiny64, PLENTY, overload_policy=OverloadPolicy.RETRACT) as served:
+    async with serving(six_layers, PLENTY, overload_policy=OverloadPolicy.RETRACT) as served:
         expected = await read_all(served.engine, crowd)
         assert served.engine.scheduler.num_preemptions == 0
-    async with serving(tiny64, 40, overload_policy=OverloadPolicy.RETRACT) as served:
+    async with serving(six_layers, 40, overload_policy=OverloadPolicy.RETRACT) as served:
         assert await read_all(served.engine, again) == expected
         assert served.engine.state()["requests"]["preemptions"] > 0
         assert max(request.num_preemptions for request in again) > 0
 
 
-async def test_retract_finishes_a_mixed_crowd(tiny64: Path) -> None:
-    async with serving(tiny64, 40, overload_policy=OverloadPolicy.RETRACT) as served:
+async def test_retract_finishes_a_mixed_crowd(six_layers: Path) -> None:
+    async with serving(six_layers, 40, overload_policy=OverloadPolicy.RETRACT) as served:
         tokens = await read_all(served.engine, crowd := make_crowd())
         assert {r.request_id: r.params.max_tokens for r in crowd} == {name: len(ids) for name, ids in tokens.items()}
 

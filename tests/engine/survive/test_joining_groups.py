@@ -19,9 +19,9 @@ MEMORY_BYTES = 15 * TINY["chunk_bytes"]  # of a device: the weights take 16 chun
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Answer]:
+def expected(six_layers: Path) -> list[Answer]:
     async def main() -> list[Answer]:
-        async with checked_engine(tiny64, "cpu:1", 600) as checked:
+        async with checked_engine(six_layers, "cpu:1", 600) as checked:
             return await checked.answer_all(again(REQUESTS))
 
     return asyncio.run(main())
@@ -62,8 +62,10 @@ def slow_loads(checked: Checked) -> None:
 
 
 @pytest.mark.parametrize("host_copy", [HostCopy.MAPPED, HostCopy.NONE])
-async def test_what_is_left_of_a_chain_joins_another(host_copy: HostCopy, tiny64: Path, expected: list[Answer]) -> None:
-    async with chains_of_two(tiny64, host_copy=host_copy) as checked:
+async def test_what_is_left_of_a_chain_joins_another(
+    host_copy: HostCopy, six_layers: Path, expected: list[Answer]
+) -> None:
+    async with chains_of_two(six_layers, host_copy=host_copy) as checked:
         assert members(checked) == [[0, 1], [2, 3]]
         asked = again(REQUESTS)
         answering = asyncio.ensure_future(checked.answer_all(asked))
@@ -81,8 +83,8 @@ async def test_what_is_left_of_a_chain_joins_another(host_copy: HostCopy, tiny64
         assert_same(await checked.answer_all(again(REQUESTS)), expected)
 
 
-async def test_the_pairs_are_back_once_the_lost_one_is(tiny64: Path, expected: list[Answer]) -> None:
-    async with chains_of_two(tiny64) as checked:
+async def test_the_pairs_are_back_once_the_lost_one_is(six_layers: Path, expected: list[Answer]) -> None:
+    async with chains_of_two(six_layers) as checked:
         lose(checked, 3)
         await checked.rebuilt()
         assert members(checked) == [[0, 2, 1]]
@@ -99,9 +101,9 @@ async def test_the_pairs_are_back_once_the_lost_one_is(tiny64: Path, expected: l
         assert_same(await checked.answer_all(again(REQUESTS)), expected)
 
 
-async def test_two_that_are_left_of_three_join_together(tiny64: Path, expected: list[Answer]) -> None:
+async def test_two_that_are_left_of_three_join_together(six_layers: Path, expected: list[Answer]) -> None:
     settings = {"num_blocks_override": None, "device_memory_bytes": 9 * TINY["chunk_bytes"]}
-    async with checked_engine(tiny64, "cpu:6", 0, pipeline_parallel_size=3, **settings) as checked:
+    async with checked_engine(six_layers, "cpu:6", 0, pipeline_parallel_size=3, **settings) as checked:
         answering = asyncio.ensure_future(checked.answer_all(again(REQUESTS)))
         await checked.commits(4)
         before = checked.engine.groups[0].num_blocks
@@ -114,8 +116,8 @@ async def test_two_that_are_left_of_three_join_together(tiny64: Path, expected: 
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-async def test_one_more_is_lost_while_it_loads(lost: int, tiny64: Path, expected: list[Answer]) -> None:
-    async with chains_of_two(tiny64) as checked:
+async def test_one_more_is_lost_while_it_loads(lost: int, six_layers: Path, expected: list[Answer]) -> None:
+    async with chains_of_two(six_layers) as checked:
         slow_loads(checked)
         answering = asyncio.ensure_future(checked.answer_all(again(REQUESTS)))
         await checked.commits(4)
@@ -128,8 +130,8 @@ async def test_one_more_is_lost_while_it_loads(lost: int, tiny64: Path, expected
         checked.assert_idle()
 
 
-async def test_who_cannot_load_stays_idle(tiny64: Path, expected: list[Answer]) -> None:
-    async with chains_of_two(tiny64) as checked:
+async def test_who_cannot_load_stays_idle(six_layers: Path, expected: list[Answer]) -> None:
+    async with chains_of_two(six_layers) as checked:
         loader = checked.reconfigure.loader
         load: Callable[..., Any] = loader.load
 
@@ -148,8 +150,8 @@ async def test_who_cannot_load_stays_idle(tiny64: Path, expected: list[Answer]) 
         assert members(checked) == [[0, 2, 1]]
 
 
-async def test_nobody_ends_while_the_only_group_waits_to_be_replaced(tiny64: Path, expected: list[Answer]) -> None:
-    async with chains_of_two(tiny64) as checked:
+async def test_nobody_ends_while_the_only_group_waits_to_be_replaced(six_layers: Path, expected: list[Answer]) -> None:
+    async with chains_of_two(six_layers) as checked:
         lose(checked, 3)
         await checked.rebuilt()
         remap: Any = checked.control.membership.remap

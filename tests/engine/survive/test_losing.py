@@ -39,18 +39,18 @@ def undisturbed(folder: Path, requests: Sequence[Request]) -> list[Answer]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny64: Path) -> list[Answer]:
-    return undisturbed(tiny64, REQUESTS)
+def expected(six_layers: Path) -> list[Answer]:
+    return undisturbed(six_layers, REQUESTS)
 
 
 @pytest.fixture(scope="module")
-def expected_by_layer(tiny64: Path) -> list[Answer]:
-    return undisturbed(tiny64, BY_LAYER)
+def expected_by_layer(six_layers: Path) -> list[Answer]:
+    return undisturbed(six_layers, BY_LAYER)
 
 
 @pytest.fixture(scope="module")
-def expected_swapped(tiny64: Path) -> list[Answer]:
-    return undisturbed(tiny64, SWAPPED)
+def expected_swapped(six_layers: Path) -> list[Answer]:
+    return undisturbed(six_layers, SWAPPED)
 
 
 @asynccontextmanager
@@ -108,9 +108,9 @@ def some(cases: Iterable[tuple[int, Any]]) -> list[Any]:
     ),
 )
 async def test_a_device_fails_in_a_step(
-    layout: str, kind: FaultKind, device: int, tiny64: Path, expected: list[Answer]
+    layout: str, kind: FaultKind, device: int, six_layers: Path, expected: list[Answer]
 ) -> None:
-    answers, bad, transitions = await answers_with(tiny64, layout, f"{device}:{kind}@0.05s")
+    answers, bad, transitions = await answers_with(six_layers, layout, f"{device}:{kind}@0.05s")
     assert_same(answers, [*expected, *expected[AFTER]])
     assert set(bad) <= {device}
     if kind in (FaultKind.LOST, FaultKind.HANG) or (kind is FaultKind.RAISE_ALWAYS and "chain" in layout):
@@ -163,10 +163,10 @@ async def test_a_device_fails_in_a_transition(
     phase: str,
     disturb: Callable[[Checked], Awaitable[None]],
     device: int,
-    tiny64: Path,
+    six_layers: Path,
     expected: list[Answer],
 ) -> None:
-    answers, bad, _ = await answers_with(tiny64, devices, f"{device}:{kind}@{phase}", disturb)
+    answers, bad, _ = await answers_with(six_layers, devices, f"{device}:{kind}@{phase}", disturb)
     assert_same(answers, [*expected, *expected[AFTER]])
     assert set(bad) <= {device}
 
@@ -177,10 +177,12 @@ async def test_a_device_fails_in_a_transition(
     + some((2 * (i + j), (i, kind)) for i in (3, 4) for j, kind in enumerate(FaultKind)),
 )
 async def test_a_device_fails_while_kv_goes_by_layer(
-    num_devices: int, kind: FaultKind, tiny64: Path, expected_by_layer: list[Answer]
+    num_devices: int, kind: FaultKind, six_layers: Path, expected_by_layer: list[Answer]
 ) -> None:
     settings = {"num_blocks": 128, "max_num_batched_tokens": 512}
-    async with faulty_engine(tiny64, f"cpu:{num_devices}", parse_faults(f"1:{kind}@exchange"), **settings) as checked:
+    async with faulty_engine(
+        six_layers, f"cpu:{num_devices}", parse_faults(f"1:{kind}@exchange"), **settings
+    ) as checked:
         answering = await loaded(checked, again(BY_LAYER[: 4 * num_devices]))
         with suppress(KunServeError, OSError, RuntimeError):
             await drop(checked)
@@ -200,10 +202,10 @@ async def test_a_device_fails_while_kv_goes_by_layer(
     ),
 )
 async def test_a_device_fails_while_requests_are_swapped(
-    layout: str, kind: FaultKind, tiny64: Path, expected_swapped: list[Answer]
+    layout: str, kind: FaultKind, six_layers: Path, expected_swapped: list[Answer]
 ) -> None:
     settings: dict[str, Any] = {"num_blocks": 32, "overload_policy": OverloadPolicy.SWAP}
-    async with faulty_engine(tiny64, layout, [Fault(1, kind, "swap")], **settings) as checked:
+    async with faulty_engine(six_layers, layout, [Fault(1, kind, "swap")], **settings) as checked:
         engine, machine = checked.engine, cast(Any, checked.machine)
         assert engine.mover is not None
         is_busy = engine.mover.is_busy
@@ -214,8 +216,8 @@ async def test_a_device_fails_while_requests_are_swapped(
         checked.assert_idle()
 
 
-async def test_the_last_device_ends_the_engine(tiny64: Path) -> None:
-    async with faulty_engine(tiny64, "cpu:2", parse_faults("0:lost@0.05s,1:hang@0.05s")) as checked:
+async def test_the_last_device_ends_the_engine(six_layers: Path) -> None:
+    async with faulty_engine(six_layers, "cpu:2", parse_faults("0:lost@0.05s,1:hang@0.05s")) as checked:
         answers = await checked.answer_all(again(REQUESTS))
         await checked.engine.wait()
         assert all(answer.finish is not None or isinstance(answer.error, EngineError) for answer in answers)

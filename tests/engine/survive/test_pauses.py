@@ -123,10 +123,10 @@ def kill_with(checked: Checked, poison: str) -> list[int]:
 @pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("devices", ["cpu:3", "cpu:4"])
 async def test_whoever_ends_devices_ends_two_at_most_and_nobody_with_it(
-    devices: str, is_ahead: bool, tiny64: Path
+    devices: str, is_ahead: bool, six_layers: Path
 ) -> None:
     requests: Sequence[Request] = [ask(i, 20 + i, 40) for i in range(9)]
-    async with checked_engine(tiny64, devices, 320, async_scheduling=is_ahead) as checked:
+    async with checked_engine(six_layers, devices, 320, async_scheduling=is_ahead) as checked:
         missed, killed = Missed(checked.engine), kill_with(checked, "r4")
         answers = await checked.answer_all(requests)
         await checked.rebuilt()

@@ -64,8 +64,8 @@ def at_step(checked: Checked, phase: str) -> Callable[[], bool]:
     return lambda: phase in checked.reconfigure.transitions.phases
 
 
-async def test_two_rebuilds_never_take_the_same_device(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+async def test_two_rebuilds_never_take_the_same_device(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:3", NUM_BLOCKS) as checked:
         lose(checked, 2)
         await checked.rebuilt()
         slow_loads(checked, 0.02)
@@ -91,8 +91,8 @@ async def one_beside_a_chain(folder: Path) -> AsyncIterator[tuple[Checked, async
         yield checked, answering
 
 
-async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
-    async with one_beside_a_chain(tiny64) as (checked, answering):
+async def test_what_is_left_of_two_groups_makes_one(six_layers: Path) -> None:
+    async with one_beside_a_chain(six_layers) as (checked, answering):
         lose(checked, 0, 1)  # the last device that has all weights, and one of the others
         assert len((await answering).token_ids) == 100
         await checked.rebuilt()
@@ -100,8 +100,8 @@ async def test_what_is_left_of_two_groups_makes_one(tiny64: Path) -> None:
         checked.assert_idle()
 
 
-async def test_a_second_loss_at_the_boundary_of_the_first_does_not_end_the_server(tiny64: Path) -> None:
-    async with one_beside_a_chain(tiny64) as (checked, answering):
+async def test_a_second_loss_at_the_boundary_of_the_first_does_not_end_the_server(six_layers: Path) -> None:
+    async with one_beside_a_chain(six_layers) as (checked, answering):
         lose(checked, 0)
         while not at_step(checked, "lose.boundary")():
             await next_round()
@@ -111,8 +111,8 @@ async def test_a_second_loss_at_the_boundary_of_the_first_does_not_end_the_serve
         assert members(checked) == [{2}]
 
 
-async def test_streams_of_a_lost_device_go_first(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_streams_of_a_lost_device_go_first(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(8)]))
         await checked.commits(8)
         begun = {r for g in checked.engine.groups if g.stages[0].device == 0 for r in g.running if r.num_output_tokens}
@@ -129,8 +129,8 @@ async def test_streams_of_a_lost_device_go_first(tiny64: Path) -> None:
         assert begun and hurried == begun and not any(request.is_hurried for request in hurried)
 
 
-async def test_a_probe_that_hangs_does_not_hold_up_the_end(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_a_probe_that_hangs_does_not_hold_up_the_end(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         engine, ends = checked.engine, threading.Event()
 
         async def hang(group: Group | None, device: int) -> None:
@@ -145,8 +145,8 @@ async def test_a_probe_that_hangs_does_not_hold_up_the_end(tiny64: Path) -> None
         ends.set()
 
 
-async def test_a_suspected_or_idle_device_can_be_taken_out(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_a_suspected_or_idle_device_can_be_taken_out(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         checked.engine.device_health.fails([1])
         assert (await checked.engine.remove_device(1, 0.0))["outcome"] == "done"
         assert members(checked) == [{0}]
@@ -154,17 +154,17 @@ async def test_a_suspected_or_idle_device_can_be_taken_out(tiny64: Path) -> None
             await checked.engine.remove_device(1, 0.0)
 
 
-async def test_nothing_begins_once_the_server_stops(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_nothing_begins_once_the_server_stops(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         await checked.engine.stop()
         for asked in (checked.engine.drop(is_forced=True), checked.engine.add_device(1)):
             with pytest.raises(OverloadedError, match="stopping"):
                 await asked
 
 
-async def test_a_request_that_reserves_more_than_is_left_blocks_nobody(tiny64: Path) -> None:
+async def test_a_request_that_reserves_more_than_is_left_blocks_nobody(six_layers: Path) -> None:
     settings = {"pipeline_parallel_size": 2, "max_model_len": 256, "overload_policy": OverloadPolicy.QUEUE}
-    async with checked_engine(tiny64, "cpu:4", 32, **settings) as checked:
+    async with checked_engine(six_layers, "cpu:4", 32, **settings) as checked:
         lose(checked, 3)
         await checked.rebuilt()
         lose(checked, 0)
@@ -174,8 +174,8 @@ async def test_a_request_that_reserves_more_than_is_left_blocks_nobody(tiny64: P
         assert all(len(answer.token_ids) == 5 for answer in answers[1:])
 
 
-async def test_a_device_that_dies_before_the_commit_is_in_no_new_group(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
+async def test_a_device_that_dies_before_the_commit_is_in_no_new_group(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
         slow_loads(checked, 0.02)
         answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
         await checked.commits(3)
@@ -188,8 +188,8 @@ async def test_a_device_that_dies_before_the_commit_is_in_no_new_group(tiny64: P
         checked.assert_idle()
 
 
-async def test_a_removal_that_fails_leaves_the_group_as_it_was(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
+async def test_a_removal_that_fails_leaves_the_group_as_it_was(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:3", NUM_BLOCKS, pipeline_parallel_size=3) as checked:
         loader = checked.reconfigure.loader
         load, failures = loader.load, [OSError("no such file")] * 2
 
@@ -211,8 +211,8 @@ async def test_a_removal_that_fails_leaves_the_group_as_it_was(tiny64: Path) -> 
         assert members(checked) == [{0}, {1}]
 
 
-async def test_the_last_copy_cannot_be_taken_out(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_the_last_copy_cannot_be_taken_out(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         lose(checked, 1)
         await checked.rebuilt()
         with pytest.raises(ConflictError, match="last complete copy"):
@@ -221,8 +221,8 @@ async def test_the_last_copy_cannot_be_taken_out(tiny64: Path) -> None:
         assert len((await checked.answer(ask("r", 10))).token_ids) == 10
 
 
-async def test_two_removals_at_once_leave_a_copy(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_two_removals_at_once_leave_a_copy(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         answering = asyncio.ensure_future(checked.answer_all([ask(f"r{i}", 60) for i in range(4)]))
         await checked.commits(3)
         removals = [checked.engine.remove_device(i, 5.0) for i in range(2)]
@@ -231,8 +231,8 @@ async def test_two_removals_at_once_leave_a_copy(tiny64: Path) -> None:
         assert all(len(answer.token_ids) == 60 for answer in await answering)
 
 
-async def test_a_device_that_drains_holds_up_no_other_transition(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:4", NUM_BLOCKS) as checked:
+async def test_a_device_that_drains_holds_up_no_other_transition(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:4", NUM_BLOCKS) as checked:
         answering = [asyncio.ensure_future(checked.answer(ask(f"r{i}", 110))) for i in range(4)]
         await checked.commits(4)
         removing = asyncio.ensure_future(checked.engine.remove_device(3, 60.0))
@@ -247,8 +247,8 @@ async def test_a_device_that_drains_holds_up_no_other_transition(tiny64: Path) -
         assert members(checked) == [{0, 1}]
 
 
-async def test_no_drop_takes_weights_that_a_rebuild_copies(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:4", NUM_BLOCKS, host_copy=HostCopy.NONE) as checked:
+async def test_no_drop_takes_weights_that_a_rebuild_copies(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:4", NUM_BLOCKS, host_copy=HostCopy.NONE) as checked:
         await checked.control.drop([0, 1], is_forced=True)
         await checked.settled()
         slow: Any = checked.engine.memories[0].device.inner
@@ -276,9 +276,9 @@ def _forced_merge(checked: Checked, group_ids: list[int]) -> tuple[Any, Any]:
     return snapshot, merge
 
 
-async def test_whoever_outgrows_what_is_left_ends_and_blocks_nobody(tiny64: Path) -> None:
+async def test_whoever_outgrows_what_is_left_ends_and_blocks_nobody(six_layers: Path) -> None:
     settings = {"pipeline_parallel_size": 2, "max_model_len": 256}
-    async with checked_engine(tiny64, "cpu:4", 32, **settings) as checked:
+    async with checked_engine(six_layers, "cpu:4", 32, **settings) as checked:
         engine = checked.engine
         lose(checked, 3)
         await checked.rebuilt()
@@ -299,8 +299,8 @@ async def test_whoever_outgrows_what_is_left_ends_and_blocks_nobody(tiny64: Path
         checked.assert_idle()
 
 
-async def test_a_failure_of_another_kind_counts_for_no_death(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:2", NUM_BLOCKS) as checked:
+async def test_a_failure_of_another_kind_counts_for_no_death(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS) as checked:
         answering = asyncio.ensure_future(checked.answer(ask("r", 100)))
         await checked.commits(3)
         [here] = [group.group_id for group in checked.engine.groups if group.running]
@@ -326,10 +326,10 @@ def fail_once(device: Any, error: Exception) -> None:
 
 
 async def test_devices_that_get_no_weights_stay_idle_while_others_serve(
-    tiny64: Path, monkeypatch: pytest.MonkeyPatch
+    six_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kunserve.engine.regroup.membership.RETRY_S", 0.0)
-    async with checked_engine(tiny64, "cpu:3", NUM_BLOCKS) as checked:
+    async with checked_engine(six_layers, "cpu:3", NUM_BLOCKS) as checked:
         await checked.control.drop([1, 2], is_forced=True)
         await checked.settled()
         loader = checked.reconfigure.loader
@@ -348,8 +348,8 @@ async def test_devices_that_get_no_weights_stay_idle_while_others_serve(
         checked.assert_idle()
 
 
-async def test_a_burst_drops_beside_a_rebuild(tiny64: Path) -> None:
-    async with checked_engine(tiny64, "cpu:4", 32, is_pinned=False, restore_hold_s=3600.0) as checked:
+async def test_a_burst_drops_beside_a_rebuild(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:4", 32, is_pinned=False, restore_hold_s=3600.0) as checked:
         await checked.control.drop([0, 1], is_forced=True)
         await checked.settled()
         load, may_load = checked.reconfigure.loader.load, asyncio.Event()

@@ -13,6 +13,6 @@ MINUTES = 2
 
 @pytest.mark.drawn
 @pytest.mark.long
-async def test_whatever_happens_every_answer_is_right(tiny64: Path) -> None:
-    found = await soak(tiny64, MINUTES * 60, seed=asked_seed() or 1)
+async def test_whatever_happens_every_answer_is_right(six_layers: Path) -> None:
+    found = await soak(six_layers, MINUTES * 60, seed=asked_seed() or 1)
     assert found.counts["rounds"] and found.counts["requests"] and found.counts["add"]
