@@ -154,8 +154,7 @@ LAYERS = {5: 10, 6: 6}  # by devices: such that a chain of all holds more than t
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Crowd]:
     """A number of devices, a model for them, and a crowd."""
     folder = tmp_path_factory.mktemp(f"deep{request.param}")
-    shape = {"num_hidden_layers": LAYERS[request.param], "hidden_size": 32}
-    make_tiny_model("llama", folder, **shape)
+    make_tiny_model("llama", folder, num_hidden_layers=LAYERS[request.param], hidden_size=32)
     load = LOADS["by_request"]
     crowd = asyncio.run(Crowd.make(folder, load.num_prompt_tokens, load.num_tokens))
     return request.param, folder, crowd
