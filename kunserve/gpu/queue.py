@@ -73,6 +73,9 @@ class _Item(Generic[T]):
         """Do the work, on the queue's thread."""
         try:
             self._value = self._work()
+        except StopIteration as error:  # no future takes one: its caller would wait for ever
+            self._error = RuntimeError("work on a queue raised StopIteration")
+            self._error.__cause__ = error
         except BaseException as error:  # whatever it is, it is the caller's
             self._error = error
         if self._answer is not None:

@@ -39,6 +39,8 @@ async def test_errors_are_the_callers_and_the_thread_goes_on(queue: WorkQueue) -
     failing = queue.run(fail)
     with pytest.raises(SystemExit):
         await failing
+    with pytest.raises(RuntimeError, match="StopIteration"):  # which no future can hold
+        await queue.run(lambda: next(iter(())))
     assert await queue.run(lambda: 7) == 7
 
 

@@ -169,11 +169,14 @@ class TritonKernels:
     def _norm(self, x: Tensor, y: Tensor | None, total: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         """Norm x, or where there is `y`, `total`, which becomes x + y."""
         T, H = x.shape
-        out = torch.empty_like(x)
+        out, block = torch.empty_like(x), triton.next_power_of_2(H)
+        num_warps = min(
+            max(block // 512, 4), 16
+        )  # with four, a thread would hold 64 numbers of each array of a long row
         _rms_norm[(T,)](
             x, x if y is None else y, weight, total, out, eps, offset, H,
-            ADDED=y is not None, OFFSET=offset != 0, PDL=self._has_pdl, BLOCK=triton.next_power_of_2(H),
-            **self._launch,
+            ADDED=y is not None, OFFSET=offset != 0, PDL=self._has_pdl, BLOCK=block,
+            num_warps=num_warps, **self._launch,
         )  # fmt: skip
         return out
 

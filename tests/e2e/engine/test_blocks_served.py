@@ -27,7 +27,7 @@ from kunserve.model.host_copy import HostCopy
 
 pytestmark = pytest.mark.skipif(not has_block_kernels("auto"), reason="no C compiler")
 
-SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 128}
+SETTINGS: dict[str, Any] = {"chunk_bytes": 1 << 16, "max_model_len": 128}
 MODELS: dict[str, dict[str, Any]] = {
     "llama in Q4_1, tokens in Q8_0": {"kind": Kind.Q4_1, "kinds": {"token_embd": Kind.Q8_0}},
     "qwen2 in Q4_K, layers unlike": {
