@@ -33,7 +33,7 @@ def _is_ours(tensor: Tensor) -> bool:
     return tensor.dtype is FLOAT and tensor.is_contiguous()
 
 
-class CpuOps:
+class CpuOps(Ops):
     """`Ops` on contiguous float32 CPU tensors. Implements kunserve.compute.ops.Ops; head_dim 8, 16, ... 256.
 
     KV may be of 16 bits: it is rounded where it is appended, and what is read are floats.
@@ -98,20 +98,6 @@ class CpuOps:
             )
             first += part.num_rows
         return y
-
-    def linear_and_norm(
-        self,
-        x: Tensor,
-        weight: Linear,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        offset: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `residual + x @ weight.T + bias` and its norm: (T, N) each."""
-        total = self.linear(x, weight, bias, residual)
-        return total, self.rms_norm(total, norm, eps, offset)
 
     def rotate_and_append(
         self,

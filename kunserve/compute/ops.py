@@ -98,6 +98,8 @@ class Ops(Protocol):
         offset: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Return what `linear` does, and what `rms_norm` makes of that with the weight `norm`: (T, N) each."""
+        total = self.linear(x, weight, bias, residual)
+        return total, self.rms_norm(total, norm, eps, offset)
 
     def rotate_and_append(
         self,

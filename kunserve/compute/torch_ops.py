@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
+from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Ops, Scores
 from kunserve.model.config import SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
 from kunserve.sizes import ceil_div
@@ -17,7 +17,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-class TorchOps:
+class TorchOps(Ops):
     """`Ops` with nothing but torch calls: simple and obviously right, not fast. Implements kunserve.compute.ops.Ops."""
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
@@ -36,20 +36,6 @@ class TorchOps:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N)."""
         y = F.linear(x, weight.dense(x.dtype), bias)
         return y if residual is None else residual + y
-
-    def linear_and_norm(
-        self,
-        x: Tensor,
-        weight: Linear,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        offset: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `residual + x @ weight.T + bias` and its norm: (T, N) each."""
-        total = self.linear(x, weight, bias, residual)
-        return total, self.rms_norm(total, norm, eps, offset)
 
     def rotate_and_append(
         self,

@@ -104,8 +104,13 @@ def find_rate(args: argparse.Namespace, need: float, known: dict[float, float]) 
 def explore(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each need, way and router, in this order."""
     rows = []
-    known = {FIRST_RATES[args.workload]: need_of(args, FIRST_RATES[args.workload])}
+    few = argparse.Namespace(**vars(args) | {"nodes": 2, "gpus": 2})  # a rate for a GPU is found there in seconds
+    first = FIRST_RATES[args.workload]
+    known_of_few = {first: need_of(few, first)}
+    known: dict[float, float] = {}
     for aim in args.needs:
+        guess = find_rate(few, aim, known_of_few)
+        known[guess] = need_of(args, guess)
         rate = find_rate(args, aim, known)
         options, need = load(args, rate), {"need": round(known[rate], 2)}
         plenty = kept_run(replace(options, policy=PLENTY), args.out, keep)

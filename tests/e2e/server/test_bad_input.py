@@ -243,7 +243,7 @@ async def test_fifty_megabytes(tiny_server: ServerProcess) -> None:
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 20_000 + b"\r\n\r\n",
         head(None) + b"no length\r\n",
     ],
 )
@@ -251,6 +251,14 @@ async def test_what_is_no_http_is_refused_and_cut(tiny_server: ServerProcess, da
     async with bystander(tiny_server), connection(tiny_server) as (reader, writer):
         writer.write(data)
         assert (await reader.read()).startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
+
+
+async def test_headers_without_end_are_cut(tiny_server: ServerProcess) -> None:
+    async with bystander(tiny_server), connection(tiny_server) as (reader, writer):
+        with contextlib.suppress(ConnectionError):  # TCP drops an answer that overtakes what is still being sent
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * (8 * MIB))
+            await writer.drain()
+            await reader.read()
 
 
 async def test_a_body_that_ends_early(tiny_server: ServerProcess) -> None:

@@ -71,7 +71,7 @@ async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, six_la
 
 async def test_without_room_on_the_host_victims_are_recomputed(six_layers: Path) -> None:
     expected = await uncontended(six_layers)
-    async with swapping(six_layers, swap_space_bytes=20 * 2048 * 6) as served:  # 20 blocks of six layers
+    async with swapping(six_layers, swap_space_bytes=20 * 1024 * 6) as served:  # 20 blocks of six layers
         engine = served.engine
         assert engine.scheduler.swapped.num_blocks == 20
         assert await read_all(engine, make_crowd()) == expected
