@@ -72,7 +72,9 @@ class Turns:
             else:
                 try:
                     turn()
-                except Exception as error:  # it stops no other
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:  # a panic in Rust code is no Exception; it stops no other
                     loop.call_exception_handler({"message": f"a turn of {turn!r} failed", "exception": error})
         if self._num_left < self._per_round:
             loop.call_soon(self._next)
