@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, cast
 
 from kunserve.api.wire.admission import Reservation
 from kunserve.api.wire.context import Api
@@ -18,8 +17,6 @@ from kunserve.errors import KunServeError
 SLICE = 32  # sequences in a turn of the event loop: 1 to 2 ms
 
 Delivered = dict[int, Output]  # index of a sequence -> what came of it
-
-_output = cast(Callable[[tuple[Any, ...]], Output], partial(tuple.__new__, Output))  # without a call in Python
 
 
 class Deliveries(AsyncIterator[Delivered]):
@@ -57,7 +54,7 @@ class Deliveries(AsyncIterator[Delivered]):
         if self._is_due or self._came or self._reader is None:
             self.put(index, Output(text, (token_id,)))
             return
-        self._came[index] = _output((text, (token_id,), (), None, None, ()))
+        self._came[index] = Output(text, (token_id,))
         self._is_due = True
         self._turns.later(self._hand_over)
 
