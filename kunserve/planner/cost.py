@@ -29,12 +29,12 @@ class TokenSpan(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of one of its tokens and one that it attends to."""
+        """Return how many pairs it has of a token and one that this token attends to."""
         return self.prefix * self.num_tokens + (self.num_tokens * self.num_tokens + self.num_tokens) // 2
 
     @property
     def num_keys(self) -> int:
-        """Tokens whose KV it reads."""
+        """Return how many tokens' KV it reads."""
         return self.prefix + self.num_tokens
 
     @property

@@ -45,7 +45,7 @@ class LayerMove(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """Number of layers that move."""
+        """Return the number of layers that move."""
         return self.last_layer - self.first_layer
 
 

@@ -69,7 +69,7 @@ class Chain:
 
     @cached_property
     def most_chunks(self) -> int | None:
-        """Chunks of KV per layer in the split that has most; None if there is no split."""
+        """Return the chunks of KV per layer in the split that has most; None if there is no split."""
         for_kv = sum(self.layer_budgets) - self.model.num_layers * self.model.layer_chunks
         as_one_device = self.model.chunks_within(for_kv, self.model.by_kind(range(self.model.num_layers)))
         return self._most(range(max(0, as_one_device + 1)), inf)

@@ -49,7 +49,7 @@ class Lookahead:
 
     @cached_property
     def least_tokens(self) -> int:
-        """Tokens of the smallest efficient microbatch: reading the weights hides behind multiplying."""
+        """Return the tokens of the smallest efficient microbatch: reading the weights hides behind multiplying."""
         low, high = 1, self.max_num_tokens
         most_s = self._token_s(1 << 20) / EFFICIENCY
         while low < high:

@@ -29,7 +29,9 @@ class Shortage:
 
     @property
     def rest_s(self) -> float:
-        """How long it will go on."""
+        """Return the seconds that it is expected to go on: as long as it has lasted,
+        at least USUAL_S, but no longer than falling demand needs to end it.
+        """
         rest_s = max(self.lasted_s, USUAL_S)
         if self.growth_per_s < 0:
             rest_s = min(rest_s, max(0.0, self.blocks) / -self.growth_per_s)
@@ -93,7 +95,7 @@ class Trend:
 
     @property
     def per_s(self) -> float:
-        """Its change per second, by least squares; 0 until two samples tell."""
+        """Return its change per second, by least squares; 0 until two samples tell."""
         if len(self._samples) < 2:
             return 0.0
         count = len(self._samples)

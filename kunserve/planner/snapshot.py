@@ -19,7 +19,7 @@ from kunserve.sizes import ceil_div
 
 
 class NearKv(NamedTuple):
-    """Say which layers with a window have KV of a kind of its own, and how much."""
+    """Says which layers with a window have KV of a kind of its own, and how much."""
 
     layers: tuple[int, ...]  # in order
     share: int  # chunks, in thousandths of those of a full layer
