@@ -47,7 +47,7 @@ class Core:
         self._free_at_s = 0.0
 
     def queue(self, seconds: float) -> float:
-        """Work of so long goes after everything that was asked for before; how long until it is done."""
+        """Queue work of `seconds` after all that was asked for before; return the seconds until it is done."""
         now_s = asyncio.get_running_loop().time()
         self._free_at_s = max(self._free_at_s, now_s) + seconds
         return self._free_at_s - now_s
