@@ -19,7 +19,7 @@ from kunserve.engine.request import Request
 
 
 class MixedPrefixCache(PrefixCache):
-    """Know full blocks, and with how many of some keys a request can begin that needs near ones, too.
+    """Knows full blocks, and with how many of some keys a request can begin that needs near ones, too.
 
     `near`: those blocks.
     """
@@ -43,7 +43,7 @@ class MixedPrefixCache(PrefixCache):
 
 
 class NearStore(BlockStore):
-    """Do what `BlockStore` does, of near blocks."""
+    """Does what `BlockStore` does, with near blocks."""
 
     def pool(self, stage: Stage) -> BlockPool:
         """See `BlockStore.pool`."""
@@ -60,7 +60,7 @@ class NearStore(BlockStore):
 
 
 class MixedStore(BlockStore):
-    """Do what `BlockStore` does, of both kinds."""
+    """Does what `BlockStore` does, with blocks of both kinds."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], num_behind: NumBehind | None, *, has_prefix_cache: bool) -> MixedStore:

@@ -24,7 +24,7 @@ OVERLOAD_PAUSE_S = 0.02
 
 
 class Pressure:
-    """Look at groups and at the queue; decide nothing, and be cheap while nothing is tight."""
+    """Looks at groups and at the queue; decides nothing, and costs little while nothing is tight."""
 
     def __init__(
         self,
