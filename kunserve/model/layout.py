@@ -40,7 +40,7 @@ class TensorSpec:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Elements of `dtype` that are stored: of blocks the bytes of each row."""
+        """Return the shape as stored, in elements of `dtype`; where rows are blocks, their length is in bytes."""
         if self.blocks is None:
             return self.shape
         *rows, columns = self.shape
