@@ -86,7 +86,7 @@ async def read(engine: Engine, name: str, num_tokens: int) -> float:
 
 
 async def decode(engine: Engine, args: argparse.Namespace, found: Found) -> None:
-    """One round of streams, and probes between."""
+    """Measure one round of streams, and probes between."""
     watched = [Steps() for _ in engine.memories]
     plain = [memory.device.run for memory in engine.memories]
     for steps, memory in zip(watched, engine.memories, strict=True):

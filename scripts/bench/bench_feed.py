@@ -72,7 +72,7 @@ async def viewers(url: str, number: int) -> AsyncIterator[None]:
 
 
 async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
-    """Share of a core that the event loop takes with and without viewers."""
+    """Measure the share of a core that the event loop takes with and without viewers."""
     config = EngineConfig(args.model, parse_devices(args.devices), num_blocks_override=args.blocks)
     served = await launch(config, "bench", lambda text, share: None)
     engine, port = served.engine, free_port()
