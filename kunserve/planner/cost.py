@@ -66,7 +66,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of_rows(cls, lengths: Sequence[int]) -> Work:
-        """Sum up the work of requests that compute one token each, and have so many with it."""
+        """Sum up the work of requests that compute one token each; `lengths`: all tokens of each, with the new one."""
         num_rows, num_keys = len(lengths), sum(lengths)
         return cls(num_keys, num_keys, num_rows, num_rows, num_rows)
 

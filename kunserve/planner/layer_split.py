@@ -106,7 +106,7 @@ class Chain:
         in_time = self._most_in_time(slowest)
 
         def first_start(stage: int, end: int) -> int:
-            """Return where a stage that ends there can begin at the earliest."""
+            """Return the first layer that a stage ending at this layer can begin with."""
             return max(end - in_time[stage], bisect_left(before, before[end] - self.layer_budgets[stage]))
 
         starts, reach = [0], list[list[int]]()  # where each stage can begin

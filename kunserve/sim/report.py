@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def ttft_s(self) -> float | None:
-        """Return the seconds from its arrival to its first token; None if it has none."""
+        """Return the seconds from the request's arrival to its first token; None if it has none."""
         return None if self.first_s is None else self.first_s - self.arrival_s
 
     @property
