@@ -97,7 +97,7 @@ class MixedGroup(Group):
         return self.num_full_free if needed <= self.num_near_free - self.near_promised() else 0
 
     def near_promised(self, num_steps: int = 0) -> int:
-        """Return the near blocks that those who run lack for the tokens they have, or will have after some steps."""
+        """Return the near blocks that running requests lack for the tokens they have, or will have after some steps."""
         promised = 0
         for request in self.running:
             near = request.table.near

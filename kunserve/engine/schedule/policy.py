@@ -167,7 +167,7 @@ def _most_new_tokens(request: Request) -> int:
 
 
 def ratio_after_retraction(stay: Sequence[Request]) -> float:
-    """Estimate the ratio as SGLang does: what those who stayed have generated and will in 20 steps, of their all."""
+    """Estimate the ratio as SGLang does: what `stay` will have generated in 20 steps, over all they may generate."""
     decoded = sum(request.num_output_tokens for request in stay)
     most = sum(request.params.max_tokens for request in stay)
     return min(1.0, (decoded + RETRACT_DECODE_STEPS * len(stay)) / (most + 1))
