@@ -55,7 +55,7 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs, in the order of a forward pass."""
+    """Return the name and shape of every tensor that the model needs, in the order of a forward pass."""
     units = weight_units(replace(config, formats=NO_BLOCKS), config.dtype)
     return {tensor.name: tensor.shape for unit in units for tensor in unit.tensors}
 

@@ -239,7 +239,7 @@ def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
 
 
 def formats_of(config: ModelConfig, scheme: Scheme) -> Formats:
-    """Return in which blocks the matrices are kept of a checkpoint that is stored so, or quantized so as it is read."""
+    """Return the blocks that each matrix is kept in, of a checkpoint that is quantized or becomes so as it is read."""
     shapes = {spec.name: spec.shape for unit in weight_units(config, config.dtype) for spec in unit.tensors}
     held = {name: shape[-1] for name, shape in shapes.items() if scheme.holds(name, len(shape))}
     held = {name: columns for name, columns in held.items() if not scheme.skips(name.removesuffix(".weight"))}

@@ -75,7 +75,7 @@ async def leave(post: Post, num: int, path: str, body: dict[str, Any]) -> list[s
 
 
 async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[], Any]]:
-    """Name -> what to send. Bodies that are refused have been read and parsed as well."""
+    """Return what to send, by name. Bodies that are refused have been read and parsed as well."""
     ids = [(i * 7919) % vocab_size for i in range(1 << 20)]
     text = "The quick brown fox jumps over the lazy dog. " * 200_000
     tool = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
