@@ -32,7 +32,9 @@ def commands_of_scripts() -> set[str]:
 def test_flags_exist(page: str) -> None:
     known = OTHERS | commands_of_scripts()
     for parser in flags_page.parsers():
-        known |= {name for action in parser._actions for name in action.option_strings}
+        known |= {
+            name for _, actions in flags_page.groups_of(parser) for action in actions for name in action.option_strings
+        }
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", TEXTS[page])) - known
 
 
