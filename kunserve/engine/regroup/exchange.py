@@ -129,7 +129,7 @@ class Exchange:
             if any(not m.has_blocks for m in moving):
                 raise EngineError("no blocks for KV that was planned to fit")
             lanes = defaultdict[tuple[int, int], asyncio.Lock](asyncio.Lock)
-            # Device -> chunks that ranges will grow by. Without it, two layers would each count on the same free chunks,
+            # Device -> chunks that ranges will grow by. Without it, two layers would count on the same free chunks,
             # and the growth that comes second would fail, and with it the exchange of all requests.
             promised = Counter[int]()
             async with asyncio.TaskGroup() as tasks:
