@@ -16,7 +16,7 @@ from kunserve.sampling import FinishReason
 
 
 class TextTokenizer(Protocol):
-    """Text to token ids and back. Called from several threads at once."""
+    """Turns text into token ids and back. Called from several threads at once."""
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +110,7 @@ class Generator(Protocol):
         """
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
-        """Bring a new request to where another server has left it; what these tokens say, in one piece.
+        """Bring a new request to where another server has left it; return what these tokens say, in one piece.
 
         If that has a finish reason, the request is over. Raises InvalidRequestError for tokens that it cannot have.
         """
