@@ -34,7 +34,7 @@ from kunserve.engine.launch.launch import launch
 
 
 async def view(url: str, num_viewers: int) -> None:
-    """Watch with so many connections until the server ends them; says so when all have come."""
+    """Watch with so many connections until the server ends them; print a line when all are open."""
     num_here = 0
 
     async def one(session: aiohttp.ClientSession) -> None:

@@ -106,7 +106,7 @@ async def launched(args: argparse.Namespace) -> Served:
 
 
 def asked(engine: Engine, seed: int) -> list[OutputStream]:
-    """Submit all requests of a load; their streams."""
+    """Submit all requests of a load; return their streams."""
     rng = random.Random(seed)
     params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
     most = min(40_000, engine.model.vocab_size)

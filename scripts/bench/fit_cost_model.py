@@ -117,7 +117,7 @@ async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
 async def measure_all(
     engine: Engine, devices: Sequence[int], trials: Sequence[Trial], until: float
 ) -> list[Measurement]:
-    """Run all trials by turns, over and over, until the time is up; the median of each. At least once."""
+    """Run all trials by turns until the time is up, each at least once; return the median of each."""
     seconds: list[list[float]] = [[] for _ in trials]
     while time.monotonic() < until or not seconds[-1]:
         for trial, times in zip(trials, seconds, strict=True):

@@ -277,7 +277,7 @@ def engine_config(
     is_pinned: bool = False,
     num_batched_tokens: int = 2048,
 ) -> EngineConfig:
-    """Open an engine with random weights."""
+    """Return the settings of an engine with random weights."""
     return EngineConfig(
         model=model,
         devices=devices,

@@ -19,9 +19,9 @@ from kunserve.engine.request import Request
 
 
 class MixedPrefixCache(PrefixCache):
-    """Knows full blocks, and with how many of some keys a request can begin that needs near ones, too.
+    """Finds full blocks, and says with how many of some keys a request can begin that needs near blocks as well.
 
-    `near`: those blocks.
+    `near`: the cache of near blocks.
     """
 
     def __init__(self, near: PrefixCache) -> None:
