@@ -83,7 +83,7 @@ def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
 
 
 def microbatch_of(token_spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
-    """Make a microbatch of requests that have come so far, with blocks of the group."""
+    """Make a microbatch that computes these spans, each of a request of its own with blocks of the group."""
     fleet, spans = Fleet([group]), []
     for i, (prefix, num_tokens, num_samples) in enumerate(token_spans):
         end = prefix + num_tokens
