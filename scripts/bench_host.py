@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
-import gc
 import json
 import pstats
 import socket
@@ -44,8 +43,9 @@ from rich.table import Table
 from kunserve.api.app import create_app
 from kunserve.api.ask.chat_template import ChatTemplate
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
+from kunserve.command.interpreter import set_up_interpreter
 from kunserve.command.listen import take_connections
-from kunserve.command.worker import GIL_SWITCH_S, Setup
+from kunserve.command.worker import Setup
 from kunserve.command.workers import Workers
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.engine.engine import Engine
@@ -115,6 +115,9 @@ class Unread(Sink):
 
     def put(self, output: Output) -> None:
         """See `Sink.put`."""
+
+    def put_token(self, text: str, token_id: int) -> None:
+        """See `Sink.put_token`."""
 
     def fail(self, error: KunServeError) -> None:
         """See `Sink.fail`: the engine stops."""
@@ -194,8 +197,7 @@ async def serve(setting: Setting) -> dict[str, Any]:
     )  # fmt: skip
     tokenizer = Tokenizer.dummy(model.vocab_size, model.eos_token_ids)
     engine, _ = await assemble(machine, model, config, MODEL, MAX_MODEL_LEN, NoWeights, tokenizer)
-    sys.setswitchinterval(GIL_SWITCH_S)
-    gc.freeze()  # as the server does
+    set_up_interpreter()
     meter = Meter(engine)
     await engine.start()
     async with AsyncExitStack() as stack:

@@ -22,6 +22,9 @@ ACCEPTS_A_ROUND = 8
 # itself it would keep up to six MiB for each connection, and one round of the loop, in which thousands may be read,
 # would take up to 256 KB of each before the first body is counted.
 RECEIVE_BYTES = 32 << 10
+# For answers under way while the model loads, before their connections are cut. Not 0, which is "for ever" to aiohttp:
+# one that is taken in the last round of the loop, as browsers open some in advance, hears of no end and may never ask.
+LAST_ANSWERS_S = 1.0
 
 
 class Listener:
@@ -60,7 +63,7 @@ class Listener:
         self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
     ) -> AsyncIterator[None]:
         """Let `handler` answer every request inside: while the model loads."""
-        runner = web.ServerRunner(web.Server(handler), handle_signals=False, shutdown_timeout=0.0)
+        runner = web.ServerRunner(web.Server(handler), handle_signals=False, shutdown_timeout=LAST_ANSWERS_S)
         await runner.setup()
         try:
             await self.serve(runner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -28,8 +27,8 @@ from kunserve.api.wire.backend import ApiSettings, ModelInfo
 from kunserve.api.wire.grammars import Grammars
 from kunserve.command.arguments import ServerConfig
 from kunserve.command.flags import NO_FORMAT, HttpConfig
+from kunserve.command.interpreter import set_up_interpreter
 from kunserve.command.listen import Listener
-from kunserve.command.worker import GIL_SWITCH_S as GIL_SWITCH_S
 from kunserve.command.worker import Setup, of_worker
 from kunserve.command.workers import Workers
 from kunserve.config import DEFAULT_KV_BYTES, EngineConfig
@@ -133,7 +132,6 @@ async def _serve(
 ) -> None:
     """Serve what is loaded until `stop`; then drain. Closes the engine; `stuck` as in `_load_and_serve`."""
     engine, is_hurried, tracer = served.engine, False, _tracer(config)
-    sys.setswitchinterval(GIL_SWITCH_S)
     try:
         await engine.start()
         app, setup = _app(config, served, tracer)
@@ -145,8 +143,7 @@ async def _serve(
             watchers.append(asyncio.create_task(log_summary(Summary(served.metrics, engine.stats), interval_s)))
         try:
             await (workers.open() if config.http.num_workers else listener.serve(runner))
-            gc.freeze()  # what is loaded stays: collections need not look at it again, and so never hold up the loop
-            gc.enable()
+            set_up_interpreter()
             log.info("ready", url=listener.url, model=config.served_names[0])
             await _first_of(stop.wait(), engine.wait())
             if not engine.is_running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import pickle
 import signal
@@ -22,14 +21,12 @@ from kunserve.api.remote.link import read_frame
 from kunserve.api.remote.proxy import Proxy
 from kunserve.api.wire.backend import ApiSettings, ModelInfo
 from kunserve.command.flags import HttpConfig
+from kunserve.command.interpreter import set_up_interpreter
 from kunserve.command.listen import take_connections
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.text.tokenizer import tokenizer_of
 from kunserve.log import set_up_logging
 from kunserve.sizes import ceil_div
-
-# A thread may keep the GIL for this long while others wait: the event loop asks for it again after each system call.
-GIL_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +64,7 @@ async def work(setup: Setup, name: str, connection: socket.socket, listening: so
     app = create_worker_app(Known(tokenizer, template, setup.model, setup.settings), guest, proxy, name)
     runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
-    sys.setswitchinterval(GIL_SWITCH_S)
-    gc.freeze()
+    set_up_interpreter()
     try:
         await guest.open(connection)
         await take_connections(runner, listening, setup.http.ssl_context() if setup.http else None)

@@ -267,8 +267,7 @@ class Engine(Operated):
 
     def _commit(self, group: Group, batch: Microbatch) -> None:
         """Account for a microbatch that has passed its chain. Who ended meanwhile has waited for that."""
-        self.scheduler.commit(group, batch)
-        for request in [r for r in batch.requests if r.finish_reason is not None]:
+        for request in self.scheduler.commit(group, batch):
             self._release(request)
 
     # --- endings ------------------------------------------------------------------------------------------------

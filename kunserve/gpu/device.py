@@ -13,7 +13,7 @@ Three implementations pass one contract (tests/gpu/device_contract.py): host (me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -52,10 +52,10 @@ class Device(Protocol):
     def tensor(self, address: int, num_bytes: int) -> Tensor:
         """Return a flat uint8 tensor over a reserved range, mapped or not; nobody's, valid until `release`."""
 
-    async def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[[], T]) -> Awaitable[T]:
         """Run `work` on the compute queue, after everything submitted before; returns when its results are there."""
 
-    async def run_copy(self, work: Callable[[], T]) -> T:
+    def run_copy(self, work: Callable[[], T]) -> Awaitable[T]:
         """Run `work` on the copy queue, beside compute; returns when the copied bytes are there."""
 
     async def copy(

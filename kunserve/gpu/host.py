@@ -22,7 +22,7 @@ from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
-from kunserve.gpu.queue import LAST_WAIT_S, WorkQueue
+from kunserve.gpu.queue import LAST_WAIT_S, Answer, WorkQueue
 from kunserve.host.cgroup import available_bytes
 from kunserve.host.memory import HUGE_BYTES, HostMemory
 from kunserve.sizes import ceil_div, format_size
@@ -168,22 +168,24 @@ class HostDevice:
         """See `Device.tensor`."""
         return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
 
-    async def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[[], T]) -> Answer[T]:
         """See `Device.run`. Devices that have long had nothing to do help with it."""
         if self.team is None:
-            return await self._compute.run(work)
+            return self._compute.run(work)
         clock = asyncio.get_running_loop().time
         self._stop_helping()
         helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
         self._helpers += [leave for leave in helpers if leave is not None]
         self._num_asked += 1
-        try:
-            return await self._compute.run(partial(self.team.lead, work))
-        finally:
-            self._num_asked -= 1
-            if not self._num_asked:
-                self._idle_since = clock()
-                self._dismiss()
+        answer = self._compute.run(partial(self.team.lead, work))
+        answer.add_done_callback(self._has_done)
+        return answer
+
+    def _has_done(self, answer: object) -> None:
+        self._num_asked -= 1
+        if not self._num_asked:
+            self._idle_since = asyncio.get_running_loop().time()
+            self._dismiss()
 
     def join(self, team: Team, mates: Sequence[HostDevice]) -> None:
         """Have `mates` help, by way of a team of its own, while they have nothing to do. It may be among them."""
@@ -206,9 +208,9 @@ class HostDevice:
             leave.value = 1
         self._helpers.clear()
 
-    async def run_copy(self, work: Callable[[], T]) -> T:
+    def run_copy(self, work: Callable[[], T]) -> Answer[T]:
         """See `Device.run_copy`."""
-        return await self._copy.run(work)
+        return self._copy.run(work)
 
     async def copy(
         self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False

@@ -8,8 +8,8 @@ changes nothing: nobody reads it, and its memory stays mapped as it is until its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from kunserve.errors import DeviceLostError
 from kunserve.gpu.copies import BlockCopy
 from kunserve.gpu.device import Device
-from kunserve.gpu.queue import to_the_end
+from kunserve.gpu.queue import answer_of
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class WatchedDevice:
         self.is_lost = True
         self.inner.abandon()
         for line in self._lines:
-            for answer in line.waiting:
+            for answer in [answer for answer in line.waiting if not answer.done()]:
                 answer.set_exception(DeviceLostError(f"{self.name} is lost: {reason}"))
             line.waiting.clear()
         if self.watcher is not None:
@@ -99,41 +99,26 @@ class WatchedDevice:
 
     async def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what `work` on the compute queue returns, or raise what it raises; DeviceLostError if it is lost."""
-        return await self._wait_for(self._compute, work)
-
-    async def _wait_for(self, line: _Line, work: Coroutine[Any, Any, T]) -> T:
         if self.is_lost:
             work.close()
+        return await self._wait_for(self._compute, lambda: work)
+
+    async def _wait_for(self, line: _Line, begin: Callable[[], Awaitable[T]]) -> T:
+        if self.is_lost:
             raise DeviceLostError(f"{self.name} is lost")
         if self.watcher is not None and not self.has_work:
             self.watcher.has_work()
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        answer = answer_of(begin())
         line.waiting.add(answer)
-        running = asyncio.ensure_future(work)
-        running.add_done_callback(lambda task: self._ended(line, answer, task))
-        try:
-            return await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            running.cancel()  # it ends when nothing works on the memory any more
-            with suppress(Exception):
-                await to_the_end(answer)
-            raise
+        answer.add_done_callback(partial(self._ended, line))
+        return await answer
 
-    def _ended(self, line: _Line, answer: asyncio.Future[T], task: asyncio.Future[T]) -> None:
+    def _ended(self, line: _Line, answer: asyncio.Future[Any]) -> None:
         line.waiting.discard(answer)
         line.silent_s = 0.0
-        error = None if task.cancelled() else task.exception()
-        if answer.done():
-            return  # the device was lost before
-        if task.cancelled():
-            answer.cancel()
-        elif error is None:
-            answer.set_result(task.result())
-        else:
-            answer.set_exception(error)
-            if isinstance(error, DeviceLostError):
-                self.has_faulted = True
-                self.lose(error.message)
+        if not (self.is_lost or answer.cancelled()) and isinstance(error := answer.exception(), DeviceLostError):
+            self.has_faulted = True
+            self.lose(error.message)
 
     # --- as a device --------------------------------------------------------------------------------------------
 
@@ -159,22 +144,22 @@ class WatchedDevice:
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`."""
-        return await self._wait_for(self._compute, self.inner.run(work))
+        return await self._wait_for(self._compute, partial(self.inner.run, work))
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""
-        return await self._wait_for(self._loads, self.inner.run_copy(work))
+        return await self._wait_for(self._loads, partial(self.inner.run_copy, work))
 
     async def copy(
         self, copies: Sequence[BlockCopy], source: Device | None = None, *, is_to_host: bool = False
     ) -> None:
         """See `Device.copy`."""
         real = None if source is None else _alive(source)
-        await self._wait_for(self._copies, self.inner.copy(copies, real, is_to_host=is_to_host))
+        await self._wait_for(self._copies, partial(self.inner.copy, copies, real, is_to_host=is_to_host))
 
     async def copy_tensor(self, read: Tensor, write: Tensor, source: Device) -> None:
         """See `Device.copy_tensor`."""
-        await self._wait_for(self._copies, self.inner.copy_tensor(read, write, _alive(source)))
+        await self._wait_for(self._copies, partial(self.inner.copy_tensor, read, write, _alive(source)))
 
     def copies_have_ended(self, timeout_s: float) -> bool:
         """See `Device.copies_have_ended`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web
 from own_server import free_port
 
@@ -29,6 +31,7 @@ async def talk(listener: Listener, client: aiohttp.ClientSession, url: str) -> N
             async with client.get(url + path) as response:
                 assert response.status == 503
                 assert response.headers["Retry-After"] == "5"
+                assert response.headers["Connection"] == "close"  # it may have been taken in the last moment
                 assert "loading" in (await response.json())["error"]["message"]
     waiting = asyncio.ensure_future(client.get(url))  # nobody answers yet, nobody refuses
     runner = web.ServerRunner(web.Server(hello))
@@ -48,6 +51,19 @@ async def test_tcp() -> None:
     assert listener.url == f"http://127.0.0.1:{port}"
     async with aiohttp.ClientSession() as client:
         await talk(listener, client, listener.url)
+
+
+@pytest.mark.parametrize("num_rounds", range(6))
+def test_who_connects_as_loading_ends_and_says_nothing_does_not_hold_it_up(num_rounds: int) -> None:
+    async def connect_and_end() -> None:
+        with socket.socket() as client, contextlib.closing(Listener("127.0.0.1", port, None, None)) as listener:
+            async with asyncio.timeout(60), listener.answering_with(loading_handler(lambda: ("loading weights", 1.0))):
+                client.connect(("127.0.0.1", port))  # at once: the kernel answers
+                for _ in range(num_rounds):  # of the loop, which takes it, makes it known, waits for what it asks
+                    await asyncio.sleep(0)
+
+    port = free_port()
+    uvloop.run(connect_and_end())
 
 
 async def test_unix_socket(tmp_path: Path) -> None:

@@ -75,11 +75,11 @@ class Neighbours:
         self.engine.scheduler.commit = self._noted_commit  # type: ignore[method-assign]
         self.expected: list[Answer] = []
 
-    def _noted_commit(self, group: Group, batch: Microbatch) -> None:
+    def _noted_commit(self, group: Group, batch: Microbatch) -> list[Request]:
         ids = [span.request.request_id for span in batch.spans]
         if "bad" in ids:
             self._shared.update(ids)
-        self._commit(group, batch)
+        return self._commit(group, batch)
 
     async def make(self) -> list[Request]:
         grammar = await constraint(self._pool, ("regex", "[a-f]{30}"))

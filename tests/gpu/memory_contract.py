@@ -234,7 +234,7 @@ class MemoryContract(DeviceContract):
             may_end.wait(10)
             has_ended.set()
 
-        caller = asyncio.create_task(getattr(device, queue)(work))
+        caller = asyncio.create_task(_await(getattr(device, queue)(work)))
         while not begun.is_set():
             await asyncio.sleep(0)
         await cancelled(caller, num_cancels)
@@ -278,7 +278,7 @@ class MemoryContract(DeviceContract):
             may_fail.wait(10)
             raise ZeroDivisionError
 
-        caller = asyncio.create_task(device.run(work))
+        caller = asyncio.create_task(_await(device.run(work)))
         await cancelled(caller, 1)
         may_fail.set()
         with pytest.raises(asyncio.CancelledError):

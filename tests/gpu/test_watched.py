@@ -145,3 +145,16 @@ async def test_copies_of_a_lost_device_that_still_run_are_known(device: WatchedD
     assert not device.copies_have_ended(0.0)
     ends.set()
     assert device.copies_have_ended(60.0)
+
+
+async def test_work_may_end_in_the_moment_in_which_its_device_is_lost(device: WatchedDevice) -> None:
+    ended, loop, unseen = threading.Event(), asyncio.get_running_loop(), list[dict[str, object]]()
+    loop.set_exception_handler(lambda _, context: unseen.append(context))
+    waiting = asyncio.ensure_future(device.run(lambda: 5))
+    await asyncio.sleep(0)
+    behind = asyncio.ensure_future(device.inner.run(ended.set))
+    ended.wait()  # so that the loop is told of the first one before it is told of the loss
+    loop.call_soon_threadsafe(device.lose, "it hangs")
+    assert await waiting == 5
+    await behind
+    assert device.is_lost and not device.has_work and unseen == []

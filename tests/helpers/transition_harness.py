@@ -87,9 +87,9 @@ class Checked:
         self._commit = self.engine.scheduler.commit
         self.engine.scheduler.commit = self._count_and_commit  # type: ignore[method-assign]
 
-    def _count_and_commit(self, group: Group, batch: Microbatch) -> None:
+    def _count_and_commit(self, group: Group, batch: Microbatch) -> list[Request]:
         self.steps[len(group.stages)] += 1
-        self._commit(group, batch)
+        return self._commit(group, batch)
 
     def _check_and_progress(self, group_id: int | None = None) -> None:
         try:

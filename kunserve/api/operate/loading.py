@@ -22,11 +22,17 @@ def loading_handler(newest: Newest) -> Callable[[web.BaseRequest], Awaitable[web
     """Return a handler of every request until the model is loaded.
 
     The page is answered 503 as well, with itself as the body: a balancer that probes `/` must send nothing here yet.
-    No key is asked for: neither the page nor its progress says anything of requests.
+    No key is asked for: neither the page nor its progress says anything of requests. Each answer ends its connection:
+    one that was taken in the last moment would else be answered so for as long as its client keeps it.
     """
     files = page_files()
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = said(request)
+        response.force_close()
+        return response
+
+    def said(request: web.BaseRequest) -> web.Response:
         path = request.path if request.method in ("GET", "HEAD") else ""
         if path == "/":
             response = page_response(files, "index.html")

@@ -158,8 +158,17 @@ class Guest(Generator, Counters):
             if (live := lives.get(number)) is not None:
                 live.request.num_cached_tokens = num_cached_tokens
         for number, token_id in zip(m.unpacked(step.numbers), m.unpacked(step.token_ids), strict=True):
-            if (live := lives.get(number)) is not None:
+            if (live := lives.get(number)) is None:
+                continue
+            try:
+                text = live.say(token_id, self._eos_token_ids) if live.is_simple else None
+            except Exception as error:
+                self._fail(live, error)
+                continue
+            if text is None:
                 self._put(number, live, SampledToken(token_id), None)
+            else:
+                live.stream.put_token(text, token_id)
         for delta in step.deltas:
             if (live := lives.get(delta.number)) is not None:
                 self._put_delta(live, delta)
@@ -182,9 +191,7 @@ class Guest(Generator, Counters):
         try:
             output = live.take(token, self._eos_token_ids)
         except Exception as error:
-            log.exception("request failed in a step", request=live.request.request_id)
-            self.abort(live.request.request_id, FinishReason.ERROR)
-            live.stream.fail(EngineError(f"a step failed: {error!r}"))
+            self._fail(live, error)
             return
         if output.finish_reason is None and end is None:
             live.stream.put(output)
@@ -193,6 +200,12 @@ class Guest(Generator, Counters):
             self.abort(live.request.request_id, output.finish_reason or FinishReason.STOP)
         self._forget(number)
         live.stream.put(output if output.finish_reason is not None else output._replace(finish_reason=end))
+
+    def _fail(self, live: Live, error: Exception) -> None:
+        """End a request whose token could not be said; the others go on."""
+        log.error("request failed in a step", request=live.request.request_id, exc_info=error)
+        self.abort(live.request.request_id, FinishReason.ERROR)
+        live.stream.fail(EngineError(f"a step failed: {error!r}"))
 
     def _forget(self, number: int) -> None:
         if (live := self._live.pop(number, None)) is not None:

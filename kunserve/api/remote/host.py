@@ -60,9 +60,11 @@ class _Remote(Sink):
         if not (self._has_begun and self._is_plain):
             self.put(Output(text, (token_id,)))
             return
-        self._host.numbers.append(self._number)
-        self._host.token_ids.append(token_id)
-        self._host.link.send_soon()
+        host = self._host
+        host.numbers.append(self._number)
+        host.token_ids.append(token_id)
+        if len(host.numbers) == 1:  # else it is to be sent already
+            host.link.send_soon()
 
     def fail(self, error: KunServeError) -> None:
         """See `Sink.fail`."""

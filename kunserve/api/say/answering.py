@@ -206,7 +206,12 @@ async def _send_chunks(
             return False
         if (has_logprobs and len(came) > 1) or not events.is_free:
             return False
-        if data := b"".join([_write(writer, running[index], output) for index, output in came.items()]):
+        if len(came) == 1:  # as nearly always
+            [(index, output)] = came.items()
+            data = _write(writer, running[index], output)
+        else:
+            data = b"".join([_write(writer, running[index], output) for index, output in came.items()])
+        if data:
             events.send_now(data)
         return True
 

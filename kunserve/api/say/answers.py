@@ -133,6 +133,7 @@ class AnswerFormat(ABC):
         self._head = b"data: " + orjson.dumps(self._chunk_identity)[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
         self._is_short = not (call.return_token_ids or call.continuous_usage)  # most chunks have nothing but a text
+        self._short_heads: dict[int, bytes] = {}  # by choice
         self._short_end = self.text_close + b',"logprobs":null,"finish_reason":null' + self._tail
 
     @abstractmethod
@@ -161,8 +162,9 @@ class AnswerFormat(ABC):
     def chunk(self, choice: Choice, output: Output) -> bytes:
         """Return the event for a delta, not yet counted into `choice`."""
         if self._is_short and output.finish_reason is None and not output.logprobs:
-            shown = (self._head, choice.index, self.text_open, orjson.dumps(output.text), self._short_end)
-            return b"%b%d%b%b%b" % shown
+            if (head := self._short_heads.get(choice.index)) is None:
+                head = self._short_heads[choice.index] = b"%b%d%b" % (self._head, choice.index, self.text_open)
+            return head + orjson.dumps(output.text) + self._short_end
         parts = [self._head, b"%d" % choice.index, self.text_open, orjson.dumps(output.text), self.text_close]
         if output.logprobs:
             parts += b',"logprobs":', orjson.dumps(self.logprobs_json(choice, output.logprobs))

@@ -41,12 +41,22 @@ class Deliveries(AsyncIterator[Delivered]):
         self._came[index] = output if last is None else merged(last, output)
         if output.finish_reason is not None:
             self._num_open -= 1
-        self._hand_over_soon()
+        if not self._is_due:
+            self._hand_over_soon()
 
     def fail(self, error: Exception) -> None:
         """End all with an error, after what is already there."""
         self._error = self._error or error
         self._hand_over_soon()
+
+    def put_token(self, index: int, text: str, token_id: int) -> None:
+        """Add a delta of a sequence as `put` does, of one token: what nearly all of them are."""
+        if self._is_due or self._came or self._reader is None:
+            self.put(index, Output(text, (token_id,)))
+            return
+        self._came[index] = Output(text, (token_id,))
+        self._is_due = True
+        self._turns.later(self._hand_over)
 
     def _hand_over_soon(self) -> None:
         if self._reader is not None and not self._is_due:
@@ -93,6 +103,10 @@ class _Sequence(Sink):
     def put(self, output: Output) -> None:
         """See `Sink.put`."""
         self._deliveries.put(self._index, output)
+
+    def put_token(self, text: str, token_id: int) -> None:
+        """See `Sink.put_token`."""
+        self._deliveries.put_token(self._index, text, token_id)
 
     def fail(self, error: KunServeError) -> None:
         """See `Sink.fail`."""

@@ -53,10 +53,11 @@ async def send_response(request: web.Request, response: web.StreamResponse, time
 class EventStream:
     """One answer as events. All methods raise ConnectionResetError once the client is gone or stopped reading."""
 
-    __slots__ = ("_is_chunked", "_request", "_timeout_s", "response")
+    __slots__ = ("_is_chunked", "_request", "_timeout_s", "_transport", "response")
 
     def __init__(self, request: web.Request, timeout_s: float) -> None:
         self._request = request
+        self._transport: asyncio.Transport | None = None  # once the headers are out
         self._is_chunked = False
         self._timeout_s = timeout_s
         self.response = web.StreamResponse(headers=_HEADERS)
@@ -66,18 +67,18 @@ class EventStream:
         await self.response.prepare(self._request)
         self._request.writer.send_headers()
         self._is_chunked = hdrs.TRANSFER_ENCODING in self.response.headers
+        self._transport = self._request.transport
 
     @property
     def is_free(self) -> bool:
         """Return whether nothing waits to be sent to a client that is there: then `send_now` may be called."""
-        transport = self._request.transport
+        transport = self._transport
         return transport is not None and not (transport.get_write_buffer_size() or transport.is_closing())
 
     def send_now(self, events: bytes) -> None:
         """Send complete events, few of them, without waiting; the headers are out, and `is_free` has said so."""
-        transport = self._request.transport
-        assert transport is not None
-        transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
+        assert self._transport is not None
+        self._transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
 
     async def send(self, events: bytes) -> None:
         """Send one or more complete events."""

@@ -64,12 +64,17 @@ class Turns:
         loop, self._num_left = asyncio.get_running_loop(), self._per_round
         while self._waiting and self._num_left > 0:
             turn = self._waiting.popleft()
-            if not isinstance(turn, asyncio.Future):
-                loop.call_soon(turn)  # by the loop: what fails there stops no other
-            elif turn.done():  # its client has left
+            if isinstance(turn, asyncio.Future) and turn.done():  # its client has left
                 continue
-            else:
-                turn.set_result(None)
             self._num_left -= 1
+            if isinstance(turn, asyncio.Future):
+                turn.set_result(None)
+            else:
+                try:
+                    turn()
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException as error:  # a panic in Rust code is no Exception; it stops no other
+                    loop.call_exception_handler({"message": f"a turn of {turn!r} failed", "exception": error})
         if self._num_left < self._per_round:
             loop.call_soon(self._next)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.blocks.block_table import BlockTable
@@ -20,7 +20,7 @@ from kunserve.engine.request import Request
 from kunserve.engine.schedule.budget import Budget, TimeBudget, TokenBudget
 from kunserve.engine.schedule.draft import Draft
 from kunserve.engine.schedule.policy import Policy
-from kunserve.engine.schedule.ready import Pending, alike, is_short, ready
+from kunserve.engine.schedule.ready import Alike, Pending, Steady, alike, is_short, ready
 from kunserve.engine.schedule.swap_queue import SwapMove, SwapQueue
 from kunserve.engine.schedule.waiting import Waiting, WaitingQueue
 from kunserve.planner.cost import TokenSpan
@@ -65,6 +65,7 @@ class Scheduler:
         self.swapped = SwapQueue(fleet, num_host_blocks)
         self.preempted_by: dict[str, int] = {}  # request id -> group id, while it waits because of that
         self._have_waited = WeakSet[Group]()  # in whose last microbatch others waited for those that go first
+        self._steady = WeakKeyDictionary[Group, Steady | None]()  # who went together in the last microbatch
         self.num_preemptions = 0
         self._preempted: list[tuple[Request, int]] = []  # since `take_preempted`
         self.num_migrations = 0
@@ -107,6 +108,7 @@ class Scheduler:
             return None
         (self._have_waited.add if draft.has_first else self._have_waited.discard)(group)
         group.in_flight.append(batch := draft.microbatch(group, epoch))
+        self._steady[group] = Steady.after(batch, group, self._steady.get(group))
         return batch
 
     def _go_on(self, group: Group, draft: Draft) -> Budget | None:
@@ -115,13 +117,17 @@ class Scheduler:
         None, and nobody has joined, if some come before others, or one could lack room or a block.
         """
         head, limits = self.waiting.head, self.limits
-        now = alike(group, may_run_ahead=limits.num_ahead > 0)
+        steady, may_run_ahead = self._steady.get(group), limits.num_ahead > 0
+        if steady is not None and steady.goes_on(group, may_run_ahead=may_run_ahead):
+            now: Alike | None = Alike(steady.requests, bool(group.in_flight), [])
+        else:
+            now = alike(group, may_run_ahead=may_run_ahead)
         if now is None or (head is not None and head.goes_first):
             return None
         decoding, is_ahead, others = now
         if len(decoding) > min(limits.max_num_seqs, limits.max_num_batched_tokens):
             return None
-        if is_short(group, decoding + [r for r, _ in others]):
+        if is_short(group, [*decoding, *(r for r, _ in others)] if others else decoding):
             return None
         self.fleet.allocate_next(decoding, group)
         draft.go_on(decoding, is_ahead=is_ahead)
@@ -159,23 +165,32 @@ class Scheduler:
         """Tell whether `group` has room for whoever is next; perhaps another should take it."""
         return self.head is not None and self._has_room(group, self.head)
 
-    def commit(self, group: Group, batch: Microbatch) -> None:
-        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens."""
+    def commit(self, group: Group, batch: Microbatch) -> list[Request]:
+        """Count a microbatch that has passed the chain: its tokens' KV is there. The caller appends new tokens.
+
+        Returns the requests that have ended meanwhile.
+        """
         group.in_flight.remove(batch)
+        ended = list[Request]()
         for request, end in zip(batch.decoding.requests, batch.decoding.ends, strict=True):
             request.num_in_flight -= 1
             request.num_sampling -= 1
             request.num_computed_tokens = end
+            if request.finish_reason is not None:
+                ended.append(request)
         for request, _, end, samples, _ in batch.others:
             request.num_in_flight -= 1
             request.num_sampling -= samples
             request.num_computed_tokens = end
             if samples:
                 request.is_hurried = False
+            if request.finish_reason is not None:
+                ended.append(request)
         if len(self.waiting):  # else there is nobody to share with, and no counter is kept
             for span in batch.spans:
                 if span.samples:
                     self.waiting.generated(span.request.owner, 1)
+        return ended
 
     def preempt(self, group: Group, request: Request, *, is_hurried: bool = False) -> None:
         """Take all blocks of `request` and put it at the head of the queue; its tokens stay, their KV is recomputed.

@@ -27,23 +27,25 @@ class KeptRows:
     def __init__(self) -> None:
         self._requests: Sequence[Request] = ()
         self._ids: Sequence[Ids] = []  # of each row; a table has another mapping when its blocks are elsewhere
-        self._ends = np.zeros(0, np.int32)
+        self._ends: Sequence[int] = ()
         self._tables: list[NDArray[np.int32]] = []  # of each stage: (B, at least W), 0 behind the ids of a row
         self._rows: list[SamplingRow] = []
         self._changing: list[int] = []  # of these rows, those that are other ones in each step
 
-    def follow(self, decoding: Decoding, ends: NDArray[np.int32], block_size: int, row_of: RowOf) -> None:
-        """Be the rows of a microbatch; `ends` (B,) are those of `decoding`, `row_of` says what decides a next token."""
-        requests, ids = decoding.requests, [request.table.ids for request in decoding.requests]
-        if requests == self._requests and ids == self._ids and np.array_equal(ends, self._ends + 1):
+    def follow(self, decoding: Decoding, block_size: int, row_of: RowOf) -> None:
+        """Be the rows of a microbatch; `row_of` says what decides a next token."""
+        requests, ends, _ = decoding
+        ids = [request.table.ids for request in requests]
+        if requests == self._requests and ids == self._ids and ends == [end + 1 for end in self._ends]:
             for i in self._changing:
                 self._rows[i] = row_of(requests[i])
         else:
             self._join_and_leave(requests, ids, ends, block_size, row_of)
         self._requests, self._ids, self._ends = requests, ids, ends
-        self._widen(ceil_div(int(ends.max()), block_size))
-        for i in np.flatnonzero(ends % block_size == 1 % block_size).tolist():  # it begins a block
-            block = (int(ends[i]) - 1) // block_size
+        self._widen(ceil_div(max(ends), block_size))
+        first = 1 % block_size
+        for i in [i for i, end in enumerate(ends) if end % block_size == first]:  # it begins a block
+            block = (ends[i] - 1) // block_size
             for table, own in zip(self._tables, ids[i].values(), strict=True):
                 table[i, block] = own[block]
 
@@ -57,23 +59,25 @@ class KeptRows:
         return self._rows
 
     def _join_and_leave(
-        self, requests: Sequence[Request], ids: Sequence[Ids], ends: NDArray[np.int32], block_size: int, row_of: RowOf
+        self, requests: Sequence[Request], ids: Sequence[Ids], ends: Sequence[int], block_size: int, row_of: RowOf
     ) -> None:
         """Take over the rows of those who were there a token ago, and make those of the others."""
         row_of_ids = {id(own): i for i, own in enumerate(self._ids)}
         old_rows = np.array([row_of_ids.get(id(own), -1) for own in ids])
-        stays = (old_rows >= 0) & (ends == self._ends[old_rows] + 1) if len(self._ids) else np.zeros(len(ids), np.bool_)
+        stays = np.zeros(len(ids), np.bool_)
+        if self._ids:
+            stays = (old_rows >= 0) & (np.array(ends) == np.array(self._ends)[old_rows] + 1)
         num_stages = len(ids[0])
         if len(self._tables) != num_stages:
             self._tables, stays = [np.zeros((1, 1), np.int32)] * num_stages, np.zeros(len(ids), np.bool_)
         self._tables = [table[np.where(stays, old_rows, 0)] for table in self._tables]
-        self._widen(ceil_div(int(ends.max()), block_size))
+        self._widen(ceil_div(max(ends), block_size))
         old, self._rows = self._rows, []
         for i, (request, is_old, old_row) in enumerate(zip(requests, stays.tolist(), old_rows.tolist(), strict=True)):
             row = old[old_row] if is_old else row_of(request)
             self._rows.append(row_of(request) if is_old and _is_changing(row) else row)
             if not is_old:
-                num_ids = ceil_div(int(ends[i]), block_size)
+                num_ids = ceil_div(ends[i], block_size)
                 for table, own in zip(self._tables, ids[i].values(), strict=True):
                     table[i, :num_ids] = own[:num_ids]
                     table[i, num_ids:] = 0

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -103,7 +103,7 @@ class _Sampling:
         if not decoding.is_ahead:
             return np.array([request.token_ids[-1] for request in decoding.requests], np.int32)
         if self.oldest is not None and self.oldest.decoding.requests == decoding.requests:  # as nearly always
-            return -1 - np.arange(len(decoding.requests), dtype=np.int32)
+            return _numbers(len(decoding.requests)).placeholders
         return np.array([-1 - self.indices[request] for request in decoding.requests], np.int32)
 
     def row(self, request: Request, *, is_ahead: bool) -> SamplingRow:
@@ -146,6 +146,20 @@ def _by_stage(tables: Sequence[BlockTable], width: int) -> list[NDArray[np.int32
     return [_padded(of_stage, width) for of_stage in zip(*[table.ids.values() for table in tables], strict=True)]
 
 
+class _Numbers(NamedTuple):
+    """Arrays of so many requests that decode, the same in each step: nobody writes to them."""
+
+    placeholders: NDArray[np.int32]  # -1, -2 ...
+    lens: NDArray[np.int32]  # all 1
+    rows: NDArray[np.int64]  # 0, 1 ...
+
+
+@lru_cache
+def _numbers(num_reqs: int) -> _Numbers:
+    rows = np.arange(num_reqs, dtype=np.int64)
+    return _Numbers((-1 - rows).astype(np.int32), np.ones(num_reqs, np.int32), rows)
+
+
 class _Arrays(NamedTuple):
     """Arrays of some of a microbatch's requests, as in `StepInputs`."""
 
@@ -160,11 +174,10 @@ class _Arrays(NamedTuple):
 
 def _decoding(decoding: Decoding, sampling: _Sampling, kept: KeptRows, block_size: int) -> _Arrays:
     """Return the arrays of those who decode: what was kept of the step before, one token later."""
-    ends = np.array(decoding.ends, np.int32)
-    kept.follow(decoding, ends, block_size, partial(sampling.row, is_ahead=decoding.is_ahead))
-    numbers = np.arange(len(ends))
-    tables = kept.tables(ceil_div(int(ends.max()), block_size))
-    return _Arrays(sampling.newest(decoding), ends - 1, np.ones_like(ends), ends, numbers, kept.sampling, tables)
+    ends, same = np.array(decoding.ends, np.int32), _numbers(len(decoding.ends))
+    kept.follow(decoding, block_size, partial(sampling.row, is_ahead=decoding.is_ahead))
+    tables = kept.tables(ceil_div(max(decoding.ends), block_size))
+    return _Arrays(sampling.newest(decoding), ends - 1, same.lens, ends, same.rows, kept.sampling, tables)
 
 
 def _others(spans: Sequence[Span], sampling: _Sampling, block_size: int) -> _Arrays:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 from kunserve.compute.sampler import SampledToken
 from kunserve.engine.batch import Microbatch, count_prompt_tokens
 from kunserve.engine.fleet import Fleet
 from kunserve.engine.group import Group
-from kunserve.engine.request import Output
+from kunserve.engine.request import Output, Request
 from kunserve.engine.signals import loop_time
 from kunserve.engine.step.results import Result, Results
 from kunserve.engine.text.live import Live
@@ -31,6 +32,8 @@ class Publisher:
         """Publish to those who are `live`. `finish` ends one with its last output, `fail` with what went wrong."""
         self._fleet, self._metrics, self._live, self._eos_token_ids = fleet, metrics, live, eos_token_ids
         self._finish, self._fail = finish, fail
+        # Who decoded in a group's last step: the scheduler names them by the same list while they stay the same.
+        self._decoding = WeakKeyDictionary[Group, tuple[Sequence[Request], Sequence[Live | None]]]()
 
     def publish(self, group: Group, batch: Microbatch, results: Results) -> None:
         """Send every request what its token says; finish those for which it is the last."""
@@ -54,20 +57,38 @@ class Publisher:
 
     def _go_on(self, group: Group, batch: Microbatch, results: Results, now_s: float, gaps_s: list[float]) -> None:
         """Publish the tokens of those who decode, whose first one came before: what runs for each row of each step."""
-        due = self._fleet.due(batch.decoding, group)
-        for request, token in zip(batch.decoding.requests, results.decoding, strict=True):
-            if request.finish_reason is not None or request.has_failed:  # nobody wants it
-                continue
-            if request in due:
+        due, eos_token_ids = self._fleet.due(batch.decoding, group), self._eos_token_ids
+        for live, token in zip(self._those(group, batch.decoding.requests), results.decoding, strict=True):
+            if live is None or (request := live.request).finish_reason is not None or request.has_failed:
+                continue  # nobody wants it
+            if due and request in due:
                 self._fleet.computed(request, group)
-            live = self._live[request.request_id]
-            if token.error is not None:
+            token_id, _, error = token
+            if error is not None:
                 self._fleet.distrust(request, group)
-                self._fail(live, token.error)
+                self._fail(live, error)
                 continue
             gaps_s.append(now_s - live.last_token_s)
             live.last_token_s = now_s
-            self._take(live, token)
+            try:
+                text = live.say(token_id, eos_token_ids) if live.is_simple else None
+            except KeyboardInterrupt:
+                raise
+            except BaseException as fault:  # a panic in Rust code, of a tokenizer, is no Exception
+                self._fail(live, fault)
+                continue
+            if text is None:
+                self._take(live, token)
+            else:
+                live.stream.put_token(text, token_id)
+
+    def _those(self, group: Group, requests: Sequence[Request]) -> Sequence[Live | None]:
+        """Return the ways out of requests that decode; None of one that has ended. Nearly always the same as before."""
+        known, lives = self._decoding.get(group, (None, ()))
+        if known is not requests:
+            lives = [self._live[r.request_id] if r.finish_reason is None else None for r in requests]
+            self._decoding[group] = requests, lives
+        return lives
 
     def _arrived(self, group: Group, result: Result) -> Live | None:
         """Note what a step has computed of one request; returns its way out, None if it has ended."""
@@ -85,18 +106,15 @@ class Publisher:
         return None
 
     def _take(self, live: Live, token: SampledToken) -> None:
-        """Publish a token; without an `Output` if it can end nothing, as nearly all cannot."""
+        """Publish a token that may end its request, or of which more is asked than its text."""
         try:
-            text = live.say(token.token_id, self._eos_token_ids) if live.is_simple else None
-            said = live.take(token, self._eos_token_ids) if text is None else text
+            said = live.take(token, self._eos_token_ids)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic in Rust code, of a tokenizer or a grammar, is no Exception
             self._fail(live, error)
             return
-        if isinstance(said, str):
-            live.stream.put_token(said, token.token_id)
-        elif said.finish_reason is None:
+        if said.finish_reason is None:
             live.stream.put(said)
         else:
             self._finish(live, said.finish_reason, said)

@@ -73,14 +73,17 @@ class Retries:
     def came_back(self, group: Group, batch: Microbatch) -> None:
         """Note that a microbatch came back without an error."""
         # Who has failed already is in this one because it ran behind: over KV that is not there, which shows nothing.
-        passed = [request for request in batch.requests if not request.has_failed]
-        if passed:
-            self._num_failed.pop(group.group_id, None)
-        for request in passed:
-            if request.suspect_until and request.suspect_until <= request.num_computed_tokens:  # it has come further
+        requests, num_failed = batch.requests, 0
+        for request in requests:
+            if request.has_failed:
+                num_failed += 1
+            elif request.suspect_until and request.suspect_until <= request.num_computed_tokens:  # it has come further
                 request.num_failures = request.num_killed = request.suspect_until = 0
                 request.avoids = None
-        self._start_over(group, batch)
+        if num_failed < len(requests):
+            self._num_failed.pop(group.group_id, None)
+        if num_failed:
+            self._start_over(group, batch)
 
     def _start_over(self, group: Group, batch: Microbatch) -> None:
         for request in [r for r in reversed(batch.requests) if r.has_failed]:  # the first is back first

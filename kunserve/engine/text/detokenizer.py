@@ -17,25 +17,30 @@ PROMPT_TAIL = 8  # tokens; a prompt may end inside a character, which has at mos
 
 
 class Detokenizer:
-    """Text of one request, token by token. `stopped` is the stop string that ended it, if one did."""
+    """Text of one request, token by token. `stopped` is the stop string that ended it, if one did.
+
+    While it `is_whole`, nothing of what came before changes what a token says: where there are no stop strings, the
+    text of one that is in `whole` is what is there, and need not be pushed.
+    """
 
     __slots__ = (
         "_checked_from",
         "_held",
         "_include_stop",
-        "_is_inside",
         "_num_tokens",
         "_skipped",
         "_stops",
         "_strip",
         "_tokenizer",
         "_utf8",
+        "is_whole",
         "stopped",
+        "whole",
     )
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         self.stopped: str | None = None
-        self._tokenizer = tokenizer
+        self._tokenizer, self.whole = tokenizer, tokenizer.whole
         self._stops = tuple(_Stop(stop) for stop in params.stop if stop)
         self._include_stop = params.include_stop_str_in_output
         self._skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
@@ -47,6 +52,7 @@ class Detokenizer:
         self._strip = False
         self._decode(b"".join(map(tokenizer.token_bytes, tail)))  # perhaps it ends inside a character
         self._strip = not tail and tokenizer.coding.strips_space
+        self.is_whole &= not self._strip
 
     @property
     def has_stops(self) -> bool:
@@ -58,8 +64,8 @@ class Detokenizer:
         self._num_tokens += 1
         if self.stopped is not None or token_id in self._skipped:
             return ""
-        text = self._tokenizer.whole_text(token_id)
-        if text is None or self._is_inside or self._strip:
+        text = self.whole.get(token_id) if self.is_whole else None
+        if text is None:
             text = self._decode(self._tokenizer.token_bytes(token_id))
         if not self._stops or self._num_tokens < self._checked_from:
             return text
@@ -70,7 +76,7 @@ class Detokenizer:
         if self._strip and data:
             data, self._strip = data.removeprefix(b" "), False
         text = self._utf8.decode(data)
-        self._is_inside = self._utf8.getstate()[0] != b""
+        self.is_whole = not (self._strip or self._utf8.getstate()[0])
         return text
 
     def flush(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -27,9 +27,11 @@ class Live:
     detokenizer: Detokenizer | None
     last_token_s: float = 0.0
     is_simple: bool = field(init=False)  # nothing but a token id or their number ends it, and nobody asks for logprobs
+    stop_token_ids: Collection[int] = field(init=False)
 
     def __post_init__(self) -> None:
         params, has_stops = self.request.params, self.detokenizer is not None and self.detokenizer.has_stops
+        self.stop_token_ids = params.stop_token_ids
         is_scored = params.num_logprobs is not None or params.num_prompt_logprobs is not None
         self.is_simple = self.request.constraint is None and not has_stops and not is_scored
 
@@ -56,14 +58,16 @@ class Live:
 
         None, and nothing is appended, if it may be the last.
         """
-        request = self.request
-        token_ids = request.token_ids
-        if len(token_ids) + 1 >= request.max_num_tokens or token_id in eos_token_ids:
+        token_ids, detokenizer = self.request.token_ids, self.detokenizer
+        if len(token_ids) + 1 >= self.request.max_num_tokens or token_id in eos_token_ids:
             return None
-        if token_id in request.params.stop_token_ids:
+        if token_id in self.stop_token_ids:
             return None
         token_ids.append(token_id)
-        return "" if self.detokenizer is None else self.detokenizer.push(token_id)
+        if detokenizer is None:
+            return ""
+        text = detokenizer.whole.get(token_id) if detokenizer.is_whole else None
+        return detokenizer.push(token_id) if text is None else text
 
     def take(self, token: SampledToken, eos_token_ids: tuple[int, ...]) -> Output:
         """Append a token to the request; returns what it says, and whether it is the last.

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Tokenizer:
         self.coding = _token_coding(core)
         self._alphabet = byte_alphabet()
         self._bytes: dict[int, bytes] = {}  # filled as tokens appear; at most the vocabulary
-        self._whole: dict[int, str | None] = {}  # likewise
+        self.whole: dict[int, str] = {}  # likewise: whole characters; no special tokens
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
         self.special_tokens = _special_tokens(settings)
         self.chat_template = _chat_template(settings.get("chat_template"))
@@ -133,16 +134,10 @@ class Tokenizer:
         """Return what a token adds to a text, perhaps a part of a character; b"" for an unknown id."""
         if (found := self._bytes.get(token_id)) is None:
             found = self._bytes[token_id] = self._to_bytes(self._core.id_to_token(token_id) or "")
+            if token_id not in self.special_ids:
+                with suppress(UnicodeDecodeError):
+                    self.whole[token_id] = found.decode()
         return found
-
-    def whole_text(self, token_id: int) -> str | None:
-        """Return the text of a token that begins and ends with a character, as most do; None for any other."""
-        if token_id not in self._whole:
-            try:
-                self._whole[token_id] = self.token_bytes(token_id).decode()
-            except UnicodeDecodeError:
-                self._whole[token_id] = None
-        return self._whole[token_id]
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token on its own, special tokens included; half a character is U+FFFD."""

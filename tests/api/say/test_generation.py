@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from api_fakes import FakeEngine, make_app, say
+from seeds import seeds
 
 from kunserve.api.say.generation import SLICE, Delivered, Deliveries, submitted
 from kunserve.api.wire.admission import Admission
 from kunserve.api.wire.backend import ApiSettings
 from kunserve.api.wire.context import API, Api
-from kunserve.engine.request import Request
+from kunserve.api.wire.turns import Turns
+from kunserve.engine.request import Output, Request
 from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.text.stream import Sink
 from kunserve.errors import EngineError, OverloadedError
@@ -119,6 +122,45 @@ async def test_a_reader_that_waits_need_not_wake_for_what_is_taken_at_once() -> 
     texts = [["".join(came[i].text for came in part if i in came) for i in range(2)] for part in (taken, read)]
     assert texts == [["abd", "abd"], ["c", "c"]]
     assert all(len(came) == 2 for came in taken)  # what came at once comes together
+
+
+@pytest.mark.parametrize("seed", seeds(20))
+async def test_nothing_is_lost_or_overtaken_between_those_who_take_at_once_and_readers(seed: int) -> None:
+    rng = random.Random(seed)
+    turns, num = Turns(2), rng.randrange(1, 4)
+    deliveries, said, heard = Deliveries(turns, num), [""] * num, [""] * num
+
+    def hear(came: Delivered) -> None:
+        for index, output in came.items():
+            assert len(output.token_ids) == len(output.text)
+            heard[index] += output.text
+
+    def take(came: Delivered) -> bool:
+        if is_free := rng.random() < 0.6:
+            hear(came)
+        return is_free
+
+    async def read() -> None:
+        deliveries.take_now = take
+        async for came in deliveries:
+            hear(came)
+            for _ in range(rng.choice((0, 0, 1, 4))):  # it reads slowly
+                await asyncio.sleep(0)
+
+    reader = asyncio.create_task(read())
+    for step in range(60):
+        for index in range(num):
+            said[index] += (letter := chr(97 + step % 26))
+            if step == 59:
+                deliveries.put(index, Output(letter, (step,), finish_reason=FinishReason.LENGTH))
+            elif rng.random() < 0.2:
+                deliveries.put(index, Output(letter, (step,)))
+            else:
+                deliveries.put_token(index, letter, step)
+        for _ in range(rng.choice((0, 1, 1, 5))):
+            await asyncio.sleep(0)
+    await reader
+    assert heard == said
 
 
 async def test_what_fails_at_once_ends_the_answer() -> None:

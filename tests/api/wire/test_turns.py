@@ -53,6 +53,27 @@ async def test_work_that_nobody_waits_for_takes_turns_as_well() -> None:
     assert max(Counter(at for _, at in done).values()) == 2
 
 
+class Panic(BaseException):
+    """What Rust code raises when it panics."""
+
+
+@pytest.mark.parametrize("failure", [ValueError(), Panic()])
+async def test_a_turn_that_fails_is_told_and_keeps_nobody_from_theirs(failure: BaseException) -> None:
+    turns, done, told = Turns(2), asyncio.Event(), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+
+    def fail() -> None:
+        raise failure
+
+    turns.later(fail)
+    turns.later(done.set)
+    await done.wait()
+    for _ in range(3):  # rounds that end the first, and one that begins anew
+        await asyncio.sleep(0)
+    await turns.take()
+    assert told == [failure]
+
+
 async def test_slices_take_turns_but_for_the_first() -> None:
     turns, seen = Turns(), list[tuple[str, list[int]]]()
 
