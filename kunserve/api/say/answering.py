@@ -101,7 +101,7 @@ async def _answer(
     running: Sequence[Choice],
     reservation: Reservation,
 ) -> web.StreamResponse:
-    """As `answer`; those that are `running` are generated, the others have ended."""
+    """Send an answer, as `answer` does; choices that are `running` are generated, the others have ended."""
     async with submitted(api, reservation, [choice.request for choice in running]) as outputs:
         if writer.call.is_stream:
             return await _stream(request, api, writer, choices, running, outputs)
