@@ -69,7 +69,7 @@ async def make_choices(
 
 
 def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
-    """Return a salt by which only those find the prefix of a request who may: hits can be timed, and tell of prompts."""
+    """Return a salt with which only those find the prefix of a request who may: hits can be timed, and tell much."""
     is_apart = len(api.settings.api_keys) > 1 and not api.settings.shares_prefixes
     return f"{owner if is_apart else ''}\n{call.cache_salt}"
 
