@@ -111,7 +111,7 @@ class Setting:
 
 
 class Unread(Sink):
-    """Whom outputs go to where there is no HTTP."""
+    """The receiver of outputs where there is no HTTP."""
 
     def put(self, output: Output) -> None:
         """See `Sink.put`."""

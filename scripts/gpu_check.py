@@ -66,7 +66,7 @@ def _devices(bench: Bench, count: int) -> DeviceSpec:
 
 
 def regroup(bench: Bench, host_copy: HostCopy = HostCopy.AUTO) -> dict[str, Any]:
-    """Identical tokens in a small float32 model through drop, exchange and restore."""
+    """Check that a small float32 model makes the same tokens through drop, exchange and restore."""
     config = serving.engine_config(
         _devices(bench, 2), "smollm2-135m", num_blocks=512, dtype="float32", is_pinned=True, num_batched_tokens=256
     )
@@ -97,7 +97,7 @@ def host(bench: Bench) -> dict[str, Any]:
 
 
 def steady(bench: Bench) -> dict[str, Any]:
-    """Throughput of a chain of two over that of two groups."""
+    """Measure the throughput of a chain of two over that of two groups."""
     model, memory_bytes = _large(bench)
     config = serving.engine_config(_devices(bench, 2), model, memory_bytes=memory_bytes, is_pinned=True)
     return asyncio.run(serving.steady(config, num_requests=16, prompt_len=128)) | {"model": model}
@@ -152,7 +152,7 @@ def worker_command(ordinal: int, *, is_quick: bool) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", help="which parts, with commas (default: all)")
     parser.add_argument("--ordinal", type=int, default=0, help="which GPU")

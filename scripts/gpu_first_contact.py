@@ -89,7 +89,7 @@ class Vmm:
 
 
 def microseconds(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
-    """Microseconds of one of `repeats` things that `work` does, and what it returns."""
+    """Return the microseconds of one of `repeats` things that `work` does, and what it returns."""
     begun = time.perf_counter()
     result = work()
     return round((time.perf_counter() - begun) / repeats * 1e6, 1), result
@@ -119,7 +119,7 @@ def versions(ordinal: int) -> dict[str, Any]:
 
 
 def calls(ordinal: int) -> dict[str, Any]:
-    """Microseconds of each call by chunk size."""
+    """Time each call of the driver by chunk size, in microseconds."""
     vmm, count, figures = Vmm(ordinal), 16, dict[str, Any]()
     minimum = vmm.cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     figures["granularity"] = vmm.call("cuMemGetAllocationGranularity", vmm.properties, minimum)
@@ -138,7 +138,7 @@ def calls(ordinal: int) -> dict[str, Any]:
 
 
 def unmap_runs(ordinal: int) -> dict[str, Any]:
-    """One call for a tail of whole mappings, as a range shrinks; else KunServe unmaps one by one."""
+    """Unmap a tail of whole mappings in one call, as a range shrinks; where that fails, KunServe unmaps one by one."""
     vmm, count = Vmm(ordinal), 16
     handles, base = [vmm.create() for _ in range(count)], vmm.reserve(count * CHUNK)
     vmm.map(base, handles)
@@ -148,14 +148,14 @@ def unmap_runs(ordinal: int) -> dict[str, Any]:
 
 
 def reserve_much(ordinal: int) -> dict[str, Any]:
-    """Addresses of eight devices with 40 layers of 72 GiB."""
+    """Time reserving the addresses of eight devices with 40 layers of 72 GiB each."""
     vmm = Vmm(ordinal)
     us, _ = microseconds(lambda: [vmm.reserve(72 << 30) for _ in range(320)], 320)
     return {"us_each": us}
 
 
 def tensors_over_mappings(ordinal: int) -> dict[str, Any]:
-    """Copies over the border of two chunks; content follows its chunk to another address."""
+    """Check that a copy crosses the border of two chunks, and that content follows its chunk to another address."""
     vmm = Vmm(ordinal)
     handles, base = [vmm.create() for _ in range(2)], vmm.reserve(4 * CHUNK)
     vmm.map(base, handles)
@@ -199,7 +199,7 @@ def graph_after_remap(ordinal: int) -> dict[str, Any]:
 
 
 def remap_beside_work(ordinal: int) -> dict[str, Any]:
-    """Chunks move while another stream computes elsewhere: its results are right, and whether it was held up."""
+    """Move a chunk while another stream computes elsewhere: its results must be right; tell whether it was held up."""
     vmm = Vmm(ordinal)
     handle, base = vmm.create(), vmm.reserve(CHUNK)
     x, stream = torch.zeros(1 << 28, device=vmm.device, dtype=torch.uint8), vmm.stream()
@@ -224,7 +224,7 @@ def remap_beside_work(ordinal: int) -> dict[str, Any]:
 
 
 def pin(ordinal: int) -> dict[str, Any]:
-    """Seconds for a GiB that was not touched, and one that was; gigabytes a second from there."""
+    """Time pinning a GiB that was not touched and one that was, and copying from there, in gigabytes a second."""
     vmm, size = Vmm(ordinal), 2 << 30
     host, device = torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8, device=vmm.device)
     register = ("cuMemHostRegister", host.data_ptr(), size, vmm.cuda.CU_MEMHOSTREGISTER_PORTABLE)
@@ -242,7 +242,7 @@ def pin(ordinal: int) -> dict[str, Any]:
 
 
 def launches(ordinal: int) -> dict[str, Any]:
-    """Microseconds of the host for what a step is made of."""
+    """Time what the host does in a step, in microseconds."""
     device = torch.device("cuda", ordinal)
     x = torch.zeros(64, 4096, device=device, dtype=torch.bfloat16)
     w = torch.zeros(4096, 4096, device=device, dtype=torch.bfloat16)

@@ -115,7 +115,7 @@ class Run(NamedTuple):
 
 
 def run(options: Options, out: Path) -> Run:
-    """Simulate, unless it has been done."""
+    """Simulate one point, unless it has been done."""
     report = kept_run(options, out, _keep)
     p99_s, rate = report["ttft_s"]["p99"], report["output_tokens_per_s"]
     return Run(p99_s, rate, report["peak_tokens"], report["num_drops"], report["freed"])

@@ -64,7 +64,7 @@ class Watch:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Look on inside."""
+        """Look at the servers again and again while the block runs."""
         task = asyncio.create_task(self._look_on())
         try:
             yield

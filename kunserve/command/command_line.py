@@ -12,7 +12,7 @@ N = TypeVar("N", int, float)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Parse arguments; say what is wrong with them without the usage, which would hide it."""
+    """Parses arguments, and says what is wrong with them without the usage, which would hide it."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line."""

@@ -134,7 +134,7 @@ async def _serve(
     engine, is_hurried, tracer = served.engine, False, _tracer(config)
     try:
         await engine.start()
-        app, setup = _app(config, served, tracer)
+        app, setup = application_of(config, served, tracer)
         runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
         await runner.setup()
         workers = Workers(setup, runner, listener.fileno(), config.http.num_workers)
@@ -201,7 +201,7 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
 
-def _app(config: ServerConfig, served: Served, tracer: Tracer | None) -> tuple[web.Application, Setup]:
+def application_of(config: ServerConfig, served: Served, tracer: Tracer | None) -> tuple[web.Application, Setup]:
     """Return all routes on the engine of this process, and what workers have to know to have those of clients."""
     tokenizer, path = served.tokenizer, config.http.chat_template
     source = tokenizer.chat_template if path is None else _read_template(path)

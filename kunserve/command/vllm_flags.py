@@ -126,7 +126,7 @@ REFUSED = {
 
 
 class _Ignore(argparse.Action):
-    """Remember that a flag was given, and why its value is not needed (`const`)."""
+    """Remembers that a flag was given, and why its value is not needed (`const`)."""
 
     def __call__(
         self,
@@ -140,7 +140,7 @@ class _Ignore(argparse.Action):
 
 
 class _Refuse(argparse.Action):
-    """End with the reason (`const`)."""
+    """Ends the process with the reason (`const`) why a flag is refused."""
 
     def __call__(
         self,

@@ -34,10 +34,10 @@ AGAIN_S = 1.0  # a worker that lived for less waits for so long before it is sta
 
 
 class Workers:
-    """So many processes that take connections from one socket, on the engine of one application."""
+    """Processes that take connections from one socket, on the engine of one application."""
 
     def __init__(self, setup: Setup, runner: web.AppRunner, listening: int, num_workers: int) -> None:
-        """`runner`: of all routes in this process. `listening`: descriptor of the socket."""
+        """Start nothing yet. `runner`: of all routes in this process. `listening`: descriptor of the socket."""
         self._message = b""  # what each is told first
         self._setup, self._runner, self._app, self._listening = setup, runner, runner.app, listening
         self._num_workers, self._names = num_workers, itertools.count(1)

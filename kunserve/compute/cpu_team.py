@@ -20,7 +20,7 @@ class CpuTeam:
 
     @property
     def num_helped(self) -> int:
-        """Pieces of products that helpers have computed."""
+        """Return how many pieces of products helpers have computed."""
         return int(self._pieces_helped(ctypes.byref(self._memory)))
 
     def lead(self, work: Callable[[], T]) -> T:

@@ -147,7 +147,7 @@ class Ops(Protocol):
         """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
-        """Sum of what the chosen experts make of each row, times their weights: (T, H) -> (T, H)."""
+        """Sum what the chosen experts make of each row, times their weights: (T, H) -> (T, H)."""
 
 
 def rope_table(

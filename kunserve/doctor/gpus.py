@@ -38,7 +38,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """All of them; `fault` says why there is none."""
+    """All GPUs of the machine; `fault` says why there is none."""
 
     found: tuple[Gpu, ...] = ()
     driver: str | None = None  # version of the kernel module

@@ -44,8 +44,8 @@ NOBODY = Decoding()
 class Microbatch:
     """Parts of distinct requests, scheduled together. Everything a stage needs is a snapshot: requests may change.
 
-    Those who decode come first. They are nearly all, step after step: what has to be done for each of them in each step
-    is done for all at once, or by a loop over nothing else.
+    Requests that decode come first. Nearly all do, step after step: what each of them needs in each step is done for
+    all at once, or in a loop over nothing else.
     """
 
     group_id: int
@@ -63,7 +63,7 @@ class Microbatch:
 
     @property
     def requests(self) -> list[Request]:
-        """Return whose parts these are, in their order."""
+        """Return the requests that these are parts of, in their order."""
         return [*self.decoding.requests, *(span.request for span in self.others)]
 
     @property
@@ -83,7 +83,8 @@ def scored_positions(span: Span) -> Sequence[int]:
 def count_prompt_tokens(batch: Microbatch) -> int:
     """Return how many prompt tokens a microbatch has computed that never were before, and count them as computed.
 
-    Those of a request that starts over are not: what comes before them may be missing.
+    Tokens that a request computes again after it started over are not new. Nor are those of one that has failed: what
+    comes before them may be missing.
     """
     num_new = 0
     for request, start, end, _, _ in batch.others:  # who decodes has come past its prompt
@@ -95,7 +96,7 @@ def count_prompt_tokens(batch: Microbatch) -> int:
 
 
 def work_of(batch: Microbatch) -> Work:
-    """Return what a microbatch is, as the cost model counts it."""
+    """Return the work of a microbatch, as the cost model counts it."""
     others = Work.of(TokenSpan(span.start, span.end - span.start, int(span.samples)) for span in batch.others)
     num_rows, num_keys = len(batch.decoding.ends), sum(batch.decoding.ends)
     return others.join(Work(num_keys, num_keys, num_rows, num_rows, num_rows))

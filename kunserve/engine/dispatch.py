@@ -13,7 +13,7 @@ from kunserve.engine.signals import Signals
 
 
 class Dispatch:
-    """Gives every chain as many microbatches as it has stages, and in time one to go on with meanwhile."""
+    """Gives every chain a microbatch for each stage, and one more, in time for it to go on without a gap."""
 
     def __init__(self, fleet: Fleet, scheduler: Scheduler, signals: Signals) -> None:
         self._fleet, self._scheduler, self._signals = fleet, scheduler, signals

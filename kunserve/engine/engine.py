@@ -266,7 +266,7 @@ class Engine(Operated):
         self.signals.wake(group)
 
     def _commit(self, group: Group, batch: Microbatch) -> None:
-        """Account for a microbatch that has passed its chain. Who ended meanwhile has waited for that."""
+        """Account for a microbatch that has passed its chain, and release requests that ended meanwhile."""
         for request in self.scheduler.commit(group, batch):
             self._release(request)
 

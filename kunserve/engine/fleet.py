@@ -188,7 +188,7 @@ class Fleet:
             self._blocks.leave_behind(request.table, group, self.num_behind(request.num_computed_tokens))
 
     def due(self, decoding: Decoding, group: Group) -> Collection[Request]:
-        """Return for which of those who decode `computed` has something to do."""
+        """Return the requests of `decoding` for which `computed` has something to do."""
         if self._window is not None:
             return set(decoding.requests)
         size, pairs = group.block_size, zip(decoding.requests, decoding.ends, strict=True)

@@ -79,7 +79,7 @@ class Group:
 
     @property
     def num_in_flight(self) -> int:
-        """Microbatches that were scheduled and have not come back."""
+        """Return how many microbatches were scheduled and have not come back."""
         return len(self.in_flight)
 
     @property

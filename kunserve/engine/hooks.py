@@ -1,4 +1,4 @@
-"""Who is told what the engine does: the control that regroups it, and the mover of a policy's KV."""
+"""The engine's hooks: the control that regroups it, and the mover of a policy's KV."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Occupancy:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Microbatches that are work of each stage now, running or next."""
+        """Return how many microbatches each stage has now, running or waiting for it."""
         return tuple(self._counts)
 
     def enter(self, position: int, now_s: float) -> None:
@@ -44,7 +44,7 @@ class Occupancy:
         return self._active_s
 
     def bubble_share(self, now_s: float) -> float:
-        """Share of the active seconds, over all stages, in which a stage had no work; 0 if there were none."""
+        """Return the share of active seconds, over all stages, in which a stage had no work; 0 if there were none."""
         total_s = self.active_s(now_s) * len(self._busy_s)
         return 1.0 - sum(self._busy_s) / total_s if total_s else 0.0
 
@@ -89,7 +89,7 @@ class Passage:
 
 
 class _Stay:
-    """A class, not a generator: a simulation enters one for every stage of every step."""
+    """The stay of a microbatch at one stage. No generator: a simulation enters one for every stage of every step."""
 
     __slots__ = ("_passage", "_position")
 

@@ -14,7 +14,7 @@ class Operated:
     control: Control | None = None
 
     async def drop(self, group_ids: Sequence[int] | None = None, *, is_forced: bool = False) -> dict[str, Any]:
-        """Merge these groups, or the two smallest; the transition's state once its epoch is committed.
+        """Merge these groups, or the two smallest; return the transition's state once its epoch is committed.
 
         Raises InvalidRequestError for groups that are not there, ConflictError if it cannot be now, or would take KV
         from live requests and is not forced.

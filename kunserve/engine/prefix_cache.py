@@ -57,7 +57,7 @@ def _digest(content: bytes) -> bytes:
 
 
 class Listener(Protocol):
-    """Who is told what the server has: all groups together, as requests come to the server and not to a group."""
+    """The receiver of what all groups have cached, taken together: requests come to the server and not to a group."""
 
     def stored(self, key: bytes, parent: bytes | None, token_ids: Sequence[int], salt: str) -> None:
         """Hear that a first group has this block now. `parent`: the key of the block before it, if there is one."""

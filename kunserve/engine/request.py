@@ -47,7 +47,7 @@ class Constraint(Protocol):
 
     @property
     def error(self) -> KunServeError | None:
-        """EngineError if a token cannot follow, InvalidRequestError if finding out is too much work; else None."""
+        """Return EngineError if a token cannot follow, InvalidRequestError if finding out takes too long; else None."""
 
     @property
     def is_finished(self) -> bool:
@@ -55,7 +55,7 @@ class Constraint(Protocol):
 
 
 class Trace(Protocol):
-    """Who is told what becomes of a request, if it is traced (observe/tracer.py)."""
+    """The receiver of what becomes of a request, if it is traced (observe/tracer.py)."""
 
     ids: Mapping[str, str]  # by which lines of the log name it
 
@@ -121,7 +121,7 @@ class Request:
 
     @property
     def trace_ids(self) -> Mapping[str, str]:
-        """By what lines of the log name its trace, if it has one."""
+        """Return the fields by which lines of the log name its trace; none if it has no trace."""
         return {} if self.trace is None else self.trace.ids
 
     @property
@@ -141,32 +141,32 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt plus generated."""
+        """Return how many tokens it has: prompt and generated."""
         return len(self.token_ids)
 
     @property
     def num_expected_tokens(self) -> int:
-        """Prompt, generated, and those that are being sampled."""
+        """Return how many tokens it has, with those that are being sampled."""
         return len(self.token_ids) + self.num_sampling
 
     @property
     def num_blocks(self) -> int:
-        """Logical blocks that it holds in its group: as many on each device of the chain."""
+        """Return how many logical blocks it holds in its group: as many on each device of the chain."""
         return len(self.table.blocks)
 
     @property
     def num_places(self) -> int:
-        """Logical blocks of all its tokens that have one, with those that it has let go behind a window."""
+        """Return how many blocks its tokens have been given, with those that it has let go behind a window."""
         return self.table.num_places
 
     @property
     def num_own_blocks(self) -> int:
-        """Of those, the ones that no other request holds: they come free when it leaves."""
+        """Return how many of its blocks no other request holds: they come free when it leaves."""
         return sum(block.num_refs == 1 for block in self.table.blocks)
 
     @property
     def block_tables(self) -> list[array[int]]:
-        """Ids of its blocks on each stage of its group."""
+        """Return the ids of its blocks on each stage of its group."""
         return list(self.table.ids.values())
 
     @property

@@ -1,8 +1,8 @@
 """Running ahead: when a device gets a microbatch to go on with, while it still works on the one before.
 
-Too late, it waits for the host between two steps. Too early, whoever comes in the meantime waits for two steps instead
-of one; and so does a merge, which takes place between two steps. So it gets it shortly before it is predicted to be
-done: by as much as predictions are wrong.
+If the next microbatch comes too late, the device waits for the host between two steps. If it comes too early, a
+request that arrives meanwhile waits for two steps instead of one, and so does a merge, which takes place between steps.
+So the next one comes shortly before the first is predicted to end: by as much as predictions are wrong.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class _Step:
 
 
 class RunAhead:
-    """Knows for each group whether it is time for a microbatch to go on with. Used on the event loop.
+    """Knows for each group whether it is time for the microbatch after the one in flight. Used on the event loop.
 
-    Groups of one device only: a chain always has several microbatches on their way, and none of them ends the others.
+    Only groups of one device have to wait for that time: a chain has several microbatches in flight anyway.
     """
 
     def __init__(self, lookahead: Lookahead | None, on_due: Callable[[Group], None]) -> None:
-        """Call `on_due` when the time has come for a group. Without `lookahead` it always has."""
+        """Call `on_due` when it is time for a group's next microbatch; without `lookahead`, it always is."""
         self._lookahead, self._on_due = lookahead, on_due
         self._steps: dict[int, _Step] = {}  # by group id
         self._slowness = 1.0  # what steps take of what the cost model predicts

@@ -13,7 +13,7 @@ def loop_time() -> float:
 
 
 class Signals:
-    """Who waits for what: the loop for work, all others for progress. Used on the event loop."""
+    """Wakes those who wait: the loop for work, all others for progress. Used on the event loop."""
 
     def __init__(self) -> None:
         self._wake = asyncio.Event()

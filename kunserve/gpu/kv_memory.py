@@ -33,7 +33,7 @@ class KVShape:
 
     @property
     def block_shape(self) -> tuple[int, int, int, int]:
-        """Dimensions of one block: keys and values, heads, slots, head_dim."""
+        """Return the dimensions of one block: (2 for keys and values, KV heads, slots, head_dim)."""
         return (2, self.num_kv_heads, self.block_size, self.head_dim)
 
     @property

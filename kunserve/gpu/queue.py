@@ -22,7 +22,7 @@ class Answer(asyncio.Future[T]):
     """
 
     def __init__(self, give_up: Callable[[], object] | None = None) -> None:
-        """`give_up` is called when a caller is cancelled: perhaps the work can end earlier."""
+        """Begin without an answer. `give_up` is called when a caller is cancelled: it may end the work earlier."""
         super().__init__(loop=asyncio.get_running_loop())
         self._give_up = give_up
 
@@ -38,7 +38,7 @@ class Answer(asyncio.Future[T]):
 
 
 def answer_of(work: Awaitable[T]) -> Answer[T]:
-    """Return what becomes of any work. Who waits may be answered before it ends; it is asked to end if one gives up."""
+    """Return the answer of any work. Callers may be answered before it ends; it is asked to end if one gives up."""
     if isinstance(work, Answer):
         return work
     running = asyncio.ensure_future(work)
@@ -83,7 +83,7 @@ class _Item(Generic[T]):
                 self._answer.get_loop().call_soon_threadsafe(self._tell)
 
     def drop(self) -> None:
-        """Never do it."""
+        """Give the work up: it is never done, and whoever waits for it is told."""
         if self._answer is not None:
             with suppress(RuntimeError):
                 self._answer.get_loop().call_soon_threadsafe(self._answer.end)

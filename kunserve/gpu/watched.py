@@ -33,7 +33,7 @@ class Watcher(Protocol):
 
 
 class Silence(NamedTuple):
-    """For how long a device has ended no work of a kind, in seconds; 0 if it has none of that kind."""
+    """The seconds for which a device has ended no work of a kind; 0 if it has none of that kind."""
 
     compute_s: float
     copy_s: float  # between devices, or between one and host memory

@@ -35,9 +35,9 @@ class HostMemory:
         self.num_taken = 0
 
     def take(self, num_bytes: int, goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Make it so large, with a page for each byte, in huge pages if possible. OSError if the kernel refuses.
+        """Make the file `num_bytes` large, all of it with pages, huge ones if possible. OSError if the kernel refuses.
 
-        Ends early once `goes_on` says so; what has no pages then gets them where it is first written.
+        Ends early once `goes_on` returns False; what has no pages then gets them when it is first written.
         """
         os.ftruncate(self.fd, num_bytes)
         self.num_taken = min(self.num_taken, num_bytes)

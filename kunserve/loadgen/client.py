@@ -33,7 +33,7 @@ Status = Literal["pending", "running", "completed", "cancelled", "failed", "inte
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Say whom to ask and how. The `urls` are asked in turn."""
+    """The servers to ask, and how. The `urls` are asked in turn."""
 
     urls: tuple[str, ...]
     model: str
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(slots=True)
 class Stream:
-    """Hold what became of one job; its times are seconds after the start of the run."""
+    """What became of one job; its times are seconds after the start of the run."""
 
     job: Job
     url: str
@@ -65,7 +65,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Recording:
-    """Hold what is seen of a run. It is filled as the run goes on, so that an interrupted one keeps what it saw."""
+    """What is seen of a run. It is filled as the run goes on, so that an interrupted one keeps what it saw."""
 
     streams: list[Stream]
     series: list[MetricSeries]

@@ -27,7 +27,7 @@ COMMON_NAMES = {
 
 @dataclass(slots=True)
 class MetricSeries:
-    """Hold one server's samples over time. A name that was missing at some poll has None there."""
+    """One server's samples over time. A name that was missing at some poll has None there."""
 
     url: str
     at_s: list[float] = field(default_factory=list)  # after the start of the run

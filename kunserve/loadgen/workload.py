@@ -14,7 +14,7 @@ from numpy.random import Generator, default_rng
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Describe one request, sent `at_s` seconds after the start; its lengths are in tokens."""
+    """One request, sent `at_s` seconds after the start; its lengths are in tokens."""
 
     at_s: float
     num_prompt_tokens: int
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bound integers: from `low` to `high`, both included."""
+    """A range of integers: from `low` to `high`, both included."""
 
     low: int
     high: int
@@ -49,7 +49,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Describe a stretch of time with a steady rate of requests per second."""
+    """A stretch of time with a steady rate of requests per second."""
 
     duration_s: float
     rate: float

@@ -33,7 +33,7 @@ DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes 
 
 
 class WeightSource(Protocol):
-    """One per process, shared by all devices; `copy_into` may run in several threads at once."""
+    """Reads weights by name. All devices of a process share one; `copy_into` may run in several threads at once."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy tensor `name` into `out`, as its spec stores it, on any device. Raises ConfigError naming both."""
@@ -55,7 +55,7 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs, in the order of a forward pass."""
+    """Return the name and shape of every tensor that the model needs, in the order of a forward pass."""
     units = weight_units(replace(config, formats=NO_BLOCKS), config.dtype)
     return {tensor.name: tensor.shape for unit in units for tensor in unit.tensors}
 

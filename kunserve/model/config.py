@@ -43,12 +43,12 @@ class Experts:
 
     @property
     def held_size(self) -> int:
-        """Intermediate size of all experts together."""
+        """Return the intermediate size of all experts together."""
         return self.num_experts * self.intermediate_size + self.shared_size
 
     @property
     def active_size(self) -> int:
-        """Intermediate size of the experts that one token goes through."""
+        """Return the intermediate size of the experts that one token goes through."""
         return self.num_per_token * self.intermediate_size + self.shared_size
 
 
@@ -105,17 +105,17 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
-        """Elements of all query heads of one token."""
+        """Return how many elements all query heads of one token have."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Elements of all key (or value) heads of one token."""
+        """Return how many elements all key (or value) heads of one token have."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def rotary_dim(self) -> int:
-        """Elements of a head that are rotated."""
+        """Return how many elements of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def experts_of(self, layer: int) -> Experts | None:

@@ -80,8 +80,8 @@ def device_kind(name: str) -> str:
 def derive(config: ModelConfig, rates: DeviceRates) -> CostModel:
     """Derive constants from a device's rates: operations or bytes by what is reached of the peak.
 
-    A token goes through the experts that are chosen for it; a microbatch reads all of them, as full ones do: for a
-    few tokens alone that is too long.
+    A token goes through the experts that are chosen for it; a microbatch is taken to read all of them, as full ones do:
+    of a few tokens by themselves, that predicts too long a time.
     """
     flops_per_s = rates.flops_per_s * rates.matrix_share
     bytes_per_s = rates.bytes_per_s * rates.memory_share

@@ -40,7 +40,7 @@ class TensorSpec:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Elements of `dtype` that are stored: of blocks the bytes of each row."""
+        """Return the shape as stored, in elements of `dtype`; where rows are blocks, their length is in bytes."""
         if self.blocks is None:
             return self.shape
         *rows, columns = self.shape
@@ -239,7 +239,7 @@ def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
 
 
 def formats_of(config: ModelConfig, scheme: Scheme) -> Formats:
-    """Return in which blocks the matrices are kept of a checkpoint that is stored so, or quantized so as it is read."""
+    """Return the blocks that each matrix is kept in, of a checkpoint that is quantized or becomes so as it is read."""
     shapes = {spec.name: spec.shape for unit in weight_units(config, config.dtype) for spec in unit.tensors}
     held = {name: shape[-1] for name, shape in shapes.items() if scheme.holds(name, len(shape))}
     held = {name: columns for name, columns in held.items() if not scheme.skips(name.removesuffix(".weight"))}

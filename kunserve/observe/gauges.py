@@ -14,7 +14,7 @@ DEVICE_STATES = ("ok", "suspect", "lost", "removed")
 
 @dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """Who owns the bytes of one device, and whether it does its work."""
+    """The bytes of one device by what they are used for, and whether it does its work."""
 
     name: str
     weight_bytes: int
@@ -156,7 +156,7 @@ GAUGES = (
 
 
 class Gauges(Collector):
-    """Make all gauges from `EngineStats` at the moment of the scrape; `labels` are those of every series."""
+    """Makes all gauges from `EngineStats` at the moment of the scrape; `labels` are those of every series."""
 
     def __init__(
         self, labels: dict[str, str], stats: Callable[[], EngineStats], prefix_hit_rate: Callable[[], float]

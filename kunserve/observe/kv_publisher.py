@@ -71,7 +71,7 @@ class KVEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False
 
 
 class KVPublisher:
-    """Tells subscribers. It never waits for one: who reads too slowly loses batches, and may ask for them again.
+    """Tells subscribers which blocks can be found. One that reads too slowly loses batches, and may ask for them again.
 
     Made, and used, on the event loop. ConfigError if an endpoint cannot be used.
     """

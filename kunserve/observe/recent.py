@@ -9,7 +9,7 @@ NUM_PROMPTS = 1000  # whose share of cached tokens is the recent one, as in vLLM
 
 
 class Recent:
-    """Keeps them. Metrics tell it of every token, so it does next to nothing; the feed asks it a few times a second."""
+    """Keeps these figures. Metrics tell it of every token, so it does little; the feed asks a few times a second."""
 
     __slots__ = ("_cached", "_first_tokens", "_looked_for", "_prompts", "gap_s")
 

@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 
 class Summary:
-    """Words the line; it remembers the counters of the line before."""
+    """Words the log's line about the last seconds; it remembers the counters of the line before."""
 
     def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
         """Begin with what `metrics` have counted so far; `stats` tells how the engine stands at a line."""

@@ -76,15 +76,15 @@ def _weights_for_two(
     fitting, too_large = 0, model.layer_chunks  # chunks of a layer
     while too_large - fitting > 1:
         middle = (fitting + too_large) // 2
-        if num_copies(_shrunk(model, middle), devices, devices_per_group) > 1:
+        if num_copies(shrunk(model, middle), devices, devices_per_group) > 1:
             fitting = middle
         else:
             too_large = middle
-    return _weight_bytes(_shrunk(model, fitting)) if fitting else None
+    return _weight_bytes(shrunk(model, fitting)) if fitting else None
 
 
-def _shrunk(model: ModelShape, layer_chunks: int) -> ModelShape:
-    """Return the model with smaller layers, and embedding and head smaller in the same proportion."""
+def shrunk(model: ModelShape, layer_chunks: int) -> ModelShape:
+    """Return the model with layers of `layer_chunks`, and embedding and head smaller in the same proportion."""
     embed, head = (
         ceil_div(chunks * layer_chunks, model.layer_chunks) for chunks in (model.embed_chunks, model.head_chunks)
     )

@@ -29,12 +29,12 @@ class TokenSpan(NamedTuple):
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of one of its tokens and one that it attends to."""
+        """Return how many pairs it has of a token and one that this token attends to."""
         return self.prefix * self.num_tokens + (self.num_tokens * self.num_tokens + self.num_tokens) // 2
 
     @property
     def num_keys(self) -> int:
-        """Tokens whose KV it reads."""
+        """Return how many tokens' KV it reads."""
         return self.prefix + self.num_tokens
 
     @property
@@ -66,7 +66,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of_rows(cls, lengths: Sequence[int]) -> Work:
-        """Sum up the work of requests that compute one token each, and have so many with it."""
+        """Sum up the work of requests that compute one token each; `lengths`: all tokens of each, with the new one."""
         num_rows, num_keys = len(lengths), sum(lengths)
         return cls(num_keys, num_keys, num_rows, num_rows, num_rows)
 

@@ -22,7 +22,7 @@ class RequestView(NamedTuple):
 
     @property
     def most_remaining(self) -> int:
-        """Tokens it can still generate."""
+        """Return how many tokens it can still generate."""
         return max(0, self.max_tokens - self.num_output_tokens)
 
 
@@ -54,7 +54,7 @@ class Demand:
 
     @property
     def blocks(self) -> int:
-        """All blocks that the server needs."""
+        """Return how many blocks the server needs for all its requests."""
         return self.in_use + self.prompts + self.growth
 
 
@@ -82,7 +82,10 @@ def measure_demand(
     block_size: int,
     min_growth: int = 16,
 ) -> Demand:
-    """Demand of all requests. A request that outlived the estimate is expected to go on for `min_growth` tokens."""
+    """Measure the demand of all requests, in blocks.
+
+    A request that outlived the estimate is expected to go on for `min_growth` tokens.
+    """
     expected = round(estimate.mean_tokens)
     in_use = prompts = growth = 0
     for num_tokens, num_output, max_tokens, held in running:

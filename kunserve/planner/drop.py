@@ -174,6 +174,8 @@ class _Smallest:
         A node that gains no more than this share of their blocks with either is left as it is.
         """
         while node := self._first(self._all):
+            # Taken off even if it finds no partner: a larger one would gain a smaller share still, and trying the same
+            # two again would never end.
             node.is_waiting = False
             other = self._first(self._all)
             for partner in self._partners(node, other) if other else ():
@@ -206,7 +208,7 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
     num_full = sum(node.is_full for node in nodes) if capacity < need_blocks else 0
     while (capacity < need_blocks or num_full) and (node := heap.merge_next(types, LEAST_MERGE_GAIN)):
         capacity += node.gain
-        num_full = max(0, num_full - 2)
+        num_full = max(0, num_full - 2)  # they come first among equals, so each merge takes two of them
         merged.append(node)
     return _plan(snapshot, types, before, [node for node in merged if not node.is_part], need_blocks, room_blocks)
 

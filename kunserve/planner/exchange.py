@@ -45,7 +45,7 @@ class LayerMove(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """Number of layers that move."""
+        """Return the number of layers that move."""
         return self.last_layer - self.first_layer
 
 
@@ -139,15 +139,16 @@ class _Scene:
         return sum(number * of_one for number, of_one in zip(layers, chunks, strict=True))
 
     def holds(self, device: int, free: int) -> tuple[int, ...]:
-        """Return the blocks of each kind that a device holds once its layers that stay have what is free there."""
+        """Return the blocks of each kind that a device holds once its kept layers have `free` chunks more."""
         kept = self.kept[device]
         chunks = self.model.chunks_within(self.ranges(device, kept) + free, kept)
         return self.model.blocks_by_kind(chunks)
 
     def num_blocks(self, device: int, room_chunks: int) -> tuple[int, ...]:
-        """Return the ids of each kind that a device needs when all KV has come, if layers that stay have more chunks.
+        """Return how many ids of each kind a device needs once all KV has come, if kept layers have `room_chunks` more.
 
-        What comes is beyond those, so that new requests can have them; without any it goes wherever nobody is.
+        KV that comes gets ids beyond those of the added chunks, which are left to new requests. Where nothing is added,
+        it gets any id that is free.
         """
         mapped = self.model.blocks_by_kind(self.range_chunks[device] + room_chunks)
         used = self.used[self.group_of[device]]
@@ -165,10 +166,10 @@ def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _most_early_growth(scene: _Scene) -> dict[int, int]:
-    """Return the chunks that each kept layer can get at once beside the growth of a few ranges, and in the end.
+    """Return, by device, the chunks that each kept layer can get at once for new requests.
 
-    The more layers' ranges can grow before others have left, the less the copies wait for step boundaries.
-    Where KV is of two kinds there is none: what new requests would get is theirs when all KV has come.
+    They leave room for a few ranges to grow while KV comes, so that copies seldom wait for a step boundary, and for all
+    KV once it has come. Where KV is of two kinds they are none: new requests get theirs when all KV has come.
     """
     if scene.model.near is not None:
         return dict.fromkeys(scene.group_of, 0)

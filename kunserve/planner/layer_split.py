@@ -69,7 +69,7 @@ class Chain:
 
     @cached_property
     def most_chunks(self) -> int | None:
-        """Chunks of KV per layer in the split that has most; None if there is no split."""
+        """Return the chunks of KV per layer in the split that has most; None if there is no split."""
         for_kv = sum(self.layer_budgets) - self.model.num_layers * self.model.layer_chunks
         as_one_device = self.model.chunks_within(for_kv, self.model.by_kind(range(self.model.num_layers)))
         return self._most(range(max(0, as_one_device + 1)), inf)
@@ -106,7 +106,7 @@ class Chain:
         in_time = self._most_in_time(slowest)
 
         def first_start(stage: int, end: int) -> int:
-            """Return where a stage that ends there can begin at the earliest."""
+            """Return the first layer that a stage ending at this layer can begin with."""
             return max(end - in_time[stage], bisect_left(before, before[end] - self.layer_budgets[stage]))
 
         starts, reach = [0], list[list[int]]()  # where each stage can begin

@@ -21,9 +21,10 @@ def given(model: ModelShape, layers: Iterable[int], chunks: int) -> dict[int, in
 
 
 def blocks_of(model: ModelShape, layout: DeviceLayout) -> tuple[int, ...]:
-    """Return how many blocks of each kind a device has mapped; of a kind that its stage has no layers of, as planned.
+    """Return how many blocks of each kind a device has ids for.
 
-    There are ids of such a kind too, as many as no other stage lacks: no memory is behind them.
+    They are mapped in its stage's layers. Of a kind that the stage has no layers of, there are as many ids as such a
+    layer would have blocks: no memory is behind them, and other stages of the group may need them.
     """
     stage, mapped = layout.stage, layout.kv_chunks
     layers = range(stage.first_layer, stage.last_layer)

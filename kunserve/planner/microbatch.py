@@ -49,7 +49,7 @@ class Lookahead:
 
     @cached_property
     def least_tokens(self) -> int:
-        """Tokens of the smallest efficient microbatch: reading the weights hides behind multiplying."""
+        """Return the tokens of the smallest efficient microbatch: reading the weights hides behind multiplying."""
         low, high = 1, self.max_num_tokens
         most_s = self._token_s(1 << 20) / EFFICIENCY
         while low < high:
@@ -62,8 +62,8 @@ class Lookahead:
 
         Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
         many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `LONG_BACKLOG`
-        parts for each stage the parts are longer, as far as a microbatch can carry it: else what waits would wait for
-        decoding, part after part.
+        parts for each stage the parts are longer, as far as a microbatch can carry it: else what waits would also
+        wait for a round of decoding after each short part.
         """
         efficient, most = TokenSpan(0, self.least_tokens), TokenSpan(0, self.max_num_tokens)
         prompts_s = sum(map(self.added_time, prompts))

@@ -12,7 +12,7 @@ from kunserve.sizes import ceil_div
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The distance between the watermarks is the hysteresis: a drop never undoes itself by what it adds."""
+    """When to drop, when to restore. What lies between the watermarks is the hysteresis: no drop undoes itself."""
 
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
@@ -98,7 +98,7 @@ def surely_freed(running: Iterable[RequestView], horizon_steps: int, block_size:
 
 @dataclass(frozen=True, slots=True)
 class Relaxation:
-    """Since when demand has been low without a break; `now` is the caller's clock in seconds."""
+    """The time since which demand has been low without a break; `now` is the caller's clock in seconds."""
 
     since_s: float | None = None
 

@@ -51,12 +51,12 @@ class DropPlan:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes of weights that all merges free."""
+        """Return the bytes of weights that all merges free."""
         return sum(merge.freed_bytes for merge in self.merges)
 
     @property
     def added_blocks(self) -> int:
-        """Capacity of the server after all merges, minus before."""
+        """Return by how many blocks all merges raise the server's capacity."""
         return sum(merge.added_blocks for merge in self.merges)
 
 
@@ -76,7 +76,7 @@ class NewGroup:
 
     @property
     def capacity_blocks(self) -> int:
-        """Blocks that the new group holds."""
+        """Return how many blocks the new group holds: those of its poorest stage."""
         return min(self.num_blocks)
 
 

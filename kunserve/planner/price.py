@@ -29,7 +29,9 @@ class Shortage:
 
     @property
     def rest_s(self) -> float:
-        """How long it will go on."""
+        """Return the seconds that the shortage is expected to go on: as long as it has lasted,
+        at least USUAL_S, but no longer than falling demand needs to end it.
+        """
         rest_s = max(self.lasted_s, USUAL_S)
         if self.growth_per_s < 0:
             rest_s = min(rest_s, max(0.0, self.blocks) / -self.growth_per_s)
@@ -86,14 +88,14 @@ class Trend:
         return not self._samples or now_s >= self._samples[-1][0] + self.every_s
 
     def sample(self, now_s: float, value: float) -> None:
-        """Note what it is now, and forget what it was before the window."""
+        """Note the quantity's value now, and forget samples from before the window."""
         self._samples.append((now_s, value))
         while self._samples[0][0] < now_s - self.window_s:
             self._samples.popleft()
 
     @property
     def per_s(self) -> float:
-        """Its change per second, by least squares; 0 until two samples tell."""
+        """Return the quantity's change per second, by least squares; 0 until there are two samples."""
         if len(self._samples) < 2:
             return 0.0
         count = len(self._samples)

@@ -39,7 +39,7 @@ def plan_rebuild(
     need_blocks: int,
     least_blocks: int,
 ) -> tuple[NewGroup, ...] | None:
-    """Group free devices anew, each group with all layers; None if they cannot hold all, with a block of KV.
+    """Make new groups of free devices, each with all layers; None if they cannot hold all, with a block of KV.
 
     As many groups as hold `least_blocks` (the longest request) each; or all devices in one chain, if only that keeps
     the server as a whole holding `need_blocks`, or holds more at least. A restore can split that chain again.

@@ -19,7 +19,7 @@ from kunserve.sizes import ceil_div
 
 
 class NearKv(NamedTuple):
-    """Say which layers with a window have KV of a kind of its own, and how much."""
+    """Says which layers with a window have KV of a kind of its own, and how much."""
 
     layers: tuple[int, ...]  # in order
     share: int  # chunks, in thousandths of those of a full layer
@@ -102,7 +102,7 @@ class ModelShape:
         return 1 if self.near is None else 2
 
     def kind_of(self, layer: int) -> int:
-        """Return the place of a layer's kind in what is told by kind."""
+        """Return the index of a layer's kind in tuples that have one entry for each kind: 0 full, 1 near."""
         return 0 if self.near is None else self.near.num_within(range(layer, layer + 1))
 
     def chunks_by_kind(self, chunks: int) -> tuple[int, ...]:
@@ -110,7 +110,10 @@ class ModelShape:
         return (chunks,) if self.near is None else (chunks, self.near.chunks(chunks))
 
     def chunks_within(self, num_chunks: int, num_layers: tuple[int, ...]) -> int:
-        """Return the chunks of a full layer if so many of each kind share all; without any, what they would be."""
+        """Return the chunks of a full layer where `num_layers` of each kind share `num_chunks`.
+
+        Without full layers: the chunks that a full one would have beside near ones of this size.
+        """
         kind = self.near
         if kind is None or num_chunks < 0:
             return num_chunks // sum(num_layers)
@@ -124,11 +127,11 @@ class ModelShape:
         return replace(self, near=self.near._replace(share=share))
 
     def with_most_full(self) -> ModelShape:
-        """Return the same model with the share that leaves most to layers that see all, if it may be another."""
+        """Return the same model with the share that leaves most to full layers, unless the share is fixed."""
         return self if self.near is None or self.near.is_fixed else self.with_share(1)
 
     def blocks_by_kind(self, chunks: int) -> tuple[int, ...]:
-        """Return the blocks of each kind where full layers have `chunks`."""
+        """Return the blocks of each kind that one layer holds where full layers have `chunks`."""
         return tuple(map(self.blocks_in, self.chunks_by_kind(chunks)))
 
     def blocks_in(self, chunks: int) -> int:

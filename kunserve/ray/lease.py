@@ -38,7 +38,7 @@ class Lease:
 
 
 class Leases:
-    """Those that one replica has given."""
+    """The leases that one replica has given."""
 
     TAKE_UP_S = 30.0  # that a front has: one that dies before is waited for no longer
 

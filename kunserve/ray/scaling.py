@@ -19,10 +19,10 @@ SLACK = 0.15  # of the target, that demand must fall below it before a replica g
 
 
 def wanted(demands: list[float], num_running: int, num_asked: int, target: float = TARGET) -> int:
-    """Return how many replicas demands ask for; `num_asked` of them, some of which may still start, if none says.
+    """Return how many replicas `demands` ask for, each a share of one replica's undropped capacity; all are alike.
 
-    Each demand is a share of one replica's undropped capacity; they are alike. Those of the `num_running` that do not
-    say have as much as the others; those that start have none yet.
+    Of the `num_running` replicas, those that tell no demand count with the mean of the others. Without any demand it is
+    `num_asked`: the replicas asked for so far, some of which may still start.
     """
     if not demands:
         return num_asked

@@ -81,12 +81,12 @@ class Instances:
 
     @property
     def num_devices(self) -> int:
-        """Number of devices, which is that of instances."""
+        """Return the number of devices, which is that of instances."""
         return self.cluster.num_gpus // self.gpus
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that each device has for weights and KV."""
+        """Return the bytes that each device has for weights and KV."""
         return int(self.cluster.memory_bytes * USABLE) * self.gpus * self.cluster.memory_times
 
     def cost(self, model: ModelConfig) -> CostModel:

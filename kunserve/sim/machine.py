@@ -41,13 +41,13 @@ TOKEN = SampledToken(0)  # what every step samples
 
 
 class Core:
-    """Something that does one thing after the other, in the order of asking."""
+    """A core that does one piece of work after the other, in the order of asking."""
 
     def __init__(self) -> None:
         self._free_at_s = 0.0
 
     def queue(self, seconds: float) -> float:
-        """Work of so long goes after everything that was asked for before; how long until it is done."""
+        """Queue work of `seconds` after all that was asked for before; return the seconds until it is done."""
         now_s = asyncio.get_running_loop().time()
         self._free_at_s = max(self._free_at_s, now_s) + seconds
         return self._free_at_s - now_s
@@ -99,9 +99,9 @@ class NoWeights:
 class HostTime:
     """Seconds of scheduling, streaming and whatever else the server does besides computing.
 
-    Where it `is_apart` it has a core of its own: one microbatch's after the other's for the whole server, beside what
-    the devices compute if a microbatch more is in flight. Else it runs on the devices' own cores, as on a machine of
-    few: the stages of a microbatch pay for it in equal shares.
+    Where it `is_apart`, the server has a core of its own, which serves one microbatch after the other, at the same time
+    as devices compute others. Else this time is spent on the devices' own cores, as on a machine of few: each stage of
+    a microbatch takes an equal share of it longer.
     """
 
     step_s: float = 0.0  # for a microbatch

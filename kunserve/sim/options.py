@@ -162,7 +162,7 @@ def config_of(options: Options) -> EngineConfig:
 def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[str, Any]:
     """Simulate what the options say, and return the report. `rows` instead of those that the options name.
 
-    How long an answer gets no policy knows: every request may have as many tokens as the longest of them all has.
+    No policy knows how long an answer will be: every request asks for as many tokens as the longest answer has.
     ConfigError or ValueError if the options cannot be met.
     """
     model = find_config(options.model)

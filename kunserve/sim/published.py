@@ -39,7 +39,7 @@ def as_published(config: EngineConfig, max_model_len: int) -> EngineConfig:
 
 
 class PrefillFirst(Scheduler):
-    """Schedule whole prompts before next tokens, each in steps of their own."""
+    """Schedules whole prompts before next tokens, each in steps of their own."""
 
     def schedule(self, group: Group, groups: Sequence[Group], epoch: int) -> Microbatch | None:
         """See `Scheduler.schedule`."""

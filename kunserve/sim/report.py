@@ -36,12 +36,12 @@ class Answer:
 
     @property
     def ttft_s(self) -> float | None:
-        """Arrival to first token."""
+        """Return the seconds from the request's arrival to its first token; None if it has none."""
         return None if self.first_s is None else self.first_s - self.arrival_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token after the first."""
+        """Return the mean seconds of a token after the first; None with fewer than two tokens."""
         if self.first_s is None or self.num_output_tokens < 2:
             return None
         return (self.last_s - self.first_s) / (self.num_output_tokens - 1)

@@ -28,9 +28,9 @@ STOPS = frozenset({TOKEN.token_id})
 class Simulation:
     """One run. `rows`: what arrives when; outputs are exactly as long as a row says.
 
-    How long that is nobody knows beforehand: each request may have `max_tokens`, and ends by a stop token. None: each
-    asks for as many as it gets. `make_machine` makes what one server has; there are `num_nodes` of them when the first
-    row arrives, and more if there is a `scaler` that wants them.
+    With `max_tokens`, every request asks for that many and ends by a stop token, so that no policy knows how long it
+    will be; without, each asks for exactly what it gets. `make_machine` makes the devices of one server. There are
+    `num_nodes` servers when the first row arrives, and a `scaler` may start more.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class Found:
 
 
 async def read(engine: Engine, name: str, num_tokens: int) -> float:
-    """Submit a request and read it; seconds to its first token."""
+    """Submit a request and read it to its end; return the seconds to its first token."""
     prompt = [100 + (7 * i + sum(name.encode())) % 1000 for i in range(PROMPT_TOKENS)]
     submitted = time.perf_counter()
     first = 0.0
@@ -86,7 +86,7 @@ async def read(engine: Engine, name: str, num_tokens: int) -> float:
 
 
 async def decode(engine: Engine, args: argparse.Namespace, found: Found) -> None:
-    """One round of streams, and probes between."""
+    """Measure one round of streams, and probes between."""
     watched = [Steps() for _ in engine.memories]
     plain = [memory.device.run for memory in engine.memories]
     for steps, memory in zip(watched, engine.memories, strict=True):

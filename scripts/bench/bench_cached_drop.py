@@ -25,7 +25,7 @@ PHASES = ("before", "dropped", "restored")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--devices", default="cpu:2")

@@ -158,7 +158,7 @@ def run_client(client: Client, venv: Path, target: Target, folder: Path) -> Outc
 
 
 def install(folder: Path) -> dict[str, Path]:
-    """Environments of the clients that can be had from PyPI; those that are there stay as they are."""
+    """Make environments of the clients that PyPI has; those that are there stay as they are."""
     venvs = {}
     for name, requirements in REQUIREMENTS.items():
         venvs[name] = folder / name
@@ -170,7 +170,7 @@ def install(folder: Path) -> dict[str, Path]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="URL of a running server, or a model to serve")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the served model's)")
@@ -189,7 +189,7 @@ def _venv(text: str) -> tuple[str, Path]:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Outcome]:
-    """Outcomes by name, one client after the other."""
+    """Run one client after the other; return their outcomes by name."""
     venvs = (install(args.install.resolve()) if args.install else {}) | dict(args.venv)
     async with AsyncExitStack() as stack:
         url = args.target.rstrip("/")

@@ -34,7 +34,7 @@ from kunserve.engine.launch.launch import launch
 
 
 async def view(url: str, num_viewers: int) -> None:
-    """Watch with so many connections until the server ends them; says so when all have come."""
+    """Watch with so many connections until the server ends them; print a line when all are open."""
     num_here = 0
 
     async def one(session: aiohttp.ClientSession) -> None:
@@ -72,7 +72,7 @@ async def viewers(url: str, number: int) -> AsyncIterator[None]:
 
 
 async def loop_cost(args: argparse.Namespace) -> dict[str, Any]:
-    """Share of a core that the event loop takes with and without viewers."""
+    """Measure the share of a core that the event loop takes with and without viewers."""
     config = EngineConfig(args.model, parse_devices(args.devices), num_blocks_override=args.blocks)
     served = await launch(config, "bench", lambda text, share: None)
     engine, port = served.engine, free_port()

@@ -103,7 +103,7 @@ class Recorder:
         self.works.clear()
 
     def replay(self, num_stages: int, host_s: float) -> tuple[float, float]:
-        """Elapsed seconds and bubble share if nobody else were there; `host_s` passes before each launch.
+        """Return the elapsed seconds and the bubble share of a run without others; `host_s` passes before each launch.
 
         Works of a microbatch follow each other, but for those after its last layers: both ends share the head then.
         """
@@ -219,7 +219,7 @@ async def serving(args: argparse.Namespace, mode: str, budget: int) -> AsyncIter
 
 
 def summary(results: Sequence[Result]) -> dict[str, float]:
-    """Medians over the rounds."""
+    """Return the medians over the rounds."""
     return {
         "tokens_per_s": round(median(r.num_tokens / r.elapsed_s for r in results), 1),
         "bubble_share": round(median(r.bubble_share for r in results), 4),

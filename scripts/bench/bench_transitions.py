@@ -68,7 +68,7 @@ async def regroup(server: Server, verb: str) -> None:
 
 
 async def throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """Undropped and dropped by turns."""
+    """Measure the tokens a second by turns: undropped, dropped."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks))
     undropped, dropped = [], []
     async with running_server(*flags, NO_CACHE, "--pin", "--admin-key", ADMIN_KEY) as server:
@@ -106,7 +106,7 @@ async def launched(args: argparse.Namespace) -> Served:
 
 
 def asked(engine: Engine, seed: int) -> list[OutputStream]:
-    """Submit all requests of a load; their streams."""
+    """Submit all requests of a load; return their streams."""
     rng = random.Random(seed)
     params = SamplingParams(LOAD.num_output_tokens, temperature=0, ignore_eos=True)
     most = min(40_000, engine.model.vocab_size)
@@ -188,7 +188,7 @@ async def engine_throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def drift(args: argparse.Namespace) -> dict[str, Any]:
-    """Burst and quiet, over and over."""
+    """Measure bursts with quiet between them: speed, memory and blocks after each."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
     cycles = []
     async with running_server(*flags, NO_CACHE, "--restore-hold", "2") as server:
@@ -212,7 +212,7 @@ async def drift(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def again(args: argparse.Namespace) -> dict[str, Any]:
-    """Two bursts with a pause between."""
+    """Measure two bursts with a pause between."""
     flags = ("--model", args.model, "--devices", args.devices, "--num-gpu-blocks-override", str(args.blocks * 3 // 4))
     bursts = list[dict[str, Any]]()
     async with running_server(*flags, NO_CACHE) as server:

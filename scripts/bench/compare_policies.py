@@ -49,7 +49,7 @@ BURSTS = {"A": Burst(48, 16.0, 64, 256), "B": Burst(48, 4.0, 256, 128)}
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = ",".join((*POLICIES, PLENTY))
     parser.add_argument("--policies", default=rows, help="which of ours, with commas; empty: none")
@@ -102,7 +102,7 @@ async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.N
 
 
 def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
-    """One row per policy or peer."""
+    """Make a table with a row per policy or peer."""
     table = Table(title=f"Burst {burst}: {BURSTS[burst]}")
     for column in (
         "policy",

@@ -83,7 +83,7 @@ def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
 
 
 def microbatch_of(token_spans: Sequence[TokenSpan], group: Group, vocab_size: int) -> Microbatch:
-    """Requests that have come so far, with blocks of the group."""
+    """Make a microbatch that computes these spans, each of a request of its own with blocks of the group."""
     fleet, spans = Fleet([group]), []
     for i, (prefix, num_tokens, num_samples) in enumerate(token_spans):
         end = prefix + num_tokens
@@ -95,7 +95,7 @@ def microbatch_of(token_spans: Sequence[TokenSpan], group: Group, vocab_size: in
 
 
 async def clock(engine: Engine, device: int) -> float:
-    """Seconds on a device's clock. On a virtual CPU device: those of its thread, whoever else is on the machine."""
+    """Return the seconds on a device's clock: on a virtual CPU device, the CPU seconds of its thread."""
     memory = engine.memories[device]
     return await memory.device.run(
         time.thread_time if isinstance(memory.device.inner, HostDevice) else time.perf_counter
@@ -103,7 +103,7 @@ async def clock(engine: Engine, device: int) -> float:
 
 
 async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
-    """Seconds for one stage on one device, as the executor runs it."""
+    """Return the seconds for one stage on one device, as the executor runs it."""
     whole = next(s for g in engine.groups for s in g.stages if s.device == device)
     stage = Stage(device, 0, trial.num_layers, BlockPool(whole.pool.num_blocks))  # nobody else runs
     group = Group(device, (stage,), engine.groups[0].block_size)
@@ -117,7 +117,7 @@ async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
 async def measure_all(
     engine: Engine, devices: Sequence[int], trials: Sequence[Trial], until: float
 ) -> list[Measurement]:
-    """Run all trials by turns, over and over, until the time is up; the median of each. At least once."""
+    """Run all trials by turns until the time is up, each at least once; return the median of each."""
     seconds: list[list[float]] = [[] for _ in trials]
     while time.monotonic() < until or not seconds[-1]:
         for trial, times in zip(trials, seconds, strict=True):
@@ -171,13 +171,13 @@ async def measure(args: argparse.Namespace) -> Measured:
 
 
 def errors_of(model: CostModel, steps: Sequence[Measurement]) -> dict[str, float]:
-    """Median and 90th percentile of the relative error."""
+    """Return the median and the 90th percentile of the relative error."""
     errors = relative_errors(model, steps)
     return {"median": round(float(np.median(errors)), 4), "p90": round(float(np.quantile(errors, 0.9)), 4)}
 
 
 def write_derived(folder: Path) -> None:
-    """Constants of all cards on all GPUs whose rates we know."""
+    """Write the constants of all cards on all GPUs whose rates we know."""
     for kind, rates in device_rates().items():
         for name in list_cards():
             if kind != "cpu":

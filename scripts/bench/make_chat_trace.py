@@ -20,7 +20,7 @@ BLOCK = 512  # tokens that an id stands for
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chats", type=int, default=600)
     parser.add_argument("--turns", type=int, default=6, help="of each chat, at most")

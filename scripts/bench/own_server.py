@@ -23,7 +23,7 @@ POLL_S = 0.02
 
 
 class ServerProcess:
-    """Run one server on a port of the loopback interface, from its start to `close`; in a `with` block, it is ready."""
+    """Runs one server on a port of the loopback interface, until `close`; a `with` block begins when it is ready."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class ServerProcess:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Say where a ready server listens, and its process id."""
+    """Where a ready server listens, and its process id."""
 
     url: str
     pid: int

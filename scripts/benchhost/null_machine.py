@@ -75,7 +75,7 @@ class NullExecutor(Executor):
 
 
 class NullMachine(Machine):
-    """So many devices that compute nothing."""
+    """Devices that compute nothing."""
 
     dtype, chunk_bytes, shares_head, device_name = torch.float32, 2 << 20, False, "null"
 

@@ -79,7 +79,7 @@ class _Compiled:
 
 
 def shapes(names: tuple[str, ...]) -> Iterator[tuple[str, ModelConfig]]:
-    """Model cards, each shape once."""
+    """Yield the names of model cards with their shapes, each shape once."""
     seen = set()
     for name in names:
         config = load_card(name).config

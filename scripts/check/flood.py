@@ -36,7 +36,7 @@ class Flood:
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
 
     async def ask(self, message: bytes, answers: list[tuple[str, float]]) -> None:
-        """One request, on an idle connection or a new one. Client code as bare as can be: it shares the machine."""
+        """Send one request on an idle connection or a new one. The client is as bare as can be: it shares the CPUs."""
         started = time.perf_counter()
         status = "failed"
         try:
@@ -87,7 +87,7 @@ async def flood_once(flood: Flood, message: bytes, num_requests: int, seconds: f
 
 
 async def ask_on(flood: Flood, message: bytes, answers: list[tuple[str, float]]) -> None:
-    """One after another, until cancelled."""
+    """Send one request after another, until cancelled."""
     while True:
         await flood.ask(message, answers)
         await asyncio.sleep(0.1)

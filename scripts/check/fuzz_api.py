@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def held_by(url: str) -> dict[str, float]:
-    """Requests and KV of a server that was left alone for a second."""
+    """Return what a server holds (requests, KV) after it was left alone for a second, by metric."""
     time.sleep(1)
     with urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as response:
         text = response.read().decode()
@@ -76,7 +76,7 @@ def held_by(url: str) -> dict[str, float]:
 
 
 def read_report(path: Path) -> tuple[dict[str, int], float]:
-    """Answers by status ("none": no answer), and the time of the slowest."""
+    """Return how many answers had each status ("none": no answer), and the seconds of the slowest."""
     statuses: dict[str, int] = {}
     slowest_s = 0.0
 

@@ -55,7 +55,7 @@ class Found:
 
 
 def stream_bodies(seed: int) -> list[dict[str, Any]]:
-    """Sixteen requests, every second one constrained."""
+    """Make the bodies of sixteen requests, every second one constrained."""
     bodies = []
     for i, schema in enumerate(structured_output.make_schemas(seed)[:16]):
         message = {"role": "user", "content": f"Describe {structured_output.TOPICS[i % 8]} as JSON."}
@@ -68,7 +68,7 @@ def stream_bodies(seed: int) -> list[dict[str, Any]]:
 
 
 async def read_stream(session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
-    """Text and end of a streamed answer, or what went wrong."""
+    """Return the text and the end of a streamed answer, or what went wrong."""
     parts: list[str] = []
     async with session.post("/v1/chat/completions", json=body) as response:
         if response.status != 200:
@@ -138,7 +138,7 @@ async def watch_health(url: str, found: Found) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Process ids of a process's children, its threads' included."""
+    """Return the ids of a process's children, those of its threads included."""
     found: list[int] = []
     for thread in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{thread}/children") as file:

@@ -65,7 +65,7 @@ Post = Callable[[str, Any], Any]
 
 
 async def leave(post: Post, num: int, path: str, body: dict[str, Any]) -> list[str]:
-    """Ask, and let all clients go away in the same moment."""
+    """Send requests, and let all clients go away in the same moment."""
     asked = [asyncio.ensure_future(post(path, orjson.dumps(body))) for _ in range(num)]
     await asyncio.sleep(2)
     for task in asked:
@@ -75,7 +75,7 @@ async def leave(post: Post, num: int, path: str, body: dict[str, Any]) -> list[s
 
 
 async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[], Any]]:
-    """Name -> what to send. Bodies that are refused have been read and parsed as well."""
+    """Return what to send, by name. Bodies that are refused have been read and parsed as well."""
     ids = [(i * 7919) % vocab_size for i in range(1 << 20)]
     text = "The quick brown fox jumps over the lazy dog. " * 200_000
     tool = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
@@ -131,7 +131,7 @@ async def cases(post: Post, vocab_size: int, only: str) -> dict[str, Callable[[]
 
 
 def worst_of(log: str) -> tuple[list[list[float]], Counter[str]]:
-    """Holds as (seconds, CPU seconds of the loop, of all threads), the loop's longest first; and where it was.
+    """Return holds as (seconds, CPU seconds of the loop, of all threads), the longest first, and where the loop was.
 
     A hold with little CPU time is the machine's; with little of the loop's but much of others' perhaps the GIL's.
     """

@@ -50,7 +50,7 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
 
 
 def deep_schema(rng: random.Random) -> Any:
-    """One inside the other, by one keyword or several."""
+    """Make schemas inside each other, by one keyword or several."""
     schema = _leaf(rng)
     for _ in range(number(rng, 900)):
         name = word(rng)
@@ -67,7 +67,7 @@ def deep_schema(rng: random.Random) -> Any:
 
 
 def wide_schema(rng: random.Random) -> Any:
-    """Many of something."""
+    """Make a schema with up to 3000 properties, alternatives, items or values."""
     count = number(rng, 3000)
     leaves = [_leaf(rng) for _ in range(min(count, 20))]
     parts = [leaves[i % len(leaves)] for i in range(count)]
@@ -87,7 +87,7 @@ def wide_schema(rng: random.Random) -> Any:
 
 
 def linked_schema(rng: random.Random) -> Any:
-    """Definitions that refer to each other: a chain, a circle, twice to the next, or anyhow."""
+    """Make definitions that refer to each other: in a chain, in a circle, twice to the next, or anyhow."""
     count, shape = number(rng, 3000), rng.choice(["chain", "circle", "doubling", "any"])
     definitions: dict[str, Any] = {}
     for i in range(count):
@@ -123,7 +123,7 @@ def regex(rng: random.Random) -> str:
 
 
 def grammar(rng: random.Random) -> str:
-    """Lark or GBNF: chains, circles, rules that double, deep, wide, ambiguous, or nonsense."""
+    """Make a grammar in Lark or GBNF: chains, circles, rules that double, deep, wide, ambiguous, or nonsense."""
     is_gbnf, count = rng.random() < 0.3, number(rng, 3500)
     colon, start = (" ::= ", "root") if is_gbnf else (": ", "start")
     letter = rng.choice(["r", "R"]) if not is_gbnf else "r"
@@ -155,7 +155,7 @@ def grammar(rng: random.Random) -> str:
 
 
 def make(rng: random.Random) -> Made:
-    """Any of these."""
+    """Make a structure of any kind."""
     schemas: list[Callable[[random.Random], Any]] = [deep_schema, wide_schema, linked_schema, linked_schema, _leaf]
     kinds: list[Callable[[], Made]] = [
         lambda: ("json", rng.choice(schemas)(rng)),

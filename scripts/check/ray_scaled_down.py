@@ -41,7 +41,7 @@ async def keep(
     done: list[tuple[Job, Said | BaseException]],
     is_over: Callable[[int], bool],
 ) -> float:
-    """Keep so many streams running until Serve has a number of replicas that is it; returns after how many seconds."""
+    """Keep `num` streams running until `is_over` is true of the number of replicas; return the seconds that took."""
     over, started = asyncio.Event(), time.monotonic()
 
     async def streams(session: aiohttp.ClientSession) -> None:

@@ -94,7 +94,7 @@ async def stop_in_the_middle(
 
 
 async def ask_again_and_again(host: str, port: int, message: bytes, others: Others) -> None:
-    """One whole request after another, each on a connection of its own."""
+    """Send one whole request after another, each on a connection of its own."""
     while True:
         started_s = time.perf_counter()
         try:

@@ -55,7 +55,7 @@ def _make_value(rng: random.Random, depth: int) -> dict[str, Any]:
 
 
 def make_schemas(seed: int) -> list[dict[str, Any]]:
-    """Different ones, each with an object or list inside."""
+    """Make different schemas, each with an object or list inside."""
     rng = random.Random(seed)
     schemas: list[dict[str, Any]] = []
     while len(schemas) < NUM_SCHEMAS:

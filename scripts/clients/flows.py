@@ -18,7 +18,7 @@ MAX_PROBLEM_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Say where the server is, and what its model is called. It asks for no key; clients want to send one."""
+    """Where the server is, and what its model is called. It asks for no key; clients want to send one."""
 
     url: str
     model: str
@@ -32,7 +32,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Say what came of one flow; `problem` is None where it passes."""
+    """What came of one flow; `problem` is None where it passes."""
 
     client: str
     version: str

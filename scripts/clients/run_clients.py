@@ -51,7 +51,7 @@ QUIET = {
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Say what runs the flows of a client: the words before the server's address."""
+    """What runs the flows of a client: the words before the server's address."""
 
     name: str
     command: tuple[str, ...]

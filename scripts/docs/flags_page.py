@@ -60,12 +60,17 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def groups_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:
+    """Yield the title of each group of a parser, and all its flags, with those that the help leaves out."""
+    for group in parser._action_groups:  # argparse shows its groups to nobody else
+        yield group.title or "", list(group._group_actions)
+
+
 def shown(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:
     """Yield the title of each group of a parser, and its flags, but for those that the help leaves out."""
-    for group in parser._action_groups:  # argparse shows its groups to nobody else
-        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-        if actions:
-            yield group.title or "", actions
+    for title, flags in groups_of(parser):
+        if actions := [action for action in flags if action.help != argparse.SUPPRESS]:
+            yield title, actions
 
 
 def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -125,7 +125,7 @@ def experiments(
 
 
 def run(options: Options, out: Path) -> Report:
-    """One simulation, in a process of its own, unless it has been done."""
+    """Run one simulation in a process of its own, unless it has been done."""
     return kept_run(options, out, lambda report: report)
 
 

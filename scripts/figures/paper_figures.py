@@ -38,7 +38,7 @@ DIFFERENT = """What differs from the paper:
 
 
 def section(title: str, reports: Reports, out: Path) -> list[str]:
-    """One experiment in Markdown; its pictures go to the folder."""
+    """Write one experiment in Markdown; its pictures go to the folder `out`."""
     draw_over_time(title, reports, out / f"{_slug(title)}-over-time.png")
     lines = [f"## {title}", "", HEADER, *(row(name, report) for name, report in reports.items()), ""]
     lines += need(reports)
@@ -54,7 +54,7 @@ def section(title: str, reports: Reports, out: Path) -> list[str]:
 
 
 def row(name: str, report: Report) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     ttft, tpot, memory = report["ttft_s"], report["tpot_s"], report["memory"]
     cells = [f"{ttft[p]:.2f}" for p in QUANTILES] + [f"{1e3 * tpot[p]:.0f}" for p in QUANTILES]
     cells += [f"{report['longest_gap_s']:.2f}", f"{report['output_tokens_per_s_while_arriving']:.0f}"]
@@ -75,7 +75,7 @@ def need(reports: Reports) -> list[str]:
 
 
 def systems(reports: Reports) -> list[str]:
-    """Figures 2, 12 and 13: all systems under one workload."""
+    """Compare with figures 2, 12 and 13: all systems under one workload."""
     drop, baselines = reports["drop"], {name: reports[name] for name in BASELINES if name in reports}
     best = {p: min(r["ttft_s"][p] for r in baselines.values()) for p in QUANTILES}
     fastest = max(r["output_tokens_per_s_while_arriving"] for r in baselines.values())
@@ -148,7 +148,7 @@ def bounds(reports: Reports, best_s: float) -> list[str]:
 
 
 def ablation(reports: Reports) -> list[str]:
-    """Figure 14."""
+    """Compare with figure 14: what each part of a drop gains."""
     base, drop, coordinated, lookahead = (report for name, report in reports.items() if name != PLENTY)
 
     def gains(before: Report, after: Report, kind: str) -> str:
@@ -177,7 +177,7 @@ def ablation(reports: Reports) -> list[str]:
 
 
 def restore(reports: Reports) -> list[str]:
-    """Figure 16."""
+    """Compare with figure 16: what restoring gains."""
     on, off = reports["restore"], reports["no restore"]
     pairs = [("P50 TTFT", "ttft_s", "p50", "-28 %"), ("P50 time per token", "tpot_s", "p50", "-23 %")]
     pairs += [("P99 TTFT", "ttft_s", "p99", "-84 % (6.4 times)"), ("P99 time per token", "tpot_s", "p99", "-17 %")]
@@ -187,7 +187,7 @@ def restore(reports: Reports) -> list[str]:
 
 
 def endless(reports: Reports) -> list[str]:
-    """Figure 17."""
+    """Compare with figure 17: how long memory lasts in a burst that does not end."""
     ends = {name: memory_ends_s(report) for name, report in reports.items() if name != PLENTY}
     texts = {name: "not in this time" if end is None else f"second {end:.0f}" for name, end in ends.items()}
     drop, recompute = ends["drop"], ends["recompute"]
@@ -217,17 +217,17 @@ def change(value: float, reference: float) -> str:
 
 
 def bubble(report: Report) -> str:
-    """Share of the time in which a stage of a chain waits."""
+    """Return the share of the time in which a stage of a chain waits, in words."""
     return "no chain" if report["bubble_share"] is None else f"{100 * report['bubble_share']:.1f} %"
 
 
 def growth(report: Report) -> float:
-    """Most KV memory over that at the start."""
+    """Return the most KV memory over that at the start."""
     return float(report["memory"]["most_kv_tokens"] / report["memory"]["kv_tokens"])
 
 
 def misses(report: Report, bound_s: float) -> float:
-    """Share of requests whose first token took longer."""
+    """Return the share of requests whose first token took longer than `bound_s`."""
     ttft = [t for t in report["answers"]["ttft_s"] if t is not None]
     return float(np.mean([t > bound_s for t in ttft]))
 
@@ -241,7 +241,7 @@ def dropped_window(report: Report) -> tuple[float, float] | None:
 
 
 def tpot_within(report: Report, window: tuple[float, float]) -> float:
-    """Mean time per token of the requests that came in a window."""
+    """Return the mean seconds per token of the requests that came in a window."""
     answers = report["answers"]
     pairs = zip(answers["arrival_s"], answers["tpot_s"], strict=True)
     return float(np.mean([tpot for at_s, tpot in pairs if window[0] <= at_s < window[1] and tpot is not None]))

@@ -29,12 +29,12 @@ BLOCK_SIZE = 16
 
 
 def llama_8b() -> ModelConfig:
-    """Shape of Llama 3.1 8B."""
+    """Return the shape of Llama 3.1 8B."""
     return load_card("llama-8b").config
 
 
 def llama_1b() -> ModelConfig:
-    """Shape of Llama 3.2 1B, with FlashInfer's commonest head_dim."""
+    """Return the shape of Llama 3.2 1B, with FlashInfer's commonest head_dim."""
     return replace(
         llama_8b(), hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=16, tie_embeddings=True
     )
@@ -85,7 +85,7 @@ class Bench:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where tensors are."""
+        """Return where tensors are: on the GPU, or with fake drivers on the host."""
         return torch.device("cuda", self.ordinal) if self.open_driver is None else torch.device("cpu")
 
     @contextmanager
@@ -101,7 +101,7 @@ class Bench:
         num_devices: int = 1,
         enforce_eager: bool = False,
     ) -> Iterator[list[Placed]]:
-        """Logical devices on the GPU, each with the whole model and at least `num_blocks` of KV."""
+        """Open logical devices on the GPU, each with the whole model and at least `num_blocks` of KV."""
         drivers = open_drivers([self.ordinal] * num_devices, self.open_driver)
         units, shape = weight_units(config, dtype), KVShape.of(config, BLOCK_SIZE, dtype)
         wanted = sum(unit.num_bytes for unit in units) + config.num_layers * num_blocks * shape.block_bytes
@@ -143,7 +143,7 @@ class Bench:
             torch.cuda.synchronize(self.torch_device)
 
     def seconds(self, work: Callable[[], object], repeats: int, *, warm_up: int = 2) -> float:
-        """Seconds of one call, averaged over calls launched one after the other."""
+        """Return the seconds of one call, averaged over calls launched one after the other."""
         for _ in range(warm_up):
             work()
         self.synchronize()
@@ -168,7 +168,7 @@ class Step:
 
 
 def make_step(starts: Sequence[int], lens: Sequence[int], vocab_size: int, seed: int = 0, max_len: int = 0) -> Step:
-    """Sequence i has tokens [starts[i], starts[i] + lens[i]) in blocks of its own, apart by `max_len` tokens."""
+    """Make a step: sequence i computes tokens [starts[i], starts[i] + lens[i]); its blocks hold `max_len` tokens."""
     longest = max_len or max(s + n for s, n in zip(starts, lens, strict=True))
     width = ceil_div(longest, BLOCK_SIZE)
     tables = torch.arange(len(lens) * width, dtype=torch.int32).view(len(lens), width)

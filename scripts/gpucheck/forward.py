@@ -41,7 +41,7 @@ CONTEXT = 1024  # tokens of every sequence in a decode step
 
 
 def logits(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """Mixed prefill and decode in bf16, eager and replayed, against torch in float32 with the same weights."""
+    """Compare mixed prefill and decode in bf16, eager and replayed, with torch in float32 with the same weights."""
     config = config or replace(llama_1b(), num_layers=4)
     steps = [
         make_step([0, 0, 0], [70, 1, 33], config.vocab_size, 1, 256),
@@ -71,7 +71,7 @@ def _logits(bench: Bench, placed: Placed, step: Step, last_layer: int) -> Tensor
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm, of the worst row."""
+    """Return the norm of the difference over the norm, of the worst row."""
     return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
@@ -123,7 +123,7 @@ def bandwidth(bench: Bench) -> float:
 
 
 def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """Milliseconds of a decode step by batch size, over the time that reading its weights and KV takes at least."""
+    """Time a decode step by batch size, in milliseconds, over what reading its weights and KV takes at least."""
     config = config or (llama_1b() if bench.is_quick else llama_8b())
     context = 64 if bench.is_quick else CONTEXT
     per_second = bandwidth(bench)
@@ -171,7 +171,7 @@ def _step_seconds(bench: Bench, placed: Placed, step: Step, num_layers: int) -> 
 
 
 def gpu_step_seconds(bench: Bench, placed: Placed, config: ModelConfig, num_seqs: int, context: int) -> float:
-    """Seconds of the GPU for a greedy decode step of `num_seqs` sequences of `context` tokens. Nothing else runs."""
+    """Return the GPU's seconds for a greedy decode step of `num_seqs` sequences of `context` tokens by itself."""
     step = make_step([context] * num_seqs, [1] * num_seqs, config.vocab_size)
     rows = [SamplingRow(SamplingParams(1, temperature=0.0), 0, (), (), ())] * num_seqs
 
@@ -185,7 +185,7 @@ def gpu_step_seconds(bench: Bench, placed: Placed, config: ModelConfig, num_seqs
 
 
 class _unthrottled:  # noqa: N801
-    """Inside, steps do not wait for the arrays of the one before: they are all equal here, and may be overwritten."""
+    """Lets steps not wait for the arrays of the one before: they are all equal here, and may be overwritten."""
 
     def __init__(self, decoder: CudaDecoder) -> None:
         self._buffers = decoder._buffers
@@ -198,7 +198,7 @@ class _unthrottled:  # noqa: N801
 
 
 def _gpu_seconds(bench: Bench, work: Callable[[], None], repeats: int) -> float:
-    """Seconds of the GPU for one call, with everything queued before it begins: the host takes no part."""
+    """Return the GPU's seconds for one call, with everything queued before it begins: the host takes no part."""
     if bench.torch_device.type != "cuda":
         return bench.seconds(work, repeats)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

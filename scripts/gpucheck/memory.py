@@ -17,7 +17,7 @@ from kunserve.model.layout import units_of_stage
 
 
 def contract(bench: Bench) -> dict[str, Any]:
-    """Content follows its chunk, tensors outlive remaps, a remap of one device while another one works."""
+    """Check that content follows its chunk, that tensors outlive remaps, and a remap beside another device's work."""
     device, other = open_cuda_devices(open_drivers([bench.ordinal] * 2, bench.open_driver), 8, 32 << 20)
     try:
         size = device.chunk_bytes
@@ -42,7 +42,7 @@ def contract(bench: Bench) -> dict[str, Any]:
 
 
 def _remap_beside_work(bench: Bench, device: CudaDevice, other: CudaDevice, address: int) -> None:
-    """Another logical device of the same GPU computes meanwhile: its results must be right."""
+    """Remap one device while another logical device of the same GPU computes: its results must be right."""
     busy = other.reserve(8 * other.chunk_bytes)
     other.map(busy, range(8))
     x = other.tensor(busy, 8 * other.chunk_bytes)
@@ -62,7 +62,7 @@ def _values(rows: torch.Tensor) -> list[int]:
 
 
 def driver_calls(bench: Bench) -> dict[str, Any]:
-    """Microseconds of each call, and milliseconds for a GiB, with chunks of 2, 16, 32 and 64 MiB."""
+    """Time each call in microseconds, and a GiB in milliseconds, with chunks of 2, 16, 32 and 64 MiB."""
     (driver,) = open_drivers([bench.ordinal], bench.open_driver)
     figures: dict[str, Any] = {}
     total = GIB // 8 if bench.is_quick else 2 * GIB
@@ -106,7 +106,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def remap(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """Half of a model's layers leave and their chunks go to the KV of those that stay; and back."""
+    """Give the chunks of half a model's layers to the KV of those that stay, and take them back."""
     config = config or (llama_1b() if bench.is_quick else llama_8b())
     half = config.num_layers // 2
     with bench.place(

@@ -31,7 +31,7 @@ ROWS = (1, 16, 64, 129, 2048)
 
 
 def random_part(planes: Planes, num_rows: int, num_columns: int, device: str | torch.device = "cpu") -> StoredRows:
-    """Random rows in planes, of values about as large as those of a normal distribution."""
+    """Return random rows in planes, of values about as large as those of a normal distribution."""
     random = torch.Generator(device).manual_seed(num_rows + num_columns)
     groups = num_columns // (planes.group or num_columns)
     scale = torch.rand(num_rows, groups, generator=random, device=device) + 0.5
@@ -47,7 +47,7 @@ def random_part(planes: Planes, num_rows: int, num_columns: int, device: str | t
 
 
 def products(bench: Bench) -> dict[str, Any]:
-    """Relative error against float32 with the same matrix in bfloat16, microseconds, and those of that matrix."""
+    """Measure the error of products and their time beside those of the same matrix in bfloat16, in microseconds."""
     kernels, note = load_kernels(bench.torch_device)
     N, K = (64, 256) if bench.is_quick else (28672, 4096)
     figures: dict[str, Any] = {"kernels": note}

@@ -54,7 +54,7 @@ def _ttft_gain(parts: Parts) -> float:
 
 
 def targets(parts: Parts) -> list[dict[str, Any]]:
-    """Each target with its figure; `met` is None where there is no figure."""
+    """Return each target with its figure; `met` is None where there is no figure."""
     rows: list[dict[str, Any]] = []
     for name, target, figure, is_met in TARGETS:
         try:

@@ -41,12 +41,12 @@ class Answer:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds to the first token."""
+        """Return the seconds to the first token; infinity if there is none."""
         return self.at_s[0] - self.sent_s if self.at_s else float("inf")
 
     @property
     def longest_gap_s(self) -> float:
-        """Longest wait between tokens."""
+        """Return the longest wait between tokens, in seconds."""
         return max((b - a for a, b in zip(self.at_s, self.at_s[1:], strict=False)), default=0.0)
 
 
@@ -76,7 +76,7 @@ async def ask(engine: Engine, name: str, prompt: list[int], num_tokens: int, tem
 
 
 def prompt_of(engine: Engine, seed: int, length: int) -> list[int]:
-    """Random token ids."""
+    """Return random token ids, the same for the same seed."""
     return [random.Random(f"{seed}/{i}").randrange(3, engine.model.vocab_size) for i in range(length)]
 
 
@@ -122,7 +122,7 @@ async def regroup(config: EngineConfig, *, num_requests: int, num_tokens: int) -
 
 @asynccontextmanager
 async def decoding(engine: Engine, num_requests: int, prompt_len: int) -> AsyncIterator[list[Answer]]:
-    """Requests that all generate, for as long as it lasts."""
+    """Have all requests generate while the block runs; yield their answers once each has a token."""
     answers: list[Answer] = []
 
     async def follow(i: int) -> None:
@@ -219,7 +219,7 @@ class Burst:
 
     @property
     def demand_tokens(self) -> int:
-        """Tokens of all requests together."""
+        """Return how many tokens all requests have together."""
         return self.num_requests * (self.prompt_len + self.num_tokens)
 
     def too_few_blocks(self, num_devices: int) -> int:
@@ -277,7 +277,7 @@ def engine_config(
     is_pinned: bool = False,
     num_batched_tokens: int = 2048,
 ) -> EngineConfig:
-    """Open an engine with random weights."""
+    """Return the settings of an engine with random weights."""
     return EngineConfig(
         model=model,
         devices=devices,

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+CHANGES = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+TEXTS["CHANGELOG.md"] = re.sub(r"^### Removed\n(?:(?!### ).*\n)*", "", CHANGES, flags=re.MULTILINE)  # what is no more
+SECTIONS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]  # the order of Keep a Changelog
 OTHERS = {"--constraint", "--rm", "--gpus", "--ipc"}  # flags of pip and docker
 FILES = re.compile(r"`((?:kunserve|engine|planner|gpu|scripts|tests|deploy|dev|docs)/[\w./-]*)`")
 PLACEHOLDER = "…"
@@ -32,7 +35,9 @@ def commands_of_scripts() -> set[str]:
 def test_flags_exist(page: str) -> None:
     known = OTHERS | commands_of_scripts()
     for parser in flags_page.parsers():
-        known |= {name for action in parser._actions for name in action.option_strings}
+        known |= {
+            name for _, actions in flags_page.groups_of(parser) for action in actions for name in action.option_strings
+        }
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", TEXTS[page])) - known
 
 
@@ -74,3 +79,12 @@ def test_messages_of_the_page_of_troubles_are_those_of_the_server() -> None:
     messages = [text.replace("\\`", "`") for row in rows for text in re.findall(r"`((?:[^`\\]|\\`)+)`", row)]
     assert len(messages) > 25
     assert not [text for text in messages if not any(text in template for template in known)]
+
+
+def test_changes_are_in_order_and_said_once() -> None:
+    for release in CHANGES.split("\n## ")[1:]:
+        sections = re.findall(r"^### (\w+)$", release, re.MULTILINE)
+        assert sections == [section for section in SECTIONS if section in sections]
+    entries = [entry.split() for entry in re.split(r"^- ", CHANGES, flags=re.MULTILINE)[1:]]
+    begins = [" ".join(entry[:6]) for entry in entries]
+    assert len(begins) > 100 and not [begin for begin in begins if begins.count(begin) > 1]

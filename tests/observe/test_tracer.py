@@ -250,6 +250,6 @@ def test_the_endpoint_is_judged_at_the_start(
 def test_a_missing_package_is_told_at_the_start(
     missing: str, url: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "_is_installed", lambda module: not module.startswith(missing))
+    monkeypatch.setattr(endpoints, "find_spec", lambda module: None if module.startswith(missing) else object())
     with pytest.raises(ConfigError, match=f"^--otlp-traces-endpoint .*{told}$"):
         trace_endpoint(url, {})

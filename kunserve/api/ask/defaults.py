@@ -76,7 +76,7 @@ def _has_effect(name: str, value: object) -> bool:
 
 
 def _file(source: str, folder: Path | None) -> Path | None:
-    """Return the generation_config.json that `source` stands for, if there is one or must be."""
+    """Return the path of the generation_config.json that `source` stands for; None if there is none and may be none."""
     if source == "vllm":
         return None
     path = folder if source == "auto" else Path(source)

@@ -72,7 +72,7 @@ def _tool_calls(calls: object, param: str) -> list[dict[str, Any]]:
 
 
 def _arguments(given: object) -> Arguments:
-    """Return arguments as an object; those that are none are its only value."""
+    """Return arguments as an object; anything else becomes the only value of one."""
     value = given
     for _ in range(2):  # some clients write JSON in a string of JSON
         if isinstance(value, str):

@@ -43,7 +43,7 @@ class Burst:
 
 @dataclass(slots=True)
 class Bursts:
-    """At most one runs at a time."""
+    """The bursts of a server: at most one runs at a time."""
 
     is_running: bool = False
 

@@ -79,7 +79,7 @@ class RecentRates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Viewer:
-    """Someone who watches: the stream of events that goes there, and how much of it was the past."""
+    """A client that watches: its stream of events, and how much of it was the past."""
 
     request: web.Request
     over: asyncio.Event  # set when it is to leave
@@ -199,7 +199,7 @@ FEED = web.AppKey("feed", Feed)
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    """GET /kunserve/events: server-sent events `snapshot` (a frame) and `delta` (a merge patch of the one before).
+    """Answer GET /kunserve/events: events `snapshot` (a frame) and `delta` (a merge patch of the one before).
 
     With `?past`, first `past`: of the last two minutes a frame each second, or as much of it as charts show.
     """

@@ -36,7 +36,7 @@ class Guest(Generator, Counters):
         stop: Callable[[], None],
         lost: Callable[[], None],
     ) -> None:
-        """`stop` is called when the worker shall end, `lost` when there is no engine any more."""
+        """Talk to nobody yet. `stop` is called when the worker shall end, `lost` when there is no engine any more."""
         self._tokenizer, self._eos_token_ids, self._limits, self._stop = tokenizer, eos_token_ids, limits, stop
         self._link = Link[m.FromWorker, m.ToWorker](list[m.ToWorker], self._take, self._last, lost)
         self._numbers = itertools.count(1)

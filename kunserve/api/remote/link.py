@@ -52,9 +52,10 @@ class Link(asyncio.Protocol, Generic[Sent, Received]):
         last: Callable[[], Sent | None],
         lost: Callable[[], None],
     ) -> None:
-        """`received`: the type of a list of messages that come. `take` gets each; what fails there is logged.
+        """Make an end that is not connected yet.
 
-        `last` may add one to all that are sent at once. `lost` is called once, when the other end is gone.
+        `received`: the type of a list of messages that come. `take` gets each; what fails there is
+        logged. `last` may add one to all that are sent at once. `lost` is called once, when the other end is gone.
         """
         self._decoder = msgspec.msgpack.Decoder(received)
         self._take, self._last, self._lost = take, last, lost

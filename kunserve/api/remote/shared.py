@@ -25,7 +25,7 @@ class _RemoteReservation(Reservation):
 
 
 class RemoteDoor(Door):
-    """The way in, where the queue is."""
+    """The way into the queue, which is in the engine's process."""
 
     def __init__(self, asker: Asker) -> None:
         self._asker = asker

@@ -90,7 +90,7 @@ class CompletionFormat(AnswerFormat):
 
 
 class EchoFormat(CompletionFormat):
-    """With max_tokens 0: the prompt alone. The token that the last of it computes is not shown."""
+    """Writes the prompt alone, for max_tokens 0. The token that the last of it computes is not shown."""
 
     def chunk(self, choice: Choice, output: Output) -> bytes:
         """Return the event that ends a choice."""

@@ -33,7 +33,7 @@ def references_of(given: str | list[dict[str, Any]]) -> dict[int, str]:
 
 
 def _is_reference(item: dict[str, Any]) -> bool:
-    """Return whether an item is none itself; clients may leave the type of a reference out."""
+    """Return whether an item only refers to a stored one; clients may leave the type of a reference out."""
     kind, bare = item.get("type"), item.get("role") is None and item.get("content") is None
     return kind == "item_reference" or (kind is None and bare and item.get("id") is not None)
 

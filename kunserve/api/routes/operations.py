@@ -26,7 +26,7 @@ from kunserve.errors import NotFoundError, OverloadedError
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health and /ping: 200 while the engine makes progress, even if only some of its devices do their work."""
+    """Answer GET /health and /ping: 200 while the engine makes progress, even if only some devices do their work."""
     backend = request.app[OPERATED].backend
     if (reason := backend.health()) is not None:
         raise OverloadedError(reason)
@@ -36,35 +36,35 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """GET /ready: 200 while new requests are welcome (not while loading or stopping)."""
+    """Answer GET /ready: 200 while new requests are welcome (not while loading or stopping)."""
     if not request.app[OPERATED].backend.is_ready:
         raise OverloadedError("The server is loading its model or stopping.")
     return await health(request)
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """GET and HEAD /metrics."""
+    """Answer GET and HEAD /metrics."""
     body = request.app[OPERATED].metrics.render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def state(request: web.Request) -> web.Response:
-    """GET /kunserve/state: devices, groups, requests."""
+    """Answer GET /kunserve/state: devices, groups, requests."""
     return json_response(request.app[OPERATED].backend.state())
 
 
 async def show_version(request: web.Request) -> web.Response:
-    """GET /version."""
+    """Answer GET /version."""
     return json_response({"version": version("kunserve")})
 
 
 async def show_openapi(request: web.Request) -> web.Response:
-    """GET /openapi.json."""
+    """Answer GET /openapi.json."""
     return json_response(openapi_document(version("kunserve")))
 
 
 async def show_docs(request: web.Request) -> web.Response:
-    """Answer GET /docs: the same, to read."""
+    """Answer GET /docs: the OpenAPI document as a page to read."""
     text = docs_page(openapi_document(version("kunserve")))
     return web.Response(text=text, content_type="text/html", charset="utf-8", headers=PAGE_HEADERS)
 

@@ -69,7 +69,7 @@ async def make_choices(
 
 
 def _cache_salt(api: Api, call: GenerationCall, owner: str) -> str:
-    """Return who may find the prefix of a request. Hits can be timed: one key's prompts are no other key's business."""
+    """Return a salt with which only those find the prefix of a request who may: hits can be timed, and tell much."""
     is_apart = len(api.settings.api_keys) > 1 and not api.settings.shares_prefixes
     return f"{owner if is_apart else ''}\n{call.cache_salt}"
 
@@ -101,7 +101,7 @@ async def _answer(
     running: Sequence[Choice],
     reservation: Reservation,
 ) -> web.StreamResponse:
-    """As `answer`; those that are `running` are generated, the others have ended."""
+    """Send an answer, as `answer` does; choices that are `running` are generated, the others have ended."""
     async with submitted(api, reservation, [choice.request for choice in running]) as outputs:
         if writer.call.is_stream:
             return await _stream(request, api, writer, choices, running, outputs)

@@ -39,7 +39,7 @@ class Choice:
     reasoning: ReasoningTokens | None = None  # if the model may reason
 
     def advance(self, output: Output) -> None:
-        """Count what came."""
+        """Count the tokens and characters of an output."""
         self.num_tokens += len(output.token_ids)
         if self.reasoning is not None:
             self.reasoning.take(output.token_ids)

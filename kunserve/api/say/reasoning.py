@@ -129,7 +129,7 @@ class ThinkSplitter:
 
 
 class MessageParser:
-    """Everything a choice says, in order. `num_calls` counts tool calls so far."""
+    """Reads everything that a choice says, in order. `num_calls` counts tool calls so far."""
 
     def __init__(self, think: ThinkSplitter | None, tools: ToolParser | None, is_parallel: bool = True) -> None:
         self.num_calls = 0

@@ -41,7 +41,7 @@ class ReasoningTokens:
         return ReasoningTokens(self._tokenizer, self._is_open, self._format)
 
     def take(self, token_ids: Sequence[int]) -> None:
-        """Count what came."""
+        """Count those of the tokens that came which are reasoning."""
         for token_id in token_ids:
             if self._is_over:
                 return

@@ -16,7 +16,7 @@ from kunserve.sampling import FinishReason
 
 
 class TextTokenizer(Protocol):
-    """Text to token ids and back. Called from several threads at once."""
+    """Turns text into token ids and back. Called from several threads at once."""
 
     @property
     def vocab_size(self) -> int:
@@ -110,7 +110,7 @@ class Generator(Protocol):
         """
 
     async def replay(self, request: Request, token_ids: Sequence[int]) -> Output:
-        """Bring a new request to where another server has left it; what these tokens say, in one piece.
+        """Bring a new request to where another server has left it; return what these tokens say, in one piece.
 
         If that has a finish reason, the request is over. Raises InvalidRequestError for tokens that it cannot have.
         """
@@ -136,22 +136,22 @@ class Backend(Generator, Protocol):
         """Return everything worth seeing for `/kunserve/state`, as JSON types; the last `num_transitions`, or all."""
 
     async def drop(self, group_ids: Sequence[int] | None, *, is_forced: bool = False) -> dict[str, Any]:
-        """Merge these groups, or the two smallest; the transition as JSON types, once its epoch is committed.
+        """Merge these groups, or the two smallest; return the transition as JSON types, once its epoch is committed.
 
         `is_forced`: even if live requests are computed again for it.
         """
 
     async def restore(self, group_ids: Sequence[int] | None) -> dict[str, Any]:
-        """Split these groups, or the largest; the transition as JSON types, once its epoch is committed."""
+        """Split these groups, or the largest; return the transition as JSON types, once its epoch is committed."""
 
     async def remove_device(self, index: int, drain_s: float) -> dict[str, Any]:
-        """Take a device out once its requests have ended, or after `drain_s`; the transition as JSON types.
+        """Take a device out once its requests have ended, or after `drain_s`; return the transition as JSON types.
 
         Raises ConflictError if that cannot be done now.
         """
 
     async def add_device(self, index: int) -> dict[str, Any]:
-        """Take a device in that was removed or lost; the transition as JSON types. Raises as `remove_device`."""
+        """Take a device in that was removed or lost; return the transition as JSON types. Raises as `remove_device`."""
 
     def health(self) -> str | None:
         """Return why steps make no progress; None while they do."""

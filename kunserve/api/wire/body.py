@@ -92,7 +92,7 @@ def _check_headers(request: web.Request, settings: ApiSettings) -> None:
 
 
 async def _receive(request: web.Request, body: Body) -> None:
-    """Read to the end. Piece by piece: what has come counts, not what the client says will come."""
+    """Read a body to its end, piece by piece: what has come counts, not what the client says will come."""
     now_s, content = asyncio.get_running_loop().time, request.content
     try:
         while not content.at_eof():  # no name here for a piece: the last would be kept while the next one is waited for

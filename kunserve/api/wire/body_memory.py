@@ -18,7 +18,7 @@ from kunserve.api.wire.admission import SHARE
 from kunserve.api.wire.backend import ApiSettings, Counters
 from kunserve.errors import OverloadedError, PayloadTooLargeError
 
-IDLE_S = 2.0  # for so long may a body not grow before it may have to give way
+IDLE_S = 2.0  # a body that has not grown for so long may have to give way
 MOST_BYTES = 64 << 10  # of a small body: most have less
 LEFT_TO_SMALL = 8  # large bodies leave one part of so many
 

@@ -75,7 +75,7 @@ class Api:
 
 @dataclass(frozen=True, slots=True)
 class Operated:
-    """What routes of operators stand on, besides; `request.app[OPERATED]`."""
+    """What routes of operators stand on, beside `Api`; `request.app[OPERATED]`."""
 
     backend: Backend
     metrics: Metrics

@@ -13,7 +13,7 @@ _END_OF_PATH = re.compile(r"[.\[]")
 
 
 class FieldNames:
-    """From paths in the translated body (`tools[0].function.parameters`) to those the client wrote."""
+    """Turns paths in the translated body (`tools[0].function.parameters`) into those that the client wrote."""
 
     def __init__(self, names: dict[str, str] | None = None) -> None:
         """Take a client's names; a path stands for everything below it, unless that has a name of its own."""
@@ -21,7 +21,7 @@ class FieldNames:
         self._whole: set[str] = set()
 
     def add(self, path: str, own: str, is_whole: bool = False) -> None:
-        """Name one more. `is_whole`: what is below it has no counterpart, and goes by the name of the whole."""
+        """Add a client's name. `is_whole`: what is below it has no counterpart, and goes by the name of the whole."""
         self._names[path] = own
         if is_whole:
             self._whole.add(path)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Turns:
-    """So many turns per round of the event loop, in the order in which they are asked for."""
+    """Hands out a number of turns in each round of the event loop, in the order in which they are asked for."""
 
     def __init__(self, per_round: int = 1) -> None:
         self._per_round = per_round

@@ -41,12 +41,12 @@ class Kernels(Protocol):
         """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
 
     def moe(self, x: Tensor, experts: ExpertWeights) -> Tensor:
-        """As `Ops.moe`."""
+        """Do what `Ops.moe` does."""
 
     def packed_linear(
         self, x: Tensor, weight: StoredRows, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """As `Ops.linear`, for rows that are stored in planes. Rows of `residual` may lie apart."""
+        """Do what `Ops.linear` does, for rows that are stored in planes. Rows of `residual` may lie apart."""
 
     def rotate_and_append(
         self,
@@ -60,7 +60,7 @@ class Kernels(Protocol):
         eps: float,
         offset: float = 0.0,
     ) -> None:
-        """As `Ops.rotate_and_append`, into `slots` (T,) int32: block * block_size + offset; below 0: not written."""
+        """Do what `Ops.rotate_and_append` does. `slots` (T,) int32: block * block_size + offset; below 0: skipped."""
 
 
 class TorchKernels:

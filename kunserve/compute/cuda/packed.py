@@ -42,7 +42,7 @@ def packed_product(  # type: ignore[no-untyped-def]
     x, codes, scales, added, out, T, N, K, row_bytes, half, group, numbers, span, num_turns, added_stride, has_added,
     KIND: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out[p, t, n] = sum over the p-th `span` of k: x[t, k] * weight[n, k]; plus added[t * added_stride + n].
+    """Compute out[p, t, n] = sum over the p-th `span` of k: x[t, k] * weight[n, k]; plus added[t * added_stride + n].
 
     A turn takes INNER bytes of each row. Rows beyond T or N are computed from the last, and not written: nothing in the
     loop is masked. What differs within a tile are offsets of 32 bits: of 64 they would take half of the registers.
@@ -99,7 +99,7 @@ def sum_parts(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def quantize_rows(x, codes, scales, K, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each row of x (T, K) as floats of 8 bits (e4m3) and the scale that makes its largest one 448."""
+    """Write each row of x (T, K) as floats of 8 bits (e4m3), with the scale that makes its largest one 448."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)

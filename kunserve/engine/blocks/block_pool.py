@@ -34,7 +34,7 @@ class BlockPool:
 
     @property
     def limit(self) -> int:
-        """Ids from here on are not handed out."""
+        """Return the first id that is not handed out, nor are those above it."""
         return self._limit
 
     def alloc(self, num_blocks: int, *, is_beyond_limit: bool = False) -> list[int] | None:

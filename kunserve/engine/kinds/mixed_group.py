@@ -21,7 +21,7 @@ from kunserve.sizes import ceil_div
 
 
 class NearLayers(NamedTuple):
-    """Name the layers with a window whose KV is a kind of its own."""
+    """Names the layers with a window whose KV is a kind of its own."""
 
     layers: frozenset[int]
     window: int  # tokens that one sees, itself among them
@@ -49,7 +49,7 @@ def near_pool(stage: Stage) -> BlockPool:
 
 @dataclass(slots=True, eq=False)
 class MixedGroup(Group):
-    """Be a `Group` that counts both kinds. `window`: of the near layers, in tokens."""
+    """A `Group` that counts both kinds of KV. `window`: of the near layers, in tokens."""
 
     is_mixed: ClassVar[bool] = True
 
@@ -97,7 +97,7 @@ class MixedGroup(Group):
         return self.num_full_free if needed <= self.num_near_free - self.near_promised() else 0
 
     def near_promised(self, num_steps: int = 0) -> int:
-        """Return the near blocks that those who run lack for the tokens they have, or will have after some steps."""
+        """Return the near blocks that running requests lack for the tokens they have, or will have after some steps."""
         promised = 0
         for request in self.running:
             near = request.table.near

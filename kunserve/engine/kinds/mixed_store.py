@@ -19,9 +19,9 @@ from kunserve.engine.request import Request
 
 
 class MixedPrefixCache(PrefixCache):
-    """Know full blocks, and with how many of some keys a request can begin that needs near ones, too.
+    """Finds full blocks, and says with how many of some keys a request can begin that needs near blocks as well.
 
-    `near`: those blocks.
+    `near`: the cache of near blocks.
     """
 
     def __init__(self, near: PrefixCache) -> None:
@@ -43,7 +43,7 @@ class MixedPrefixCache(PrefixCache):
 
 
 class NearStore(BlockStore):
-    """Do what `BlockStore` does, of near blocks."""
+    """Does what `BlockStore` does, with near blocks."""
 
     def pool(self, stage: Stage) -> BlockPool:
         """See `BlockStore.pool`."""
@@ -60,7 +60,7 @@ class NearStore(BlockStore):
 
 
 class MixedStore(BlockStore):
-    """Do what `BlockStore` does, of both kinds."""
+    """Does what `BlockStore` does, with blocks of both kinds."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], num_behind: NumBehind | None, *, has_prefix_cache: bool) -> MixedStore:

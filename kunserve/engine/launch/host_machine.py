@@ -96,7 +96,7 @@ class HostMachine(Machine):
         return cores if len(self._views) <= len(cores) else []
 
     def _join(self, device: HostDevice) -> None:
-        """Let idle devices help it: where devices share cores, they would take the core that it computes on."""
+        """Let idle devices help `device` compute, if each has a core of its own: else they would take the device's."""
         if self._new_team is not None and self._cores():
             device.join(self._new_team(), self._devices)
 

@@ -43,7 +43,7 @@ class Machine(Protocol):
         """Return what the host keeps of the weights, of which `source` are the files; the devices are open."""
 
     def executor(self, memories: Sequence[DeviceMemory], max_model_len: int) -> tuple[Executor, str]:
-        """Return what runs microbatches on the open devices; and what it is made of, for the log."""
+        """Return the executor on the open devices, and what it is made of, for the log."""
 
     def reopen(self, device: int, remember: Callable[[Device], DeviceMemory]) -> DeviceMemory:
         """Open a device in the place of one that is gone, for the executor, too; returns what `remember` makes of it.
@@ -53,7 +53,7 @@ class Machine(Protocol):
         raise ConflictError("a device of this kind comes back with a restart of the server")
 
     def tell_phases(self, phases: Callable[[], Collection[str]]) -> None:
-        """Take what tells which transitions run, and at which step they are: for devices that fail on purpose."""
+        """Take a function that tells which transitions run, and at which step: for devices that fail on purpose."""
         return
 
     def links(self) -> Links:

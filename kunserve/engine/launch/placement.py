@@ -31,10 +31,10 @@ class Placement:
 
 
 def near_kv(config: ModelConfig, settings: EngineConfig, kv_shape: KVShape, chunk_bytes: int) -> NearKv | None:
-    """Return what layers with a window get of KV, if others see all and the settings say less than those; else None.
+    """Return what KV layers with a window get; None if no layers, or all, have one, or the settings give them full KV.
 
-    At least what one request needs, with all tokens that a step can compute of it. If the share is to follow what is
-    asked for it is the greatest, or where a length is required the least, and `with_share_to_begin` says more.
+    They get what one request needs at least, with all tokens that a step can compute of it. A share that is to follow
+    demand is the greatest here, or the least if a length is required: `with_share_to_begin` sets where it begins.
     """
     share, is_fixed = settings.windowed_kv_share, settings.windowed_kv_share is not None
     if not config.near_layers or config.window is None or share == 1:

@@ -215,7 +215,7 @@ class OverloadControl:
     async def _until_committed(
         self, transition: Coroutine[Any, Any, Transition], committed: asyncio.Future[Transition] | None = None
     ) -> dict[str, Any]:
-        """Run a transition; returns its state when it has committed, or ended. Without `committed` it is a rebuild."""
+        """Run a transition; returns its state when it has committed, or ended. Without `committed`, it is a rebuild."""
         task = self._spawn(transition, is_rebuild=committed is None)
         awaited: list[asyncio.Future[Any]] = [task] if committed is None else [task, committed]
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
@@ -249,7 +249,7 @@ class OverloadControl:
         return False
 
     def _look_in(self, seconds: float) -> None:
-        """Wake the engine then, unless it is about to be: nothing else may happen until then."""
+        """Wake the engine in `seconds`, unless a timer is set already: nothing else may happen until then."""
         if self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(seconds + TIMER_SLACK_S, self._look_again)
 
@@ -258,7 +258,7 @@ class OverloadControl:
         self._signals.wake()
 
     def _may_be_low(self) -> bool:
-        """Tell whether to measure demand, which is never less than what is in use; if not, no rest has begun."""
+        """Tell whether blocks in use, the least that demand can be, are few enough to measure it; else it is high."""
         assert self._undropped is not None
         in_use = sum(group.num_used for group in self._fleet.groups)
         if in_use < self._thresholds.restore_watermark * self._undropped[1]:

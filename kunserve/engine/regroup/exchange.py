@@ -129,7 +129,9 @@ class Exchange:
             if any(not m.has_blocks for m in moving):
                 raise EngineError("no blocks for KV that was planned to fit")
             lanes = defaultdict[tuple[int, int], asyncio.Lock](asyncio.Lock)
-            promised = Counter[int]()  # device -> chunks that ranges will grow by
+            # Device -> chunks that ranges will grow by. Without it, two layers would count on the same free chunks,
+            # and the growth that comes second would fail, and with it the exchange of all requests.
+            promised = Counter[int]()
             async with asyncio.TaskGroup() as tasks:
                 under_way = set[asyncio.Task[None]]()
                 for move in plan.moves:
@@ -139,6 +141,7 @@ class Exchange:
                     promised += growth
                     lane = lanes[move.source, move.destination]
                     under_way.add(tasks.create_task(self._bring_layer(by_id, move, lane, promised, growth)))
+            # Before they run on: else they would lack blocks at once, and some be preempted whose KV has just come.
             await self._remap.reassign_chunks(group.stages)
         except Exception as error:
             log_failure("exchange by layer failed, recomputing", error, requests=len(moving))
@@ -157,7 +160,7 @@ class Exchange:
         growth: Counter[int],
     ) -> None:
         """Grow a layer's range by what was promised, copy all requests when its turn has come, unmap what it leaves."""
-        await self._grow(move)
+        await self._grow(move)  # before its turn: it waits for a step boundary, and the link would idle for as long
         promised -= growth
         step = LayerMove(move.first_layer, move.last_layer, move.source, move.destination)
         present = [moving[i] for i in move.request_ids if i in moving]  # others have left since the plan was made

@@ -38,20 +38,20 @@ def loss_of(fleet: Fleet, snapshot: Snapshot, merge: Merge) -> Loss | None:
 
 
 def as_full(fleet: Fleet, num_near: int) -> int:
-    """Return at how many full blocks there are so many near ones, where KV is of two kinds."""
+    """Return how many full blocks are the same part of all full ones as `num_near` are of all near ones."""
     groups = [group for group in fleet.groups if isinstance(group, MixedGroup)]
     full, near = sum(group.num_blocks for group in groups), sum(group.num_near_blocks for group in groups)
     return ceil_div(num_near * full, max(1, near))
 
 
 def demand_of(group: MixedGroup, running: Sequence[RequestView], estimate: OutputLengthEstimate) -> OfKinds:
-    """Return what those who run in a group need when they have got as long as they are expected to."""
+    """Return the blocks that requests running in a group need at the length that they are expected to reach."""
     growing = measure_demand(running, (), estimate, group.block_size).growth
     return OfKinds(group.num_full_used + growing, measure_near(running, estimate, group.window, group.block_size))
 
 
 def held_by(group: MixedGroup, running: Sequence[RequestView], horizon_steps: int, step_tokens: int) -> OfKinds:
-    """Return what those who run in a group will hold after some steps, one of which computes prompts."""
+    """Return the blocks that requests running in a group will hold after some steps, one of which computes prompts."""
     full = group.num_full_used + growth(running, horizon_steps, group.block_size)
     near = group.num_near_used + group.near_promised(horizon_steps) + ceil_div(step_tokens, group.block_size)
     return OfKinds(full, near)

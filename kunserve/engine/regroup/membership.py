@@ -74,7 +74,7 @@ class Membership:
     # --- what can happen ----------------------------------------------------------------------------------------
 
     async def lose(self) -> Transition | None:
-        """Replace all groups that have lost a device; None if nobody has to any more, or no group can be made.
+        """Replace all groups that have lost a device; None if there are none any more, or no group can be made.
 
         Begins when the transitions that they are in have ended: those have stopped waiting for the device by now. All
         groups go at once, since only together the devices that are left of them may hold a complete copy.
@@ -230,7 +230,7 @@ class Membership:
         await asyncio.gather(*(asyncio.to_thread(device.copies_have_ended, LAST_COPY_S) for device in lost))
 
     def _assert_alive(self, devices: Iterable[int]) -> None:
-        """Raise DeviceLostError if one of them was lost: in no group so far, nobody would replace the one it gets."""
+        """Raise DeviceLostError if one was lost while in no group: nobody would replace the group that it gets."""
         for device in (self._health.devices[index] for index in devices):
             if device.is_lost:
                 raise DeviceLostError(f"{device.name} is lost")

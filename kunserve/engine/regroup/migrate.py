@@ -203,7 +203,7 @@ class Migration:
         m.num_copied = end
 
     def _end(self, m: Migrating, *, has_arrived: bool) -> None:
-        """Let a request run on at the destination, or stay, or be, if it has ended on the way."""
+        """Let a request run on at the destination, or at the source; do nothing if it has ended on the way."""
         del self._migrating[m.source.group_id]
         is_stopped = m.is_here and m.request.is_moving
         if is_stopped:

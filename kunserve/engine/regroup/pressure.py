@@ -24,7 +24,7 @@ OVERLOAD_PAUSE_S = 0.02
 
 
 class Pressure:
-    """Look at groups and at the queue; decide nothing, and be cheap while nothing is tight."""
+    """Looks at groups and at the queue; decides nothing, and costs little while nothing is tight."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Pressure:
     def wanted_share(self, changed: Sequence[Group], snapshot: Callable[[], Snapshot]) -> int | None:
         """Return the share that layers with a window should have where KV is of two kinds; None if nothing is gained.
 
-        `changed` as in `is_too_high`. Nothing is while nothing is tight.
+        `changed` as in `is_too_high`. Nothing is gained while nothing is tight.
         """
         now = loop_time()
         if now < self._mix_stays_until_s or not self._is_tight(changed):
@@ -97,7 +97,7 @@ class Pressure:
         return share
 
     def _asked(self) -> Asked:
-        """Return what is asked of kinds. Those who wait count as if each group got the same part of them."""
+        """Return what is asked of both kinds, by group; each group is taken to get the same part of what waits."""
         step_tokens, horizon = self._scheduler.limits.max_num_batched_tokens, self._thresholds.horizon_steps
         groups = [group for group in self._fleet.groups if isinstance(group, MixedGroup)]
         waiting, size = list(map(self._view, self._scheduler.queued())), self._fleet.block_size
@@ -113,7 +113,7 @@ class Pressure:
         return Asked(held, demand, self._longest)
 
     def keep_mix(self, seconds: float, *, may_go_on: bool = False) -> None:
-        """Want no other share for so long; or if it `may_go_on`, none that takes from the kind that has just got."""
+        """Keep the share for `seconds`; if it `may_go_on`, it may move on in that time, but not back."""
         self._no_turn_until_s = loop_time() + seconds
         if not may_go_on:
             self._mix_stays_until_s = self._no_turn_until_s
@@ -123,7 +123,7 @@ class Pressure:
         return self._is_tight(changed) and self._is_overloaded(changed)
 
     def calm(self, seconds: float) -> None:
-        """Find nothing for so long: what there was to be done about it was not worth it."""
+        """Find no overload for `seconds`: no merge was worth its cost."""
         self._pause_until_s = loop_time() + seconds
         self._look_in(seconds)
 
@@ -137,7 +137,7 @@ class Pressure:
         return (head is not None and self._has_to_wait(head)) or self._nobody_waits()
 
     def _has_to_wait(self, head: Request) -> bool:
-        """Return whether no group has blocks for a request: what it would share with others, it does not take."""
+        """Return whether no group has blocks for a request, less those that it would share with others."""
         num_blocks, n = self._fleet.blocks_for(head.num_tokens), head.num_tokens
         groups = self._fleet.working
         if any(self._num_free(group, n) >= num_blocks for group in groups):

@@ -266,6 +266,7 @@ class Reconfigure:
         targets = {layout.stage.device: blocks_of(self.shape, layout) for half in halves for layout in half.layouts}
         with ExitStack() as pause:
             with self.transitions.step(transition, "shrink"):
+                # Limits first: else requests that run on between two tries would take new ids in the very tails.
                 for device, num_blocks in targets.items():
                     self._fleet.limit(device, *num_blocks)
                 pause.enter_context(self.boundary.paused(old))
@@ -279,6 +280,7 @@ class Reconfigure:
                 for group in old:
                     self._fleet.end_following(group)
             with self.transitions.step(transition, "remap"):
+                # Ranges shrink only at their tails: a block still used there would be unmapped under its request.
                 for device, num_blocks in targets.items():
                     self._fleet.shrink(device, *num_blocks)
                 await self.remap.apply(self.remap.planned(layout for half in halves for layout in half.layouts))

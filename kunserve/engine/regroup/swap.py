@@ -179,7 +179,7 @@ class SwapMover:
 def _copies(
     kv: Sequence[Tensor], ids: Sequence[int], buffers: dict[int, Tensor], layers: Sequence[int], *, is_out: bool
 ) -> list[BlockCopy]:
-    """List copies of blocks `ids` of some layers into new host tensors, or back from those."""
+    """Return copies of blocks `ids` of some layers into new host tensors, or back from those."""
     copies = []
     for layer in layers:
         if is_out:

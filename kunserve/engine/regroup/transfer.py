@@ -33,7 +33,7 @@ class Transfer:
 
 
 class Pace(Protocol):
-    """Who slows a transfer down so that it costs nobody time."""
+    """Slows a transfer down so that it costs no request time."""
 
     async def grant(self, layer_bytes: int, num_layers: int) -> int:
         """Return how many of `num_layers` may be copied in the next slice, once that is at least one."""

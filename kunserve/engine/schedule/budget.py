@@ -25,7 +25,7 @@ class Budget(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether no token of a prompt fits any more."""
+        """Tell whether no token of a prompt fits any more."""
 
 
 class TokenBudget:

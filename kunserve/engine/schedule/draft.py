@@ -10,7 +10,7 @@ from kunserve.engine.request import Request
 
 
 class Draft:
-    """Those who go on alike, and behind them spans of others."""
+    """A microbatch in the making: requests that go on alike, and behind them spans of others."""
 
     __slots__ = ("_decoding", "_spans", "has_first")
 
@@ -53,7 +53,7 @@ class Draft:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody may join, because a step with the only request failed before."""
+        """Tell whether nobody may join, because a step with the only request failed before."""
         return len(self._spans) == 1 and not self._decoding.requests and _is_suspected(self._spans[0])
 
     def microbatch(self, group: Group, epoch: int) -> Microbatch:

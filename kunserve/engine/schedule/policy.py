@@ -102,7 +102,7 @@ class Recompute(Policy):
 
 
 class Queue(Policy):
-    """Admit only what surely fits: input and every token it may still ask for. Never preempts."""
+    """Admits only what surely fits: input and every token that may still be asked for. Never preempts."""
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
         """Admit a request if the longest that it and all others can get fits in the group."""
@@ -126,7 +126,7 @@ class Retract(Policy):
         self._ratios: WeakKeyDictionary[Group, float] = WeakKeyDictionary()  # absent: never decoded, or idle since
 
     def ratio(self, group: Group) -> float:
-        """Share of the tokens still asked for that is reserved for decoding requests."""
+        """Return the share of the tokens still asked for that is reserved for decoding requests."""
         return self._ratios.get(group, INIT_NEW_TOKEN_RATIO)
 
     def may_admit(self, group: Group, request: Request, num_shared: int = 0) -> bool:
@@ -167,7 +167,7 @@ def _most_new_tokens(request: Request) -> int:
 
 
 def ratio_after_retraction(stay: Sequence[Request]) -> float:
-    """Estimate the ratio as SGLang does: what those who stayed have generated and will in 20 steps, of their all."""
+    """Estimate the ratio as SGLang does: what `stay` will have generated in 20 steps, over all they may generate."""
     decoded = sum(request.num_output_tokens for request in stay)
     most = sum(request.params.max_tokens for request in stay)
     return min(1.0, (decoded + RETRACT_DECODE_STEPS * len(stay)) / (most + 1))
@@ -196,7 +196,7 @@ class Swap(Recompute):
 
 
 class Drop(Swap):
-    """KunServe below its planner, where nothing is left to drop: whoever has to leave goes the quicker of two ways.
+    """KunServe below its planner, where nothing is left to drop: victims are swapped or recomputed, as is quicker.
 
     `is_host_faster`: whether KV of so many tokens is sooner copied to the host and back than computed again.
     """

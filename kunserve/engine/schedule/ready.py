@@ -23,9 +23,10 @@ class Alike(NamedTuple):
 
 
 def alike(group: Group, *, may_run_ahead: bool) -> Alike | None:
-    """Return who is ready in a group, if those with one token are alike: none begins, is suspected or goes first.
+    """Return the requests that are ready, if those with one token are alike: none begins, is suspected or goes first.
 
-    For groups of one device and one kind of KV, where all of them go together. One pass, as it is done in each step.
+    None else, and for all but groups of one device and one kind of KV, where all of them go together. One pass, as it
+    is done in each step.
     """
     if len(group.stages) > 1 or group.is_mixed or group.num_in_flight > 1:
         return None
@@ -68,7 +69,7 @@ class Steady:
 
     @classmethod
     def after(cls, batch: Microbatch, group: Group, before: Steady | None) -> Steady | None:
-        """Return who may go on as in the last microbatch of a group; None if not all of them were alike in it."""
+        """Return the requests that may go on as in a group's last microbatch; None if not all were alike in it."""
         requests, ends, _ = batch.decoding
         if batch.others or requests != group.running:
             return None

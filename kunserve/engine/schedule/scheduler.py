@@ -72,7 +72,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests bound to no group."""
+        """Return how many requests are bound to no group."""
         return len(self.waiting) + len(self.swapped.ready)
 
     @property
@@ -261,7 +261,7 @@ class Scheduler:
         return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_running(group))
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
-        """Allocate, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
+        """Allocate blocks, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
         while not self.fleet.allocate(request, group, num_tokens):
             if self.swapped.num_leaving(group):  # blocks come free without anybody else's having to leave
                 return False

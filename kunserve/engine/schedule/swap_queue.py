@@ -43,7 +43,7 @@ class SwapQueue:
 
     @property
     def num_free(self) -> int:
-        """Blocks of host space that nobody holds."""
+        """Return how many blocks of host space nobody holds."""
         return self.num_blocks - sum(self._held.values())
 
     def num_leaving(self, group: Group) -> int:

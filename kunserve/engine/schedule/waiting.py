@@ -68,14 +68,14 @@ class WaitingQueue:
 
     @property
     def head(self) -> Request | None:
-        """The request that is next; None if nobody waits."""
+        """Return the request that is next; None if nobody waits."""
         if (level := self._first_level()) is None:
             return None
         return next(iter((level.preempted or level.by_owner[self._turn(level)]).values()))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all that wait: prompts, and what was generated before a preemption."""
+        """Return how many tokens all have that wait: prompts, and what was generated before a preemption."""
         return self._total.num_tokens
 
     def waiting_of(self, owner: str) -> Waiting:

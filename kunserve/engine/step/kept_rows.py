@@ -33,7 +33,7 @@ class KeptRows:
         self._changing: list[int] = []  # of these rows, those that are other ones in each step
 
     def follow(self, decoding: Decoding, block_size: int, row_of: RowOf) -> None:
-        """Be the rows of a microbatch; `row_of` says what decides a next token."""
+        """Become the rows of a microbatch; `row_of` says what decides a next token."""
         requests, ends, _ = decoding
         ids = [request.table.ids for request in requests]
         if requests == self._requests and ids == self._ids and ends == [end + 1 for end in self._ends]:
@@ -55,7 +55,7 @@ class KeptRows:
 
     @property
     def sampling(self) -> Sequence[SamplingRow]:
-        """What decides the next token of each row."""
+        """Return what decides the next token of each row."""
         return self._rows
 
     def _join_and_leave(

@@ -95,7 +95,7 @@ class _Sampling:
 
     @cached_property
     def indices(self) -> Mapping[Request, int]:
-        """Indices of tokens among those that `oldest` samples."""
+        """Return the index of each request's token among those that `oldest` samples."""
         return {} if self.oldest is None else _sampled_indices(self.oldest)
 
     def newest(self, decoding: Decoding) -> NDArray[np.int32]:
@@ -220,7 +220,7 @@ def step_inputs(
     oldest: Microbatch | None = None,
     kept: KeptRows | None = None,
 ) -> StepInputs:
-    """Snapshot the arrays of a microbatch; of those in flight, `oldest` may yet sample some of its tokens.
+    """Take a snapshot of a microbatch as arrays; of those in flight, `oldest` may yet sample some of its tokens.
 
     `kept`: what was kept of the group's microbatch before, and is for the next one.
     """

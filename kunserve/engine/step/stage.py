@@ -32,6 +32,7 @@ def run_last_stage(
 ) -> list[SampledToken]:
     """Run the stage at the end of a chain, sample one token per sampled row, and hand them on. Blocking."""
     tokens = run_head(decoder, run_last_layers(decoder, stage, position, inputs, x), inputs, slice(None))
+    # On this thread: the next microbatch, queued behind, reads them; told by the event loop, it would wait for that.
     inputs.sampled.set_result([token.token_id for token in tokens])
     return tokens
 
@@ -53,7 +54,7 @@ def run_last_stage_sharing(
     try:
         hidden.set_result(x := run_last_layers(decoder, stage, position, inputs, x))
     except BaseException:
-        hidden.cancel()
+        hidden.cancel()  # else the other end would wait for them for ever
         raise
     return run_head(decoder, x, inputs, own)
 

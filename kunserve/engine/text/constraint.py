@@ -1,8 +1,8 @@
 """Request flow, beside the sampler: which tokens a request's grammar allows next, found out in another process.
 
 The tokens so far are known when a step is scheduled, so the mask is computed while the devices compute the logits;
-the sampler only waits for it if they are faster. What becomes of a token that was chosen is asked before it is
-published, because "nothing may follow" is a reason to finish.
+the sampler only waits for it if they are faster. The verdict on a token that was chosen is
+asked for before it is published, because "nothing may follow" is a reason to finish.
 """
 
 from __future__ import annotations

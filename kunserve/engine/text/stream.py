@@ -10,7 +10,7 @@ from kunserve.errors import KunServeError
 
 
 class Sink(Protocol):
-    """Whom one request's outputs go to."""
+    """The receiver of one request's outputs."""
 
     wants_text: ClassVar[bool] = True  # False: makes text of the tokens itself, and follows the stop strings
 

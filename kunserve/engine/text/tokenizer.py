@@ -96,12 +96,12 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of the token that begins a text."""
+        """Return the id of the token that begins a text."""
         return self._special_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text; models may have more (`ModelConfig.eos_token_ids`)."""
+        """Return the id of the token that ends a text; models may have more (`ModelConfig.eos_token_ids`)."""
         return self._special_id("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

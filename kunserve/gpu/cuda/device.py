@@ -235,7 +235,7 @@ class CudaDevice:
 
 
 def _runs(addresses: Iterable[int], step: int) -> Iterator[tuple[int, int]]:
-    """Start and length of each run of neighbours, `step` apart."""
+    """Yield start and length of each run of neighbours, `step` apart."""
     start, length = 0, 0
     for address in sorted(addresses):
         if length and address == start + length * step:

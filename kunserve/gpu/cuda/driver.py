@@ -44,7 +44,7 @@ class Driver(Protocol):
     granularity: int  # sizes and addresses of mappings are multiples of it
 
     def memory(self) -> tuple[int, int]:
-        """Free and total memory of the GPU, now."""
+        """Return the free and the total memory of the GPU, now."""
 
     def can_access(self, ordinal: int) -> bool:
         """Tell whether kernels and copies of this GPU reach another one's memory; its own always."""
@@ -89,7 +89,7 @@ class Driver(Protocol):
         """Return an event that is reached when all work launched so far has finished."""
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """Work launched on `stream` from now on waits for `event`, which may be another GPU's. Does not block."""
+        """Let work launched on `stream` from now on wait for `event`, which may be another GPU's. Does not block."""
 
     def synchronize(self, stream: Stream) -> None:
         """Block this thread, not the interpreter, until the stream is idle."""

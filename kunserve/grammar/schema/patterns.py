@@ -32,9 +32,9 @@ KNOWN_FORMATS = frozenset({*FORMATS, "hostname", "ipv6", "uri", "unknown"})
 
 @cache
 def plain_patterns(pattern: str) -> tuple[str, ...] | None:
-    """Return regexes that a string must all match to match this one, in the library's syntax; None if there are none.
+    """Return regexes in the library's syntax that stand for a pattern together; None if there are none.
 
-    What matches them matches the pattern; some that matches it may not match them.
+    A string that matches all of them matches the pattern; some strings that match it may not match them.
     """
     if not _DOUBTFUL.search(pattern):
         return (pattern,)
@@ -87,7 +87,7 @@ def _other_than(characters: str) -> str:
 
 
 def _plain_digits(found: re.Match[str]) -> str:
-    """Return what has so many characters or fewer, and zeros: digits, a point, digits."""
+    """Return a regex for a decimal: at most so many characters of digits and a point, then zeros."""
     most = min(int(found.group(1)), _MAX_DIGITS) - 1
     before = _most_digits(found.group(2), most)
     after = _most_digits(found.group(3), most)

@@ -34,7 +34,7 @@ class Rope:
     def num_positions(self, configured: int) -> int:
         """Return how many positions can be served of those that the model says it has.
 
-        Who stretches a model with yarn adds the scaling and leaves `max_position_embeddings` as it was.
+        People who stretch a model with yarn add the scaling, and leave `max_position_embeddings` as it was.
         """
         scaling: RopeScaling | None = self.fields["rope_scaling"]
         if scaling is None or scaling.kind != "yarn":

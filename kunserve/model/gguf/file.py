@@ -75,7 +75,9 @@ class GgufTensor:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Its blocks; None if it is stored as numbers, which halves are, too, where they make no whole blocks."""
+        """Return the blocks that its rows are stored in; None if they are stored as numbers: those that make no whole
+        blocks are halves.
+        """
         blocks = GGML_BLOCKS.get(self.format)
         return blocks if blocks and self.shape and self.shape[-1] % blocks.num_values == 0 else None
 

@@ -11,7 +11,7 @@ from kunserve.model.quant.scheme import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """In which blocks matrices are stored, by the tensors' names; all others are numbers of the model's dtype."""
+    """The blocks that matrices are stored in, by the tensors' names; all others are numbers of the model's dtype."""
 
     by_name: dict[str, Blocks] = field(default_factory=dict, hash=False)
     scheme: Scheme | None = None  # of the checkpoint that they are read from, if it is quantized

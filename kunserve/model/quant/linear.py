@@ -23,12 +23,12 @@ class StoredRows:
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """Return R, the number of its rows."""
         return self.data.shape[0]
 
     @property
     def num_columns(self) -> int:
-        """K."""
+        """Return K, the numbers in a row."""
         width = self.data.shape[1]
         return width if self.blocks is None else width // self.blocks.num_bytes * self.blocks.num_values
 

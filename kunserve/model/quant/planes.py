@@ -36,11 +36,11 @@ class Planes(Blocks):
 
     @property
     def numbers_per_group(self) -> int:
-        """Numbers beside a group: its scale, and its offset behind it."""
+        """Return how many numbers a group has beside it: its scale and, but for floats of 8 bits, its offset."""
         return 1 if self.kind == "F8" else 2
 
     def scales_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Shape of the scales of a matrix: of each row, group by group."""
+        """Return the shape of the scales of a matrix: (rows, numbers of a row, group by group)."""
         return num_rows, ceil_div(num_columns, self.group or num_columns) * self.numbers_per_group
 
 

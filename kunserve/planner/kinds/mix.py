@@ -43,9 +43,9 @@ _Chain = tuple[tuple[int, int, int], ...]
 def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     """Return the share that layers with a window should have; None if that of now is as good, or has to stay.
 
-    All who run keep what they hold, and the longest request fits wherever it could, with every drop and without; if
-    that cannot be yet, wherever it does now. It moves for that, and for those who run and would have to make way,
-    however little there is to gain.
+    All requests that run keep what they hold, and the longest request fits wherever it could with some share, in groups
+    as they are and as restores make them; if no share allows that yet, wherever it fits now. Where the present share
+    does not allow it, another one is returned however little it gains.
     """
     near = snapshot.model.near
     assert near is not None
@@ -56,7 +56,7 @@ def plan_share(snapshot: Snapshot, asked: Asked) -> int | None:
     possible = _possible(capacity, least)
 
     def served(share: int, kind: int) -> float:
-        """Return which part of what is asked of a kind is held, in the group that holds least of it."""
+        """Return the part of the blocks asked of a kind that is held, in the group that holds the smallest part."""
         return min(capacity(chain, share)[kind] / max(1, needed[kind]) for chain, needed in demand.items())
 
     def worse(share: int) -> float:
@@ -85,21 +85,22 @@ def most_share(
 
 
 def _possible(capacity: _Capacity, least: Mapping[_Chain, OfKinds]) -> Sequence[int]:
-    """Return the shares with which all groups hold what they have to."""
+    """Return the range of shares with which all groups hold what they have to, of both kinds."""
     first = bisect_left(SHARES, True, key=lambda share: _holds(capacity, least, share)[1])
     return SHARES[first : bisect_left(SHARES, True, key=lambda share: not _holds(capacity, least, share)[0])]
 
 
 def _holds(capacity: _Capacity, least: Mapping[_Chain, OfKinds], share: int) -> tuple[bool, bool]:
-    """Tell of each kind whether all groups hold what they have to."""
+    """Tell for each kind of KV whether all groups hold, with `share`, what they have to."""
     held = [(capacity(chain, share), needed) for chain, needed in least.items()]
     return all(has.full >= needed.full for has, needed in held), all(has.near >= needed.near for has, needed in held)
 
 
 def _needs(snapshot: Snapshot, asked: Asked, share: int) -> tuple[dict[_Chain, OfKinds], dict[_Chain, OfKinds]]:
-    """Return what is asked of groups, and what they have to hold, the most of those that are alike.
+    """Return the blocks that are asked of groups, and those they have to hold: of groups that are alike, the most.
 
-    That is the longest request, too, where it fits with a `share`, also in groups that a restore brings back.
+    A group has to hold what runs in it, and the longest request if that fits with `share`; so do groups that a restore
+    brings back.
     """
     budgets, capacity = snapshot.budgets(), _capacities(snapshot.model)
     demand, least = dict[_Chain, OfKinds](), dict[_Chain, OfKinds]()
@@ -128,11 +129,11 @@ def _chain(budgets: Mapping[int, int], stages: Iterable[StageView]) -> _Chain:
 
 class _Capacity(Protocol):
     def __call__(self, chain: _Chain, share: int) -> OfKinds:
-        """Return what a group with these stages holds."""
+        """Return the blocks of each kind that a group with these stages holds if layers with a window have `share`."""
 
 
 def _capacities(shape: ModelShape) -> _Capacity:
-    """Return what tells how much groups hold, and remembers it."""
+    """Return a function of chain and share that computes the blocks such a group holds once, and remembers them."""
 
     @cache
     def capacity(chain: _Chain, share: int) -> OfKinds:

@@ -105,17 +105,17 @@ class Node:
             end()
 
     def load(self) -> Load:
-        """Return what a router sees of it."""
+        """Return what a router sees of this server."""
         num_blocks = sum(group.num_blocks for group in self.engine.groups)
         num_used = sum(group.num_used for group in self.engine.groups)
         return Load(self.num_open, self.engine.scheduler.num_waiting, num_used / max(1, num_blocks), num_blocks)
 
     def demand(self) -> float:
-        """Return its gauge `kunserve:demand_over_undropped`."""
+        """Return this server's gauge `kunserve:demand_over_undropped`."""
         return self.control.demand_over_undropped()
 
     def sample(self) -> Sample:
-        """Return how it stands now, and note how busy its chains are."""
+        """Return this server's memory and requests now, and note how busy its chains are."""
         engine, now = self.engine, loop_time()
         for group in engine.groups:
             if len(group.stages) > 1:

@@ -58,7 +58,7 @@ class Capacity:
 
     @property
     def dropped_kv_tokens(self) -> int:
-        """Tokens of KV after the largest drop."""
+        """Return the tokens of KV after the largest drop."""
         return sum(tokens for _, tokens in self.chains)
 
 
@@ -72,7 +72,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class RequestRates:
-    """Requests a second that a cluster carries for long, if all are of mean length: where what runs out."""
+    """Requests a second that a cluster carries for long, all of mean length, until one thing or another runs out."""
 
     kv: float  # KV, without a drop
     dropped_kv: float  # KV, after the largest drop

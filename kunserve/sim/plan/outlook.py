@@ -60,7 +60,7 @@ class Outlook:
 
     @property
     def room(self) -> float:
-        """KV after the largest drop, over that before."""
+        """Return the KV tokens after the largest drop, over those before."""
         return self.capacity.dropped_kv_tokens / self.capacity.kv_tokens
 
     def verdict(self) -> str:

@@ -47,7 +47,7 @@ def build(sources: list[Path], flags: list[str]) -> list[ctypes.CDLL]:
 
 
 def random_rows(name: str, N: int, K: int) -> Tensor:
-    """Rows of blocks (N, bytes of a row) whose bytes make scales that are small numbers."""
+    """Return rows of blocks (N, bytes of a row) whose bytes make scales that are small numbers."""
     blocks = BLOCKS[name]
     return torch.randint(1, 60, (N, K // blocks.num_values * blocks.num_bytes), dtype=torch.uint8)
 

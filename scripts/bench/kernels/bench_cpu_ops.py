@@ -56,7 +56,7 @@ def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def median_s(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median CPU seconds of one call of each, by turns (after one to warm up), so that all see the same machine."""
+    """Return the median CPU seconds of a call of each, after one to warm up; by turns, as the machine changes."""
     times: list[list[float]] = [[] for _ in runs]
     for i in range(repeats + 1):
         for run, seconds in zip(runs, times, strict=True):
@@ -68,7 +68,7 @@ def median_s(runs: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def bench_linear(ops: CpuOps, rows: list[int], repeats: int) -> list[dict[str, float | str]]:
-    """Each matrix at each number of rows."""
+    """Time each matrix at each number of rows."""
     results: list[dict[str, float | str]] = []
     print(f"{'linear':8} {'N':>6} {'K':>5} {'M':>4} {'us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'torch GFLOP/s':>14}")
     for name, (N, K) in LINEARS.items():
@@ -105,7 +105,7 @@ def bench_linear(ops: CpuOps, rows: list[int], repeats: int) -> list[dict[str, f
 
 
 def sequences(contexts: list[int], num_new: int, first_block: int) -> AttentionBatch:
-    """Sequences of these contexts, the last `num_new` tokens of each being new; blocks in shuffled order."""
+    """Make a batch of sequences with these contexts, each with `num_new` new tokens at its end; blocks are shuffled."""
     counts = [ceil_div(n, BLOCK_SIZE) for n in contexts]
     tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
     order = torch.randperm(sum(counts)).int() + first_block
@@ -195,7 +195,7 @@ def bench_model(ops: Ops, rows: list[int], repeats: int, context: int = 200) -> 
 
 
 def bench_calls(ops: CpuOps, repeats: int) -> dict[str, float]:
-    """Microseconds per call of each operation where there is next to nothing to compute: the binding's own cost."""
+    """Time a call of each operation on next to nothing, in microseconds: what the binding itself costs."""
     x, weight, kv = torch.randn(1, 24), torch.randn(4, 24), torch.zeros(1, 2, 1, 1, 8)
     rope, batch = torch.zeros(1, 8), sequences([1], 1, 0)
     matrix = Linear.of(weight)

@@ -20,7 +20,7 @@ from e2e.engines import assert_idle
 from e2e.tiny import TinyModels
 from kunserve.command.arguments import ServerConfig, parse_args
 from kunserve.command.listen import Listener
-from kunserve.command.serving import _app
+from kunserve.command.serving import application_of
 from kunserve.command.workers import Workers
 from kunserve.engine.engine import Engine
 from kunserve.engine.launch.launch import Served, launch
@@ -73,7 +73,7 @@ async def launched(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[Se
 async def app_serving(folder: Path) -> AsyncIterator[tuple[web.Application, Engine]]:
     """A server's application in this process."""
     async with launched(folder) as (config, served):
-        app, _ = _app(config, served, None)
+        app, _ = application_of(config, served, None)
         yield app, served.engine
 
 
@@ -82,7 +82,7 @@ async def serving(folder: Path, num_workers: int = 0) -> AsyncIterator[tuple[Cli
     """A server in this process, and a client of it; HTTP may be in others."""
     async with launched(folder, num_workers) as (config, served):
         listener = Listener(config.host, config.port, None, None)
-        app, setup = _app(config, served, None)
+        app, setup = application_of(config, served, None)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         workers = Workers(setup, runner, listener.fileno(), num_workers)

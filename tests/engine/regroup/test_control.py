@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from transition_harness import Answer, Checked, again, checked_engine, next_round
 
 from kunserve.engine.regroup import control as control_module
-from kunserve.engine.regroup.transition import Transition
+from kunserve.engine.regroup import reconfigure as reconfigure_module
 from kunserve.engine.request import Request
 from kunserve.engine.signals import loop_time
 from kunserve.errors import ConflictError, DeviceError
@@ -213,21 +213,22 @@ async def test_no_way_out_of_a_drop_leaves_a_group_paused(
         answers = asyncio.create_task(checked.answer_all(again(BURST)))
         while not control.pressure.is_too_high(engine.groups):
             await next_round()
-        groups = list(engine.groups)
+        groups, other = list(engine.groups), ExitStack()
         control.begin_drop(loop_time())
         assert all(group.is_paused for group in groups)  # from this very step on
         [task] = control.tasks
-        if way == "refused":  # its groups are in another transition by now
-            monkeypatch.setattr(checked.reconfigure.transitions, "_running", [Transition("drop", 0.0, (0,))])
+        if way == "refused":  # one of its groups is in another transition by now
+            other.enter_context(checked.reconfigure.transitions.begin("drop", [groups[0].group_id]))
         elif way == "failed":
             _refuse_once(engine.memories[0].device, [])
         elif way == "bug":
-            monkeypatch.setattr(checked.reconfigure, "_plan_exchange", lambda *_, **__: 1 // 0)
+            monkeypatch.setattr(reconfigure_module, "plan_exchange", lambda *_, **__: 1 // 0)
         elif way == "cancelled":  # before its first step
             task.cancel()
         elif way == "stopped":
             await engine.stop()
         await asyncio.wait([task])
+        other.close()
         await asyncio.sleep(0)
         assert not any(group.is_paused for group in (*groups, *engine.groups))
         kinds = {"refused": ConflictError, "failed": DeviceError, "bug": ZeroDivisionError}

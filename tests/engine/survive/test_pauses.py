@@ -35,14 +35,14 @@ def ask(number: int, num_prompt_tokens: int, num_tokens: int) -> Request:
 
 
 def watch(engine: Engine, seen: Callable[[Group, Microbatch], None]) -> None:
-    """Let `seen` see each microbatch before it is launched."""
-    launch: Any = engine._launch
+    """Let `seen` see each microbatch as it is launched."""
+    inputs = engine.executor.inputs
 
-    def look(group: Group, batch: Microbatch) -> None:
+    def look(group: Group, batch: Microbatch, eos_token_ids: tuple[int, ...]) -> Any:
         seen(group, batch)
-        launch(group, batch)
+        return inputs(group, batch, eos_token_ids)
 
-    engine._launch = look  # type: ignore[method-assign]
+    engine.executor.inputs = look  # type: ignore[method-assign]
 
 
 class Missed:

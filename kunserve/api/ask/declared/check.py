@@ -54,7 +54,7 @@ def _read_field(value: object, field: Field) -> Any:
 
 
 def _alternative_for(value: object, field: Field) -> Alternative:
-    """Return the one that a value of its type can be; of several lists, by the first item."""
+    """Return the alternative that a value of its type can be; of several lists, that of its first item."""
     fitting = [each for each in field.alternatives if each.has_kind(value)]
     if not fitting:
         raise_unfit(value, [each.schema for each in field.alternatives], field.name)

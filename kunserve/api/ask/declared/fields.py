@@ -44,14 +44,14 @@ _ORDER = "x-order"  # key of a field's words in the order in which they are decl
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """In an annotation: the value is checked as another type, and stays as it came."""
+    """Says in an annotation that the value is checked as another type, and stays as it came."""
 
     type: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """In an annotation: the field must ask for nothing; `reason` is how the error about it ends."""
+    """Says in an annotation that the field must ask for nothing; `reason` is how the error about it ends."""
 
     reason: str = "is not supported"
 

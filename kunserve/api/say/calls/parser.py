@@ -242,7 +242,7 @@ class CallsParser(Stepwise):
 
 
 class NamedCall:
-    """The whole output is the arguments of one function, whose name the client gave."""
+    """Reads an output that is nothing but the arguments of one function, whose name the client gave."""
 
     def __init__(self, name: str, new_id: Callable[[], str] = new_call_id) -> None:
         self._name, self._new_id, self._has_begun = name, new_id, False

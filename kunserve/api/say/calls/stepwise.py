@@ -9,7 +9,7 @@ from kunserve.api.say.deltas import CallArguments, Delta, Text
 
 
 class Stepwise(ABC):
-    """Takes what is certain of its buffer, until a step changes neither that nor its state."""
+    """Takes what is certain off its buffer, step by step, until a step changes neither the buffer nor its state."""
 
     _state: enum.Enum
 
@@ -31,7 +31,7 @@ class Stepwise(ABC):
 
 
 def joined(deltas: list[Delta]) -> list[Delta]:
-    """Return the same with neighbours of a kind in one."""
+    """Return the deltas with neighbours of one kind joined."""
     result: list[Delta] = []
     for delta in deltas:
         last = result[-1] if result else None
