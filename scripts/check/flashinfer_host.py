@@ -26,6 +26,7 @@ from kunserve.compute.cuda.arrays import StepBuffers, StepLimits, padding_arrays
 from kunserve.compute.cuda.attention import PlannedBatch, StepUploader
 from kunserve.compute.cuda.decoder import NO_IDS
 from kunserve.compute.cuda.flash_infer import FlashInferAttention
+from kunserve.compute.cuda.splits import captured_tiles
 from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.model.config import ModelConfig
@@ -39,11 +40,13 @@ WINDOWED = replace(PLAIN, window=WINDOW, windowed_layers=(0,))
 CASES = {
     "plain": PLAIN,
     "windows": WINDOWED,
+    "more KV heads": replace(PLAIN, num_heads=16, num_kv_heads=8),  # so that few requests run at once
     "soft caps": replace(WINDOWED, attention_softcap=5.0, attention_scale=0.2),
 }
 MIXED = [[(0, 70)], [(70, 71), (0, 130), (5, 6)], [(71, 72), (130, 160), (6, 7), (0, 1)]]  # first and last tokens
 DECODING = [[(72, 73), (160, 161), (7, 8)], [(73, 74), (161, 162)]]
-BUCKETS = (1, 2, 4)
+DECODING += [[(200 + i, 201 + i) for i in range(60)] + [(900, 901)]]  # more than run at once, one much longer
+BUCKETS = (1, 2, 4, 64)
 TIMED = {
     "4 prompts": [(0, 512)] * 4,
     "63 decode": [(900, 901)] * 63 + [(0, 512)],
@@ -85,7 +88,10 @@ class MadeUpModule:
         assert len(qo_indptr) == len(kv_indptr) == batch_size + 1 and total_num_rows == int(qo_indptr[-1])
         counts = kv_indptr.diff()
         assert torch.equal(counts, ceil_div(kv_lens, page_size)), "lengths are not those of the blocks"
-        assert fixed_split_size == -1 and not disable_split_kv and uniform_q_len == num_colocated_ctas == 0
+        assert not disable_split_kv and uniform_q_len == num_colocated_ctas == 0
+        if fixed_split_size != -1:  # parts have places in the graph, and something is split
+            places = captured_tiles(batch_size, num_qo_heads, num_kv_heads, head_dim_qk, HostDriver.num_multiprocessors)
+            assert enable_cuda_graph and batch_size < int(ceil_div(counts, fixed_split_size).sum()) <= places
         assert num_qo_heads % num_kv_heads == 0 and head_dim_qk == head_dim_vo
         assert causal != enable_cuda_graph  # a step of a graph has one token of each
         return [total_num_rows, batch_size, window_left, *kv_lens.tolist()]

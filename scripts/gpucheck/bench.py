@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kunserve.compute.cuda.arrays import StepLimits
 from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
+from kunserve.compute.cuda.sampling import PendingTokens
 from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.sampler import SamplingRow
 from kunserve.gpu.cuda.device import CudaDevice, choose_chunk_bytes, open_cuda_devices, open_drivers
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory
@@ -22,6 +24,7 @@ from kunserve.model.card import load_card
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
+from kunserve.sampling import SamplingParams
 from kunserve.sizes import ceil_div
 
 GIB = 1 << 30
@@ -183,3 +186,9 @@ def make_step(starts: Sequence[int], lens: Sequence[int], vocab_size: int, seed:
 def forward(placed: Placed, step: Step, first_layer: int, last_layer: int, x: Tensor | None = None) -> Tensor:
     """Launch layers of a step; call it on the device's queue."""
     return placed.decoder.forward(first_layer, last_layer, step.token_ids if x is None else x, step.batch, step.rows)
+
+
+def launch_greedy(placed: Placed, step: Step) -> PendingTokens:
+    """Launch a step and the choice of the most likely tokens; call it on the device's queue."""
+    rows = [SamplingRow(SamplingParams(1, temperature=0.0), 0, (), (), ())] * len(step.rows)
+    return placed.decoder.launch_tokens(0, step.token_ids, step.batch, step.rows, rows)

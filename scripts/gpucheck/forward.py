@@ -20,20 +20,19 @@ from gpucheck.bench import (
     RoundedSource,
     Step,
     forward,
+    launch_greedy,
     llama_1b,
     llama_8b,
     make_step,
 )
 from gpucheck.worker import tell
 from kunserve.compute.cuda.decoder import CudaDecoder
-from kunserve.compute.sampler import SamplingRow
 from kunserve.errors import ConfigError
 from kunserve.gpu.device_memory import Layout
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
-from kunserve.sampling import SamplingParams
 from kunserve.sizes import ceil_div
 
 BATCHES = (1, 16, 64, 256)
@@ -76,7 +75,10 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """Compare a decode step on one device, through a chain of two after a drop, and after the restore: same bits."""
+    """Compare a decode step on one device, through a chain of two after a drop, and after the restore: same bits.
+
+    Its tokens, chosen in a graph, are compared with its logits.
+    """
     config = config or (replace(llama_1b(), num_layers=8) if bench.is_quick else llama_1b())
     half, layers, source = config.num_layers // 2, config.num_layers, DummySource(config)
     prompt = make_step([0] * 4, [50, 20, 90, 7], config.vocab_size, 1, 128)
@@ -87,6 +89,8 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             _logits(bench, placed, prompt, layers)
             for _ in range(2):  # appends the same tokens as all that follow
                 before = _logits(bench, placed, decode, layers).clone()
+        chosen = [bench.on_device(placed, lambda p=placed: launch_greedy(p, decode).on_device) for placed in both]
+        same_tokens = all(bool(torch.equal(ids, before.argmax(-1))) for ids in chosen)
         captures = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
         full = first.memory.layout
         for placed, (a, b) in zip(both, ((0, half), (half, layers)), strict=True):
@@ -108,6 +112,7 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             {
                 "captures": captures,
                 "captures_after_drop_and_restore": after,
+                "same_tokens": same_tokens,
                 "same_in_chain": bool(torch.equal(before, chained)),
                 "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
             }
@@ -139,7 +144,7 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             step = make_step([context] * batch, [1] * batch, config.vocab_size)
             kv = batch * context * shape.block_bytes // BLOCK_SIZE * config.num_layers
             floor_s = (weights + kv) / per_second
-            step_s, gpu_s, host_s = _step_seconds(bench, placed, step, config.num_layers)
+            step_s, gpu_s, host_s = _step_seconds(bench, placed, step)
             figures[str(batch)] = {
                 "floor_ms": floor_s * 1e3,
                 "step_ms": step_s * 1e3,
@@ -152,14 +157,14 @@ def decode(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
     return figures
 
 
-def _step_seconds(bench: Bench, placed: Placed, step: Step, num_layers: int) -> tuple[float, float, float]:
+def _step_seconds(bench: Bench, placed: Placed, step: Step) -> tuple[float, float, float]:
     """Time one step with its planning: when each waits for the arrays of the one before; the GPU's part; the host's."""
     repeats = 5 if bench.is_quick else 30
     host: list[float] = []
 
     def one() -> None:
         started = time.perf_counter()
-        forward(placed, step, 0, num_layers).argmax(-1)
+        launch_greedy(placed, step)
         host.append(time.perf_counter() - started)
 
     with placed.device.driver.on(placed.device.copy_in.stream):
@@ -173,10 +178,9 @@ def _step_seconds(bench: Bench, placed: Placed, step: Step, num_layers: int) -> 
 def gpu_step_seconds(bench: Bench, placed: Placed, config: ModelConfig, num_seqs: int, context: int) -> float:
     """Return the GPU's seconds for a greedy decode step of `num_seqs` sequences of `context` tokens by itself."""
     step = make_step([context] * num_seqs, [1] * num_seqs, config.vocab_size)
-    rows = [SamplingRow(SamplingParams(1, temperature=0.0), 0, (), (), ())] * num_seqs
 
     def one() -> None:
-        placed.decoder.launch_sample(forward(placed, step, 0, config.num_layers), rows)
+        launch_greedy(placed, step)
 
     with placed.device.driver.on(placed.device.copy_in.stream):
         bench.seconds(one, 1)

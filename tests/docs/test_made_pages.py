@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import decode_estimate
 import flags_page
 import make_pages
 import metrics_page
@@ -28,6 +29,10 @@ def shown_flags(parser: argparse.ArgumentParser) -> set[str]:
 def test_pages_made_from_the_code_are_up_to_date(name: str) -> None:
     page = make_pages.PAGES[name]()
     assert (DOCS / name).read_text(encoding="utf-8") == page, ADVICE
+
+
+def test_the_estimate_of_a_decode_step_is_what_its_script_says() -> None:
+    assert "\n".join(decode_estimate.lines()) in (DOCS / "design.md").read_text(encoding="utf-8")
 
 
 def test_a_page_that_differs_or_lacks_is_told(tmp_path: Path) -> None:

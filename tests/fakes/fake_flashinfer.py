@@ -7,6 +7,7 @@ reads what a later plan has put there.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ class _Wrapper:
     def __init__(self, floats: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
         self.workspaces, self.pinned = [floats], torch.empty(0)
-        self.num_plans = 0
+        self.num_plans, self.splits = 0, list[int | None]()
 
     def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
         self.workspaces = [floats, ints]
@@ -138,11 +139,27 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         return self._attend(q, kv, ends, *self.buffers, return_lse)
 
 
+def check_splits(indptr: Tensor, num_heads: int, num_kv_heads: int, split: int | None) -> None:
+    """Parts have places in the graph; and something is split, as the plan is else for kernels that merge nothing.
+
+    As in scheduler.cuh: a tile has 16 rows of at most 16 heads, and two run on each of 132 multiprocessors at once.
+    """
+    if split is None:
+        return
+    batch_size, group = len(indptr) - 1, num_heads // num_kv_heads
+    assert split > 0 and group <= 16
+    num_parts = sum(math.ceil(n / split) for n in indptr.diff().tolist())
+    most = max(2 * 132 // num_kv_heads, math.ceil(batch_size * group / 16) + batch_size - 1)
+    assert batch_size < num_parts <= most, "FlashInfer refuses it, or plans for other kernels than a graph has"
+
+
 def fast_decode_plan(
     wrapper: BatchDecodeWithPagedKVCacheWrapper, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int,
-    global_override_indptr_cpu: Tensor, **options: Any,
+    fixed_split_size: int | None, global_override_indptr_cpu: Tensor, **options: Any,
 ) -> None:  # fmt: skip
     """Plan without copying: the buffers have the arrays already."""
+    check_splits(global_override_indptr_cpu, *shape[:2], fixed_split_size)
+    wrapper.splits.append(fixed_split_size)
     assert wrapper.num_plans, "the first plan is the full one"
     assert len(shape) == 4 and wrapper.scores == _scores(options)
     assert global_override_indptr_cpu.device.type == "cpu"

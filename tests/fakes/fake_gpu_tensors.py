@@ -175,6 +175,9 @@ def _meta(value: Any) -> Any:
 
 
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # In inference mode an operation that is made of others comes as it is: `to` would pass for a view.
+    if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+        return parts
     if func is aten.copy_.default:
         return _copy(args[0], args[1], is_async=bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, GpuTensor)]

@@ -22,5 +22,5 @@ def test_every_kind_of_step_is_planned_and_run() -> None:
         return
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["case"] for row in rows if "case" in row} == {"plain", "windows", "soft caps"}
+    assert {row["case"] for row in rows if "case" in row} == {"plain", "windows", "more KV heads", "soft caps"}
     assert all(row["us"]["module"] > 0 for row in rows if "plan" in row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,11 +12,26 @@ import torch
 from torch import Tensor
 
 from kunserve.compute.cuda.arrays import StepBuffers, StepLimits, padding_arrays, step_arrays
-from kunserve.compute.cuda.attention import PlannedBatch, StepUploader
+from kunserve.compute.cuda.attention import PlannedStep, StepUploader
 from kunserve.compute.cuda.flash_infer import load_attention
-from kunserve.compute.cuda.graphs import DecodeGraphs, Run, batch_buckets, bucket_for, cut_into_runs
+from kunserve.compute.cuda.graphs import (
+    EMBEDDING,
+    DecodeGraphs,
+    Run,
+    batch_buckets,
+    bucket_for,
+    cut_into_runs,
+    head_of,
+)
 from kunserve.compute.cuda.ops import CudaOps, load_kernels
-from kunserve.compute.cuda.sampling import PendingTokens, TokenBuffers, launch_sample
+from kunserve.compute.cuda.sampling import (
+    PendingTokens,
+    TokenBuffers,
+    is_greedy,
+    launch_sample,
+    most_likely,
+    pending,
+)
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.ops import AttentionBatch, Ops
 from kunserve.compute.sampler import SamplingRow
@@ -32,7 +47,7 @@ NO_IDS = np.zeros(0, np.int32)
 class CudaDecoder(Decoder):
     """`Decoder` that takes its batch from the host: plans it, copies it and launches; nothing waits for results.
 
-    Call `forward` and `put_previous_tokens` from the device's launcher only. Without `graphs` every step runs eagerly.
+    Call what launches from the device's launcher only. Without `graphs` every step runs eagerly.
     """
 
     def __init__(
@@ -50,7 +65,10 @@ class CudaDecoder(Decoder):
         super().__init__(config, ops, weights, kv, max_model_len)
         self._uploader, self._buffers, self.graphs, self._kv_memory = uploader, buffers, graphs, kv
         self._tokens = TokenBuffers(buffers.driver, limits.max_num_seqs)
-        self._previous_ids = torch.zeros_like(buffers.token_ids.device)
+        self._head_run = head_of(config.num_layers)
+        self._previous_ids = torch.zeros_like(buffers.token_ids.device)  # what the next step may begin with
+        self._chosen = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=buffers.driver.torch_device)
+        self._fed: Tensor | None = None  # the tokens, part of `_previous_ids`, that a graph has put there
 
     @torch.inference_mode()
     def forward(
@@ -68,23 +86,44 @@ class CudaDecoder(Decoder):
         A token id below 0 stands for one that was sampled, but that the host has not seen: -1 - i is the i-th of those
         last given to `put_previous_tokens`.
         """
-        graphs = self.graphs
-        is_decode = len(batch.positions) == len(batch.context_lens)
-        bucket = bucket_for(len(batch.positions), graphs.buckets) if graphs and is_decode else None
-        ids = x.numpy() if first_layer == 0 else NO_IDS
-        arrays = step_arrays(batch, bucket, self._config.window)
-        step = self._uploader.upload(arrays, bucket, sampled_rows.int().numpy(), ids)
-        if first_layer == 0:
-            x = self._known(step.token_ids, has_placeholders=bool((ids < 0).any()))
-        rows = step.sampled_rows
-        if graphs is None or bucket is None:
-            return super().forward(first_layer, last_layer, x, step.batch, rows, with_head=with_head)
-        y = self._replay(graphs, bucket, first_layer, last_layer, x, step.batch, rows)
-        return self.logits(y) if with_head and last_layer == self._config.num_layers else y
+        bucket, step, x = self._send(first_layer, x, batch, sampled_rows)
+        if bucket is None:
+            return super().forward(first_layer, last_layer, x, step.batch, step.sampled_rows, with_head=with_head)
+        hidden = self._replay(bucket, first_layer, last_layer, x, step)
+        if last_layer < self._config.num_layers:
+            x = hidden[: len(batch.positions)]
+            return x.clone()  # the next step changes `hidden` while the next stage still reads this
+        y = hidden[step.sampled_rows]
+        return self.logits(y) if with_head else y
+
+    @torch.inference_mode()
+    def launch_tokens(
+        self, first_layer: int, x: Tensor, batch: AttentionBatch, sampled_rows: Tensor, rows: Sequence[SamplingRow]
+    ) -> PendingTokens:
+        """Run from `first_layer` to the end and choose a token for each sampled row; as `forward`. All rows are plain.
+
+        Where all are greedy, what a decode step needs after its arrays is in graphs. On a GPU that has all layers the
+        next step's tokens are then where its embedding reads them: so the step that is launched behind this one has to
+        take them, before another is launched.
+        """
+        num_layers, is_whole = self._config.num_layers, first_layer == 0
+        is_chosen_by_graph = len(sampled_rows) == len(batch.positions) and is_greedy(rows)
+        if self._bucket(batch) is None or not is_chosen_by_graph:
+            return self.launch_sample(self.forward(first_layer, num_layers, x, batch, sampled_rows), rows)
+        bucket, step, x = self._send(first_layer, x, batch, sampled_rows)
+        assert self.graphs is not None and bucket is not None
+        hidden = self._replay(bucket, first_layer, num_layers, x, step)
+        self.graphs.run(self._head_run, bucket, partial(self._choose, hidden))
+        fed = self._previous_ids[: len(rows)]
+        self._fed = fed if is_whole else None
+        # The first stage of a chain is on another device, and takes them when more steps have been launched here.
+        return pending(self._chosen[: len(rows)], fed if is_whole else fed.clone(), self._tokens)
 
     def put_previous_tokens(self, token_ids: Tensor) -> None:
         """Remember sampled ids (R,), on this GPU: the next step may name them before the host knows them."""
-        self._previous_ids[: len(token_ids)].copy_(token_ids)
+        if token_ids is not self._fed:
+            self._previous_ids[: len(token_ids)].copy_(token_ids)
+            self._fed = None
 
     def launch_sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
         """Choose one token per row of logits (R, V), on the current stream: see `sampling.launch_sample`."""
@@ -94,8 +133,9 @@ class CudaDecoder(Decoder):
     def capture(self) -> None:
         """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
 
-        Layers that are not present are captured, too: nothing of theirs is touched before a replay. RuntimeError if a
-        capture fails; torch allocates no memory any more after that, so the process has to end.
+        Layers that are not present are captured, too: nothing of theirs is touched before a replay. Embedding and head
+        are, where they are present: only there all that they compute has run before. RuntimeError if a capture fails;
+        torch allocates no memory any more after that, so the process has to end.
         """
         graphs = self.graphs
         if graphs is None:
@@ -105,47 +145,83 @@ class CudaDecoder(Decoder):
                 self._capture_bucket(graphs, bucket)
 
     def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
-        num_layers = self._config.num_layers
-        step = self._uploader.upload(padding_arrays(bucket, self._uploader.num_kinds), bucket, NO_IDS, NO_IDS)
-        runs = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
-        works = {run: partial(self._run, run, graphs.hidden(bucket), step.batch) for run in runs}
-        for run in filter(self._is_here, runs):  # each, as layers may differ
+        num_layers, hidden = self._config.num_layers, graphs.hidden(bucket)
+        padding, ids = padding_arrays(bucket, self._uploader.num_kinds), np.zeros(bucket, np.int32)
+        step = self._uploader.upload(padding, bucket, NO_IDS, ids)
+        layers = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
+        works: dict[Run, Callable[[], None]] = {EMBEDDING: partial(self._begin, hidden, step.token_ids)}
+        works |= {run: partial(self._run, run, hidden, step.batch) for run in layers}
+        works[self._head_run] = partial(self._choose, hidden)
+        for run in filter(self._is_here, works):  # each, as layers may differ
             works[run]()  # compiles, and loads what a capture could not
         for run, work in works.items():
-            graphs.capture(run, bucket, work)
+            if run in layers or self._is_here(run):
+                graphs.capture(run, bucket, work)
 
     def _is_here(self, run: Run) -> bool:
         present = self._weights.present
-        return all(layer_name(i) in present and self._kv_memory.num_blocks(i) for i in range(*run))
+        return all(unit in present for unit in self._units(run)) and all(
+            self._kv_memory.num_blocks(i) for i in range(*run)
+        )
+
+    def _units(self, run: Run) -> list[str]:
+        if run == EMBEDDING or (run == self._head_run and self._config.tie_embeddings):
+            return ["embed"]
+        return ["head"] if run == self._head_run else [layer_name(i) for i in range(*run)]
+
+    def _begin(self, hidden: Tensor, ids: Tensor) -> None:
+        """Embed the tokens (B,) of a decode step."""
+        hidden.copy_(self._embedded(self._known(ids)))
 
     def _run(self, run: Run, hidden: Tensor, batch: AttentionBatch) -> None:
         hidden.copy_(self._through(*run, hidden, batch))
 
-    def _replay(
-        self,
-        graphs: DecodeGraphs,
-        bucket: int,
-        first_layer: int,
-        last_layer: int,
-        x: Tensor,
-        batch: PlannedBatch,
-        sampled_rows: Tensor,
-    ) -> Tensor:
-        num_rows, hidden = len(x), graphs.hidden(bucket)
-        hidden[:num_rows] = self._embedded(x) if first_layer == 0 else x
+    def _choose(self, hidden: Tensor) -> None:
+        """Choose the most likely token after each row (B, H): for the host, and for the next step."""
+        chosen = most_likely(self.logits(hidden))
+        self._chosen[: len(hidden)].copy_(chosen)
+        self._previous_ids[: len(hidden)].copy_(chosen.clamp(min=0))
+
+    def _bucket(self, batch: AttentionBatch) -> int | None:
+        """Return the batch size whose graphs run a step; None if it runs eagerly."""
+        num_tokens = len(batch.positions)
+        is_decode = num_tokens == len(batch.context_lens)
+        return bucket_for(num_tokens, self.graphs.buckets) if self.graphs and is_decode else None
+
+    def _send(
+        self, first_layer: int, x: Tensor, batch: AttentionBatch, sampled_rows: Tensor
+    ) -> tuple[int | None, PlannedStep, Tensor]:
+        """Send the arrays of a step; returns its bucket, what was sent, and token ids or hidden states on this GPU."""
+        bucket = self._bucket(batch)
+        ids = x.numpy() if first_layer == 0 else NO_IDS
+        if bucket is not None and first_layer == 0:
+            ids = np.pad(ids, (0, bucket - len(ids)))
+        arrays = step_arrays(batch, bucket, self._config.window)
+        step = self._uploader.upload(arrays, bucket, sampled_rows.int().numpy(), ids)
+        if first_layer == 0:
+            x = self._known(step.token_ids) if bucket is None and (ids < 0).any() else step.token_ids
+        return bucket, step, x
+
+    def _replay(self, bucket: int, first_layer: int, last_layer: int, x: Tensor, step: PlannedStep) -> Tensor:
+        """Run a decode step's layers, with the embedding before layer 0: (bucket, H), until the next one."""
+        graphs = self.graphs
+        assert graphs is not None
+        hidden = graphs.hidden(bucket)
+        if first_layer == 0:
+            graphs.run(EMBEDDING, bucket, partial(self._begin, hidden, x))
+        else:
+            hidden[: len(x)] = x
         for run, is_whole in cut_into_runs(first_layer, last_layer, self._config.num_layers, graphs.run_layers):
-            work = partial(self._run, run, hidden, batch)
+            work = partial(self._run, run, hidden, step.batch)
             if is_whole:
                 graphs.run(run, bucket, work)
             else:
                 work()
-        if last_layer < self._config.num_layers:
-            return hidden[:num_rows].clone()  # the next step changes `hidden` while the next stage still reads this
-        return hidden[sampled_rows]
+        return hidden
 
-    def _known(self, ids: Tensor, *, has_placeholders: bool) -> Tensor:
+    def _known(self, ids: Tensor) -> Tensor:
         """Return ids (T,) from the host, with sampled ones in the place of placeholders."""
-        return torch.where(ids < 0, self._previous_ids[(-1 - ids).clamp(min=0)], ids) if has_placeholders else ids
+        return torch.where(ids < 0, self._previous_ids[(-1 - ids).clamp(min=0)], ids)
 
 
 @contextmanager

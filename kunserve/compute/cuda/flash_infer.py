@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kunserve.compute.cuda.arrays import KvBuffers, StepArrays, StepBuffers
 from kunserve.compute.cuda.attention import Attend, PagedAttention, ReferenceAttention
+from kunserve.compute.cuda.splits import captured_tiles, rows_per_tile, split_blocks, tiles_at_once
 from kunserve.compute.ops import Scores
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
-from kunserve.sizes import ceil_div
 
 MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 INT_WORKSPACE_BYTES = 8 << 20
@@ -32,11 +33,12 @@ def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) ->
     A bucket that is captured is planned for as many tiles as its rows could ever make; a mixed batch is only split
     into as many as run at once, two on each multiprocessor.
     """
-    group, per_row = config.num_heads // config.num_kv_heads, config.num_heads * (config.head_dim + 1) * 4
-    at_once = 2 * num_sms // config.num_kv_heads
-    rows_per_tile = 16 if group <= 16 else 64 if group <= 64 or config.head_dim >= 256 else 128
-    captured = max(at_once, ceil_div(max_bucket * group, rows_per_tile) + max_bucket - 1) * rows_per_tile
-    return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, at_once * 128) * per_row + 64)
+    shape = config.num_heads, config.num_kv_heads, config.head_dim
+    rows = rows_per_tile(config.num_heads // config.num_kv_heads, config.head_dim)
+    captured = captured_tiles(max_bucket, *shape, num_sms) * rows
+    mixed = tiles_at_once(config.num_kv_heads, num_sms) * 128
+    per_row = config.num_heads * (config.head_dim + 1) * 4
+    return max(MIN_FLOAT_WORKSPACE_BYTES, max(captured, mixed) * per_row + 64)
 
 
 def _plan_options(scores: Scores) -> dict[str, float]:
@@ -194,11 +196,22 @@ class LayersPlanner:
             wrapper.reset_workspace_buffer(attention.floats, self.ints)  # one for all: steps of a stream take turns
             wrapper.plan(*host, *attention.shape, **options)
         else:  # the arrays are on the device already: plan() would copy them once more, and wait
+            split = self._split_blocks(arrays, bucket)
             attention.decode.fast_decode_plan(
-                wrapper, *host, *attention.shape, **options, global_override_indptr_cpu=host[0]
+                wrapper, *host, *attention.shape, **options, fixed_split_size=split, global_override_indptr_cpu=host[0]
             )
         run: Callable[..., Any] = wrapper.run
         return run
+
+    def _split_blocks(self, arrays: StepArrays, bucket: int) -> int | None:
+        """See `splits.split_blocks`. A window bounds contexts, and FlashInfer counts only what is in it."""
+        if self.scores.window is not None:
+            return None
+        *heads, head_dim, block_size = self._attention.shape
+        num_sms = self._attention.buffers.driver.num_multiprocessors
+        tiles = captured_tiles(bucket, *heads, head_dim, num_sms)
+        num_blocks = np.diff(arrays.kv[self._kind].kv_indptr)
+        return split_blocks(num_blocks, tiles, tiles_at_once(heads[1], num_sms), block_size)
 
 
 def load_attention(

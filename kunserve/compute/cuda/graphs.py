@@ -1,8 +1,10 @@
 """CUDA graphs of decode steps: one per run of layers and bucket of batch sizes, all captured before serving.
 
-A graph reads and writes addresses that never change: weights, KV, the staged arrays of a step and one buffer of
-hidden states per bucket. Runs are short and begin at multiples of their length, so that a stage of any grouping is
-made of the same runs: after a drop or a restore the same graphs replay, and nothing is captured again.
+A graph reads and writes addresses that never change: weights, KV, the staged arrays of a step, one buffer of hidden
+states per bucket, and the tokens that the last step has chosen. Runs are short and begin at multiples of their length,
+so that a stage of any grouping is made of the same runs: after a drop or a restore the same graphs replay, and nothing
+is captured again. What comes before the layers and after them has graphs of its own, for the same reason: whatever the
+grouping, and whoever samples, the layers are the same.
 """
 
 from __future__ import annotations
@@ -21,10 +23,18 @@ RUN_LAYERS = 4
 
 
 class Run(NamedTuple):
-    """Layers `[first_layer, last_layer)` that one graph runs."""
+    """Layers `[first_layer, last_layer)` that one graph runs; without any, what comes before that layer at an end."""
 
     first_layer: int
     last_layer: int
+
+
+EMBEDDING = Run(0, 0)  # of tokens, those among them that the last step has chosen
+
+
+def head_of(num_layers: int) -> Run:
+    """Return what comes after all layers: the head, and the choice of the next tokens."""
+    return Run(num_layers, num_layers)
 
 
 def batch_buckets(max_num_seqs: int) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ from kunserve.compute.sampler import (
 )
 from kunserve.gpu.cuda.driver import Driver
 
-ROW_BYTES = 48  # of one row of a step: its id, whether it has one, and what it is drawn with
+ROW_BYTES = 40  # of one row of a step: its id, and what it is drawn with
+NO_TOKEN = -1  # of a row whose largest logit is not finite
 
 
 class TokenBuffers:
@@ -57,22 +58,41 @@ class PendingTokens:
     """Tokens that are being sampled. `on_device` is what the next step can begin with (R,)."""
 
     on_device: Tensor  # 0 for a row that has none: no step may look up what is no id
-    on_host: Tensor  # (2, R) int64: ids, and whether the row's largest logit is finite; valid after the event
+    on_host: Tensor  # (R,) int64, or NO_TOKEN; valid after the event
     known: tuple[SampledToken, ...] | None = None
 
     def tokens(self) -> list[SampledToken]:
         """Return the tokens, once the work that made them has finished."""
         if self.known is not None:
             return list(self.known)
-        ids, is_finite = self.on_host.tolist()
-        return [
-            SampledToken(token_id) if finite else not_finite() for token_id, finite in zip(ids, is_finite, strict=True)
-        ]
+        return [not_finite() if i == NO_TOKEN else SampledToken(i) for i in self.on_host.tolist()]
 
 
 def is_plain(rows: Sequence[SamplingRow]) -> bool:
     """Tell whether `launch_sample` can choose all rows' tokens; else it takes `sample`, which waits for the device."""
     return all(map(_is_plain, rows))
+
+
+def is_greedy(rows: Sequence[SamplingRow]) -> bool:
+    """Tell whether all rows, which are plain, take the most likely token."""
+    return not any(row.params.temperature > 0 for row in rows)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return the most likely token of each row of logits (R, V), or NO_TOKEN: (R,) int64. A graph can hold it."""
+    ids = logits.argmax(-1)
+    is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
+    return torch.where(is_finite, ids, NO_TOKEN)
+
+
+def pending(chosen: Tensor, on_device: Tensor, buffers: TokenBuffers, host: Tensor | None = None) -> PendingTokens:
+    """Send chosen tokens (R,) int64 to the host, into a buffer of `buffers`; the next step begins with `on_device`."""
+    host = buffers.take() if host is None else host
+    on_host = host.view(torch.int64)[: len(chosen)]
+    on_host.copy_(chosen, non_blocking=True)
+    tokens = PendingTokens(on_device, on_host)
+    buffers.free_after(tokens, host)
+    return tokens
 
 
 def launch_sample(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) -> PendingTokens:
@@ -84,21 +104,15 @@ def launch_sample(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuf
 
 
 def _launch(logits: Tensor, rows: Sequence[SamplingRow], buffers: TokenBuffers) -> PendingTokens:
-    drawn_with = _drawn_with(rows) if any(row.params.temperature > 0 for row in rows) else None
-    ids = logits.argmax(-1)
-    is_finite = logits.gather(-1, ids[:, None])[:, 0].isfinite()
-    host, num_rows = buffers.take().view(torch.int64), len(rows)
+    drawn_with = None if is_greedy(rows) else _drawn_with(rows)
+    chosen, host, num_rows = most_likely(logits), buffers.take(), len(rows)
     if drawn_with is not None:
-        staged = host[2 * num_rows : 6 * num_rows].view(torch.float64).view(4, num_rows)
+        staged = host.view(torch.float64)[num_rows : 5 * num_rows].view(4, num_rows)
         staged.numpy()[:] = drawn_with
         is_drawn, *given = staged.to(logits.device, non_blocking=True)
-        ids = torch.where(is_drawn > 0, _drawn(logits, *given), ids)
-    ids = torch.where(is_finite, ids, 0)  # what is drawn from NaNs may be beyond the vocabulary
-    on_host = host[: 2 * num_rows].view(2, num_rows)
-    on_host.copy_(torch.stack([ids, is_finite.long()]), non_blocking=True)
-    pending = PendingTokens(ids, on_host)
-    buffers.free_after(pending, host)
-    return pending
+        # What is drawn from NaNs may be beyond the vocabulary.
+        chosen = torch.where((is_drawn > 0) & (chosen != NO_TOKEN), _drawn(logits, *given), chosen)
+    return pending(chosen, chosen.clamp(min=0), buffers, host)
 
 
 def sampled(tokens: Sequence[SampledToken], device: torch.device) -> PendingTokens:

@@ -116,9 +116,11 @@ class CudaExecutor(Executor):
             else:
                 decoder.put_previous_tokens(bring(sender, device, previous.value.on_device))
                 x = inputs.token_ids
+            if is_last and is_plain:
+                batch, rows = inputs.attention(position), inputs.sampled_rows
+                return decoder.launch_tokens(stage.first_layer, x, batch, rows, inputs.sampling)
             with_head = not (is_last and has_scored_rows(inputs.sampling))
-            y = run_stage(decoder, stage, position, inputs, x, with_head=with_head)
-            return decoder.launch_sample(y, inputs.sampling) if is_last and is_plain else y
+            return run_stage(decoder, stage, position, inputs, x, with_head=with_head)
 
         needed = before or previous
         launch = device.launch(work, [needed.ready] if needed else ())

@@ -8,20 +8,24 @@ from contextlib import closing
 from dataclasses import replace
 
 import fake_flashinfer
+import numpy as np
 import pytest
 import torch
 from cuda_parts import cuda_decoder_on_cpu
 from fake_cuda import FakeCuda
-from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
+from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
 
 from kunserve.compute.cuda import decoder as cuda_decoder
-from kunserve.compute.cuda.arrays import StepBuffers
+from kunserve.compute.cuda.arrays import StepBuffers, StepLimits, padding_arrays, step_arrays
+from kunserve.compute.cuda.attention import StepUploader
 from kunserve.compute.cuda.flash_infer import MIN_FLOAT_WORKSPACE_BYTES, FlashInferAttention, float_workspace_bytes
 from kunserve.compute.cuda.ops import TorchKernels
 from kunserve.compute.decoder import Decoder
+from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.gpu.host import HostDevice
 from kunserve.model.card import load_card
+from kunserve.model.config import ModelConfig
 from kunserve.sizes import ceil_div
 
 NUM_SMS = 132  # of an H100
@@ -63,6 +67,25 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
         assert wrapper.workspaces == [attention.floats, planner.ints]  # one of each for all
     addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "split"), [(CONFIG, 32), (replace(CONFIG, window=2000, windowed_layers=tuple(range(LAYERS))), None)]
+)
+def test_the_longest_context_of_many_is_split_in_a_graph(
+    attention: FlashInferAttention, config: ModelConfig, split: int | None
+) -> None:
+    """FlashInfer stops splitting where the requests would not run all at once: 132 of two KV heads on an H100."""
+    buffers = StepBuffers(StepLimits(150, 150, 6000), FakeCuda())
+    many = FlashInferAttention(config, BLOCK, DTYPE, buffers, 150)
+    uploader, no_ids = StepUploader(buffers, many), np.zeros(0, np.int32)
+    uploader.upload(padding_arrays(150), 150, no_ids, no_ids)
+    contexts = torch.tensor([32 * BLOCK] * 149 + [600 * BLOCK], dtype=torch.int32)
+    ends, tables = torch.arange(151, dtype=torch.int32), torch.zeros(150, 600, dtype=torch.int32)
+    batch = AttentionBatch(contexts - 1, ends, contexts, tables, BLOCK)
+    uploader.upload(step_arrays(batch, 150), 150, no_ids, no_ids)
+    (planner,) = many.planners
+    assert planner.buckets[150].splits == [split]
 
 
 class CapturableKernels(TorchKernels):

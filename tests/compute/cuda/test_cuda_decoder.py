@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from kunserve.compute.cuda.arrays import StepLimits, step_arrays
 from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.sampling import PendingTokens
 from kunserve.compute.decoder import Decoder
 from kunserve.compute.ops import AttentionBatch
+from kunserve.compute.sampler import SamplingRow, sample
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host import HostDevice
@@ -22,6 +24,7 @@ from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import weight_units
+from kunserve.sampling import SamplingParams
 from kunserve.sizes import ceil_div
 
 BLOCK, LAYERS = 4, 5
@@ -121,12 +124,13 @@ def test_all_is_captured_before_serving_and_a_drop_captures_nothing(pair: Pair) 
     graphs = pair.cuda.graphs
     assert graphs is not None
     captures = graphs.num_captures
-    assert captures == len(graphs.buckets) * ceil_div(LAYERS, graphs.run_layers)
+    num_runs = ceil_div(LAYERS, graphs.run_layers)
+    assert captures == len(graphs.buckets) * (num_runs + 2)  # the embedding and the head as well
     for i, spans in enumerate(PROMPTS):
         assert_same(pair, spans, i)
     replays = graphs.num_replays
     assert_same(pair, decode(0, [0, 1, 2]), 10)
-    assert graphs.num_replays == replays + ceil_div(LAYERS, graphs.run_layers)  # the model's end as well
+    assert graphs.num_replays == replays + 1 + num_runs  # the embedding, and the model's end as well
     chains = [(2,), (4,), (3,), (1, 4)]  # of any grouping, with ragged ends as well
     for i, cuts in enumerate(chains):
         replays = graphs.num_replays
@@ -143,6 +147,89 @@ def test_ids_below_zero_are_those_that_were_fed(pair: Pair) -> None:
     pair.cuda.put_previous_tokens(torch.tensor([12, 7, 49]))
     actual = pair.cuda.forward(0, LAYERS, torch.tensor([-2, 30, -1], dtype=torch.int32), batch, rows)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+GREEDY = SamplingRow(SamplingParams(9, temperature=0.0), 0, (), (), ())
+DRAWN = SamplingRow(SamplingParams(9, temperature=0.8), 5, (), (), ())
+
+
+def launch(
+    pair: Pair,
+    spans: Sequence[tuple[int, int, int]],
+    ids: Sequence[int],
+    row: SamplingRow = GREEDY,
+    cuts: tuple[int, ...] = (),
+) -> PendingTokens:
+    """Run a step of known tokens through a chain whose end chooses tokens: those that the plain decoder gives."""
+    batch, rows = step(list(spans))
+    x = y = torch.tensor(ids, dtype=torch.int32)
+    starts = (0, *cuts)
+    for first, last in zip(starts, (*cuts, LAYERS), strict=True):
+        x = pair.plain.forward(first, last, x, batch, rows)
+        y = pair.cuda.forward(first, last, y, batch, rows) if last < LAYERS else y
+    pending = pair.cuda.launch_tokens(starts[-1], y, batch, rows, [row] * len(rows))
+    assert pending.tokens() == sample(x, [row] * len(rows))
+    assert pending.on_device.tolist() == [token.token_id for token in pending.tokens()]
+    return pending
+
+
+@pytest.fixture
+def prompted(pair: Pair) -> Pair:
+    """Decoders that have seen the prompts."""
+    for i, spans in enumerate(PROMPTS):
+        assert_same(pair, spans, i)
+    return pair
+
+
+def test_the_most_likely_tokens_are_chosen_in_a_graph_at_the_end_of_any_chain(prompted: Pair) -> None:
+    graphs = prompted.cuda.graphs
+    assert graphs is not None
+    chains = [([0, 1, 2], (), 3), ([0, 1, 2], (2,), 3), ([2, 1], (3,), 2), ([1], (1, 4), 2)]  # with ragged runs, too
+    for i, (sequences, cuts, num_whole_runs) in enumerate(chains):
+        replays = graphs.num_replays
+        launch(prompted, decode(i, sequences), [20 + s for s in sequences], GREEDY, cuts)
+        assert graphs.num_replays == replays + num_whole_runs + 2  # the embedding and the head
+
+
+def test_the_next_step_begins_with_the_tokens_that_a_graph_has_chosen(prompted: Pair) -> None:
+    first = launch(prompted, decode(0, [0, 1, 2]), [7, 30, 12])
+    prompted.cuda.put_previous_tokens(first.on_device)
+    ids = [token.token_id for token in first.tokens()]
+    batch, rows = step(decode(1, [2, 0]))
+    expected = prompted.plain.forward(0, LAYERS, torch.tensor([ids[2], ids[0]], dtype=torch.int32), batch, rows)
+    actual = prompted.cuda.forward(0, LAYERS, torch.tensor([-3, -1], dtype=torch.int32), batch, rows)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_steps_that_a_chain_launches_meanwhile_leave_the_tokens_of_one_as_they_are(prompted: Pair) -> None:
+    first = launch(prompted, decode(0, [0, 1, 2]), [7, 30, 12], GREEDY, (2,))
+    ids = first.on_device.tolist()
+    second = launch(prompted, decode(1, [2, 1, 0]), [1, 2, 3], GREEDY, (2,))
+    assert first.on_device.tolist() == ids != second.on_device.tolist()
+    assert [token.token_id for token in first.tokens()] == ids
+
+
+def test_other_steps_do_not_replay_the_head(prompted: Pair) -> None:
+    graphs = prompted.cuda.graphs
+    assert graphs is not None
+    replays = graphs.num_replays
+    launch(prompted, decode(0, [0, 1, 2]), [7, 30, 12], DRAWN)
+    assert graphs.num_replays == replays + 1 + 3
+    batch, _ = step(decode(1, [0, 1, 2]))
+    some, ids = torch.tensor([1]), torch.tensor([7, 30, 12], dtype=torch.int32)  # the others' prompts go on
+    expected = sample(prompted.plain.forward(0, LAYERS, ids, batch, some), [GREEDY])
+    assert prompted.cuda.launch_tokens(0, ids, batch, some, [GREEDY]).tokens() == expected
+    assert graphs.num_replays == replays + 2 * (1 + 3)
+    launch(prompted, [(3, 4, 6)], [3, 4])  # two tokens of one sequence are no step of a graph
+    assert graphs.num_replays == replays + 2 * (1 + 3)
+
+
+def test_a_row_without_a_finite_logit_has_no_token_in_a_graph(prompted: Pair) -> None:
+    prompted.cuda_kv[0][TABLES[2][0]] = torch.nan
+    batch, rows = step(decode(0, [0, 2, 1]))
+    pending = prompted.cuda.launch_tokens(0, torch.tensor([7, 30, 12], dtype=torch.int32), batch, rows, [GREEDY] * 3)
+    assert [token.error is None for token in pending.tokens()] == [True, False, True]
+    assert int(pending.on_device[1]) == 0  # an id: the next step looks it up
 
 
 def test_arrays_of_a_mixed_batch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from fake_timeline import TIMELINE
-from test_cuda_engine import generate, serving, tokens_through
+from test_cuda_engine import Ask, generate, generate_greedily, serving, tokens_through
 
+from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.cuda.sampling import PendingTokens
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.gpu.cuda.driver import Graph
 
@@ -25,19 +28,30 @@ def drivers_of(topology: str) -> list[FakeCuda]:
     return [FakeCuda(ordinal, reachable=reachable, is_async=True) for ordinal in ordinals]
 
 
-_expected: list[tuple[int, ...]] = []  # of GPUs that do at once what they are told, once it was seen
+_expected: dict[Ask, list[tuple[int, ...]]] = {}  # of GPUs that do at once what they are told, once it was seen
+
+
+async def expected_of(ask: Ask) -> list[tuple[int, ...]]:
+    if ask not in _expected:
+        async with serving([FakeCuda(), FakeCuda()], num_ahead=0) as engine:
+            _expected[ask] = await tokens_through(engine, regroup=False, ask=ask)
+    return _expected[ask]
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KUNSERVE_FAKE_GPU_ORDERS", "1"))))
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-async def test_same_tokens_in_any_order_of_the_streams(topology: str, seed: int) -> None:
-    if not _expected:
-        async with serving([FakeCuda(), FakeCuda()], num_ahead=0) as engine:
-            _expected.extend(await tokens_through(engine, regroup=False))
+@pytest.mark.parametrize(
+    ("topology", "ask"),
+    [
+        *((topology, generate) for topology in TOPOLOGIES),
+        *((t, generate_greedily) for t in ("one GPU", "through the host")),
+    ],
+)
+async def test_same_tokens_in_any_order_of_the_streams(topology: str, ask: Ask, seed: int) -> None:
+    expected = await expected_of(ask)
     TIMELINE.begin(seed)
     drivers = drivers_of(topology)
     async with serving(drivers) as engine:
-        assert await tokens_through(engine, regroup=True) == _expected
+        assert await tokens_through(engine, regroup=True, ask=ask) == expected
         outcomes = [(t["kind"], t["outcome"]) for t in engine.state()["transitions"]]
         assert outcomes == [("drop", "done"), ("restore", "done"), ("drop", "done")]
         assert isinstance(engine.executor, CudaExecutor)
@@ -46,6 +60,47 @@ async def test_same_tokens_in_any_order_of_the_streams(topology: str, seed: int)
     assert all(driver.is_clean() for driver in drivers)
     legacy = {TIMELINE.legacy(ordinal) for ordinal in (0, 1)}
     assert not legacy & {stream for copy in TIMELINE.copies for stream in copy}  # all would stand in one queue
+
+
+async def test_a_greedy_decode_step_launches_its_arrays_graphs_and_tokens_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is launched while no prompt is computed: also where a step begins with tokens that the host has not seen."""
+    async with serving(drivers_of("one GPU")) as engine:
+        assert isinstance(engine.executor, CudaExecutor)
+        steps = counted_steps(monkeypatch, engine.executor)
+        tokens = await generate_greedily(engine, 1, 8)
+    assert len(steps) == len(tokens)
+    # The arrays, what attention is planned, and the tokens; embedding, one run of layers, head. The first of these may
+    # begin with a token that no graph has chosen.
+    assert set(steps[2:]) == {(3, 3)} and steps[1] in {(3, 3), (4, 3)}
+
+
+def counted_steps(monkeypatch: pytest.MonkeyPatch, executor: CudaExecutor) -> list[tuple[int, int]]:
+    """Return where each step's launches on its stream will be counted: those of its own, and graphs."""
+    steps, launched, launch = list[tuple[int, int]](), Counter[int](), TIMELINE.launch
+
+    def count(stream: int, *args: Any, **more: Any) -> None:
+        launched[stream] += 1
+        launch(stream, *args, **more)
+
+    def counting(decoder: CudaDecoder, stream: int) -> Callable[..., PendingTokens]:
+        launch_tokens, graphs, replays = decoder.launch_tokens, decoder.graphs, 0
+        assert graphs is not None
+
+        def launch_and_count(*args: Any) -> PendingTokens:
+            nonlocal replays
+            pending = launch_tokens(*args)
+            steps.append((launched.pop(stream), graphs.num_replays - replays))
+            replays = graphs.num_replays
+            return pending
+
+        return launch_and_count
+
+    monkeypatch.setattr(TIMELINE, "launch", count)
+    for decoder, device in zip(executor.decoders, executor.devices, strict=True):
+        monkeypatch.setattr(decoder, "launch_tokens", counting(decoder, device.compute.stream))
+    return steps
 
 
 async def test_nothing_is_collected_while_graphs_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -94,8 +94,18 @@ async def generate(engine: Engine, i: int, num_tokens: int = 60) -> tuple[int, .
     return tokens
 
 
-async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ...]]:
-    requests = [asyncio.ensure_future(generate(engine, i)) for i in range(6)]
+async def generate_greedily(engine: Engine, i: int, num_tokens: int = 60) -> tuple[int, ...]:
+    """Answer as a graph of decode steps can choose it by itself."""
+    prompt = [(7 * i + k) % 300 for k in range(3 + 9 * i)]
+    request = Request(str(i), prompt, SamplingParams(num_tokens, temperature=0.0, ignore_eos=True))
+    return tuple([token async for output in engine.submit(request) for token in output.token_ids])
+
+
+Ask = Callable[[Engine, int], Coroutine[Any, Any, tuple[int, ...]]]
+
+
+async def tokens_through(engine: Engine, *, regroup: bool, ask: Ask = generate) -> list[tuple[int, ...]]:
+    requests = [asyncio.ensure_future(ask(engine, i)) for i in range(6)]
     if regroup:
         while sum(len(group.running) for group in engine.groups) < 6:
             await engine.signals.next_commit()
@@ -110,12 +120,13 @@ async def tokens_through(engine: Engine, *, regroup: bool) -> list[tuple[int, ..
     return await asyncio.gather(*requests)
 
 
-async def test_same_tokens_whatever_happens_underneath() -> None:
+@pytest.mark.parametrize("ask", [generate, generate_greedily])
+async def test_same_tokens_whatever_happens_underneath(ask: Ask) -> None:
     drivers = [FakeCuda(), FakeCuda()]
     async with serving(drivers, num_ahead=0) as engine:
-        expected = await tokens_through(engine, regroup=False)
+        expected = await tokens_through(engine, regroup=False, ask=ask)
     async with serving(drivers := [FakeCuda(), FakeCuda()]) as engine:
-        assert await tokens_through(engine, regroup=True) == expected
+        assert await tokens_through(engine, regroup=True, ask=ask) == expected
         outcomes = [(t["kind"], t["outcome"]) for t in engine.state()["transitions"]]
         assert outcomes == [("drop", "done"), ("restore", "done"), ("drop", "done")]
         assert isinstance(engine.executor, CudaExecutor)
