@@ -377,10 +377,11 @@ EXPORT void softcap(float *x, int64_t n, float cap) {
   }
 }
 
-/* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts: in
- * this unit, because they share what is above. */
+/* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts;
+ * calls that are made again: in this unit, because they share what is above. */
 #include "cpu_halves.c"
 #include "cpu_attention.c"
 #include "cpu_blocks.c"
 #include "cpu_team.c"
 #include "cpu_experts.c"
+#include "cpu_replay.c"
