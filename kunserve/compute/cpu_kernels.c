@@ -10,6 +10,7 @@
  * not decide by itself, differently in each tile, what to fuse. A virtual device is one core: its thread is the only one,
  * unless idle devices help it (cpu_team.c).
  */
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -376,6 +377,11 @@ EXPORT void softcap(float *x, int64_t n, float cap) {
     memcpy(x + i, &v, 4 * (n - i));
   }
 }
+
+/* Work on `data` of which [first, first + num) is to be done; `share` (cpu_team.c) has all of [0, end) done in such pieces
+ * by this thread and those who help it, or at once by this one where a piece is all. */
+typedef void Work(const void *data, int64_t first, int64_t num);
+static void share(Work *work, const void *data, int64_t end, int64_t piece);
 
 /* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts;
  * calls that are made again: in this unit, because they share what is above. */
