@@ -15,6 +15,7 @@ import structlog
 
 from kunserve.command.arguments import parse_args
 from kunserve.errors import ConfigError
+from kunserve.host.torch_ahead import hasten_torch
 from kunserve.log import set_up_logging
 from kunserve.model.card import check_model
 
@@ -32,6 +33,8 @@ def run(arguments: Sequence[str], prog: str = "python -m kunserve.server") -> No
         for flag, why in config.http.ignored.items():
             log.warning("flag without effect", flag=flag, because=why)
 
+        if config.engine.devices.kind == "cpu":
+            hasten_torch()
         import uvloop
 
         from kunserve.command.serving import serve

@@ -1,4 +1,5 @@
 /* Included by cpu_kernels.c, whose rules and vectors these are: rotation, the KV blocks, and attention over them. */
+#define SHARED_READ (32 << 10) /* positions times heads times head_dim, from which on KV heads are shared out */
 
 /* ---- the KV blocks ------------------------------------------------------------------------------------------- */
 
@@ -295,45 +296,89 @@ INLINE void divide(const Rows *s, int64_t r, const float *sink, float *y, int64_
   for (int64_t d = 0; d < D; d++) y[d] = s->out[r * s->stride + d] * share / total;
 }
 
+/* What `attention` is asked for. `bad` becomes the least number that it may return, unless there is none. */
+typedef struct {
+  const float *qkv;
+  const uint8_t *kv;
+  float *out;
+  const int32_t *positions, *cu_seqlens_q, *block_tables;
+  int64_t B, num_heads;
+  Blocks c;
+  Scores how;
+  const float *sinks;
+  float scale;
+  _Atomic int64_t *bad;
+} Attention;
+
+static void note_bad(const Attention *a, int64_t bad) {
+  int64_t least = atomic_load(a->bad);
+  while ((!least || bad < least) && !atomic_compare_exchange_weak(a->bad, &least, bad));
+}
+
+/* Of tokens [i, last) of sequence b, heads [q, q + num_q), which share a KV head; `next`: what is read after it. */
+static int attend_heads(const Attention *a, Rows *s, int64_t i, int64_t last, int64_t q, int64_t num_q, Span span,
+                        Span next) {
+  const int64_t D = a->c.head_dim, stride = (a->num_heads + 2 * a->c.num_kv_heads) * D, num = (last - i) * num_q;
+  for (int64_t r = 0; r < num; r++) {
+    const float *x = a->qkv + (i + r / num_q) * stride + (q + r % num_q) * D;
+    for (int64_t d = 0; d < D; d++) s->q[r * s->stride + d] = x[d] * a->scale;
+    s->position[r] = a->positions[i + r / num_q];
+  }
+  if (attend(s, num, &a->c, a->kv, span, next, a->how)) return 1;
+  for (int64_t r = 0; r < num; r++) {
+    const int64_t h = q + r % num_q;
+    divide(s, r, a->sinks ? a->sinks + h : 0, a->out + ((i + r / num_q) * a->num_heads + h) * D, D);
+  }
+  return 0;
+}
+
+/* All tokens, of so many KV heads from `first` on. */
+static void attend_kv_heads(const void *attention, int64_t first, int64_t num) {
+  const Attention *a = attention;
+  const int64_t D = a->c.head_dim, W = a->c.W, group = a->num_heads / a->c.num_kv_heads;
+  const int64_t heads = min_(group, RR), tokens = RR / heads, begin = first * group, end = (first + num) * group;
+  const int32_t *ends = a->cu_seqlens_q, *positions = a->positions;
+  Rows s;
+  s.stride = (D + VL - 1) / VL * VL;
+  if (D % VL) memset(s.values, 0, sizeof s.values); /* the padding of rows stays zero */
+  for (int64_t b = 0; b < a->B; b++) {
+    for (int64_t i = ends[b], last; i < ends[b + 1]; i = last) {
+      last = min_(i + tokens, ends[b + 1]);
+      for (int64_t q = begin, num_q; q < end; q += num_q) {
+        num_q = min_(heads, group - q % group);
+        const int64_t start = start_of(positions[i], a->how) / TT * TT;
+        const Span span = {a->block_tables + b * W, q / group, start, positions[last - 1] + 1};
+        Span next = {span.table, (q + num_q) / group, start, span.end};
+        if (q + num_q == end) { /* the next tokens: of this sequence or of the next */
+          next.h = first;
+          if (last == ends[b + 1]) next.table += W;
+          next.end = last < ends[a->B] && next.table < a->block_tables + a->B * W ? positions[last] + 1 : 0;
+          next.start = next.end > 0 ? start_of(positions[last], a->how) / TT * TT : 0;
+        }
+        if (attend_heads(a, &s, i, last, q, num_q, span, next)) {
+          note_bad(a, i + 1);
+          return;
+        }
+      }
+    }
+  }
+}
+
 /* q of qkv (T, (H + 2 * KH) * D) over the blocks -> out (T, H * D). -> 0, or 1 + the first token of a bad sequence.
  * sinks (H,) or null; window and softcap: see Scores. */
 EXPORT int64_t attention(const float *qkv, const uint8_t *kv, float *out, const int32_t *positions,
                          const int32_t *cu_seqlens_q, const int32_t *block_tables, int64_t B, int64_t W,
                          int64_t num_blocks, int64_t num_kv_heads, int64_t block_size, int64_t head_dim, int64_t kind,
                          int64_t num_heads, int64_t window, const float *sinks, float scale, float softcap) {
-  const Scores how = {window, softcap};
-  const Blocks c = {num_blocks, num_kv_heads, block_size, head_dim, W, kind};
-  const int64_t D = head_dim, stride = (num_heads + 2 * num_kv_heads) * D;
-  const int64_t group = num_heads / num_kv_heads, heads = min_(group, RR), tokens = RR / heads;
-  Rows s;
-  s.stride = (D + VL - 1) / VL * VL;
-  if (D % VL) memset(s.values, 0, sizeof s.values); /* the padding of rows stays zero */
-  for (int64_t b = 0; b < B; b++) {
-    for (int64_t i = cu_seqlens_q[b], last; i < cu_seqlens_q[b + 1]; i = last) {
-      last = min_(i + tokens, cu_seqlens_q[b + 1]);
-      for (int64_t q = 0; q < num_heads; q += min_(heads, group - q % group)) {
-        const int64_t num_q = min_(heads, group - q % group), num = (last - i) * num_q;
-        for (int64_t r = 0; r < num; r++) {
-          const float *x = qkv + (i + r / num_q) * stride + (q + r % num_q) * D;
-          for (int64_t d = 0; d < D; d++) s.q[r * s.stride + d] = x[d] * scale;
-          s.position[r] = positions[i + r / num_q];
-        }
-        const int64_t start = start_of(positions[i], how) / TT * TT;
-        const Span span = {block_tables + b * W, q / group, start, positions[last - 1] + 1};
-        Span next = {span.table, (q + num_q) / group, start, span.end};
-        if (q + num_q == num_heads) { /* the next tokens: of this sequence or of the next */
-          next.h = 0;
-          if (last == cu_seqlens_q[b + 1]) next.table += W;
-          next.end = last < cu_seqlens_q[B] && next.table < block_tables + B * W ? positions[last] + 1 : 0;
-          next.start = next.end > 0 ? start_of(positions[last], how) / TT * TT : 0;
-        }
-        if (attend(&s, num, &c, kv, span, next, how)) return i + 1;
-        for (int64_t r = 0; r < num; r++) {
-          const int64_t h = q + r % num_q;
-          divide(&s, r, sinks ? sinks + h : 0, out + ((i + r / num_q) * num_heads + h) * D, D);
-        }
-      }
-    }
-  }
-  return 0;
+  _Atomic int64_t bad = 0;
+  const Attention a = {.qkv = qkv, .kv = kv, .out = out, .positions = positions, .cu_seqlens_q = cu_seqlens_q,
+                       .block_tables = block_tables, .B = B, .num_heads = num_heads,
+                       .c = {num_blocks, num_kv_heads, block_size, head_dim, W, kind}, .how = {window, softcap},
+                       .sinks = sinks, .scale = scale, .bad = &bad};
+  int64_t num_read = 0; /* positions, by each token */
+  for (int64_t b = 0; b < B; b++)
+    if (cu_seqlens_q[b] < cu_seqlens_q[b + 1])
+      num_read += (cu_seqlens_q[b + 1] - cu_seqlens_q[b]) * min_(positions[cu_seqlens_q[b + 1] - 1] + 1, window);
+  share(attend_kv_heads, &a, num_kv_heads, num_read * num_heads * head_dim < SHARED_READ ? num_kv_heads : 1);
+  return atomic_load(&bad);
 }

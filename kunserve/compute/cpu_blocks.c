@@ -298,16 +298,21 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};
   float scales[NR][16];
   const float *x = t->x;
+  const int pair = VL == 8 && mr == 1 && nr == NR ? 2 : 1; /* by turns: the sums of one row wait for each other */
   const int64_t K = t->K, first = k / GROUP, end = first + t->num_k / GROUP, step = nr * (row_bytes / (K / GROUP));
   const uint8_t *ahead = codes + AHEAD_BYTES;
   for (int64_t g = first; g < end; g++, x += GROUP, ahead += step) {
     __builtin_prefetch(ahead, 0, L2);
     if (nr == NR) __builtin_prefetch(ahead + 64, 0, L2); /* a step is up to 80 bytes of 4-bit codes */
-    UNROLL for (int j = 0; j < nr; j++) {
-      decode_scales(format, codes + j * row_bytes, g, g == first, scales[j]);
-      const Group w = decode(format, codes + j * row_bytes, g, scales[j]);
+    UNROLL for (int j = 0; j < nr; j += pair) {
+      Group w[2];
+      UNROLL for (int p = 0; p < pair; p++) {
+        decode_scales(format, codes + (j + p) * row_bytes, g, g == first, scales[j + p]);
+        w[p] = decode(format, codes + (j + p) * row_bytes, g, scales[j + p]);
+      }
       UNROLL for (int v = 0; v < GV; v++)
-        UNROLL for (int i = 0; i < mr; i++) acc[i][j] = fma_(load(x + i * K + v * VL), w.w[v], acc[i][j]);
+        UNROLL for (int p = 0; p < pair; p++)
+          UNROLL for (int i = 0; i < mr; i++) acc[i][j + p] = fma_(load(x + i * K + v * VL), w[p].w[v], acc[i][j + p]);
     }
   }
   finish(mr, nr, acc, t);

@@ -10,6 +10,7 @@
  * not decide by itself, differently in each tile, what to fuse. A virtual device is one core: its thread is the only one,
  * unless idle devices help it (cpu_team.c).
  */
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -377,10 +378,16 @@ EXPORT void softcap(float *x, int64_t n, float cap) {
   }
 }
 
-/* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts: in
- * this unit, because they share what is above. */
+/* Work on `data` of which [first, first + num) is to be done; `share` (cpu_team.c) has all of [0, end) done in such pieces
+ * by this thread and those who help it, or at once by this one where a piece is all. */
+typedef void Work(const void *data, int64_t first, int64_t num);
+static void share(Work *work, const void *data, int64_t end, int64_t piece);
+
+/* Numbers of 16 bits; rotation, the KV blocks, attention; matrices in blocks; threads that help each other; experts;
+ * calls that are made again: in this unit, because they share what is above. */
 #include "cpu_halves.c"
 #include "cpu_attention.c"
 #include "cpu_blocks.c"
 #include "cpu_team.c"
 #include "cpu_experts.c"
+#include "cpu_replay.c"

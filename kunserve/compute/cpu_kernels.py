@@ -20,7 +20,7 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-INCLUDED = ("cpu_halves.c", "cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c")
+INCLUDED = ("cpu_halves.c", "cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c", "cpu_replay.c")
 SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in INCLUDED))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "attention": (_INT, [_POINTER] * 6 + [_INT] * 9 + [_POINTER] + [c_float] * 2),
     "gate_rows": (None, [_POINTER] * 3 + [_INT] * 2),
     "route": (None, [_POINTER] * 2 + [_INT] * 4),
+    "replay": (_INT, [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 2]),
     "team_bytes": (_INT, []),
     "pieces_helped": (_INT, [_POINTER]),
     "lead": (None, [_POINTER]),

@@ -7,6 +7,7 @@ are bitwise the same however requests are batched, prompts are cut into pieces a
 from __future__ import annotations
 
 import ctypes
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -47,11 +48,15 @@ class CpuOps(Ops):
         self._route, self._experts, self._gate_rows = kernels.route, kernels.experts, kernels.gate_rows
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
-        self._kernels = kernels
+        self.kernels = kernels
 
     def new_team(self) -> CpuTeam:
         """Return a team whose leader's products others can take part in."""
-        return CpuTeam(self._kernels)
+        return CpuTeam(self.kernels)
+
+    def new(self, *shape: int) -> Tensor:
+        """Return a tensor for what a kernel computes; nothing is in it yet."""
+        return torch.empty(shape, dtype=FLOAT)
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
@@ -72,7 +77,7 @@ class CpuOps(Ops):
         """Divide by the root mean square of the last dimension, times `offset + weight`: (T, H) -> (T, H)."""
         assert _is_ours(x) and _is_ours(weight)
         T, H = x.shape
-        y = torch.empty(T, H, dtype=FLOAT)
+        y = self.new(T, H)
         self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), T, H, eps, offset)
         return y
 
@@ -83,7 +88,7 @@ class CpuOps(Ops):
         assert _is_ours(x) and weight.shape[1] == K
         assert bias is None or _is_ours(bias)
         assert residual is None or (_is_ours(residual) and residual.shape == (T, N))
-        y = torch.empty(T, N, dtype=FLOAT)
+        y = self.new(T, N)
         first = 0
         for part in weight.parts:
             assert part.data.is_contiguous()
@@ -125,12 +130,12 @@ class CpuOps(Ops):
             kv.data_ptr(),
             None if q_norm is None else q_norm.data_ptr(),
             None if k_norm is None else k_norm.data_ptr(),
-            *_where(batch),
+            *where(batch),
             num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype),
             num_heads, max_positions, rotary_dim, is_whole, eps, offset,
         )  # fmt: skip
         if bad:
-            raise EngineError(f"token {bad - 1} of the batch has no slot: position outside rope or block table")
+            raise_unslotted(bad - 1)
 
     def attention(
         self,
@@ -147,22 +152,22 @@ class CpuOps(Ops):
         """
         num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
         assert _is_ours(qkv) and kv.is_contiguous() and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
-        out = torch.empty(qkv.shape[0], num_heads * head_dim, dtype=FLOAT)
+        out = self.new(qkv.shape[0], num_heads * head_dim)
         bad = self._attention(
-            qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *_where(batch),
+            qkv.data_ptr(), kv.data_ptr(), out.data_ptr(), *where(batch),
             num_blocks, num_kv_heads, block_size, head_dim, KV_DTYPES.index(kv.dtype), num_heads,
             ENDLESS if scores.window is None else scores.window, None if sinks is None else sinks.data_ptr(),
             head_dim**-0.5 if scores.scale is None else scores.scale, scores.softcap or 0.0,
         )  # fmt: skip
         if bad:
-            raise EngineError(f"token {bad - 1} of the batch reads a position that its block table does not name")
+            raise_unread(bad - 1)
         return out
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu", limit: float = 0.0) -> Tensor:
         """Compute activation(gate) * up: (T, 2 * I) -> (T, I)."""
         assert _is_ours(gate_up)
         T, width = gate_up.shape
-        y = torch.empty(T, width // 2, dtype=FLOAT)
+        y = self.new(T, width // 2)
         kind = ACTIVATIONS.index(activation)
         self._act_and_mul(gate_up.data_ptr(), y.data_ptr(), T, width // 2, kind, limit, SWIGLU_ALPHA)
         return y
@@ -208,11 +213,21 @@ def _stored(rows: Tensor, blocks: Blocks | None) -> tuple[int, int]:
     return FLOATS if blocks is None else FORMATS.index(blocks.name), rows.shape[-1] * rows.itemsize
 
 
-def _where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
+def where(batch: AttentionBatch) -> tuple[int, int, int, int, int]:
     """Return the addresses of positions, cu_seqlens_q and block_tables, and the shape (B, W) of the last."""
     positions, ends, tables = batch.positions, batch.cu_seqlens_q, batch.block_tables
     assert positions.dtype is INT and ends.dtype is INT and tables.dtype is INT and tables.is_contiguous()
     return (positions.data_ptr(), ends.data_ptr(), tables.data_ptr(), *tables.shape)
+
+
+def raise_unslotted(token: int) -> NoReturn:
+    """Raise EngineError for a token whose K and V have no place."""
+    raise EngineError(f"token {token} of the batch has no slot: position outside rope or block table")
+
+
+def raise_unread(token: int) -> NoReturn:
+    """Raise EngineError for a token that would read what is not there."""
+    raise EngineError(f"token {token} of the batch reads a position that its block table does not name")
 
 
 def has_block_kernels(dtype: str, head_dim: int = 64) -> bool:

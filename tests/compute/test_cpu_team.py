@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from op_layers import Layer, Shape
 from torch import Tensor
 
 from kunserve.compute.cpu_kernels import KernelsUnavailableError, load_kernels
@@ -58,6 +59,18 @@ def test_help_changes_no_bit(ops: CpuOps, team: CpuTeam, M: int) -> None:
             assert torch.equal(team.lead(lambda: ops.linear(x, matrix, bias, residual)), alone)  # noqa: B023
             if team.num_helped > before:
                 break
+
+
+def test_help_with_attention_changes_no_bit(ops: CpuOps, team: CpuTeam) -> None:
+    layer = Layer(ops, Shape(), [700, 1, 300], torch.float32, seed=1)
+    pieces = [(0, 700), (1, 1), (2, 300)]
+    batch = layer.batch(pieces)
+    alone = layer.append(pieces)
+    qkv = torch.cat(layer.inputs)
+    ops.rotate_and_append(qkv, layer.rope, layer.kv, batch)
+    before = team.num_helped
+    while team.num_helped == before:  # until the helper had its part in it
+        assert torch.equal(team.lead(lambda: ops.attention(qkv, layer.kv, batch, layer.shape.num_heads)), alone)
 
 
 def test_a_thread_leads_only_meanwhile(ops: CpuOps, team: CpuTeam) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from kunserve.compute.cpu_decoder import CpuDecoder
 from kunserve.compute.cpu_ops import CpuOps, cpu_ops_or_reference
 from kunserve.compute.decoder import Decoder
 from kunserve.config import DEFAULT_KV_BYTES, EngineConfig
@@ -129,6 +130,8 @@ class HostMachine(Machine):
             self._join(device)
 
         def new_decoder(memory: DeviceMemory) -> Decoder:
+            if isinstance(ops, CpuOps):
+                return CpuDecoder(self._model, ops, memory.weights, memory.kv, max_model_len)
             return Decoder(self._model, ops, memory.weights, memory.kv, max_model_len)
 
         self._new_decoder = new_decoder
