@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -89,7 +90,7 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
             _logits(bench, placed, prompt, layers)
             for _ in range(2):  # appends the same tokens as all that follow
                 before = _logits(bench, placed, decode, layers).clone()
-        chosen = [bench.on_device(placed, lambda p=placed: launch_greedy(p, decode).on_device) for placed in both]
+        chosen = [bench.on_device(placed, partial(_chosen, placed, decode)) for placed in both]
         same_tokens = all(bool(torch.equal(ids, before.argmax(-1))) for ids in chosen)
         captures = [placed.decoder.graphs.num_captures if placed.decoder.graphs else 0 for placed in both]
         full = first.memory.layout
@@ -117,6 +118,10 @@ def graphs(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
                 "same_after_restore": all(bool(torch.equal(before, logits)) for logits in restored),
             }
         )
+
+
+def _chosen(placed: Placed, step: Step) -> Tensor:
+    return launch_greedy(placed, step).on_device
 
 
 def bandwidth(bench: Bench) -> float:

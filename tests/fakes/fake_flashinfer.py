@@ -158,7 +158,7 @@ def fast_decode_plan(
     fixed_split_size: int | None, global_override_indptr_cpu: Tensor, **options: Any,
 ) -> None:  # fmt: skip
     """Plan without copying: the buffers have the arrays already."""
-    check_splits(global_override_indptr_cpu, *shape[:2], fixed_split_size)
+    check_splits(global_override_indptr_cpu, shape[0], shape[1], fixed_split_size)
     wrapper.splits.append(fixed_split_size)
     assert wrapper.num_plans, "the first plan is the full one"
     assert len(shape) == 4 and wrapper.scores == _scores(options)

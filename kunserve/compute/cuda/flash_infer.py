@@ -207,11 +207,11 @@ class LayersPlanner:
         """See `splits.split_blocks`. A window bounds contexts, and FlashInfer counts only what is in it."""
         if self.scores.window is not None:
             return None
-        *heads, head_dim, block_size = self._attention.shape
+        num_heads, num_kv_heads, head_dim, block_size = self._attention.shape
         num_sms = self._attention.buffers.driver.num_multiprocessors
-        tiles = captured_tiles(bucket, *heads, head_dim, num_sms)
+        tiles = captured_tiles(bucket, num_heads, num_kv_heads, head_dim, num_sms)
         num_blocks = np.diff(arrays.kv[self._kind].kv_indptr)
-        return split_blocks(num_blocks, tiles, tiles_at_once(heads[1], num_sms), block_size)
+        return split_blocks(num_blocks, tiles, tiles_at_once(num_kv_heads, num_sms), block_size)
 
 
 def load_attention(
