@@ -104,7 +104,7 @@ def find_rate(args: argparse.Namespace, need: float, known: dict[float, float]) 
 def explore(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each need, way and router, in this order."""
     rows = []
-    few = argparse.Namespace(**vars(args) | {"nodes": 2, "gpus": 2})  # a rate for a GPU is found there in seconds
+    few = argparse.Namespace(**vars(args) | {"nodes": 2})  # a rate for a GPU is found there sooner
     first = FIRST_RATES[args.workload]
     known_of_few = {first: need_of(few, first)}
     known: dict[float, float] = {}

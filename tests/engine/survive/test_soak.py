@@ -1,4 +1,4 @@
-"""Two minutes of the soak (`scripts/soak.py` runs longer ones): load, faults and operators at random."""
+"""A minute of the soak (`scripts/soak.py` runs longer ones): load, faults and operators at random."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from seeds import asked_seed
 from soaking import soak
 
-MINUTES = 2
+MINUTES = 1
 
 
 @pytest.mark.drawn
