@@ -26,7 +26,8 @@ class CpuDecoder(Decoder):
         self._kernels: ctypes.CDLL = ops.kernels
         self._range, self.recordings = (0, 0), dict[int, Recording]()  # by rows, of a range of layers
         self._is_recorded = config.residual_scale == 1 and all(
-            layer.experts is layer.after_attention is layer.after_mlp is None for layer in self._layers
+            layer.experts is None and layer.after_attention is None and layer.after_mlp is None
+            for layer in self._layers
         )
 
     def _through(self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:

@@ -40,7 +40,7 @@ def _later(spec: ModuleSpec) -> ModuleType:
     def load(attribute: str) -> Any:
         if attribute.startswith("__"):  # the importing itself asks for such
             raise AttributeError(attribute)
-        del module.__getattr__  # type: ignore[attr-defined]
+        del module.__getattr__
         loader.exec_module(module)
         return getattr(module, attribute)
 

@@ -37,7 +37,7 @@ def test_a_module_that_is_put_off_runs_once_and_when_something_of_it_is_used(
     path = tmp_path / "slow_one.py"
     path.write_text("import put_off_runs\nput_off_runs.append(1)\nvalue = 7\n")
     runs: list[int] = []
-    monkeypatch.setitem(sys.modules, "put_off_runs", runs)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "put_off_runs", runs)
     monkeypatch.delitem(sys.modules, "slow_one", raising=False)
     put_off("slow_one", path)
     import slow_one  # type: ignore[import-not-found]
