@@ -70,7 +70,7 @@ class Recording:
 
     @property
     def result(self) -> Tensor:
-        """What the newest pass has made: (T, H), a copy."""
+        """Return a copy of what the newest pass has made: (T, H)."""
         return self._y.clone()
 
     def replay(self, x: Tensor, batch: AttentionBatch) -> Tensor:
