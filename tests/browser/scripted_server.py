@@ -31,6 +31,9 @@ class _Shown(FakeEngine):
         return self.shown
 
 
+PATIENCE_S = 60.0  # a server that hangs fails one test, and not the run
+
+
 class ScriptedServer:
     """Loads until `ready`, then serves until `stop`; `show` sets what the page sees from then on."""
 
@@ -40,9 +43,9 @@ class ScriptedServer:
         self._engine = _Shown()
         self._app = make_app(self._engine)
         self._is_listening = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="scripted server")
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="scripted server", daemon=True)
         self._thread.start()
-        self._is_listening.wait()
+        assert self._is_listening.wait(PATIENCE_S), "it does not listen"
 
     @property
     def url(self) -> str:
@@ -66,7 +69,8 @@ class ScriptedServer:
         """End, as a process that has died: nothing listens when this returns."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
+            assert not self._thread.is_alive(), "it does not end"
 
     async def _serve(self) -> None:
         self._loop, self._loaded, self._stopped = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
