@@ -125,7 +125,7 @@ class Bench:
                     memory.kv.layers[layer][: memory.kv.num_blocks(layer)].zero_()
                 decoder, _ = cuda_decoder(
                     config, memory.weights, memory.kv, num_blocks * BLOCK_SIZE, limits,
-                    block_size=BLOCK_SIZE, dtype=dtype, driver=device.driver, enforce_eager=enforce_eager,
+                    dtype=dtype, driver=device.driver, enforce_eager=enforce_eager,
                 )  # fmt: skip
                 with device.computing():
                     decoder.capture()

@@ -30,6 +30,7 @@ from kunserve.compute.cuda.attention import ReferenceAttention
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.gpu.cuda.driver import Driver
+from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
@@ -41,8 +42,8 @@ TINY = ModelConfig("llama", 100, 32, 48, 8, 2, 1, 16, 2048)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A GPU without a GPU: reference attention for half types too, and graphs that run again."""
 
-    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
-        return ReferenceAttention(block_size, buffers), "reference"
+    def load_attention(config: ModelConfig, shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
+        return ReferenceAttention(shape.block_size, buffers), "reference"
 
     make = cuda_decoder.cuda_decoder
 

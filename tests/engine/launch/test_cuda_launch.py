@@ -209,7 +209,7 @@ async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[Fake
     ("settings", "message"),
     [
         ({"dtype": "float64"}, r"float64"),
-        ({"kv_cache_dtype": "float16"}, r"^--kv-cache-dtype float16: on GPUs KV has the weights' dtype, float32$"),
+        ({"kv_cache_dtype": "float16"}, r"^--kv-cache-dtype float16: on GPUs KV has the weights' dtype, float32, or 8"),
         ({"devices": parse_devices("cuda:3")}, r"there is no cuda:3; this machine has 1 GPU"),
         ({"device_memory_bytes": 900 * MIB}, r"cuda:0: too little memory: --device-memory asks for 2 x 900 MiB"),
         ({"device_memory_bytes": 2 * MIB}, r"MiB"),
