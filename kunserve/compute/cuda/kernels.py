@@ -90,19 +90,26 @@ def _act_and_mul(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _as_kept(x, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what KV keeps of numbers: themselves, or where `E4M3` their bytes, rounded as `torch_ops.as_kv` does.
+def _as_e4m3(x):  # type: ignore[no-untyped-def]
+    """Return numbers as bytes of e4m3, rounded as `torch_ops.as_kv` does.
 
     By whole numbers: Triton converts to this dtype only for GPUs that have an instruction for it.
     """
-    if not E4M3:
-        return x
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = (size + ((size >> 20) & 1) + 0x7FFFF - (120 << 23)) >> 20  # half to even; exponents begin 120 lower
     tiny = tl.minimum(size, 0x3C800000).to(tl.float32, bitcast=True) + 16384.0  # up to 2 ** -6, in steps of 2 ** -9
     kept = tl.where(size < 0x3C800000, tiny.to(tl.int32, bitcast=True) - 0x46800000, tl.minimum(normal, 0x7E))
     return (tl.where(size > 0x7F800000, 0x7F, kept) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _keep(target, x, mask, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store numbers in KV of their own dtype, or where `E4M3` of 8 bits."""
+    if E4M3:
+        tl.store(target, _as_e4m3(x), mask)
+    else:
+        tl.store(target, x, mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -146,9 +153,9 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
         is_value = (head - HEADS) // KV_HEADS
         row = ((slot // block_size * 2 + is_value) * KV_HEADS + (head - HEADS) % KV_HEADS) * block_size
         target = kv + (row + slot % block_size) * (2 * HALF + REST)
-        tl.store(target + i, _as_kept(a, E4M3), mask)
-        tl.store(target + HALF + i, _as_kept(b, E4M3), mask)
-        tl.store(target + 2 * HALF + j, _as_kept(c, E4M3), rest_mask)
+        _keep(target + i, a, mask, E4M3)
+        _keep(target + HALF + i, b, mask, E4M3)
+        _keep(target + 2 * HALF + j, c, rest_mask, E4M3)
 
 
 class TritonKernels:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from e2e.engines import assert_idle, generate, greedy
 from fake_cuda import FakeCuda
 from fake_gpus import ACTIVATIONS, MIB, Gpus
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from tiny_models import VOCAB_SIZE, make_tiny_model
 from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
 
@@ -250,6 +252,27 @@ async def test_what_is_quantized_is_served_as_what_it_stands_for(
         async with serving(model, num_blocks_override=64, **more) as served:
             answers.append([await generate(served.engine, prompt, greedy(12)) for prompt in prompts])
     assert answers[0] == answers[1]
+
+
+async def test_kv_of_8_bits_says_what_it_costs_and_which_scales_it_leaves(
+    tiny: Path, tmp_path: Path, drivers: list[FakeCuda]
+) -> None:
+    folder = copytree(tiny, tmp_path / "calibrated")
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"
+    scales = {f"{layer}.k_scale", f"{layer}.v_scale", f"{layer}.k_proj.output_scale"}
+    save_file(tensors | dict.fromkeys(scales, torch.ones(1)), folder / "model.safetensors")
+    said: list[dict[str, Any]] = []
+    answers: list[list[int]] = []
+    for model in (tiny, folder):
+        with capture_logs() as lines:
+            async with serving(model, num_blocks_override=64, kv_cache_dtype="fp8") as served:
+                answers.append(await generate(served.engine, [5, 6, 7], greedy(5)))
+        said.append({line["event"]: line for line in lines})
+    assert answers[0] == answers[1]
+    assert all("448" in events["KV has 8 bits"]["costs"] for events in said)
+    event = "the checkpoint's scales of KV are not used"
+    assert event not in said[0]
+    assert said[1][event]["tensors"] == ", ".join(sorted(scales)) and said[1][event]["log_level"] == "warning"
 
 
 async def test_flashinfer_that_is_missing_is_said_in_one_line(tiny: Path, drivers: list[FakeCuda]) -> None:
