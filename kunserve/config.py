@@ -111,18 +111,24 @@ class EngineConfig:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
-        is_cpu = self.devices.kind == "cpu"
-        if self.kv_cache_dtype not in (known := CPU_KV_DTYPES if is_cpu else KV_DTYPES):
-            where = " on CPU devices" if is_cpu else ": KV has 8 (e4m3), 16 or 32 bits"
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype} is not served{where}; use one of {', '.join(known)}"
-            )
+        self._check_kv_dtype()
         budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
         if sum(budget is not None for budget in budgets) > 1:
             raise ConfigError(
                 "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
             )
         self._check_faults()
+
+    def _check_kv_dtype(self) -> None:
+        name = self.kv_cache_dtype
+        if self.devices.kind == "cpu" and name not in CPU_KV_DTYPES:
+            known = ", ".join(CPU_KV_DTYPES)
+            raise ConfigError(f"--kv-cache-dtype {name} is not served on CPU devices; use one of {known}")
+        if name not in KV_DTYPES:
+            raise ConfigError(
+                f"--kv-cache-dtype {name} is not served: KV has 8 (e4m3), 16 or 32 bits; use one of "
+                f"{', '.join(KV_DTYPES)}"
+            )
 
     def _check_faults(self) -> None:
         if self.faults and self.devices.kind != "cpu":

@@ -65,8 +65,9 @@ class FlashInferAttention:
 
     Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtypes and head_dim. Layers
     that differ in what becomes of scores (windows) are planned one after the other, each with their own wrappers.
-    KV of 8 bits becomes numbers of q's dtype in the kernel, on any GPU (vec_cast in vec_dtypes.cuh, 0.6.18: by an
-    instruction from compute capability 9.0 on, by shifts and a product before); it has no scales that `run` would take.
+    KV of 8 bits becomes numbers of q's dtype in the kernel, without loss and on any GPU (vec_cast in vec_dtypes.cuh,
+    0.6.18: float16 by an instruction from compute capability 9.0 on, else by shifts and a product). Its scales are 1,
+    which is what `run` takes for them if it is told none.
     """
 
     is_capturable = True
