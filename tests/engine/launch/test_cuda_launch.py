@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -22,7 +23,7 @@ from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
 from kunserve import server
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.config import EngineConfig, parse_devices
-from kunserve.engine.launch.cuda_machine import GRAPH_BYTES
+from kunserve.engine.launch.cuda_machine import GRAPH_BYTES, CudaOptions
 from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import ConfigError, EngineError
@@ -225,6 +226,17 @@ async def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         await launch(config, "tiny", lambda text, share: None)
     assert "\n" not in error.value.message
+
+
+def test_kv_of_8_bits_is_refused_where_flashinfer_would_read_it_wrongly(tiny: Path) -> None:
+    model = load_hf_config(tiny)
+    settings: dict[str, Any] = {"devices": parse_devices("cuda"), "kv_cache_dtype": "fp8"}
+    for head_dim, dtype in ((64, "bfloat16"), (128, "float16"), (256, "bfloat16"), (192, "float32")):
+        options = CudaOptions.of(replace(model, head_dim=head_dim), EngineConfig("m", dtype=dtype, **settings))
+        assert options.kv_shape(model).dtype is torch.float8_e4m3fn
+    for head_dim in (192, 96):
+        with pytest.raises(ConfigError, match=rf"^--kv-cache-dtype fp8: FlashInfer .* this model's have {head_dim};"):
+            CudaOptions.of(replace(model, head_dim=head_dim), EngineConfig("m", dtype="bfloat16", **settings))
 
 
 @pytest.mark.parametrize("kind", ["mxfp4", "experts in fp8", "fp8 while loading"])
