@@ -127,8 +127,8 @@ def test_triton_rotates_before_it_rounds_to_8_bits(triton_kernels: Kernels, head
         qkv, rope = randn(6, 8 * head_dim, seed=6, dtype=dtype), randn(50, head_dim, seed=3, dtype=dtype)
         kv = torch.zeros(10, 2, 2, 4, head_dim, dtype=kv_dtype)
         positions, slots = (torch.tensor(t, dtype=torch.int32) for t in ([0, 7, 3, 49, 5, 0], [3, 17, 8, 0, 39, -1]))
-        norms = [randn(head_dim, seed=i, dtype=dtype) for i in (4, 5)]
-        triton_kernels.rotate_and_append(qkv, rope, kv, positions, slots, *norms, 1e-5)
+        q_norm, k_norm = (randn(head_dim, seed=i, dtype=dtype) for i in (4, 5))
+        triton_kernels.rotate_and_append(qkv, rope, kv, positions, slots, q_norm, k_norm, 1e-5)
         results.append((qkv, kv))
     (q, kv), (same_q, wide) = results
     assert torch.equal(q, same_q) and wide.any()
