@@ -11,7 +11,8 @@ from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")  # each kind of devices serves some of them
-KV_DTYPES = ("auto", "float16", "bfloat16")  # auto: that of the weights
+CPU_KV_DTYPES = ("auto", "float16", "bfloat16")  # auto: that of the weights
+KV_DTYPES = (*CPU_KV_DTYPES, "fp8", "fp8_e4m3")  # both fp8 are the same
 DEFAULT_KV_BYTES = 1 << 30  # of one CPU device, where neither --device-memory nor a number of blocks is given
 MAX_DEVICES = 64  # logical devices of one GPU, and virtual CPU devices
 
@@ -110,17 +111,24 @@ class EngineConfig:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
-        if self.kv_cache_dtype not in KV_DTYPES:
-            raise ConfigError(
-                f"--kv-cache-dtype {self.kv_cache_dtype} is not served: KV has 16 or 32 bits; use one of "
-                f"{', '.join(KV_DTYPES)}"
-            )
+        self._check_kv_dtype()
         budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
         if sum(budget is not None for budget in budgets) > 1:
             raise ConfigError(
                 "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
             )
         self._check_faults()
+
+    def _check_kv_dtype(self) -> None:
+        name = self.kv_cache_dtype
+        if self.devices.kind == "cpu" and name not in CPU_KV_DTYPES:
+            known = ", ".join(CPU_KV_DTYPES)
+            raise ConfigError(f"--kv-cache-dtype {name} is not served on CPU devices; use one of {known}")
+        if name not in KV_DTYPES:
+            raise ConfigError(
+                f"--kv-cache-dtype {name} is not served: KV has 8 (e4m3), 16 or 32 bits; use one of "
+                f"{', '.join(KV_DTYPES)}"
+            )
 
     def _check_faults(self) -> None:
         if self.faults and self.devices.kind != "cpu":

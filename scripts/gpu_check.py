@@ -28,6 +28,7 @@ from gpucheck.worker import CheckPart, run_parts, serve
 from kunserve.config import DeviceSpec
 from kunserve.errors import ConfigError
 from kunserve.gpu.cuda.device import open_drivers
+from kunserve.gpu.kv_memory import E4M3
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
 
@@ -42,6 +43,7 @@ def parts_of(bench: Bench) -> dict[str, CheckPart]:
         "kernels": partial(forward.kernels, bench),
         "packed": partial(packed.products, bench),
         "logits": partial(forward.logits, bench),
+        "logits_fp8_kv": partial(forward.logits, bench, kv_dtype=E4M3),
         "graphs": partial(forward.graphs, bench),
         "remap": partial(memory.remap, bench),
         "decode": partial(forward.decode, bench),

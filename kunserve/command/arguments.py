@@ -191,7 +191,8 @@ def _add_model_flags(group: Group) -> None:
         "--kv-cache-dtype",
         default=DEFAULTS.kv_cache_dtype,
         metavar="DTYPE",
-        help="dtype of KV: auto: that of the weights; float16, bfloat16: half as many bytes on CPU devices",
+        help="dtype of KV: auto: that of the weights; float16, bfloat16: half as many bytes on CPU devices; fp8 (also "
+        "fp8_e4m3): half as many on GPUs, with answers that differ from those of 16 bits",
     )
     add(
         "--quantization",

@@ -7,6 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Ops, Scores
+from kunserve.gpu.copies import bits_of
+from kunserve.gpu.kv_memory import E4M3, MAX_E4M3
 from kunserve.model.config import SWIGLU_ALPHA
 from kunserve.model.quant.linear import Linear
 from kunserve.sizes import ceil_div
@@ -15,6 +17,11 @@ from kunserve.sizes import ceil_div
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums are taken in: half types are widened."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def as_kv(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return keys or values as KV of `dtype` keeps them. In 8 bits what is beyond 448 is kept as that."""
+    return x.clamp(-MAX_E4M3, MAX_E4M3).to(dtype) if dtype == E4M3 else x.to(dtype)
 
 
 class TorchOps(Ops):
@@ -66,8 +73,8 @@ class TorchOps(Ops):
         num_tokens = batch.cu_seqlens_q.long().diff()
         sequence = torch.arange(len(num_tokens), device=qkv.device).repeat_interleave(num_tokens)
         blocks = batch.block_tables.long()[sequence, positions // block_size]
-        kv[blocks, 0, :, positions % block_size] = normed_and_rotated(k, k_norm).to(kv.dtype)
-        kv[blocks, 1, :, positions % block_size] = v.to(kv.dtype)
+        for i, x in enumerate((normed_and_rotated(k, k_norm), v)):
+            bits_of(kv)[blocks, i, :, positions % block_size] = bits_of(as_kv(x, kv.dtype))
         q.copy_(normed_and_rotated(q, q_norm))
 
     def attention(
@@ -88,7 +95,7 @@ class TorchOps(Ops):
         ends, contexts, tables = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist(), batch.block_tables.long()
         for b, context_len in enumerate(contexts):
             start, end = ends[b], ends[b + 1]
-            blocks = kv[tables[b, : ceil_div(context_len, block_size)]].to(wide)
+            blocks = bits_of(kv)[tables[b, : ceil_div(context_len, block_size)]].view(kv.dtype).to(wide)
             keys, values = blocks.movedim(0, 2).flatten(2, 3)[:, :, :context_len].unbind()  # (kv heads, context, dim)
             x = q[:, start:end].flatten(1, 2) @ keys.mT
             x = x if scores.softcap is None else self.softcap(x, scores.softcap)

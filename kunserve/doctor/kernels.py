@@ -14,7 +14,7 @@ from kunserve.doctor.packages import bound_of
 from kunserve.doctor.probe import Probe
 
 HEADERS = "#include <stdint.h>\n#include <string.h>\nint nothing(void) { return 0; }\n"
-PREFILL = re.compile(r"batch_prefill_with_kv_cache_dtype_q_(\w+?)_dtype_kv_\1_.*_head_dim_qk_(\d+)_")
+PREFILL = re.compile(r"batch_prefill_with_kv_cache_dtype_q_(\w+?)_dtype_kv_(\w+?)_.*_head_dim_qk_(\d+)_")
 GET_COMPILER = "apt install gcc libc6-dev"
 
 
@@ -101,7 +101,7 @@ def check_triton(probe: Probe, gpus: Gpus) -> Finding:
 
 
 def _ready_kernels(probe: Probe, package: Path) -> list[str]:
-    """Return dtype and head size of all prefill modules, which serve decoding too: built ahead, or compiled before."""
+    """Return dtypes and head size of all prefill modules, which serve decoding too: built ahead, or compiled before."""
     base = Path(probe.environment.get("FLASHINFER_WORKSPACE_BASE") or probe.home)
     built = list((package / "data" / "aot").glob("batch_prefill*/*.so"))
     if (cache := probe.find_package("flashinfer_jit_cache")) is not None:
@@ -109,7 +109,8 @@ def _ready_kernels(probe: Probe, package: Path) -> list[str]:
     version = probe.version("flashinfer-python") or ""
     built += (base / ".cache" / "flashinfer" / version).glob("*/cached_ops/batch_prefill*/*.so")
     matches = [PREFILL.match(path.stem) for path in built]
-    return sorted({f"{match[1]}/{match[2]}" for match in matches if match})
+    made = {(q if q == kv else f"{q} with KV in {kv}", dim) for q, kv, dim in (m.groups() for m in matches if m)}
+    return sorted("/".join(of) for of in made)
 
 
 def _missing_tools(probe: Probe) -> list[str]:

@@ -11,6 +11,11 @@ from torch import Tensor
 from kunserve.errors import DeviceError
 
 
+def bits_of(kv: Tensor) -> Tensor:
+    """Return KV of 8 bits as bytes in the same memory, other KV as it is: few kernels know floats of 8 bits."""
+    return kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
+
+
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
     """Blocks of one layer: `destination[destination_ids] = source[source_ids]`; no block is in both.
@@ -24,13 +29,13 @@ class BlockCopy:
     destination_ids: Sequence[int]
 
     def gather(self) -> Tensor:
-        """Return the blocks one after the other: (B, ...) where the source is."""
-        return self.source.index_select(0, torch.tensor(self.source_ids, device=self.source.device))
+        """Return the blocks one after the other: (B, ...) where the source is, as `bits_of` sees them."""
+        return bits_of(self.source).index_select(0, torch.tensor(self.source_ids, device=self.source.device))
 
     def scatter(self, blocks: Tensor) -> None:
-        """Put blocks (B, ...) where they belong. Only named blocks are touched."""
+        """Put blocks (B, ...), as gathered, where they belong. Only named blocks are touched."""
         ids = torch.tensor(self.destination_ids, device=self.destination.device)
-        self.destination.index_copy_(0, ids, blocks.to(self.destination.device))
+        bits_of(self.destination).index_copy_(0, ids, blocks.to(self.destination.device))
 
 
 def copy_blocks(copies: Iterable[BlockCopy]) -> None:

@@ -15,6 +15,8 @@ from kunserve.model.config import ModelConfig
 from kunserve.sizes import ceil_div
 
 RESERVED_BYTES = 8 << 40  # of addresses for one device's KV: a process has 128 TiB of them
+E4M3 = torch.float8_e4m3fn  # of KV of 8 bits: 4 bits of exponent, 3 of mantissa, no infinity
+MAX_E4M3 = 448.0
 
 
 @dataclass(frozen=True, slots=True)

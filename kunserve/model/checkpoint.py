@@ -31,6 +31,9 @@ from kunserve.model.safetensors_header import DAMAGED
 
 DTYPE_CODES = ("F32", "F16", "BF16", "F64")  # safetensors' names of the dtypes we read
 
+# As ModelOpt, compressed-tensors (before and since 0.9) and old checkpoints in FP8 call them.
+KV_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale", ".kv_scale")
+
 
 class WeightSource(Protocol):
     """Reads weights by name. All devices of a process share one; `copy_into` may run in several threads at once."""
@@ -52,6 +55,11 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
     else:
         source = QuantizedSource(folder, config)
     return QuantizingSource(source, config) if scheme is not None and scheme.is_made else source
+
+
+def kv_scales(folder: Path) -> list[str]:
+    """Return the names of the scales of 8-bit KV that the files of `folder` bring."""
+    return sorted(name for name in _tensor_files(folder) if name.endswith(KV_SCALES))
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

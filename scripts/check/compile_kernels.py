@@ -27,6 +27,7 @@ import torch
 
 from kunserve.compute.cuda.ops import CHECKPOINT_DTYPES
 from kunserve.compute.ops import ExpertWeights
+from kunserve.gpu.kv_memory import E4M3
 from kunserve.model.card import load_card
 from kunserve.model.config import ModelConfig
 from kunserve.model.quant.linear import Linear, StoredRows
@@ -114,16 +115,17 @@ def launch_all(kernels: Any, config: ModelConfig, dtype: torch.dtype) -> None:
         )  # fmt: skip
         kernels.moe(torch.zeros(num_rows, hidden, dtype=dtype), weights)
     norms = [made(config.head_dim) if config.qk_norm else None for _ in range(2)]
-    kernels.rotate_and_append(
-        made(num_rows, config.q_size + 2 * config.kv_size),
-        made(64, config.rotary_dim),
-        made(4, 2, config.num_kv_heads, block_size, config.head_dim),
-        made(num_rows, kind=torch.int32),
-        made(num_rows, kind=torch.int32),
-        *norms,
-        1e-5,
-        config.norm_offset,
-    )
+    for kv_dtype in (dtype, E4M3):
+        kernels.rotate_and_append(
+            made(num_rows, config.q_size + 2 * config.kv_size),
+            made(64, config.rotary_dim),
+            made(4, 2, config.num_kv_heads, block_size, config.head_dim, kind=kv_dtype),
+            made(num_rows, kind=torch.int32),
+            made(num_rows, kind=torch.int32),
+            *norms,
+            1e-5,
+            config.norm_offset,
+        )
 
 
 def launch_packed(kernels: Any, dtype: torch.dtype) -> None:
@@ -183,6 +185,7 @@ def resources(compiled: Any) -> dict[str, Any]:
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
     return {
         "kernel": compiled.metadata.name,
+        "kv": compiled.src.signature.get("kv"),
         "registers": usage["REG"],
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,

@@ -29,6 +29,7 @@ from kunserve.compute.cuda.flash_infer import FlashInferAttention
 from kunserve.compute.cuda.splits import captured_tiles
 from kunserve.compute.ops import AttentionBatch, Scores
 from kunserve.compute.torch_ops import TorchOps
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.sizes import ceil_div
 
@@ -42,7 +43,10 @@ CASES = {
     "windows": WINDOWED,
     "more KV heads": replace(PLAIN, num_heads=16, num_kv_heads=8),  # so that few requests run at once
     "soft caps": replace(WINDOWED, attention_softcap=5.0, attention_scale=0.2),
+    "KV of 8 bits": PLAIN,
+    "KV of 8 bits, windows": WINDOWED,
 }
+EIGHT_BITS = ("KV of 8 bits", "KV of 8 bits, windows")
 MIXED = [[(0, 70)], [(70, 71), (0, 130), (5, 6)], [(71, 72), (130, 160), (6, 7), (0, 1)]]  # first and last tokens
 DECODING = [[(72, 73), (160, 161), (7, 8)], [(73, 74), (161, 162)]]
 DECODING += [[(200 + i, 201 + i) for i in range(60)] + [(900, 901)]]  # more than run at once, one much longer
@@ -168,11 +172,11 @@ def batch_of(spans: Sequence[tuple[int, int]], window: int | None) -> AttentionB
     return AttentionBatch(positions, cu_seqlens, ends, tables, BLOCK, near=near)
 
 
-def made(config: ModelConfig) -> tuple[StepUploader, FlashInferAttention]:
+def made(config: ModelConfig, kv_dtype: torch.dtype = DTYPE) -> tuple[StepUploader, FlashInferAttention]:
     """Return what sends and plans steps of a model, by FlashInfer."""
     limits = LIMITS if config.window is None else LIMITS.with_near(config.window, BLOCK)
     buffers = StepBuffers(limits, HostDriver())  # type: ignore[arg-type]
-    attention = FlashInferAttention(config, BLOCK, DTYPE, buffers, BUCKETS[-1])
+    attention = FlashInferAttention(config, KVShape.of(config, BLOCK, kv_dtype), DTYPE, buffers, BUCKETS[-1])
     uploader = StepUploader(buffers, attention)
     for bucket in BUCKETS:  # as graphs are captured: before anything else
         uploader.upload(padding_arrays(bucket, uploader.num_kinds), bucket, NO_IDS, NO_IDS)
@@ -180,7 +184,11 @@ def made(config: ModelConfig) -> tuple[StepUploader, FlashInferAttention]:
 
 
 def largest_error(
-    config: ModelConfig, uploader: StepUploader, spans: Sequence[tuple[int, int]], bucket: int | None
+    config: ModelConfig,
+    kv_dtype: torch.dtype,
+    uploader: StepUploader,
+    spans: Sequence[tuple[int, int]],
+    bucket: int | None,
 ) -> float:
     """Return how far all layers' attention is from the reference in one step, with and without sinks."""
     batch, errors = batch_of(spans, config.window), []
@@ -190,7 +198,7 @@ def largest_error(
         host, device = (batch.near, planned.near) if layer in config.near_layers else (batch, planned)
         assert host is not None and isinstance(device, PlannedBatch)
         num_blocks, heads = int(batch.block_tables.max()) + 1, (config.num_heads, config.head_dim)
-        kv = torch.randn(num_blocks, 2, config.num_kv_heads, BLOCK, config.head_dim, generator=random).to(DTYPE)
+        kv = torch.randn(num_blocks, 2, config.num_kv_heads, BLOCK, config.head_dim, generator=random).to(kv_dtype)
         q = torch.randn(bucket or num_tokens, *heads, generator=random).to(DTYPE)
         for sinks in (None, torch.randn(config.num_heads, generator=random)):
             scores, real = Scores.of(config, layer), q[:num_tokens].flatten(1)
@@ -224,12 +232,13 @@ def main() -> None:
     is_right = True
     with torch.inference_mode(), without_gpu():
         for name, config in CASES.items():
-            uploader, _ = made(config)
+            kv_dtype = E4M3 if name in EIGHT_BITS else DTYPE
+            uploader, _ = made(config, kv_dtype)
             steps = [(spans, None) for spans in MIXED] + [
                 (spans, next(b for b in BUCKETS if b >= len(spans))) for spans in DECODING
             ]
             for spans, bucket in steps:
-                error = largest_error(config, uploader, spans, bucket)
+                error = largest_error(config, kv_dtype, uploader, spans, bucket)
                 is_right &= error <= TOLERANCE
                 print(json.dumps({"case": name, "tokens": spans, "bucket": bucket, "error": round(error, 5)}))
         for name, spans in TIMED.items():

@@ -16,6 +16,7 @@ from kunserve.compute.cuda.decoder import CudaDecoder, cuda_decoder
 from kunserve.compute.cuda.sampling import PendingTokens
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.sampler import SamplingRow
+from kunserve.gpu.copies import bits_of
 from kunserve.gpu.cuda.device import CudaDevice, choose_chunk_bytes, open_cuda_devices, open_drivers
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory
@@ -103,10 +104,14 @@ class Bench:
         num_blocks: int,
         num_devices: int = 1,
         enforce_eager: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ) -> Iterator[list[Placed]]:
-        """Open logical devices on the GPU, each with the whole model and at least `num_blocks` of KV."""
+        """Open logical devices on the GPU, each with the whole model and at least `num_blocks` of KV.
+
+        `kv_dtype`: None: `dtype`.
+        """
         drivers = open_drivers([self.ordinal] * num_devices, self.open_driver)
-        units, shape = weight_units(config, dtype), KVShape.of(config, BLOCK_SIZE, dtype)
+        units, shape = weight_units(config, dtype), KVShape.of(config, BLOCK_SIZE, kv_dtype or dtype)
         wanted = sum(unit.num_bytes for unit in units) + config.num_layers * num_blocks * shape.block_bytes
         chunk = choose_chunk_bytes(config, dtype, shape.block_bytes, drivers[0].granularity, wanted)
         weights = sum(ceil_div(unit.num_bytes, chunk) for unit in units)
@@ -122,10 +127,10 @@ class Bench:
                     memory.weights.fill(unit.name, source)
                 for layer in range(config.num_layers):
                     memory.kv.resize(layer, per_layer)
-                    memory.kv.layers[layer][: memory.kv.num_blocks(layer)].zero_()
+                    bits_of(memory.kv.layers[layer])[: memory.kv.num_blocks(layer)].zero_()
                 decoder, _ = cuda_decoder(
                     config, memory.weights, memory.kv, num_blocks * BLOCK_SIZE, limits,
-                    block_size=BLOCK_SIZE, dtype=dtype, driver=device.driver, enforce_eager=enforce_eager,
+                    dtype=dtype, driver=device.driver, enforce_eager=enforce_eager,
                 )  # fmt: skip
                 with device.computing():
                     decoder.capture()

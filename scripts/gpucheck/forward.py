@@ -28,9 +28,11 @@ from gpucheck.bench import (
 )
 from gpucheck.worker import tell
 from kunserve.compute.cuda.decoder import CudaDecoder
+from kunserve.compute.torch_ops import as_kv
 from kunserve.errors import ConfigError
+from kunserve.gpu.copies import bits_of
 from kunserve.gpu.device_memory import Layout
-from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
@@ -40,8 +42,11 @@ BATCHES = (1, 16, 64, 256)
 CONTEXT = 1024  # tokens of every sequence in a decode step
 
 
-def logits(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
-    """Compare mixed prefill and decode in bf16, eager and replayed, with torch in float32 with the same weights."""
+def logits(bench: Bench, config: ModelConfig | None = None, kv_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Compare mixed prefill and decode in bf16, eager and replayed, with torch in float32 with the same weights.
+
+    Both keep KV in `kv_dtype`, if one is given.
+    """
     config = config or replace(llama_1b(), num_layers=4)
     steps = [
         make_step([0, 0, 0], [70, 1, 33], config.vocab_size, 1, 256),
@@ -55,9 +60,9 @@ def logits(bench: Bench, config: ModelConfig | None = None) -> dict[str, Any]:
         ("eager", torch.bfloat16, True),
         ("graphs", torch.bfloat16, False),
     ):
-        with bench.place(config, dtype, source, num_tokens=256, num_seqs=8, num_blocks=64, enforce_eager=is_eager) as (
-            placed,
-        ):
+        with bench.place(
+            config, dtype, source, num_tokens=256, num_seqs=8, num_blocks=64, enforce_eager=is_eager, kv_dtype=kv_dtype
+        ) as (placed,):
             results[name] = [_logits(bench, placed, step, config.num_layers).float().cpu() for step in steps]
     errors = {
         name: max(_relative_error(a, b) for a, b in zip(results[name], results["float32"], strict=True))
@@ -282,6 +287,10 @@ def kernels(bench: Bench) -> dict[str, Any]:
             kernels.rotate_and_append(q, rope, kv, positions, slots, q_norm, k_norm, 1e-5)
             done.append((q[:5], kv))
         errors[f"rotate_and_append {head_dim}"] = max(error(a, b) for a, b in zip(*done, strict=True))
+        few = torch.zeros(10, 2, 2, 16, head_dim, dtype=torch.uint8, device=device).view(E4M3)
+        fast.rotate_and_append(qkv, rope, few, positions, slots, q_norm, k_norm, 1e-5)
+        differs = bits_of(few) != bits_of(as_kv(done[0][1], E4M3))
+        errors[f"KV of 8 bits {head_dim}, bytes that differ"] = int(differs.sum())
     return errors
 
 

@@ -270,7 +270,11 @@ def test_what_is_wrong_in_a_config_file_is_told_with_its_name(content: str, mess
         ("--restore-hold nan", "--restore-hold nan: must be a number of seconds"),
         ("--restore-hold inf", "--restore-hold inf: must be a number of seconds"),
         ("--dtype int4", "--dtype int4: must be one of auto, float32"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 is not served: KV has 16 or 32 bits; use one of auto, float16"),
+        ("--kv-cache-dtype int8", "--kv-cache-dtype int8 is not served: KV has 8 (e4m3), 16 or 32 bits; use one of"),
+        (
+            "--devices cpu:1 --kv-cache-dtype fp8",
+            "fp8 is not served on CPU devices; use one of auto, float16, bfloat16",
+        ),
         ("--kv-cache-dtype fp8_e5m2", "--kv-cache-dtype fp8_e5m2 is not served"),
         ("--config=", "cannot read the file of flags ''"),
     ],

@@ -212,6 +212,9 @@ def test_kernels_are_built_ahead_or_compiled_or_cannot_be(tmp_path: Path) -> Non
     compiled.parent.mkdir(parents=True)
     compiled.touch()
     check_line(found(**bare), "ok", "kernels built: bf16/128")
+    few = compiled.with_stem(PREFILL.replace("kv_bf16", "kv_e4m3"))
+    few.touch()
+    check_line(found(**bare), "ok", "kernels built: bf16 with KV in e4m3/128, bf16/128")
 
 
 def test_a_package_of_kernels_goes_before_those_in_flashinfer(tmp_path: Path) -> None:

@@ -24,13 +24,18 @@ def cuda_decoder_on_cpu(
     limits: StepLimits,
     run_layers: int | None = 2,
     attention: FlashInferAttention | None = None,
+    dtype: torch.dtype | None = None,
 ) -> CudaDecoder:
-    """A decoder whose every part but the GPU's is the real one; without graphs if `run_layers` is None."""
+    """A decoder whose every part but the GPU's is the real one; without graphs if `run_layers` is None.
+
+    `dtype`: of what is computed; None: that of KV.
+    """
     driver = FakeCuda()
     buffers = StepBuffers(limits, driver) if attention is None else attention.buffers
-    dtype, block_size = memory.kv.shape.dtype, memory.kv.shape.block_size
+    block_size = memory.kv.shape.block_size
     graphs = None
     if run_layers is not None:
+        dtype = dtype or memory.kv.shape.dtype
         graphs = DecodeGraphs(limits.max_num_seqs, config.hidden_size, dtype, CPU, driver.capture, run_layers)
     uploader = StepUploader(buffers, attention or ReferenceAttention(block_size, buffers))
     kernels = CudaOps(TorchKernels())

@@ -20,6 +20,11 @@ from kunserve.compute.torch_ops import TorchOps
 DTYPES, OPTIONS = {"q_data_type", "kv_data_type"}, {"sm_scale", "window_left", "logits_soft_cap"}
 
 
+def _dtypes(options: dict[str, Any]) -> tuple[torch.dtype, torch.dtype]:
+    """Those of q and KV, of which one module is compiled."""
+    return options["q_data_type"], options["kv_data_type"]
+
+
 def _scores(options: dict[str, Any]) -> Scores:
     """What a plan was told of scores; the window leaves out the query's own token."""
     assert DTYPES <= set(options) <= DTYPES | OPTIONS
@@ -31,6 +36,7 @@ class _Wrapper:
     """What both have in common."""
 
     scores: Scores
+    dtypes: tuple[torch.dtype, torch.dtype]
 
     def __init__(self, floats: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
@@ -43,6 +49,7 @@ class _Wrapper:
     def _attend(
         self, q: Tensor, kv: Tensor, ends: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, return_lse: bool
     ) -> Any:
+        assert (q.dtype, kv.dtype) == self.dtypes, "planned for other dtypes"
         counts = indptr.diff().long()
         tables = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32)
         tables[torch.arange(tables.shape[1]) < counts[:, None]] = indices[: indptr[-1]]
@@ -71,7 +78,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, *, causal: bool, **options: Any,
     ) -> None:  # fmt: skip
         assert causal
-        self.scores = _scores(options)
+        self.scores, self.dtypes = _scores(options), _dtypes(options)
         self._qo_indptr_last, self._batch_size = int(qo_indptr[-1]), len(last)
         self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr.clone(), indptr.clone()
         self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = indices, last.clone()
@@ -123,7 +130,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
 
     def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int, **options: Any) -> None:
         assert len(shape) == 4
-        self.scores = _scores(options)
+        self.scores, self.dtypes = _scores(options), _dtypes(options)
         self.check(indptr, indices, last)
         for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):
             buffer[: len(values)].copy_(values)
@@ -161,7 +168,7 @@ def fast_decode_plan(
     check_splits(global_override_indptr_cpu, shape[0], shape[1], fixed_split_size)
     wrapper.splits.append(fixed_split_size)
     assert wrapper.num_plans, "the first plan is the full one"
-    assert len(shape) == 4 and wrapper.scores == _scores(options)
+    assert len(shape) == 4 and wrapper.scores == _scores(options) and wrapper.dtypes == _dtypes(options)
     assert global_override_indptr_cpu.device.type == "cpu"
     wrapper.check(indptr, indices, last)
     for buffer, values in zip(wrapper.buffers, (indptr, indices, last), strict=True):

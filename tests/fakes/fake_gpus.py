@@ -17,6 +17,7 @@ from kunserve.compute.cuda import decoder
 from kunserve.compute.cuda.arrays import StepBuffers
 from kunserve.engine.survive import health
 from kunserve.gpu.cuda import device as cuda
+from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
 
 MIB = 1 << 20
@@ -65,8 +66,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "STEP_FLOOR_S", 60.0)
     monkeypatch.setattr(decoder, "load_kernels", lambda _: (LaunchedKernels(), "kernels"))
 
-    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
-        return LaunchedAttention(block_size, buffers), "attention"
+    def load_attention(config: ModelConfig, shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
+        return LaunchedAttention(shape.block_size, buffers), "attention"
 
     monkeypatch.setattr(decoder, "load_attention", load_attention)
 

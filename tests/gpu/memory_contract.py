@@ -32,6 +32,7 @@ from kunserve.gpu.chunk_pool import ChunkPool, ChunkUse
 from kunserve.gpu.copies import BlockCopy, host_blocks, layer_copies
 from kunserve.gpu.device import Device
 from kunserve.gpu.device_memory import Layout
+from kunserve.gpu.kv_memory import E4M3
 from kunserve.gpu.range import Range
 
 
@@ -175,6 +176,18 @@ class MemoryContract(DeviceContract):
         assert firsts(host) == [firsts(kv[0])[2], 0, firsts(kv[0])[5]]
         await target.copy([BlockCopy(host, [0, 2], other[1], [1, 3])])
         assert firsts(other[1]) == [0, firsts(kv[0])[2], 0, firsts(kv[0])[5], 0, 0] and firsts(other[0]) == [0] * 6
+
+    async def test_kv_of_8_bits_keeps_every_byte(self, devices: tuple[Device, Device]) -> None:
+        """Those that stand for no number, too: from device to device, to the host and back."""
+        source, target = devices
+        (kv, back), (other, _) = ([t.view(torch.uint8) for t in layers_of(device)] for device in devices)
+        written = torch.randint(256, kv.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        kv.copy_(written)
+        await target.copy([BlockCopy(kv.view(E4M3), [3, 1], other.view(E4M3), [0, 5])], source)
+        host = host_blocks(2, other.view(E4M3))
+        await target.copy([BlockCopy(other.view(E4M3), [5, 0], host, [0, 1])], is_to_host=True)
+        await source.copy([BlockCopy(host, [0, 1], back.view(E4M3), [4, 2])])
+        assert torch.equal(back[4].cpu(), written[1]) and torch.equal(back[2].cpu(), written[3])
 
     async def test_a_tensor_is_copied_from_another_device(self, devices: tuple[Device, Device]) -> None:
         source, target = devices

@@ -30,6 +30,7 @@ from kunserve.compute.cuda.attention import ReferenceAttention
 from kunserve.compute.cuda.graphs import DecodeGraphs
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.gpu.cuda.driver import Driver
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.model.config import ModelConfig
 from kunserve.model.host_copy import HostCopy
 from kunserve.policies import OverloadPolicy
@@ -41,8 +42,8 @@ TINY = ModelConfig("llama", 100, 32, 48, 8, 2, 1, 16, 2048)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A GPU without a GPU: reference attention for half types too, and graphs that run again."""
 
-    def load_attention(config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
-        return ReferenceAttention(block_size, buffers), "reference"
+    def load_attention(config: ModelConfig, shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, _: int) -> Any:
+        return ReferenceAttention(shape.block_size, buffers), "reference"
 
     make = cuda_decoder.cuda_decoder
 
@@ -77,6 +78,9 @@ def test_memory_parts(bench: Bench) -> None:
 def test_numbers(bench: Bench) -> None:
     errors = forward.logits(bench, TINY)
     assert 0 < errors["relative_error_graphs"] < 0.02 and 0 < errors["relative_error_eager"] < 0.02
+    rounded = forward.logits(bench, TINY, kv_dtype=E4M3)  # some keys and values come out a step apart
+    assert rounded.keys() == errors.keys() and all(0 < error < 0.1 for error in rounded.values())
+    assert rounded != errors
     assert forward.graphs(bench, TINY) == {
         "captures": [12, 12],  # two runs at three batch sizes, and what is before and after them
         "captures_after_drop_and_restore": [12, 12],
@@ -91,7 +95,8 @@ def test_figures(bench: Bench) -> None:
     assert set(decode) == {"bandwidth_gb_per_s", "1", "3"} and decode["3"]["floor_ms"] > decode["1"]["floor_ms"]
     assert all(math.isfinite(v) and v >= 0 for v in decode["3"].values())
     assert forward.prefill(bench, TINY)["tokens"] == 256
-    assert forward.kernels(bench)["rms_norm"] == 0  # torch against itself
+    errors = forward.kernels(bench)  # torch against itself
+    assert errors["rms_norm"] == 0 and errors["KV of 8 bits 128, bytes that differ"] == 0
 
 
 def test_packed_figures(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,6 @@ def cuda_decoder(
     max_model_len: int,
     limits: StepLimits,
     *,
-    block_size: int,
     dtype: torch.dtype,
     driver: Driver,
     enforce_eager: bool,
@@ -256,7 +255,7 @@ def cuda_decoder(
     buffers = StepBuffers(limits, driver)
     kernels, kernels_note = load_kernels(driver.torch_device)
     max_bucket = batch_buckets(limits.max_num_seqs)[-1]
-    attention, attention_note = load_attention(config, block_size, dtype, buffers, max_bucket)
+    attention, attention_note = load_attention(config, kv.shape, dtype, buffers, max_bucket)
     is_capturable = kernels.is_capturable and attention.is_capturable
     graphs = None
     if is_capturable and not enforce_eager:

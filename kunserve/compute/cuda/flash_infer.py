@@ -20,6 +20,7 @@ from kunserve.compute.cuda.attention import Attend, PagedAttention, ReferenceAtt
 from kunserve.compute.cuda.splits import captured_tiles, rows_per_tile, split_blocks, tiles_at_once
 from kunserve.compute.ops import Scores
 from kunserve.errors import ConfigError
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.model.config import ModelConfig
 
 MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
@@ -62,19 +63,22 @@ def _attend_with_sinks(run: Callable[..., Any], q: Tensor, kv: Tensor, sinks: Te
 class FlashInferAttention:
     """FlashInfer's paged kernels: one wrapper for mixed batches, and one per bucket of captured decode steps.
 
-    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtype and head_dim. Layers
+    Both use the same tensor-core kernels (fa2), so that only one module is compiled per dtypes and head_dim. Layers
     that differ in what becomes of scores (windows) are planned one after the other, each with their own wrappers.
+    KV of 8 bits becomes numbers of q's dtype in the kernel, without loss and on any GPU (vec_cast in vec_dtypes.cuh,
+    0.6.18: float16 by an instruction from compute capability 9.0 on, else by shifts and a product). Its scales are 1,
+    which is what `run` takes for them if it is told none.
     """
 
     is_capturable = True
 
     def __init__(
-        self, config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+        self, config: ModelConfig, kv_shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
     ) -> None:
         self.flashinfer = importlib.import_module("flashinfer")
         self.decode = importlib.import_module("flashinfer.decode")
-        self.shape = (config.num_heads, config.num_kv_heads, config.head_dim, block_size)
-        self.dtypes, self.buffers = {"q_data_type": dtype, "kv_data_type": dtype}, buffers
+        self.shape = (config.num_heads, config.num_kv_heads, config.head_dim, kv_shape.block_size)
+        self.dtypes, self.buffers = {"q_data_type": dtype, "kv_data_type": kv_shape.dtype}, buffers
         device = buffers.driver.torch_device
         float_bytes = float_workspace_bytes(config, max_bucket, buffers.driver.num_multiprocessors)
         self.floats = torch.zeros(float_bytes, dtype=torch.uint8, device=device)
@@ -215,15 +219,18 @@ class LayersPlanner:
 
 
 def load_attention(
-    config: ModelConfig, block_size: int, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
+    config: ModelConfig, kv_shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
 ) -> tuple[PagedAttention, str]:
     """Return FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if missing.
 
     max_bucket: the largest number of sequences in a step that is captured.
     """
     if dtype not in (torch.float16, torch.bfloat16):
-        return ReferenceAttention(block_size, buffers), f"torch reference: FlashInfer has no kernels for {dtype}"
+        return ReferenceAttention(
+            kv_shape.block_size, buffers
+        ), f"torch reference: FlashInfer has no kernels for {dtype}"
     try:
-        return FlashInferAttention(config, block_size, dtype, buffers, max_bucket), "FlashInfer"
+        note = "FlashInfer, on KV of 8 bits" if kv_shape.dtype == E4M3 else "FlashInfer"
+        return FlashInferAttention(config, kv_shape, dtype, buffers, max_bucket), note
     except ImportError as error:
         raise ConfigError(f"--devices cuda needs flashinfer-python: pip install 'kunserve[cuda]' ({error})") from None

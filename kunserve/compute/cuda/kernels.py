@@ -15,6 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kunserve.compute.cuda.experts import moe
 from kunserve.compute.cuda.packed import can_scale, packed_linear, scaled_linear
 from kunserve.compute.ops import ExpertWeights
+from kunserve.gpu.copies import bits_of
+from kunserve.gpu.kv_memory import E4M3
 from kunserve.model.config import ACTIVATIONS, SWIGLU_ALPHA
 from kunserve.model.quant.linear import StoredRows
 
@@ -88,10 +90,33 @@ def _act_and_mul(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _as_e4m3(x):  # type: ignore[no-untyped-def]
+    """Return numbers as bytes of e4m3, rounded as `torch_ops.as_kv` does.
+
+    By whole numbers: Triton converts to this dtype only for GPUs that have an instruction for it.
+    """
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size + ((size >> 20) & 1) + 0x7FFFF - (120 << 23)) >> 20  # half to even; exponents begin 120 lower
+    tiny = tl.minimum(size, 0x3C800000).to(tl.float32, bitcast=True) + 16384.0  # up to 2 ** -6, in steps of 2 ** -9
+    kept = tl.where(size < 0x3C800000, tiny.to(tl.int32, bitcast=True) - 0x46800000, tl.minimum(normal, 0x7E))
+    return (tl.where(size > 0x7F800000, 0x7F, kept) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _keep(target, x, mask, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store numbers in KV of their own dtype, or where `E4M3` of 8 bits."""
+    if E4M3:
+        tl.store(target, _as_e4m3(x), mask)
+    else:
+        tl.store(target, x, mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _rotate_and_append(  # type: ignore[no-untyped-def]
     qkv, rope, kv, positions, slots, q_norm, k_norm, eps, offset, width, block_size,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
+    REST_BLOCK: tl.constexpr, NORMED: tl.constexpr, OFFSET: tl.constexpr, E4M3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Run one program for a head of a token: rotate q in place, k into its slot, and copy v into it.
 
@@ -128,9 +153,9 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
         is_value = (head - HEADS) // KV_HEADS
         row = ((slot // block_size * 2 + is_value) * KV_HEADS + (head - HEADS) % KV_HEADS) * block_size
         target = kv + (row + slot % block_size) * (2 * HALF + REST)
-        tl.store(target + i, a, mask)
-        tl.store(target + HALF + i, b, mask)
-        tl.store(target + 2 * HALF + j, c, rest_mask)
+        _keep(target + i, a, mask, E4M3)
+        _keep(target + HALF + i, b, mask, E4M3)
+        _keep(target + 2 * HALF + j, c, rest_mask, E4M3)
 
 
 class TritonKernels:
@@ -219,11 +244,11 @@ class TritonKernels:
             k.copy_(self.rms_norm(k.contiguous(), k_norm, eps, offset))
             q_norm = k_norm = None
         _rotate_and_append[(T, num_all_heads)](
-            qkv, rope, kv, positions, slots,
+            qkv, rope, bits_of(kv), positions, slots,
             qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, eps, offset,
             width, block_size,
             HEADS=num_heads, KV_HEADS=num_kv_heads,
             HALF=half, BLOCK=triton.next_power_of_2(max(half, 1)),
             REST=rest, REST_BLOCK=triton.next_power_of_2(max(rest, 1)),
-            NORMED=q_norm is not None, OFFSET=offset != 0, PDL=self._has_pdl, **self._launch,
+            NORMED=q_norm is not None, OFFSET=offset != 0, E4M3=kv.dtype == E4M3, PDL=self._has_pdl, **self._launch,
         )  # fmt: skip

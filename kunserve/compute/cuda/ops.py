@@ -17,6 +17,7 @@ from kunserve.compute.cuda.attention import PlannedBatch
 from kunserve.compute.ops import PLAIN_SCORES, AttentionBatch, ExpertWeights, Scores
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.errors import ConfigError
+from kunserve.gpu.copies import bits_of
 from kunserve.model.quant.linear import Linear, StoredRows
 
 FP8_SINCE = (8, 9)  # compute capability whose tensor cores multiply floats of 8 bits
@@ -120,7 +121,7 @@ class TorchKernels:
         angles = rope[positions[kept].long()]
         self._ops.rotate_and_append(tokens, angles, one_each, batch, q_norm, k_norm, eps, offset)
         qkv[kept] = tokens
-        kv[into // kv.shape[3], :, :, into % kv.shape[3]] = one_each[:, :, :, 0]
+        bits_of(kv)[into // kv.shape[3], :, :, into % kv.shape[3]] = bits_of(one_each)[:, :, :, 0]
 
 
 class CudaOps:

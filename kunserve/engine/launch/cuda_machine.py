@@ -31,7 +31,7 @@ from kunserve.gpu.cuda.device import (
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
-from kunserve.gpu.kv_memory import KVShape
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.gpu.links import Links
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
@@ -50,6 +50,7 @@ class CudaOptions:
 
     ordinals: tuple[int, ...]  # of each logical device; none: every GPU once
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     block_size: int
     max_num_batched_tokens: int
     max_num_seqs: int
@@ -64,11 +65,10 @@ class CudaOptions:
     def of(cls, model: ModelConfig, config: EngineConfig) -> CudaOptions:
         """Read the flags. ConfigError for a dtype that is not served."""
         dtype = cuda_dtype(config.dtype, model.dtype)
-        if config.kv_cache_dtype not in ("auto", own := str(dtype).removeprefix("torch.")):
-            raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype}: on GPUs KV has the weights' dtype, {own}")
         return cls(
             ordinals=config.devices.indices,
             dtype=dtype,
+            kv_dtype=_kv_dtype(config.kv_cache_dtype, dtype, model.head_dim),
             block_size=config.block_size,
             max_num_batched_tokens=config.num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -79,6 +79,28 @@ class CudaOptions:
             num_blocks=config.num_blocks_override,
             kv_bytes=config.kv_bytes,
         )
+
+    def kv_shape(self, model: ModelConfig) -> KVShape:
+        """Return the shape of a model's blocks."""
+        return KVShape.of(model, self.block_size, self.kv_dtype)
+
+
+def _kv_dtype(name: str, dtype: torch.dtype, head_dim: int) -> torch.dtype:
+    """Return the dtype of KV on GPUs whose weights have `dtype`. ConfigError for one that they do not serve.
+
+    FlashInfer 0.6.18 reads a row of KV 64 bytes at a time, if it is one, else 128: of other rows it loses the end, and
+    says nothing (its issue 4976).
+    """
+    own = str(dtype).removeprefix("torch.")
+    known = {"auto": dtype, own: dtype, "fp8": E4M3, "fp8_e4m3": E4M3}
+    if name not in known:
+        raise ConfigError(f"--kv-cache-dtype {name}: on GPUs KV has the weights' dtype, {own}, or 8 bits (fp8)")
+    if known[name] == E4M3 and dtype != torch.float32 and head_dim != 64 and head_dim % 128:
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: FlashInfer reads KV of 8 bits in heads of 64, 128 or 256 numbers, and this "
+            f"model's have {head_dim}; leave the flag out"
+        )
+    return known[name]
 
 
 class CudaMachine(Machine):
@@ -111,7 +133,7 @@ class CudaMachine(Machine):
                 utilization=options.utilization,
                 reserved_bytes=reserved,
             )
-            self._block_bytes = KVShape.of(model, options.block_size, options.dtype).block_bytes
+            self._block_bytes = options.kv_shape(model).block_bytes
             self.chunk_bytes = choose_chunk_bytes(
                 model, options.dtype, self._block_bytes, self._drivers[0].granularity, self._wanted_bytes()
             )
@@ -119,6 +141,11 @@ class CudaMachine(Machine):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """See `Machine.kv_dtype`."""
+        return self._options.kv_dtype
 
     def _wanted_bytes(self) -> int:
         """Return what of the budget is asked for: all of it, or weights and so much KV, in the smallest chunks."""
@@ -210,7 +237,6 @@ def _decoder(
         memory.kv,
         max_model_len,
         limits,
-        block_size=options.block_size,
         dtype=options.dtype,
         driver=driver,
         enforce_eager=options.enforce_eager,
@@ -250,7 +276,7 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
     """
     small, device = replace(model, num_layers=min(model.num_layers, RUN_LAYERS)), driver.torch_device
     num_tokens, num_seqs = options.max_num_batched_tokens, min(options.max_num_seqs, options.max_num_batched_tokens)
-    shape = KVShape.of(model, options.block_size, options.dtype)
+    shape = options.kv_shape(model)
     num_blocks = ceil_div(num_tokens, options.block_size) + num_seqs
     units = weight_units(small, options.dtype)
     chunk = driver.granularity

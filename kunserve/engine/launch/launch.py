@@ -18,9 +18,10 @@ from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.restore_time import measure_restore
 from kunserve.engine.regroup.control import OverloadControl
 from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
+from kunserve.gpu.kv_memory import E4M3
 from kunserve.host.memory import MemoryAhead
 from kunserve.model.card import ModelFiles, resolve_model
-from kunserve.model.checkpoint import WeightSource, open_weights
+from kunserve.model.checkpoint import WeightSource, kv_scales, open_weights, shorten
 from kunserve.model.config import ModelConfig
 from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.disk_source import DiskSource
@@ -66,6 +67,8 @@ async def launch(
     files = replace(files, config=await asyncio.to_thread(_as_stored, files.config, config))
     machine = await asyncio.to_thread(_make_machine, files.config, config, ahead)
     try:
+        if machine.kv_dtype == E4M3:
+            await asyncio.to_thread(_log_kv_of_8_bits, files, config)
         served = await _launch_on(machine, files, config, served_name, progress)
         await _log_host_copy(served)
     except BaseException:
@@ -118,6 +121,20 @@ def _as_stored(model: ModelConfig, config: EngineConfig) -> ModelConfig:
     if lost := len(formats.by_name) - len(kept.by_name):
         log.warning("matrices are dequantized while they load", matrices=lost, kept=len(kept.by_name))
     return model if kept is formats else replace(model, formats=kept)
+
+
+def _log_kv_of_8_bits(files: ModelFiles, config: EngineConfig) -> None:
+    """Say what KV of 8 bits costs, and which of the checkpoint's scales are not used."""
+    log.info(
+        "KV has 8 bits",
+        dtype="float8_e4m3fn",
+        scale=1.0,
+        costs="3 bits of mantissa; what is beyond 448 is kept as 448: answers differ from those of KV in 16 bits",
+    )
+    if files.folder is None or files.gguf is not None or config.load_format == "dummy":
+        return
+    if names := kv_scales(files.folder):
+        log.warning("the checkpoint's scales of KV are not used", tensors=shorten(names), count=len(names))
 
 
 async def _launch_on(

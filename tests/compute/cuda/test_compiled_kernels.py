@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import compile_kernels
@@ -35,6 +36,8 @@ def test_all_that_the_decoder_launches_compiles_and_fits(tmp_path: Path) -> None
     assert {(row["sm"], row["kernel"]) for row in rows} == wanted
     # Codes of 4 bits by their step and the width of their scales, of 8 by that, floats: each for three kinds of tiles.
     assert all(sum(row["kernel"] == "packed_product" and row["sm"] == sm for row in rows) == 18 for sm in ARCHITECTURES)
+    kv = Counter((row["sm"], row["kv"]) for row in rows if row["kernel"] == "_rotate_and_append")
+    assert all(kv[sm, "*u8"] == kv[sm, "*bf16"] + kv[sm, "*fp16"] + kv[sm, "*fp32"] > 0 for sm in ARCHITECTURES)
     for row in rows:  # nothing that is launched early goes on before the kernel before it has ended
         assert (row["early"] is not None) == (row["kernel"] in PDL_KERNELS and row["sm"] >= PDL_SINCE), row
         assert row["kernel"] == "_rms_norm" or not row["early"]

@@ -24,6 +24,7 @@ from kunserve.compute.decoder import Decoder
 from kunserve.compute.ops import AttentionBatch
 from kunserve.compute.torch_ops import TorchOps
 from kunserve.gpu.host import HostDevice
+from kunserve.gpu.kv_memory import E4M3, KVShape
 from kunserve.model.card import load_card
 from kunserve.model.config import ModelConfig
 from kunserve.sizes import ceil_div
@@ -32,18 +33,24 @@ NUM_SMS = 132  # of an H100
 
 
 @pytest.fixture
-def attention(monkeypatch: pytest.MonkeyPatch) -> FlashInferAttention:
-    for name, module in fake_flashinfer.modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return FlashInferAttention(CONFIG, BLOCK, DTYPE, StepBuffers(LIMITS, FakeCuda()), LIMITS.max_num_seqs)
+def kv_dtype() -> torch.dtype:
+    return DTYPE
 
 
 @pytest.fixture
-def pair(attention: FlashInferAttention) -> Iterator[Pair]:
+def attention(monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype) -> FlashInferAttention:
+    for name, module in fake_flashinfer.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    shape = KVShape.of(CONFIG, BLOCK, kv_dtype)
+    return FlashInferAttention(CONFIG, shape, DTYPE, StepBuffers(LIMITS, FakeCuda()), LIMITS.max_num_seqs)
+
+
+@pytest.fixture
+def pair(attention: FlashInferAttention, kv_dtype: torch.dtype) -> Iterator[Pair]:
     """The plain decoder, and one that attends with FlashInfer, or what stands for it."""
     devices = [HostDevice(i, 30, 64 << 10) for i in range(2)]
-    plain, cuda = (memory_on(device) for device in devices)
-    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS, attention=attention)
+    plain, cuda = (memory_on(device, kv_dtype) for device in devices)
+    decoder = cuda_decoder_on_cpu(CONFIG, cuda, 64, LIMITS, attention=attention, dtype=DTYPE)
     decoder.capture()
     layers = [[kv[:12] for kv in memory.kv.layers] for memory in (plain, cuda)]
     yield Pair(Decoder(CONFIG, TorchOps(), plain.weights, plain.kv, 64), layers[0], decoder, layers[1])
@@ -51,6 +58,7 @@ def pair(attention: FlashInferAttention) -> Iterator[Pair]:
         device.close()
 
 
+@pytest.mark.parametrize("kv_dtype", [DTYPE, E4M3])
 def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
     pair: Pair, attention: FlashInferAttention
 ) -> None:
@@ -77,7 +85,7 @@ def test_the_longest_context_of_many_is_split_in_a_graph(
 ) -> None:
     """FlashInfer stops splitting where the requests would not run all at once: 132 of two KV heads on an H100."""
     buffers = StepBuffers(StepLimits(150, 150, 6000), FakeCuda())
-    many = FlashInferAttention(config, BLOCK, DTYPE, buffers, 150)
+    many = FlashInferAttention(config, KVShape.of(config, BLOCK, DTYPE), DTYPE, buffers, 150)
     uploader, no_ids = StepUploader(buffers, many), np.zeros(0, np.int32)
     uploader.upload(padding_arrays(150), 150, no_ids, no_ids)
     contexts = torch.tensor([32 * BLOCK] * 149 + [600 * BLOCK], dtype=torch.int32)
@@ -92,18 +100,20 @@ class CapturableKernels(TorchKernels):
     is_capturable = True
 
 
+@pytest.mark.parametrize("kv_dtype", [DTYPE, E4M3])
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_graphs_are_made_unless_flags_say_no(
-    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool, kv_dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(cuda_decoder, "load_kernels", lambda _: (CapturableKernels(), "some kernels"))
     with closing(HostDevice(0, 30, 64 << 10)) as device:
-        memory = memory_on(device)
+        memory = memory_on(device, kv_dtype)
         decoder, note = cuda_decoder.cuda_decoder(
             CONFIG, memory.weights, memory.kv, 64, LIMITS,
-            block_size=BLOCK, dtype=torch.bfloat16, driver=FakeCuda(), enforce_eager=enforce_eager,
+            dtype=torch.bfloat16, driver=FakeCuda(), enforce_eager=enforce_eager,
         )  # fmt: skip
-        assert note == f"some kernels, attention: FlashInfer, {'eager' if enforce_eager else 'graphs'}"
+        bits = ", on KV of 8 bits" if kv_dtype is E4M3 else ""
+        assert note == f"some kernels, attention: FlashInfer{bits}, {'eager' if enforce_eager else 'graphs'}"
         assert (decoder.graphs is None) == enforce_eager
         assert decoder.graphs is None or decoder.graphs.buckets == (1, 2, 4, 6)
         del decoder, memory
@@ -119,7 +129,7 @@ def test_no_graphs_are_made_of_what_cannot_be_captured(
         memory = memory_on(device)
         decoder, note = cuda_decoder.cuda_decoder(
             CONFIG, memory.weights, memory.kv, 64, LIMITS,
-            block_size=BLOCK, dtype=dtype, driver=FakeCuda(), enforce_eager=False,
+            dtype=dtype, driver=FakeCuda(), enforce_eager=False,
         )  # fmt: skip
         assert decoder.graphs is None and note.endswith("eager")
         del decoder, memory

@@ -45,8 +45,8 @@ class Pair:
     cuda_kv: list[Tensor]
 
 
-def memory_on(device: HostDevice) -> DeviceMemory:
-    memory = DeviceMemory(device, weight_units(CONFIG, DTYPE), LAYERS, KVShape.of(CONFIG, BLOCK, DTYPE))
+def memory_on(device: HostDevice, kv_dtype: torch.dtype = DTYPE) -> DeviceMemory:
+    memory = DeviceMemory(device, weight_units(CONFIG, DTYPE), LAYERS, KVShape.of(CONFIG, BLOCK, kv_dtype))
     for unit in ("embed", *(f"layers.{i}" for i in range(LAYERS)), "head"):
         memory.weights.map(unit)
         memory.weights.fill(unit, DummySource(CONFIG))
@@ -108,7 +108,7 @@ def assert_same(pair: Pair, spans: list[tuple[int, int, int]], seed: int, cuts: 
         y = pair.cuda.forward(first, last, y, batch, rows)
     torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-11)
     for a, b in zip(pair.plain_kv, pair.cuda_kv, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(b.double(), a.double(), rtol=1e-9, atol=1e-11)
 
 
 def test_mixed_and_decode_steps_match_the_plain_decoder(pair: Pair) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -13,14 +15,15 @@ import torch
 from e2e.engines import assert_idle, generate, greedy
 from fake_cuda import FakeCuda
 from fake_gpus import ACTIVATIONS, MIB, Gpus
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from tiny_models import VOCAB_SIZE, make_tiny_model
 from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
 
 from kunserve import server
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.config import EngineConfig, parse_devices
-from kunserve.engine.launch.cuda_machine import GRAPH_BYTES
+from kunserve.engine.launch.cuda_machine import GRAPH_BYTES, CudaOptions
 from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import ConfigError, EngineError
@@ -209,7 +212,7 @@ async def test_too_many_blocks_leave_nothing_open(tiny: Path, drivers: list[Fake
     ("settings", "message"),
     [
         ({"dtype": "float64"}, r"float64"),
-        ({"kv_cache_dtype": "float16"}, r"^--kv-cache-dtype float16: on GPUs KV has the weights' dtype, float32$"),
+        ({"kv_cache_dtype": "float16"}, r"^--kv-cache-dtype float16: on GPUs KV has the weights' dtype, float32, or 8"),
         ({"devices": parse_devices("cuda:3")}, r"there is no cuda:3; this machine has 1 GPU"),
         ({"device_memory_bytes": 900 * MIB}, r"cuda:0: too little memory: --device-memory asks for 2 x 900 MiB"),
         ({"device_memory_bytes": 2 * MIB}, r"MiB"),
@@ -223,6 +226,17 @@ async def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         await launch(config, "tiny", lambda text, share: None)
     assert "\n" not in error.value.message
+
+
+def test_kv_of_8_bits_is_refused_where_flashinfer_would_read_it_wrongly(tiny: Path) -> None:
+    model = load_hf_config(tiny)
+    settings: dict[str, Any] = {"devices": parse_devices("cuda"), "kv_cache_dtype": "fp8"}
+    for head_dim, dtype in ((64, "bfloat16"), (128, "float16"), (256, "bfloat16"), (192, "float32")):
+        options = CudaOptions.of(replace(model, head_dim=head_dim), EngineConfig("m", dtype=dtype, **settings))
+        assert options.kv_shape(model).dtype is torch.float8_e4m3fn
+    for head_dim in (192, 96):
+        with pytest.raises(ConfigError, match=rf"^--kv-cache-dtype fp8: FlashInfer .* this model's have {head_dim};"):
+            CudaOptions.of(replace(model, head_dim=head_dim), EngineConfig("m", dtype="bfloat16", **settings))
 
 
 @pytest.mark.parametrize("kind", ["mxfp4", "experts in fp8", "fp8 while loading"])
@@ -250,6 +264,27 @@ async def test_what_is_quantized_is_served_as_what_it_stands_for(
         async with serving(model, num_blocks_override=64, **more) as served:
             answers.append([await generate(served.engine, prompt, greedy(12)) for prompt in prompts])
     assert answers[0] == answers[1]
+
+
+async def test_kv_of_8_bits_says_what_it_costs_and_which_scales_it_leaves(
+    tiny: Path, tmp_path: Path, drivers: list[FakeCuda]
+) -> None:
+    folder = copytree(tiny, tmp_path / "calibrated")
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"
+    scales = {f"{layer}.k_scale", f"{layer}.v_scale", f"{layer}.k_proj.output_scale"}
+    save_file(tensors | dict.fromkeys(scales, torch.ones(1)), folder / "model.safetensors")
+    said: list[dict[str, Any]] = []
+    answers: list[list[int]] = []
+    for model in (tiny, folder):
+        with capture_logs() as lines:
+            async with serving(model, num_blocks_override=64, kv_cache_dtype="fp8") as served:
+                answers.append(await generate(served.engine, [5, 6, 7], greedy(5)))
+        said.append({line["event"]: line for line in lines})
+    assert answers[0] == answers[1]
+    assert all("448" in events["KV has 8 bits"]["costs"] for events in said)
+    event = "the checkpoint's scales of KV are not used"
+    assert event not in said[0]
+    assert said[1][event]["tensors"] == ", ".join(sorted(scales)) and said[1][event]["log_level"] == "warning"
 
 
 async def test_flashinfer_that_is_missing_is_said_in_one_line(tiny: Path, drivers: list[FakeCuda]) -> None:

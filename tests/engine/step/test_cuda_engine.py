@@ -44,7 +44,7 @@ from kunserve.sizes import ceil_div
 
 MODEL = ModelConfig("llama", 300, 64, 96, 4, 4, 2, 16, 256)
 BLOCK, MAX_LEN = 8, 200
-OPTIONS = CudaOptions((0, 0), torch.float32, BLOCK, 48, 8, memory_bytes=20 * GRANULARITY)
+OPTIONS = CudaOptions((0, 0), torch.float32, torch.float32, BLOCK, 48, 8, memory_bytes=20 * GRANULARITY)
 
 
 @asynccontextmanager
