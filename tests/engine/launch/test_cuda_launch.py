@@ -272,7 +272,7 @@ async def test_kv_of_8_bits_says_what_it_costs_and_which_scales_it_leaves(
     folder = copytree(tiny, tmp_path / "calibrated")
     tensors, layer = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"
     scales = {f"{layer}.k_scale", f"{layer}.v_scale", f"{layer}.k_proj.output_scale"}
-    save_file(tensors | dict.fromkeys(scales, torch.ones(1)), folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(1) for name in scales}, folder / "model.safetensors")
     said: list[dict[str, Any]] = []
     answers: list[list[int]] = []
     for model in (tiny, folder):
