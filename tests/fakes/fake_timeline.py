@@ -371,6 +371,7 @@ class Timeline:
                         self.broken.append(f"stream {stream} was destroyed before a pinned buffer that it has copied")
                     if stream in self._recordings:
                         self._captured_event = "operation not permitted on an event last recorded in a capturing stream"
+                        self.broken.append(self._captured_event)  # an engine may go on after what is raised then
                 return
             if block.made_in is not None:
                 return

@@ -110,6 +110,7 @@ def test_as_it_was_a_pinned_buffer_was_freed_by_another_thread_during_a_capture(
         driver.capture(work)
     with pytest.raises(RuntimeError, match="event last recorded in a capturing stream"):
         driver.pinned(8)  # the next step's, in whatever thread
+    assert "event last recorded in a capturing stream" in take_broken()
 
 
 def test_a_graph_does_again_what_was_captured_and_nothing_at_once(driver: FakeCuda) -> None:
