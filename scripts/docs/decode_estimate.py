@@ -12,12 +12,13 @@ from markdown_tables import table
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.card import load_card
 from kunserve.model.layout import weight_units
+from kunserve.sizes import ceil_div
 
 MODEL, NUM_SEQS, CONTEXT = "llama-8b", 64, 1024
 NUM_SMS, BYTES_PER_S = 132, 3.0e12  # of an H100; the speed of a large copy
 PRODUCT_BYTES_PER_S = 2.42e12  # from 2.0, of the smallest matrix, to 2.7, of the head
 REGISTERS = 178  # of a thread in FlashInfer's kernel (0.6.18), as ptxas says for sm_90a
-TILES_PER_SM = 65_536 // (128 * 8 * -(-REGISTERS // 8))  # of 128 threads; registers come by eights
+TILES_PER_SM = 65_536 // (128 * 8 * ceil_div(REGISTERS, 8))  # of 128 threads; registers come by eights
 ATTENTION_SHARE = 0.9  # of a copy's speed; others have published 0.97, for contexts of 16,384 tokens
 SMALL_MS, GAPS_MS, ENDS_MS = 0.5, 0.15, 0.07
 
@@ -31,7 +32,7 @@ def lines() -> list[str]:
     products = weights / PRODUCT_BYTES_PER_S * 1e3
     tiles, places = NUM_SEQS * config.num_kv_heads, NUM_SMS * TILES_PER_SM
     rounds = tiles / places
-    filled = rounds / -(-tiles // places)
+    filled = rounds / ceil_div(tiles, places)
     attention = kv / BYTES_PER_S / (filled * ATTENTION_SHARE) * 1e3
     whole = products + attention + SMALL_MS + GAPS_MS + ENDS_MS
     rows = [

@@ -50,7 +50,7 @@ def split_blocks(num_blocks: Ints, num_tiles: int, at_once: int, block_size: int
     high = longest
     while low < high:
         middle = (low + high) // 2
-        if int((-(-num_blocks // middle)).sum()) > num_tiles:
+        if int(ceil_div(num_blocks, middle).sum()) > num_tiles:
             low = middle + 1
         else:
             high = middle
