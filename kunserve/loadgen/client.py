@@ -60,7 +60,7 @@ class Stream:
     num_prompt_tokens: int | None = None  # as the server counts
     num_output_tokens: int = 0  # as the server counts, else the number of chunks
     num_cached_tokens: int | None = None  # of the prompt, as the server counts
-    text: str = ""  # of the answer, in a chat of several turns
+    text: str = ""  # of the answer, without thoughts and calls
 
 
 @dataclass(slots=True)
@@ -242,8 +242,7 @@ async def _read(response: aiohttp.ClientResponse, stream: Stream, clock: Callabl
             finish_reason = choice.get("finish_reason") or finish_reason
             if _has_token(choice) or (finish_reason and not stream.token_s):
                 stream.token_s.append(clock())
-            if stream.job.chat is not None:
-                stream.text += (choice.get("delta") or {}).get("content") or ""
+            stream.text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         if finish_reason in ("error", "abort"):
             return f"finish_reason {finish_reason}"
         if stream.job.cancel_after is not None and len(stream.token_s) >= stream.job.cancel_after:

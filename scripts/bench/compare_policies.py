@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Compare overload policies: one server per policy with the same memory, the same bursts; a table, JSON and a picture.
 
-`plenty` is the server with memory for all of a burst at once: what is left there is the devices' own time.
+`plenty` is the server with memory for all of a burst at once: what is left there is the devices' own time. Where it is
+among the policies, the others' answers are compared with its: no policy may change any.
 
 Burst A fills memory by growth (48 requests at 16/s, 64 in / 256 out), burst B by prompts (48 at 4/s, 256 in / 128
 out). A peer that runs already is measured the same way: --peer vllm=http://127.0.0.1:8101,http://127.0.0.1:8102.
@@ -71,7 +72,8 @@ async def measure(urls: tuple[str, ...], burst: Burst, seed: int) -> dict[str, A
     jobs = make_jobs(times, lengths, (None, None), 0.0, stream_of(seed, 2))
     recording = Recording.of(jobs, urls)
     await run(recording, Target(urls, await first_model(urls[0], {}), seed=seed))
-    return {"summary": report.summarize(recording), **report.details(recording)}
+    texts = [stream.text if stream.status == "completed" else None for stream in recording.streams]
+    return {"summary": report.summarize(recording), "texts": texts, **report.details(recording)}
 
 
 def flags_of(policy: str, bursts: dict[str, Burst], args: argparse.Namespace) -> tuple[str, ...]:
@@ -101,6 +103,11 @@ async def measure_policy(policy: str, bursts: dict[str, Burst], args: argparse.N
         return results
 
 
+def count_others(result: dict[str, Any], plenty: dict[str, Any]) -> int:
+    """Return how many answers are not those of the server with plenty, those that never came among them."""
+    return sum(text is None or text != other for text, other in zip(result["texts"], plenty["texts"], strict=True))
+
+
 def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
     """Make a table with a row per policy or peer."""
     table = Table(title=f"Burst {burst}: {BURSTS[burst]}")
@@ -114,6 +121,7 @@ def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
         "longest gap",
         "preempted",
         "failed",
+        "other answers",
     ):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, bursts in results.items():
@@ -126,6 +134,7 @@ def table_of(burst: str, results: dict[str, dict[str, Any]]) -> Table:
             f"{s['longest_gap_s']:.2f}",
             str(bursts[burst].get("preemptions", "?")),
             str(s["failed"] + s["unfinished"]),
+            str(bursts[burst].get("other_answers", "?")),
         )
     return table
 
@@ -229,6 +238,10 @@ async def main() -> None:
     for policy in filter(None, args.policies.split(",")):
         console.print(f"measuring {policy}")
         results[policy] = await measure_policy(policy, bursts, args)
+    if PLENTY in results:
+        for by_burst in results.values():
+            for name, result in by_burst.items():
+                result["other_answers"] = count_others(result, results[PLENTY][name])
     for peer in args.peer:
         name, _, urls = peer.partition("=")
         console.print(f"measuring {name}")
@@ -239,7 +252,7 @@ async def main() -> None:
     draw(results, args.out / "overload.png")
     console.print(f"written: {args.out / 'overload.json'}, {args.out / 'overload.png'}")
     summaries = {
-        name: {b: r["summary"] | {"preemptions": r.get("preemptions")} for b, r in by.items()}
+        name: {b: r["summary"] | {key: r.get(key) for key in ("preemptions", "other_answers")} for b, r in by.items()}
         for name, by in results.items()
     }
     print(json.dumps(summaries))

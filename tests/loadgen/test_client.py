@@ -38,6 +38,7 @@ async def test_every_token_of_every_stream_is_counted(server: ScriptedServer) ->
     assert [s.num_output_tokens for s in recording.streams] == [7, 1, 30] == [len(s.token_s) for s in recording.streams]
     assert (summary["completed"], summary["output_tokens"], summary["prompt_tokens"]) == (3, 38, 15)
     assert summary["failures"] == {} and summary["short_outputs"] == 0
+    assert len({stream.text for stream in recording.streams}) == 3 and all(stream.text for stream in recording.streams)
     for stream in recording.streams:
         assert stream.sent_s is not None and stream.ended_s is not None
         assert stream.sent_s < stream.token_s[0] <= stream.token_s[-1] <= stream.ended_s <= recording.elapsed_s

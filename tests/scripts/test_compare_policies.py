@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_policies import BURSTS, draw, figure_of
+from compare_policies import BURSTS, count_others, draw, figure_of
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -58,3 +58,10 @@ def test_a_transition_is_marked_where_its_groups_were_live() -> None:
     assert marks == [5.0, 8.25]  # not at their starts; what came to nothing is not marked
     [band] = panel.patches
     assert (band.get_x(), band.get_width()) == (5.0, 0.75)
+
+
+def test_answers_are_compared_with_those_of_plenty() -> None:
+    plenty = {"texts": ["one", "two", "three", None]}
+    assert count_others({"texts": ["one", "two", "three", "four"]}, plenty) == 1
+    assert count_others({"texts": ["one", "to", None, None]}, plenty) == 3  # what never came is no answer
+    assert count_others({"texts": ["one", "two", "three", None]}, plenty) == 1
