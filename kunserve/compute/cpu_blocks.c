@@ -318,8 +318,14 @@ INLINE void block_tile(const int format, const int mr, const int nr, const uint8
   finish(mr, nr, acc, t);
 }
 
+#include "cpu_few_rows.c"
+
 typedef void RowDecoder(const uint8_t *, int64_t, int64_t, int64_t, int64_t, float *);
 typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, const Tile *);
+#define TILES(f, mr) \
+  if (nr == RW && has_panel(f)) panel_tile(f, mr, codes, row_bytes, k, t); \
+  else if (nr == NR) block_tile(f, mr, NR, codes, row_bytes, k, t); \
+  else block_tile(f, mr, 1, codes, row_bytes, k, t);
 #define FORMAT(f) \
   static __attribute__((noinline)) void rows_##f(const uint8_t *w, int64_t row_bytes, int64_t nr, int64_t k, \
                                                  int64_t num_k, float *out) { \
@@ -327,8 +333,7 @@ typedef void BlockTile(int64_t, int64_t, const uint8_t *, int64_t, int64_t, cons
   } \
   static __attribute__((noinline)) void tile_##f(int64_t mr, int64_t nr, const uint8_t *codes, int64_t row_bytes, \
                                                  int64_t k, const Tile *t) { \
-    if (nr == NR) mr == 1 ? block_tile(f, 1, NR, codes, row_bytes, k, t) : block_tile(f, 2, NR, codes, row_bytes, k, t); \
-    else mr == 1 ? block_tile(f, 1, 1, codes, row_bytes, k, t) : block_tile(f, 2, 1, codes, row_bytes, k, t); \
+    if (mr == 1) { TILES(f, 1) } else { TILES(f, 2) } \
   }
 FORMAT(F16) FORMAT(BF16) FORMAT(Q8_0) FORMAT(Q4_0) FORMAT(Q4_1) FORMAT(Q5_0) FORMAT(Q5_1)
 FORMAT(Q4_K) FORMAT(Q5_K) FORMAT(Q6_K) FORMAT(MXFP4)
@@ -348,7 +353,7 @@ static void block_rows(int64_t format, const uint8_t *w, int64_t row_bytes, Tile
   const Tile all = t;
   const int64_t num_tiles = (M + MR - 1) / MR;
   for (int64_t n = 0, nr; n < N; n += nr) {
-    nr = n + NR <= N ? NR : 1;
+    nr = M <= FEW && n + RW <= N && has_panel(format) ? RW : n + NR <= N ? NR : 1;
     for (int64_t k = 0; k < K; k += num_k) {
       t = all;
       t.num_k = t.W = min_(num_k, K - k);

@@ -20,8 +20,8 @@ from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-INCLUDED = ("cpu_halves.c", "cpu_attention.c", "cpu_blocks.c", "cpu_team.c", "cpu_experts.c", "cpu_replay.c")
-SOURCES = (SOURCE, *(Path(__file__).with_name(name) for name in INCLUDED))
+PARTS = ("halves", "attention", "blocks", "few_rows", "team", "experts", "replay")
+SOURCES = (SOURCE, *(Path(__file__).with_name(f"cpu_{part}.c") for part in PARTS))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 120
 
