@@ -176,6 +176,10 @@ class Timeline:
         """The GPU that is current in this thread."""
         return getattr(self._thread, "gpu", 0)
 
+    def make_current(self, ordinal: int) -> None:
+        """Make a GPU current in this thread, as every call of its driver does: nobody makes another so behind it."""
+        self._thread.gpu = ordinal
+
     def current(self, ordinal: int) -> int:
         """Return the stream on which this thread launches on a GPU."""
         return self._current().get(ordinal) or self.legacy(ordinal)

@@ -341,3 +341,15 @@ def test_without_a_gpu_it_says_what_is_missing() -> None:
     environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
     done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith("gpu_check: --devices cuda") and done.stderr.count("\n") == 1
+
+
+def test_a_worker_launches_on_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the GPU that is current: parts that launch by themselves would meet tensors of another one."""
+    current, served = list[int](), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(gpu_check, "serve", lambda parts: served.append(current[-1] if current else 0))
+    for ordinal in (1, 0, 3):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--worker", "--ordinal", str(ordinal)])
+        gpu_check.main()
+    assert served == [1, 0, 3]

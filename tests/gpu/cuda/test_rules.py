@@ -290,6 +290,25 @@ def test_kernels_are_launched_where_their_gpu_is_current() -> None:
         driver.return_stream(mine)
 
 
+def test_a_call_of_another_gpus_driver_makes_that_one_current() -> None:
+    """Between what is launched on a GPU nobody may ask another one's driver for anything: contexts are threads'."""
+    here, there = FakeCuda(0, is_async=True), FakeCuda(1, is_async=True)
+    stream, other = here.take_stream(), there.take_stream()
+    with here.on(stream):
+        x = torch.zeros(4, device="gpu:0")
+        launch(lambda x: x.add_(1), [], [x])
+        there.synchronize(other)
+        with pytest.raises(RuleBrokenError, match="while GPU 1 is current"):
+            launch(lambda x: x.add_(1), [], [x])
+        with pytest.raises(RuleBrokenError, match="captures on the GPU that is current"):
+            here.capture(lambda: None)
+        here.synchronize_event(here.record(stream))
+        launch(lambda x: x.add_(1), [], [x])
+        assert x.tolist() == [2.0] * 4
+    for driver, mine in ((here, stream), (there, other)):
+        driver.return_stream(mine)
+
+
 def test_mapped_memory_is_its_own_gpus() -> None:
     here, there = FakeCuda(0, reachable=[1], is_async=True), FakeCuda(1, reachable=[0], is_async=True)
     devices = [CudaDevice(driver, f"cuda:{i}", 1, GRANULARITY) for i, driver in enumerate((here, there))]
