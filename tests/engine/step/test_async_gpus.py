@@ -53,13 +53,14 @@ async def test_same_tokens_in_any_order_of_the_streams(topology: str, ask: Ask, 
     async with serving(drivers) as engine:
         assert isinstance(engine.executor, CudaExecutor)
         graphs = [decoder.graphs for decoder in engine.executor.decoders if decoder.graphs is not None]
-        num_captures = [g.num_captures for g in graphs]
+        num_captures, before = [g.num_captures for g in graphs], TIMELINE.default_uses
         assert await tokens_through(engine, regroup=True, ask=ask) == expected
         outcomes = [(t["kind"], t["outcome"]) for t in engine.state()["transitions"]]
         assert outcomes == [("drop", "done"), ("restore", "done"), ("drop", "done")]
         assert len(graphs) == len(drivers) and all(g.num_replays for g in graphs)
         # While one captures, the event loop may free a pinned buffer of that stream: torch's host allocator fails then.
         assert [g.num_captures for g in graphs] == num_captures and all(num_captures)
+        assert TIMELINE.default_uses == before  # all devices of a GPU would stand in one queue
     assert all(driver.is_clean() for driver in drivers)
     legacy = {TIMELINE.legacy(ordinal) for ordinal in (0, 1)}
     assert not legacy & {stream for copy in TIMELINE.copies for stream in copy}  # all would stand in one queue

@@ -87,6 +87,7 @@ def test_streams_are_taken_again_on_their_gpu_and_never_destroyed(bindings: Bind
     assert {same_gpu.take_stream() for _ in range(3)} == streams
     assert same_gpu.take_stream() not in streams
     assert bindings.called["cuStreamCreate", "context of 0"] == 4
+    assert bindings.arguments["cuStreamCreate"] == (Bindings.CUstream_flags.CU_STREAM_NON_BLOCKING,)
     assert not any(name == "cuStreamDestroy" for name, _ in bindings.called)
 
 

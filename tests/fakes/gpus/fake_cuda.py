@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from fake_gpu_tensors import GpuTensor, MappedMemory, new_pinned, register, unregister
-from fake_timeline import TIMELINE, Event, Recording, RuleBrokenError
+from fake_pieces import Event, Recording, RuleBrokenError
+from fake_timeline import TIMELINE
 from torch import Tensor
 
 from kunserve.errors import DeviceError
