@@ -63,7 +63,7 @@ class Timeline:
         with self.change:
             self._random.seed(seed)
             self._is_legacy_late = seed % 2 == 0
-            self.default_uses = 0
+            self.default_uses, self._thread.gpu = 0, 0
             self.broken.clear()
             self.copies.clear()
             self._captured_event = None
