@@ -277,31 +277,10 @@ def pinned_after_stream(ordinal: int) -> dict[str, Any]:
 
 
 def pinned_freed_during_capture(ordinal: int) -> dict[str, Any]:
-    """Free a pinned buffer of a stream that is captured, in another thread; tell whether torch's allocator goes on.
+    """Tell whether torch's host allocator goes on when a buffer of a stream that is captured is freed."""
+    from gpucheck import contact
 
-    KunServe captures before it serves, and frees none then: so either answer is well. Where it does not go on, no
-    pinned memory can be had any more from torch in this process.
-    """
-    vmm = Vmm(ordinal)
-    x, stream, graph = torch.ones(1024, device=vmm.device), vmm.stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(ordinal)
-    with torch.cuda.stream(stream):
-        held = [torch.empty(1024, pin_memory=True)]
-        held[0].copy_(x, non_blocking=True)
-        stream.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        x.add_(1)
-        freeing = threading.Thread(target=held.clear)
-        freeing.start()
-        freeing.join()
-        x.add_(1)
-        try:
-            graph.capture_end()
-            for size in (1024, 2048):
-                torch.empty(size, pin_memory=True)
-        except RuntimeError as error:
-            return {"goes_on": False, "because": str(error).partition("\n")[0]}
-    return {"goes_on": True}
+    return contact.free_during_capture(ordinal)
 
 
 # --- FlashInfer -----------------------------------------------------------------------------------------------------
