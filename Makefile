@@ -61,7 +61,8 @@ coverage: $(VENV)/.installed-test
 
 # The engine on GPUs that are not there, in many more orders of their streams; `unit` draws one of each kind.
 test-fake-gpu: $(VENV)/.installed-test
-	KUNSERVE_FAKE_GPU_ORDERS=8 $(BIN)/python -m pytest --numprocesses 2 tests/engine/step tests/engine/launch/test_cuda_launch.py tests/gpu tests/compute/cuda
+	KUNSERVE_FAKE_GPU_ORDERS=8 $(BIN)/python -m pytest --numprocesses 2 tests/engine/step tests/engine/launch \
+	  tests/engine/regroup/test_on_gpus.py tests/e2e/engine/test_two_kinds_on_gpus.py tests/gpu tests/compute/cuda
 
 # Every family with all prompts and layouts; `unit` has one prompt of each.
 test-models: $(VENV)/.installed-test

@@ -246,10 +246,8 @@ def launches(ordinal: int) -> dict[str, Any]:
     device = torch.device("cuda", ordinal)
     x = torch.zeros(64, 4096, device=device, dtype=torch.bfloat16)
     w = torch.zeros(4096, 4096, device=device, dtype=torch.bfloat16)
-    host, ids = (
-        torch.zeros(8192, dtype=torch.int32, pin_memory=True),
-        torch.zeros(8192, dtype=torch.int32, device=device),
-    )
+    host = torch.zeros(8192, dtype=torch.int32, pin_memory=True)
+    ids = torch.zeros(8192, dtype=torch.int32, device=device)
     works: dict[str, Callable[[], Any]] = {
         "addmm_us": lambda: torch.addmm(x, x, w),
         "step_arrays_us": lambda: ids.copy_(host, non_blocking=True),
@@ -274,6 +272,13 @@ def pinned_after_stream(ordinal: int) -> dict[str, Any]:
     del host
     torch.empty(1024, pin_memory=True)
     return {}
+
+
+def pinned_freed_during_capture(ordinal: int) -> dict[str, Any]:
+    """Tell whether torch's host allocator goes on when a buffer of a stream that is captured is freed."""
+    from gpucheck import contact
+
+    return contact.free_during_capture(ordinal)
 
 
 # --- FlashInfer -----------------------------------------------------------------------------------------------------
@@ -303,10 +308,8 @@ def _decode_step(ordinal: int, num_heads: int, num_kv_heads: int, head_dim: int)
         paged_kv_indptr_buffer=indptr.to(device), paged_kv_indices_buffer=indices,
         paged_kv_last_page_len_buffer=last.to(device), backend="fa2",
     )  # fmt: skip
-    shape, dtypes = (
-        (num_heads, num_kv_heads, head_dim, block),
-        dict.fromkeys(("q_data_type", "kv_data_type"), torch.bfloat16),
-    )
+    shape = num_heads, num_kv_heads, head_dim, block
+    dtypes = dict.fromkeys(("q_data_type", "kv_data_type"), torch.bfloat16)
     wrapper.plan(indptr, indices, last, *shape, **dtypes)
     found, row = wrapper.run(q, kv), 5
     pages = kv[indices[row * width : (row + 1) * width].long()].float()
@@ -345,6 +348,7 @@ STEPS: dict[str, Step] = {  # what may end the process comes last
     for step in (
         versions, calls, unmap_runs, reserve_much, tensors_over_mappings, graph_after_remap, pin, launches,
         flashinfer_decode, packed_weights, pinned_after_stream, remap_beside_work,
+        pinned_freed_during_capture,
     )
 }  # fmt: skip
 

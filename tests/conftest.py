@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
-from fake_gpus import _rules_are_kept, gpus, kernels  # noqa: F401  fixtures
+from fake_gpus import _rules_are_kept, driver, gpus, kernels  # noqa: F401  fixtures
 from hypothesis import settings
 from op_layers import ops  # noqa: F401  a fixture
 from seeds import asked_seed

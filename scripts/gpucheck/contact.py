@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -68,3 +69,31 @@ def _timed(ordinal: int, work: Callable[[], Tensor], expected: Tensor, num_bytes
         stream.synchronize()
     us = (time.perf_counter() - begun) / REPEATS * 1e6
     return {"error": error, "us": us, "gb_per_s": num_bytes / us / 1e3}
+
+
+def free_during_capture(ordinal: int) -> dict[str, Any]:
+    """Free a pinned buffer of a stream that is captured, in another thread; tell whether torch's allocator goes on.
+
+    KunServe captures before it serves, and frees none then: so either answer is well. Where it does not go on, no
+    pinned memory can be had any more from torch in this process.
+    """
+    x = torch.ones(1024, device=torch.device("cuda", ordinal))
+    stream, graph = torch.cuda.Stream(ordinal), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(ordinal)
+    with torch.cuda.stream(stream):
+        held = [torch.empty(1024, pin_memory=True)]
+        held[0].copy_(x, non_blocking=True)
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        x.add_(1)
+        freeing = threading.Thread(target=held.clear)
+        freeing.start()
+        freeing.join()
+        x.add_(1)
+        try:
+            graph.capture_end()
+            for size in (1024, 2048):
+                torch.empty(size, pin_memory=True)
+        except RuntimeError as error:
+            return {"goes_on": False, "because": str(error).partition("\n")[0]}
+    return {"goes_on": True}

@@ -7,27 +7,35 @@ likelihood of each token of a text does not.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from gpucheck.serving import open_engine, prompt_of, settled
 from kunserve.config import DeviceSpec, EngineConfig
 from kunserve.engine.engine import Engine
 from kunserve.engine.request import Request
+from kunserve.errors import ConfigError
+from kunserve.model.card import resolve_model
 from kunserve.sampling import SamplingParams
 
 GENERATED = "generated"  # a request that is under way through drop, exchange and restore
 
 
 async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) -> dict[str, Any]:
-    """Return the negative log-likelihood per token of a text, on two logical devices and on a CPU device in float32.
+    """Return the negative log-likelihood per token of a text, on two logical devices and of a reference in float32.
 
+    The reference is transformers on the host, or where it is missing KunServe on a CPU device; `reference` says which.
     After the launch, the drop, the restore and another drop; and of `num_tokens` tokens that requests generate while
     they go through all of that, as they came and as a text. With each: by how much the likelihood of one token differs
-    at most from what it is after the launch (of what is generated: as a text), and from what the CPU device finds. Of
+    at most from what it is after the launch (of what is generated: as a text), and from what the reference finds. Of
     the requests that generate, the worst.
     """
     found = dict[str, list[float]]()
+    has_files = _has_files(config.model)
+    config = replace(config, load_format="auto" if has_files else "dummy")
     async with open_engine(config) as engine:
         text = prompt_of(engine, 0, text_len)
         found["launch"] = await _likelihoods(engine, text)
@@ -47,14 +55,43 @@ async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) ->
         if any(token_ids != generated for token_ids, _ in answers):
             raise RuntimeError("the same prompt has been answered otherwise")
         again = await _likelihoods(engine, prompt + generated)
-    reference = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
-    async with open_engine(reference) as engine:
-        expected = await _likelihoods(engine, text)
-        expected_own = (await _likelihoods(engine, prompt + generated))[len(prompt) - 1 :]
+    reference, (expected, expected_own) = await _reference(config, [text, prompt + generated], has_files=has_files)
+    expected_own = expected_own[len(prompt) - 1 :]
     figures = {name: _compared(each, found["launch"], expected) for name, each in found.items()}
     before = again[len(prompt) - 1 :]
     own = max((own for _, own in answers), key=lambda own: _compared(own, before, expected_own)["worst_error"])
-    return {**figures, GENERATED: _compared(own, before, expected_own)}
+    return {"reference": reference, **figures, GENERATED: _compared(own, before, expected_own)}
+
+
+def _has_files(model: str) -> bool:
+    """Return whether the weights of a model are at hand; else they are made up, which nobody else could do alike."""
+    try:
+        return resolve_model(model).folder is not None
+    except ConfigError:
+        return False
+
+
+async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files: bool) -> tuple[str, list[list[float]]]:
+    """Return the logprobs of the tokens of texts in float32, and by whom: transformers, or where it is missing us."""
+    try:
+        if not has_files:
+            raise ImportError("the model's files are not here")
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        on_cpu = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
+        async with open_engine(on_cpu) as engine:
+            return f"KunServe on a CPU device: no transformers ({error})", [
+                await _likelihoods(engine, t) for t in texts
+            ]
+    folder = resolve_model(config.model).folder
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for text in texts:
+        ids = torch.tensor([text])
+        with torch.inference_mode():
+            logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+    return f"transformers {transformers.__version__}", found
 
 
 async def _likelihoods(engine: Engine, text: list[int]) -> list[float]:

@@ -47,7 +47,8 @@ def _same_bits(part: Parts) -> bool:
 
 
 def _worst_likelihood(part: Parts) -> float:
-    return max(float(state[name]) for state in part.values() for name in ("worst_change", "worst_error"))
+    states = [state for state in part.values() if isinstance(state, dict)]  # not the one that says who was compared
+    return max(float(state[name]) for state in states for name in ("worst_change", "worst_error"))
 
 
 def _ttft_gain(parts: Parts) -> float:

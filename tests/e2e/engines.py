@@ -55,6 +55,7 @@ async def running_engine(model: object, devices: str = "cpu:1", **settings: Any)
     finally:
         await served.engine.stop()
         await served.engine.close()
+        await served.close()
 
 
 def greedy(num_tokens: int, **more: Any) -> SamplingParams:

@@ -136,17 +136,34 @@ async def test_serving_parts_on_cpu_devices(host_copy: HostCopy, loaded_from: st
     assert [list(t["weight_sources"]) for t in result["transitions"]] == [[], [loaded_from]]
 
 
-async def test_a_text_is_as_likely_in_every_grouping(tmp_path: Path) -> None:
-    """On CPU devices it is, to the last bit."""
+@pytest.mark.parametrize("has_transformers", [True, False])
+async def test_a_text_is_as_likely_in_every_grouping(
+    has_transformers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPU devices it is, to the last bit; and as likely as transformers finds it, where that is installed."""
     model = str(make_tiny_model("llama", tmp_path / "tiny", num_hidden_layers=4))
+    if not has_transformers:
+        monkeypatch.setitem(sys.modules, "transformers", None)
     config = serving.engine_config(
         DeviceSpec("cpu", (0, 1)), model, num_blocks=40, is_pinned=True, num_batched_tokens=64
     )
     config = replace(config, max_model_len=400, chunk_bytes=64 << 10)
     found = await likelihood(config, text_len=50, num_tokens=64)
-    assert list(found) == ["launch", "drop", "restore", "second drop", "generated"]
-    assert all(state["nll_per_token"] > 1 for state in found.values())
-    assert all(state["worst_change"] == 0 and state["worst_error"] == 0 for state in found.values())
+    assert list(found) == ["reference", "launch", "drop", "restore", "second drop", "generated"]
+    assert found["reference"].startswith("transformers " if has_transformers else "KunServe on a CPU device: no tran")
+    states = [state for name, state in found.items() if name != "reference"]
+    assert all(state["nll_per_token"] > 1 and state["worst_change"] == 0 for state in states)
+    assert all(state["worst_error"] == 0 or (has_transformers and state["worst_error"] < 1e-4) for state in states)
+    [row] = [row for row in report.targets({"likelihood": found}) if row["value"] is not None]
+    assert row["name"].startswith("likelihood") and row["met"]
+
+
+async def test_the_embedded_model_finds_a_text_as_likely_as_transformers_does() -> None:
+    devices = DeviceSpec("cpu", (0, 1))
+    config = serving.engine_config(devices, "smollm2-135m", num_blocks=40, is_pinned=True, num_batched_tokens=64)
+    found = await likelihood(replace(config, max_model_len=400, dtype="float32"), text_len=24, num_tokens=24)
+    assert found.pop("reference").startswith("transformers ")
+    assert all(state["worst_change"] == 0 and state["worst_error"] < 1e-3 for state in found.values())
 
 
 async def test_host_time_and_throughput_on_a_gpu_that_is_not_there(
@@ -345,3 +362,15 @@ def test_without_a_gpu_it_says_what_is_missing() -> None:
     environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
     done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith("gpu_check: --devices cuda") and done.stderr.count("\n") == 1
+
+
+def test_a_worker_launches_on_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the GPU that is current: parts that launch by themselves would meet tensors of another one."""
+    current, served = list[int](), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(gpu_check, "serve", lambda parts: served.append(current[-1] if current else 0))
+    for ordinal in (1, 0, 3):
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--worker", "--ordinal", str(ordinal)])
+        gpu_check.main()
+    assert served == [1, 0, 3]

@@ -20,6 +20,7 @@ from kunserve.compute.cuda.graphs import (
     Run,
     batch_buckets,
     bucket_for,
+    captured_runs,
     cut_into_runs,
     head_of,
 )
@@ -130,9 +131,10 @@ class CudaDecoder(Decoder):
         return launch_sample(logits, rows, self._tokens)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, *, is_cut: bool = True) -> None:
         """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
 
+        is_cut: stages may begin and end at any layer, as those of chains do.
         Layers that are not present are captured, too: nothing of theirs is touched before a replay. Embedding and head
         are, where they are present: only there all that they compute has run before. RuntimeError if a capture fails;
         torch allocates no memory any more after that, so the process has to end.
@@ -142,18 +144,21 @@ class CudaDecoder(Decoder):
             return
         with _no_garbage():
             for bucket in reversed(graphs.buckets):  # smaller ones fit into what the largest has taken
-                self._capture_bucket(graphs, bucket)
+                self._capture_bucket(graphs, bucket, is_cut=is_cut)
 
-    def _capture_bucket(self, graphs: DecodeGraphs, bucket: int) -> None:
+    def _capture_bucket(self, graphs: DecodeGraphs, bucket: int, *, is_cut: bool) -> None:
         num_layers, hidden = self._config.num_layers, graphs.hidden(bucket)
         padding, ids = padding_arrays(bucket, self._uploader.num_kinds), np.zeros(bucket, np.int32)
         step = self._uploader.upload(padding, bucket, NO_IDS, ids)
-        layers = [run for run, _ in cut_into_runs(0, num_layers, num_layers, graphs.run_layers)]
+        layers = captured_runs(num_layers, graphs.run_layers, is_cut=is_cut)
         works: dict[Run, Callable[[], None]] = {EMBEDDING: partial(self._begin, hidden, step.token_ids)}
         works |= {run: partial(self._run, run, hidden, step.batch) for run in layers}
         works[self._head_run] = partial(self._choose, hidden)
-        for run in filter(self._is_here, works):  # each, as layers may differ
-            works[run]()  # compiles, and loads what a capture could not
+        have_run = set[int]()
+        for run in filter(self._is_here, works):  # each layer, as they may differ
+            if run not in layers or not have_run.issuperset(range(*run)):
+                works[run]()  # compiles, and loads what a capture could not
+                have_run.update(range(*run))
         for run, work in works.items():
             if run in layers or self._is_here(run):
                 graphs.capture(run, bucket, work)
@@ -211,12 +216,8 @@ class CudaDecoder(Decoder):
             graphs.run(EMBEDDING, bucket, partial(self._begin, hidden, x))
         else:
             hidden[: len(x)] = x
-        for run, is_whole in cut_into_runs(first_layer, last_layer, self._config.num_layers, graphs.run_layers):
-            work = partial(self._run, run, hidden, step.batch)
-            if is_whole:
-                graphs.run(run, bucket, work)
-            else:
-                work()
+        for run in cut_into_runs(first_layer, last_layer, self._config.num_layers, graphs.run_layers):
+            graphs.run(run, bucket, partial(self._run, run, hidden, step.batch))
         return hidden
 
     def _known(self, ids: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ class LayersPlanner:
         self.scores, self._attention, self._kind, self._options = scores, attention, kind, _plan_options(scores)
         self.ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=attention.buffers.driver.torch_device)
         floats, flashinfer = attention.floats, attention.flashinfer
-        self._mixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend="fa2")
-        self._mixed.reset_workspace_buffer(floats, self.ints)
+        self.mixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(floats, "HND", backend="fa2")
+        self.mixed.reset_workspace_buffer(floats, self.ints)
         self._has_mixed_module = False
         self.buckets: dict[int, Any] = {}
 
@@ -122,14 +122,14 @@ class LayersPlanner:
         else:
             self.plan_mixed(arrays)
             self._has_mixed_module = True
-        run: Callable[..., Any] = self._mixed.run
+        run: Callable[..., Any] = self.mixed.run
         return run
 
     def plan_mixed(self, arrays: StepArrays) -> None:
         """Plan as FlashInfer documents it: it finds the module for these dtypes and options, too."""
         attention, staged = self._attention, self._staged
         seqs, blocks = len(arrays.cu_seqlens_q) - 1, len(arrays.kv[self._kind].kv_indices)
-        self._mixed.plan(
+        self.mixed.plan(
             attention.buffers.cu_seqlens_q.host[: seqs + 1],
             staged.kv_indptr.host[: seqs + 1],
             staged.kv_indices.device[:blocks],
@@ -146,7 +146,7 @@ class LayersPlanner:
         That takes 0.5 to 1.9 ms, for loops over tensors and for copies of arrays that are on the device already; this
         is what FlashInfer's own fast_decode_plan does for decoding. Arguments of plan: prefill.py of 0.6.18.
         """
-        wrapper, attention, staged = self._mixed, self._attention, self._staged
+        wrapper, attention, staged = self.mixed, self._attention, self._staged
         num_heads, num_kv_heads, head_dim, block_size = attention.shape
         of_kind, seqs, rows = arrays.kv[self._kind], len(arrays.cu_seqlens_q) - 1, int(arrays.cu_seqlens_q[-1])
         wrapper._plan_info = wrapper._cached_module.plan(

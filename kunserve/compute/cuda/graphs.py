@@ -3,8 +3,9 @@
 A graph reads and writes addresses that never change: weights, KV, the staged arrays of a step, one buffer of hidden
 states per bucket, and the tokens that the last step has chosen. Runs are short and begin at multiples of their length,
 so that a stage of any grouping is made of the same runs: after a drop or a restore the same graphs replay, and nothing
-is captured again. What comes before the layers and after them has graphs of its own, for the same reason: whatever the
-grouping, and whoever samples, the layers are the same.
+is captured again. Where a chain is cut within a run, each of its layers has a graph of its own as well: three launches
+more on each side of a cut at the most. What comes before the layers and after them has graphs of its own, for the same
+reason: whatever the grouping, and whoever samples, the layers are the same.
 """
 
 from __future__ import annotations
@@ -49,18 +50,26 @@ def bucket_for(num_seqs: int, buckets: tuple[int, ...]) -> int | None:
     return buckets[i] if i < len(buckets) else None
 
 
-def cut_into_runs(first_layer: int, last_layer: int, num_layers: int, run_layers: int) -> list[tuple[Run, bool]]:
-    """Cut a stage at multiples of `run_layers`. False: a ragged end, which only this grouping has; it runs eagerly.
+def cut_into_runs(first_layer: int, last_layer: int, num_layers: int, run_layers: int) -> list[Run]:
+    """Cut a stage at multiples of `run_layers`; where it begins or ends between two of them, into single layers.
 
     The model's own end is the same in every grouping, however short it is.
     """
     runs = []
     start = first_layer
     while start < last_layer:
-        end = min((start // run_layers + 1) * run_layers, last_layer)
-        runs.append((Run(start, end), start % run_layers == 0 and (end % run_layers == 0 or end == num_layers)))
+        end = min(start + run_layers, num_layers)
+        if start % run_layers or end > last_layer:
+            end = start + 1
+        runs.append(Run(start, end))
         start = end
     return runs
+
+
+def captured_runs(num_layers: int, run_layers: int, *, is_cut: bool) -> list[Run]:
+    """Return the runs of layers that are captured: those of the whole model, and if stages may be cut, each layer."""
+    single = [Run(i, i + 1) for i in range(num_layers)] if is_cut else []
+    return list(dict.fromkeys([*cut_into_runs(0, num_layers, num_layers, run_layers), *single]))
 
 
 class DecodeGraphs:

@@ -41,7 +41,7 @@ from kunserve.planner.snapshot import DeviceView, ModelShape
 from kunserve.sampling import SamplingParams
 from kunserve.sizes import ceil_div, format_size
 
-GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs
+GRAPH_BYTES = 192 << 20  # of one logical device: what the driver keeps of graphs, also of single layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class CudaMachine(Machine):
         made = []
         for device, memory in zip(self._devices, memories, strict=True):
             made.append(_decoder(self._model, options, memory, max_model_len, limits, device.driver))
-            _capture(device, made[-1][0])
+            _capture(device, made[-1][0], is_cut=len(self._devices) > 1)
         watched = [memory.device for memory in memories]
         return CudaExecutor(self._devices, [decoder for decoder, _ in made], watched), made[0][1]
 
@@ -243,11 +243,11 @@ def _decoder(
     )
 
 
-def _capture(device: CudaDevice, decoder: CudaDecoder) -> None:
+def _capture(device: CudaDevice, decoder: CudaDecoder, *, is_cut: bool) -> None:
     """Capture a decoder's graphs. ConfigError, in a line, if that cannot be: nothing goes on after it."""
     try:
         with device.computing():
-            decoder.capture()
+            decoder.capture(is_cut=is_cut)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"{device.name}: CUDA graphs failed: {reason}; start with --enforce-eager") from error
@@ -293,7 +293,7 @@ def measure_activations(driver: Driver, model: ModelConfig, options: CudaOptions
             logits = decoder.forward(0, small.num_layers, *full_step(num_tokens, num_seqs, options.block_size))
             logits = torch.zeros_like(logits)  # weights are whatever was there
             decoder.launch_sample(logits, _rows(num_seqs, SamplingParams(1)))
-            decoder.capture()
+            decoder.capture(is_cut=False)
         with opened.sampling.lent():
             sample(logits, _rows(num_seqs, SamplingParams(1, top_p=0.5)))
         opened.driver.synchronize_all()

@@ -2,7 +2,7 @@
 
 cuda-bindings is imported when a driver is opened, so that everything imports on machines that have no GPU. Every
 failure is a `DeviceError` that names the GPU, the call and the CUDA_ERROR; what keeps a server from starting is a
-`ConfigError`. `tests/fakes/fake_cuda.py` keeps the same rules without a GPU.
+`ConfigError`. `tests/fakes/gpus/fake_cuda.py` keeps the same rules without a GPU.
 """
 
 from __future__ import annotations

@@ -24,10 +24,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Launched(Generic[T]):
-    """What launched work returned. Tensors in it may be used on other streams after `ready`, on the host too."""
+    """What launched work returned. Tensors in it may be used on other streams after `ready`, on the host too.
+
+    It keeps the events that the work waits for: CUDA could do without them, but no event of ours goes before it is due.
+    """
 
     value: T
     ready: Event
+    after: tuple[Event, ...] = ()
 
 
 class StreamQueue:
@@ -54,7 +58,7 @@ class StreamQueue:
                 except BaseException:
                     self._driver.synchronize(self.stream)
                     raise
-                return Launched(value, self._driver.record(self.stream))
+                return Launched(value, self._driver.record(self.stream), tuple(after))
 
         return await self._launcher.run(launch_now)
 

@@ -11,7 +11,7 @@ import fake_flashinfer
 import numpy as np
 import pytest
 import torch
-from cuda_parts import cuda_decoder_on_cpu
+from cuda_parts import CapturableKernels, cuda_decoder_on_cpu
 from fake_cuda import FakeCuda
 from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
 
@@ -75,6 +75,9 @@ def test_mixed_steps_and_replays_through_any_chain_match_the_plain_decoder(
         assert wrapper.workspaces == [attention.floats, planner.ints]  # one of each for all
     addresses = {tuple(buffer.data_ptr() for buffer in wrapper.buffers) for wrapper in buckets.values()}
     assert len(addresses) == 1
+    # FlashInfer's own plan takes up to 2 ms of Python: each wrapper has it once, when it is made.
+    assert [wrapper.num_full_plans for wrapper in (planner.mixed, *buckets.values())] == [1] * 5
+    assert planner.mixed.num_plans == len(PROMPTS) - 1  # one of one token is a decode step
 
 
 @pytest.mark.parametrize(
@@ -94,10 +97,6 @@ def test_the_longest_context_of_many_is_split_in_a_graph(
     uploader.upload(step_arrays(batch, 150), 150, no_ids, no_ids)
     (planner,) = many.planners
     assert planner.buckets[150].splits == [split]
-
-
-class CapturableKernels(TorchKernels):
-    is_capturable = True
 
 
 @pytest.mark.parametrize("kv_dtype", [DTYPE, E4M3])

@@ -125,17 +125,18 @@ def test_all_is_captured_before_serving_and_a_drop_captures_nothing(pair: Pair) 
     assert graphs is not None
     captures = graphs.num_captures
     num_runs = ceil_div(LAYERS, graphs.run_layers)
-    assert captures == len(graphs.buckets) * (num_runs + 2)  # the embedding and the head as well
+    # All runs, all single layers that are none, the embedding and the head.
+    assert graphs.run_layers == 2 and captures == len(graphs.buckets) * (num_runs + LAYERS - 1 + 2)
     for i, spans in enumerate(PROMPTS):
         assert_same(pair, spans, i)
     replays = graphs.num_replays
     assert_same(pair, decode(0, [0, 1, 2]), 10)
     assert graphs.num_replays == replays + 1 + num_runs  # the embedding, and the model's end as well
-    chains = [(2,), (4,), (3,), (1, 4)]  # of any grouping, with ragged ends as well
-    for i, cuts in enumerate(chains):
+    chains = [((2,), 3), ((4,), 3), ((3,), 4), ((1, 4), 4)]  # of any grouping, with ragged ends as well
+    for i, (cuts, num_graphs) in enumerate(chains):
         replays = graphs.num_replays
         assert_same(pair, decode(1 + i, [1] if i == 3 else [1, 2, 0] if i < 2 else [2, 1, 0]), 20 + i, cuts)
-        assert graphs.num_replays > replays
+        assert graphs.num_replays == replays + 1 + num_graphs
     assert graphs.num_captures == captures
 
 
@@ -184,11 +185,11 @@ def prompted(pair: Pair) -> Pair:
 def test_the_most_likely_tokens_are_chosen_in_a_graph_at_the_end_of_any_chain(prompted: Pair) -> None:
     graphs = prompted.cuda.graphs
     assert graphs is not None
-    chains = [([0, 1, 2], (), 3), ([0, 1, 2], (2,), 3), ([2, 1], (3,), 2), ([1], (1, 4), 2)]  # with ragged runs, too
-    for i, (sequences, cuts, num_whole_runs) in enumerate(chains):
+    chains = [([0, 1, 2], (), 3), ([0, 1, 2], (2,), 3), ([2, 1], (3,), 4), ([1], (1, 4), 4)]  # with ragged runs, too
+    for i, (sequences, cuts, num_runs) in enumerate(chains):
         replays = graphs.num_replays
         launch(prompted, decode(i, sequences), [20 + s for s in sequences], GREEDY, cuts)
-        assert graphs.num_replays == replays + num_whole_runs + 2  # the embedding and the head
+        assert graphs.num_replays == replays + num_runs + 2  # the embedding and the head
 
 
 def test_the_next_step_begins_with_the_tokens_that_a_graph_has_chosen(prompted: Pair) -> None:

@@ -14,6 +14,7 @@ from kunserve.compute.cuda.graphs import (
     Run,
     batch_buckets,
     bucket_for,
+    captured_runs,
     cut_into_runs,
 )
 
@@ -37,22 +38,22 @@ def test_every_batch_gets_the_smallest_bucket_that_holds_it() -> None:
 
 @pytest.mark.parametrize("num_layers", [32, 30, 5])
 @pytest.mark.parametrize("run_layers", [1, 3, 4])
-def test_runs_cover_a_stage_in_order_and_whole_ones_are_those_of_the_whole_model(
-    run_layers: int, num_layers: int
-) -> None:
-    whole_model = {run for run, _ in cut_into_runs(0, num_layers, num_layers, run_layers)}
-    assert all(is_whole for _, is_whole in cut_into_runs(0, num_layers, num_layers, run_layers))
+def test_runs_cover_any_stage_in_order_and_all_were_captured(run_layers: int, num_layers: int) -> None:
+    whole_model = cut_into_runs(0, num_layers, num_layers, run_layers)
+    assert captured_runs(num_layers, run_layers, is_cut=False) == whole_model
+    captured = captured_runs(num_layers, run_layers, is_cut=True)
+    assert len(set(captured)) == len(captured)
     for first in range(num_layers):
         for last in range(first + 1, num_layers + 1):
             runs = cut_into_runs(first, last, num_layers, run_layers)
-            assert [layer for run, _ in runs for layer in range(*run)] == list(range(first, last))
-            assert {run for run, is_whole in runs if is_whole} <= whole_model
-            assert sum(run.last_layer - run.first_layer for run, is_whole in runs if not is_whole) <= 2 * run_layers - 2
+            assert [layer for run in runs for layer in range(*run)] == list(range(first, last))
+            assert set(runs) <= set(captured)
+            assert len(set(runs) - set(whole_model)) <= 2 * (run_layers - 1)  # at each end, all but one of a run's
 
 
 def test_a_drop_at_the_middle_replays_what_was_captured() -> None:
-    assert [run for run, _ in cut_into_runs(0, 32, 32, RUN_LAYERS)] == [
-        run for half in ((0, 16), (16, 32)) for run, _ in cut_into_runs(*half, 32, RUN_LAYERS)
+    assert cut_into_runs(0, 32, 32, RUN_LAYERS) == [
+        run for half in ((0, 16), (16, 32)) for run in cut_into_runs(*half, 32, RUN_LAYERS)
     ]
 
 

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from fake_kernels import LaunchedKernels
 from fake_timeline import TIMELINE
-from test_cuda_engine import Ask, generate, generate_greedily, serving, tokens_through
+from test_cuda_engine import Ask, chained, generate, generate_greedily, serving, tokens_through
 
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.sampling import PendingTokens
+from kunserve.engine.request import Request
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.gpu.cuda.driver import Graph
+from kunserve.sampling import SamplingParams
 
 TOPOLOGIES = {"one GPU": ((0, 0), ()), "peers": ((0, 1), (0, 1)), "through the host": ((0, 1), ())}
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -53,13 +56,14 @@ async def test_same_tokens_in_any_order_of_the_streams(topology: str, ask: Ask, 
     async with serving(drivers) as engine:
         assert isinstance(engine.executor, CudaExecutor)
         graphs = [decoder.graphs for decoder in engine.executor.decoders if decoder.graphs is not None]
-        num_captures = [g.num_captures for g in graphs]
+        num_captures, before = [g.num_captures for g in graphs], TIMELINE.default_uses
         assert await tokens_through(engine, regroup=True, ask=ask) == expected
         outcomes = [(t["kind"], t["outcome"]) for t in engine.state()["transitions"]]
         assert outcomes == [("drop", "done"), ("restore", "done"), ("drop", "done")]
         assert len(graphs) == len(drivers) and all(g.num_replays for g in graphs)
         # While one captures, the event loop may free a pinned buffer of that stream: torch's host allocator fails then.
         assert [g.num_captures for g in graphs] == num_captures and all(num_captures)
+        assert TIMELINE.default_uses == before  # all devices of a GPU would stand in one queue
     assert all(driver.is_clean() for driver in drivers)
     legacy = {TIMELINE.legacy(ordinal) for ordinal in (0, 1)}
     assert not legacy & {stream for copy in TIMELINE.copies for stream in copy}  # all would stand in one queue
@@ -77,6 +81,33 @@ async def test_a_greedy_decode_step_launches_its_arrays_graphs_and_tokens_and_no
     # The arrays, what attention is planned, and the tokens; embedding, one run of layers, head. The first of these may
     # begin with a token that no graph has chosen.
     assert set(steps[2:]) == {(3, 3)} and steps[1] in {(3, 3), (4, 3)}
+
+
+async def test_a_chain_that_is_cut_within_a_run_of_layers_launches_graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers are one run: each half of them is two layers with graphs of their own."""
+    num_eager, rotate_and_append = 0, LaunchedKernels.rotate_and_append
+
+    def counted(*given: Any, **more: Any) -> None:
+        nonlocal num_eager
+        num_eager += 1
+        rotate_and_append(*given, **more)
+
+    async with serving(drivers_of("through the host")) as engine:
+        chain = await chained(engine)
+        assert [(stage.first_layer, stage.last_layer) for stage in chain.stages] == [(0, 2), (2, 4)]
+        assert isinstance(engine.executor, CudaExecutor)
+        graphs = [decoder.graphs for decoder in engine.executor.decoders if decoder.graphs is not None]
+        replays = [g.num_replays for g in graphs]
+        monkeypatch.setattr(LaunchedKernels, "rotate_and_append", counted)
+        params = SamplingParams(12, temperature=0.0, ignore_eos=True)
+        answers = [
+            engine.submit(Request(str(i), [3 + i], params)) for i in range(3)
+        ]  # a prompt of one token is a decode step as well
+        for answer in answers:
+            assert len([token async for output in answer for token in output.token_ids]) == 12
+        replayed = [g.num_replays - before for g, before in zip(graphs, replays, strict=True)]
+    assert num_eager == 0
+    assert replayed[0] == replayed[1] >= 3 * 12 and not replayed[0] % 3  # an end and two layers in each step
 
 
 def counted_steps(monkeypatch: pytest.MonkeyPatch, executor: CudaExecutor) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda
-from fake_timeline import RuleBrokenError
+from fake_pieces import RuleBrokenError
 
 from kunserve.errors import ConfigError, DeviceError, DeviceLostError
 from kunserve.gpu.cuda.device import (

@@ -71,8 +71,8 @@ async def test_staging_buffers_are_not_filled_before_they_are_empty() -> None:
     source, target = open_cuda_devices(drivers, 1, CHUNK)
     out, into = source.copy_out.stream, target.copy_in.stream
     waits: list[tuple[int, int]] = []
-    drivers[0].wait = lambda stream, event: waits.append((0, event.stream))  # type: ignore[method-assign]
-    drivers[1].wait = lambda stream, event: waits.append((1, event.stream))  # type: ignore[method-assign]
+    drivers[0].wait = lambda stream, event: waits.append((0, event.mark.stream))  # type: ignore[method-assign]
+    drivers[1].wait = lambda stream, event: waits.append((1, event.mark.stream))  # type: ignore[method-assign]
     await transfer(source, torch.ones(40), target, torch.zeros(40), slice_bytes=40)
     assert waits == [(1, out), (1, out), (0, into), (1, out), (0, into), (1, out)]
     source.close()

@@ -7,11 +7,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kunserve.gpu.cuda import driver as module
 from kunserve.gpu.cuda.driver import CudaDriver
@@ -85,6 +87,7 @@ def test_streams_are_taken_again_on_their_gpu_and_never_destroyed(bindings: Bind
     assert {same_gpu.take_stream() for _ in range(3)} == streams
     assert same_gpu.take_stream() not in streams
     assert bindings.called["cuStreamCreate", "context of 0"] == 4
+    assert bindings.arguments["cuStreamCreate"] == (Bindings.CUstream_flags.CU_STREAM_NON_BLOCKING,)
     assert not any(name == "cuStreamDestroy" for name, _ in bindings.called)
 
 
@@ -112,3 +115,52 @@ def test_every_call_is_made_in_its_gpus_context_whatever_thread_makes_it(binding
         }  # fmt: skip
     _, _, descriptors, count = bindings.arguments["cuMemSetAccess"]
     assert count == len(descriptors) == 1  # the GPU's own, and no other's page tables
+
+
+class TorchStreams:
+    """torch's streams of two GPUs, one of which is current; where nothing else is said they are of that one."""
+
+    def __init__(self) -> None:
+        self.current, self.made = torch.device("cuda", 0), list[Any]()
+        self.recorded = list[Any]()  # streams that events were recorded on, or wait for one, or that hold memory
+
+    def external(self, stream: int, device: torch.device | None = None) -> Any:
+        made = SimpleNamespace(cuda_stream=stream, device=device or self.current)
+        made.wait_event = lambda _: self.recorded.append(made)
+        self.made.append(made)
+        return made
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.device
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> TorchStreams:
+    streams = TorchStreams()
+    monkeypatch.setattr(torch.cuda, "ExternalStream", streams.external)
+    monkeypatch.setattr(torch.cuda, "stream", streams.on)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(record=streams.recorded.append))
+    monkeypatch.setattr(Tensor, "record_stream", lambda _, stream: streams.recorded.append(stream))
+    return streams
+
+
+def test_a_gpu_is_current_where_its_stream_is_and_torch_knows_a_stream_by_one_object(
+    bindings: Bindings, streams: TorchStreams
+) -> None:
+    """Triton launches on the GPU that is current; and to make torch's object takes longer than a launch."""
+    drivers = [CudaDriver(ordinal, bindings) for ordinal in (0, 1)]
+    taken = [(driver, driver.take_stream()) for driver in drivers for _ in range(2)]
+    for _ in range(3):
+        for driver, stream in taken:
+            with driver.on(stream):
+                assert streams.current == driver.torch_device
+                driver.wait(stream, driver.record(stream))
+                driver.hold(torch.zeros(1), stream)
+        with drivers[1].on(taken[2][1]), drivers[0].on(taken[0][1]):
+            assert streams.current == drivers[0].torch_device
+        assert streams.current == drivers[0].torch_device
+    assert [(one.cuda_stream, one.device) for one in streams.made] == [(s, d.torch_device) for d, s in taken]
+    assert len(streams.recorded) == 3 * 3 * 4 and set(map(id, streams.recorded)) == set(map(id, streams.made))

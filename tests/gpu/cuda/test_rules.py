@@ -7,39 +7,18 @@ GPU, or a step at random, and the fake says so.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from fake_cuda import GRANULARITY, FakeCuda
-from fake_gpu_tensors import launch
-from fake_timeline import TIMELINE, RuleBrokenError
+from fake_gpu_tensors import launch, on_gpu
+from fake_pieces import RuleBrokenError
+from fake_timeline import TIMELINE, take_broken
 
 from kunserve.errors import DeviceError
 from kunserve.gpu.cuda.device import CudaDevice
-
-
-@pytest.fixture
-def driver() -> Iterator[FakeCuda]:
-    driver = FakeCuda(is_async=True)
-    yield driver
-    for stream in list(driver.streams):
-        driver.synchronize(stream)
-        driver.return_stream(stream)
-    driver.close()
-
-
-def take_broken() -> str:
-    """What was found where nothing could be raised."""
-    broken = "; ".join(TIMELINE.broken)
-    TIMELINE.broken.clear()
-    return broken
-
-
-def on_gpu(value: float = 1.0, size: int = 8) -> torch.Tensor:
-    return torch.full((size,), value, device="gpu:0")
-
 
 # --- lifetimes ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +55,8 @@ def test_memory_is_held_until_another_stream_has_read_it(driver: FakeCuda) -> No
     for is_held in (True, False):
         with driver.on(first):
             x = on_gpu(3.0)
-        driver.wait(second, driver.record(first))
+        made = driver.record(first)
+        driver.wait(second, made)
         with driver.on(second):
             y = x + 1
             if is_held:
@@ -128,7 +108,7 @@ def test_a_graph_does_again_what_was_captured_and_nothing_at_once(driver: FakeCu
             graph.replay()
 
 
-@pytest.mark.parametrize("call", ["item", "synchronize", "pageable", "elsewhere", "again", "legacy"])
+@pytest.mark.parametrize("call", ["item", "synchronize", "pageable", "elsewhere", "again", "legacy", "outside"])
 def test_what_no_thread_may_do_while_it_captures(driver: FakeCuda, call: str) -> None:
     stream, other = driver.take_stream(), driver.take_stream()
     with driver.on(stream):
@@ -140,8 +120,10 @@ def test_what_no_thread_may_do_while_it_captures(driver: FakeCuda, call: str) ->
             "elsewhere": lambda: driver.record(other),
             "again": lambda: driver.capture(lambda: None),
             "legacy": lambda: driver.record(TIMELINE.legacy(0)),
+            "outside": lambda: driver.wait(stream, before),
         }
-        with pytest.raises(RuleBrokenError, match=r"while it captures|is not what this thread captures"):
+        before = driver.record(stream)
+        with pytest.raises(RuleBrokenError, match=r"while it captures|is not what this thread captures|may not wait"):
             driver.capture(forbidden[call])
 
 
@@ -168,6 +150,38 @@ def test_what_other_threads_may_not_do_to_a_stream_that_is_captured(driver: Fake
     assert sorted(map(type, errors), key=str) == sorted([DeviceError, RuleBrokenError], key=str)
 
 
+def test_no_stream_joins_a_capture(driver: FakeCuda) -> None:
+    """Which it would, if it waited for an event that was captured; from then on its work would be in the graph."""
+    stream, other, events = driver.take_stream(), driver.take_stream(), list[Any]()
+    with driver.on(stream):
+        driver.capture(lambda: events.append(driver.record(stream)))
+        with pytest.raises(RuleBrokenError, match="may not wait for each other"):
+            driver.wait(other, events[0])
+
+
+def test_nobody_uses_the_default_stream_during_a_capture(driver: FakeCuda) -> None:
+    """Also not another thread: were the stream one that the default stream waits for, both would fail."""
+    stream, errors = driver.take_stream(), list[str]()
+
+    def work() -> None:
+        def make() -> None:
+            try:
+                on_gpu()
+            except RuleBrokenError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+
+    with driver.on(stream):
+        driver.capture(work)
+    assert errors == ["the default stream was used while a stream of its GPU was captured"]
+    assert take_broken() == errors[0]
+    with pytest.raises(RuleBrokenError, match="the default stream cannot be captured"):
+        driver.capture(lambda: None)
+
+
 def test_a_graph_needs_the_memory_that_it_was_captured_with(driver: FakeCuda) -> None:
     with driver.on(driver.take_stream()):
         x, y = on_gpu(), on_gpu()
@@ -184,95 +198,6 @@ def test_a_graph_needs_the_memory_that_it_was_captured_with(driver: FakeCuda) ->
     assert "freed" in take_broken()
 
 
-# --- order ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_reads_before_a_copy_has_filled_is_found_whatever_is_drawn(driver: FakeCuda) -> None:
-    first, second = driver.take_stream(), driver.take_stream()
-    num_found = 0
-    for seed in range(20):
-        TIMELINE.begin(seed)
-        host, x = driver.pinned(32), on_gpu()
-        driver.synchronize_all()
-        with driver.on(first):
-            x.copy_(host.view(torch.float32), non_blocking=True)
-        with driver.on(second):
-            y = x * 2  # behind no event
-        try:
-            driver.synchronize(second)
-        except RuleBrokenError:
-            num_found += 1
-        assert all("has not written yet" in rule for rule in TIMELINE.broken)
-        take_broken()
-        TIMELINE.forget_work()
-        del y
-    assert 5 <= num_found <= 20
-
-
-def test_what_waits_for_the_event_is_right_whatever_is_drawn(driver: FakeCuda) -> None:
-    first, second = driver.take_stream(), driver.take_stream()
-    for seed in range(20):
-        TIMELINE.begin(seed)
-        host, x = driver.pinned(32), on_gpu()
-        driver.synchronize_all()
-        host.view(torch.float32).fill_(seed)
-        with driver.on(first):
-            x.copy_(host.view(torch.float32), non_blocking=True)
-        driver.wait(second, driver.record(first))
-        with driver.on(second):
-            assert (x * 2).tolist() == [2.0 * seed] * 8
-
-
-def test_the_default_stream_waits_for_nobody(driver: FakeCuda) -> None:
-    """What is made on it is there for others when the GPU was waited for, and not before."""
-    stream, found = driver.take_stream(), set()
-    for seed in range(20):
-        TIMELINE.begin(seed)
-        x = on_gpu(5.0)
-        with driver.on(stream):
-            try:
-                found.add((x + 0).tolist()[0])
-            except RuleBrokenError:
-                found.add("too early")
-        take_broken()
-        TIMELINE.forget_work()
-    assert found == {5.0, "too early"}
-
-
-def test_a_host_buffer_must_stay_as_it_is_until_it_was_copied(driver: FakeCuda) -> None:
-    stream = driver.take_stream()
-    with driver.on(stream):
-        host, x = driver.pinned(32), on_gpu()
-        x.copy_(host.view(torch.float32), non_blocking=True)
-        host.fill_(1)
-        with pytest.raises(RuleBrokenError, match="written before it had been copied"):
-            driver.synchronize(stream)
-    take_broken()
-    TIMELINE.forget_work()
-
-
-def test_memory_that_is_not_locked_is_read_before_the_copy_returns(driver: FakeCuda) -> None:
-    with driver.on(driver.take_stream()):
-        host, x = torch.full((8,), 2.0), on_gpu()
-        x.copy_(host, non_blocking=True)
-        host.fill_(7)
-        assert x.tolist() == [2.0] * 8
-
-
-def test_a_fault_is_seen_by_who_waits_next_and_by_all_after(driver: FakeCuda) -> None:
-    stream = driver.take_stream()
-    with driver.on(stream):
-        ids = torch.full((1,), 99, device="gpu:0")
-        x = on_gpu().index_select(0, ids)  # out of range: nothing is said here
-        assert x.shape == (1,)
-        with pytest.raises(DeviceError, match="CUDA_ERROR_ASSERT"):
-            driver.synchronize(stream)
-    with pytest.raises(DeviceError, match="CUDA_ERROR_ASSERT"):
-        driver.create(GRANULARITY)
-    driver.error = None
-    TIMELINE.forget_work()
-
-
 # --- whose ----------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +211,25 @@ def test_kernels_are_launched_where_their_gpu_is_current() -> None:
     with here.on(stream), there.on(other):
         launch(lambda x: x.add_(1), [], [x])
         assert x.tolist() == [1.0] * 4
+    for driver, mine in ((here, stream), (there, other)):
+        driver.return_stream(mine)
+
+
+def test_a_call_of_another_gpus_driver_makes_that_one_current() -> None:
+    """Between what is launched on a GPU nobody may ask another one's driver for anything: contexts are threads'."""
+    here, there = FakeCuda(0, is_async=True), FakeCuda(1, is_async=True)
+    stream, other = here.take_stream(), there.take_stream()
+    with here.on(stream):
+        x = torch.zeros(4, device="gpu:0")
+        launch(lambda x: x.add_(1), [], [x])
+        there.synchronize(other)
+        with pytest.raises(RuleBrokenError, match="while GPU 1 is current"):
+            launch(lambda x: x.add_(1), [], [x])
+        with pytest.raises(RuleBrokenError, match="captures on the GPU that is current"):
+            here.capture(lambda: None)
+        here.synchronize_event(here.record(stream))
+        launch(lambda x: x.add_(1), [], [x])
+        assert x.tolist() == [2.0] * 4
     for driver, mine in ((here, stream), (there, other)):
         driver.return_stream(mine)
 

@@ -42,6 +42,7 @@ class _Wrapper:
         assert kv_layout == "HND"
         self.workspaces, self.pinned = [floats], torch.empty(0)
         self.num_plans, self.splits = 0, list[int | None]()
+        self.num_full_plans = 0  # of `num_plans`: by FlashInfer's own `plan`, in Python
 
     def reset_workspace_buffer(self, floats: Tensor, ints: Tensor) -> None:
         self.workspaces = [floats, ints]
@@ -78,6 +79,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, *, causal: bool, **options: Any,
     ) -> None:  # fmt: skip
         assert causal
+        self.num_full_plans += 1
         self.scores, self.dtypes = _scores(options), _dtypes(options)
         self._qo_indptr_last, self._batch_size = int(qo_indptr[-1]), len(last)
         self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr.clone(), indptr.clone()
@@ -130,6 +132,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
 
     def plan(self, indptr: Tensor, indices: Tensor, last: Tensor, *shape: int, **options: Any) -> None:
         assert len(shape) == 4
+        self.num_full_plans += 1
         self.scores, self.dtypes = _scores(options), _dtypes(options)
         self.check(indptr, indices, last)
         for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):

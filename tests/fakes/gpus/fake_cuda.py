@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from fake_gpu_tensors import GpuTensor, MappedMemory, new_pinned, register, unregister
-from fake_timeline import TIMELINE, Event, Recording, RuleBrokenError
+from fake_pieces import Event, Recording, RuleBrokenError
+from fake_timeline import TIMELINE
 from torch import Tensor
 
 from kunserve.errors import DeviceError
@@ -144,13 +145,14 @@ class FakeCuda:
     # --- Driver ------------------------------------------------------------------------------------------------
 
     def memory(self) -> tuple[int, int]:
+        TIMELINE.make_current(self.ordinal)
         return self._total - sum(size for _, size in self._handles.values()), self._total
 
     def can_access(self, ordinal: int) -> bool:
         return ordinal in self._reachable
 
     def create(self, num_bytes: int) -> int:
-        self._count("create", num_bytes)
+        self._call("create", num_bytes)
         self._check(
             num_bytes > 0 and num_bytes % self.granularity == 0, "create: size is no multiple of the granularity"
         )
@@ -162,13 +164,13 @@ class FakeCuda:
         return handle
 
     def release(self, handle: int) -> None:
-        self._count("release", handle)
+        self._call("release", handle)
         self._check(handle in self._handles, "release: no such handle")
         self._check(all(h != handle for _, h in self._mapped.values()), "release: the handle is mapped")
         del self._handles[handle]
 
     def reserve(self, num_bytes: int) -> int:
-        self._count("reserve", num_bytes)
+        self._call("reserve", num_bytes)
         self._check(
             num_bytes > 0 and num_bytes % self.granularity == 0, "reserve: size is no multiple of the granularity"
         )
@@ -179,14 +181,14 @@ class FakeCuda:
         return address
 
     def free(self, address: int, num_bytes: int) -> None:
-        self._count("free", address, num_bytes)
+        self._call("free", address, num_bytes)
         self._check(self._reserved.get(address) == num_bytes, "free: not a reserved range")
         self._check(not self._inside(address, num_bytes), "free: something is mapped in it")
         del self._reserved[address]
         _libc.munmap(address, num_bytes)
 
     def map(self, address: int, num_bytes: int, handle: int) -> None:
-        self._count("map", address, num_bytes, handle)
+        self._call("map", address, num_bytes, handle)
         self._check_idle("map")
         self._check(address % self.granularity == 0, "map: address is not aligned")
         self._check(self._handles.get(handle, (0, 0))[1] == num_bytes, "map: no such handle, or not all of it")
@@ -198,7 +200,7 @@ class FakeCuda:
         self._mapped[address] = (num_bytes, handle)
 
     def set_access(self, address: int, num_bytes: int) -> None:
-        self._count("set_access", address, num_bytes)
+        self._call("set_access", address, num_bytes)
         self._check_idle("set_access")
         inside = self._inside(address, num_bytes)
         self._check(sum(self._mapped[a][0] for a in inside) == num_bytes, "set_access: not all of it is mapped")
@@ -206,7 +208,7 @@ class FakeCuda:
         assert _libc.mprotect(address, num_bytes, _RW) == 0
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        self._count("unmap", address, num_bytes)
+        self._call("unmap", address, num_bytes)
         self._check_idle("unmap")
         inside = self._inside(address, num_bytes)
         whole = sum(self._mapped[a][0] for a in inside) == num_bytes and num_bytes > 0
@@ -219,6 +221,7 @@ class FakeCuda:
         self._mmap(address, num_bytes, 0, _RESERVED | _FIXED)
 
     def take_stream(self) -> int:
+        TIMELINE.make_current(self.ordinal)
         idle = _idle_streams[self.ordinal]
         stream = idle.pop() if idle else TIMELINE.create(self)
         TIMELINE.take(stream, self)
@@ -248,11 +251,14 @@ class FakeCuda:
         self.synchronize_event(self.record(stream))
 
     def synchronize_event(self, event: Event) -> None:
+        TIMELINE.make_current(self.ordinal)
         TIMELINE.synchronize(event, self)
 
     def synchronize_all(self) -> None:
+        before = TIMELINE.current_gpu  # torch puts it back
         for stream in (*self.streams, TIMELINE.legacy(self.ordinal)):
             self.synchronize(stream)
+        TIMELINE.make_current(before)
 
     def hold(self, tensor: Tensor, stream: int) -> None:
         if isinstance(tensor, GpuTensor):
@@ -260,6 +266,7 @@ class FakeCuda:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         self.calls["capture"] += 1
+        self._check(TIMELINE.current_gpu == self.ordinal, "capture: torch captures on the GPU that is current")
         if not self.is_async:
             return RepeatedGraph(work)
         with TIMELINE.capture(self.current_stream()) as recording:
@@ -273,13 +280,13 @@ class FakeCuda:
         return GpuTensor(flat, self.ordinal, MappedMemory(self.ordinal)) if self.is_async else flat
 
     def pin(self, address: int, num_bytes: int) -> None:
-        self._count("pin", address, num_bytes)
+        self._call("pin", address, num_bytes)
         self._check(address not in self.pinned_ranges, "pin: pinned already")
         self.pinned_ranges[address] = num_bytes
         register(address, num_bytes)
 
     def unpin(self, address: int) -> None:
-        self._count("unpin", address)
+        self._call("unpin", address)
         self._check(address in self.pinned_ranges, "unpin: not pinned")
         del self.pinned_ranges[address]
         unregister(address)
@@ -294,6 +301,11 @@ class FakeCuda:
             os.close(self._fd)
 
     # --- rules -------------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        """A call of the driver, which is made in this GPU's context: it is this thread's from then on."""
+        TIMELINE.make_current(self.ordinal)
+        self._count(name, *arguments)
 
     def _count(self, name: str, *arguments: Any) -> None:
         if self.error:

@@ -10,74 +10,13 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
+from fake_pieces import Event, Mark, Piece, Recording, RuleBrokenError, Span, StreamOwner, StreamState
+
 from kunserve.errors import DeviceError
-
-
-class RuleBrokenError(AssertionError):
-    """Our code did what CUDA forbids."""
-
-
-class StreamOwner(Protocol):
-    """What a stream belongs to."""
-
-    ordinal: int
-    error: str | None  # a kernel has faulted: nothing runs any more
-
-
-class Span(NamedTuple):
-    """Bytes from one address to another."""
-
-    start: int
-    end: int
-
-
-@dataclass(eq=False, slots=True)
-class Event:
-    """A place in a stream."""
-
-    stream: int
-    is_reached: bool = False
-    is_captured: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Piece:
-    """One launch, a wait, or an event."""
-
-    stream: int
-    number: int = 0  # the order in which the host has launched
-    run: Callable[[], object] | None = None
-    reads: tuple[Span, ...] = ()
-    writes: tuple[Span, ...] = ()
-    after: Event | None = None
-    reaches: Event | None = None
-    is_held: bool = False  # until a test lets it end
-
-
-@dataclass(slots=True)
-class _Stream:
-    owner: StreamOwner
-    queue: deque[Piece] = field(default_factory=deque)
-    num_submitted: int = 0  # held pieces
-    num_done: int = 0
-    is_destroyed: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Recording:
-    """What a capture has seen, to be launched again. Memory that was there before must be there then."""
-
-    stream: int
-    thread: int
-    pieces: list[Piece] = field(default_factory=list)
-    needed: list[tuple[Span, ref[Any]]] = field(default_factory=list)
 
 
 class Block:
@@ -107,29 +46,35 @@ class Timeline:
         self.change = threading.Condition(threading.RLock())
         self.broken: list[str] = []
         self.copies: list[tuple[int, int]] = []  # between GPUs: the streams that were current on both
-        self._streams: dict[int, _Stream] = {}
+        self.default_uses = 0  # launches on default streams
+        self._streams: dict[int, StreamState] = {}
         self._legacy: dict[int, int] = {}  # of each GPU: what torch launches on where no stream is current
         self._ids, self._numbers = itertools.count(1), itertools.count(1)
-        self._random = random.Random(0)
+        self._random, self._is_legacy_late = random.Random(0), True
         self._recordings: dict[int, Recording] = {}
         self._captured_event: str | None = None  # torch's host allocator has met one: it fails from then on
         self._thread = threading.local()
 
     def begin(self, seed: int) -> None:
-        """Forget what other tests have left, and draw another order."""
+        """Forget what other tests have left, and draw another order.
+
+        At even seeds what lies in default streams runs last: whoever relies on it without saying so is found at once.
+        """
         with self.change:
             self._random.seed(seed)
+            self._is_legacy_late = seed % 2 == 0
+            self.default_uses, self._thread.gpu = 0, 0
             self.broken.clear()
             self.copies.clear()
             self._captured_event = None
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
-    def create(self, owner: StreamOwner) -> int:
-        """Make a stream that does not wait for the legacy one."""
+    def create(self, owner: StreamOwner, *, is_blocking: bool = False) -> int:
+        """Make a stream. If it is blocking, it and the legacy stream of its GPU wait for each other."""
         with self.change:
             stream = next(self._ids)
-            self._streams[stream] = _Stream(owner)
+            self._streams[stream] = StreamState(owner, is_blocking=is_blocking)
             return stream
 
     def take(self, stream: int, owner: StreamOwner) -> None:
@@ -176,12 +121,16 @@ class Timeline:
         """The GPU that is current in this thread."""
         return getattr(self._thread, "gpu", 0)
 
+    def make_current(self, ordinal: int) -> None:
+        """Make a GPU current in this thread, as every call of its driver does: nobody makes another so behind it."""
+        self._thread.gpu = ordinal
+
     def current(self, ordinal: int) -> int:
         """Return the stream on which this thread launches on a GPU."""
         return self._current().get(ordinal) or self.legacy(ordinal)
 
     def legacy(self, ordinal: int) -> int:
-        """Return the default stream of a GPU, which ours do not wait for."""
+        """Return the default stream of a GPU: only those that are blocking wait for it, and it for them."""
         with self.change:
             if ordinal not in self._legacy:
                 self._legacy[ordinal] = self.create(_Nobody(ordinal))
@@ -201,14 +150,25 @@ class Timeline:
 
     def record(self, stream: int) -> Event:
         """Record an event behind all that was launched."""
-        event = Event(stream, is_captured=stream in self._recordings)
-        self._put(Piece(stream, reaches=event))
-        return event
+        mark = Mark(stream, is_captured=stream in self._recordings)
+        self._put(Piece(stream, reaches=mark))
+        return Event(mark, self._event_ended)
 
     def wait(self, stream: int, event: Event) -> None:
         """Let what is launched on `stream` from now on wait for an event."""
-        if not event.is_reached:
-            self._put(Piece(stream, after=event))
+        with self.change:
+            mark = event.mark
+            if mark.is_captured != (stream in self._recordings):
+                raise RuleBrokenError("what is in a capture and what is not may not wait for each other")
+            if not mark.is_reached:
+                mark.num_waiting += 1
+                self._put(Piece(stream, after=mark))
+
+    def _event_ended(self, mark: Mark) -> None:
+        """Nobody can name the event any more: none may have been in the middle of waiting for it."""
+        with self.change:
+            if mark.is_open:
+                self.broken.append(f"an event of stream {mark.stream} was destroyed while a stream waits for it")
 
     def _put(self, piece: Piece) -> None:
         with self.change:
@@ -220,10 +180,36 @@ class Timeline:
             if recording is not None:
                 recording.pieces.append(piece)
                 return
+            for other in self._waited_for_unsaid(piece.stream, state):
+                self._wait_unsaid(piece.stream, other)
             piece.number = next(self._numbers)
             state.queue.append(piece)
             state.num_submitted += piece.is_held
             self.change.notify_all()
+
+    def wait_as_torch(self, stream: int, other: int) -> None:
+        """Let a stream wait for all that lies in another, as torch's own copies do: their events go at once."""
+        with self.change:
+            self.forbid_in_capture("copy between GPUs")
+            self._wait_unsaid(stream, other)
+
+    def _wait_unsaid(self, stream: int, other: int) -> None:
+        mark = Mark(other, num_waiting=1)
+        for piece in (Piece(other, reaches=mark), Piece(stream, after=mark)):
+            piece.number = next(self._numbers)
+            self._state(piece.stream).queue.append(piece)
+
+    def _waited_for_unsaid(self, stream: int, state: StreamState) -> list[int]:
+        """Return the streams that CUDA lets the next launch on `stream` wait for without being told."""
+        ordinal = state.owner.ordinal
+        legacy = self._legacy.get(ordinal)
+        if stream == legacy:
+            self.default_uses += 1
+            if any(self.ordinal(captured) == ordinal for captured in self._recordings):
+                self._break("the default stream was used while a stream of its GPU was captured")
+            mine = ((i, s) for i, s in self._streams.items() if s.is_blocking and s.owner.ordinal == ordinal)
+            return [i for i, s in mine if s.queue]
+        return [legacy] if state.is_blocking and legacy is not None and self._streams[legacy].queue else []
 
     # --- running ---------------------------------------------------------------------------------------------------
 
@@ -231,9 +217,10 @@ class Timeline:
         """Block until an event is reached, or `owner` has faulted: DeviceError."""
         with self.change:
             self.forbid_in_capture("wait for the GPU")
-            if event.stream in self._recordings or event.is_captured:
+            mark = event.mark
+            if mark.stream in self._recordings or mark.is_captured:
                 raise DeviceError(f"cuda:{owner.ordinal}: CUDA_ERROR_CAPTURED_EVENT")
-            while not (event.is_reached or owner.error):
+            while not (mark.is_reached or owner.error):
                 if not self._run_one():
                     self.change.wait()
             if owner.error:
@@ -267,6 +254,8 @@ class Timeline:
                 for piece in state.queue:
                     if piece.reaches is not None:
                         piece.reaches.is_reached = True
+                    if piece.after is not None:
+                        piece.after.num_waiting -= 1
                 state.queue.clear()
 
     def counts(self, stream: int) -> tuple[int, int]:
@@ -276,11 +265,13 @@ class Timeline:
 
     def _run_one(self) -> bool:
         ready = [s for s in self._streams.values() if s.queue and not s.owner.error and _can_run(s.queue[0])]
+        if self._is_legacy_late:
+            ready = [s for s in ready if not isinstance(s.owner, _Nobody)] or ready
         if ready:
             self._run(self._random.choice(ready))
         return bool(ready)
 
-    def _run(self, state: _Stream) -> None:
+    def _run(self, state: StreamState) -> None:
         piece = state.queue[0]
         self._check_order(piece)
         if piece.run is not None:
@@ -295,6 +286,8 @@ class Timeline:
         state.num_done += piece.is_held
         if piece.reaches is not None:
             piece.reaches.is_reached = True
+        if piece.after is not None:
+            piece.after.num_waiting -= 1
         self.change.notify_all()
 
     def _check_order(self, piece: Piece) -> None:
@@ -321,7 +314,8 @@ class Timeline:
         """Record what this thread launches on `stream`, and run nothing of it."""
         with self.change:
             self.forbid_in_capture("begin another capture")
-            assert stream not in self._legacy.values(), "the legacy stream cannot be captured"
+            if stream in self._legacy.values():
+                raise RuleBrokenError("the default stream cannot be captured")
             recording = self._recordings[stream] = Recording(stream, threading.get_ident())
         self._thread.recording = recording
         try:
@@ -388,7 +382,7 @@ class Timeline:
         with self.change:
             return any(_overlap((span,), piece.writes) for state in self._streams.values() for piece in state.queue)
 
-    def _state(self, stream: int) -> _Stream:
+    def _state(self, stream: int) -> StreamState:
         state = self._streams.get(stream)
         if state is None or state.is_destroyed:
             raise RuleBrokenError(f"there is no stream {stream}")
@@ -410,3 +404,10 @@ def _overlap(a: Sequence[Span], b: Sequence[Span]) -> bool:
 
 
 TIMELINE = Timeline()  # of this process: events of one GPU are waited for on others
+
+
+def take_broken() -> str:
+    """Return what was found where nothing could be raised, which is forgiven."""
+    broken = "; ".join(TIMELINE.broken)
+    TIMELINE.broken.clear()
+    return broken

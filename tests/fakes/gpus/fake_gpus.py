@@ -79,3 +79,14 @@ def _rules_are_kept() -> Iterator[None]:
     yield
     if TIMELINE.broken:
         pytest.fail("; ".join(dict.fromkeys(TIMELINE.broken)))
+
+
+@pytest.fixture
+def driver() -> Iterator[FakeCuda]:
+    """A GPU whose work waits in streams, for tests of its rules."""
+    driver = FakeCuda(is_async=True)
+    yield driver
+    for stream in list(driver.streams):
+        driver.synchronize(stream)
+        driver.return_stream(stream)
+    driver.close()

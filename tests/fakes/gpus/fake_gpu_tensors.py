@@ -14,7 +14,8 @@ from weakref import finalize
 
 import numpy as np
 import torch
-from fake_timeline import TIMELINE, Block, RuleBrokenError, Span
+from fake_pieces import RuleBrokenError, Span
+from fake_timeline import TIMELINE, Block
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -81,6 +82,11 @@ def new_tensor(shape: Sequence[int], strides: Sequence[int] | None, dtype: torch
         inner = torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
     ctypes.memset(inner.data_ptr(), POISON, inner.untyped_storage().nbytes())
     return GpuTensor(inner, ordinal, Block(TIMELINE, span_of(inner), TIMELINE.current(ordinal)))
+
+
+def on_gpu(value: float = 1.0, size: int = 8) -> Tensor:
+    """Make a tensor on the first GPU, of one number."""
+    return torch.full((size,), value, device="gpu:0")
 
 
 def new_pinned(num_bytes: int) -> Tensor:
@@ -343,7 +349,7 @@ def _copy_on_gpus(write: GpuTensor, read: GpuTensor) -> None:
         return
     out, into = TIMELINE.current(source), TIMELINE.current(target)
     TIMELINE.copies.append((out, into))
-    TIMELINE.wait(out, TIMELINE.record(into))
+    TIMELINE.wait_as_torch(out, into)
     _check_use(read, source, out)
     _check_use(write, source, out)  # the source writes
 
@@ -352,7 +358,7 @@ def _copy_on_gpus(write: GpuTensor, read: GpuTensor) -> None:
             to.copy_(inner)
 
     TIMELINE.launch(out, work, [span_of(inner)], [span_of(to)])
-    TIMELINE.wait(into, TIMELINE.record(out))
+    TIMELINE.wait_as_torch(into, out)
 
 
 # --- torch's side of it ---------------------------------------------------------------------------------------------

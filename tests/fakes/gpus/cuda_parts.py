@@ -17,6 +17,12 @@ from kunserve.model.config import ModelConfig
 CPU = torch.device("cpu")
 
 
+class CapturableKernels(TorchKernels):
+    """The reference, on a GPU that does all at once: a graph does it again."""
+
+    is_capturable = True
+
+
 def cuda_decoder_on_cpu(
     config: ModelConfig,
     memory: DeviceMemory,
