@@ -82,8 +82,8 @@ def test_numbers(bench: Bench) -> None:
     assert rounded.keys() == errors.keys() and all(0 < error < 0.1 for error in rounded.values())
     assert rounded != errors
     assert forward.graphs(bench, TINY) == {
-        "captures": [12, 12],  # two runs at three batch sizes, and what is before and after them
-        "captures_after_drop_and_restore": [12, 12],
+        "captures": [36, 36],  # two runs and their eight layers at three batch sizes, what is before and after them
+        "captures_after_drop_and_restore": [36, 36],
         "same_tokens": True,
         "same_in_chain": True,
         "same_after_restore": True,

@@ -16,7 +16,7 @@ from fake_cuda import GRANULARITY, FakeCuda
 from kunserve.compute.cuda import sampling
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.sampling import PendingTokens
-from kunserve.compute.sampler import SamplingRow
+from kunserve.compute.sampler import SamplingRow, is_adjusted
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
@@ -190,7 +190,7 @@ def _then(call: Callable[..., torch.Tensor], and_then: Callable[[], None]) -> Ca
 async def test_rows_are_asked_once_in_a_step_how_they_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by each stage, nor again where tokens are chosen: at 256 rows each time takes 80 us of the interpreter."""
     num_asked = num_rows = 0
-    is_adjusted, launch_tokens = sampling.is_adjusted, CudaDecoder.launch_tokens
+    launch_tokens = CudaDecoder.launch_tokens
 
     def counted(row: SamplingRow) -> bool:
         nonlocal num_asked
