@@ -6,8 +6,8 @@
  * is more than its code, the offset takes that back, and is exact.
  */
 #if VL == 8 && defined(__AVX2__) && defined(__F16C__)
-#define GROUPS 8 /* groups */
-#define RW 8    /* rows of W: the sums of four would wait for each other */
+#define GROUPS 8 /* of weights, that are taken apart at once */
+#define RW 8     /* rows of W: the sums of four would wait for each other */
 
 typedef struct {
   uint16_t codes[RW][GROUPS][GROUP]; /* halves: columns 0 to 7, 16 to 23, 8 to 15, 24 to 31 of each group */

@@ -72,24 +72,29 @@ def _has_files(model: str) -> bool:
 
 
 async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files: bool) -> tuple[str, list[list[float]]]:
-    """Return the logprobs of the tokens of texts in float32, and by whom: transformers, or where it is missing us."""
-    try:
-        if not has_files:
-            raise ImportError("the model's files are not here")
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        on_cpu = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
-        async with open_engine(on_cpu) as engine:
-            return f"KunServe on a CPU device: no transformers ({error})", [
-                await _likelihoods(engine, t) for t in texts
-            ]
-    folder = resolve_model(config.model).folder
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Return the logprobs of the tokens of texts in float32, and by whom: transformers, or where it cannot be, us."""
+    missing = "the model's files are not here"
+    if has_files:
+        try:
+            return _by_transformers(config.model, texts)
+        except ImportError as error:
+            missing = str(error)
+    on_cpu = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
+    async with open_engine(on_cpu) as engine:
+        found = [await _likelihoods(engine, text) for text in texts]
+    return f"KunServe on a CPU device: no transformers ({missing})", found
+
+
+def _by_transformers(model: str, texts: list[list[int]]) -> tuple[str, list[list[float]]]:
+    """Return as `_reference`. Raises ImportError where transformers is not installed."""
+    transformers = importlib.import_module("transformers")
+    folder = resolve_model(model).folder
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for text in texts:
         ids = torch.tensor([text])
         with torch.inference_mode():
-            logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+            logprobs = reference(ids).logits[0, :-1].float().log_softmax(-1)
         found.append(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
     return f"transformers {transformers.__version__}", found
 

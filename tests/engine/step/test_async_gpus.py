@@ -100,9 +100,8 @@ async def test_a_chain_that_is_cut_within_a_run_of_layers_launches_graphs_only(m
         replays = [g.num_replays for g in graphs]
         monkeypatch.setattr(LaunchedKernels, "rotate_and_append", counted)
         params = SamplingParams(12, temperature=0.0, ignore_eos=True)
-        answers = [
-            engine.submit(Request(str(i), [3 + i], params)) for i in range(3)
-        ]  # a prompt of one token is a decode step as well
+        # A prompt of one token is a decode step as well.
+        answers = [engine.submit(Request(str(i), [3 + i], params)) for i in range(3)]
         for answer in answers:
             assert len([token async for output in answer for token in output.token_ids]) == 12
         replayed = [g.num_replays - before for g, before in zip(graphs, replays, strict=True)]
