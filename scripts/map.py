@@ -51,7 +51,7 @@ RATES = {
 }
 NUM_GPUS = 4
 BEFORE_S, AFTER_S = 45.0, 60.0  # of the burst
-USUAL_S, LONGEST_S, MOST_TRIES = 60.0, 240.0, 5  # bursts that are tried: the first, the longest, how many
+USUAL_S, LONGEST_S, MOST_TRIES = 60.0, 600.0, 5  # bursts that are tried: the first, the longest, how many
 KEPT = ("ttft_s", "tpot_s", "longest_gap_s", "output_tokens_per_s", "output_tokens_per_s_while_arriving", "preemptions")
 
 

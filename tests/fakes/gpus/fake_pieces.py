@@ -33,6 +33,7 @@ class Mark:
 
     stream: int
     is_captured: bool = False
+    test: int = 0  # in which it was recorded
     is_reached: bool = False
     num_waiting: int = 0  # waits for it that lie in streams
 

@@ -26,6 +26,7 @@ class Block:
         self.timeline, self.span, self.stream, self.is_pinned = timeline, span, stream, is_pinned
         self.used_on: set[int] = set()  # pinned: streams that have copied it; else those it was recorded for
         self.made_in = timeline.recording()  # memory of a graph stays its own
+        self.test = timeline.test
 
     def __del__(self) -> None:
         self.timeline.freed(self)
@@ -54,6 +55,7 @@ class Timeline:
         self._recordings: dict[int, Recording] = {}
         self._captured_event: str | None = None  # torch's host allocator has met one: it fails from then on
         self._thread = threading.local()
+        self.test = 0  # how many have begun: what one has left ends with the next collection, in another
 
     def begin(self, seed: int) -> None:
         """Forget what other tests have left, and draw another order.
@@ -63,7 +65,7 @@ class Timeline:
         with self.change:
             self._random.seed(seed)
             self._is_legacy_late = seed % 2 == 0
-            self.default_uses, self._thread.gpu = 0, 0
+            self.default_uses, self._thread.gpu, self.test = 0, 0, self.test + 1
             self.broken.clear()
             self.copies.clear()
             self._captured_event = None
@@ -150,7 +152,7 @@ class Timeline:
 
     def record(self, stream: int) -> Event:
         """Record an event behind all that was launched."""
-        mark = Mark(stream, is_captured=stream in self._recordings)
+        mark = Mark(stream, is_captured=stream in self._recordings, test=self.test)
         self._put(Piece(stream, reaches=mark))
         return Event(mark, self._event_ended)
 
@@ -167,7 +169,7 @@ class Timeline:
     def _event_ended(self, mark: Mark) -> None:
         """Nobody can name the event any more: none may have been in the middle of waiting for it."""
         with self.change:
-            if mark.is_open:
+            if mark.is_open and mark.test == self.test:
                 self.broken.append(f"an event of stream {mark.stream} was destroyed while a stream waits for it")
 
     def _put(self, piece: Piece) -> None:
@@ -359,6 +361,8 @@ class Timeline:
     def freed(self, block: Block) -> None:
         """Torch has its memory back: what is launched on its stream from now on may be given it."""
         with self.change:
+            if block.test != self.test:
+                return
             if block.is_pinned:  # it records an event on each of them, now
                 for stream in block.used_on:
                     if self._streams[stream].is_destroyed:
