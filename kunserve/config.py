@@ -111,24 +111,13 @@ class EngineConfig:
             raise ConfigError(f"--watermark {self.watermark}: must be at least 0 and less than 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: must be one of {', '.join(DTYPES)}")
-        self._check_kv_dtype()
+        check_kv_dtype(self.kv_cache_dtype, self.devices.kind)
         budgets = (self.device_memory_bytes, self.num_blocks_override, self.kv_bytes)
         if sum(budget is not None for budget in budgets) > 1:
             raise ConfigError(
                 "give one of --device-memory, --num-gpu-blocks-override and --kv-cache-memory-bytes, not both"
             )
         self._check_faults()
-
-    def _check_kv_dtype(self) -> None:
-        name = self.kv_cache_dtype
-        if self.devices.kind == "cpu" and name not in CPU_KV_DTYPES:
-            known = ", ".join(CPU_KV_DTYPES)
-            raise ConfigError(f"--kv-cache-dtype {name} is not served on CPU devices; use one of {known}")
-        if name not in KV_DTYPES:
-            raise ConfigError(
-                f"--kv-cache-dtype {name} is not served: KV has 8 (e4m3), 16 or 32 bits; use one of "
-                f"{', '.join(KV_DTYPES)}"
-            )
 
     def _check_faults(self) -> None:
         if self.faults and self.devices.kind != "cpu":
@@ -139,6 +128,17 @@ class EngineConfig:
                 raise ConfigError(
                     f"--inject-faults {fault}: no such device; --devices cpu:{count} are 0 to {count - 1}"
                 )
+
+
+def check_kv_dtype(name: str, kind: str) -> None:
+    """Raise ConfigError for a dtype of KV that no model has on devices of a kind ("cpu", "cuda", "auto")."""
+    if kind == "cpu" and name not in CPU_KV_DTYPES:
+        known = ", ".join(CPU_KV_DTYPES)
+        raise ConfigError(f"--kv-cache-dtype {name} is not served on CPU devices; use one of {known}")
+    if name not in KV_DTYPES:
+        raise ConfigError(
+            f"--kv-cache-dtype {name} is not served: KV has 8 (e4m3), 16 or 32 bits; use one of {', '.join(KV_DTYPES)}"
+        )
 
 
 def parse_devices(text: str) -> DeviceSpec:

@@ -15,7 +15,7 @@ Which o fits is found with the other constants (scripts/bench/fit_cost_model.py)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from operator import add
 from typing import NamedTuple
 
@@ -135,6 +135,10 @@ class CostModel:
         attention = self.pair_s * span.num_pairs + self.key_s * span.num_keys
         layer = attention + self.token_s * span.num_tokens + self.chunk_s * span.num_spans
         return num_layers * layer + (self.head_row_s + self.sample_s) * span.num_samples
+
+    def with_kv(self, share: float) -> CostModel:
+        """Return the constants for KV of `share` times the bytes: reading it takes so long, computing is the same."""
+        return replace(self, key_s=self.key_s * share)
 
     def to_dict(self) -> dict[str, float]:
         """Return the constants by name, for a file."""

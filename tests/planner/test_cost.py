@@ -31,6 +31,14 @@ def test_the_ends_count_where_they_are() -> None:
     assert COST.stage_time(4, [], True, True) == 0.0
 
 
+def test_kv_of_fewer_bytes_is_read_sooner_and_computed_with_as_before() -> None:
+    span = TokenSpan(900, 100, 1)
+    saved_s = COST.key_s * 1000 / 4 * 3
+    for time in (CostModel.added_time, lambda cost, layers, span: cost.stage_time(layers, [span], True, True)):
+        assert time(COST, 6, span) - time(COST.with_kv(0.25), 6, span) == pytest.approx(6 * saved_s)
+    assert COST.with_kv(1.0) == COST
+
+
 def test_a_large_overlap_is_the_longer_of_loading_and_multiplying() -> None:
     cost = replace(COST, overlap=1000.0)
     for num_tokens, seconds in ((1, 1e-3), (200, 200 * 1e-4)):

@@ -29,9 +29,10 @@ from kunserve.gpu.cuda.device import (
     open_drivers,
 )
 from kunserve.gpu.cuda.driver import Driver
+from kunserve.gpu.cuda.kv_dtype import cuda_kv_dtype
 from kunserve.gpu.device_memory import DeviceMemory, Layout
 from kunserve.gpu.host_weights import HostWeights, keep_host_copy
-from kunserve.gpu.kv_memory import E4M3, KVShape
+from kunserve.gpu.kv_memory import KVShape
 from kunserve.gpu.links import Links
 from kunserve.model.checkpoint import WeightSource
 from kunserve.model.config import ModelConfig
@@ -68,7 +69,7 @@ class CudaOptions:
         return cls(
             ordinals=config.devices.indices,
             dtype=dtype,
-            kv_dtype=_kv_dtype(config.kv_cache_dtype, dtype, model.head_dim),
+            kv_dtype=cuda_kv_dtype(config.kv_cache_dtype, dtype, model.head_dim),
             block_size=config.block_size,
             max_num_batched_tokens=config.num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -83,24 +84,6 @@ class CudaOptions:
     def kv_shape(self, model: ModelConfig) -> KVShape:
         """Return the shape of a model's blocks."""
         return KVShape.of(model, self.block_size, self.kv_dtype)
-
-
-def _kv_dtype(name: str, dtype: torch.dtype, head_dim: int) -> torch.dtype:
-    """Return the dtype of KV on GPUs whose weights have `dtype`. ConfigError for one that they do not serve.
-
-    FlashInfer 0.6.18 reads a row of KV 64 bytes at a time, if it is one, else 128: of other rows it loses the end, and
-    says nothing (its issue 4976).
-    """
-    own = str(dtype).removeprefix("torch.")
-    known = {"auto": dtype, own: dtype, "fp8": E4M3, "fp8_e4m3": E4M3}
-    if name not in known:
-        raise ConfigError(f"--kv-cache-dtype {name}: on GPUs KV has the weights' dtype, {own}, or 8 bits (fp8)")
-    if known[name] == E4M3 and dtype != torch.float32 and head_dim != 64 and head_dim % 128:
-        raise ConfigError(
-            f"--kv-cache-dtype {name}: FlashInfer reads KV of 8 bits in heads of 64, 128 or 256 numbers, and this "
-            f"model's have {head_dim}; leave the flag out"
-        )
-    return known[name]
 
 
 class CudaMachine(Machine):

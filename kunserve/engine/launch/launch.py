@@ -173,8 +173,7 @@ def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tup
     if config.microbatching != "lookahead":
         return None, None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
-    if machine.kv_dtype != machine.dtype:  # as many keys in fewer bytes
-        cost = replace(cost, key_s=cost.key_s * machine.kv_dtype.itemsize / machine.dtype.itemsize)
+    cost = cost.with_kv(machine.kv_dtype.itemsize / machine.dtype.itemsize)
     return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
 
 
