@@ -11,7 +11,7 @@ from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.costs import OVERLAP
 from kunserve.sim.nodes.router import ROUTERS
-from kunserve.sim.options import HOST_TOKEN_S, Options, simulate
+from kunserve.sim.options import HOST_TOKEN_S, KV_DTYPE_HELP, Options, simulate
 from kunserve.sim.policies import POLICIES
 from kunserve.sim.workload import WORKLOADS
 from kunserve.version import add_version_flag
@@ -30,6 +30,7 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument
     add("--cluster", default=default.cluster, help="GPUs of a server, as 8xA800 or 16xH800 (default %(default)s)")
     add("--model", default=default.model, help="a model card (default %(default)s)")
+    add("--kv-cache-dtype", default=default.kv_cache_dtype, metavar="DTYPE", help=KV_DTYPE_HELP)
     add("--workload", default=default.workload, help=f"{', '.join(WORKLOADS)}, or a trace file (default %(default)s)")
     add("--policy", choices=POLICIES, default=default.policy, help="what makes room (default %(default)s)")
     add("--seed", type=number_from(int, 0, (1 << 63) - 1), default=default.seed, help="same seed, same report")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kunserve.compute.sampler import SampledToken
+from kunserve.config import check_kv_dtype
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.group import Group
 from kunserve.engine.launch.machine import Machine
@@ -20,6 +21,7 @@ from kunserve.engine.occupancy import Passage
 from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.engine.step.executor import Executor
 from kunserve.gpu.cuda.device import choose_chunk_bytes
+from kunserve.gpu.cuda.kv_dtype import cuda_kv_dtype
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host_weights import HostWeights
 from kunserve.gpu.kv_memory import KVShape
@@ -38,6 +40,18 @@ T = TypeVar("T")
 GRANULARITY = 2 << 20  # of physical memory on these GPUs
 CALL_S = 50e-6  # of a call that maps or unmaps: some 100 of them are the paper's 5 ms for a drop
 TOKEN = SampledToken(0)  # what every step samples
+DTYPE = torch.bfloat16  # of weights on GPUs
+
+
+def kv_dtype_on_gpus(name: str, model: ModelConfig) -> torch.dtype:
+    """Return the dtype of KV for `--kv-cache-dtype`. ConfigError, in the server's words, where it would refuse it."""
+    check_kv_dtype(name, "cuda")
+    return cuda_kv_dtype(name, DTYPE, model.head_dim)
+
+
+def kv_token_bytes(model: ModelConfig, kv_dtype: torch.dtype) -> int:
+    """Return the bytes of one token's KV in all layers."""
+    return KVShape.of(model, 1, kv_dtype).block_bytes * model.num_layers
 
 
 class Core:
@@ -219,13 +233,16 @@ class SimMachine(Machine):
         chunk_bytes: int,
         device_name: str,
         *,
+        kv_dtype: torch.dtype | None = None,
         shares_head: bool = False,
         host: HostTime | None = None,
     ) -> None:
+        """Have the devices of `views`. `kv_dtype`: None: that of the weights; `cost` is for KV of that many bytes."""
         self._host = host or HostTime()
         self._model, self.cost, self._links, self._views = model, cost, links, views
         self.shares_head = shares_head
         self.dtype, self.chunk_bytes, self.device_name = dtype, chunk_bytes, device_name
+        self._kv_dtype = kv_dtype or dtype
         self._devices: list[SimDevice] = []
 
     @classmethod
@@ -235,6 +252,7 @@ class SimMachine(Machine):
         cluster: Cluster,
         block_size: int,
         *,
+        kv_dtype: torch.dtype = DTYPE,
         is_coordinated: bool = True,
         host: HostTime | None = None,
         overlap: float | None = None,
@@ -244,18 +262,23 @@ class SimMachine(Machine):
 
         `overlap`: of reading weights and multiplying, as in `CostModel`; None: what is assumed of such GPUs.
         """
-        instances, dtype = Instances.of(model, cluster), torch.bfloat16
-        block_bytes, budget = KVShape.of(model, block_size, dtype).block_bytes, instances.memory_bytes
-        chunk_bytes = choose_chunk_bytes(model, dtype, block_bytes, GRANULARITY, budget)
+        instances, block_bytes = Instances.of(model, cluster), KVShape.of(model, block_size, kv_dtype).block_bytes
+        budget = instances.memory_bytes
+        chunk_bytes = choose_chunk_bytes(model, DTYPE, block_bytes, GRANULARITY, budget)
         devices = range(instances.num_devices)
         views = [DeviceView(i, budget // chunk_bytes, instances.server(i)) for i in devices]
         links = TimedLinks(instances.bandwidth, is_coordinated=is_coordinated)
-        cost = instances.cost(model)
+        cost = instances.cost(model).with_kv(kv_dtype.itemsize / DTYPE.itemsize)
         if overlap is not None:
             cost = replace(cost, overlap=overlap)
-        machine = cls(model, cost, links, views, dtype, chunk_bytes, cluster.kind, host=host)
+        machine = cls(model, cost, links, views, DTYPE, chunk_bytes, cluster.kind, kv_dtype=kv_dtype, host=host)
         machine.scheduler = scheduler
         return machine
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """See `Machine.kv_dtype`."""
+        return self._kv_dtype
 
     def views(self, shape: ModelShape) -> list[DeviceView]:
         """See `Machine.views`."""

@@ -23,6 +23,10 @@ from kunserve.sim.workload import WORKLOADS, Arrivals, synthesize
 
 # Of the main thread for each streamed token, measured with 64 clients of a one-layer model on a quiet machine.
 HOST_TOKEN_S = 46e-6
+KV_DTYPE_HELP = (
+    "dtype of KV, as the server's on GPUs: auto: that of the weights, bfloat16; fp8 (also fp8_e4m3): half as many "
+    "bytes, with answers that differ from those of 16 bits (default %(default)s)"
+)
 NEVER = 1e-9  # a watermark below which demand never is
 MOST_REQUESTS = 1_000_000  # of one simulation
 
@@ -33,6 +37,7 @@ class Options:
 
     cluster: str = "8xA800"
     model: str = "qwen2.5-14b"
+    kv_cache_dtype: str = "auto"  # one of the server's KV_DTYPES
     workload: str = "burstgpt"  # or a trace file
     policy: str = "drop"
     seed: int = 0
@@ -142,6 +147,7 @@ def config_of(options: Options) -> EngineConfig:
     config = EngineConfig(
         options.model,
         block_size=options.block_size,
+        kv_cache_dtype=options.kv_cache_dtype,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         max_num_queued_reqs=1 << 30,
@@ -166,11 +172,13 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
     ConfigError or ValueError if the options cannot be met.
     """
     model = find_config(options.model)
-    from kunserve.sim.machine import HostTime, SimMachine  # with torch: options are judged without
+    # With torch: options are judged without.
+    from kunserve.sim.machine import HostTime, SimMachine, kv_dtype_on_gpus, kv_token_bytes
     from kunserve.sim.published import PrefillFirst, as_published
     from kunserve.sim.simulation import Simulation
 
     cluster, config, num_nodes = cluster_of(options), with_policy(config_of(options), options.policy), options.nodes
+    kv_dtype = kv_dtype_on_gpus(options.kv_cache_dtype, model)
     scaler, is_published = scaler_of(options), options.policy == VLLM
     if options.policy == PLENTY:
         cluster = replace(cluster, memory_times=PLENTY_TIMES)
@@ -183,6 +191,7 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
         model,
         cluster,
         options.block_size,
+        kv_dtype=kv_dtype,
         is_coordinated=options.is_coordinated,
         host=HostTime(options.host_step_s, options.host_token_s, is_apart=True),
         overlap=options.overlap,
@@ -203,5 +212,7 @@ def simulate(options: Options, rows: Sequence[TraceRow] | None = None) -> dict[s
         max_tokens=max(row.num_output_tokens for row in rows),
     )
     report = simulation.run()
-    what = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
+    what: dict[str, Any] = {"cluster": options.cluster, "model": options.model, "workload": options.workload}
+    if options.kv_cache_dtype != "auto":
+        what |= {"kv_cache_dtype": options.kv_cache_dtype, "kv_token_bytes": kv_token_bytes(model, kv_dtype)}
     return what | {"policy": options.policy, "seed": options.seed, "rate": len(rows) / (rows[-1].at_s or 1.0)} | report

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from markdown_tables import table
 
 from kunserve.errors import ConfigError
@@ -15,6 +16,7 @@ from kunserve.model.card import list_cards, load_card
 from kunserve.model.config import ModelConfig
 from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.sim.cluster import USABLE, Instances, parse_cluster
+from kunserve.sim.machine import DTYPE, SimMachine, kv_dtype_on_gpus
 from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
 from kunserve.sim.workload import WORKLOADS
 
@@ -25,6 +27,7 @@ CHAINS = (1, 2, 4, 8)
 RATED_GPUS = ("A100-40", "A100-80", "H100")
 TIMED_GPUS = ("A100-80", "H100")
 CONTEXT = 1024  # tokens that each request of the time tables holds
+SHARED_LOAD = "sharegpt"
 NUM_REQUESTS = (1, 32, 256)  # that are decoded together on all GPUs of a row
 
 INTRODUCTION = f"""\
@@ -35,8 +38,9 @@ What a model needs, what a drop gains, and what a chain costs. Made by `scripts/
 data sheets. **No figure here was measured on a GPU**; compare rows with each other. For a load of your own:
 `kunserve plan --gpus 8xH100 --model NAME --trace FILE` ([docs](plan.md)), which also simulates the policies.
 
-Weights and KV are in 16 bits, blocks have {BLOCK_SIZE} tokens, and {USABLE} of a GPU's memory is used. A copy of the
-weights takes the least power of two of GPUs that hold it with a quarter more for KV."""
+Weights and KV are in 16 bits, but for [KV of 8 bits](#kv-of-8-bits); blocks have {BLOCK_SIZE} tokens, and {USABLE} of a
+GPU's memory is used. A copy of the weights takes the least power of two of GPUs that hold it with a quarter more for
+KV."""
 
 CAPACITY = """\
 ## Tokens of KV, and what a drop gains
@@ -54,6 +58,16 @@ above the first. Elsewhere they are close, and **a drop is for bursts**: request
 need a place; GPUs do not compute more for it. Copies on several GPUs are counted with their rates added up, which a
 chain does not reach."""
 
+EIGHT_BITS = f"""\
+## KV of 8 bits
+
+What `--kv-cache-dtype fp8` changes, on eight GPUs. Each cell: with KV in 16 bits / in 8. A token takes half the
+bytes, so twice as many fit; a drop frees the same bytes, which are twice as many tokens, so the ratio stays. Requests a
+second are those that KV carries for long, as above, for the means of {SHARED_LOAD}. Times are of a token of every
+request when one copy decodes {NUM_REQUESTS[-1]} that hold {CONTEXT:,} tokens each, with the rates of the copy's GPUs
+added up. Reading KV takes half the time and nothing else less; what converting its numbers takes is left out. What it
+costs in exactness: [Limits](limits.md)."""
+
 TIMES = f"""\
 ## Time per token: a chain against tensor parallelism
 
@@ -70,7 +84,8 @@ tensor parallelism. Where copies fit on one GPU, chains last as long as a burst 
 def page() -> str:
     """Return the page as Markdown."""
     models = served_models()
-    parts = [INTRODUCTION, CAPACITY, *_lines(_capacities(models)), RATES, *_lines(_rates(models)), TIMES]
+    parts = [INTRODUCTION, CAPACITY, *_lines(_capacities(models)), RATES, *_lines(_rates(models))]
+    parts += [EIGHT_BITS, *_lines(_eight_bits(models)), TIMES]
     for kind in TIMED_GPUS:
         parts += [f"### {kind}", *_lines(_times(models, kind))]
     return "\n\n".join(parts) + "\n"
@@ -88,10 +103,10 @@ def _lines(rows: Iterator[list[str]]) -> list[str]:
     return ["\n".join(table(head, rest))]
 
 
-def capacity(model: ModelConfig, kind: str, count: int) -> Capacity | None:
+def capacity(model: ModelConfig, kind: str, count: int, kv_dtype: torch.dtype = DTYPE) -> Capacity | None:
     """Return what so many GPUs hold of a model; None if not even one copy fits."""
     try:
-        return Capacity.of(model, parse_cluster(f"{count}x{kind}"), BLOCK_SIZE)
+        return Capacity.of(model, parse_cluster(f"{count}x{kind}"), BLOCK_SIZE, kv_dtype)
     except ConfigError:
         return None
 
@@ -132,6 +147,35 @@ def _rates(models: dict[str, ModelConfig]) -> Iterator[list[str]]:
             cost = Instances.of(model, parse_cluster(f"8x{kind}")).cost(model)
             rates = [RequestRates.of(found, cost, model.num_layers, load) for load in loads.values()]
             yield [f"{name}, {kind}", *(f"{r.kv:.1f}, {r.dropped_kv:.1f}, {r.compute:.1f}" for r in rates)]
+
+
+def _eight_bits(models: dict[str, ModelConfig]) -> Iterator[list[str]]:
+    workload = WORKLOADS[SHARED_LOAD]
+    load = Lengths(workload.prompt.mean, workload.output.mean)
+    yield [
+        "model on eight",
+        "bytes of a token",
+        "tokens of KV",
+        "after the largest drop",
+        "requests a second, KV",
+        "dropped",
+        "ms for a token",
+    ]
+    for name, model in models.items():
+        for kind in RATED_GPUS:
+            columns = []
+            for kv_dtype in (DTYPE, kv_dtype_on_gpus("fp8", model)):
+                found = capacity(model, kind, 8, kv_dtype)
+                if found is None:
+                    continue
+                cost = SimMachine.of_gpus(model, parse_cluster(f"8x{kind}"), BLOCK_SIZE, kv_dtype=kv_dtype).cost
+                rates = RequestRates.of(found, cost, model.num_layers, load)
+                token_s = chain_token_time(cost, model.num_layers, 1, NUM_REQUESTS[-1])
+                tokens = map(_thousands, (found.kv_tokens, found.dropped_kv_tokens))
+                figures = (f"{rates.kv:.1f}", f"{rates.dropped_kv:.1f}", f"{token_s * 1e3:.1f}")
+                columns.append((f"{found.kv_token_bytes:,}", *tokens, *figures))
+            if columns:
+                yield [f"{name}, {kind}", *(" / ".join(both) for both in zip(*columns, strict=True))]
 
 
 def _times(models: dict[str, ModelConfig], kind: str) -> Iterator[list[str]]:

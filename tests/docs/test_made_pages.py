@@ -108,3 +108,18 @@ def test_what_does_not_fit_is_said() -> None:
     assert sizing_page.capacity(model, "4090", 2) is None
     found = sizing_page.capacity(model, "H200", 8)
     assert found is not None and found.dropped_kv_tokens > found.kv_tokens
+
+
+def test_kv_of_8_bits_is_twice_the_tokens_beside_the_same_weights() -> None:
+    rows = [line.strip("| ").split(" | ") for line in sizing_page.page().splitlines()]
+    (row,) = [row for row in rows if row[0] == "qwen2.5-14b, A100-80" and len(row) == 7]
+    cells = row[1:]
+    pairs = [[float(figure.rstrip("k").replace(",", "")) for figure in cell.split(" / ")] for cell in cells]
+    (token_bytes, tokens, dropped, *rates, milliseconds) = pairs
+    assert token_bytes == [2 * 48 * 8 * 128 * 2, 2 * 48 * 8 * 128]
+    for wide, narrow in (tokens, dropped):
+        assert narrow == pytest.approx(2 * wide, rel=0.001)
+    assert all(narrow > wide for wide, narrow in rates)
+    gpu = device_rates()["a100-80"]
+    saved_s = 256 * sizing_page.CONTEXT * token_bytes[1] / (gpu.bytes_per_s * gpu.memory_share)
+    assert milliseconds[0] - milliseconds[1] == pytest.approx(saved_s * 1e3, abs=0.11)

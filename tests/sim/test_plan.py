@@ -53,7 +53,7 @@ def outlook(need: float, rate: float = 5.0, num_copies: int = 4, **ttft_p99: flo
     """Return an outlook of a cluster that can drop up to twice its KV, and carries 10 requests a second."""
     times = {DROP: 2.0, "recompute": 30.0, "swap": 20.0, MORE_GPUS: 10.0, PLENTY: 1.0} | ttft_p99
     outcomes = {name: Outcome(0.1, times[name], 0.5, 1000.0, 0, 0, 0) for name in ROWS}
-    has = Capacity(1, num_copies, 1, 1000, 1000, ((num_copies, 1000 if num_copies == 1 else 2000),))
+    has = Capacity(1, num_copies, 1, 1000, 2, 1000, ((num_copies, 1000 if num_copies == 1 else 2000),))
     return Outlook(has, Lengths(100, 100), RequestRates(6.0, 8.0, 10.0), rate, 60.0, 0, need, outcomes)
 
 

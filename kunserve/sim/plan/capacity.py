@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kunserve.engine.launch.placement import choose_placement, model_shape
 from kunserve.gpu.kv_memory import KVShape
 from kunserve.model.config import ModelConfig
@@ -12,7 +14,7 @@ from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.planner.drop import plan_drop
 from kunserve.planner.snapshot import GroupView, Lineage, Snapshot
 from kunserve.sim.cluster import Cluster, Instances
-from kunserve.sim.machine import SimMachine
+from kunserve.sim.machine import DTYPE, SimMachine, kv_token_bytes
 
 ENDLESS = 1 << 40  # blocks: more than any server holds
 
@@ -25,15 +27,16 @@ class Capacity:
     num_copies: int
     weight_bytes: int  # of one copy
     kv_tokens: int  # beside all copies
+    kv_token_bytes: int  # of one of them, in all layers
     max_model_len: int  # tokens of one request
     chains: tuple[tuple[int, int], ...]  # after the largest drop: of how many copies each is made, tokens it holds
 
     @classmethod
-    def of(cls, model: ModelConfig, cluster: Cluster, block_size: int) -> Capacity:
+    def of(cls, model: ModelConfig, cluster: Cluster, block_size: int, kv_dtype: torch.dtype = DTYPE) -> Capacity:
         """Place a model as a launch does, and plan the largest drop. ConfigError if it does not fit."""
         instances = Instances.of(model, cluster)
-        machine = SimMachine.of_gpus(model, cluster, block_size)
-        shape = model_shape(model, KVShape.of(model, block_size, machine.dtype), machine.chunk_bytes)
+        machine = SimMachine.of_gpus(model, cluster, block_size, kv_dtype=kv_dtype)
+        shape = model_shape(model, KVShape.of(model, block_size, kv_dtype), machine.chunk_bytes, DTYPE)
         views = machine.views(shape)
         placed = choose_placement(
             shape, views, devices_per_group=1, max_model_len=model.max_position_embeddings, is_len_required=False
@@ -49,6 +52,7 @@ class Capacity:
             len(groups),
             shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes,
             tokens,
+            kv_token_bytes(model, kv_dtype),
             placed.max_model_len,
             (
                 *((len(merge.group_ids), merge.capacity_blocks * block_size) for merge in merges),

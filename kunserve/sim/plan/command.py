@@ -22,10 +22,10 @@ from kunserve.command.command_line import OneLineParser, check_matplotlib, numbe
 from kunserve.errors import ConfigError
 from kunserve.log import set_up_logging
 from kunserve.model.card import find_config
-from kunserve.sim.cluster import Instances
-from kunserve.sim.options import Options, cluster_of, rows_of, simulate
+from kunserve.sim.machine import DTYPE, SimMachine, kv_dtype_on_gpus
+from kunserve.sim.options import KV_DTYPE_HELP, Options, cluster_of, rows_of, simulate
 from kunserve.sim.plan.capacity import Capacity, Lengths, RequestRates
-from kunserve.sim.plan.outlook import MORE_GPUS, ROWS, Outcome, Outlook, busiest
+from kunserve.sim.plan.outlook import DROP, MORE_GPUS, ROWS, WIDER, Outcome, Outlook, busiest
 from kunserve.sim.policies import PLENTY
 from kunserve.sim.traces import TraceRow, cut, stretch
 from kunserve.sim.workload import WORKLOADS
@@ -45,6 +45,7 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument
     add("--gpus", required=True, help="number and kind of GPUs, as 4xH100 or 8xL40S")
     add("--model", required=True, help="a model card, or a Hugging Face folder (its config.json is enough)")
+    add("--kv-cache-dtype", default=Options().kv_cache_dtype, metavar="DTYPE", help=KV_DTYPE_HELP)
     add("--trace", type=Path, help="a trace file: its times and lengths (Azure, BurstGPT, Mooncake)")
     add("--rate", type=_amount, help="requests a second on average, of all GPUs; with --trace: its times are stretched")
     add("--workload", choices=WORKLOADS, help="lengths without a trace (default sharegpt)")
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     except (ConfigError, ValueError) as error:
         sys.exit(f"kunserve plan: {str(error).replace('--cluster', '--gpus')}")
     if values.as_json:
-        print(json.dumps(_figures(outlook)))
+        print(json.dumps(figures(values, outlook)))
     else:
         show(values, outlook)
     if values.plot is not None:
@@ -101,6 +102,7 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     options = Options(
         cluster=_cluster_name(values.gpus),
         model=values.model,
+        kv_cache_dtype=values.kv_cache_dtype,
         workload=values.workload or "sharegpt" if values.trace is None else str(values.trace.absolute()),
         seed=values.seed,
         rate=values.rate,
@@ -111,7 +113,9 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
         is_running_ahead=True,
     )
     model, cluster = find_config(options.model), cluster_of(options)
-    capacity = Capacity.of(model, cluster, options.block_size)
+    kv_dtype = kv_dtype_on_gpus(options.kv_cache_dtype, model)
+    capacity, plain = (Capacity.of(model, cluster, options.block_size, dtype) for dtype in (kv_dtype, DTYPE))
+    wider = plain if plain.kv_token_bytes > capacity.kv_token_bytes else None
     found = busiest(rows_of(options), values.duration_s, MOST_REQUESTS)
     if not found:
         raise ValueError("nothing arrives: give a longer --duration or a higher --rate")
@@ -119,19 +123,19 @@ def look(values: argparse.Namespace) -> tuple[Outlook, dict[str, dict[str, Any]]
     rows = [cut(replace(row, at_s=row.at_s - found[0].at_s), capacity.max_model_len) for row in found]
     num_cut = sum(cut.num_prompt_tokens < row.num_prompt_tokens for cut, row in zip(rows, found, strict=True))
     lengths = Lengths(fmean(r.num_prompt_tokens for r in rows), fmean(r.num_output_tokens for r in rows))
-    cost = Instances.of(model, cluster).cost(model)
+    cost = SimMachine.of_gpus(model, cluster, options.block_size, kv_dtype=kv_dtype).cost
     rates = RequestRates.of(capacity, cost, model.num_layers, lengths, options.max_num_seqs)
     more = f"{cluster.num_gpus + capacity.gpus_per_copy}x{options.cluster.partition('x')[2]}"
-    runs = [
-        replace(options, policy="recompute", cluster=more) if name == MORE_GPUS else replace(options, policy=name)
-        for name in ROWS
-    ]
-    reports = dict(zip(ROWS, _simulate_all(runs, rows), strict=True))
+    runs = {name: replace(options, policy=name) for name in ROWS}
+    runs[MORE_GPUS] = replace(options, policy="recompute", cluster=more)
+    if wider is not None:
+        runs[WIDER] = replace(options, policy=DROP, kv_cache_dtype="auto")
+    reports = dict(zip(runs, _simulate_all([*runs.values()], rows), strict=True))
     peak = max(reports[PLENTY]["memory"]["over_time"]["used_tokens"])
     seconds = max(rows[-1].at_s, 1.0)
     outcomes = {name: Outcome.of(report) for name, report in reports.items()}
     need = peak / capacity.kv_tokens
-    return Outlook(capacity, lengths, rates, len(rows) / seconds, seconds, num_cut, need, outcomes), reports
+    return Outlook(capacity, lengths, rates, len(rows) / seconds, seconds, num_cut, need, outcomes, wider), reports
 
 
 def _cluster_name(gpus: str) -> str:
@@ -152,9 +156,18 @@ def _simulate(options: Options, rows: list[TraceRow]) -> dict[str, Any]:
     return simulate(options, stretch(rows, options.time_scale))
 
 
-def _figures(outlook: Outlook) -> dict[str, Any]:
-    capacity = outlook.capacity
-    return {
+def figures(values: argparse.Namespace, outlook: Outlook) -> dict[str, Any]:
+    """Return the outlook as a JSON object; what concerns the dtype of KV only if the command line names it."""
+    capacity, kv = outlook.capacity, {}
+    if values.kv_cache_dtype != "auto":
+        kv = {"kv_cache_dtype": values.kv_cache_dtype, "kv_token_bytes": capacity.kv_token_bytes}
+    if (wider := outlook.wider) is not None:
+        kv["kv_in_16_bits"] = {
+            "kv_token_bytes": wider.kv_token_bytes,
+            "kv_tokens": wider.kv_tokens,
+            "dropped_kv_tokens": wider.dropped_kv_tokens,
+        }
+    return kv | {
         "verdict": outlook.verdict(),
         "copies": capacity.num_copies,
         "gpus_per_copy": capacity.gpus_per_copy,
@@ -172,6 +185,17 @@ def _figures(outlook: Outlook) -> dict[str, Any]:
     }
 
 
+def _kv_of_8_bits(values: argparse.Namespace, outlook: Outlook) -> str:
+    """Return a line that compares KV of 8 bits with KV of 16; nothing where it has 16."""
+    if (wider := outlook.wider) is None:
+        return ""
+    return (
+        f"A token of KV takes {outlook.capacity.kv_token_bytes:,} bytes ({values.kv_cache_dtype}); in 16 bits it takes "
+        f"{wider.kv_token_bytes:,}, and there would be {wider.kv_tokens:,} tokens, {wider.dropped_kv_tokens:,} after "
+        "the largest drop.\n"
+    )
+
+
 def show(values: argparse.Namespace, outlook: Outlook) -> None:
     """Print the outlook for people."""
     console, capacity, rates = Console(soft_wrap=True), outlook.capacity, outlook.rates
@@ -184,6 +208,7 @@ def show(values: argparse.Namespace, outlook: Outlook) -> None:
         f"{capacity.gpus_per_copy} GPU{'s' if capacity.gpus_per_copy > 1 else ''} each).\n"
         f"KV: {capacity.kv_tokens:,} tokens; {capacity.dropped_kv_tokens:,} after the largest drop"
         f"{room}.\n"
+        f"{_kv_of_8_bits(values, outlook)}"
         f"Load: {outlook.seconds:.0f} s of {outlook.rate:.2f} requests a second, {lengths}; "
         f"at the peak it needs {outlook.need:.2f} times the KV.\n"
         f"For long, KV carries about {rates.kv:.1f} requests a second, {rates.dropped_kv:.1f} after the largest drop; "

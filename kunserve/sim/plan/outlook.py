@@ -14,6 +14,7 @@ DROP = "drop"
 BASELINES = ("recompute", "swap")
 MORE_GPUS = "more GPUs"  # one copy more, with recompute
 ROWS = (DROP, *BASELINES, MORE_GPUS, PLENTY)
+WIDER = "drop, KV in 16 bits"  # beside KV in 8 bits
 LEAST_NEED = 0.95  # of the KV that is mapped: a drop begins there
 CEILING = 1.2  # unlimited memory that brings P99 TTFT down by less is not what is missing
 
@@ -57,6 +58,7 @@ class Outlook:
     num_cut: int  # requests with prompts longer than can be served: they are cut
     need: float
     outcomes: Mapping[str, Outcome]
+    wider: Capacity | None = None  # what there would be with KV in 16 bits, if it has 8
 
     @property
     def room(self) -> float:
