@@ -19,16 +19,16 @@ MOST_ROWS = 16  # of a step that is recorded: with more, what a call from Python
 
 
 class CpuDecoder(Decoder):
-    """`Decoder` whose layers run as they were recorded, where they are nothing but kernels and the rows are few."""
+    """`Decoder` whose layers run as they were recorded, where they are nothing but kernels and the rows are few.
+
+    Which experts rows choose is not in a recording: the kernels find out again.
+    """
 
     def __init__(self, config: ModelConfig, ops: CpuOps, weights: Weights, kv: KVMemory, max_model_len: int) -> None:
         super().__init__(config, ops, weights, kv, max_model_len)
         self._kernels: ctypes.CDLL = ops.kernels
         self._range, self.recordings = (0, 0), dict[int, Recording]()  # by rows, of a range of layers
-        self._is_recorded = config.residual_scale == 1 and all(
-            layer.experts is None and layer.after_attention is None and layer.after_mlp is None
-            for layer in self._layers
-        )
+        self._is_recorded = config.residual_scale == 1  # another one is multiplied by torch
 
     def _through(self, first_layer: int, last_layer: int, x: Tensor, batch: AttentionBatch) -> Tensor:
         num_rows = len(x)

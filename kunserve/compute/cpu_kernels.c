@@ -368,6 +368,11 @@ EXPORT void act_and_mul(const float *gate_up, float *y, int64_t T, int64_t I, in
   else act_rows(CLAMPED_SWIGLU, gate_up, y, T, I, limit, alpha);
 }
 
+/* z = x + y, of n numbers each. */
+EXPORT void add(const float *x, const float *y, float *z, int64_t n) {
+  for (int64_t i = 0; i < n; i++) z[i] = x[i] + y[i];
+}
+
 /* cap * tanh(x / cap) of n numbers, in place. */
 EXPORT void softcap(float *x, int64_t n, float cap) {
   int64_t i = 0;

@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "take_rows": (None, [_INT, *[_POINTER] * 3, *[_INT] * 3]),
     "rms_norm": (None, [_POINTER] * 3 + [_INT] * 2 + [c_float] * 2),
     "act_and_mul": (None, [_POINTER] * 2 + [_INT] * 3 + [c_float] * 2),
+    "add": (None, [_POINTER] * 3 + [_INT]),
     "softcap": (None, [_POINTER, _INT, c_float]),
     "rotate_and_append": (_INT, [_POINTER] * 8 + [_INT] * 11 + [c_float] * 2),
     "attention": (_INT, [_POINTER] * 6 + [_INT] * 9 + [_POINTER] + [c_float] * 2),

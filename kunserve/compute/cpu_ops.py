@@ -44,7 +44,7 @@ class CpuOps(Ops):
         self._linear, self._take_rows = kernels.linear, kernels.take_rows
         self._rms_norm = kernels.rms_norm
         self._act_and_mul = kernels.act_and_mul
-        self._softcap = kernels.softcap
+        self._add, self._softcap = kernels.add, kernels.softcap
         self._route, self._experts, self._gate_rows = kernels.route, kernels.experts, kernels.gate_rows
         self._rotate_and_append = kernels.rotate_and_append
         self._attention = kernels.attention
@@ -54,9 +54,9 @@ class CpuOps(Ops):
         """Return a team whose leader's products others can take part in."""
         return CpuTeam(self.kernels)
 
-    def new(self, *shape: int) -> Tensor:
+    def new(self, *shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
         """Return a tensor for what a kernel computes; nothing is in it yet."""
-        return torch.empty(shape, dtype=FLOAT)
+        return torch.empty(shape, dtype=dtype)
 
     def embed(self, token_ids: Tensor, weight: Linear) -> Tensor:
         """Take the rows of `weight` (V, H) for `token_ids` (T,) int32 -> (T, H)."""
@@ -172,6 +172,13 @@ class CpuOps(Ops):
         self._act_and_mul(gate_up.data_ptr(), y.data_ptr(), T, width // 2, kind, limit, SWIGLU_ALPHA)
         return y
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute x + y, element by element: (T, N) each."""
+        assert _is_ours(x) and _is_ours(y) and x.shape == y.shape
+        total = self.new(*x.shape)
+        self._add(x.data_ptr(), y.data_ptr(), total.data_ptr(), x.numel())
+        return total
+
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         """Compute cap * tanh(x / cap), element by element."""
         y = x.clone(memory_format=torch.contiguous_format)
@@ -182,7 +189,7 @@ class CpuOps(Ops):
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         assert _is_ours(x) and _is_ours(gate) and gate.shape == (len(x), 1)
-        y = torch.empty_like(x)
+        y = self.new(*x.shape)
         self._gate_rows(x.data_ptr(), gate.data_ptr(), y.data_ptr(), *x.shape)
         return y
 
@@ -192,8 +199,8 @@ class CpuOps(Ops):
         (T, H), (E, width, _) = x.shape, experts.gate_up.shape
         I = width // 2  # noqa: E741
         logits = self.linear(x, experts.router, experts.router_bias)
-        weights, y, gathered, out = (torch.empty(T, n, dtype=FLOAT) for n in (E, H, H, H))
-        rows, inner = torch.empty(T, dtype=torch.int64), torch.empty(T, 3 * I, dtype=FLOAT)
+        weights, y, gathered, out = (self.new(T, n) for n in (E, H, H, H))
+        rows, inner = self.new(T, dtype=torch.int64), self.new(T, 3 * I)
         self._route(logits.data_ptr(), weights.data_ptr(), T, E, experts.num_per_token, experts.normalize)
         self._experts(
             x.data_ptr(), weights.data_ptr(),

@@ -19,14 +19,25 @@ from torch import Tensor
 from kunserve.compute.cpu_ops import FLOAT, CpuOps, raise_unread, raise_unslotted, where
 from kunserve.compute.ops import AttentionBatch
 
-KERNELS = ("linear", "rms_norm", "act_and_mul", "rotate_and_append", "attention")  # cpu_replay.c has the same order
-NUM_FLOATS = (0, 2, 2, 2, 2)  # of their arguments, the last ones
+KERNELS = (  # cpu_replay.c has the same order
+    "linear",
+    "rms_norm",
+    "act_and_mul",
+    "rotate_and_append",
+    "attention",
+    "add",
+    "route",
+    "experts",
+    "gate_rows",
+)
+NUM_FLOATS = (0, 2, 2, 2, 2, 0, 0, 2, 0)  # of their arguments, the last ones
+MOST_NUMBERS = 20  # of the others
 
 
 class Call(ctypes.Structure):
     """A call, as cpu_replay.c reads it."""
 
-    _fields_ = (("kernel", c_int64), ("a", c_int64 * 19), ("f", c_float * 2))
+    _fields_ = (("kernel", c_int64), ("a", c_int64 * MOST_NUMBERS), ("f", c_float * 2))
 
 
 class RecordingOps(CpuOps):
@@ -46,15 +57,17 @@ class RecordingOps(CpuOps):
         num_floats = NUM_FLOATS[kernel]
         numbers = [int(a or 0) for a in arguments[: len(arguments) - num_floats]]
         floats = arguments[len(arguments) - num_floats :]
-        self.calls.append(Call(kernel, (c_int64 * 19)(*numbers), (c_float * 2)(*floats)))
+        self.calls.append(Call(kernel, (c_int64 * MOST_NUMBERS)(*numbers), (c_float * 2)(*floats)))
         return function(*arguments)
 
-    def new(self, *shape: int) -> Tensor:
+    def new(self, *shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
         """See `CpuOps.new`."""
         for tensor in self._tensors:
-            if tensor.shape == shape and sys.getrefcount(tensor) == 3:  # the list's, the loop's and its argument's
+            if (
+                tensor.shape == shape and tensor.dtype is dtype and sys.getrefcount(tensor) == 3
+            ):  # the list's, the loop's and its argument's
                 return tensor
-        self._tensors.append(torch.empty(shape, dtype=FLOAT))
+        self._tensors.append(torch.empty(shape, dtype=dtype))
         return self._tensors[-1]
 
 

@@ -112,8 +112,10 @@ class Decoder:
         attended = ops.attention(qkv, kv, batch, config.num_heads, self._scores[layer], w.sinks)
         x, normed = self._added(x, attended, w.o, w.o_bias, w.after_attention, w.before_mlp)
         if w.experts is not None:
-            chosen = ops.moe(normed, w.experts)
-            x = self._joined(x, chosen if w.mlp is None else chosen + self._shared(normed, w.mlp), w.after_mlp)
+            y = ops.moe(normed, w.experts)
+            if w.mlp is not None:
+                y = ops.add(y, self._shared(normed, w.mlp))
+            x = self._joined(x, y, w.after_mlp)
             return x, self._normed(x, after)
         assert w.mlp is not None
         return self._added(x, self._inner(normed, w.mlp), w.mlp.down, w.mlp.down_bias, w.after_mlp, after)
@@ -154,4 +156,4 @@ class Decoder:
         Multiplying and adding are two operations: compilers fuse them in parts of a row only, which changes bits.
         """
         y, scale = self._normed(y, norm), self._config.residual_scale
-        return x + (y if scale == 1 else y * scale)
+        return self._ops.add(x, y if scale == 1 else y * scale)

@@ -101,6 +101,10 @@ class Ops(Protocol):
         total = self.linear(x, weight, bias, residual)
         return total, self.rms_norm(total, norm, eps, offset)
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute x + y, element by element: (T, N) each."""
+        return x + y
+
     def rotate_and_append(
         self,
         qkv: Tensor,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB_SIZE, make_tiny_model
+from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
 from torch import Tensor
 
 from kunserve.compute.cpu_decoder import MOST_ROWS, CpuDecoder
@@ -20,7 +21,7 @@ from kunserve.errors import EngineError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.host import HostDevice
 from kunserve.gpu.kv_memory import KVShape
-from kunserve.model.checkpoint import SafetensorsSource
+from kunserve.model.checkpoint import open_weights
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import units_of_stage, weight_units
 
@@ -29,15 +30,15 @@ LONGEST = BLOCK_SIZE * BLOCKS_EACH
 
 
 @contextmanager
-def decoders(folder: Path) -> Iterator[tuple[Decoder, CpuDecoder]]:
+def decoders(folder: Path, num_chunks: int = 128) -> Iterator[tuple[Decoder, CpuDecoder]]:
     """A plain decoder and one that records, each on a device of its own."""
     config = load_hf_config(folder)
     ops, why = cpu_ops_or_reference(torch.float32, config.head_dim)
     if not isinstance(ops, CpuOps):
         pytest.skip(why)
-    devices = [HostDevice(i, 128, 1 << 16) for i in range(2)]
+    devices = [HostDevice(i, num_chunks, 1 << 16) for i in range(2)]
     try:
-        source, memories = SafetensorsSource(folder, config), []
+        source, memories = open_weights(folder, config, "auto"), []
         for device in devices:
             shape = KVShape.of(config, BLOCK_SIZE, torch.float32)
             memory = DeviceMemory(device, weight_units(config, torch.float32), NUM_LAYERS, shape)
@@ -46,7 +47,7 @@ def decoders(folder: Path) -> Iterator[tuple[Decoder, CpuDecoder]]:
                 memory.weights.map(unit)
                 memory.weights.fill(unit, source)
             for layer in range(NUM_LAYERS):
-                memory.kv.resize(layer, 8)
+                memory.kv.resize(layer, num_chunks // 16)
         one, other = memories
         yield (
             Decoder(config, ops, one.weights, one.kv, LONGEST),
@@ -90,6 +91,28 @@ def test_decode_steps_are_the_same_to_the_last_bit(family: str, tmp_path: Path) 
             batch = batch_of(lengths[:num_rows], num_blocks=BLOCKS_EACH - (step < BLOCK_SIZE))
             assert torch.equal(logits(recording, ids, batch, stages), logits(plain, ids, batch, stages))
             lengths = [length + (i < num_rows) for i, length in enumerate(lengths)]
+            if step == 11:  # all but multiplied residuals is recorded
+                is_recorded = load_hf_config(tmp_path).residual_scale == 1
+                assert sorted(recording.recordings) == ([1, 2] if is_recorded else [])
+
+
+@pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss", "mxfp4", "fp8 of blocks"])
+def test_rows_that_choose_other_experts_are_the_same_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    """As many rows as are recorded, each with tokens of its own in each step, and experts as numbers and in blocks."""
+    if kind == "mxfp4":
+        folder = write_tiny_mxfp4(tmp_path)
+    elif kind == "fp8 of blocks":
+        folder = write_tiny_quantized(kind, tmp_path, "qwen3-moe", moe_intermediate_size=128)
+    else:
+        folder = make_tiny_model(kind, tmp_path)
+    numbers = random.Random(kind)
+    with decoders(folder, num_chunks=2048) as (plain, recording):
+        for length in range(LONGEST):
+            ids = [numbers.randrange(VOCAB_SIZE) for _ in range(MOST_ROWS)]
+            batch = batch_of([length] * MOST_ROWS)
+            found = logits(recording, ids, batch)
+            assert torch.equal(found, logits(plain, ids, batch)) and len({*map(tuple, found.tolist())}) > 1
+        assert sorted(recording.recordings) == [MOST_ROWS]
 
 
 def test_steps_of_few_rows_are_recorded_once_for_each_number(tmp_path: Path) -> None:

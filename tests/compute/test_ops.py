@@ -116,6 +116,13 @@ def test_softcap_matches_float64_and_ignores_position(ops: CpuOps, size: int) ->
     torch.testing.assert_close(ops.softcap(extremes, 3.0), torch.tensor([3.0, -3.0, float("nan"), 0.0]), equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (7, 64), (16, 515)])
+def test_sums_are_those_of_torch_bitwise(ops: CpuOps, shape: tuple[int, int]) -> None:
+    x, y = randn(*shape), randn(*shape, seed=1) * torch.logspace(-9, 9, shape[1])
+    expected = x + y
+    assert torch.equal(ops.add(x, y), expected) and torch.equal(REFERENCE.add(x, y), expected)
+
+
 def test_norm_weights_may_be_kept_around_zero(ops: CpuOps) -> None:
     x, weight = randn(5, 37), randn(37, seed=1) * 0.1
     expected = REFERENCE.rms_norm(x.double(), 1 + weight.double(), 1e-5)

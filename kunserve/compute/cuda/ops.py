@@ -199,6 +199,10 @@ class CudaOps:
         """Compute cap * tanh(x / cap), element by element."""
         return torch.tanh(x / cap) * cap
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Ops.add`."""
+        return x + y
+
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """Compute x * sigmoid(gate): (T, H), (T, 1) -> (T, H)."""
         return x * torch.sigmoid(gate)
