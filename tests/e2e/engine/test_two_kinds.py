@@ -104,11 +104,10 @@ async def test_across_a_drop_and_a_restore(
         answers = asyncio.gather(
             *(generate(engine, prompt, greedy(n)) for prompt, n in zip(PROMPTS * 2, LENGTHS * 2, strict=True))
         )
-        is_full, num_commits = mode == "by_request", 0
-        while num_commits < 60 or not is_full:  # most have let go of something
+        num_commits = 0  # by 60 most have let go of something; by layer means: there is no room for one after the other
+        while num_commits < 60 or (mode == "by_layer" and used_share(engine) < 0.75):
             await engine.signals.next_commit()
             num_commits += 1
-            is_full = is_full or used_share(engine) >= 0.71  # by layer: there is no room for one after the other
         await engine.drop(is_forced=True)
         await asyncio.wait(control.tasks)
         engine.check()
