@@ -21,6 +21,9 @@ from typing import NamedTuple
 from kunserve.planner.cost import CostModel, TokenSpan, Work
 
 LONG_BACKLOG = 8  # parts of a backlog for each stage: more are a long one
+# Where less of a chain's blocks is free, a long backlog has more parts, in proportion: at most so many times as many.
+# From simulated loads (scripts/map.py); without a limit the first tokens of a burst wait for too many rounds.
+SCARCE, MOST_PARTS = 0.1, 8.0
 EFFICIENCY = 0.995  # of the smallest efficient microbatch, against a very large one
 
 
@@ -57,17 +60,21 @@ class Lookahead:
             low, high = (low, middle) if self._token_s(middle) <= most_s else (middle + 1, high)
         return low
 
-    def target(self, decoding: Work, prompts: Sequence[TokenSpan], num_stages: int) -> BatchTarget:
+    def target(
+        self, decoding: Work, prompts: Sequence[TokenSpan], num_stages: int, free_share: float = 1.0
+    ) -> BatchTarget:
         """Return what the next microbatch may take of all that could go now: decoding requests, pieces of prompts.
 
         Prompts are cut, so to speak, in equal parts no longer than the smallest efficient size; there are at least as
         many parts as stages, unless they would be smaller than half of that. Of a backlog of more than `LONG_BACKLOG`
         parts for each stage the parts are longer, as far as a microbatch can carry it: else what waits would also
-        wait for a round of decoding after each short part.
+        wait for a round of decoding after each short part. They are less so where little of the chain's blocks is free
+        (`free_share` of them): who decodes in shorter rounds gives blocks back sooner, and for these others wait.
         """
         efficient, most = TokenSpan(0, self.least_tokens), TokenSpan(0, self.max_num_tokens)
         prompts_s = sum(map(self.added_time, prompts))
-        part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / (LONG_BACKLOG * num_stages)))
+        long_backlog = LONG_BACKLOG * num_stages * max(1.0, SCARCE / max(free_share, SCARCE / MOST_PARTS))
+        part_s = max(self.added_time(efficient), min(self.added_time(most), prompts_s / long_backlog))
         num_parts = max(num_stages, ceil(prompts_s / part_s))
         decode, prompt = decoding.part(num_stages), Work.of(prompts).part(num_parts)
         least = Work.of([efficient]).part(2)

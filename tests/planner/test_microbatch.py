@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kunserve.planner.cost import TokenSpan, Work
-from kunserve.planner.microbatch import LONG_BACKLOG, Lookahead
+from kunserve.planner.microbatch import LONG_BACKLOG, MOST_PARTS, SCARCE, Lookahead
 
 COST2 = replace(COST, overlap=2.0, stage_s=1e-4)
 LOOKAHEAD = Lookahead(COST2, 30, 2048)
@@ -75,6 +75,15 @@ def test_a_long_backlog_goes_in_larger_parts_as_far_as_a_microbatch_carries_them
         sizes.append(LOOKAHEAD.cut(Work(), 0, 10**5, total_s) / least)
     assert sizes[:3] == pytest.approx([1, 2, 4], rel=0.2)
     assert sizes[3] * least <= LOOKAHEAD.max_num_tokens * 1.1
+
+
+def test_a_long_backlog_goes_in_shorter_parts_where_blocks_are_scarce() -> None:
+    least = LOOKAHEAD.least_tokens
+    sizes = []
+    for free_share in (1.0, SCARCE, SCARCE / 2, SCARCE / MOST_PARTS, 0.0):
+        total_s = LOOKAHEAD.target(Work(), [TokenSpan(0, least)] * 16 * LONG_BACKLOG, 2, free_share).total_s
+        sizes.append(LOOKAHEAD.cut(Work(), 0, 10**5, total_s) / least)
+    assert sizes == pytest.approx([8, 8, 4, 1, 1], rel=0.2)
 
 
 def test_a_piece_after_a_long_prefix_is_shorter() -> None:

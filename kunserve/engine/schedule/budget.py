@@ -75,7 +75,8 @@ class TimeBudget:
             if num_scheduled < num_expected - is_decoding or num_scheduled - r.num_computed_tokens > r.num_in_flight:
                 prompts += _prompt_spans(r)
         prompts += [span for request in ahead for span in _prompt_spans(request)]
-        self._target = lookahead.target(Work.of_rows(decoding), prompts, len(group.stages))
+        free_share = group.num_free / max(1, group.num_blocks)
+        self._target = lookahead.target(Work.of_rows(decoding), prompts, len(group.stages), free_share)
         self._most_decode_s = self._target.decode_s * (1 - 1e-9)
 
     def fits(self, request: Request, num_tokens: int) -> int:
