@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2-135m
 SERVE_FLAGS ?= --devices cpu:2 --device-memory 730MiB
 
-.PHONY: install serve test lint unit test-faults test-fake-gpu test-models test-random test-clients test-chart test-ray manifests \
+.PHONY: install serve test lint unit test-faults test-fake-gpu test-fake-gpu-orders \
+  test-fake-gpu-peers test-fake-gpu-host test-fake-gpu-one test-models test-random test-clients test-chart test-ray manifests \
   coverage docs pages paper bench-overload bench-ray scale-out clean
 
 install: $(VENV)/.installed
@@ -59,10 +60,20 @@ coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov kunserve --cov-report term:skip-covered \
 	  --cov-report html:build/coverage
 
-# The engine on GPUs that are not there, in many more orders of their streams; `unit` draws one of each kind.
-test-fake-gpu: $(VENV)/.installed-test
+# The engine on GPUs that are not there, in many more orders of their streams; `unit` draws one of each kind. Then every
+# test of transitions and of devices that go, on such GPUs: with peers, without (KV goes through the host), and on one.
+test-fake-gpu: test-fake-gpu-orders $(addprefix test-fake-gpu-,peers host one)
+
+test-fake-gpu-orders: $(VENV)/.installed-test
 	KUNSERVE_FAKE_GPU_ORDERS=8 $(BIN)/python -m pytest --numprocesses 2 tests/engine/step tests/engine/launch \
 	  tests/engine/regroup/test_on_gpus.py tests/e2e/engine/test_two_kinds_on_gpus.py tests/gpu tests/compute/cuda
+
+test-fake-gpu-peers: CARDS := peers
+test-fake-gpu-host: CARDS := through the host
+test-fake-gpu-one: CARDS := one GPU
+test-fake-gpu-peers test-fake-gpu-host test-fake-gpu-one: $(VENV)/.installed-test
+	KUNSERVE_FAKE_GPU="$(CARDS)" $(BIN)/python -m pytest --numprocesses 2 tests/engine/regroup tests/engine/survive \
+	  --ignore tests/engine/regroup/test_on_gpus.py
 
 # Every family with all prompts and layouts; `unit` has one prompt of each.
 test-models: $(VENV)/.installed-test

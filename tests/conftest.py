@@ -12,6 +12,7 @@ import structlog
 import torch
 from fake_gpus import _rules_are_kept, driver, gpus, kernels  # noqa: F401  fixtures
 from hypothesis import settings
+from on_gpus import _on_fake_gpus  # noqa: F401  a fixture
 from op_layers import ops  # noqa: F401  a fixture
 from seeds import asked_seed
 from tiny_models import make_tiny_model

@@ -80,7 +80,12 @@ class Passage:
     def leave(self, position: int, *, has_failed: bool) -> None:
         """Note that a stage has done it, or has failed."""
         self._occupancy.leave(position, self._now_s())
-        if has_failed and self.failed_at is None:
+        if has_failed:
+            self.fails(position)
+
+    def fails(self, position: int) -> None:
+        """Note that a stage has raised, or could not be launched. The first one counts."""
+        if self.failed_at is None:
             self.failed_at = position
 
     def check(self) -> None:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from hooks import around_copies
+from on_gpus import placed
 from tiny_models import VOCAB_SIZE
 
 from kunserve.config import EngineConfig, parse_devices
@@ -20,24 +22,21 @@ from kunserve.sampling import SamplingParams
 
 PLENTY = 1024  # blocks of one device
 CHECK_EVERY = 5  # outputs of a request
-Work = Callable[[], Any]
+SMALL: dict[str, Any] = {
+    "block_size": 4,
+    "chunk_bytes": 1 << 15,
+    "dtype": "float32",
+    "max_model_len": 160,
+    "max_num_batched_tokens": 64,
+    "is_pinned": True,
+}
 
 
 @asynccontextmanager
 async def serving(folder: Path, num_blocks: int, devices: str = "cpu:2", **settings: Any) -> AsyncIterator[Served]:
     """An engine of small blocks that regroups only when asked to."""
-    config = EngineConfig(
-        str(folder),
-        devices=parse_devices(devices),
-        num_blocks_override=num_blocks,
-        block_size=4,
-        chunk_bytes=1 << 15,
-        dtype="float32",
-        max_model_len=160,
-        max_num_batched_tokens=64,
-        is_pinned=True,
-        **settings,
-    )
+    devices, settings = placed(devices, SMALL | {"num_blocks_override": num_blocks} | settings)
+    config = EngineConfig(str(folder), devices=parse_devices(devices), **settings)
     served = await launch(config, "tiny", lambda text, share: None)
     try:
         await served.engine.start()
@@ -48,6 +47,7 @@ async def serving(folder: Path, num_blocks: int, devices: str = "cpu:2", **setti
     finally:
         await served.engine.stop()
         await served.engine.close()
+        await served.close()
 
 
 def make_request(name: str, num_prompt: int, max_tokens: int, temperature: float = 0.0) -> Request:
@@ -107,30 +107,32 @@ class CopyGate:
 
     def __init__(self, watched: WatchedDevice, *, lets_out: bool = False) -> None:
         device = watched.inner
-        self._run_copy: Callable[[Work], Awaitable[Any]] = device.run_copy
         self._opened = asyncio.Event()
         self.reached = asyncio.Event()
         self.error: Exception | None = None
         self.num_copies = 0
         if not lets_out:
-            device.run_copy = self._run  # type: ignore[method-assign]
+            around_copies(device, self._copy)
             return
         copy = device.copy
 
         async def hold_unless_out(copies: Any, source: Any = None, *, is_to_host: bool = False) -> None:
             if not is_to_host:
-                await self._run(lambda: None)
+                await self._hold()
             await copy(copies, source, is_to_host=is_to_host)
 
         device.copy = hold_unless_out  # type: ignore[method-assign]
 
-    async def _run(self, work: Work) -> Any:
+    async def _copy(self, copy: Callable[[], Awaitable[Any]]) -> Any:
+        await self._hold()
+        return await copy()
+
+    async def _hold(self) -> None:
         self.num_copies += 1
         self.reached.set()
         await self._opened.wait()
         if self.error is not None:
             raise self.error
-        return await self._run_copy(work)
 
     def open(self, error: Exception | None = None) -> None:
         """Let copies through, or fail with `error`."""

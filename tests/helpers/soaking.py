@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hooks import step_call
 from transition_harness import TINY, Answer, Checked, checked_engine, make_requests, patient_with_sound_devices
 
 from kunserve.engine.request import Request
@@ -109,15 +110,16 @@ class Soak:
         return self._rng.choice(sound)
 
     def _next_run(self, device: int, faulty: Callable[[Callable[[], Any]], Any]) -> None:
-        """Let the next work on the compute queue of a device be this."""
+        """Let the next step of a device be this."""
         inner: Any = self._engine.memories[device].device.inner
-        run = inner.run
+        name = step_call(inner)
+        run = getattr(inner, name)
 
-        async def once(work: Callable[[], Any]) -> Any:
-            inner.run = run
-            return await run(lambda: faulty(work))
+        async def once(work: Callable[[], Any], *after: Any) -> Any:
+            setattr(inner, name, run)
+            return await run(lambda: faulty(work), *after)
 
-        inner.run = once
+        setattr(inner, name, once)
 
     async def fail(self) -> None:
         """One step raises."""

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import pytest
 from e2e.engines import running_engine
+from hooks import around_copies
 from on_gpus import TOLERANCE, are_replaced, placed
 from tiny_models import VOCAB_SIZE
+from torch import Tensor
 
 from kunserve.engine.batch import Microbatch
 from kunserve.engine.engine import Engine
@@ -193,6 +195,11 @@ class Checked:
         return sum(n for (k, o, m), n in self.outcomes.items() if (k, o) == (kind, outcome) and mode in (None, m))
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy, in host memory, of what is on a device that has no work."""
+    return tensor.cpu().clone()
+
+
 async def next_round() -> None:
     """Let the event loop go round once. The threads of devices, which a busy loop would starve, come to their turn."""
     time.sleep(0.0001)
@@ -328,7 +335,7 @@ class Failures:
             device.map = partial(self._call, device.name, "map", device.map)
             device.unmap = partial(self._call, device.name, "unmap", device.unmap)
             device.run = partial(self._run, device.name, "run", device.run)
-            device.run_copy = partial(self._run, device.name, "run_copy", device.run_copy)
+            around_copies(device, partial(self._copy, device.name))
 
     def begin(self, rate: float, rng: random.Random) -> None:
         """Fail at random from now on; at a rate of 0 not at all."""
@@ -348,6 +355,10 @@ class Failures:
     def _call(self, device: str, name: str, call: Callable[..., T], *arguments: Any) -> T:
         self._count(device, name)
         return call(*arguments)
+
+    async def _copy(self, device: str, copy: Callable[[], Awaitable[T]]) -> T:
+        self._count(device, "run_copy")
+        return await copy()
 
     async def _run(self, device: str, name: str, run: Callable[..., Awaitable[T]], work: Callable[[], T]) -> T:
         if "run_" not in getattr(getattr(work, "func", None), "__name__", ""):  # run_stage, run_last_stage

@@ -52,8 +52,12 @@ class Faults:
             return device
         own = [fault for fault in self._faults if fault.device == index]
         faulty = FaultyDevice(device, own, self.is_due, self.begin)
-        self._devices.append(faulty)
+        self.add(faulty)
         return faulty
+
+    def add(self, device: FaultyDevice) -> None:
+        """Let what hangs on a device go on with all others'."""
+        self._devices.append(device)
 
     def is_due(self, fault: Fault) -> bool:
         """Tell whether the moment of a fault is now, or its time has come."""
@@ -122,6 +126,10 @@ class FaultyDevice:
 
     async def run(self, work: Callable[[], T]) -> T:
         """See `Device.run`."""
+        return await self.inner.run(self.faulty(work))
+
+    def faulty(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Return `work` of the compute queue with the faults that are due now."""
         self._on_run()
         due = self._due(FaultKind.RAISE, FaultKind.HANG_THEN_RETURN)
 
@@ -135,7 +143,7 @@ class FaultyDevice:
                 time.sleep(SLOWNESS * (time.monotonic() - started_s))
             return result
 
-        return await self.inner.run(faulty)
+        return faulty
 
     async def run_copy(self, work: Callable[[], T]) -> T:
         """See `Device.run_copy`."""

@@ -42,6 +42,13 @@ class CudaExecutor(Executor):
         self.devices, self.decoders, self._watched = devices, decoders, watched
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
+    async def probe(self, group: Group | None, device: int) -> None:
+        """See `Executor.probe`: one row through the weights that are there."""
+        for stage in group.stages if group is not None else ():
+            if stage.device == device:
+                work = partial(self.decoders[device].probe, stage.first_layer, stage.last_layer)
+                await self._watched[device].run(work)
+
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         """See `Executor.pass_through`. A cancelled caller waits: requests' blocks must not change under the work."""
         return await to_the_end(self._pass(group, inputs, passage))
@@ -49,6 +56,7 @@ class CudaExecutor(Executor):
     async def _pass(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         last, plain = self.devices[group.stages[-1].device], is_plain(inputs.sampling)
         seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
+        at = 0  # the stage that is being launched
 
         def see(position: int, launched: Launched[Any]) -> None:
             nonlocal seen
@@ -66,21 +74,22 @@ class CudaExecutor(Executor):
                 last_device = self._watched[group.stages[-1].device]
                 seen = asyncio.ensure_future(last_device.wait_for(last.sampling.finish(previous)))
             see(0, launched)
-            for position in range(1, len(group.stages)):
-                launched = await self._launch(group, position, inputs, previous, launched, is_plain=plain)
-                see(position, launched)
+            for at in range(1, len(group.stages)):
+                launched = await self._launch(group, at, inputs, previous, launched, is_plain=plain)
+                see(at, launched)
             if not plain:
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, previous)
                 watched = self._watched[group.stages[-1].device]
                 launched = await watched.wait_for(last.sampling.launch(work, [launched.ready]))
-                see(len(group.stages) - 1, launched)
+                see(at, launched)
             inputs.sampled.set_result(launched)
         except BaseException:
             inputs.sampled.cancel()
             if seen is not None:  # what earlier stages still do with the requests' blocks
                 await asyncio.wait([seen])
                 seen.exception()  # nobody else asks for it
+            passage.fails(at)  # unless an earlier one has
             raise
         assert seen is not None
         pending: PendingTokens = await seen

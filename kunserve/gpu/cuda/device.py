@@ -33,7 +33,7 @@ T = TypeVar("T")
 MIB = 1 << 20
 MAX_CHUNK_BYTES = 64 * MIB
 INVALID_VALUE = "CUDA_ERROR_INVALID_VALUE"
-MAX_WASTE = 0.01  # of a device's memory: what a larger chunk may cost over the best size
+MAX_WASTE = 0.01  # of the memory of a copy: what a larger chunk may cost over the best size
 
 
 class CudaDevice:
@@ -269,23 +269,26 @@ def device_names(ordinals: Sequence[int]) -> list[str]:
 def choose_chunk_bytes(
     config: ModelConfig, dtype: torch.dtype, kv_block_bytes: int, granularity: int, budget_bytes: int
 ) -> int:
-    """Return the bytes of a chunk: the largest whose waste is within 1 % of the budget of the least possible.
+    """Return the bytes of a chunk: the largest whose waste is within 1 % of the memory of the least possible.
 
     Wasted are the ends of the weight units' ranges, and of every layer's KV range what chunks cannot be divided into.
     dtype: of weights that are stored as numbers; kv_block_bytes: one block of one layer; budget_bytes: of one device.
+    Where weights are more than that, several devices hold them, and the memory is theirs. What one lacks counts as
+    used: so waste is what chunks lose.
     """
     units = [unit.num_bytes for unit in weight_units(config, dtype)]
 
     def waste(chunk: int) -> int:
-        weights = sum(-num_bytes % chunk for num_bytes in units)
-        whole = (budget_bytes // chunk * chunk - sum(units) - weights) // chunk  # chunks that are left for KV
-        per_layer = max(0, whole) // config.num_layers
-        used = per_layer * chunk // kv_block_bytes * kv_block_bytes * config.num_layers
+        whole = budget_bytes // chunk - sum(ceil_div(num_bytes, chunk) for num_bytes in units)  # chunks for KV
+        used = whole // config.num_layers * chunk // kv_block_bytes * kv_block_bytes * config.num_layers
+        if whole < 0:
+            used = whole * chunk
         return budget_bytes - sum(units) - used
 
     sizes = range(granularity, max(MAX_CHUNK_BYTES, granularity) + 1, granularity)
     wasted = {size: waste(size) for size in sizes}
-    allowed = min(wasted.values()) + int(budget_bytes * MAX_WASTE)
+    num_devices = max(1, ceil_div(sum(units), budget_bytes))
+    allowed = min(wasted.values()) + int(num_devices * budget_bytes * MAX_WASTE)
     return max(size for size, lost in wasted.items() if lost <= allowed)
 
 

@@ -6,11 +6,11 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hooks import around_copies
 from loaded_groups import asked, assert_same, loaded, two_devices
 from structlog.testing import capture_logs
 from transition_harness import Answer, Checked, again, checked_engine, next_round
@@ -34,14 +34,13 @@ class Gate:
         self.is_open = asyncio.Event()
         self.num_waiting = 0
         for memory in checked.engine.memories:
-            device: Any = memory.device.inner
-            device.run_copy = partial(self._run_copy, device.run_copy)
+            around_copies(memory.device.inner, self._copy)
 
-    async def _run_copy(self, run_copy: Callable[[Any], Awaitable[Any]], work: Any) -> Any:
+    async def _copy(self, copy: Callable[[], Awaitable[Any]]) -> Any:
         self.num_waiting += 1
         await self.is_open.wait()
         self.num_waiting -= 1
-        return await run_copy(work)
+        return await copy()
 
 
 def long_requests(number: int, num_prompt_tokens: int, num_tokens: int, name: str = "r") -> list[Request]:
@@ -214,14 +213,12 @@ async def test_a_failed_copy_recomputes_only_its_request(six_layers: Path) -> No
     its = await expected(six_layers, requests)
     async with two_devices(six_layers, 320) as checked:
         answers = await loaded(checked, requests)
-        device: Any = checked.engine.memories[0].device.inner
-        run_copy = device.run_copy
 
-        async def fail_once(work: Any) -> Any:
-            device.run_copy = run_copy
+        async def fail_once(_: Callable[[], Awaitable[Any]]) -> Any:
+            undo()
             raise OSError("lost")
 
-        device.run_copy = fail_once
+        undo = around_copies(checked.engine.memories[0].device.inner, fail_once)
         await checked.control.drop()
         assert_same(await answers, its)
         await checked.undo_drops()

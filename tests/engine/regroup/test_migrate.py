@@ -38,7 +38,7 @@ def mover(engine: Engine) -> Migration:
 
 
 async def alone(six_layers: Path, request: Request) -> list[int]:
-    async with migrating(six_layers) as served:
+    async with serving(six_layers, PLENTY, "cpu:1") as served:
         return await read(served.engine, request)
 
 
@@ -55,7 +55,7 @@ async def begin_one(engine: Engine, request: Request) -> asyncio.Task[list[int]]
 
 
 async def test_a_crowd_with_pairing_after_every_step_gets_the_same_tokens(six_layers: Path) -> None:
-    async with migrating(six_layers) as served:
+    async with serving(six_layers, PLENTY, "cpu:1") as served:
         expected = await read_all(served.engine, make_crowd())
     async with migrating(six_layers, num_blocks=40) as served:
         engine = served.engine

@@ -14,6 +14,8 @@ from fake_timeline import TIMELINE
 from on_gpus import CONFIGURATIONS, in_place_of_cpus
 from transition_harness import Answer, again, answer_while, checked_engine, make_requests, regroup_in_order
 
+from kunserve.faults import parse_faults
+
 REQUESTS = make_requests(8, seed=4, longest_prompt=20, most_tokens=16)
 NUM_BLOCKS = 320
 
@@ -39,6 +41,22 @@ async def test_regrouping_and_a_loss_change_no_answer(
     TIMELINE.begin(seed)
     with in_place_of_cpus(gpus, configuration):
         await regroup_and_lose(six_layers, expected, random.Random(seed + 1))
+
+
+@pytest.mark.usefixtures("kernels")
+async def test_a_gpu_that_fails_at_all_work_is_lost_and_its_chain_is_not(
+    gpus: Gpus, six_layers: Path, expected: list[Answer]
+) -> None:
+    """Nobody's answer changes: the error says on which GPU, which then fails at the simplest, too."""
+    with in_place_of_cpus(gpus, "through the host"):
+        faults = parse_faults("1:raise-always@0.05s")
+        async with checked_engine(six_layers, "cpu:2", NUM_BLOCKS, faults=faults) as checked:
+            await checked.control.drop()
+            await checked.settled()
+            for answer, its in zip(await checked.answer_all(again(REQUESTS)), expected, strict=True):
+                answer.assert_same(its)
+            await checked.rebuilt()
+            assert [device["state"] for device in checked.engine.state()["devices"]] == ["ok", "lost"]
 
 
 async def regroup_and_lose(folder: Path, expected: list[Answer], rng: random.Random) -> None:

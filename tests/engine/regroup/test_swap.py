@@ -48,7 +48,7 @@ _known: dict[int, dict[str, list[int]]] = {}  # what a crowd of a size gets with
 
 async def uncontended(six_layers: Path, size: int = 16) -> dict[str, list[int]]:
     if size not in _known:
-        async with serving(six_layers, PLENTY, overload_policy=SWAP) as served:
+        async with serving(six_layers, 2 * PLENTY, "cpu:1", overload_policy=SWAP) as served:
             _known[size] = await read_all(served.engine, make_crowd(size))
             assert served.engine.scheduler.swapped.num_swaps == served.engine.scheduler.num_preemptions == 0
     return _known[size]

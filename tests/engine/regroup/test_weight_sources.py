@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hooks import around_copies
 from seeds import seeds
 from structlog.testing import capture_logs
 from tiny_models import make_tiny_model
@@ -22,6 +23,7 @@ from transition_harness import (
     answer_while,
     checked_engine,
     make_requests,
+    on_host,
     regroup_forever,
     regroup_in_order,
 )
@@ -70,7 +72,7 @@ def assert_weights_are_the_files(checked: Checked, folder: Path) -> None:
         assert not memory.weights.unfilled
         for unit in memory.weights.present:
             for spec in memory.weights.specs(unit):
-                tensor = memory.weights.tensor(unit, spec.name)
+                tensor = on_host(memory.weights.tensor(unit, spec.name))
                 expected = torch.empty_like(tensor)
                 source.copy_into(spec.name, expected)
                 assert torch.equal(tensor, expected), (memory.device.name, spec.name)
@@ -125,11 +127,13 @@ async def test_weights_are_converted_to_the_same_bits_wherever_they_come_from(ki
 async def test_dummy_weights_come_back_too(kind: HostCopy, six_layers: Path) -> None:
     async with checked_engine(six_layers, "cpu:2", 160, host_copy=kind, load_format="dummy") as checked:
         weights = [memory.weights for memory in checked.engine.memories]
-        before = [[w.content(unit).clone() for unit in w.present] for w in weights]
+        before = [[on_host(w.content(unit)) for unit in w.present] for w in weights]
         await drop(checked)
         await checked.undo_drops()
         for w, contents in zip(weights, before, strict=True):
-            assert all(torch.equal(w.content(unit), its) for unit, its in zip(w.present, contents, strict=True))
+            assert all(
+                torch.equal(on_host(w.content(unit)), its) for unit, its in zip(w.present, contents, strict=True)
+            )
 
 
 @pytest.mark.parametrize("kind", ["drop", "restore"])
@@ -216,20 +220,19 @@ async def test_what_no_mate_has_whole_is_read_from_disk_and_only_once(six_layers
 async def test_a_restore_that_was_cancelled_is_done_again_from_mates(six_layers: Path) -> None:
     async with checked_engine(six_layers, "cpu:2", 160, host_copy=HostCopy.NONE) as checked:
         lost, before = await drop(checked), sources(checked)
-        device: Any = checked.engine.memories[0].device.inner
-        run_copy, num_copies = device.run_copy, 0
+        num_copies = 0
 
-        async def cancel_after_two(work: Any) -> Any:
+        async def cancel_after_two(copy: Callable[[], Awaitable[Any]]) -> Any:
             nonlocal num_copies
             num_copies += 1
             if num_copies == 2:
                 checked.reconfigure.cancel_restore()
-            return await run_copy(work)
+            return await copy()
 
-        device.run_copy = cancel_after_two
+        undo = around_copies(checked.engine.memories[0].device.inner, cancel_after_two)
         await checked.control.restore()
         await wait(checked)
-        device.run_copy = run_copy
+        undo()
         cancelled = checked.reconfigure.transitions.remembered[-1]
         num_bytes = sum(unit_bytes(checked, i, units) for i, units in lost.items())
         assert cancelled.outcome == "cancelled" and 0 < cancelled.weight_sources["mate"] < num_bytes

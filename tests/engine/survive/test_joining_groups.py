@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from loaded_groups import assert_same
+from on_gpus import RESTARTED, of_cpus_alone
 from transition_harness import TINY, Answer, Checked, again, checked_engine, make_requests
 
 from kunserve.model.host_copy import HostCopy
@@ -83,6 +84,7 @@ async def test_what_is_left_of_a_chain_joins_another(
         assert_same(await checked.answer_all(again(REQUESTS)), expected)
 
 
+@of_cpus_alone(RESTARTED)
 async def test_the_pairs_are_back_once_the_lost_one_is(six_layers: Path, expected: list[Answer]) -> None:
     async with chains_of_two(six_layers) as checked:
         lose(checked, 3)
@@ -150,6 +152,7 @@ async def test_who_cannot_load_stays_idle(six_layers: Path, expected: list[Answe
         assert members(checked) == [[0, 2, 1]]
 
 
+@of_cpus_alone(RESTARTED)
 async def test_nobody_ends_while_the_only_group_waits_to_be_replaced(six_layers: Path, expected: list[Answer]) -> None:
     async with chains_of_two(six_layers) as checked:
         lose(checked, 3)

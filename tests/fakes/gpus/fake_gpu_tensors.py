@@ -17,7 +17,6 @@ import torch
 from fake_pieces import RuleBrokenError, Span
 from fake_timeline import TIMELINE, Block
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 POISON = 0xFF  # NaN in floats, -1 in integers
@@ -81,7 +80,7 @@ def new_tensor(shape: Sequence[int], strides: Sequence[int] | None, dtype: torch
     with torch.inference_mode(False):
         inner = torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
     ctypes.memset(inner.data_ptr(), POISON, inner.untyped_storage().nbytes())
-    return GpuTensor(inner, ordinal, Block(TIMELINE, span_of(inner), TIMELINE.current(ordinal)))
+    return GpuTensor(inner, ordinal, Block(TIMELINE, span_of(inner), TIMELINE.current(ordinal), inner))
 
 
 def on_gpu(value: float = 1.0, size: int = 8) -> Tensor:
@@ -170,6 +169,21 @@ def _wait_here(ordinal: int) -> None:
 # --- operations -----------------------------------------------------------------------------------------------------
 
 
+def _tree_map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return arguments, or results, with each leaf changed. torch's own, for any kind of tree, takes far longer."""
+    if isinstance(value, tuple | list):
+        return type(value)([_tree_map(change, one) for one in value])
+    if isinstance(value, dict):
+        return {name: _tree_map(change, one) for name, one in value.items()}
+    return change(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [leaf for one in value for leaf in _leaves(one)]
+    return [leaf for one in value.values() for leaf in _leaves(one)] if isinstance(value, dict) else [value]
+
+
 def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, GpuTensor) else value
 
@@ -180,13 +194,33 @@ def _meta(value: Any) -> Any:
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
+def _key(value: Any) -> Any:
+    """Return what a result's shape follows from, as something that has a hash."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    return tuple((name, _key(one)) for name, one in value.items()) if isinstance(value, dict) else (type(value), value)
+
+
+_known: dict[Any, Any] = {}  # tensors without contents, as an operation returns them
+
+
+def _results(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return tensors without contents that are as an operation's results. Most operations come again and again."""
+    key = func, _key(args), _key(kwargs)
+    if key not in _known:
+        _known[key] = func(*_tree_map(_meta, args), **_tree_map(_meta, kwargs))
+    return _known[key]
+
+
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # In inference mode an operation that is made of others comes as it is: `to` would pass for a view.
     if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
         return parts
     if func is aten.copy_.default:
         return _copy(args[0], args[1], is_async=bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, GpuTensor)]
+    tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, GpuTensor)]
     first, target = tensors[0], kwargs.get("device")
     if func is aten._to_copy.default and target is not None and target != first.device:
         return _to_copy(first, target, kwargs)
@@ -194,13 +228,13 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise RuleBrokenError("memory is recorded for streams by `Driver.hold`")
     if func in _LOOK_AT_CONTENTS or _has_mask(func, args):
         _wait_here(first.device.index)
-        found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        found = func(*_tree_map(_inner, args), **_tree_map(_inner, kwargs))
         return _wrapped_now(found, first.device.index)
     returns = [r.alias_info for r in func._schema.returns]
     if any(alias is not None and not alias.is_write for alias in returns):
         with torch.inference_mode(False):
-            seen = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-        return tree_map(lambda t: GpuTensor(t, first.device.index, first.block) if isinstance(t, Tensor) else t, seen)
+            seen = func(*_tree_map(_inner, args), **_tree_map(_inner, kwargs))
+        return _tree_map(lambda t: GpuTensor(t, first.device.index, first.block) if isinstance(t, Tensor) else t, seen)
     return _compute(func, args, kwargs, tensors)
 
 
@@ -218,7 +252,7 @@ def _wrapped_now(found: Any, ordinal: int) -> Any:
         made.inner.copy_(value)
         return made
 
-    return tree_map(wrap, found)
+    return _tree_map(wrap, found)
 
 
 def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[GpuTensor]) -> Any:
@@ -226,27 +260,27 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: 
     ordinal = tensors[0].device.index
     if any(t.device.index != ordinal for t in tensors):
         raise RuleBrokenError(f"{func}: tensors of several GPUs")
-    for value in tree_leaves((args, kwargs)):
+    for value in _leaves((args, kwargs)):
         if isinstance(value, Tensor) and not isinstance(value, GpuTensor) and value.dim() and func not in _SPARSE:
             raise RuleBrokenError(f"{func}: a tensor in host memory")
     written = [value for a, value in _named(func, args, kwargs) if a.alias_info is not None and a.alias_info.is_write]
-    inner_args, inner_kwargs = tree_map(_inner, args), {k: _inner(v) for k, v in kwargs.items() if k != "device"}
+    inner_args, inner_kwargs = _tree_map(_inner, args), {k: _inner(v) for k, v in kwargs.items() if k != "device"}
     reads = [t for t in tensors if not (func in _SPARSE and t is args[0])]
     if written:
         writes = [t for t in written if not (func in _SPARSE and t is args[0])]
         _enqueue(lambda: func(*inner_args, **inner_kwargs), tensors, reads, writes)
         return written[0] if len(written) == 1 else tuple(written)
-    shapes = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+    shapes = _results(func, args, kwargs)
     target = kwargs.get("device")
     where = ordinal if target is None or target.index is None else target.index
-    made = tree_map(lambda m: new_tensor(m.shape, m.stride(), m.dtype, where), shapes)
-    outs = tree_leaves(made)
+    made = _tree_map(lambda m: new_tensor(m.shape, m.stride(), m.dtype, where), shapes)
+    outs = _leaves(made)
     if where != ordinal:  # empty_like on another GPU: nothing is computed
         return made
     plain = [out.inner for out in outs]
 
     def run() -> None:
-        for out, value in zip(plain, tree_leaves(func(*inner_args, **inner_kwargs)), strict=True):
+        for out, value in zip(plain, _leaves(func(*inner_args, **inner_kwargs)), strict=True):
             out.copy_(value)
 
     _enqueue(run, [*tensors, *outs], reads, outs)

@@ -22,7 +22,8 @@ from kunserve.errors import DeviceError
 class Block:
     """Memory of torch's allocator: used again on its stream as soon as nobody holds it, and who reads it be damned."""
 
-    def __init__(self, timeline: Timeline, span: Span, stream: int, *, is_pinned: bool = False) -> None:
+    def __init__(self, timeline: Timeline, span: Span, stream: int, of: object = None, is_pinned: bool = False) -> None:
+        self.memory = of  # what has the bytes: nobody else gets them before `freed` has looked who reads them
         self.timeline, self.span, self.stream, self.is_pinned = timeline, span, stream, is_pinned
         self.used_on: set[int] = set()  # pinned: streams that have copied it; else those it was recorded for
         self.made_in = timeline.recording()  # memory of a graph stays its own
@@ -378,7 +379,7 @@ class Timeline:
             for stream, state in self._streams.items():
                 if stream == block.stream or stream in block.used_on:
                     continue
-                if any(_overlap((block.span,), piece.reads) for piece in state.queue):
+                if state.queue and any(_overlap((block.span,), piece.reads) for piece in state.queue):
                     self.broken.append(f"memory of stream {block.stream} was freed while stream {stream} reads it")
 
     def is_written(self, span: Span) -> bool:
@@ -404,7 +405,7 @@ def _can_run(piece: Piece) -> bool:
 
 
 def _overlap(a: Sequence[Span], b: Sequence[Span]) -> bool:
-    return any(x.start < y.end and y.start < x.end for x in a for y in b)
+    return any([x.start < y.end and y.start < x.end for x in a for y in b])  # noqa: C419  a generator is slower
 
 
 TIMELINE = Timeline()  # of this process: events of one GPU are waited for on others

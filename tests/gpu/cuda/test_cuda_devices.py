@@ -55,6 +55,16 @@ def test_chunks_of_a_small_model_are_small() -> None:
     assert choose_chunk_bytes(config, torch.float32, block, GRANULARITY, 730 << 20) <= 4 * GRANULARITY
 
 
+@pytest.mark.parametrize("share", [0.99, 0.6, 0.3])
+def test_chunks_waste_little_of_devices_that_hold_the_weights_only_together(share: float) -> None:
+    """A chain of several holds them: chunks as large as a device, of which none would have any, help nobody."""
+    config = load_card("smollm2-135m").config
+    block = KVShape.of(config, 16, torch.float32).block_bytes
+    units = [unit.num_bytes for unit in weight_units(config, "float32")]
+    chunk = choose_chunk_bytes(config, torch.float32, block, GRANULARITY, int(sum(units) * share))
+    assert sum(-num_bytes % chunk for num_bytes in units) < 0.07 * sum(units)
+
+
 def test_budgets() -> None:
     gib = 1 << 30
     memory = {0: (70 * gib, 80 * gib), 1: (79 * gib, 80 * gib)}

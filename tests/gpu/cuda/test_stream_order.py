@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import pytest
 import torch
@@ -178,3 +179,13 @@ def test_a_fault_is_seen_by_who_waits_next_and_by_all_after(driver: FakeCuda) ->
         driver.create(GRANULARITY)
     driver.error = None
     TIMELINE.forget_work()
+
+
+def test_memory_is_given_to_nobody_before_it_is_known_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may take memory at any time: work that has nothing to do with it would seem to read it."""
+    tensor, seen = on_gpu(), list[bool]()
+    memory = ref(tensor.inner)  # type: ignore[attr-defined]
+    TIMELINE.drain()
+    monkeypatch.setattr(TIMELINE, "freed", lambda _: seen.append(memory() is not None))
+    del tensor
+    assert seen == [True] and memory() is None
