@@ -1,7 +1,8 @@
 """GPU check: how likely a text is, before and after each change of the grouping.
 
 Whether greedy tokens agree says little: a layout of KV that is a little wrong can leave all of them as they are. The
-likelihood of each token of a text does not.
+likelihood of each token of a text does not, nor do those of the tokens that could have stood there, which are the
+logits but for a number that all of a row have in common.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,9 +20,28 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.request import Request
 from kunserve.errors import ConfigError
 from kunserve.model.card import resolve_model
-from kunserve.sampling import SamplingParams
+from kunserve.sampling import SamplingParams, TokenLogprobs
 
 GENERATED = "generated"  # a request that is under way through drop, exchange and restore
+NUM_TOP = 20  # of the most likely tokens at each place that are compared
+NUM_EXPECTED = 100  # of those that transformers names: ours are among them unless something is wrong
+
+
+class Place(NamedTuple):
+    """What could stand at one place of a text."""
+
+    token_id: int  # what does
+    logprobs: dict[int, float]  # its own, and those of the most likely tokens
+
+    @classmethod
+    def of(cls, found: TokenLogprobs) -> Place:
+        """Return what the engine says of a place."""
+        return cls(found.token_id, {**dict(found.top), found.token_id: found.logprob})
+
+    @property
+    def logprob(self) -> float:
+        """Return how likely what stands there is."""
+        return self.logprobs[self.token_id]
 
 
 async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) -> dict[str, Any]:
@@ -29,16 +49,17 @@ async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) ->
 
     The reference is transformers on the host, or where it is missing KunServe on a CPU device; `reference` says which.
     After the launch, the drop, the restore and another drop; and of `num_tokens` tokens that requests generate while
-    they go through all of that, as they came and as a text. With each: by how much the likelihood of one token differs
-    at most from what it is after the launch (of what is generated: as a text), and from what the reference finds. Of
-    the requests that generate, the worst.
+    they go through all of that, as they came and as a text. With each: by how much the likelihoods of tokens (those of
+    the text, and the `NUM_TOP` most likely at each place) differ from what they are after the launch (of what is
+    generated: as a text), and from what the reference finds: on average, of 99 in 100, and at most. Of the requests
+    that generate, the worst. In bf16 transformers itself is off by 0.06, 0.2 and 1.6 nats (SmolLM2, random tokens).
     """
-    found = dict[str, list[float]]()
+    found = dict[str, list[Place]]()
     has_files = _has_files(config.model)
     config = replace(config, load_format="auto" if has_files else "dummy")
     async with open_engine(config) as engine:
         text = prompt_of(engine, 0, text_len)
-        found["launch"] = await _likelihoods(engine, text)
+        found["launch"] = await _places(engine, text)
         prompt, is_over = prompt_of(engine, 1, 40), asyncio.Event()
         generating = asyncio.create_task(_generate_until(is_over, engine, prompt, num_tokens))
         for name, change in (("drop", engine.drop), ("restore", engine.restore), ("second drop", engine.drop)):
@@ -48,18 +69,18 @@ async def likelihood(config: EngineConfig, *, text_len: int, num_tokens: int) ->
             transition = await settled(engine)
             if transition["outcome"] != "done":
                 raise RuntimeError(f"the {name} did not come to its end: {transition['outcome']}")
-            found[name] = await _likelihoods(engine, text)
+            found[name] = await _places(engine, text)
         is_over.set()
         answers = await generating
         generated = answers[0][0]
         if any(token_ids != generated for token_ids, _ in answers):
             raise RuntimeError("the same prompt has been answered otherwise")
-        again = await _likelihoods(engine, prompt + generated)
+        again = await _places(engine, prompt + generated)
     reference, (expected, expected_own) = await _reference(config, [text, prompt + generated], has_files=has_files)
     expected_own = expected_own[len(prompt) - 1 :]
     figures = {name: _compared(each, found["launch"], expected) for name, each in found.items()}
     before = again[len(prompt) - 1 :]
-    own = max((own for _, own in answers), key=lambda own: _compared(own, before, expected_own)["worst_error"])
+    own = max((own for _, own in answers), key=lambda own: _compared(own, before, expected_own)["error"]["max"])
     return {"reference": reference, **figures, GENERATED: _compared(own, before, expected_own)}
 
 
@@ -71,8 +92,8 @@ def _has_files(model: str) -> bool:
         return False
 
 
-async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files: bool) -> tuple[str, list[list[float]]]:
-    """Return the logprobs of the tokens of texts in float32, and by whom: transformers, or where it cannot be, us."""
+async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files: bool) -> tuple[str, list[list[Place]]]:
+    """Return the places of texts from the second on in float32, and by whom: transformers, or where it cannot be, us."""
     missing = "the model's files are not here"
     if has_files:
         try:
@@ -81,11 +102,11 @@ async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files:
             missing = str(error)
     on_cpu = replace(config, devices=DeviceSpec("cpu", (0,)), dtype="float32", is_pinned=False)
     async with open_engine(on_cpu) as engine:
-        found = [await _likelihoods(engine, text) for text in texts]
+        found = [await _places(engine, text) for text in texts]
     return f"KunServe on a CPU device: no transformers ({missing})", found
 
 
-def _by_transformers(model: str, texts: list[list[int]]) -> tuple[str, list[list[float]]]:
+def _by_transformers(model: str, texts: list[list[int]]) -> tuple[str, list[list[Place]]]:
     """Return as `_reference`. Raises ImportError where transformers is not installed."""
     transformers = importlib.import_module("transformers")
     folder = resolve_model(model).folder
@@ -95,22 +116,25 @@ def _by_transformers(model: str, texts: list[list[int]]) -> tuple[str, list[list
         ids = torch.tensor([text])
         with torch.inference_mode():
             logprobs = reference(ids).logits[0, :-1].float().log_softmax(-1)
-        found.append(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+        own = logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        top = logprobs.topk(min(NUM_EXPECTED, logprobs.shape[-1]))
+        rows = zip(text[1:], own, top.indices.tolist(), top.values.tolist(), strict=True)
+        found.append([Place(token, {**dict(zip(i, v, strict=True)), token: its}) for token, its, i, v in rows])
     return f"transformers {transformers.__version__}", found
 
 
-async def _likelihoods(engine: Engine, text: list[int]) -> list[float]:
-    """Return the logprob of each token of a text from the second on."""
-    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, num_prompt_logprobs=0)
-    found = list[float]()
+async def _places(engine: Engine, text: list[int]) -> list[Place]:
+    """Return what could stand at each place of a text from the second on."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, num_prompt_logprobs=NUM_TOP)
+    found = list[Place]()
     async for output in engine.submit(Request("a text", text, params)):
-        found += [each.logprob for each in output.prompt_logprobs]
+        found += map(Place.of, output.prompt_logprobs)
     return found
 
 
 async def _generate_until(
     is_over: asyncio.Event, engine: Engine, prompt: list[int], num_tokens: int
-) -> list[tuple[list[int], list[float]]]:
+) -> list[tuple[list[int], list[Place]]]:
     """Return what follows a prompt, again and again, so that nobody waits in vain for a step."""
     answers = [await _generate(engine, prompt, num_tokens)]
     while not is_over.is_set():
@@ -118,19 +142,28 @@ async def _generate_until(
     return answers
 
 
-async def _generate(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """Return the tokens that follow a prompt, and the logprob that each had when it came."""
-    params = SamplingParams(num_tokens, temperature=0.0, ignore_eos=True, num_logprobs=0)
-    token_ids, logprobs = list[int](), list[float]()
+async def _generate(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], list[Place]]:
+    """Return the tokens that follow a prompt, and what could have stood in the place of each when it came."""
+    params = SamplingParams(num_tokens, temperature=0.0, ignore_eos=True, num_logprobs=NUM_TOP)
+    token_ids, places = list[int](), list[Place]()
     async for output in engine.submit(Request(GENERATED, prompt, params)):
         token_ids += output.token_ids
-        logprobs += [each.logprob for each in output.logprobs]
-    return token_ids, logprobs
+        places += map(Place.of, output.logprobs)
+    return token_ids, places
 
 
-def _compared(found: list[float], before: list[float], expected: list[float]) -> dict[str, float]:
+def _compared(found: list[Place], before: list[Place], expected: list[Place]) -> dict[str, Any]:
     return {
-        "nll_per_token": -sum(found) / len(found),
-        "worst_change": max(abs(a - b) for a, b in zip(found, before, strict=True)),
-        "worst_error": max(abs(a - b) for a, b in zip(found, expected, strict=True)),
+        "nll_per_token": -sum(place.logprob for place in found) / len(found),
+        "change": _differences(found, before),
+        "error": _differences(found, expected),
     }
+
+
+def _differences(found: list[Place], others: list[Place]) -> dict[str, float]:
+    """Return the mean, the 99th percentile and the largest difference of a token's logprob, of those both name."""
+    pairs = zip(found, others, strict=True)
+    apart = sorted(
+        abs(a.logprobs[token] - b.logprobs[token]) for a, b in pairs for token in a.logprobs.keys() & b.logprobs.keys()
+    )
+    return {"mean": sum(apart) / len(apart), "p99": apart[int(0.99 * len(apart))], "max": apart[-1], "num": len(apart)}

@@ -184,7 +184,7 @@ def test_a_fault_is_seen_by_who_waits_next_and_by_all_after(driver: FakeCuda) ->
 def test_memory_is_given_to_nobody_before_it_is_known_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may take memory at any time: work that has nothing to do with it would seem to read it."""
     tensor, seen = on_gpu(), list[bool]()
-    memory = ref(tensor.inner)  # type: ignore[attr-defined]
+    memory = ref(tensor.inner)
     TIMELINE.drain()
     monkeypatch.setattr(TIMELINE, "freed", lambda _: seen.append(memory() is not None))
     del tensor
