@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hooks import around_copies
+from on_gpus import of_cpus_alone
 from seeds import seeds
 from structlog.testing import capture_logs
 from tiny_models import make_tiny_model
@@ -267,6 +268,7 @@ async def test_the_start_says_what_is_kept_and_how_long_a_restore_takes(kind: Ho
     assert said["mapped_bytes"] == (files if kind is HostCopy.MAPPED else 0)
 
 
+@of_cpus_alone("GPUs have pinned memory if the machine has room for it")
 async def test_the_start_says_why_when_it_chose(six_layers: Path) -> None:
     said, _ = await said_at_start(six_layers, "cpu:2")
     assert (said["kind"], said["because"]) == ("mapped", "CPU devices have no use for pinned memory")
