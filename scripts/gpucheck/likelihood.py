@@ -93,7 +93,7 @@ def _has_files(model: str) -> bool:
 
 
 async def _reference(config: EngineConfig, texts: list[list[int]], *, has_files: bool) -> tuple[str, list[list[Place]]]:
-    """Return the places of texts from the second on in float32, and by whom: transformers, or where it cannot be, us."""
+    """Return the places of texts from the second on in float32, and by whom: transformers, or else KunServe."""
     missing = "the model's files are not here"
     if has_files:
         try:
