@@ -33,6 +33,7 @@ from kept_runs import kept_run
 
 from kunserve.model.card import find_config
 from kunserve.model.costs import OVERLAP
+from kunserve.percentiles import quantile
 from kunserve.sim.options import HOST_TOKEN_S, Options, cluster_of
 from kunserve.sim.plan.capacity import Capacity
 from kunserve.sim.policies import PLENTY, VLLM
@@ -230,7 +231,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "gap: median <= 0.10, p90 <= 0.30": [
             round(median(gaps), 3) if gaps else None,
-            gaps[min(len(gaps) - 1, int(0.9 * len(gaps)))] if gaps else None,
+            quantile(gaps, 0.9) if gaps else None,
             f"{len(gaps)} points",
         ],
         "P99 <= 1.05 of the best, worst 1.15": [

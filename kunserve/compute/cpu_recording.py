@@ -63,9 +63,8 @@ class RecordingOps(CpuOps):
     def new(self, *shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
         """See `CpuOps.new`."""
         for tensor in self._tensors:
-            if (
-                tensor.shape == shape and tensor.dtype is dtype and sys.getrefcount(tensor) == 3
-            ):  # the list's, the loop's and its argument's
+            is_free = sys.getrefcount(tensor) == 3  # the list's, the loop's and its argument's
+            if is_free and tensor.shape == shape and tensor.dtype is dtype:
                 return tensor
         self._tensors.append(torch.empty(shape, dtype=dtype))
         return self._tensors[-1]

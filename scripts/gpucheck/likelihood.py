@@ -20,6 +20,7 @@ from kunserve.engine.engine import Engine
 from kunserve.engine.request import Request
 from kunserve.errors import ConfigError
 from kunserve.model.card import resolve_model
+from kunserve.percentiles import quantile
 from kunserve.sampling import SamplingParams, TokenLogprobs
 
 GENERATED = "generated"  # a request that is under way through drop, exchange and restore
@@ -166,4 +167,4 @@ def _differences(found: list[Place], others: list[Place]) -> dict[str, float]:
     apart = sorted(
         abs(a.logprobs[token] - b.logprobs[token]) for a, b in pairs for token in a.logprobs.keys() & b.logprobs.keys()
     )
-    return {"mean": sum(apart) / len(apart), "p99": apart[int(0.99 * len(apart))], "max": apart[-1], "num": len(apart)}
+    return {"mean": sum(apart) / len(apart), "p99": quantile(apart, 0.99), "max": apart[-1], "num": len(apart)}
