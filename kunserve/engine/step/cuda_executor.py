@@ -19,7 +19,7 @@ from kunserve.compute.cuda.sampling import PendingTokens, is_plain, sampled
 from kunserve.compute.sampler import SampledToken, SamplingRow, reads_output, sample
 from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
-from kunserve.engine.step.executor import Executor
+from kunserve.engine.step.executor import Executor, probe_weights
 from kunserve.engine.step.microbatch import StepInputs, fill_sampling
 from kunserve.engine.step.stage import has_scored_rows, run_stage, sample_in_slices
 from kunserve.gpu.cuda.copy import bring
@@ -43,11 +43,8 @@ class CudaExecutor(Executor):
         self._turns = [asyncio.Lock() for _ in devices]  # who launches next, of those that begin on a device
 
     async def probe(self, group: Group | None, device: int) -> None:
-        """See `Executor.probe`: one row through the weights that are there."""
-        for stage in group.stages if group is not None else ():
-            if stage.device == device:
-                work = partial(self.decoders[device].probe, stage.first_layer, stage.last_layer)
-                await self._watched[device].run(work)
+        """See `Executor.probe`."""
+        await probe_weights(group, device, self.decoders[device], self._watched[device])
 
     async def pass_through(self, group: Group, inputs: StepInputs, passage: Passage) -> list[SampledToken]:
         """See `Executor.pass_through`. A cancelled caller waits: requests' blocks must not change under the work."""

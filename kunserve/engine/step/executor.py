@@ -164,13 +164,17 @@ class DeviceExecutor(Executor):
         return tokens
 
     async def probe(self, group: Group | None, device: int) -> None:
-        """See `Executor.probe`: one row through the weights that are there."""
-        for stage in group.stages if group is not None else ():
-            if stage.device == device:
-                work = partial(self._decoders[device].probe, stage.first_layer, stage.last_layer)
-                await self._devices[device].run(work)
+        """See `Executor.probe`."""
+        await probe_weights(group, device, self._decoders[device], self._devices[device])
 
     async def _run(self, group: Group, position: int, passage: Passage, work: Callable[[], T]) -> T:
         """Run work of one stage on its device."""
         with passage.at(position):
             return await self._devices[group.stages[position].device].run(work)
+
+
+async def probe_weights(group: Group | None, index: int, decoder: Decoder, device: Device) -> None:
+    """Pass one row through the weights that device `index` has in a group; raises if that fails."""
+    for stage in group.stages if group is not None else ():
+        if stage.device == index:
+            await device.run(partial(decoder.probe, stage.first_layer, stage.last_layer))
