@@ -245,14 +245,13 @@ class Scheduler:
         return self.num_preemptions + self.swapped.num_swaps
 
     def _evict(self, group: Group, request: Request) -> None:
-        """Evict a request: to the host if the policy wants it and there is room, else to the queue."""
-        if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
-            self._give_way(group, request)
+        """Evict a request for lack of blocks: to the host if the policy wants it and there is room, else to the queue.
 
-    def _give_way(self, group: Group, request: Request) -> None:
-        """Preempt a request for lack of blocks. It is hurried no more: else it might come first again and again."""
-        request.is_hurried = False
-        self.preempt(group, request)
+        There it is hurried no more: else it might come first again and again.
+        """
+        if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
+            request.is_hurried = False
+            self.preempt(group, request)
 
     def _budget(self, group: Group) -> Budget:
         """Return the room of the group's next microbatch."""
@@ -261,14 +260,14 @@ class Scheduler:
         return TimeBudget(self.lookahead, group, self.waiting, self.limits.max_running(group))
 
     def _make_room(self, group: Group, request: Request, num_tokens: int) -> bool:
-        """Allocate blocks, preempting whom the policy names; False if `request` has to wait or was itself preempted."""
+        """Allocate blocks, evicting whom the policy names; False if `request` has to wait or was itself evicted."""
         while not self.fleet.allocate(request, group, num_tokens):
             if self.swapped.num_leaving(group):  # blocks come free without anybody else's having to leave
                 return False
             victim = self.policy.victim(group, request)
             if victim is None:
                 return False
-            self._give_way(group, victim)
+            self._evict(group, victim)
             if victim is request:
                 return False
         return True
@@ -285,7 +284,7 @@ class Scheduler:
         for request, num_pending in can_run:
             if len(draft) == self.limits.max_num_seqs or draft.is_closed:
                 return
-            if request.group_id != group.group_id:  # preempted meanwhile
+            if request.group_id != group.group_id or request.is_moving:  # evicted meanwhile
                 continue
             if request.suspect_until and not draft.may_join(request):
                 continue

@@ -234,10 +234,11 @@ async def test_cached_blocks_live_through_drop_and_restore(six_layers: Path) -> 
         for verb in ("drop", "restore", "drop", "drop", "restore", "restore"):
             await getattr(checked.control, verb)()
             await checked.settled()
-            again = copies(prompts)
-            for answer, its in zip(await checked.answer_all(again), expected, strict=True):
+            for prompt, its in zip(prompts, expected, strict=True):  # alone: beside others it may go where fewer run
+                [again] = copies([prompt])
+                [answer] = await checked.answer_all([again])
                 answer.assert_same(its)
-            assert [request.num_cached_tokens for request in again] == [32] * len(again), verb
+                assert again.num_cached_tokens == 32, verb
             await checked.until_no_step_runs()
         checked.assert_no_failure()
 

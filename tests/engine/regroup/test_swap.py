@@ -165,7 +165,7 @@ async def test_who_is_on_the_host_comes_back_to_whatever_grouping_there_is(six_l
 
 
 async def test_with_nothing_to_drop_kv_goes_to_the_host_and_hardly_any_is_computed_twice(six_layers: Path) -> None:
-    """Who comes back while others are in flight may lack more than the block that is kept for it: see `Drop.victim`."""
+    """Who has to make way before anything of it is computed has nothing to copy, and starts over."""
     expected = await uncontended(six_layers)
     async with serving(six_layers, 40, "cpu:1", **NO_PRICES) as served:
         assert await read_all(served.engine, make_crowd()) == expected

@@ -27,7 +27,7 @@ def test_every_request_finishes_within_memory_and_budget(
     policy: OverloadPolicy, num_stages: int, num_ahead: int, seed: int
 ) -> None:
     rng = random.Random(seed)
-    num_host_blocks = 20 * (policy is OverloadPolicy.SWAP)
+    num_host_blocks = 20 * (policy in (OverloadPolicy.SWAP, OverloadPolicy.DROP))
     groups = [make_group(i, num_stages) for i in range(rng.randrange(1, 4))]
     scheduler = make_scheduler(*groups, policy=policy, num_host_blocks=num_host_blocks, num_ahead=num_ahead)
     copies: list[SwapMove] = []
@@ -267,6 +267,26 @@ def test_a_request_in_flight_is_no_victim() -> None:
     assert scheduler.num_preemptions == (0 if b.num_in_flight else 1)
     check([group])
     del a
+
+
+def test_who_lacks_more_blocks_than_were_kept_for_it_goes_to_the_host_too() -> None:
+    """A block is kept for each that runs; whoever has moved here may need two for its next tokens."""
+    groups = here, other = [make_group(0, num_blocks=5), make_group(1)]
+    scheduler = make_scheduler(*groups, budget=8, policy=OverloadPolicy.DROP, num_host_blocks=20)
+    scheduler.waiting.append(decoding := make_request("decoding", 4, 9))
+    run_steps(scheduler, here, 1)
+    scheduler.waiting.append(moved := make_request("moved", 20, 9))
+    run_steps(scheduler, other, 1)
+    scheduler.fleet.extend(table := scheduler.fleet.expect(here), here, 2)
+    scheduler.hand_over(moved, here, table)
+    assert here.num_free == 2
+    batch = scheduler.schedule(here, groups, 0)
+    assert batch is not None and batch.requests == [decoding]
+    [move] = scheduler.swapped.take_begun()
+    assert move.request is moved and move.is_out and scheduler.num_preemptions == 0
+    scheduler.end_swap(move)
+    assert list(scheduler.swapped.ready) == [moved] and moved.num_computed_tokens == 8
+    check(groups)
 
 
 def run_steps(scheduler: Scheduler, group: Group, num_steps: int) -> None:
