@@ -73,8 +73,9 @@ class Answer:
         assert (self.token_ids, self.text, self.finish) == (other.token_ids, other.text, other.finish)
         assert self.error is other.error is None
         if are_replaced():
-            mine, its = ([one.logprob for one in answer.logprobs] for answer in (self, other))
-            assert mine == pytest.approx(its, abs=TOLERANCE)
+            for mine, its in ((self.logprobs, other.logprobs), (self.prompt_logprobs, other.prompt_logprobs)):
+                assert [one.token_id for one in mine] == [one.token_id for one in its]
+                assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in its], abs=TOLERANCE)
             return
         assert (self.logprobs, self.prompt_logprobs) == (other.logprobs, other.prompt_logprobs)
 
