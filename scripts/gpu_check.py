@@ -108,12 +108,18 @@ def steady(bench: Bench) -> dict[str, Any]:
 def burst(bench: Bench, policy: OverloadPolicy, num_stages: int | None = None) -> dict[str, Any]:
     """Run the same burst for every policy, and for a static pipeline, on four logical devices.
 
-    They get as much KV as the burst asks for too little, whatever the GPU has.
+    They get as much KV as the burst asks for too little, whatever the GPU has; and nearly all of its memory, as four
+    replicas of the 8B model hardly fit into 80 GB.
     """
     model, _ = _large(bench)
     load = serving.Burst(num_requests=120, rate=30.0, prompt_len=768, num_tokens=192, limit_s=30.0)
     config = serving.engine_config(
-        _devices(bench, 4), model, num_blocks=load.too_few_blocks(4), policy=policy, num_stages=num_stages
+        _devices(bench, 4),
+        model,
+        num_blocks=load.too_few_blocks(4),
+        policy=policy,
+        num_stages=num_stages,
+        utilization=0.96,
     )
     return asyncio.run(serving.burst(config, load)) | {"model": model}
 

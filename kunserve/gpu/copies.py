@@ -29,13 +29,26 @@ class BlockCopy:
     destination_ids: Sequence[int]
 
     def gather(self) -> Tensor:
-        """Return the blocks one after the other: (B, ...) where the source is, as `bits_of` sees them."""
-        return bits_of(self.source).index_select(0, torch.tensor(self.source_ids, device=self.source.device))
+        """Return the blocks one after the other: (B, ...) where the source is, as `bits_of` sees them.
+
+        Where they are all of the source, that is it: pinned host memory stays what a GPU copies from.
+        """
+        source, ids = bits_of(self.source), self.source_ids
+        return source if _are_all(ids, source) else source.index_select(0, torch.tensor(ids, device=source.device))
 
     def scatter(self, blocks: Tensor) -> None:
         """Put blocks (B, ...), as gathered, where they belong. Only named blocks are touched."""
-        ids = torch.tensor(self.destination_ids, device=self.destination.device)
-        bits_of(self.destination).index_copy_(0, ids, blocks.to(self.destination.device))
+        destination, ids = bits_of(self.destination), self.destination_ids
+        if _are_all(ids, destination):
+            destination.copy_(blocks)
+        else:
+            on_device = torch.tensor(ids, device=destination.device)
+            destination.index_copy_(0, on_device, blocks.to(destination.device))
+
+
+def _are_all(ids: Sequence[int], blocks: Tensor) -> bool:
+    """Return whether ids name all blocks in their order, as those of what is made for a copy do."""
+    return isinstance(ids, range) and ids == range(len(blocks))
 
 
 def copy_blocks(copies: Iterable[BlockCopy]) -> None:

@@ -276,12 +276,14 @@ def engine_config(
     num_stages: int | None = None,
     is_pinned: bool = False,
     num_batched_tokens: int = 2048,
+    utilization: float = 0.92,
 ) -> EngineConfig:
     """Return the settings of an engine with random weights."""
     return EngineConfig(
         model=model,
         devices=devices,
         device_memory_bytes=memory_bytes,
+        gpu_memory_utilization=utilization,
         num_blocks_override=num_blocks,
         dtype=dtype,
         load_format="dummy",

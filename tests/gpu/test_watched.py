@@ -53,15 +53,16 @@ async def test_results_and_errors_come_through(device: WatchedDevice) -> None:
 
 
 async def test_all_who_wait_go_on_when_it_is_lost(device: WatchedDevice) -> None:
-    ends, done = threading.Event(), list[int]()
+    begun, ends, done = threading.Event(), threading.Event(), list[int]()
 
     def hang() -> None:
+        begun.set()
         ends.wait()
         done.append(1)
 
     hanging = asyncio.ensure_future(device.run(hang))
     behind = asyncio.ensure_future(device.run(lambda: done.append(2)))
-    await asyncio.sleep(0.01)
+    await asyncio.to_thread(begun.wait)
     assert device.has_work
     device.lose("it hangs")
     device.lose("once more")

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from kunserve.model.config import ModelConfig
 
 MIN_FLOAT_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 INT_WORKSPACE_BYTES = 8 << 20
+HEAD_PIECE = 64  # numbers of a head that its kernels take at once
 
 
 def float_workspace_bytes(config: ModelConfig, max_bucket: int, num_sms: int) -> int:
@@ -221,16 +225,34 @@ class LayersPlanner:
 def load_attention(
     config: ModelConfig, kv_shape: KVShape, dtype: torch.dtype, buffers: StepBuffers, max_bucket: int
 ) -> tuple[PagedAttention, str]:
-    """Return FlashInfer for half types, the reference for float32; and which, for the log. ConfigError if missing.
+    """Return FlashInfer where it has kernels, elsewhere the reference, which is slow; and which, for the log.
 
-    max_bucket: the largest number of sequences in a step that is captured.
+    max_bucket: the largest number of sequences in a step that is captured. ConfigError if FlashInfer is missing.
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        return ReferenceAttention(
-            kv_shape.block_size, buffers
-        ), f"torch reference: FlashInfer has no kernels for {dtype}"
+    if (lacking := _lacks_kernels_for(config.head_dim, dtype)) is not None:
+        reference = ReferenceAttention(kv_shape.block_size, buffers)
+        return reference, f"torch reference, which is slow: FlashInfer has no kernels for {lacking}"
+    _find_build_tools()
     try:
         note = "FlashInfer, on KV of 8 bits" if kv_shape.dtype == E4M3 else "FlashInfer"
         return FlashInferAttention(config, kv_shape, dtype, buffers, max_bucket), note
     except ImportError as error:
         raise ConfigError(f"--devices cuda needs flashinfer-python: pip install 'kunserve[cuda]' ({error})") from None
+
+
+def _lacks_kernels_for(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Return what FlashInfer has no kernels for; None if it has some.
+
+    Its fa2 kernels take a head in pieces of 64 numbers. Those of a head_dim of 96, say, read 64 of them and write
+    where they must not (flashinfer-ai/flashinfer, issue 4299); nothing refuses that (0.6.18).
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return str(dtype)
+    return f"heads of {head_dim}" if head_dim % HEAD_PIECE else None
+
+
+def _find_build_tools() -> None:
+    """Let FlashInfer find the `ninja` of this environment, which is not in PATH where nobody has activated it."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, (path, folder)))

@@ -197,12 +197,12 @@ class CudaMachine(Machine):
             self._host = None
         for device in self._devices:
             device.close()
-        self._devices = [device for device in self._devices if device.is_open]
+        self._devices = [device for device in self._devices if device.is_open or device.is_lost]
         while self._drivers:
             self._drivers.pop().close()
 
     def stuck(self) -> list[str]:
-        """See `Machine.stuck`."""
+        """See `Machine.stuck`. A lost device's context is: Python, as it ends, would free what torch has there."""
         return [device.name for device in self._devices]
 
 
@@ -242,7 +242,9 @@ def _measured(
     """Return what `measure` says; ConfigError if a first step cannot be: no memory, or kernels do not compile."""
     try:
         return measure(driver, model, options)
-    except RuntimeError as error:  # torch's for all that goes wrong on a GPU, and FlashInfer's
+    except ConfigError:
+        raise
+    except Exception as error:  # torch says RuntimeError; who compiles, FileNotFoundError, CalledProcessError and more
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
             f"cuda:{driver.ordinal}: a step of {options.max_num_batched_tokens} tokens (--max-num-batched-tokens) "

@@ -215,7 +215,7 @@ class CudaDevice:
             return
         self._is_open = False
         with ExitStack() as stack:  # each step even if one fails; a failed kernel makes every call fail
-            stack.callback(self.driver.close)
+            stack.callback(_quietly, self.driver.close)
             for handle in self._handles:
                 stack.callback(_quietly, self.driver.release, handle)
             for base, whole in self._reserved.values():

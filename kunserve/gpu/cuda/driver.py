@@ -139,8 +139,20 @@ def load_bindings() -> Any:
     if result.value:
         raise ConfigError(f"--devices cuda: the NVIDIA driver does not start: {result.name}")
     if not torch.cuda.is_available():
-        raise ConfigError(f"--devices cuda: torch {torch.__version__} cannot use CUDA; install a CUDA build of torch")
+        raise ConfigError(f"--devices cuda: torch {torch.__version__} {_why_no_cuda(bindings)}")
     return bindings
+
+
+def _why_no_cuda(bindings: Any) -> str:
+    """Return why torch cannot use a GPU although the driver starts, and what to do."""
+    if torch.version.cuda is None:
+        return "cannot use CUDA; install a CUDA build of torch"
+    result, version = bindings.cuDriverGetVersion()
+    driver = f"up to CUDA {version // 1000}.{version % 1000 // 10}" if not result.value else "another one"
+    return (
+        f"is built for CUDA {torch.version.cuda} and finds no GPU that it can use: the NVIDIA driver is for {driver}; "
+        "update the driver, or install a build of torch for it"
+    )
 
 
 def count_gpus(bindings: Any) -> int:

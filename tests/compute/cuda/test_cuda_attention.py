@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import fake_flashinfer
 import numpy as np
@@ -16,6 +19,7 @@ from fake_cuda import FakeCuda
 from test_cuda_decoder import BLOCK, CONFIG, DTYPE, LAYERS, LIMITS, PROMPTS, Pair, assert_same, decode, memory_on
 
 from kunserve.compute.cuda import decoder as cuda_decoder
+from kunserve.compute.cuda import flash_infer
 from kunserve.compute.cuda.arrays import StepBuffers, StepLimits, padding_arrays, step_arrays
 from kunserve.compute.cuda.attention import StepUploader
 from kunserve.compute.cuda.flash_infer import MIN_FLOAT_WORKSPACE_BYTES, FlashInferAttention, float_workspace_bytes
@@ -41,6 +45,7 @@ def kv_dtype() -> torch.dtype:
 def attention(monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype) -> FlashInferAttention:
     for name, module in fake_flashinfer.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(flash_infer, "HEAD_PIECE", CONFIG.head_dim)  # what stands for its kernels takes any head
     shape = KVShape.of(CONFIG, BLOCK, kv_dtype)
     return FlashInferAttention(CONFIG, shape, DTYPE, StepBuffers(LIMITS, FakeCuda()), LIMITS.max_num_seqs)
 
@@ -97,6 +102,34 @@ def test_the_longest_context_of_many_is_split_in_a_graph(
     uploader.upload(step_arrays(batch, 150), 150, no_ids, no_ids)
     (planner,) = many.planners
     assert planner.buckets[150].splits == [split]
+
+
+@pytest.mark.parametrize(("head_dim", "is_served"), [(64, True), (80, False), (96, False), (128, True), (192, True)])
+def test_heads_that_flashinfer_would_read_wrongly_are_left_to_the_reference(
+    attention: FlashInferAttention, monkeypatch: pytest.MonkeyPatch, head_dim: int, is_served: bool
+) -> None:
+    monkeypatch.undo()
+    for name, module in fake_flashinfer.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    config = replace(CONFIG, head_dim=head_dim)
+    shape, buffers = KVShape.of(config, BLOCK, torch.bfloat16), StepBuffers(LIMITS, FakeCuda())
+    chosen, note = flash_infer.load_attention(config, shape, torch.bfloat16, buffers, 4)
+    assert isinstance(chosen, FlashInferAttention) == is_served and (f"heads of {head_dim}" in note) != is_served
+
+
+def test_the_builder_of_an_environment_that_nobody_activated_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FlashInfer runs `ninja` by its name; pip has put it beside this Python."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    ninja = tmp_path / "ninja"
+    ninja.touch(0o755)
+    for path in ("/nowhere", ""):
+        monkeypatch.setenv("PATH", path)
+        flash_infer._find_build_tools()
+        assert shutil.which("ninja") == str(ninja)
+        flash_infer._find_build_tools()
+        assert os.environ["PATH"].split(os.pathsep).count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("kv_dtype", [DTYPE, E4M3])

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
@@ -287,20 +288,30 @@ async def test_kv_of_8_bits_says_what_it_costs_and_which_scales_it_leaves(
     assert said[1][event]["tensors"] == ", ".join(sorted(scales)) and said[1][event]["log_level"] == "warning"
 
 
-async def test_flashinfer_that_is_missing_is_said_in_one_line(tiny: Path, drivers: list[FakeCuda]) -> None:
+async def test_flashinfer_that_is_missing_is_said_in_one_line(tmp_path: Path, drivers: list[FakeCuda]) -> None:
+    tiny = make_tiny_model("llama", tmp_path, head_dim=64)
     with pytest.raises(ConfigError, match=r"^--devices cuda needs flashinfer-python: pip install[^\n]*$"):
         async with serving(tiny, dtype="bfloat16"):
             pass
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore of that"), "CUDA out of mem.*B"),
+        (FileNotFoundError(2, "No such file or directory", "ninja"), ".*'ninja'"),
+        (CalledProcessError(1, ["gcc", "main.c"]), ".*gcc.*"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
 async def test_a_first_step_that_fails_is_said_in_one_line(
-    tiny: Path, drivers: list[FakeCuda], monkeypatch: pytest.MonkeyPatch
+    error: Exception, reason: str, tiny: Path, drivers: list[FakeCuda], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore of that")
+        raise error
 
     monkeypatch.setattr(CudaDecoder, "forward", forward)
-    with pytest.raises(ConfigError, match=r"^cuda:0: a step of 48 tokens .* failed: CUDA out of mem.*B$"):
+    with pytest.raises(ConfigError, match=rf"^cuda:0: a step of 48 tokens .* failed: {reason}$"):
         async with serving(tiny):
             pass
 

@@ -15,7 +15,7 @@ from fake_gpus import MIB, Gpus
 from test_cuda_launch import prompt, serving
 from tiny_models import make_tiny_model
 
-from kunserve.compute.cuda import decoder
+from kunserve.compute.cuda import decoder, flash_infer
 from kunserve.compute.cuda.attention import PagedAttention
 from kunserve.compute.cuda.flash_infer import FlashInferAttention, load_attention
 from kunserve.config import parse_devices
@@ -34,6 +34,7 @@ def attentions(monkeypatch: pytest.MonkeyPatch) -> list[FlashInferAttention]:
 
     for name, module in fake_flashinfer.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(flash_infer, "HEAD_PIECE", 8)  # heads of tiny models
     monkeypatch.setattr(decoder, "load_kernels", lambda _: (CapturableKernels(), "kernels"))
     monkeypatch.setattr(decoder, "load_attention", load_and_keep)
     return made

@@ -168,9 +168,15 @@ class Timeline:
                 self._put(Piece(stream, after=mark))
 
     def _event_ended(self, mark: Mark) -> None:
-        """Nobody can name the event any more: none may have been in the middle of waiting for it."""
+        """Nobody can name the event any more: none may have been in the middle of waiting for it.
+
+        After a fault nobody is: whatever was launched on that GPU never runs.
+        """
         with self.change:
-            if mark.is_open and mark.test == self.test:
+            if not mark.is_open or mark.test != self.test or self._streams[mark.stream].owner.error:
+                return
+            sound = (state for state in self._streams.values() if not state.owner.error)
+            if any(piece.after is mark for state in sound for piece in state.queue):
                 self.broken.append(f"an event of stream {mark.stream} was destroyed while a stream waits for it")
 
     def _put(self, piece: Piece) -> None:
