@@ -139,19 +139,19 @@ def load_bindings() -> Any:
     if result.value:
         raise ConfigError(f"--devices cuda: the NVIDIA driver does not start: {result.name}")
     if not torch.cuda.is_available():
-        raise ConfigError(f"--devices cuda: torch {torch.__version__} {_why_no_cuda(bindings)}")
+        raise _torch_finds_no_gpu(bindings)
     return bindings
 
 
-def _why_no_cuda(bindings: Any) -> str:
-    """Return why torch cannot use a GPU although the driver starts, and what to do."""
+def _torch_finds_no_gpu(bindings: Any) -> ConfigError:
+    """Return the error that says why torch cannot use a GPU although the driver starts, and what to do."""
     if torch.version.cuda is None:
-        return "cannot use CUDA; install a CUDA build of torch"
+        return ConfigError(f"--devices cuda: torch {torch.__version__} cannot use CUDA; install a CUDA build of torch")
     result, version = bindings.cuDriverGetVersion()
-    driver = f"up to CUDA {version // 1000}.{version % 1000 // 10}" if not result.value else "another one"
-    return (
-        f"is built for CUDA {torch.version.cuda} and finds no GPU that it can use: the NVIDIA driver is for {driver}; "
-        "update the driver, or install a build of torch for it"
+    known = "another version" if result.value else f"{version // 1000}.{version % 1000 // 10}"
+    return ConfigError(
+        f"--devices cuda: torch {torch.__version__} is for CUDA {torch.version.cuda} and finds no GPU, the NVIDIA driver "
+        f"for CUDA up to {known}; update the driver, or install a build of torch for it"
     )
 
 

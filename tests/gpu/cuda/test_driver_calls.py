@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kunserve.errors import ConfigError
 from kunserve.gpu.cuda import driver as module
 from kunserve.gpu.cuda.driver import CudaDriver
 
@@ -164,3 +165,27 @@ def test_a_gpu_is_current_where_its_stream_is_and_torch_knows_a_stream_by_one_ob
         assert streams.current == drivers[0].torch_device
     assert [(one.cuda_stream, one.device) for one in streams.made] == [(s, d.torch_device) for d, s in taken]
     assert len(streams.recorded) == 3 * 3 * 4 and set(map(id, streams.recorded)) == set(map(id, streams.made))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "version", "message"),
+    [
+        (None, (0, 13000), r"cannot use CUDA; install a CUDA build of torch$"),
+        ("13.0", (0, 12040), r"is for CUDA 13\.0 and finds no GPU, the NVIDIA driver for CUDA up to 12\.4; update"),
+        ("13.0", (999, 0), r"the NVIDIA driver for CUDA up to another version; update"),
+    ],
+)
+def test_who_is_to_blame_where_torch_finds_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, version: tuple[int, int], message: str
+) -> None:
+    """A driver that is too old starts, and so does any beside a torch that was built without CUDA."""
+    result, number = version
+    bindings = SimpleNamespace(
+        cuInit=lambda _: (SimpleNamespace(value=0),),
+        cuDriverGetVersion=lambda: (SimpleNamespace(value=result), number),
+    )
+    monkeypatch.setattr(module.importlib, "import_module", lambda _: bindings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ConfigError, match=message):
+        module.load_bindings()
