@@ -44,7 +44,7 @@ class Links:
     def __init__(self, usual_bytes_per_s: float = 0.5e9) -> None:
         """Make the links. `usual_bytes_per_s`: of KV, until some has gone (171 MB in 0.37 s between CPU devices)."""
         self._links: defaultdict[tuple[int, int], _Link] = defaultdict(_Link)
-        self.kv_bytes_per_s = usual_bytes_per_s  # over one link, lately
+        self.kv_bytes_per_s = self.host_kv_bytes_per_s = usual_bytes_per_s  # from device to device; to or from the host
 
     def layers_in_turn(self, layer_bytes: int) -> int:
         """Return how many layers of so many bytes go in one turn: one at least."""
@@ -73,9 +73,15 @@ class Links:
             yield
             taken_s = asyncio.get_running_loop().time() - begun_s
             if priority is Priority.KV and num_bytes and taken_s > 0:
-                self.kv_bytes_per_s = smooth(self.kv_bytes_per_s, num_bytes / taken_s)
+                self._measured(num_bytes / taken_s, is_host=HOST in (source, destination))
         finally:
             self._pass_on(link)
+
+    def _measured(self, bytes_per_s: float, *, is_host: bool) -> None:
+        if is_host:
+            self.host_kv_bytes_per_s = smooth(self.host_kv_bytes_per_s, bytes_per_s)
+        else:
+            self.kv_bytes_per_s = smooth(self.kv_bytes_per_s, bytes_per_s)
 
     @staticmethod
     def _pass_on(link: _Link) -> None:

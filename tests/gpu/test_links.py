@@ -131,8 +131,8 @@ async def test_how_fast_kv_goes_is_what_it_was_lately(monkeypatch: pytest.Monkey
     links, now = Links(usual_bytes_per_s=1e9), [0.0]
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now[0])
 
-    async def send(num_bytes: int, seconds: float, priority: Priority = Priority.KV) -> None:
-        async with links.turn(0, 1, priority, num_bytes):
+    async def send(num_bytes: int, seconds: float, priority: Priority = Priority.KV, to: int = 1) -> None:
+        async with links.turn(0, to, priority, num_bytes):
             now[0] += seconds
 
     await send(1 << 30, 100.0, Priority.ACTIVATION)  # waits for more than its bytes
@@ -145,3 +145,7 @@ async def test_how_fast_kv_goes_is_what_it_was_lately(monkeypatch: pytest.Monkey
     assert links.kv_bytes_per_s == pytest.approx(10_000)  # the slow minutes are forgotten
     await send(0, 5.0)
     assert links.kv_bytes_per_s == pytest.approx(10_000)
+    assert links.host_kv_bytes_per_s == 1e9  # another link, of another speed
+    for _ in range(200):
+        await send(500, 1.0, to=HOST)
+    assert (links.kv_bytes_per_s, links.host_kv_bytes_per_s) == pytest.approx((10_000, 500))

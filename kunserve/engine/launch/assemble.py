@@ -139,9 +139,11 @@ def _scheduler(
     """Return the scheduler; `block_bytes`: of all layers."""
     limits = SchedulerLimits(config.num_batched_tokens, config.max_num_seqs, int(config.async_scheduling))
 
-    def is_host_faster(num_tokens: int) -> bool:
-        copied_s = 2 * num_tokens * block_bytes / config.block_size / links.kv_bytes_per_s  # there and back
-        return lookahead is None or copied_s < lookahead.added_time(TokenSpan(0, num_tokens))
+    def is_host_faster(num_tokens: int, num_kept: int) -> bool:
+        if lookahead is None:  # as if what is copied took as long as what is computed
+            return 2 * num_kept <= num_tokens
+        copied_s = 2 * num_tokens * block_bytes / config.block_size / links.host_kv_bytes_per_s  # there and back
+        return copied_s < lookahead.added_time(TokenSpan(num_kept, num_tokens - num_kept))
 
     policy = make_policy(config.overload_policy, config.watermark, is_host_faster)
     return kind(fleet, limits, policy, _num_host_blocks(config, block_bytes), lookahead)

@@ -158,9 +158,14 @@ class SwapMover:
         """Copy the layers of one stage, as many at a time as the budget allows; nothing if the request has ended."""
         request, device, table = move.request, stage.device, move.request.table
         kv, buffers = self._transfers.kv(device), self.buffers[request.request_id]
-        parts = [(0, table.ids[device][: move.num_blocks].tolist())]
-        if table.near is not None:  # of those behind the window nothing is needed, and nothing comes back
-            parts.append((1, table.near.ids[device][move.num_behind : move.num_blocks].tolist()))
+        in_window = slice(move.num_behind, move.num_blocks)  # of those behind nothing is needed, and nothing comes back
+        if table.near is None:
+            parts = [(0, table.ids[device][in_window].tolist())]
+        else:
+            parts = [
+                (0, table.ids[device][: move.num_blocks].tolist()),
+                (1, table.near.ids[device][in_window].tolist()),
+            ]
         ends = (device, HOST) if move.is_out else (HOST, device)
         for kind, ids in parts:
             layers = self._scheduler.fleet.layers_of(kind, range(stage.first_layer, stage.last_layer))

@@ -54,7 +54,7 @@ class Policy(ABC):
         """Return the blocks that admission leaves free for those who run."""
         return 0
 
-    def goes_to_host(self, request: Request) -> bool:
+    def goes_to_host(self, group: Group, request: Request) -> bool:
         """Tell whether the KV of a request that has to make way is kept in host memory, if there is room."""
         return False
 
@@ -190,7 +190,7 @@ class Swap(Recompute):
         """Name nobody: whoever has to leave is on the way."""
         return None
 
-    def goes_to_host(self, request: Request) -> bool:
+    def goes_to_host(self, group: Group, request: Request) -> bool:
         """Send every request's KV to the host."""
         return True
 
@@ -198,10 +198,11 @@ class Swap(Recompute):
 class Drop(Swap):
     """KunServe below its planner, where nothing is left to drop: victims are swapped or recomputed, as is quicker.
 
-    `is_host_faster`: whether KV of so many tokens is sooner copied to the host and back than computed again.
+    `is_host_faster`: whether KV of so many tokens is sooner copied to the host and back than computed again but for the
+    first ones, as many as the second number says, which others keep.
     """
 
-    def __init__(self, watermark: float, is_host_faster: Callable[[int], bool]) -> None:
+    def __init__(self, watermark: float, is_host_faster: Callable[[int, int], bool]) -> None:
         super().__init__(watermark)
         self._is_host_faster = is_host_faster
 
@@ -209,9 +210,14 @@ class Drop(Swap):
         """Name whom vLLM names: `make_way` counts on a block for each, and KV that has moved here may lack more."""
         return Recompute.victim(self, group, request)
 
-    def goes_to_host(self, request: Request) -> bool:
-        """Send a request's KV to the host where a copy there and back is faster."""
-        return self._is_host_faster(request.num_computed_tokens)
+    def goes_to_host(self, group: Group, request: Request) -> bool:
+        """Send a request's KV to the host where a copy there and back is faster.
+
+        Blocks that others hold stay where they are: whoever starts over finds them, while all KV goes to the host, and
+        shares none when it comes back.
+        """
+        num_kept = (request.num_blocks - request.num_own_blocks) * group.block_size
+        return self._is_host_faster(request.num_computed_tokens, num_kept)
 
 
 class Migrate(Recompute):
@@ -270,7 +276,9 @@ def _until_fits(group: Group, candidates: Sequence[Request], num_leaving: int) -
 
 
 def make_policy(
-    policy: OverloadPolicy, watermark: float, is_host_faster: Callable[[int], bool] = lambda num_tokens: True
+    policy: OverloadPolicy,
+    watermark: float,
+    is_host_faster: Callable[[int, int], bool] = lambda num_tokens, num_kept: True,
 ) -> Policy:
     """Return the policy that a flag names. `watermark` as in `Recompute`; 0: the published engine's default.
 

@@ -158,8 +158,9 @@ class Scheduler:
 
     @property
     def head(self) -> Request | None:
-        """Return the request that is to join a group next: who is on the host goes before who waits."""
-        return self.swapped.ready[0] if self.swapped.ready else self.waiting.head
+        """Return the request that is to join a group next: of one priority, who is on the host before who waits."""
+        waiting, on_host = self.waiting.head, self.swapped.head
+        return on_host if waiting is None or (on_host and on_host.priority <= waiting.priority) else waiting
 
     def can_admit(self, group: Group) -> bool:
         """Tell whether `group` has room for whoever is next; perhaps another should take it."""
@@ -249,7 +250,7 @@ class Scheduler:
 
         There it is hurried no more: else it might come first again and again.
         """
-        if not (self.policy.goes_to_host(request) and self.swapped.begin_out(group, request)):
+        if not (self.policy.goes_to_host(group, request) and self.swapped.begin_out(group, request)):
             request.is_hurried = False
             self.preempt(group, request)
 
@@ -274,7 +275,8 @@ class Scheduler:
 
     def _bring_back_head(self, group: Group, groups: Sequence[Group]) -> bool:
         """Begin to copy the first of the swapped back to `group`; False if it should not now."""
-        if not self.swapped.ready or not self._takes(group, groups, self.swapped.ready[0]):
+        head = self.head
+        if head is None or head is not self.swapped.head or not self._takes(group, groups, head):
             return False
         self.swapped.begin_in(group)
         return True
@@ -333,9 +335,9 @@ class Scheduler:
                 self._join(head, num_tokens, draft, budget)
 
     def _may_admit_head(self, group: Group, groups: Sequence[Group], draft: Draft) -> bool:
-        """Tell whether the head of the queue should join `group`, beside these. Whoever is on the host goes first."""
+        """Tell whether the head of the queue should join `group`, beside these. Whoever is on the host may go first."""
         head = self.waiting.head
-        if head is None or self.swapped.ready or not self._takes(group, groups, head):
+        if head is None or head is not self.head or not self._takes(group, groups, head):
             return False
         return not self.fleet.is_prefix_coming(head, group) and draft.may_join(head)
 

@@ -18,18 +18,21 @@ from kunserve.engine.request import Request
 class SwapMove:
     """One request's KV between its group's devices and the host: its first `num_blocks` blocks, of all layers.
 
-    Of near blocks, where KV is of two kinds, without those behind the window.
+    Without those behind the window: where KV is of two kinds, of the near ones.
     """
 
     request: Request
     group: Group
     num_blocks: int
     is_out: bool  # to the host; else back
-    num_behind: int  # of the first near blocks
+    num_behind: int  # of the first blocks, or of the first near ones
 
 
 class SwapQueue:
-    """Requests on the host in order of arrival, those on their way, and how much of a bounded space they take."""
+    """Requests on the host, those on their way, and how much of a bounded space they take.
+
+    Those on the host are in the order in which they go back: of their priority, then of their arrival.
+    """
 
     def __init__(self, fleet: Fleet, num_blocks: int) -> None:
         self._fleet = fleet
@@ -42,6 +45,11 @@ class SwapQueue:
         self._begun: list[SwapMove] = []
 
     @property
+    def head(self) -> Request | None:
+        """Return the request on the host that goes back next."""
+        return self.ready[0] if self.ready else None
+
+    @property
     def num_free(self) -> int:
         """Return how many blocks of host space nobody holds."""
         return self.num_blocks - sum(self._held.values())
@@ -52,21 +60,21 @@ class SwapQueue:
 
     def begin_out(self, group: Group, request: Request) -> bool:
         """Send an evictable request to the host; False, and no change, if it has no KV or the space is full."""
-        num_blocks = group.blocks_for(request.num_computed_tokens)
-        if not 0 < num_blocks <= self.num_free:
+        move = self._move(request, group, is_out=True)
+        num_held = move.num_blocks - (move.num_behind if request.table.near is None else 0)
+        if not 0 < num_held <= self.num_free:
             return False
-        self._held[request.request_id] = num_blocks
+        self._held[request.request_id] = num_held
         self._leaving[group.group_id][request.request_id] = request.num_own_blocks
         self.num_swaps += 1
-        self._begin(SwapMove(request, group, num_blocks, True, self._fleet.num_behind(request.num_computed_tokens)))
+        self._begin(move)
         return True
 
     def begin_in(self, group: Group) -> None:
         """Bring the first of the ready requests back to `group`, which has blocks for its whole input."""
         request = self.ready.popleft()
         self._fleet.admit(request, group)
-        num_blocks = self._held[request.request_id]
-        self._begin(SwapMove(request, group, num_blocks, False, self._fleet.num_behind(request.num_computed_tokens)))
+        self._begin(self._move(request, group, is_out=False))
 
     def take_begun(self) -> list[SwapMove]:
         """Return the moves that began since the last call, in order: the caller copies them, and ends each."""
@@ -82,7 +90,7 @@ class SwapQueue:
         if not is_kept:
             del self._held[move.request.request_id]
             return
-        later = (i for i, other in enumerate(self.ready) if other.arrival_s > move.request.arrival_s)
+        later = (i for i, other in enumerate(self.ready) if _turn(other) > _turn(move.request))
         self.ready.insert(next(later, len(self.ready)), move.request)
 
     def remove(self, request: Request) -> None:
@@ -98,7 +106,15 @@ class SwapQueue:
         assert all(r.group_id is None and not r.is_moving and not r.block_tables for r in self.ready)
         assert all(m.request.is_moving and m.request in m.group.running for m in self.moving.values())
 
+    def _move(self, request: Request, group: Group, *, is_out: bool) -> SwapMove:
+        num_tokens = request.num_computed_tokens
+        return SwapMove(request, group, group.blocks_for(num_tokens), is_out, self._fleet.num_behind(num_tokens))
+
     def _begin(self, move: SwapMove) -> None:
         self._fleet.suspend(move.request)
         self.moving[move.request.request_id] = move
         self._begun.append(move)
+
+
+def _turn(request: Request) -> tuple[int, float]:
+    return request.priority, request.arrival_s

@@ -150,8 +150,8 @@ def _torch_finds_no_gpu(bindings: Any) -> ConfigError:
     result, version = bindings.cuDriverGetVersion()
     known = "another version" if result.value else f"{version // 1000}.{version % 1000 // 10}"
     return ConfigError(
-        f"--devices cuda: torch {torch.__version__} is for CUDA {torch.version.cuda} and finds no GPU, the NVIDIA driver "
-        f"for CUDA up to {known}; update the driver, or install a build of torch for it"
+        f"--devices cuda: torch {torch.__version__} is for CUDA {torch.version.cuda} and finds no GPU, the NVIDIA "
+        f"driver for CUDA up to {known}; update the driver, or install a build of torch for it"
     )
 
 

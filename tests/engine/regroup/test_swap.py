@@ -241,6 +241,31 @@ def test_the_queue_keeps_to_its_space_and_to_the_order_of_arrival() -> None:
 # --- the budget -----------------------------------------------------------------------------------------------------
 
 
+def test_who_is_on_the_host_goes_back_by_priority() -> None:
+    group = Group(0, (Stage(0, 0, 4, BlockPool(16)),), 4)
+    fleet = Fleet([group])
+    queue = SwapQueue(fleet, 16)
+    requests = [admitted(fleet, group, name, 4, arrival_s) for name, arrival_s in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    for request, priority in zip(requests, (1, 1, 0), strict=True):
+        request.priority = priority
+        assert queue.begin_out(group, request)
+    for move in reversed(queue.take_begun()):
+        fleet.release(move.request)
+        queue.end(move, is_kept=True)
+    assert [request.request_id for request in queue.ready] == ["c", "a", "b"] and queue.head is requests[2]
+
+
+def test_of_a_window_only_what_is_in_it_takes_space_on_the_host() -> None:
+    group = Group(0, (Stage(0, 0, 4, BlockPool(64)),), 4)
+    fleet = Fleet([group], window=16)
+    queue = SwapQueue(fleet, 8)
+    request = admitted(fleet, group, "long", 128)
+    fleet.computed(request, group)
+    assert request.num_blocks == 4 and queue.begin_out(group, request) and queue.num_free == 4
+    [move] = queue.take_begun()
+    assert (move.num_behind, move.num_blocks) == (28, 32)
+
+
 def test_an_iteration_copies_what_fits_into_its_forward_time_and_at_least_one_layer() -> None:
     budget = CopyBudget()
     assert [budget.take(100, 9), budget.take(100, 9)] == [1, 0]  # nothing is measured yet

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from crowd import PLENTY, make_crowd, make_request, read_all, serving
+from groups import commit
 
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.fleet import Fleet
@@ -211,10 +212,10 @@ def test_swap_takes_the_tail_unless_enough_is_leaving_already() -> None:
 
 @pytest.mark.parametrize(("is_host_faster", "on_host"), [(True, 1), (False, 0)])
 def test_below_a_drop_whoever_makes_way_goes_the_quicker_way(is_host_faster: bool, on_host: int) -> None:
-    group, asked = make_group(num_blocks=6), list[int]()
+    group, asked = make_group(num_blocks=6), list[tuple[int, int]]()
 
-    def answer(num_tokens: int) -> bool:
-        asked.append(num_tokens)
+    def answer(num_tokens: int, num_kept: int) -> bool:
+        asked.append((num_tokens, num_kept))
         return is_host_faster
 
     policy = Drop(0.0, answer)
@@ -222,8 +223,28 @@ def test_below_a_drop_whoever_makes_way_goes_the_quicker_way(is_host_faster: boo
     for name in "ab":
         decoding(group, name, 10, 3)  # both hold three blocks, and need a fourth for their next token
     scheduler.schedule(group, [group], 0)
-    assert asked == [12]  # of the last: the KV of all but its newest token
+    assert asked == [(12, 0)]  # of the last: the KV of all but its newest token
     assert scheduler.swapped.num_swaps == on_host and scheduler.num_preemptions == 1 - on_host
+
+
+def test_what_others_keep_of_a_request_need_not_be_computed_again() -> None:
+    group, asked = make_group(num_blocks=9), list[tuple[int, int]]()
+    policy = Drop(0.0, lambda num_tokens, num_kept: asked.append((num_tokens, num_kept)) is None)
+    fleet = Fleet([group], has_prefix_cache=True)
+    scheduler = Scheduler(fleet, SchedulerLimits(64, 64), policy, num_host_blocks=100)
+    for name in "ab":  # alike but for the last four tokens
+        scheduler.waiting.append(request := make_request(name, 12, 40))
+        request.prompt_token_ids[:] = request.token_ids[:] = [*range(1, 9), *[ord(name)] * 4]
+        batch = scheduler.schedule(group, [group], 0)
+        assert batch is not None
+        commit(scheduler, group, batch)
+        fleet.computed(request, group)
+    while not asked:
+        batch = scheduler.schedule(group, [group], 0)
+        assert batch is not None
+        commit(scheduler, group, batch)
+    [(num_tokens, num_kept)] = asked
+    assert num_kept == 8 < num_tokens
 
 
 def test_admission_below_a_drop_leaves_a_hundredth_free_and_control_is_told() -> None:

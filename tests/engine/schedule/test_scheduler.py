@@ -289,6 +289,28 @@ def test_who_lacks_more_blocks_than_were_kept_for_it_goes_to_the_host_too() -> N
     check(groups)
 
 
+def test_who_is_on_the_host_keeps_nobody_of_a_better_priority_waiting() -> None:
+    scheduler = make_scheduler(
+        group := make_group(num_blocks=8), policy=OverloadPolicy.SWAP, num_host_blocks=20, budget=40
+    )
+    low = make_request("low", 19, 30)
+    low.priority = 1
+    scheduler.waiting.extend([make_request("running", 8, 30), low])
+    while not scheduler.swapped.num_swaps:
+        run_steps(scheduler, group, 1)
+    for move in scheduler.swapped.take_begun():
+        scheduler.end_swap(move)
+    assert scheduler.head is low and group.num_free >= 2  # for few tokens, not for its own
+    other, urgent = make_request("other", 3, 4), make_request("urgent", 3, 4)
+    other.priority = 1
+    scheduler.waiting.append(other)
+    assert scheduler.head is low
+    scheduler.waiting.append(urgent)
+    assert scheduler.head is urgent
+    batch = scheduler.schedule(group, [group], 0)
+    assert batch is not None and urgent in batch.requests and not {low, other} & set(batch.requests)
+
+
 def run_steps(scheduler: Scheduler, group: Group, num_steps: int) -> None:
     for _ in range(num_steps):
         if (batch := scheduler.schedule(group, [group], 0)) is None:
