@@ -78,7 +78,7 @@ class CudaExecutor(Executor):
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, previous)
                 watched = self._watched[group.stages[-1].device]
-                launched = await watched.wait_for(last.sampling.launch(work, [launched.ready]))
+                launched = await watched.wait_for(last.sampling.launch(work, [launched]))
                 see(at, launched)
             inputs.sampled.set_result(launched)
         except BaseException:
@@ -129,7 +129,7 @@ class CudaExecutor(Executor):
             return run_stage(decoder, stage, position, inputs, x, with_head=with_head)
 
         needed = before or previous
-        launch = device.launch(work, [needed.ready] if needed else ())
+        launch = device.launch(work, [needed] if needed else ())
         return await self._watched[stage.device].wait_for(launch)
 
 

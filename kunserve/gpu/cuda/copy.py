@@ -65,13 +65,11 @@ def take_over(source: CopyEnd, x: Tensor, target: CopyEnd) -> Tensor:
 def bring(source: CopyEnd, target: CopyEnd, x: Tensor) -> Tensor:
     """Return `x`, which is on `source`, on `target`'s GPU: launched on its current stream, behind what makes `x`.
 
-    `x` may be let go of at once.
+    The caller keeps `x` until that stream has come so far.
     """
     if source.driver.ordinal == target.driver.ordinal:
-        source.driver.hold(x, target.driver.current_stream())
         return x
     with source.hand_over.lent():
-        source.driver.hold(x, source.hand_over.stream)
         return x.to(target.torch_device, non_blocking=True)
 
 
@@ -94,11 +92,11 @@ async def transfer(source: CopyEnd, src: Tensor, target: CopyEnd, dst: Tensor, s
         for i, start in enumerate(range(0, len(from_bytes), slice_bytes)):
             piece = slice(start, start + slice_bytes)
             buffer = buffers[i % NUM_BUFFERS][: len(from_bytes[piece])]
-            emptied = [copies[2 * (i - NUM_BUFFERS) + 1][1].ready] if i >= NUM_BUFFERS else []
+            emptied = [copies[2 * (i - NUM_BUFFERS) + 1][1]] if i >= NUM_BUFFERS else []
             fill = partial(buffer.copy_, from_bytes[piece], non_blocking=True)
             copies.append((source.copy_out, await source.copy_out.launch(fill, emptied)))
             put = partial(empty, to_bytes[piece], buffer)
-            copies.append((target.copy_in, await target.copy_in.launch(put, [copies[-1][1].ready])))
+            copies.append((target.copy_in, await target.copy_in.launch(put, [copies[-1][1]])))
     finally:
         for queue, launched in copies[-2:]:
             await queue.finish(launched)

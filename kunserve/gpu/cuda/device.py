@@ -19,7 +19,7 @@ from torch import Tensor
 from kunserve.errors import ConfigError, DeviceError
 from kunserve.gpu.copies import BlockCopy, copy_blocks
 from kunserve.gpu.cuda.copy import copy_between, transfer
-from kunserve.gpu.cuda.driver import CudaDriver, Driver, Event, check_ordinals, count_gpus, load_bindings
+from kunserve.gpu.cuda.driver import CudaDriver, Driver, check_ordinals, count_gpus, load_bindings
 from kunserve.gpu.cuda.stream import Launched, StreamQueue
 from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
@@ -174,7 +174,7 @@ class CudaDevice:
         assert isinstance(source, CudaDevice)
         await to_the_end(transfer(source, read, self, write))
 
-    async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
+    async def launch(self, work: Callable[[], T], after: Sequence[Launched[Any]] = ()) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""
         return await self.compute.launch(work, after)
 

@@ -100,14 +100,11 @@ class Driver(Protocol):
     def synchronize_all(self) -> None:
         """Block this thread until all streams of the GPU are idle, the default one too."""
 
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
-        """Keep torch's memory of `tensor` from others until what is launched on `stream` so far has finished."""
-
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record what `work` launches on the current stream, and run nothing of it. Only before serving.
 
-        While a stream is captured, nobody may free pinned memory that it has copied, nor what was held for it: torch
-        would record an event in the capture, and whoever looks at that later fails.
+        While a stream is captured, nobody may free pinned memory that it has copied: torch would record an event in the
+        capture, and whoever looks at that later fails.
         """
 
     def tensor(self, address: int, num_bytes: int) -> Tensor:
@@ -276,10 +273,6 @@ class CudaDriver:
     def synchronize_all(self) -> None:
         """See `Driver.synchronize_all`."""
         torch.cuda.synchronize(self.torch_device)
-
-    def hold(self, tensor: Tensor, stream: Stream) -> None:
-        """See `Driver.hold`."""
-        tensor.record_stream(self._torch_stream(stream))
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `Driver.capture`. torch.cuda.graph would synchronize the GPU and empty its cache under other devices."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kunserve.errors import DeviceError, DeviceLostError
 from kunserve.gpu.cuda.driver import Driver, Event, Stream
@@ -22,16 +22,18 @@ from kunserve.gpu.queue import WorkQueue, to_the_end
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launched(Generic[T]):
     """What launched work returned. Tensors in it may be used on other streams after `ready`, on the host too.
 
-    It keeps the events that the work waits for: CUDA could do without them, but no event of ours goes before it is due.
+    Until it is finished it keeps what the work came `after`, whose tensors it may read: as soon as nobody has them,
+    torch gives their memory to others. To tell torch which streams read them (`record_stream`) would let it record
+    events when they go, and that ends the process where their GPU has faulted.
     """
 
     value: T
     ready: Event
-    after: tuple[Event, ...] = ()
+    after: tuple[Launched[Any], ...] = ()
 
 
 class StreamQueue:
@@ -43,16 +45,16 @@ class StreamQueue:
         self._launcher, self._waiter = WorkQueue(f"{name}-launch"), WorkQueue(f"{name}-wait")
         self._launching = threading.RLock()  # whoever holds it is the only one to launch
 
-    async def launch(self, work: Callable[[], T], after: Sequence[Event] = ()) -> Launched[T]:
-        """Launch `work` behind everything launched before, and behind `after`, events of any stream.
+    async def launch(self, work: Callable[[], T], after: Sequence[Launched[Any]] = ()) -> Launched[T]:
+        """Launch `work` behind all launched here before, and behind `after`, on any stream: it may read their values.
 
         What `work` raises comes out when whatever it had launched is done: nothing runs on behind the error.
         """
 
         def launch_now() -> Launched[T]:
             with self.lent():
-                for event in after:
-                    self._driver.wait(self.stream, event)
+                for other in after:
+                    self._driver.wait(self.stream, other.ready)
                 try:
                     value = work()
                 except BaseException:
@@ -68,9 +70,10 @@ class StreamQueue:
             await self._waiter.run(partial(self._driver.synchronize_event, launched.ready))
         except DeviceError as error:
             raise DeviceLostError(error.message) from error
+        launched.after = ()
         return launched.value
 
-    async def run(self, work: Callable[[], T], after: Sequence[Event] = ()) -> T:
+    async def run(self, work: Callable[[], T], after: Sequence[Launched[Any]] = ()) -> T:
         """Launch and finish. A cancelled caller waits: the memory in use must not change under the work."""
 
         async def launch_and_finish() -> T:

@@ -229,7 +229,12 @@ def test_below_a_drop_whoever_makes_way_goes_the_quicker_way(is_host_faster: boo
 
 def test_what_others_keep_of_a_request_need_not_be_computed_again() -> None:
     group, asked = make_group(num_blocks=9), list[tuple[int, int]]()
-    policy = Drop(0.0, lambda num_tokens, num_kept: asked.append((num_tokens, num_kept)) is None)
+
+    def answer(num_tokens: int, num_kept: int) -> bool:
+        asked.append((num_tokens, num_kept))
+        return True
+
+    policy = Drop(0.0, answer)
     fleet = Fleet([group], has_prefix_cache=True)
     scheduler = Scheduler(fleet, SchedulerLimits(64, 64), policy, num_host_blocks=100)
     for name in "ab":  # alike but for the last four tokens

@@ -260,10 +260,6 @@ class FakeCuda:
             self.synchronize(stream)
         TIMELINE.make_current(before)
 
-    def hold(self, tensor: Tensor, stream: int) -> None:
-        if isinstance(tensor, GpuTensor):
-            tensor.block.used_on.add(stream)
-
     def capture(self, work: Callable[[], None]) -> Graph:
         self.calls["capture"] += 1
         self._check(TIMELINE.current_gpu == self.ordinal, "capture: torch captures on the GPU that is current")

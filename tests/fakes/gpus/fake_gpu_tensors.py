@@ -225,7 +225,7 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is aten._to_copy.default and target is not None and target != first.device:
         return _to_copy(first, target, kwargs)
     if func is aten.record_stream.default:
-        raise RuleBrokenError("memory is recorded for streams by `Driver.hold`")
+        raise RuleBrokenError("no memory is recorded for streams: whoever frees it after a fault ends the process")
     if func in _LOOK_AT_CONTENTS or _has_mask(func, args):
         _wait_here(first.device.index)
         found = func(*_tree_map(_inner, args), **_tree_map(_inner, kwargs))

@@ -25,7 +25,7 @@ class Block:
     def __init__(self, timeline: Timeline, span: Span, stream: int, of: object = None, is_pinned: bool = False) -> None:
         self.memory = of  # what has the bytes: nobody else gets them before `freed` has looked who reads them
         self.timeline, self.span, self.stream, self.is_pinned = timeline, span, stream, is_pinned
-        self.used_on: set[int] = set()  # pinned: streams that have copied it; else those it was recorded for
+        self.used_on: set[int] = set()  # streams that have copied it, if it is pinned
         self.made_in = timeline.recording()  # memory of a graph stays its own
         self.test = timeline.test
 
@@ -380,10 +380,8 @@ class Timeline:
                 return
             if block.made_in is not None:
                 return
-            if block.used_on & self._recordings.keys():
-                self.broken.append("memory that a stream was recorded for was freed while that stream is captured")
             for stream, state in self._streams.items():
-                if stream == block.stream or stream in block.used_on:
+                if stream == block.stream or state.owner.error:  # nothing runs any more after a fault
                     continue
                 if state.queue and any(_overlap((block.span,), piece.reads) for piece in state.queue):
                     self.broken.append(f"memory of stream {block.stream} was freed while stream {stream} reads it")

@@ -250,7 +250,7 @@ async def test_launch_returns_at_once_and_finish_waits(device: CudaDevice, drive
 async def test_work_on_another_stream_waits_for_its_event(driver: FakeCuda) -> None:
     first, second = StreamQueue(driver, "a"), StreamQueue(driver, "b")
     x = await first.launch(lambda: driver.submit(first.stream))
-    await second.launch(lambda: driver.submit(second.stream), after=[x.ready])
+    await second.launch(lambda: driver.submit(second.stream), after=[x])
     with pytest.raises(RuleBrokenError, match="before the event"):
         driver.complete(second.stream)
     driver.complete(first.stream)

@@ -50,21 +50,21 @@ def test_streams_outlive_their_devices() -> None:
     again.close()
 
 
-def test_memory_is_held_until_another_stream_has_read_it(driver: FakeCuda) -> None:
-    first, second = driver.take_stream(), driver.take_stream()
-    for is_held in (True, False):
+def test_memory_is_kept_until_another_stream_has_read_it(driver: FakeCuda) -> None:
+    first, second, kept = driver.take_stream(), driver.take_stream(), list[torch.Tensor]()
+    for is_kept in (True, False):
         with driver.on(first):
             x = on_gpu(3.0)
         made = driver.record(first)
         driver.wait(second, made)
         with driver.on(second):
             y = x + 1
-            if is_held:
-                driver.hold(x, second)
+            if is_kept:
+                kept.append(x)
         del x
         driver.synchronize(second)
         assert y.tolist()[0] == 4
-        assert bool(take_broken()) != is_held
+        assert bool(take_broken()) != is_kept
 
 
 # --- captures -------------------------------------------------------------------------------------------------------

@@ -36,18 +36,20 @@ def test_an_event_lasts_until_nobody_waits_for_it(driver: FakeCuda, how: str) ->
         driver.synchronize(second)
 
 
-async def test_what_was_launched_keeps_the_events_that_it_waits_for(driver: FakeCuda) -> None:
+async def test_what_was_launched_keeps_what_it_came_after_until_it_is_finished(driver: FakeCuda) -> None:
     first, second = (StreamQueue(driver, name) for name in ("first", "second"))
     driver.submit(first.stream)
     made = await first.launch(on_gpu)
-    launched = [await second.launch(on_gpu, [made.ready]) for _ in range(2)]
+    launched = [await second.launch(on_gpu, [made]) for _ in range(2)]
     del made
     for queue in (first, second):
         await queue.launch(lambda: None)  # nor does a thread remember what it did last
     assert not take_broken()
     driver.complete(first.stream)
     for each in launched:
+        assert each.after
         await second.finish(each)
+        assert not each.after  # else each step would keep all before it
     launched.clear()
     assert not take_broken()
     for queue in (first, second):
