@@ -144,10 +144,12 @@ class _Smallest:
 
     def __init__(self, nodes: Iterable[_Node]) -> None:
         self._all = [self._entry(node) for node in nodes]
+        self._full = [entry for entry in self._all if entry[-1].is_full]
         self._of_island: defaultdict[int | None, list[Entry]] = defaultdict(list)
         for entry in self._all:
             self._of_island[entry[-1].island].append(entry)
         heapify(self._all)
+        heapify(self._full)
         for heap in self._of_island.values():
             heapify(heap)
 
@@ -157,7 +159,7 @@ class _Smallest:
 
     @staticmethod
     def _first(heap: list[Entry]) -> _Node | None:
-        # A node is in two heaps and is taken out of neither when it finds a partner: left there it would merge twice.
+        # A node that finds a partner is still in heaps that it was not taken out of: it would merge twice.
         while heap and not heap[0][-1].is_waiting:
             heappop(heap)
         return heap[0][-1] if heap else None
@@ -168,12 +170,13 @@ class _Smallest:
         near = self._first(self._of_island[node.island])
         return (near, other) if near and near.num_devices == other.num_devices else (other,)
 
-    def merge_next(self, types: _ChainTypes, least_gain: float) -> _Node | None:
+    def merge_next(self, types: _ChainTypes, least_gain: float, *, only_full: bool = False) -> _Node | None:
         """Merge the smallest node and the smallest other, on its island if one is as small; None if no two can.
 
-        A node that gains no more than this share of their blocks with either is left as it is.
+        `only_full`: the smallest of the full groups, with whatever is the smallest other. A node that gains no more
+        than this share of their blocks with either is left as it is.
         """
-        while node := self._first(self._all):
+        while node := self._first(self._full if only_full else self._all):
             # Taken off even if it finds no partner: a larger one would gain a smaller share still, and trying the same
             # two again would never end.
             node.is_waiting = False
@@ -198,17 +201,16 @@ def plan_drop(snapshot: Snapshot, need_blocks: int, room_blocks: int = 0) -> Dro
     hold hardly more together (`LEAST_MERGE_GAIN`) stay unmerged: their requests would stand still, while
     their KV moves, for longer than what waits would wait.
 
-    Where anything has to merge, all groups do that are full (`FULL_SHARE`) or soon will be: free blocks elsewhere are
+    Where anything has to merge, all groups do that are full (`FULL_SHARE`) and gain by it: free blocks elsewhere are
     nothing to their requests, and the only group with free blocks would get all new requests, more than it can compute.
     """
     types = _ChainTypes(snapshot.model)
     nodes = _nodes(snapshot, types)
     before = capacity = sum(node.blocks for node in nodes)
     heap, merged = _Smallest(nodes), []
-    num_full = sum(node.is_full for node in nodes) if capacity < need_blocks else 0
-    while (capacity < need_blocks or num_full) and (node := heap.merge_next(types, LEAST_MERGE_GAIN)):
+    has_to_merge = capacity < need_blocks
+    while has_to_merge and (node := heap.merge_next(types, LEAST_MERGE_GAIN, only_full=capacity >= need_blocks)):
         capacity += node.gain
-        num_full = max(0, num_full - 2)  # they come first among equals, so each merge takes two of them
         merged.append(node)
     return _plan(snapshot, types, before, [node for node in merged if not node.is_part], need_blocks, room_blocks)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,6 +12,7 @@ from planner_oracle import (
     all_splits,
     apply_drop,
     check_drop,
+    group_blocks,
     partitions,
     random_snapshot,
     smollm2_snapshot,
@@ -18,7 +20,7 @@ from planner_oracle import (
 from seeds import seeds
 
 from kunserve.errors import ConflictError, InvalidRequestError
-from kunserve.planner.drop import plan_drop, plan_drop_of
+from kunserve.planner.drop import FULL_SHARE, plan_drop, plan_drop_of
 from kunserve.planner.plan import DropPlan
 from kunserve.planner.snapshot import DeviceView, GroupView, Snapshot, StageView
 
@@ -239,3 +241,48 @@ def test_all_full_groups_merge_if_any_has_to() -> None:
     assert plan_drop(snapshot, need - 1).merges == ()
     odd = replace(snapshot, groups=(replace(snapshot.groups[0], used_blocks=5), *snapshot.groups[1:]))
     assert [merge.group_ids for merge in plan_drop(odd, need).merges] == [(2, 4), (0, 6)]
+
+
+def on_islands(used: Sequence[int], islands: Sequence[int]) -> Snapshot:
+    """Groups of one device each, of 256 blocks: how many each uses, and which island it is on."""
+    base = smollm2_snapshot(len(used))
+    devices = tuple(replace(view, island=island) for view, island in zip(base.devices, islands, strict=True))
+    groups = tuple(replace(group, used_blocks=n) for group, n in zip(base.groups, used, strict=True))
+    return replace(base, devices=devices, groups=groups)
+
+
+@pytest.mark.parametrize("num_pairs", [2, 4])
+def test_full_groups_that_merge_with_free_ones_nearby_leave_no_full_one_alone(num_pairs: int) -> None:
+    snapshot = on_islands([250, 40] * num_pairs, [i // 2 for i in range(2 * num_pairs)])
+    plan = plan_drop(snapshot, snapshot.capacity_blocks() + 1)
+    check_drop(snapshot, plan, snapshot.capacity_blocks() + 1)
+    assert [merge.group_ids for merge in plan.merges] == [(2 * i, 2 * i + 1) for i in range(num_pairs)]
+
+
+def test_a_full_chain_gets_room_from_one_smaller_group_and_the_others_are_left_alone() -> None:
+    base = smollm2_snapshot(6)
+    pair = apply_drop(base, plan_drop_of(base, [0, 1], 10**6))
+    [chain] = (group for group in pair.groups if len(group.stages) == 2)
+    most = group_blocks(pair, chain.stages)
+    snapshot = replace(pair, groups=tuple(replace(g, used_blocks=most if g is chain else 40) for g in pair.groups))
+    need = snapshot.capacity_blocks() + 1
+    plan = plan_drop(snapshot, need)
+    check_drop(snapshot, plan, need)
+    merged = sorted(group_id for merge in plan.merges for group_id in merge.group_ids)
+    assert chain.group_id in merged and len(merged) == 4  # two make room for the server, one for the chain
+
+
+@pytest.mark.parametrize("seed", seeds(100))
+def test_no_full_group_stays_alone_and_each_makes_for_one_merge_at_most(seed: int) -> None:
+    rng = random.Random(seed)
+    number = rng.randint(2, 9)
+    snapshot = on_islands(rng.choices((40, 60, 240, 250), k=number), rng.choices(range(4), k=number))
+    for _ in range(2):
+        capacity = snapshot.capacity_blocks()
+        full = {g.group_id for g in snapshot.groups if g.used_blocks > FULL_SHARE * group_blocks(snapshot, g.stages)}
+        plan = plan_drop(snapshot, capacity + 1)
+        check_drop(snapshot, plan, capacity + 1)
+        if len(snapshot.groups) > 1:
+            assert full <= {group_id for merge in plan.merges for group_id in merge.group_ids}
+        assert sum(len(merge.group_ids) - 1 for merge in plan.merges) <= 1 + len(full)
+        snapshot = apply_drop(snapshot, plan)
