@@ -231,13 +231,21 @@ class OverloadControl:
 
     def demand_over_undropped(self) -> float:
         """See `Control.demand_over_undropped`."""
-        return self.pressure.demand() / max(1, self.snapshot().undropped_blocks())
+        return self.pressure.demand() / max(1, self._undropped_blocks())
+
+    def _undropped_blocks(self) -> int:
+        """Return the blocks that there are without any drop: of groups that have lost no device, suspected or not.
+
+        If there are none, of all: what is left of them is about to form new ones.
+        """
+        groups = self._fleet.groups
+        return self._snapshot_of([group for group in groups if not group.is_lost] or groups).undropped_blocks()
 
     def _is_dropped(self) -> bool:
-        """Tell whether any group can be split."""
+        """Tell whether any group can be split, now or when it is no more suspected."""
         if self._undropped is None or self._undropped[0] != self._fleet.epoch:
             is_dropped = any(group.lineage and group.lineage.merged_from for group in self._fleet.groups)
-            self._undropped = self._fleet.epoch, self.snapshot().undropped_blocks() if is_dropped else 0
+            self._undropped = self._fleet.epoch, self._undropped_blocks() if is_dropped else 0
         return self._undropped[1] > 0
 
     def _may_look(self, now: float) -> bool:
@@ -363,11 +371,11 @@ class OverloadControl:
 
     def snapshot(self) -> Snapshot:
         """Return the groups that do their work, as the planner sees them."""
-        groups = tuple(
-            GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.lineage)
-            for g in self._fleet.working
-        )
-        return Snapshot(self._fleet.epoch, self.reconfigure.shape, self._devices, groups)
+        return self._snapshot_of(self._fleet.working)
+
+    def _snapshot_of(self, groups: Sequence[Group]) -> Snapshot:
+        views = (GroupView(g.group_id, tuple(stage.view for stage in g.stages), g.num_used, g.lineage) for g in groups)
+        return Snapshot(self._fleet.epoch, self.reconfigure.shape, self._devices, tuple(views))
 
 
 def _two_smallest(snapshot: Snapshot) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transition_harness import Answer, Checked, again, checked_engine, next_round
 
+from kunserve.engine.group import Group
 from kunserve.engine.regroup import control as control_module
 from kunserve.engine.regroup import reconfigure as reconfigure_module
 from kunserve.engine.request import Request
@@ -264,4 +265,48 @@ async def test_more_than_the_largest_chain_holds_is_preempted_and_ends(
         assert all(answer.finish == (FinishReason.LENGTH, None) for answer in answers)
         assert checked.engine.scheduler.num_preemptions > 0
         assert in_vain and len(in_vain) == len(set(in_vain))  # demand of everybody is not measured in every step
+        await until_launched(checked)
+
+
+async def test_a_suspected_device_asks_for_no_more_servers(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 64, pipeline_parallel_size=2) as checked:
+        engine, control = checked.engine, checked.control
+        answers = asyncio.create_task(checked.answer_all(again(BURST)))
+        await checked.commits(2)
+        before = control.demand_over_undropped()
+        engine.device_health.fails([0])
+        assert engine.groups[0].is_suspect and control.demand_over_undropped() == before > 0
+        engine.device_health.lose(0, "the test says so")  # the only group: what is left of it forms another
+        assert engine.groups[0].is_lost and control.demand_over_undropped() == before
+        answers.cancel()
+
+
+async def test_a_lost_group_is_no_capacity(six_layers: Path) -> None:
+    async with checked_engine(six_layers, "cpu:2", 64) as checked:
+        answers = asyncio.create_task(checked.answer_all(again(BURST)))
+        await checked.commits(2)
+        before = checked.control.demand_over_undropped()
+        checked.engine.device_health.lose(0, "the test says so")
+        assert checked.control.demand_over_undropped() == 2 * before
+        await answers
+
+
+async def test_a_group_that_was_suspected_for_a_while_is_split_like_any_other(six_layers: Path) -> None:
+    async with automatic(six_layers) as checked:
+        engine, control = checked.engine, checked.control
+        control.is_automatic = False
+        await control.drop(is_forced=True)
+        await checked.settled()
+
+        async def hang(group: Group | None, device: int) -> None:
+            await asyncio.Event().wait()
+
+        engine.executor.probe = hang  # type: ignore[method-assign]
+        engine.device_health.fails([0])
+        control.is_automatic = True
+        control.observe(engine.groups)
+        assert not control.tasks
+        engine.device_health.trust([0])
+        control.observe(engine.groups)
+        assert control.tasks
         await until_launched(checked)
