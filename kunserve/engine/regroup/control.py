@@ -282,11 +282,16 @@ class OverloadControl:
         return round(of_arrivals * self.pressure.demand(of_lengths))
 
     def begin_drop(self, now: float) -> None:
-        """Begin the merges that the planner proposes and that are worth their cost; their groups are paused at once."""
+        """Begin the merges that the planner proposes and that are worth their cost; their groups are paused at once.
+
+        A group in another transition cannot merge; it goes on with the blocks that it has.
+        """
         snapshot, in_the_way = self.snapshot(), self.reconfigure.transitions.in_the_way
         free = tuple(group for group in snapshot.groups if in_the_way("drop", [group.group_id]) is None)
-        snapshot = replace(snapshot, groups=free)
-        plan = plan_drop(snapshot, self._need_blocks(*MERGE_HEADROOM), self._need_blocks(*CUT_HEADROOM))
+        mergeable = replace(snapshot, groups=free)
+        held_elsewhere = snapshot.capacity_blocks() - mergeable.capacity_blocks()
+        need, room = (self._need_blocks(*headroom) - held_elsewhere for headroom in (MERGE_HEADROOM, CUT_HEADROOM))
+        plan = plan_drop(mergeable, need, room)
         if not plan.merges:
             if not plan.meets_need and not self._tasks:  # a rebuild that fails leaves the epoch as it is
                 self._merged_epoch = plan.epoch

@@ -310,3 +310,27 @@ async def test_a_group_that_was_suspected_for_a_while_is_split_like_any_other(si
         control.observe(engine.groups)
         assert control.tasks
         await until_launched(checked)
+
+
+async def test_a_group_in_another_transition_counts_with_what_it_holds(
+    six_layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = list[DropPlan]()
+
+    def plan(snapshot: Snapshot, need_blocks: int, room_blocks: int) -> DropPlan:
+        plans.append(plan_drop(snapshot, need_blocks, room_blocks))
+        return plans[-1]
+
+    monkeypatch.setattr(control_module, "plan_drop", plan)
+    monkeypatch.setattr(control_module, "MERGE_HEADROOM", (1.0, 1.0))
+    async with checked_engine(six_layers, "cpu:4", 32) as checked:
+        control = checked.control
+        capacity = control.snapshot().capacity_blocks()
+        for demand in (capacity, capacity + 1):
+            monkeypatch.setattr(control.pressure, "demand", lambda headroom=1.0, demand=demand: demand)
+            with checked.reconfigure.transitions.begin("add", [0]):
+                control.begin_drop(loop_time())
+        assert [[merge.group_ids for merge in plan.merges] for plan in plans] == [[], [(1, 2)]]
+        assert all(plan.meets_need for plan in plans)
+        if control.tasks:
+            await asyncio.wait(control.tasks)
