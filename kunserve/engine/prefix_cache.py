@@ -7,11 +7,15 @@ latter are idle: the fleet counts them as free, and takes the one that was not u
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from heapq import nsmallest
+from itertools import accumulate
 from typing import Protocol
+from zlib import crc32
 
 from kunserve.engine.blocks.block_table import Block
 from kunserve.engine.group import Group
@@ -19,12 +23,17 @@ from kunserve.engine.request import Request
 
 NumBehind = Callable[[int], int]
 KEY_BYTES = 16  # two different prefixes with one key would give a client another one's KV: not in the age of the world
+MOST_LOOKED_AT = 256  # requests that wait, to see what they have in common: 3 ms
+MOST_NEW_KEYS = (
+    8192  # that are made at once for that: 8 ms. To look at eight that are made takes as long as to make one
+)
 
 
-def extend_keys(request: Request, block_size: int) -> Sequence[bytes]:
-    """Return the keys of all full blocks of a request's tokens; each is made once."""
+def extend_keys(request: Request, block_size: int, most: int = sys.maxsize) -> Sequence[bytes]:
+    """Return the keys of all full blocks of a request's tokens, or at least of the first `most`; each is made once."""
     keys, tokens = request.block_keys, request.token_ids
-    for start in range(len(keys) * block_size, len(tokens) - block_size + 1, block_size):
+    end = min(most, len(tokens) // block_size) * block_size
+    for start in range(len(keys) * block_size, end, block_size):
         before = keys[-1] if keys else _digest(b"salt " + request.cache_salt.encode())
         keys.append(_digest(before + array("I", tokens[start : start + block_size]).tobytes()))
     return keys
@@ -40,6 +49,16 @@ def full_keys(request: Request, block_size: int) -> Sequence[bytes]:
     return extend_keys(request, block_size)[: num_full(request, block_size)]
 
 
+def most_found(request: Request, block_size: int) -> int:
+    """Return with how many blocks of others a waiting request could begin: the last token has to be computed.
+
+    All have to be if their logits are asked for; and none is if its KV comes back from the host, whole.
+    """
+    if request.params.num_prompt_logprobs is not None or request.num_computed_tokens:
+        return 0
+    return (request.num_tokens - 1) // block_size
+
+
 def is_being_computed(key: bytes, index: int, group: Group) -> bool:
     """Return whether a running request of a group will soon have computed the block of a key, its `index`-th."""
     end = (index + 1) * group.block_size
@@ -50,6 +69,16 @@ def is_being_computed(key: bytes, index: int, group: Group) -> bool:
         and extend_keys(r, group.block_size)[index] == key
         for r in group.running
     )
+
+
+def _sample(sizes: Mapping[Request, int]) -> list[tuple[Request, int]]:
+    """Return some requests with their sizes, or all if they are few: any, but the same ones each time.
+
+    Others would need keys that are not made yet.
+    """
+    picked = nsmallest(MOST_LOOKED_AT, sizes.items(), key=lambda item: crc32(item[0].request_id.encode()))
+    num_keys = accumulate(size - len(request.block_keys) * 7 // 8 for request, size in picked)
+    return [item for item, number in zip(picked, num_keys, strict=True) if number <= MOST_NEW_KEYS] or picked[:1]
 
 
 def _digest(content: bytes) -> bytes:
@@ -158,6 +187,42 @@ class PrefixCache:
         """Return how many blocks a request that begins with these keys need not take: they are used, or behind."""
         number, found = self.find(group, keys)
         return number - len(found) + sum(block.num_refs > 0 for block in found)
+
+    def num_repeated(self, waiting: Iterable[Request], block_size: int) -> int:
+        """Estimate how many blocks fewer waiting requests need as they share some: with those who run, or each other.
+
+        As if all joined one group, where whatever windows need is there; blocks that are still being computed are not
+        seen. Where many wait, or for long prompts, a sample stands for all: on average, it has less in common.
+        """
+        sizes = {r: size for r in waiting if (size := most_found(r, block_size))}
+        sample = _sample(sizes)
+        num_looked_at = sum(size for _, size in sample)
+        return self._num_repeated(sample, block_size) * sum(sizes.values()) // max(1, num_looked_at)
+
+    def _num_repeated(self, alike: Sequence[tuple[Request, int]], block_size: int) -> int:
+        """Return how many blocks fewer requests need if each counts once, of as many first ones as each one could find.
+
+        It goes on with a request only while the last block is another one's, too: of those that share little, few keys
+        are made and looked at.
+        """
+        num_repeated, first, end = 0, 0, 1
+        while alike:
+            keys = set[bytes]()
+            for request, size in alike:
+                its = extend_keys(request, block_size, min(end, size))[first : min(end, size)]
+                num_repeated += len(its)
+                keys.update(its)
+            used = set(filter(self._is_used, keys))
+            num_repeated -= len(keys) - len(used)
+            ends = [(request.block_keys[end - 1], request, size) for request, size in alike if size > end]
+            number = Counter(key for key, _, _ in ends)
+            alike = [(request, size) for key, request, size in ends if number[key] > 1 or key in used]
+            first, end = end, 2 * end
+        return num_repeated
+
+    def _is_used(self, key: bytes) -> bool:
+        """Return whether a request of any group uses a block with this key."""
+        return any(block.num_refs for block in self._holders.get(key, {}).values())
 
     def lengths(self, keys: Sequence[bytes]) -> dict[int, int]:
         """Return with how many of these keys' blocks a request can begin, by group id; without groups with none.

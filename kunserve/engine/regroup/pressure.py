@@ -58,7 +58,8 @@ class Pressure:
     def demand(self, headroom: float = 1.0) -> int:
         """Return the blocks that all requests need, if outputs are `headroom` times as long as expected.
 
-        Blocks that they share count once.
+        Blocks that they share count once, and so do those that waiting ones will share, by an estimate
+        (`PrefixCache.num_repeated`).
         """
         estimate = replace(self._estimate, mean_tokens=self._estimate.mean_tokens * headroom)
         blocks = self._full_demand(estimate)
@@ -68,8 +69,11 @@ class Pressure:
 
     def _full_demand(self, estimate: OutputLengthEstimate) -> int:
         running: Iterator[RequestView] = (self._view(r) for group in self._fleet.groups for r in group.running)
-        waiting = map(self._view, self._scheduler.queued())
-        return measure_demand(running, waiting, estimate, self._fleet.block_size).blocks - self._fleet.num_shared
+        waiting, block_size = list(self._scheduler.queued()), self._fleet.block_size
+        blocks = measure_demand(running, map(self._view, waiting), estimate, block_size).blocks
+        prefixes = self._fleet.prefixes
+        num_repeated = prefixes.num_repeated(waiting, block_size) if prefixes is not None else 0
+        return blocks - self._fleet.num_shared - num_repeated
 
     def _near_demand(self, estimate: OutputLengthEstimate) -> int:
         assert self._fleet.near is not None
