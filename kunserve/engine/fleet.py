@@ -25,7 +25,7 @@ from kunserve.engine.blocks.block_table import Block, BlockTable, Tail
 from kunserve.engine.group import Convoy, Group, Stage
 from kunserve.engine.kinds.mixed_group import NearLayers, layers_of_kind, new_group
 from kunserve.engine.kinds.mixed_store import MixedStore
-from kunserve.engine.prefix_cache import extend_keys, full_keys, is_being_computed, num_full
+from kunserve.engine.prefix_cache import extend_keys, full_keys, is_being_computed, most_found, num_full
 from kunserve.engine.request import Request
 from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.sizes import ceil_div
@@ -204,7 +204,7 @@ class Fleet:
 
     def _begin_with_prefix(self, request: Request, group: Group) -> None:
         """Let a request begin with the blocks that its group has of its tokens."""
-        keys = extend_keys(request, group.block_size)[: self._most_found(request)]
+        keys = extend_keys(request, group.block_size)[: most_found(request, self.block_size)]
         num_tokens = self._blocks.begin(request.table, group, keys) * group.block_size
         request.num_computed_tokens = request.num_scheduled_tokens = num_tokens
         if request.num_preemptions == 0 and not request.is_continued:
@@ -220,7 +220,7 @@ class Fleet:
             return {}
         asked = request, self.prefixes.version
         if self._lengths[0] != asked:
-            keys = extend_keys(request, self.block_size)[: self._most_found(request)]
+            keys = extend_keys(request, self.block_size)[: most_found(request, self.block_size)]
             self._lengths = asked, self.prefixes.lengths(keys)
         return self._lengths[1]
 
@@ -239,15 +239,9 @@ class Fleet:
         if self.prefixes is None:
             return False
         num_found = self.prefix_lengths(request).get(group.group_id, 0)
-        if num_found >= self._most_found(request):
+        if num_found >= most_found(request, self.block_size):
             return False
         return is_being_computed(extend_keys(request, group.block_size)[num_found], num_found, group)
-
-    def _most_found(self, request: Request) -> int:
-        """Return the most blocks to find: the last token has to be computed, or all if their logits are asked for."""
-        if request.params.num_prompt_logprobs is not None:
-            return 0
-        return (request.num_tokens - 1) // self.block_size
 
     def suspend(self, request: Request) -> None:
         """Keep a request from being scheduled: its blocks are about to be copied."""
