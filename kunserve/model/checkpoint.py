@@ -186,17 +186,17 @@ class QuantizedSource(PackedSource):
     def _take(self, name: str) -> Packed:
         prefix, form = name.removesuffix("weight"), stored_form(name)
         try:
-            packed = take(self._scheme, lambda ending: self._read(prefix, ending), self._shapes[name])
+            packed = take(self._scheme, lambda ending: self._find(prefix, ending), self._shapes[name])
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error.message}") from None
         if form is None or not isinstance(packed, Mxfp4):
             return packed
         return Mxfp4(form.rows(packed.pairs), form.rows(packed.scales))
 
-    def _read(self, prefix: str, ending: str) -> Tensor:
+    def _find(self, prefix: str, ending: str) -> Tensor | None:
         stored = stored_name(prefix + ending, self._files)
         if (path := self._files.get(stored)) is None:
-            raise ConfigError(f"{ending} is missing")
+            return None
         try:
             tensor: Tensor = self._handles[path].get_tensor(stored)
         except SafetensorError as error:
@@ -210,7 +210,10 @@ class QuantizingSource(PackedSource):
     def _take(self, name: str) -> Packed:
         numbers = torch.empty(self._shapes[name])
         self._plain.copy_into(name, numbers)
-        return fp8_of(numbers.flatten(0, -2))
+        try:
+            return fp8_of(numbers.flatten(0, -2))
+        except ConfigError as error:
+            raise ConfigError(f"{name} {error.message}") from None
 
 
 class DummySource:

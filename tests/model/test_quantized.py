@@ -177,10 +177,120 @@ def test_what_is_missing_or_of_another_shape_is_named(kind: str, tmp_path: Path)
             QuantizedSource(folder, config).copy_into(f"{prefix}weight", out)
 
 
+UP, UP_SHAPE = "model.layers.0.mlp.up_proj.", (384, 256)
+
+
+def put(*places: tuple[int, float]) -> Damage:
+    """Write numbers at places of a tensor, as it lies; codes of 8 bits are written as they are."""
+
+    def damage(tensor: Tensor) -> Tensor:
+        flat = (tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor).flatten().clone()
+        for place, value in places:
+            flat[place] = value
+        return flat.view(tensor.dtype).view(tensor.shape)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "damage", "message"),
+    [
+        ("gptq", "g_idx", lambda tensor: tensor.flip(0), "g_idx has the columns in another order"),
+        ("gptq", "g_idx", put((0, -1)), "g_idx holds -1, which is none of the 2 groups"),
+        ("gptq act-order", "g_idx", put((3, -1)), "g_idx holds -1, which is none of the 2 groups"),
+        ("gptq act-order", "g_idx", put((3, 2)), "g_idx holds 2, which is none of the 2 groups"),
+        ("gptq act-order", "g_idx", lambda tensor: tensor.float(), "g_idx is float32, not int32 or int64"),
+        ("gptq act-order", "g_idx", lambda tensor: None, "g_idx is missing"),
+        ("gptq", "qweight", lambda tensor: tensor.float(), "qweight is float32, not int32"),
+        ("gptq", "qzeros", lambda tensor: tensor.to(torch.int16), "qzeros is int16, not int32"),
+        ("awq", "qweight", lambda tensor: tensor.long(), "qweight is int64, not int32"),
+        ("awq", "scales", lambda tensor: tensor.view(torch.int16), "scales is int16, not float16"),
+        ("awq", "scales", put((5, float("nan"))), "scales holds NaN or infinity"),
+        ("w4a16", "weight_packed", lambda tensor: tensor.float(), "weight_packed is float32, not int32"),
+        ("w4a16", "weight_scale", lambda tensor: tensor.T, r"weight_scale has shape \[2, 384\], not \[384, 2\]"),
+        ("w4a16", "weight_scale", lambda tensor: tensor.flatten(), r"weight_scale has shape \[768\], not"),
+        ("w4a16", "weight_scale", put((5, float("inf"))), "weight_scale holds NaN or infinity"),
+        ("w8a8", "weight", lambda tensor: tensor.bfloat16(), "weight is bfloat16, not int8"),
+        ("w8a8", "weight_scale", lambda tensor: tensor.T, r"weight_scale has shape \[1, 384\], not \[384, 1\]"),
+        ("fp8", "weight_scale", lambda tensor: tensor.to(torch.uint8), "weight_scale is uint8, not float16"),
+        ("fp8 of blocks", "weight_scale_inv", lambda tensor: tensor.to(torch.uint8), "weight_scale_inv is uint8"),
+        ("fp8", "weight", put((300, 0x7F)), "weight holds NaN"),
+        ("compressed fp8", "weight", put((300, 0xFF)), "weight holds NaN"),
+        ("fp8 of blocks", "weight", put((300, 0xFF)), "weight holds NaN"),
+    ],
+)
+def test_what_would_be_read_as_other_numbers_is_named(
+    kind: str, ending: str, damage: Damage, message: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_quantized(kind, tmp_path)
+    config, tensors = load_hf_config(folder), load_file(folder / "model.safetensors")
+    damaged = damage(tensors.pop(UP + ending))
+    tensors |= {} if damaged is None else {UP + ending: damaged.contiguous()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"^{UP}{message}.*: (fetch the model again|set it to true)") as error:
+        QuantizedSource(folder, config).copy_into(f"{UP}weight", torch.empty(UP_SHAPE))
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_rows_may_lie_in_one_dimension_and_in_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, out, expected = write_tiny_quantized("w8a8", tmp_path), torch.empty(UP_SHAPE), torch.empty(UP_SHAPE)
+    path, config = folder / "model.safetensors", load_hf_config(folder)
+    QuantizedSource(folder, config).copy_into(f"{UP}weight", expected)
+    tensors = load_file(path)
+    save_file(tensors | {f"{UP}weight_scale": tensors[f"{UP}weight_scale"].flatten().to(dtype)}, path)
+    QuantizedSource(folder, config).copy_into(f"{UP}weight", out)
+    assert torch.equal(out, expected)
+
+
+def configure(folder: Path, change: dict[str, Any]) -> None:
+    """Change what a checkpoint's config says of its quantization; None: it does not say it."""
+    values = json.loads((folder / "config.json").read_text())
+    merged = values["quantization_config"] | change
+    values["quantization_config"] = {field: value for field, value in merged.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("said", [{"desc_act": None}, {"desc_act": False}, {"dynamic": {"+:.*": {"desc_act": True}}}])
+def test_an_order_of_columns_that_the_config_does_not_say_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_tiny_quantized("gptq act-order", tmp_path)
+    configure(folder, {"desc_act": False} | said)
+    config = load_hf_config(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    blocks = torch.empty(384, config.formats.by_name[name].num_bytes * 2, dtype=torch.uint8)
+    for out in (torch.empty(UP_SHAPE), blocks):
+        with pytest.raises(ConfigError, match=rf"^{UP}g_idx has .* desc_act does not say: set it to true in the"):
+            QuantizedSource(folder, config).copy_into(name, out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("gptq", {"desc_act": "true"}, "field desc_act: expected true or false, not 'true'"),
+        ("w4a16", {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, ".* transform_config .*take"),
+        ("w4a16", {"transform_config": [1]}, "field transform_config: expected an object"),
+    ],
+)
+def test_what_a_config_says_otherwise_is_refused(
+    kind: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_quantized(kind, tmp_path)
+    configure(folder, change)
+    with pytest.raises(ConfigError, match=rf"config\.json: field quantization_config: {message}") as error:
+        check_model(str(folder))
+    assert "\n" not in error.value.message
+
+
+def test_no_rotations_are_none(tmp_path: Path) -> None:
+    folder = write_tiny_quantized("w4a16", tmp_path)
+    empty: list[dict[str, Any]] = [{}, {"config_groups": {}}]
+    for none in empty:
+        configure(folder, {"transform_config": none})
+        check_model(str(folder))
+
+
 def test_another_method_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     folder = write_tiny_quantized("gptq", tmp_path)
-    values = json.loads((folder / "config.json").read_text())
-    values["quantization_config"] |= {"bits": 3}
-    (folder / "config.json").write_text(json.dumps(values))
+    configure(folder, {"bits": 3})
     with pytest.raises(ConfigError, match=r"config\.json: field quantization_config: weights of 3 bits are not served"):
         check_model(str(folder))

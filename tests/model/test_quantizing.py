@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file, save_file
 from tiny_gguf import write_tiny_gguf
 from tiny_models import make_tiny_model
 from tiny_quantized import write_tiny_mxfp4, write_tiny_quantized
@@ -66,6 +67,16 @@ def test_a_row_of_zeros_stays_one(tmp_path: Path) -> None:
     numbers = torch.zeros(2, 32)
     numbers[1, 3] = -7.0
     assert torch.equal(fp8_of(numbers).numbers(), numbers)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_named(value: float, tmp_path: Path) -> None:
+    name, folder = "model.layers.1.mlp.up_proj.weight", make_tiny_model("llama", tmp_path)
+    config, tensors = quantized_as(load_hf_config(folder), "fp8"), load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=rf"^{name} holds NaN or infinity, which cannot be quantized: fetch"):
+        open_weights(folder, config, "auto").copy_into(name, torch.empty(tensors[name].shape))
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from kunserve.model.quant.scheme import Scheme
 from kunserve.sizes import ceil_div
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight codes in 32 bits, where each column's is
-Read = Callable[[str], Tensor]  # a tensor of the matrix by its ending: "qweight"
+Find = Callable[[str], Tensor | None]  # a tensor of the matrix by its ending ("qweight"); None: there is none
+Dtypes = tuple[torch.dtype, ...]
+WORDS, BYTES, FLOATS8 = (torch.int32,), (torch.int8,), (torch.float8_e4m3fn,)
+SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e8m0fnu)
+OTHER = "fetch the model again, or take another checkpoint of it"  # what to do about tensors that are not right
 PAIRS_OF_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # and their negatives: both codes of each byte
 PAIRS_OF_E2M1 = torch.cat([PAIRS_OF_E2M1, -PAIRS_OF_E2M1])[torch.arange(256)[:, None] >> torch.tensor([0, 4]) & 15]
 
@@ -67,8 +71,13 @@ HIGHEST_E4M3 = 448.0
 
 
 def fp8_of(numbers: Tensor) -> Codes:
-    """Quantize a matrix (N, K) of float32 to e4m3, with a scale for each row that makes its largest number 448."""
+    """Quantize a matrix (N, K) of float32 to e4m3, with a scale for each row that makes its largest number 448.
+
+    ConfigError if it holds an infinity or what is no number: kernels would take its code for 480.
+    """
     scale = numbers.abs().amax(dim=1, keepdim=True) / HIGHEST_E4M3
+    if not scale.isfinite().all():
+        raise ConfigError(f"holds NaN or infinity, which cannot be quantized: {OTHER}")
     scale = torch.where(scale > 0, scale, 1.0)
     codes = (numbers / scale).clamp(-HIGHEST_E4M3, HIGHEST_E4M3).to(torch.float8_e4m3fn)
     return Codes(numbers.shape[1], codes.view(torch.uint8), scale, None)
@@ -94,71 +103,88 @@ class Mxfp4:
         return (PAIRS_OF_E2M1[self.pairs.to(torch.int32)].flatten(-2) * scale[..., None]).flatten(-2)
 
 
-def take(scheme: Scheme, read: Read, shape: tuple[int, ...]) -> Packed:
+def take(scheme: Scheme, find: Find, shape: tuple[int, ...]) -> Packed:
     """Read one matrix (N, K), or those of all experts (E, N, K), whose rows stand as in the checkpoint.
 
-    ConfigError, which names what, if a tensor of it has another shape or dtype than it must have.
+    ConfigError, which names what, if a tensor of it is missing, has another shape or dtype than it must have, or holds
+    what stands for no number.
     """
-    return LAYOUTS[scheme.layout](scheme, read, *shape)
+    return LAYOUTS[scheme.layout](scheme, find, *shape)
 
 
-def _awq(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
-    group = scheme.group or K
-    G = K // group
-    codes = _unpacked(_shaped(read, "qweight", (K, N // 8)), 4).view(K, -1, 8)[..., AWQ_ORDER].reshape(K, N)
-    zeros = _unpacked(_shaped(read, "qzeros", (G, N // 8)), 4).view(G, -1, 8)[..., AWQ_ORDER].reshape(G, N)
-    return _with_zeros(group, codes.T, _shaped(read, "scales", (G, N)).T, zeros.T)
+def _awq(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
+    group, columns = scheme.group or K, _words("qweight", N, 8)
+    G = ceil_div(K, group)
+    codes = _unpacked(_shaped(find, "qweight", (K, columns), WORDS), 4).view(K, -1, 8)[..., AWQ_ORDER].reshape(K, N)
+    zeros = _unpacked(_shaped(find, "qzeros", (G, columns), WORDS), 4).view(G, -1, 8)[..., AWQ_ORDER].reshape(G, N)
+    return _with_zeros(group, codes.T, _finite("scales", _shaped(find, "scales", (G, N), SCALES)).T, zeros.T)
 
 
-def _gptq(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
+def _gptq(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     bits = int(scheme.kind[1:])
     per, group = 32 // bits, scheme.group or K
-    G = K // group
-    packed = _shaped(read, "qweight", (K // per, N))
+    G = ceil_div(K, group)
+    packed = _shaped(find, "qweight", (_words("qweight", K, per), N), WORDS)
     codes = _unpacked(packed.T.contiguous(), bits)
-    zeros = _unpacked(_shaped(read, "qzeros", (G, N // per)), bits) + scheme.zero_shift
-    of = _shaped(read, "g_idx", (K,)) if not scheme.is_ordered else None
-    return _with_zeros(group, codes, _shaped(read, "scales", (G, N)).T, zeros.T, of)
+    zeros = _unpacked(_shaped(find, "qzeros", (G, _words("qzeros", N, per)), WORDS), bits) + scheme.zero_shift
+    scale = _finite("scales", _shaped(find, "scales", (G, N), SCALES))
+    return _with_zeros(group, codes, scale.T, zeros.T, _group_of(scheme, find, K, group))
 
 
-def _pack_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
+def _group_of(scheme: Scheme, find: Find, K: int, group: int) -> Tensor | None:
+    """Return the group of each column (GPTQ's act-order); None where they are in order.
+
+    A config may not say that they are in another, but whether a matrix can be kept in blocks was judged by it.
+    """
+    if scheme.is_ordered and find("g_idx") is None:
+        return None
+    found, G = _shaped(find, "g_idx", (K,), (torch.int32, torch.int64)), ceil_div(K, group)
+    if bad := found[(found < 0) | (found >= G)].tolist():
+        raise ConfigError(f"g_idx holds {bad[0]}, which is none of the {G} groups: {OTHER}")
+    if not scheme.is_ordered:
+        return found
+    if not torch.equal(found.long(), torch.arange(K) // group):
+        way = "set it to true in the quantization_config of config.json"
+        raise ConfigError(f"g_idx has the columns in another order (act-order), which desc_act does not say: {way}")
+    return None
+
+
+def _pack_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     bits, group = int(scheme.kind[1:]), scheme.group or K
-    codes = _unpacked(_shaped(read, "weight_packed", (N, K // (32 // bits))), bits)
-    scale = _scales(read, "weight_scale", N, K // group)
+    codes = _unpacked(_shaped(find, "weight_packed", (N, _words("weight_packed", K, 32 // bits)), WORDS), bits)
+    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
     return _with_zeros(group, codes, scale, torch.full_like(scale, 1 << (bits - 1)))
 
 
-def _int_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
+def _int_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     group = scheme.group or K
-    codes = _shaped(read, "weight", (N, K)).to(torch.int16) + 128
-    scale = _scales(read, "weight_scale", N, K // group)
+    codes = _shaped(find, "weight", (N, K), BYTES).to(torch.int16) + 128
+    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
     return _with_zeros(group, codes, scale, torch.full_like(scale, 128))
 
 
-def _float_quantized(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
+def _float_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     group = scheme.group or K
-    scale = _scales(read, "weight_scale", N, K // group)
-    return Codes(group, _floats8(read, N, K), scale.float().contiguous(), None)
+    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
+    return Codes(group, _floats8(find, N, K), scale.contiguous(), None)
 
 
-def _fp8(scheme: Scheme, read: Read, N: int, K: int) -> Codes:
+def _fp8(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     if scheme.group is None:
-        return Codes(K, _floats8(read, N, K), _scales(read, "weight_scale", N, 1).float().contiguous(), None)
-    size = scheme.group
-    scale = _shaped(read, "weight_scale_inv", (ceil_div(N, size), ceil_div(K, size))).float()
-    return Codes(size, _floats8(read, N, K), scale.repeat_interleave(size, dim=0)[:N].contiguous(), None)
+        return Codes(K, _floats8(find, N, K), _scales(find, "weight_scale", N, 1).contiguous(), None)
+    size, name = scheme.group, "weight_scale_inv"
+    scale = _finite(name, _shaped(find, name, (ceil_div(N, size), ceil_div(K, size)), SCALES))
+    return Codes(size, _floats8(find, N, K), scale.repeat_interleave(size, dim=0)[:N].contiguous(), None)
 
 
-def _mxfp4(scheme: Scheme, read: Read, *shape: int) -> Mxfp4:
+def _mxfp4(scheme: Scheme, find: Find, *shape: int) -> Mxfp4:
     *rows, K = shape
     if K % 32:
-        raise ConfigError(f"_blocks has {K} columns, which are no whole groups of 32")
-    pairs, scales = _shaped(read, "_blocks", (*rows, K // 32, 16)), _shaped(read, "_scales", (*rows, K // 32))
-    for ending, tensor in (("_blocks", pairs), ("_scales", scales)):
-        if tensor.dtype is not torch.uint8:
-            raise ConfigError(f"{ending} is {str(tensor.dtype).removeprefix('torch.')}, not uint8")
+        raise ConfigError(f"_blocks has {K} columns, which are no whole groups of 32: {OTHER}")
+    pairs = _shaped(find, "_blocks", (*rows, K // 32, 16), (torch.uint8,))
+    scales = _shaped(find, "_scales", (*rows, K // 32), (torch.uint8,))
     if scales.numel() and scales.max() == 255:
-        raise ConfigError("_scales holds 255, which stands for no number: the file is damaged")
+        raise ConfigError(f"_scales holds 255, which stands for no number: {OTHER}")
     return Mxfp4(pairs, scales)
 
 
@@ -186,25 +212,53 @@ def _with_zeros(group: int, codes: Tensor, scale: Tensor, zero: Tensor, group_of
     return Codes(group, codes.to(torch.uint8).contiguous(), scale.float().contiguous(), offset.contiguous(), group_of)
 
 
-def _floats8(read: Read, N: int, K: int) -> Tensor:
-    weight = _shaped(read, "weight", (N, K))
-    if weight.dtype is not torch.float8_e4m3fn:
-        raise ConfigError(f"weight is {str(weight.dtype).removeprefix('torch.')}, not float8_e4m3fn")
-    return weight.view(torch.uint8)
+def _floats8(find: Find, N: int, K: int) -> Tensor:
+    codes = _shaped(find, "weight", (N, K), FLOATS8).view(torch.uint8)
+    if codes.numel() and (codes & 0x7F).amax() == 0x7F:
+        raise ConfigError(f"weight holds NaN, which stands for no number: {OTHER}")
+    return codes
 
 
-def _scales(read: Read, name: str, N: int, G: int) -> Tensor:
-    """Return a scale per row and group from one for each, one per row, or one for all."""
-    scale = read(name)
+def _scales(find: Find, name: str, N: int, G: int) -> Tensor:
+    """Return a scale per row and group, in float32, from one for each, one per row, or one for all."""
+    scale = _finite(name, _of_dtype(name, _present(find, name), SCALES))
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(N, G)
-    if scale.numel() != N * G:
-        raise ConfigError(f"{name} has shape {list(scale.shape)}, not {[N, G]}")
+    if tuple(scale.shape) != (N, G) and (G > 1 or tuple(scale.shape) != (N,)):
+        raise ConfigError(f"{name} has shape {list(scale.shape)}, not {[N, G]}: {OTHER}")
     return scale.reshape(N, G)
 
 
-def _shaped(read: Read, name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = read(name)
+def _finite(name: str, scale: Tensor) -> Tensor:
+    """Return scales in float32. ConfigError if one of them is no number."""
+    wide = scale.float()
+    if not wide.isfinite().all():
+        raise ConfigError(f"{name} holds NaN or infinity: {OTHER}")
+    return wide
+
+
+def _words(name: str, num_codes: int, per: int) -> int:
+    """Return how many integers hold so many codes. ConfigError if they are no whole ones."""
+    if num_codes % per:
+        raise ConfigError(f"{name} has {per} codes in each integer, and {num_codes} are no whole integers: {OTHER}")
+    return num_codes // per
+
+
+def _shaped(find: Find, name: str, shape: tuple[int, ...], dtypes: Dtypes) -> Tensor:
+    tensor = _present(find, name)
     if tuple(tensor.shape) != shape:
-        raise ConfigError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
+        raise ConfigError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}: {OTHER}")
+    return _of_dtype(name, tensor, dtypes)
+
+
+def _of_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> Tensor:
+    if tensor.dtype not in dtypes:
+        found, *known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        raise ConfigError(f"{name} is {found}, not {' or '.join(known)}: {OTHER}")
+    return tensor
+
+
+def _present(find: Find, name: str) -> Tensor:
+    if (tensor := find(name)) is None:
+        raise ConfigError(f"{name} is missing: {OTHER}")
     return tensor

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kunserve.errors import ConfigError
-from kunserve.model.config_fields import read_names, show
+from kunserve.model.config_fields import read_flag, read_names, read_object, show
 from kunserve.model.quant.blocks import GGML_BLOCKS, GROUPS, OUR_BLOCKS, Blocks
 
 # What is read of each matrix, by its ending; of "fp8" either of two scales.
@@ -92,7 +92,7 @@ def scheme_of(values: Mapping[str, Any]) -> Scheme:
             is_v2 = values.get("checkpoint_format", "gptq") == "gptq_v2"
             _want(values, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
             kind, group = _kind(values, "bits", (4, 8)), _group(values, "group_size")
-            ordered = values.get("desc_act") is not True
+            ordered = not read_flag(values, "desc_act")
             return Scheme("gptq", kind, group, zero_shift=0 if is_v2 else 1, is_ordered=ordered)
         case "compressed-tensors":
             return _compressed(values)
@@ -111,6 +111,8 @@ def _compressed(values: Mapping[str, Any]) -> Scheme:
     layout, groups = values.get("format"), values.get("config_groups")
     if layout not in ("pack-quantized", "int-quantized", "float-quantized"):
         raise ConfigError(f"compressed-tensors of format {show(layout)} are not served")
+    if any(read_object(values, "transform_config").values()):  # {"config_groups": {}} stands for none, too
+        raise ConfigError("compressed-tensors with a transform_config (rotations) are not served: take one without")
     weights = list(groups.values()) if isinstance(groups, dict) else []
     weights = [group.get("weights") if isinstance(group, dict) else None for group in weights]
     if len(weights) != 1 or not isinstance(weights[0], dict):
