@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kunserve.errors import ConfigError
-from kunserve.model.config import ACTIVATIONS, ModelConfig
+from kunserve.model.config import ACTIVATIONS, ModelConfig, RopeScaling
 from kunserve.model.config_fields import (
     check_range,
     check_tokens,
@@ -183,19 +183,25 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling
-        and {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        },
+        "rope_scaling": scaling and _scaling_values(scaling),
         "sliding_window": None,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": config.dtype,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
+    }
+
+
+def _scaling_values(scaling: RopeScaling) -> dict[str, Any]:
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return values
+    if scaling.kind != "llama3":
+        raise ConfigError(f"a config.json is written for rope scaling linear and llama3 only, not for {scaling.kind}")
+    return values | {
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from kunserve.engine.text.tokenizer import Tokenizer
 from kunserve.errors import ConfigError
 from kunserve.model.card import check_model, find_config, resolve_model
 from kunserve.model.checkpoint import SafetensorsSource
+from kunserve.model.config import RopeScaling
 from kunserve.model.gguf.file import read_gguf
 from kunserve.model.gguf.prepare import convert_gguf
 from kunserve.model.gguf.shape import gguf_config, hf_name
 from kunserve.model.gguf.source import GgufSource
-from kunserve.model.hf_config import load_hf_config
+from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
 from kunserve.model.layout import weight_units
 from kunserve.model.quant.blocks import GGML_BLOCKS
 from kunserve.model.quant.formats import NO_BLOCKS
@@ -231,6 +233,109 @@ def test_another_scaling_of_positions_is_refused(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path, family="llama3", head_dim=16)  # its original context is no published one
     with pytest.raises(ConfigError, match=r"tensor rope_freqs\.weight scales positions in another way"):
         gguf_config(read_gguf(path))
+
+
+ROPE = "llama.rope."
+
+
+@pytest.mark.parametrize(
+    ("said", "scaling"),
+    [
+        ({}, None),
+        ({"scale_linear": 4.0}, RopeScaling(4.0, kind="linear")),
+        ({"scaling.factor": 4}, RopeScaling(4.0, kind="linear")),
+        ({"scaling.type": "linear", "scaling.factor": 2.200000047683716}, RopeScaling(2.2, kind="linear")),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, None),
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.factor": 0.0, "scale_linear": 4.0}, None),
+    ],
+)
+def test_a_scaling_of_positions_is_linear_unless_the_metadata_say_otherwise(
+    said: dict[str, Any], scaling: RopeScaling | None, tmp_path: Path
+) -> None:
+    """As llama.cpp reads it."""
+    file = read_gguf(write_tiny_gguf(tmp_path))
+    metadata = {**file.metadata, **{ROPE + name: value for name, value in said.items()}}
+    config = gguf_config(replace(file, metadata=metadata))
+    assert config.rope_scaling == scaling
+    assert parse_hf_config(to_hf_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, "rope.scaling.type: 'yarn' is not supported"),
+        ({"scaling.type": ["linear"]}, r"rope.scaling.type: \['linear'\] is not supported"),
+        ({"scaling.factor": "4"}, "rope.scaling.factor: expected a number"),
+        ({"scaling.factor": -4.0}, "field factor: expected a positive number"),
+        ({"scaling.factor": float("nan")}, "field factor: expected a positive number"),
+        ({"scaling.attn_factor": 1.5}, "rope.scaling.attn_factor: 1.5 is not supported"),
+    ],
+)
+def test_other_scalings_of_positions_are_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = read_gguf(write_tiny_gguf(tmp_path))
+    metadata = {**file.metadata, **{ROPE + name: value for name, value in said.items()}}
+    with pytest.raises(ConfigError, match=message) as error:
+        gguf_config(replace(file, metadata=metadata))
+    assert "\n" not in error.value.message
+
+
+def test_two_scalings_of_positions_are_refused(tmp_path: Path) -> None:
+    rope: dict[str, Any] = {"rope_parameters": {**LLAMA31, "rope_theta": 500000.0}, "max_position_embeddings": 131072}
+    file = read_gguf(write_tiny_gguf(tmp_path, family="llama3", **rope))
+    assert gguf_config(file).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    with pytest.raises(ConfigError, match=r"rope\.scaling\.factor 4 together with tensor rope_freqs\.weight"):
+        gguf_config(replace(file, metadata={**file.metadata, "llama.rope.scaling.factor": 4.0}))
+
+
+def move(path: Path, name: str, num_bytes: int) -> None:
+    """Let a file say that a tensor begins so many bytes later."""
+    content, field = bytearray(path.read_bytes()), name.encode()
+    place = content.index(struct.pack("<Q", len(field)) + field) + 8 + len(field)
+    (num_dims,) = struct.unpack_from("<I", content, place)
+    place += 4 + 8 * num_dims + 4
+    (offset,) = struct.unpack_from("<Q", content, place)
+    struct.pack_into("<Q", content, place, offset + num_bytes)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "message"),
+    [
+        (-32, r"tensor blk\.1\.ffn_down\.weight begins at byte \d+, within tensor blk\.1\.[a-z_]+\.weight"),
+        (32, r"begins at byte \d+, within tensor blk\.1\.ffn_down\.weight"),
+        (4, r"tensor blk\.1\.ffn_down\.weight begins at byte \d+, not at a multiple of 32"),
+    ],
+)
+def test_a_tensor_that_lies_in_another_is_damaged(num_bytes: int, message: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path)
+    move(path, "blk.1.ffn_down.weight", num_bytes)
+    with pytest.raises(ConfigError, match=rf"cannot read .*fetch it again \(.*{message}") as error:
+        read_gguf(path)
+    assert "\n" not in error.value.message
+
+
+def test_tensors_may_lie_in_any_order_with_room_between_them(tmp_path: Path) -> None:
+    path, name = write_tiny_gguf(tmp_path), "blk.1.ffn_down.weight"
+    tensor, end = read_gguf(path).tensors[name], path.stat().st_size
+    content = path.read_bytes()
+    data = content[tensor.offset :][: tensor.num_bytes]
+    gap = -(end - tensor.offset) % 32 + 64
+    path.write_bytes(content[: tensor.offset] + b"\xff" * len(data) + content[tensor.offset + len(data) :])
+    path.write_bytes(path.read_bytes() + b"\xff" * gap + data)
+    move(path, name, end + gap - tensor.offset)
+    config = gguf_config(read_gguf(path))
+    out, hf = torch.empty(64, 64), hf_name(name)
+    GgufSource(read_gguf(path), config).copy_into(hf, out)
+    assert torch.equal(out, load_file(tmp_path / "reference" / "model.safetensors")[hf])
+
+
+def test_a_tensor_that_is_there_twice_is_damaged(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
+    with pytest.raises(ConfigError, match=r"tensor blk\.0\.attn_q\.weight is in tiny\.gguf, too"):
+        read_gguf(path)
 
 
 def test_a_tensor_that_would_be_left_out_is_refused(tmp_path: Path) -> None:

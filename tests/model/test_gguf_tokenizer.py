@@ -152,6 +152,15 @@ def test_sentence_piece_merges_by_score(begins: bool, tmp_path: Path) -> None:
     assert tokenizer.strips_space == begins and tokenizer.token_id("<mark>") in tokenizer.encode("the<mark>cat")
 
 
+@pytest.mark.parametrize("merges", [None, []])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_byte_level_bpe_without_merges_is_refused(pre: str, merges: object, tmp_path: Path) -> None:
+    """Texts would be cut into bytes."""
+    metadata = byte_level_metadata(tmp_path, pre) | {"tokenizer.ggml.merges": merges}
+    with pytest.raises(ConfigError, match=r"have no tokenizer\.ggml\.merges, .*: convert the model anew"):
+        save_tokenizer(metadata, 512, (2,), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -108,7 +108,10 @@ def read_gguf(path: Path) -> GgufFile:
     if missing := [one.name for one in paths if not one.exists()]:
         raise ConfigError(f"{path.parent} lacks {missing[0]} of the {len(paths)} files of the model; fetch the rest")
     headers = [_read_one(one) for one in paths]
-    tensors = {tensor.name: tensor for _, found in headers for tensor in found}
+    tensors = dict[str, GgufTensor]()
+    for tensor in (tensor for _, found in headers for tensor in found):
+        if (first := tensors.setdefault(tensor.name, tensor)) is not tensor:
+            raise ConfigError(f"cannot read {tensor.path}: {AGAIN} (tensor {tensor.name} is in {first.path.name}, too)")
     metadata = headers[0][0]
     if (count := metadata.get("split.count", 1)) not in (0, 1, len(paths)):
         raise ConfigError(f"{path}: it is one of {count} files of a model: leave them their names, NAME-00001-of-...")
@@ -135,6 +138,17 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     return metadata, tensors
 
 
+def _check_places(tensors: list[GgufTensor], start: int, alignment: int) -> None:
+    """Raise ValueError, with a tensor's name, if one lies where none can or in another. Gaps and any order are fine."""
+    before: GgufTensor | None = None
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if (tensor.offset - start) % alignment:
+            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.offset}, not at a multiple of {alignment}")
+        if before is not None and tensor.num_bytes and tensor.offset < before.offset + before.num_bytes:
+            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.offset}, within tensor {before.name}")
+        before = tensor if tensor.num_bytes else before
+
+
 class _Reader:
     """A position in a file, moved by each read."""
 
@@ -152,10 +166,12 @@ class _Reader:
         metadata = {self._string(): self._value(self._scalar(4)) for _ in range(num_fields)}
         headers = [self._tensor() for _ in range(num_tensors)]
         alignment = int(metadata.get("general.alignment", 32))
+        if alignment < 1:
+            raise ValueError(f"an alignment of {alignment} bytes")
         start = ceil_div(self._offset, alignment) * alignment
-        return metadata, [
-            GgufTensor(name, shape, format, self._path, start + offset) for name, shape, format, offset in headers
-        ]
+        tensors = [GgufTensor(name, shape, format, self._path, start + at) for name, shape, format, at in headers]
+        _check_places(tensors, start, alignment)
+        return metadata, tensors
 
     def _scalar(self, kind: int) -> Any:
         code = SCALARS[kind]

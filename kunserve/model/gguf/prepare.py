@@ -20,7 +20,7 @@ from kunserve.model.gguf.tokenizer import save_tokenizer
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.quant.formats import NO_BLOCKS
 
-FORMAT = 1  # of the folder: raise it when other files would be written
+FORMAT = 2  # of the folder: raise it when other files would be written
 
 
 def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig, RopeScaling
+from kunserve.model.config_fields import show
 from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, GgufTensor
 from kunserve.model.hf_config import check_config
@@ -90,7 +91,7 @@ def _config(file: GgufFile) -> ModelConfig:
         max_position_embeddings=fields.whole("context_length"),
         rms_norm_eps=_shortest(fields.number("attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
-        rope_scaling=_rope_scaling(file, theta),
+        rope_scaling=_rope_scaling(file, fields, theta),
         tie_embeddings="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
@@ -135,16 +136,30 @@ class _Fields:
 
 def _refuse_unsupported(fields: _Fields) -> None:
     """Raise ConfigError for the first value that changes the result and that we do not compute."""
-    if (scaling := fields.get("rope.scaling.type") or "none") != "none":
-        raise ConfigError(f"rope scaling {scaling!r} is not supported in GGUF files")
     if fields.get("expert_count"):
         raise ConfigError("mixtures of experts are not supported in GGUF files")
 
 
-def _rope_scaling(file: GgufFile, theta: float) -> RopeScaling | None:
-    """Return the scaling that the file's factors are of."""
-    if (tensor := file.tensors.get(ROPE_FACTORS)) is None:
-        return None
+def _rope_scaling(file: GgufFile, fields: _Fields, theta: float) -> RopeScaling | None:
+    """Return the scaling that the metadata say, or that the file's factors are of."""
+    linear, tensor = _linear_scaling(fields), file.tensors.get(ROPE_FACTORS)
+    if linear is not None and tensor is not None:
+        raise ConfigError(f"rope.scaling.factor {linear.factor:g} together with tensor {tensor.name} is not supported")
+    return linear if tensor is None else _scaling_of(tensor, theta)
+
+
+def _linear_scaling(fields: _Fields) -> RopeScaling | None:
+    """Return the scaling that the metadata say: without a type it is linear; factors of 0 and 1 stand for none."""
+    if (kind := fields.get("rope.scaling.type") or "linear") not in ("none", "linear"):
+        raise ConfigError(f"metadata rope.scaling.type: {show(kind)} is not supported in GGUF files, only linear")
+    if (stretch := fields.number("rope.scaling.attn_factor", 1.0)) != 1:
+        raise ConfigError(f"metadata rope.scaling.attn_factor: {stretch:g} is not supported in GGUF files, only 1")
+    factor = _shortest(fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)))  # the old name
+    return None if kind == "none" or factor in (0, 1) else RopeScaling(factor, kind="linear")
+
+
+def _scaling_of(tensor: GgufTensor, theta: float) -> RopeScaling:
+    """Return the scaling that factors are of."""
     if tensor.format != "F32":
         raise ConfigError(f"tensor {tensor.name} has the format {tensor.format}, not F32")
     with reading(tensor.path), tensor.path.open("rb") as data:

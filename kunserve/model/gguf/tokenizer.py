@@ -83,7 +83,11 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str,
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
-    lines = metadata.get("tokenizer.ggml.merges") or []
+    lines = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+        raise ConfigError(
+            "the metadata have no tokenizer.ggml.merges, which gpt2 joins bytes by: convert the model anew"
+        )
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
