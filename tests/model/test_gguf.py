@@ -21,6 +21,7 @@ from kunserve.errors import ConfigError
 from kunserve.model.card import check_model, find_config, resolve_model
 from kunserve.model.checkpoint import SafetensorsSource
 from kunserve.model.config import RopeScaling
+from kunserve.model.gguf import prepare
 from kunserve.model.gguf.file import read_gguf
 from kunserve.model.gguf.prepare import convert_gguf
 from kunserve.model.gguf.shape import gguf_config, hf_name
@@ -201,6 +202,9 @@ def test_bits_that_flip_in_a_header_end_in_one_line(tmp_path: Path) -> None:
         (b"\x04\0\0\0\0\0\0\0gpt2", b"\x04\0\0\0\0\0\0\0bert", "tokenizer 'bert'"),
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", "architecture 'mamba'"),
         (b"blk.0.attn_q.weight", b"blk.0.attn_x.weight", r"tensor blk\.0\.attn_x\.weight is of no model"),
+        (b"blk.0.attn_q.weight", b"blk.0.attn\nq.weight", r"a tensor's name is 'blk\.0\.attn\\nq\.weight'"),
+        (b"blk.0.attn_q.weight", b"blk.0.attn_q.wei\nht", r"a tensor's name is 'blk\.0\.attn_q\.wei\\nht'"),
+        (b"\x03\0\0\0\0\0\0\0the", b"\x03\0\0\0\0\0\0\0t\xffe", r"metadata tokenizer\.ggml\.tokens: 't\\udcffe'"),
         (b"blk.0.attn_q.weight", b"blk.7.attn_q.weight", r"lacks 1 of 29 tensors: model\.layers\.0\.self_attn\.q_proj"),
     ],
 )
@@ -213,6 +217,16 @@ def test_other_models_are_refused(old: bytes, new: bytes, message: str, tmp_path
         open_source(path, tmp_path / "cache")
     assert str(path) in error.value.message and "\n" not in error.value.message
     assert not list((tmp_path / "cache").rglob("*.json")) or "lacks" in message
+
+
+def test_whatever_a_tokenizers_library_says_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise Exception("one\ntwo")
+
+    monkeypatch.setattr(prepare, "save_tokenizer", fail)
+    path = write_tiny_gguf(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{path}: its tokenizer cannot be built: 'one\\ntwo': take another"):
+        open_source(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.IQ4_NL, Kind.TQ1_0])

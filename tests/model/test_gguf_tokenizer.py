@@ -157,20 +157,46 @@ def test_sentence_piece_merges_by_score(begins: bool, tmp_path: Path) -> None:
 def test_byte_level_bpe_without_merges_is_refused(pre: str, merges: object, tmp_path: Path) -> None:
     """Texts would be cut into bytes."""
     metadata = byte_level_metadata(tmp_path, pre) | {"tokenizer.ggml.merges": merges}
-    with pytest.raises(ConfigError, match=r"have no tokenizer\.ggml\.merges, .*: convert the model anew"):
+    with pytest.raises(ConfigError, match=r"have no tokenizer\.ggml\.merges, .*: take another GGUF file"):
         save_tokenizer(metadata, 512, (2,), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.tokens": None}, "the metadata have no tokenizer"),
+        ({"tokenizer.ggml.tokens": None}, r"have no tokenizer\.ggml\.tokens"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, r"metadata tokenizer\.ggml\.tokens: 1 is no text"),
+        ({"tokenizer.ggml.tokens": ["a", "\udcff\n"]}, r"metadata tokenizer\.ggml\.tokens: '\\udcff\\n' is no UTF-8"),
+        ({"tokenizer.ggml.token_type": ["1"] * 278}, r"have no tokenizer\.ggml\.token_type"),
+        ({"tokenizer.chat_template": 5}, r"metadata tokenizer\.chat_template: 5 is no text"),
+        ({"tokenizer.chat_template": "\udcff"}, r"metadata tokenizer\.chat_template: '\\udcff' is no UTF-8"),
         ({"tokenizer.ggml.eos_token_id": 5000}, "the metadata's eos token is none of the 278 tokens"),
-        ({"tokenizer.ggml.scores": [1.0]}, "have no scores"),
+        ({"tokenizer.ggml.scores": [1.0]}, r"have no tokenizer\.ggml\.scores"),
+        ({"tokenizer.ggml.scores": ["1"] * 278}, r"have no tokenizer\.ggml\.scores"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5' is not served from GGUF files"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "words as of 'tekken' is not known"),
     ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         save_tokenizer(sentence_piece_metadata(True) | change, 512, (2,), tmp_path)
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merges": 5}, r"have no tokenizer\.ggml\.merges"),
+        ({"merges": [1, 2]}, r"metadata tokenizer\.ggml\.merges: 1 is no text"),
+        ({"merges": ["t h", "\udcff x"]}, r"metadata tokenizer\.ggml\.merges: '\\udcff x' is no UTF-8"),
+        ({"merges": ["t\nh x"]}, "the tokenizer cannot be built: "),
+        ({"pre": ["smollm"]}, r"words as of \['smollm'\] is not known"),
+        ({"model": ["gpt2"]}, r"tokenizer \['gpt2'\] is not served"),
+    ],
+)
+def test_metadata_of_another_kind_end_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    metadata = byte_level_metadata(tmp_path, "smollm")
+    metadata |= {f"tokenizer.ggml.{name}": value for name, value in change.items()}
+    with pytest.raises(ConfigError, match=message) as error:
+        save_tokenizer(metadata, 512, (2,), tmp_path)
+    assert "\n" not in error.value.message

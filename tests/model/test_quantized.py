@@ -243,6 +243,33 @@ def test_scales_of_rows_may_lie_in_one_dimension_and_in_any_dtype(dtype: torch.d
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("kind", ["awq", "gptq", "w4a16", "w8a8", "compressed fp8", "fp8 of blocks"])
+def test_a_config_of_another_size_is_refused(kind: str, tmp_path: Path) -> None:
+    folder, path = write_tiny_quantized(kind, tmp_path), tmp_path / "quantized" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 388}))
+    source = QuantizedSource(folder, load_hf_config(folder))
+    for name, shape in ((f"{UP}weight", (388, 256)), ("model.layers.0.mlp.down_proj.weight", (256, 388))):
+        with pytest.raises(ConfigError, match=rf"^{name.removesuffix('weight')}.*: fetch the model again") as error:
+            source.copy_into(name, torch.empty(shape))
+        assert "\n" not in error.value.message
+
+
+def test_a_group_may_be_longer_than_a_row(tmp_path: Path) -> None:
+    folder = write_tiny_quantized("compressed fp8", tmp_path)
+    path, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    values["group_0"]["weights"] |= {"strategy": "group", "group_size": 512}
+    configure(folder, {"config_groups": values})
+    save_file(tensors | {f"{UP}weight_scale": torch.tensor([0.5])}, path)
+    source, out = QuantizedSource(folder, config := load_hf_config(folder)), torch.empty(UP_SHAPE)
+    source.copy_into(f"{UP}weight", out)
+    assert torch.equal(out, tensors[f"{UP}weight"].float() * 0.5)
+    blocks = config.formats.by_name[f"{UP}weight"]
+    stored = torch.empty(384, 256 // blocks.num_values * blocks.num_bytes, dtype=torch.uint8)
+    source.copy_into(f"{UP}weight", stored)
+    assert torch.equal(StoredRows(stored, blocks).dense(), out)
+
+
 def configure(folder: Path, change: dict[str, Any]) -> None:
     """Change what a checkpoint's config says of its quantization; None: it does not say it."""
     values = json.loads((folder / "config.json").read_text())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kunserve.errors import ConfigError
+from kunserve.model.config_fields import show
 from kunserve.model.files import reading
 from kunserve.model.folder import gguf_parts
 from kunserve.model.quant.blocks import GGML_BLOCKS, Blocks
@@ -114,7 +115,9 @@ def read_gguf(path: Path) -> GgufFile:
             raise ConfigError(f"cannot read {tensor.path}: {AGAIN} (tensor {tensor.name} is in {first.path.name}, too)")
     metadata = headers[0][0]
     if (count := metadata.get("split.count", 1)) not in (0, 1, len(paths)):
-        raise ConfigError(f"{path}: it is one of {count} files of a model: leave them their names, NAME-00001-of-...")
+        raise ConfigError(
+            f"{path}: it is one of {show(count)} files of a model: leave them their names, NAME-00001-of-..."
+        )
     return GgufFile(paths, metadata, tensors)
 
 
@@ -219,6 +222,8 @@ class _Reader:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], str, int]:
         name, num_dims = self._string(), self._scalar(4)
+        if not name.isprintable():
+            raise ValueError(f"a tensor's name is {show(name)}")
         if num_dims > 4:
             raise ValueError(f"tensor {name} has {num_dims} dimensions")
         shape = tuple(self._scalar(10) for _ in range(num_dims))[::-1]  # the fastest dimension comes first

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
+from kunserve.model.config_fields import show
 from kunserve.model.file_lock import file_lock
 from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, read_gguf
 from kunserve.model.gguf.shape import gguf_config
-from kunserve.model.gguf.tokenizer import save_tokenizer
+from kunserve.model.gguf.tokenizer import OTHER, save_tokenizer
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.quant.formats import NO_BLOCKS
 
@@ -81,3 +82,7 @@ def _write(file: GgufFile, config: ModelConfig, folder: Path) -> None:
         save_tokenizer(file.metadata, config.max_position_embeddings, config.eos_token_ids, folder)
     except ConfigError as error:
         raise ConfigError(f"{file.paths[0]}: {error.message}") from None
+    except OSError:  # of the folder, not of the file
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{file.paths[0]}: its tokenizer cannot be built: {show(str(error))}: {OTHER}") from None

@@ -72,7 +72,7 @@ def _config(file: GgufFile) -> ModelConfig:
     metadata = file.metadata
     family = metadata.get("general.architecture")
     if family not in ARCHITECTURES:
-        raise ConfigError(f"architecture {family!r} is not served from GGUF files, only {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"architecture {show(family)} is not served from GGUF files, only {', '.join(ARCHITECTURES)}")
     fields = _Fields(metadata, family)
     _refuse_unsupported(fields)
     hidden, heads = fields.whole("embedding_length"), fields.whole("attention.head_count")

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from kunserve.errors import ConfigError
+from kunserve.model.config_fields import show
 from kunserve.model.gguf.shape import CONTROL, UNKNOWN, USER_DEFINED
 from kunserve.model.sentence_piece import add_around, bpe, set_spaces
 
@@ -32,6 +33,7 @@ WORDS = {
 }
 TAKES_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is that token, whatever merges say
 COMPOSES = ("qwen2", "deepseek-r1-qwen")  # characters are composed (NFC) first
+OTHER = "take another GGUF file of the model"  # what to do about metadata that are not right
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -40,10 +42,12 @@ def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tu
 
     ConfigError for a tokenizer that is not known.
     """
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
-        raise ConfigError("the metadata have no tokenizer: tokens and their types")
+    tokens, types = _texts(metadata, "tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(types, list) or len(tokens) != len(types) or any(type(kind) is not int for kind in types):
+        raise ConfigError(f"the metadata have no tokenizer.ggml.token_type, a number for each token: {OTHER}")
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None:
+        _check_texts("tokenizer.chat_template", [template])
     ids = {name: metadata.get(f"tokenizer.ggml.{gguf}_token_id") for name, gguf in SPECIAL.items()}
     if bad := [name for name, i in ids.items() if i is not None and not (type(i) is int and 0 <= i < len(tokens))]:
         raise ConfigError(f"the metadata's {bad[0]} token is none of the {len(tokens)} tokens")
@@ -57,7 +61,7 @@ def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tu
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": template,
         **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
     }
     generation = {"bos_token_id": ids["bos"], "eos_token_id": list(eos_ids) or None, "pad_token_id": ids["pad"]}
@@ -65,17 +69,37 @@ def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tu
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
 
+def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
+    """Return a list of texts. ConfigError if there is none, or one of them is no text."""
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"the metadata have no tokenizer.ggml.{name}, a list of texts: {OTHER}")
+    _check_texts(f"tokenizer.ggml.{name}", values)
+    return values
+
+
+def _check_texts(field: str, values: list[Any]) -> None:
+    """Raise ConfigError for the first value that is no text; bytes that are no UTF-8 have been read as surrogates."""
+    if others := [value for value in values if not isinstance(value, str)]:
+        raise ConfigError(f"metadata {field}: {show(others[0])} is no text: {OTHER}")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        bad = next(value for value in values if any("\ud800" <= char <= "\udfff" for char in value))
+        raise ConfigError(f"metadata {field}: {show(bad)} is no UTF-8: {OTHER}") from None
+
+
 def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str, int | None]) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     match kind:
-        case "gpt2" if pre in WORDS:
+        case "gpt2" if isinstance(pre, str) and pre in WORDS:
             tokenizer = _byte_level(metadata, tokens, pre)
         case "gpt2":
-            raise ConfigError(f"tokenizer gpt2 with words as of {pre!r} is not known; known are {', '.join(WORDS)}")
+            raise ConfigError(f"tokenizer gpt2 with words as of {show(pre)} is not known; known are {', '.join(WORDS)}")
         case "llama":
             tokenizer = _sentence_piece(metadata, tokens, ids["unk"])
         case _:
-            raise ConfigError(f"tokenizer {kind!r} is not served from GGUF files, only gpt2 and llama")
+            raise ConfigError(f"tokenizer {show(kind)} is not served from GGUF files, only gpt2 and llama")
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in TAKES_WHOLE_WORDS)
     adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
     add_around(tokenizer, ids["bos"] if adds_bos else None, ids["eos"] if adds_eos else None)
@@ -83,17 +107,13 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str,
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
-    lines = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-        raise ConfigError(
-            "the metadata have no tokenizer.ggml.merges, which gpt2 joins bytes by: convert the model anew"
-        )
+    lines = _texts(metadata, "merges")  # without them texts would be cut into bytes
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in TAKES_WHOLE_WORDS))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"the tokenizer cannot be built: {error}") from None
+        raise ConfigError(f"the tokenizer cannot be built: {show(str(error))}: {OTHER}") from None
     cuts = [pre_tokenizers.Split(Regex(words), behavior="isolated") for words in WORDS[pre]]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
@@ -106,8 +126,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tok
 def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], unknown: int | None) -> Tokenizer:
     """Return a BPE whose merges are those that SentencePiece finds by the tokens' scores, best first."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ConfigError("the metadata have no scores of the tokens")
-    tokenizer = bpe(tokens, scores, unknown)
+    numbers = [score for score in scores if isinstance(score, int | float)] if isinstance(scores, list) else []
+    if len(numbers) != len(tokens):
+        raise ConfigError(f"the metadata have no tokenizer.ggml.scores, a number for each token: {OTHER}")
+    tokenizer = bpe(tokens, numbers, unknown)
     set_spaces(tokenizer, begins=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
     return tokenizer
