@@ -51,8 +51,9 @@ def awq(name: str, N: int, K: int, group: int) -> Written:
 
 def gptq(name: str, N: int, K: int, group: int, bits: int = 4, *, is_ordered: bool = True, shift: int = 1) -> Written:
     top = 1 << bits
-    q, s = _random(name, N, K, high=top), _scales(N, K // group)
-    z = _random(name, N, K // group, high=top - 1) + 1
+    G = ceil_div(K, group)
+    q, s = _random(name, N, K, high=top), _scales(N, G)
+    z = _random(name, N, G, high=top - 1) + 1
     of = torch.arange(K) // group
     if not is_ordered:
         of = of[torch.randperm(K, generator=torch.Generator().manual_seed(K))]
@@ -71,13 +72,13 @@ def gptq_of_rows(name: str, N: int, K: int) -> Written:
 
 def pack_quantized(name: str, N: int, K: int, group: int, bits: int = 4) -> Written:
     half = 1 << (bits - 1)
-    q, s = _random(name, N, K, high=2 * half) - half, _scales(N, K // group, torch.bfloat16)
+    q, s = _random(name, N, K, high=2 * half) - half, _scales(N, ceil_div(K, group), torch.bfloat16)
     tensors = {
         "weight_packed": _packed(q + half, bits),
         "weight_scale": s,
         "weight_shape": torch.tensor([N, K]),
     }
-    return tensors, q * s.float().repeat_interleave(group, 1)
+    return tensors, q * s.float().repeat_interleave(group, 1)[:, :K]
 
 
 def int_quantized(name: str, N: int, K: int) -> Written:

@@ -383,6 +383,14 @@ def test_metadata_of_another_kind_is_damaged(tmp_path: Path) -> None:
             gguf_config(replace(file, metadata={**file.metadata, **change}))
 
 
+def test_a_first_token_beyond_the_vocabulary_is_none(tmp_path: Path) -> None:
+    file = read_gguf(write_tiny_gguf(tmp_path))
+    beyond = {f"tokenizer.ggml.{name}_token_id": 4294967295 for name in ("bos", "padding")}
+    assert gguf_config(replace(file, metadata={**file.metadata, **beyond})).bos_token_id is None
+    with pytest.raises(ConfigError, match="field bos_token_id: '0' is none of"):
+        gguf_config(replace(file, metadata={**file.metadata, "tokenizer.ggml.bos_token_id": "0"}))
+
+
 def test_a_folder_of_several_models_names_them(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path)
     path.with_name("other.gguf").write_bytes(path.read_bytes())

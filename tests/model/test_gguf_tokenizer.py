@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from tiny_models import SPECIAL_TOKENS, save_tiny_tokenizer
 
 from kunserve.engine.text.tokenizer import Tokenizer
@@ -181,6 +182,26 @@ def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any], messag
     with pytest.raises(ConfigError, match=message) as error:
         save_tokenizer(sentence_piece_metadata(True) | change, 512, (2,), tmp_path)
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("name", ["padding", "bos"])
+@pytest.mark.parametrize("beyond", [4294967295, 5000])
+def test_a_special_token_that_texts_do_without_may_be_none(name: str, beyond: int, tmp_path: Path) -> None:
+    """As llama.cpp reads it, with a warning."""
+    metadata = byte_level_metadata(tmp_path / "tiny", "smollm") | {f"tokenizer.ggml.{name}_token_id": beyond}
+    with structlog.testing.capture_logs() as lines:
+        tokenizer = made(metadata, tmp_path / "made")
+    (line,) = lines
+    assert (line["log_level"], line["token"], line["id"]) == ("warning", name.removesuffix("ding"), beyond)
+    assert tokenizer.encode("the fox") == made(metadata, tmp_path / "again").encode("the fox")
+    assert (tokenizer.bos_token_id is None) == (name == "bos")
+
+
+@pytest.mark.parametrize("name", ["eos", "bos"])
+def test_a_special_token_that_is_needed_must_be_one(name: str, tmp_path: Path) -> None:
+    change = {f"tokenizer.ggml.{name}_token_id": 4294967295, "tokenizer.ggml.add_bos_token": True}
+    with pytest.raises(ConfigError, match=rf"the metadata's {name} token is none of the 3\d+ tokens: take another"):
+        save_tokenizer(byte_level_metadata(tmp_path, "smollm") | change, 512, (2,), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from tiny_gguf import write_tiny_gguf
 from tiny_quantized import CHECKPOINTS, write_tiny_quantized
 from torch import Tensor
@@ -62,6 +63,22 @@ def test_a_checkpoint_in_planes_is_what_it_stands_for(kind: str, tmp_path: Path)
     assert parts.keys() == (config.formats.by_name.keys() if is_kept else set())
     if kind in ("compressed fp8", "fp8", "w8a8", "gptq of rows"):  # one scale for a row
         assert {part.scales.shape[1] for part in parts.values() if part.scales is not None} <= {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "w4a16"])
+def test_the_last_group_of_a_row_may_be_a_part_of_one(kind: str, tmp_path: Path) -> None:
+    """576 columns in groups of 128."""
+    folder, name = write_tiny_quantized(kind, tmp_path, intermediate_size=576), "model.layers.1.mlp.down_proj.weight"
+    config, expected = load_hf_config(folder), load_file(tmp_path / "dequantized" / "model.safetensors")[name]
+    numbers = torch.empty(256, 576)
+    open_weights(folder, config, "auto").copy_into(name, numbers)
+    assert torch.equal(numbers, expected)
+    blocks = config.formats.by_name[name]
+    rows = torch.empty(256, 576 // blocks.num_values * blocks.num_bytes, dtype=torch.uint8)
+    open_weights(folder, config, "auto").copy_into(name, rows)
+    planes = stored(planar := in_planes(config), open_weights(folder, planar, "auto"))[name]
+    assert torch.equal(StoredRows(rows, blocks).dense(), expected) and torch.equal(planes.dense(), expected)
+    assert planes.scales is not None and planes.scales.shape == (256, 10)
 
 
 @pytest.mark.parametrize(

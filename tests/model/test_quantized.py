@@ -147,6 +147,25 @@ def test_matrices_that_are_not_quantized_are_numbers(tmp_path: Path) -> None:
     assert config.formats.of(name) is None and config.formats.of(name.replace("down", "up")) is not None
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"modules_to_not_convert": ["down_proj"]},
+        {"dynamic": {r"-:.*\.down_proj": {}}},
+        {"dynamic": {r"+:.*\.mlp\.up_proj": {"bits": 4}, r"-:model\.layers\.\d\.mlp\.(down|up)_proj$": {}}},
+    ],
+)
+def test_what_gptq_leaves_out_is_read_as_numbers(said: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_tiny_quantized("gptq", tmp_path, skipped="down_proj")
+    configure(folder, {"modules_to_not_convert": None} | said)
+    config, name = load_hf_config(folder), "model.layers.1.mlp.down_proj.weight"
+    source, out = QuantizedSource(folder, config), torch.empty(256, 384)
+    source.copy_into(name, out)
+    assert torch.equal(out, load_file(tmp_path / "dequantized" / "model.safetensors")[name])
+    source.copy_into(f"{UP}weight", torch.empty(UP_SHAPE))
+    assert config.formats.of(name) is None and config.formats.of(f"{UP}weight") is not None
+
+
 def test_the_decoder_of_a_model_that_also_sees_is_found_under_its_longer_names(tmp_path: Path) -> None:
     """As of Gemma 3: what is quantized has them too."""
     folder = write_tiny_quantized("awq", tmp_path)
@@ -295,6 +314,7 @@ def test_an_order_of_columns_that_the_config_does_not_say_is_refused(said: dict[
     [
         ("gptq", {"desc_act": "true"}, "field desc_act: expected true or false, not 'true'"),
         ("w4a16", {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, ".* transform_config .*take"),
+        ("gptq", {"dynamic": {"-:(": {}}}, r"field dynamic: '-:\(' is no expression"),
         ("w4a16", {"transform_config": [1]}, "field transform_config: expected an object"),
     ],
 )

@@ -79,9 +79,11 @@ def _config(file: GgufFile) -> ModelConfig:
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     head_dim = fields.whole("attention.key_length", hidden // max(1, heads))
     theta = _shortest(fields.number("rope.freq_base", 10000.0))
+    vocab_size = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(tokens)
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
     config = ModelConfig(
         family=family,
-        vocab_size=file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(tokens),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=fields.whole("feed_forward_length"),
         num_layers=fields.whole("block_count"),
@@ -95,7 +97,7 @@ def _config(file: GgufFile) -> ModelConfig:
         tie_embeddings="output.weight" not in file.tensors,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=None if type(bos) is int and not 0 <= bos < vocab_size else bos,  # see tokenizer._special_ids
         eos_token_ids=_ends(metadata),
         formats=Formats({name: t.blocks for name, t in hf_tensors(file).items() if t.blocks and len(t.shape) == 2}),
     )

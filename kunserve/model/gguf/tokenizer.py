@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from kunserve.errors import ConfigError
 from kunserve.model.config_fields import show
 from kunserve.model.gguf.shape import CONTROL, UNKNOWN, USER_DEFINED
 from kunserve.model.sentence_piece import add_around, bpe, set_spaces
+
+log = structlog.get_logger()
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -48,9 +51,7 @@ def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tu
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
         _check_texts("tokenizer.chat_template", [template])
-    ids = {name: metadata.get(f"tokenizer.ggml.{gguf}_token_id") for name, gguf in SPECIAL.items()}
-    if bad := [name for name, i in ids.items() if i is not None and not (type(i) is int and 0 <= i < len(tokens))]:
-        raise ConfigError(f"the metadata's {bad[0]} token is none of the {len(tokens)} tokens")
+    ids = _special_ids(metadata, len(tokens))
     tokenizer = _tokenizer(metadata, tokens, ids)
     special = [token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
@@ -67,6 +68,28 @@ def save_tokenizer(metadata: Mapping[str, Any], context_length: int, eos_ids: tu
     generation = {"bos_token_id": ids["bos"], "eos_token_id": list(eos_ids) or None, "pad_token_id": ids["pad"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+
+
+def _special_ids(metadata: Mapping[str, Any], num_tokens: int) -> dict[str, int | None]:
+    """Return the special tokens that a file names.
+
+    ConfigError for one that is none of its tokens; where texts do without it, it is left out, as llama.cpp does.
+    """
+    ids = dict[str, int | None]()
+    for name, gguf in SPECIAL.items():
+        ids[name] = i = metadata.get(f"tokenizer.ggml.{gguf}_token_id")
+        if i is None or (type(i) is int and 0 <= i < num_tokens):
+            continue
+        if type(i) is not int or not (name == "pad" or (name == "bos" and not _adds_bos(metadata))):
+            raise ConfigError(f"the metadata's {name} token is none of the {num_tokens} tokens: {OTHER}")
+        log.warning("a special token is none of the tokens: it is not used", token=name, id=i, tokens=num_tokens)
+        ids[name] = None
+    return ids
+
+
+def _adds_bos(metadata: Mapping[str, Any]) -> bool:
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in TAKES_WHOLE_WORDS))
 
 
 def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -100,9 +123,8 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str,
             tokenizer = _sentence_piece(metadata, tokens, ids["unk"])
         case _:
             raise ConfigError(f"tokenizer {show(kind)} is not served from GGUF files, only gpt2 and llama")
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in TAKES_WHOLE_WORDS)
     adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-    add_around(tokenizer, ids["bos"] if adds_bos else None, ids["eos"] if adds_eos else None)
+    add_around(tokenizer, ids["bos"] if _adds_bos(metadata) else None, ids["eos"] if adds_eos else None)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ class Scheme:
     kind: str  # of codes: "A4", "A8", "F8", as our blocks are named; "MXFP4"
     group: int | None  # columns that share a scale; None: a whole row, or the whole matrix
     skipped: tuple[str, ...] = ()  # parts of the names of matrices that are not quantized; * stands for anything
+    dynamic: tuple[str, ...] = ()  # expressions for names, of which the first that fits counts; "-:...": not quantized
     zero_shift: int = 0  # what is added to stored zero points
     is_ordered: bool = True  # False: which group a column is of is stored (GPTQ's act-order)
 
@@ -60,8 +62,13 @@ class Scheme:
     def skips(self, name: str) -> bool:
         """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
         dotted = f".{name}."
-        return name == "lm_head" or any(
-            fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted for part in self.skipped
+        fits = (part for part in self.dynamic if re.match(part.removeprefix("-:").removeprefix("+:"), name))
+        return (
+            name == "lm_head"
+            or next(fits, "").startswith("-:")
+            or any(
+                fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted for part in self.skipped
+            )
         )
 
     def holds(self, name: str, num_dims: int) -> bool:
@@ -93,7 +100,8 @@ def scheme_of(values: Mapping[str, Any]) -> Scheme:
             _want(values, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
             kind, group = _kind(values, "bits", (4, 8)), _group(values, "group_size")
             ordered = not read_flag(values, "desc_act")
-            return Scheme("gptq", kind, group, zero_shift=0 if is_v2 else 1, is_ordered=ordered)
+            names, dynamic = _names(values), _dynamic(values)
+            return Scheme("gptq", kind, group, names, dynamic, zero_shift=0 if is_v2 else 1, is_ordered=ordered)
         case "compressed-tensors":
             return _compressed(values)
         case "fp8":
@@ -152,6 +160,17 @@ def _group(values: Mapping[str, Any], field: str) -> int | None:
     if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
         raise ConfigError(f"field {field}: expected a number of columns, not {show(size)}")
     return None if size == -1 else size
+
+
+def _dynamic(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what GPTQModel says of single matrices; how they are stored otherwise, their tensors' shapes tell."""
+    expressions = tuple(read_object(values, "dynamic"))
+    for expression in expressions:
+        try:
+            re.compile(expression.removeprefix("-:").removeprefix("+:"))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"field dynamic: {show(expression)} is no expression: {show(str(error))}") from None
+    return expressions
 
 
 def _names(values: Mapping[str, Any]) -> tuple[str, ...]:
