@@ -279,7 +279,10 @@ def test_a_scaling_of_positions_is_linear_unless_the_metadata_say_otherwise(
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"scaling.type": "yarn", "scaling.factor": 4.0}, "rope.scaling.type: 'yarn' is not supported"),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0},
+            "rope.scaling.type: 'yarn' is not supported, only linear: take the model in safetensors",
+        ),
         ({"scaling.type": ["linear"]}, r"rope.scaling.type: \['linear'\] is not supported"),
         ({"scaling.factor": "4"}, "rope.scaling.factor: expected a number"),
         ({"scaling.factor": -4.0}, "field factor: expected a positive number"),

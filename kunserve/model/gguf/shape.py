@@ -17,6 +17,7 @@ from kunserve.model.hf_config import check_config
 from kunserve.model.quant.formats import Formats
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+OTHERWISE = "take the model in safetensors instead of GGUF"
 ROPE_FACTORS = "rope_freqs.weight"  # of Llama 3.1 and later: what each pair's step is divided by
 # The scalings that were published; a file has their factors, not these numbers.
 LLAMA3_SCALINGS = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
@@ -146,16 +147,17 @@ def _rope_scaling(file: GgufFile, fields: _Fields, theta: float) -> RopeScaling 
     """Return the scaling that the metadata say, or that the file's factors are of."""
     linear, tensor = _linear_scaling(fields), file.tensors.get(ROPE_FACTORS)
     if linear is not None and tensor is not None:
-        raise ConfigError(f"rope.scaling.factor {linear.factor:g} together with tensor {tensor.name} is not supported")
+        both = f"rope.scaling.factor {linear.factor:g} together with tensor {tensor.name}"
+        raise ConfigError(f"{both} is not supported: {OTHERWISE}")
     return linear if tensor is None else _scaling_of(tensor, theta)
 
 
 def _linear_scaling(fields: _Fields) -> RopeScaling | None:
     """Return the scaling that the metadata say: without a type it is linear; factors of 0 and 1 stand for none."""
     if (kind := fields.get("rope.scaling.type") or "linear") not in ("none", "linear"):
-        raise ConfigError(f"metadata rope.scaling.type: {show(kind)} is not supported in GGUF files, only linear")
+        raise ConfigError(f"metadata rope.scaling.type: {show(kind)} is not supported, only linear: {OTHERWISE}")
     if (stretch := fields.number("rope.scaling.attn_factor", 1.0)) != 1:
-        raise ConfigError(f"metadata rope.scaling.attn_factor: {stretch:g} is not supported in GGUF files, only 1")
+        raise ConfigError(f"metadata rope.scaling.attn_factor: {stretch:g} is not supported, only 1: {OTHERWISE}")
     factor = _shortest(fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)))  # the old name
     return None if kind == "none" or factor in (0, 1) else RopeScaling(factor, kind="linear")
 
