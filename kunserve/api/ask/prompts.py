@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kunserve.api.ask.protocol import ChatCall, GenerationCall, Prompt, check_text, too_long
+from kunserve.api.ask.protocol import ChatCall, GenerationCall, Prompt, check_text, check_token_ids, too_long
 from kunserve.api.wire.backend import Template
 from kunserve.api.wire.context import Api
 from kunserve.errors import InvalidRequestError
@@ -92,7 +92,8 @@ def fit_to_context(
 ) -> tuple[list[int], SamplingParams]:
     """Return the tokens to compute, and how many may follow.
 
-    Raises InvalidRequestError if prompt and max_tokens together exceed the model.
+    Raises InvalidRequestError if prompt and max_tokens together exceed the model, or if its tokenizer has made a token
+    of the text that the model has no row for.
     """
     max_model_len = api.model.max_model_len
     if call.truncate_prompt_tokens is not None:
@@ -100,6 +101,8 @@ def fit_to_context(
         ids = ids[:kept] if call.keeps_begin else ids[-kept:]
     if not ids:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param=param)
+    if api.model.vocab_size is not None:
+        check_token_ids(ids, api.model.vocab_size, param)
     room = max_model_len - len(ids)
     if room < 1:
         raise too_long(f"the prompt has {len(ids)} and needs room for one more", param, max_model_len)
@@ -117,7 +120,11 @@ def fit_to_context(
 
 
 async def tokenize_bad_words(api: Api, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return token sequences of words: at the beginning of a text, and after a blank."""
+    """Return token sequences of words: at the beginning of a text, and after a blank.
+
+    A word with a token that the model has no number for is never written.
+    """
+    highest = api.model.vocab_size or api.tokenizer.vocab_size
     texts = [blank + word.lstrip() for word in words for blank in ("", " ")]
     spelt = await tokenize(api, texts, add_special_tokens=False)
-    return tuple(dict.fromkeys(tuple(ids) for ids in spelt if ids))
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelt if ids and max(ids) < highest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,28 @@ async def test_the_prompt_ends_exactly_where_the_final_message_does(source: str,
             assert response.status == 200, await response.text()
             prompt = tokenizer.decode(engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
             assert prompt == opened + (text if source == CHAT_TEMPLATE else text.lstrip())
+
+
+async def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused() -> None:
+    """Tokenizers may know more tokens than models: "z" is the last of 122, "{" one beyond."""
+    engine, model = FakeEngine(), replace(MODEL, vocab_size=ord("z") + 1)
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "{"}]}
+    async with serving(engine, model=model) as client:
+        asked: list[tuple[str, dict[str, Any], str]] = [
+            ("/v1/completions", {"prompt": "x {"}, "prompt"),
+            ("/v1/completions", {"prompt": ["x z", "x {"]}, "prompt"),
+            ("/v1/completions", {"prompt": [120, 123]}, "prompt"),
+            (URL, chat, "messages"),
+        ]
+        for url, body, param in asked:
+            response = await client.post(url, json=body)
+            assert response.status == 400
+            error = await error_of(response)
+            assert error["param"] == param and "token id 123, out of the vocabulary of 123" in error["message"]
+        assert not engine.requests
+        response = await client.post("/v1/completions", json={"prompt": "x z", "bad_words": ["a", "a{"]})
+        assert response.status == 200, await response.text()
+    assert set(engine.requests[-1].params.bad_words) == {(97,), (32, 97)}
 
 
 async def test_a_final_message_that_calls_tools_does_not_go_on() -> None:
