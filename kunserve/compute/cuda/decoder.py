@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -34,7 +34,7 @@ from kunserve.compute.cuda.sampling import (
     pending,
 )
 from kunserve.compute.decoder import Decoder
-from kunserve.compute.ops import AttentionBatch, Ops
+from kunserve.compute.ops import AttentionBatch, Ops, Scores
 from kunserve.compute.sampler import SamplingRow
 from kunserve.gpu.cuda.driver import Driver
 from kunserve.gpu.kv_memory import KVMemory
@@ -135,9 +135,10 @@ class CudaDecoder(Decoder):
         """Capture all runs of layers at all batch sizes, on the current stream. Before serving: see `Driver.capture`.
 
         is_cut: stages may begin and end at any layer, as those of chains do.
-        Layers that are not present are captured, too: nothing of theirs is touched before a replay. Embedding and head
-        are, where they are present: only there all that they compute has run before. RuntimeError if a capture fails;
-        torch allocates no memory any more after that, so the process has to end.
+        Layers that are not present are captured, too, where layers like them are: nothing of theirs is touched before a
+        replay. Embedding and head are, where they are present. So all that is captured has run before, as a capture can
+        load no kernels; the rest runs eagerly. RuntimeError if a capture fails; torch allocates no memory any more
+        after that, so the process has to end.
         """
         graphs = self.graphs
         if graphs is None:
@@ -159,9 +160,16 @@ class CudaDecoder(Decoder):
             if run not in layers or not have_run.issuperset(range(*run)):
                 works[run]()  # compiles, and loads what a capture could not
                 have_run.update(range(*run))
+        known = {self._kind_of(layer) for layer in have_run}
         for run, work in works.items():
-            if run in layers or self._is_here(run):
+            is_known = run in layers and known.issuperset(map(self._kind_of, range(*run)))
+            if is_known or self._is_here(run):
                 graphs.capture(run, bucket, work)
+
+    def _kind_of(self, layer: int) -> Hashable:
+        """Return what decides which kernels a layer runs: how its tensors are stored, and how it attends."""
+        specs = self._weights.specs(layer_name(layer))
+        return Scores.of(self._config, layer), *((spec.shape, spec.dtype, spec.blocks) for spec in specs)
 
     def _is_here(self, run: Run) -> bool:
         present = self._weights.present

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import pytest
@@ -138,6 +139,24 @@ def test_all_is_captured_before_serving_and_a_drop_captures_nothing(pair: Pair) 
         assert_same(pair, decode(1 + i, [1] if i == 3 else [1, 2, 0] if i < 2 else [2, 1, 0]), 20 + i, cuts)
         assert graphs.num_replays == replays + 1 + num_graphs
     assert graphs.num_captures == captures
+
+
+@pytest.mark.parametrize(("present", "eager"), [((0, 1, 2, 3, 4), 0), ((1, 2), 0), ((2, 3), 2), ((0,), 3)])
+def test_only_layers_like_those_that_are_here_are_captured(present: tuple[int, ...], eager: int) -> None:
+    """Layers 0 and 1 have a window, the others none: of a kind that is not here no kernel may be loaded yet."""
+    config = replace(CONFIG, window=6, windowed_layers=(0, 1))
+    with closing(HostDevice(0, 30, 64 << 10)) as device:
+        memory = DeviceMemory(device, weight_units(config, DTYPE), LAYERS, KVShape.of(config, BLOCK, DTYPE))
+        for layer in present:
+            memory.weights.map(f"layers.{layer}")
+            memory.weights.fill(f"layers.{layer}", DummySource(config))
+            memory.kv.resize(layer, 1)
+        decoder = captured(cuda_decoder_on_cpu(config, memory, 64, LIMITS))
+        graphs = decoder.graphs
+        assert graphs is not None
+        single = {run for run, _ in graphs._graphs if len(range(*run)) == 1}
+        assert len(single) == LAYERS - eager
+        del decoder, memory, graphs
 
 
 def test_ids_below_zero_are_those_that_were_fed(pair: Pair) -> None:
