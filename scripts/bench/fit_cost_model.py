@@ -2,11 +2,13 @@
 
     python scripts/bench/fit_cost_model.py --model smollm2-135m --devices cpu:2
 
-Random microbatches (decode, prompts in spans, both) run on random numbers of layers, through the executor that serves.
-All devices run the same one at once: they share the memory's bandwidth, and in serving all decode or all are busy with
-prompts at the same time. A third of the microbatches is held out and says how good the prediction is. The constants go
-to a file where the server finds them: the cache folder, or `--out`. The prefix cache is off, and has no
-part in it: microbatches are made here, not by requests that could find each other's KV.
+Random microbatches (decode, prompts in spans, both) run on parts of the model and on all of it, through the executor
+that serves. One part comes after the other, and nothing counts that runs there for the first time: a decode step of
+few rows is recorded then, and made again by one call. All devices run the same one at once: they share the memory's
+bandwidth, and in serving all decode or all are busy with prompts at the same time. A third of the microbatches is
+held out and says how good the prediction is. The constants go to a file where the server finds them: the cache
+folder, or `--out`. The prefix cache is off, and has no part in it: microbatches are made here, not by requests that
+could find each other's KV.
 """
 
 from __future__ import annotations
@@ -59,9 +61,9 @@ class Trial:
 
 
 def draw_trial(rng: random.Random, num_layers: int, most_tokens: int) -> Trial:
-    """Draw decode, a prompt's span, or both; on a random part of the model, or on all of it with the head."""
+    """Draw decode, a prompt's span, or both; on a sixth or half of the model, or on all of it with the head."""
     is_last = rng.random() < 1 / 3
-    layers = num_layers if is_last else rng.randrange(max(1, num_layers // 6), max(2, num_layers // 2))
+    layers = num_layers if is_last else max(1, num_layers // rng.choice((2, 6)))
     kind = rng.choice(("decode", "prefill", "mixed"))
     spans: list[TokenSpan] = []
     room = most_tokens
@@ -115,16 +117,27 @@ async def run_trial(engine: Engine, device: int, trial: Trial) -> float:
 
 
 async def measure_all(
-    engine: Engine, devices: Sequence[int], trials: Sequence[Trial], until: float
+    engine: Engine, devices: Sequence[int], trials: Sequence[Trial], seconds: float
 ) -> list[Measurement]:
-    """Run all trials by turns until the time is up, each at least once; return the median of each."""
-    seconds: list[list[float]] = [[] for _ in trials]
-    while time.monotonic() < until or not seconds[-1]:
-        for trial, times in zip(trials, seconds, strict=True):
-            times += await asyncio.gather(*(run_trial(engine, device, trial) for device in devices))
-            if time.monotonic() > until and seconds[-1]:
-                break
-    return [trial.measured(float(np.median(times))) for trial, times in zip(trials, seconds, strict=True)]
+    """Run the trials for so long in all, each at least twice; return the median of each, without its first time."""
+    parts = sorted({trial.num_layers for trial in trials})
+    times: dict[Trial, list[float]] = {trial: [] for trial in trials}
+    for num_layers in parts:
+        until = time.monotonic() + seconds / len(parts)
+        mine = [trial for trial in times if trial.num_layers == num_layers]
+        for trial in mine:
+            await run_on_all(engine, devices, trial)
+        while time.monotonic() < until or not times[mine[-1]]:
+            for trial in mine:
+                times[trial] += await run_on_all(engine, devices, trial)
+                if time.monotonic() > until and times[mine[-1]]:
+                    break
+    return [trial.measured(float(np.median(times[trial]))) for trial in trials]
+
+
+async def run_on_all(engine: Engine, devices: Sequence[int], trial: Trial) -> list[float]:
+    """Return the seconds of a trial on each device, all at once."""
+    return await asyncio.gather(*(run_trial(engine, device, trial) for device in devices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +165,11 @@ async def measure(args: argparse.Namespace) -> Measured:
     served = await launch(config, args.model, lambda text, share: None)
     try:
         engine = served.engine
-        until = time.monotonic() + args.seconds
         devices = [stage.device for group in engine.groups for stage in group.stages]
         rng = random.Random(args.seed)
         layers, tokens = engine.model.num_layers, args.blocks * config.block_size // 2
         trials = [draw_trial(rng, layers, tokens) for _ in range(args.trials)]
-        steps = await measure_all(engine, devices, trials, until)
+        steps = await measure_all(engine, devices, trials, args.seconds)
     finally:
         await served.close()
     held_out = args.trials // 3
