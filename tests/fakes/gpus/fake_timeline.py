@@ -168,10 +168,7 @@ class Timeline:
                 self._put(Piece(stream, after=mark))
 
     def _event_ended(self, mark: Mark) -> None:
-        """Nobody can name the event any more: none may have been in the middle of waiting for it.
-
-        After a fault nobody is: whatever was launched on that GPU never runs.
-        """
+        """Nobody can name the event any more: none may have been waiting for it. After a fault nobody is."""
         with self.change:
             if not mark.is_open or mark.test != self.test or self._streams[mark.stream].owner.error:
                 return
