@@ -89,7 +89,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds, servers by turns; the first round only warms up, with short answers."""
     found: dict[str, list[list[float]]] = {}
     timeout = aiohttp.ClientTimeout(total=args.timeout)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
         targets = [Target(name, url, await first_model(url, {})) for name, url in args.servers]
         for target in targets:
             await ask(session, target, [FIRST_TOKEN] * 8, 8)
