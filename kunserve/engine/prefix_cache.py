@@ -24,9 +24,8 @@ from kunserve.engine.request import Request
 NumBehind = Callable[[int], int]
 KEY_BYTES = 16  # two different prefixes with one key would give a client another one's KV: not in the age of the world
 MOST_LOOKED_AT = 256  # requests that wait, to see what they have in common: 3 ms
-MOST_NEW_KEYS = (
-    8192  # that are made at once for that: 8 ms. To look at eight that are made takes as long as to make one
-)
+# Keys that are made at once for that: 8 ms. To look at eight that are made takes as long as to make one.
+MOST_NEW_KEYS = 8192
 
 
 def extend_keys(request: Request, block_size: int, most: int = sys.maxsize) -> Sequence[bytes]:

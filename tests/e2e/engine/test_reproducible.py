@@ -83,20 +83,19 @@ async def test_streams_that_are_cut_at_random_leave_nothing_behind(name: str, ti
         params = replace(SAMPLED, max_tokens=24)
         expected = await generate(engine, patient, params)
 
-        reasons = set[FinishReason | None]()
-
         async def leave_early(num_outputs: int) -> None:
             request = new_request(random_prompt(rng.randrange(1, 120)), greedy(40))
             stream = engine.submit(request)
-            finals: list[Output] = []
+            finals, expected = list[Output](), FinishReason.LENGTH
             async for output in stream:
                 if num_outputs == 0:
+                    expected = request.finish_reason or FinishReason.ABORT  # it may have ended before a slow reader
                     engine.abort(request.request_id)
                     engine.abort(request.request_id)  # idempotent
                 num_outputs -= 1
                 finals += [output] if output.finish_reason is not None else []
             assert [output.finish_reason for output in finals] == [request.finish_reason]
-            reasons.add(request.finish_reason)
+            assert request.finish_reason is expected
             engine.check()
 
         async def stay() -> None:
@@ -106,8 +105,6 @@ async def test_streams_that_are_cut_at_random_leave_nothing_behind(name: str, ti
         async with asyncio.TaskGroup() as tasks:
             for i in range(200):
                 tasks.create_task(leave_early(rng.randrange(30)) if i % 3 == 0 else stay())
-        # On a busy machine an output may have many tokens, and the last comes before the abort.
-        assert {FinishReason.ABORT} <= reasons <= {FinishReason.ABORT, FinishReason.LENGTH}
         await assert_idle(engine)
 
 

@@ -187,6 +187,7 @@ async def test_memory_goes_from_kind_to_kind(
             for number, share in enumerate((1000, 350, 700, 300) * 3):
                 if number >= 3 and answers.done():  # a busy machine does more steps meanwhile
                     break
+                assert not answers.done()
                 before = engine.fleet.epoch, share_of(engine)
                 outcome = await rebalance(served, share)
                 if number >= 4 and outcome == "cancelled":  # they have grown: there was too little room
