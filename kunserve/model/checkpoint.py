@@ -6,7 +6,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
+from kunserve.model.config_fields import shorten
 from kunserve.model.family.stored import stored_form, stored_name
 from kunserve.model.files import reading
 from kunserve.model.folder import INDEX_FILE, SINGLE_FILE, indexed_files
 from kunserve.model.hf_config import to_hf_config
-from kunserve.model.layout import weight_units
-from kunserve.model.quant.formats import NO_BLOCKS
+from kunserve.model.layout import expected_shapes
 from kunserve.model.quant.pack import Codes, Mxfp4, Packed, fp8_of, take
 from kunserve.model.quant.plane_codes import codes_plane, scales_plane
 from kunserve.model.quant.planes import SCALES, Planes
@@ -60,12 +59,6 @@ def open_weights(folder: Path | None, config: ModelConfig, load_format: str, see
 def kv_scales(folder: Path) -> list[str]:
     """Return the names of the scales of 8-bit KV that the files of `folder` bring."""
     return sorted(name for name in _tensor_files(folder) if name.endswith(KV_SCALES))
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that the model needs, in the order of a forward pass."""
-    units = weight_units(replace(config, formats=NO_BLOCKS), config.dtype)
-    return {tensor.name: tensor.shape for unit in units for tensor in unit.tensors}
 
 
 class SafetensorsSource:
@@ -272,8 +265,3 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], wher
     """Raise ConfigError if a tensor has another shape than the model wants."""
     if found != wanted:
         raise ConfigError(f"{name} has shape {list(found)} in {where}, not {list(wanted)}")
-
-
-def shorten(names: list[str]) -> str:
-    """Return the first of many names."""
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kunserve.errors import ConfigError
@@ -118,6 +118,11 @@ def show(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return "a huge number"
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Return the first of many names."""
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _present(values: Mapping[str, Any], field: str, default: Any) -> Any:

@@ -8,6 +8,7 @@ where they are stored alike.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
-from kunserve.model.quant.formats import Formats
+from kunserve.model.quant.formats import NO_BLOCKS, Formats
 from kunserve.model.quant.planes import SCALES, Planes
 from kunserve.model.quant.scheme import Scheme
 from kunserve.sizes import ceil_div
@@ -238,19 +239,35 @@ def _weight_units(config: ModelConfig, dtype: str) -> tuple[WeightUnit, ...]:
     return (_pack("embed", embed, config, dtype), *layers, head)
 
 
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that the model needs, in the order of a forward pass."""
+    units = weight_units(replace(config, formats=NO_BLOCKS), config.dtype)
+    return {tensor.name: tensor.shape for unit in units for tensor in unit.tensors}
+
+
 def formats_of(config: ModelConfig, scheme: Scheme) -> Formats:
     """Return the blocks that each matrix is kept in, of a checkpoint that is quantized or becomes so as it is read."""
     shapes = {spec.name: spec.shape for unit in weight_units(config, config.dtype) for spec in unit.tensors}
     held = {name: shape[-1] for name, shape in shapes.items() if scheme.holds(name, len(shape))}
     held = {name: columns for name, columns in held.items() if not scheme.skips(name.removesuffix(".weight"))}
     kept = {name: blocks for name, columns in held.items() if (blocks := scheme.blocks_of(columns))}
+    kept = without_uneven(config, kept)
+    return Formats(kept, scheme, frozenset(kept if scheme.is_made else held))
+
+
+def without_uneven(config: ModelConfig, blocks: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """Return the blocks of matrices, but for those of experts that are not all stored alike: one operation reads them.
+
+    Such are kept as numbers.
+    """
+    uneven = set[str]()
     for layer in range(config.num_layers):
         experts = config.experts_of(layer)
         for names in () if experts is None else expert_names(experts):
             named = [f"model.layers.{layer}.{name}" for name in names]
-            if len({kept.get(name) for name in named}) > 1:  # one operation reads all of them
-                kept = {name: blocks for name, blocks in kept.items() if name not in named}
-    return Formats(kept, scheme, frozenset(kept if scheme.is_made else held))
+            if len({blocks.get(name) for name in named}) > 1:
+                uneven.update(named)
+    return {name: kept for name, kept in blocks.items() if name not in uneven}
 
 
 def units_of_stage(config: ModelConfig, first_layer: int, last_layer: int) -> tuple[str, ...]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, VOCAB_SIZE, load_reference, make_tiny_model
+from tiny_models import FAMILIES, VOCAB_SIZE, load_reference, make_tiny_deepseek, make_tiny_model
 from torch import Tensor
 
 from kunserve.compute.cpu_ops import cpu_ops_or_reference
@@ -151,28 +148,8 @@ def test_views_survive_drop_and_restore(family: str, folders: dict[str, Path]) -
 
 @torch.inference_mode()
 def test_experts_may_be_shared_without_a_gate(tmp_path: Path) -> None:
-    """DeepSeek's: as Qwen2-MoE's with gates of 0, which halve, and without biases. transformers has only the latter."""
-    theirs = make_tiny_model(
-        "qwen2-moe", tmp_path / "qwen", mlp_only_layers=[0], moe_intermediate_size=20, qkv_bias=False
-    )
-    tensors = load_file(theirs / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("shared_expert_gate.weight")]:
-        tensors[name] = torch.zeros_like(tensors[name])
-    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
-    expected = load_reference(theirs)(torch.tensor([prompt()])).logits[0]
-
-    ours = shutil.copytree(theirs, tmp_path / "deepseek")
-    values = json.loads((ours / "config.json").read_text())
-    values |= {"architectures": ["DeepseekForCausalLM"], "n_routed_experts": values.pop("num_experts")}
-    values |= {"first_k_dense_replace": 1, "n_shared_experts": 2}
-    assert values["shared_expert_intermediate_size"] == 2 * values["moe_intermediate_size"]
-    (ours / "config.json").write_text(json.dumps(values))
-    halved = {
-        name.replace("shared_expert.", "shared_experts."): tensor / 2 if "shared_expert.down" in name else tensor
-        for name, tensor in tensors.items()
-        if "shared_expert_gate" not in name
-    }
-    save_file(halved, ours / "model.safetensors", {"format": "pt"})
+    ours = make_tiny_deepseek(tmp_path)
+    expected = load_reference(tmp_path / "qwen")(torch.tensor([prompt()])).logits[0]
     with tiny_decoder(ours, torch.float32) as tiny:
         torch.testing.assert_close(tiny.logits(prompt(), 0), expected, atol=2e-4, rtol=1e-4)
 

@@ -19,13 +19,12 @@ from kunserve.model.checkpoint import (
     DummySource,
     SafetensorsSource,
     WeightSource,
-    expected_shapes,
     save_checkpoint,
 )
 from kunserve.model.config import ModelConfig
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.host_copy import HostCopy
-from kunserve.model.layout import weight_units
+from kunserve.model.layout import expected_shapes, weight_units
 
 TINY = ModelConfig("llama", 48, 16, 32, 2, 2, 1, 8, 64)
 LARGE = ModelConfig("llama", 16_384, 1024, 512, 1, 8, 2, 128, 64)  # 64 MiB of embedding, 64 MiB of head, and a layer

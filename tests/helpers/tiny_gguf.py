@@ -1,12 +1,13 @@
-"""A tiny Llama as a GGUF file and as a wheel that carries one, written by the `gguf` package."""
+"""Tiny models as GGUF files, written as llama.cpp's converters do, and a wheel that carries one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,28 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
-from tiny_models import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, make_tiny_model
+from tiny_models import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, make_tiny_deepseek, make_tiny_model
 
 from kunserve.model.embedded import EmbeddedModel
-from kunserve.model.gguf.shape import GLOBAL_NAMES, LAYER_NAMES
 
 MEMBER = "tiny/tiny.gguf"
+# By the variant's name (tiny_models.VARIANTS) up to "-": what llama.cpp calls the family, where that is not the same.
+ARCHITECTURES = {
+    "llama3": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3-moe": "qwen3moe",
+    "qwen2-moe": "qwen2moe",
+}
 PRE = {"llama": "smollm", "llama3": "llama-bpe"}  # how each family cuts words; the others as Qwen
+MOVED = ("llama", "granite", "smollm3", "deepseek")  # architectures that turn neighbours of q and k
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}  # rows of whole blocks, of any format
+
+
+def architecture_of(family: str) -> str:
+    """What llama.cpp calls the architecture of a variant."""
+    known = ARCHITECTURES | {"gpt-oss": "gpt-oss"}
+    return known.get(family) or known.get(family.partition("-")[0]) or family.partition("-")[0]
 
 
 def write_tiny_gguf(
@@ -31,34 +46,42 @@ def write_tiny_gguf(
     family: str = "llama",
     kinds: Mapping[str, Kind] | None = None,
     num_files: int = 1,
+    metadata: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Write `folder`/tiny.gguf, and the Hugging Face model that it was made from in `folder`/reference.
 
-    Matrices are of `kind`, those whose GGUF name holds a key of `kinds` of that; the file of the first of `num_files`
-    is returned.
+    Matrices are of `kind`, those whose GGUF name holds a key of `kinds` of that; `metadata` are the architecture's
+    own. The file of the first of `num_files` is returned.
     """
     shape = {"tie_word_embeddings": True, "intermediate_size": 64} if kind in SMALL and not kinds else SHAPE
-    reference = make_tiny_model(family, folder / "reference", **shape | overrides)
+    if family == "deepseek":
+        reference = make_tiny_deepseek(folder).rename(folder / "reference")
+    else:
+        reference = make_tiny_model(family, folder / "reference", **shape | overrides)
     config = json.loads((reference / "config.json").read_text())
     names = [folder / "tiny.gguf"]
     if num_files > 1:
         names = [folder / f"tiny-{i + 1:05}-of-{num_files:05}.gguf" for i in range(num_files)]
-    writers = [gguf.GGUFWriter(path, family.removesuffix("3") if family == "llama3" else family) for path in names]
+    architecture = architecture_of(family)
+    writers = [gguf.GGUFWriter(path, architecture) for path in names]
     _add_metadata(writers[0], reference, config, PRE.get(family, "qwen2"))
+    for name, value in (metadata or {}).items():
+        add = writers[0].add_float32 if isinstance(value, float) else writers[0].add_uint32
+        (writers[0].add_string if isinstance(value, str) else add)(f"{architecture}.{name}", value)
     if num_files > 1:
         writers[0].add_uint16("split.count", num_files)
-    is_llama = family.startswith("llama")
-    for i, (name, weight) in enumerate(load_file(reference / "model.safetensors").items()):
-        writer, gguf_name = writers[i % num_files], _gguf_name(name)
-        values = _permute(name, weight, config) if is_llama else weight.numpy()
-        if values.ndim == 1:
-            writer.add_tensor(gguf_name, values)
+    for i, (name, values) in enumerate(_converted(reference, architecture, config)):
+        writer = writers[i % num_files]
+        if values.ndim == 1 or name.endswith(".bias"):
+            writer.add_tensor(name, values)
         else:
-            of = next((one for part, one in (kinds or {}).items() if part in gguf_name), kind)
-            writer.add_tensor(gguf_name, _quantize(values, of), raw_dtype=of)
+            of = next((one for part, one in (kinds or {}).items() if part in name), kind)
+            writer.add_tensor(name, _quantize(values, of), raw_dtype=of)
     if family == "llama3":
         writers[-1].add_tensor("rope_freqs.weight", _rope_factors(config))
+    for name, factors in _longrope_factors(config):
+        writers[-1].add_tensor(name, factors)
     for writer in writers:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -67,16 +90,56 @@ def write_tiny_gguf(
     return names[0]
 
 
+def gguf_names(architecture: str, num_layers: int) -> Any:
+    """The `gguf` package's own map of names, from Hugging Face's."""
+    by_name = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(by_name[architecture], num_layers)
+
+
+def _converted(
+    reference: Path, architecture: str, config: dict[str, Any]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield the tensors of a checkpoint as llama.cpp's converter names and changes them."""
+    names = gguf_names(architecture, config["num_hidden_layers"])
+    experts = dict[str, list[np.ndarray[Any, Any]]]()  # of one layer, by the name of all
+    for name, weight in load_file(reference / "model.safetensors").items():
+        values: np.ndarray[Any, Any] = weight.numpy()
+        if architecture in MOVED:
+            values = _permute(name, weight, config)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
+        if found := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name):
+            experts.setdefault(_named(names, f"{found[1]}.{found[2]}.weight"), []).append(values)
+        elif architecture == "gpt-oss" and ".experts." in name:
+            yield from _gpt_oss_experts(names, name, values)
+        else:
+            yield _named(names, f"{name}.weight" if name.endswith("sinks") else name), values
+    for name, of_all in experts.items():
+        yield name, np.stack(of_all)
+
+
+def _named(names: Any, name: str) -> str:
+    name = name.replace("block_sparse_moe.experts", "feed_forward.experts").replace("model.layers", "layers")
+    for candidate in (name, f"model.{name}"):
+        if (found := names.get_name(candidate, try_suffixes=(".weight", ".bias"))) is not None:
+            return str(found)
+    raise AssertionError(f"gguf has no name for {name}")
+
+
+def _gpt_oss_experts(names: Any, name: str, values: np.ndarray[Any, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    stem, part = name.rsplit(".", 1)
+    kind = "bias" if part.endswith("_bias") else "weight"
+    if kind == "weight":
+        values = values.swapaxes(-1, -2)
+    if part.startswith("down"):
+        yield _named(names, f"{stem}.down_proj.{kind}"), np.ascontiguousarray(values)
+        return
+    halves = (values[:, ::2], values[:, 1::2])
+    for side, half in zip(("gate", "up"), halves, strict=True):
+        yield _named(names, f"{stem}.{side}_proj.{kind}"), np.ascontiguousarray(half)
+
+
 SMALL = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_1, Kind.Q8_0, Kind.Q4_0, Kind.Q5_0, Kind.Q5_1)
-
-
-def _gguf_name(name: str) -> str:
-    known = {f"{hf}.weight": f"{ours}.weight" for ours, hf in GLOBAL_NAMES.items()}
-    if name in known:
-        return known[name]
-    _, _, layer, rest = name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{next(ours for ours, hf in LAYER_NAMES.items() if hf == part)}.{kind}"
 
 
 def _quantize(values: np.ndarray[Any, Any], kind: Kind) -> np.ndarray[Any, Any]:
@@ -92,7 +155,7 @@ def _quantize(values: np.ndarray[Any, Any], kind: Kind) -> np.ndarray[Any, Any]:
         else:
             scales[:, 1] *= 8  # so that values lie around 0
             made[:, :4] = scales.view(np.uint8)
-        return made.reshape(len(values), -1)
+        return made.reshape(*values.shape[:-1], -1)
 
 
 def _rope_factors(config: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -109,6 +172,13 @@ def _rope_factors(config: dict[str, Any]) -> np.ndarray[Any, Any]:
             is_slow = wavelen > original / low
             factors.append(rope["factor"] if is_slow else 1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(factors, dtype=np.float32)
+
+
+def _longrope_factors(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    rope = config.get("rope_parameters") or {}
+    for length in ("long", "short"):
+        if (factors := rope.get(f"{length}_factor")) is not None:
+            yield f"rope_factors_{length}.weight", np.array(factors, dtype=np.float32)
 
 
 def write_tiny_wheel(folder: Path) -> tuple[EmbeddedModel, Path]:
@@ -148,8 +218,16 @@ def _add_metadata(writer: gguf.GGUFWriter, reference: Path, config: dict[str, An
     writer.add_head_count_kv(config["num_key_value_heads"])
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         writer.add_key_length(config["head_dim"])
-    writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
+    rope = config.get("rope_parameters") or {}
+    local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
+    if "rope_theta" in local:
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    _add_scaling(writer, rope, config)
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
+        writer.add_rope_dimension_count(int(config["head_dim"] * share))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _add_own(writer, config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -158,3 +236,49 @@ def _add_metadata(writer: gguf.GGUFWriter, reference: Path, config: dict[str, An
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _add_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any], config: dict[str, Any]) -> None:
+    kind = rope.get("rope_type")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if kind == "yarn" and "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if kind == "longrope":
+        scale = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
+        stretch = math.sqrt(1 + math.log(scale) / math.log(rope["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(stretch)
+
+
+# What converters write of families that have it, by its name in a config.json.
+OWN = {
+    "num_experts": "add_expert_count",
+    "num_local_experts": "add_expert_count",
+    "num_experts_per_tok": "add_expert_used_count",
+    "moe_intermediate_size": "add_expert_feed_forward_length",
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+    "n_routed_experts": "add_expert_count",
+    "n_shared_experts": "add_expert_shared_count",
+    "first_k_dense_replace": "add_leading_dense_block_count",
+}
+WITH_WINDOW = ("gemma2", "gemma3_text", "phi3", "gpt_oss")
+
+
+def _add_own(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    for name, add in OWN.items():
+        if config.get(name) is not None:
+            getattr(writer, add)(config[name])
+    if config["model_type"] in WITH_WINDOW:
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    if config["model_type"] == "gpt_oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PLAIN = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3-tied")
@@ -123,6 +125,34 @@ def make_tiny_model(
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
+
+
+def make_tiny_deepseek(folder: Path) -> Path:
+    """Save a DeepSeek in `folder`/deepseek, and in `folder`/qwen what transformers has instead, which answers the same.
+
+    It is as Qwen2-MoE with gates of 0, which halve, and without biases.
+    """
+    theirs = make_tiny_model(
+        "qwen2-moe", folder / "qwen", mlp_only_layers=[0], moe_intermediate_size=20, qkv_bias=False
+    )
+    tensors = load_file(theirs / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("shared_expert_gate.weight")]:
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+
+    ours = shutil.copytree(theirs, folder / "deepseek")
+    values = json.loads((ours / "config.json").read_text())
+    values |= {"architectures": ["DeepseekForCausalLM"], "n_routed_experts": values.pop("num_experts")}
+    values |= {"first_k_dense_replace": 1, "n_shared_experts": 2}
+    assert values["shared_expert_intermediate_size"] == 2 * values["moe_intermediate_size"]
+    (ours / "config.json").write_text(json.dumps(values))
+    halved = {
+        name.replace("shared_expert.", "shared_experts."): tensor / 2 if "shared_expert.down" in name else tensor
+        for name, tensor in tensors.items()
+        if "shared_expert_gate" not in name
+    }
+    save_file(halved, ours / "model.safetensors", {"format": "pt"})
+    return ours
 
 
 def load_reference(folder: Path) -> Any:

@@ -20,8 +20,8 @@ from kunserve.model.card import (
     load_card,
     resolve_model,
 )
-from kunserve.model.checkpoint import expected_shapes
 from kunserve.model.hf_config import load_hf_config, parse_hf_config, to_hf_config
+from kunserve.model.layout import expected_shapes
 from kunserve.progress import Progress
 
 NUM_PARAMETERS = {

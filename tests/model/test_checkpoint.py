@@ -12,13 +12,13 @@ from kunserve.errors import ConfigError
 from kunserve.model.checkpoint import (
     DummySource,
     SafetensorsSource,
-    expected_shapes,
     open_weights,
     save_checkpoint,
 )
 from kunserve.model.config import ModelConfig
 from kunserve.model.family.stored import stored_form
 from kunserve.model.hf_config import load_hf_config
+from kunserve.model.layout import expected_shapes
 
 CONFIG = ModelConfig(
     family="qwen3",

@@ -15,10 +15,11 @@ from tiny_models import FAMILIES, make_tiny_model
 
 from kunserve.errors import ConfigError
 from kunserve.model import disk_source
-from kunserve.model.checkpoint import DummySource, SafetensorsSource, expected_shapes, save_checkpoint
+from kunserve.model.checkpoint import DummySource, SafetensorsSource, save_checkpoint
 from kunserve.model.config import ModelConfig
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.hf_config import load_hf_config
+from kunserve.model.layout import expected_shapes
 from kunserve.sizes import ceil_div
 
 CONFIG = ModelConfig("llama", 500, 64, 96, 2, 4, 2, 16, 256)

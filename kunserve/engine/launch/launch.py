@@ -21,8 +21,9 @@ from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
 from kunserve.gpu.kv_memory import E4M3
 from kunserve.host.memory import MemoryAhead
 from kunserve.model.card import ModelFiles, resolve_model
-from kunserve.model.checkpoint import WeightSource, kv_scales, open_weights, shorten
+from kunserve.model.checkpoint import WeightSource, kv_scales, open_weights
 from kunserve.model.config import ModelConfig
+from kunserve.model.config_fields import shorten
 from kunserve.model.costs import cost_model, device_kind
 from kunserve.model.disk_source import DiskSource
 from kunserve.model.gguf.source import GgufSource

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,11 @@ class GgufTensor:
         if (blocks := self.blocks) is None:
             return count * ITEM_BYTES[self.format]
         return count // blocks.num_values * blocks.num_bytes
+
+    def rows(self, first: int, end: int) -> GgufTensor:
+        """Return a run of its rows, which lie next to each other; of three dimensions, of its matrices."""
+        size = self.num_bytes // self.shape[0]
+        return replace(self, shape=(end - first, *self.shape[1:]), offset=self.offset + first * size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kunserve.errors import ConfigError
-from kunserve.model.checkpoint import check_shape, expected_shapes, shorten
+from kunserve.model.checkpoint import check_shape
 from kunserve.model.config import ModelConfig
 from kunserve.model.files import reading
 from kunserve.model.gguf.file import GgufFile, GgufTensor
-from kunserve.model.gguf.shape import hf_tensors
+from kunserve.model.gguf.names import Parts, joined_axis, parts_of
+from kunserve.model.gguf.shape import architecture_of
 from kunserve.model.quant.dequantize import dequantize
 from kunserve.model.quant.plane_codes import codes_plane, numbers_of, scales_plane
 from kunserve.model.quant.planes import SCALES, Planes
@@ -33,17 +35,11 @@ class GgufSource:
 
     def __init__(self, file: GgufFile, config: ModelConfig, *, keeps_pages: bool = True) -> None:
         self._config, self._keeps_pages = config, keeps_pages
-        self._paths = file.paths
-        self._tensors = hf_tensors(file)
-        shapes = expected_shapes(config)
-        if missing := [name for name in shapes if name not in self._tensors]:
-            raise ConfigError(f"{file.paths[0]} lacks {len(missing)} of {len(shapes)} tensors: {shorten(missing)}")
-        if unused := sorted(self._tensors.keys() - shapes.keys()):  # answers would be wrong without them
-            raise ConfigError(
-                f"{file.paths[0]} has {len(unused)} tensors that {config.family} is not run with: {shorten(unused)}"
-            )
-        for name, shape in shapes.items():
-            check_shape(name, self._tensors[name].shape, shape, str(self._tensors[name].path))
+        self._paths, self._architecture = file.paths, architecture_of(file)
+        try:
+            self._tensors = parts_of(file, config, self._architecture.layer_names)
+        except ConfigError as error:
+            raise ConfigError(f"{file.paths[0]}: {error.message}") from None
         self._maps: Mapping[Path, mmap.mmap] = {path: _map(path) for path in file.paths}
 
     @property
@@ -57,43 +53,56 @@ class GgufSource:
         Of planes the codes (uint8) or the scales. Raises ConfigError on another shape.
         """
         matrix = name.removesuffix(SCALES)
-        tensor = self._tensors.get(matrix)
-        if tensor is None:
+        parts, planes = self._tensors.get(matrix), self._config.formats.of(matrix)
+        if parts is None:
             raise ConfigError(f"the file has no tensor {name}")
-        rows, planes = self._moved(matrix, self._rows(tensor)), self._config.formats.of(matrix)
+        where = str(parts[0].path)
         if name != matrix or (isinstance(planes, Planes) and out.dtype is torch.uint8):
-            assert isinstance(planes, Planes) and tensor.blocks is not None
-            codes, scale, offset = numbers_of(rows, tensor.blocks)
+            assert isinstance(planes, Planes) and parts[0].blocks is not None
+            codes, scale, offset = numbers_of(self._rows(matrix, parts), parts[0].blocks)
             try:
                 found = codes_plane(codes, planes) if name == matrix else scales_plane(scale, offset, planes)
             except ConfigError as error:
-                raise ConfigError(f"{matrix} in {tensor.path} {error.message}") from None
-            check_shape(name, tuple(found.shape), tuple(out.shape), str(tensor.path))
-            out.copy_(found)
+                raise ConfigError(f"{matrix} in {where} {error.message}") from None
         elif out.dtype is torch.uint8:
-            check_shape(name, tuple(rows.shape), tuple(out.shape), str(tensor.path))
-            out.copy_(rows)
+            found = self._rows(matrix, parts)
         else:
-            values = rows.view(_DTYPES[tensor.format]) if tensor.blocks is None else dequantize(rows, tensor.blocks)
-            check_shape(name, tensor.shape, tuple(out.shape), str(tensor.path))
-            out.copy_(values.view(tensor.shape))
-        del rows
+            found = self._numbers(matrix, parts)
+        check_shape(name, tuple(found.shape), tuple(out.shape), where)
+        out.copy_(found)
+        del found
         if not self._keeps_pages:
-            self._let_go(tensor.path)
+            for part in parts:
+                self._let_go(part.path)
 
-    def _rows(self, tensor: GgufTensor) -> Tensor:
-        """Return the bytes of a tensor, a row of it in each row; nothing is read yet."""
-        data = torch.frombuffer(
+    def _rows(self, name: str, parts: Parts) -> Tensor:
+        """Return the bytes of the rows of a matrix: (..., N, bytes of a row) uint8."""
+        rows = [self._bytes(part).view(*part.shape[:-1], -1) for part in parts]
+        return self._moved(name, rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2))
+
+    def _numbers(self, name: str, parts: Parts) -> Tensor:
+        """Return what a tensor stands for, in the dtype that it is stored in; of blocks in float32."""
+        axis, found = joined_axis(name, len(parts[0].shape)), []
+        for part in parts:
+            data = self._bytes(part)
+            if part.blocks is None:
+                found.append(data.view(_DTYPES[part.format]).view(part.shape))
+            else:
+                found.append(dequantize(data.view(prod(part.shape[:-1]), -1), part.blocks).view(part.shape))
+        return self._moved(name, found[0] if len(found) == 1 else torch.cat(found, dim=axis))
+
+    def _bytes(self, tensor: GgufTensor) -> Tensor:
+        """Return the bytes of a tensor; nothing is read yet."""
+        return torch.frombuffer(
             self._maps[tensor.path], dtype=torch.uint8, count=tensor.num_bytes, offset=tensor.offset
         )
-        return data.view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
 
     def _moved(self, name: str, rows: Tensor) -> Tensor:
-        """Return the rows of a matrix in transformers' order."""
-        heads = MOVED.get(name.split(".")[-2]) if self._config.family == "llama" else None
+        """Return the rows of a matrix, or the numbers of its bias, in transformers' order."""
+        heads = MOVED.get(name.split(".")[-2]) if self._architecture.has_moved_rows else None
         if heads is None:
             return rows
-        pairs = rows.view(getattr(self._config, heads), -1, 2, rows.shape[1])
+        pairs = rows.view(getattr(self._config, heads), -1, 2, *rows.shape[1:])
         return pairs.transpose(1, 2).reshape(rows.shape)
 
     def _let_go(self, path: Path) -> None:

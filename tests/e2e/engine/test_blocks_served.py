@@ -20,10 +20,11 @@ from transition_harness import Answer, again, answer_while, checked_engine, make
 from kunserve.compute.cpu_ops import has_block_kernels
 from kunserve.engine.survive import health
 from kunserve.model.card import quantized_as
-from kunserve.model.checkpoint import expected_shapes, open_weights
+from kunserve.model.checkpoint import open_weights
 from kunserve.model.gguf.prepare import convert_gguf
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.host_copy import HostCopy
+from kunserve.model.layout import expected_shapes
 
 pytestmark = pytest.mark.skipif(not has_block_kernels("auto"), reason="no C compiler")
 
@@ -37,6 +38,22 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen2 in MXFP4": {"family": "qwen2", "kind": Kind.MXFP4, "num_hidden_layers": 4},  # of 3 a drop frees too little
     "qwen3 in Q5_0": {"family": "qwen3", "kind": Kind.Q5_0, "kinds": {"output.": Kind.BF16}},
+    "gemma3 in Q4_0": {
+        "family": "gemma3",
+        "kind": Kind.Q4_0,
+        "query_pre_attn_scalar": 16,
+        "num_hidden_layers": 9,  # of fewer a drop frees too little
+        "metadata": {"attention.sliding_window_pattern": 3},
+    },
+    "mixtral in Q8_0": {"family": "mixtral", "kind": Kind.Q8_0},
+    "qwen3-moe in Q4_K": {
+        "family": "qwen3-moe",
+        "kind": Kind.Q4_K,
+        "kinds": {"ffn_down_exps": Kind.Q6_K},
+        "moe_intermediate_size": 256,
+        "mlp_only_layers": [],
+    },
+    "phi3 in Q5_1": {"family": "phi3", "kind": Kind.Q5_1, "num_hidden_layers": 6},
 }
 
 

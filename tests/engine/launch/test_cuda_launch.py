@@ -29,9 +29,10 @@ from kunserve.engine.launch.launch import Served, launch
 from kunserve.engine.step.cuda_executor import CudaExecutor
 from kunserve.errors import ConfigError, EngineError
 from kunserve.model.card import quantized_as
-from kunserve.model.checkpoint import expected_shapes, open_weights
+from kunserve.model.checkpoint import open_weights
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.host_copy import HostCopy
+from kunserve.model.layout import expected_shapes
 
 
 @pytest.fixture(scope="module")
