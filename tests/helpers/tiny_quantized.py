@@ -70,20 +70,33 @@ def gptq_of_rows(name: str, N: int, K: int) -> Written:
     return gptq(name, N, K, K)
 
 
-def pack_quantized(name: str, N: int, K: int, group: int, bits: int = 4) -> Written:
-    half = 1 << (bits - 1)
-    q, s = _random(name, N, K, high=2 * half) - half, _scales(N, ceil_div(K, group), torch.bfloat16)
+def pack_quantized(
+    name: str, N: int, K: int, group: int, bits: int = 4, *, is_symmetric: bool = True, is_ordered: bool = True
+) -> Written:
+    half, G = 1 << (bits - 1), ceil_div(K, group)
+    q, s = _random(name, N, K, high=2 * half) - half, _scales(N, G, torch.bfloat16)
     tensors = {
         "weight_packed": _packed(q + half, bits),
         "weight_scale": s,
         "weight_shape": torch.tensor([N, K]),
     }
-    return tensors, q * s.float().repeat_interleave(group, 1)[:, :K]
+    of, z = torch.arange(K) // group, torch.zeros(N, G, dtype=torch.long)
+    if not is_ordered:
+        of = of[torch.randperm(K, generator=torch.Generator().manual_seed(K))]
+        tensors["weight_g_idx"] = of.to(torch.int32)
+    if not is_symmetric:
+        z = _random(name + "zeros", N, G, high=2 * half) - half
+        tensors["weight_zero_point"] = _packed((z + half).T, bits).T  # along the rows
+    return tensors, (q - z[:, of]) * s.float()[:, of]
 
 
-def int_quantized(name: str, N: int, K: int) -> Written:
+def int_quantized(name: str, N: int, K: int, *, is_symmetric: bool = True) -> Written:
     q, s = _random(name, N, K, high=255) - 127, _scales(N, 1, torch.bfloat16) / 16
-    return {"weight": q.to(torch.int8), "weight_scale": s}, q * s.float()
+    tensors = {"weight": q.to(torch.int8), "weight_scale": s}
+    if is_symmetric:
+        return tensors, q * s.float()
+    z = _random(name + "zeros", N, 1, high=255) - 127
+    return tensors | {"weight_zero_point": z.to(torch.int8)}, (q - z) * s.float()
 
 
 def _floats8(name: str, N: int, K: int) -> Tensor:
@@ -96,10 +109,12 @@ def float_quantized(name: str, N: int, K: int) -> Written:
     return {"weight": q, "weight_scale": s, "input_scale": torch.ones(1)}, q.float() * s
 
 
-def fp8_of_blocks(name: str, N: int, K: int) -> Written:
-    q, s = _floats8(name, N, K), _scales(ceil_div(N, 128), ceil_div(K, 128), torch.float32) * 10
-    wide = s.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
-    return {"weight": q, "weight_scale_inv": s}, q.float() * wide
+def fp8_of_blocks(
+    name: str, N: int, K: int, rows: int = 128, columns: int = 128, scale: str = "weight_scale_inv"
+) -> Written:
+    q, s = _floats8(name, N, K), _scales(ceil_div(N, rows), ceil_div(K, columns), torch.float32) * 10
+    wide = s.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+    return {"weight": q, scale: s}, q.float() * wide
 
 
 def fp8_of_one_scale(name: str, N: int, K: int) -> Written:
@@ -111,7 +126,7 @@ def _compressed(layout: str, **weights: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True} | weights}},
         "ignore": ["lm_head"],
     }
 
@@ -148,6 +163,26 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], Callable[[str, int, int], Written],
         "A8_64",
     ),
     "w8a8": (_compressed("int-quantized", num_bits=8, strategy="channel"), int_quantized, "A8_128"),
+    "w4a16 asymmetric": (
+        _compressed("pack-quantized", num_bits=4, strategy="group", group_size=64, symmetric=False),
+        partial(pack_quantized, group=64, is_symmetric=False),
+        "A4_64",
+    ),
+    "w4a16 act-order": (
+        _compressed("pack-quantized", num_bits=4, strategy="group", group_size=64, actorder="group"),
+        partial(pack_quantized, group=64, is_ordered=False),
+        None,
+    ),
+    "w8a8 asymmetric": (
+        _compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False),
+        partial(int_quantized, is_symmetric=False),
+        "A8_128",
+    ),
+    "compressed fp8 of blocks": (
+        _compressed("float-quantized", num_bits=8, strategy="block", block_structure=[64, 128]),
+        partial(fp8_of_blocks, rows=64, scale="weight_scale"),
+        "F8_128",
+    ),
     "compressed fp8": (_compressed("float-quantized", num_bits=8, strategy="channel"), float_quantized, "F8_128"),
     "fp8 of blocks": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, fp8_of_blocks, "F8_128"),
     "fp8": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_of_one_scale, "F8_128"),

@@ -166,6 +166,42 @@ def test_what_gptq_leaves_out_is_read_as_numbers(said: dict[str, Any], tmp_path:
     assert config.formats.of(name) is None and config.formats.of(f"{UP}weight") is not None
 
 
+@pytest.mark.parametrize(
+    ("ignored", "targets"),
+    [
+        (["lm_head", r"re:.*mlp\.down_proj$"], ["Linear"]),
+        ([f"model.layers.{i}.mlp.down_proj" for i in range(3)], ["Linear"]),
+        ([], [r"re:.*\.(q|k|v|o|gate|up)_proj$"]),
+        (
+            ["re:.*down.*"],
+            ["re:.*self_attn.*", *(f"model.layers.{i}.mlp.{n}_proj" for n in ("gate", "up") for i in range(3))],
+        ),
+    ],
+)
+def test_what_compressed_tensors_ignore_is_read_as_numbers(
+    ignored: list[str], targets: list[str], tmp_path: Path
+) -> None:
+    folder = write_tiny_quantized("w4a16", tmp_path, skipped="down_proj")
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["targets"] = targets
+    configure(folder, {"modules_to_not_convert": None, "ignore": ignored, "config_groups": groups})
+    config, expected = load_hf_config(folder), load_file(tmp_path / "dequantized" / "model.safetensors")
+    source = QuantizedSource(folder, config)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+        out = torch.empty(expected[full := f"model.layers.1.{name}.weight"].shape)
+        source.copy_into(full, out)
+        assert torch.equal(out, expected[full])
+        assert (config.formats.of(full) is None) == ("down" in name)
+
+
+def test_an_expression_that_is_none_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_quantized("w4a16", tmp_path)
+    configure(folder, {"ignore": ["re:*down"]})
+    with pytest.raises(ConfigError, match=r"field ignore or targets: '-:\*down' is no expression") as error:
+        load_hf_config(folder)
+    assert "\n" not in error.value.message
+
+
 def test_the_decoder_of_a_model_that_also_sees_is_found_under_its_longer_names(tmp_path: Path) -> None:
     """As of Gemma 3: what is quantized has them too."""
     folder = write_tiny_quantized("awq", tmp_path)
@@ -246,7 +282,7 @@ def test_what_would_be_read_as_other_numbers_is_named(
     damaged = damage(tensors.pop(UP + ending))
     tensors |= {} if damaged is None else {UP + ending: damaged.contiguous()}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=rf"^{UP}{message}.*: (fetch the model again|set it to true)") as error:
+    with pytest.raises(ConfigError, match=rf"^{UP}{message}.*: (fetch the model again|say so in)") as error:
         QuantizedSource(folder, config).copy_into(f"{UP}weight", torch.empty(UP_SHAPE))
     assert "\n" not in error.value.message
 
@@ -305,7 +341,7 @@ def test_an_order_of_columns_that_the_config_does_not_say_is_refused(said: dict[
     name = "model.layers.0.mlp.up_proj.weight"
     blocks = torch.empty(384, config.formats.by_name[name].num_bytes * 2, dtype=torch.uint8)
     for out in (torch.empty(UP_SHAPE), blocks):
-        with pytest.raises(ConfigError, match=rf"^{UP}g_idx has .* desc_act does not say: set it to true in the"):
+        with pytest.raises(ConfigError, match=rf"^{UP}g_idx has .* desc_act does not say: say so in the"):
             QuantizedSource(folder, config).copy_into(name, out)
 
 

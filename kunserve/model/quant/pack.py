@@ -131,42 +131,51 @@ def _gptq(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     return _with_zeros(group, codes, scale.T, zeros.T, _group_of(scheme, find, K, group))
 
 
-def _group_of(scheme: Scheme, find: Find, K: int, group: int) -> Tensor | None:
+def _group_of(scheme: Scheme, find: Find, K: int, group: int, name: str = "g_idx") -> Tensor | None:
     """Return the group of each column (GPTQ's act-order); None where they are in order.
 
     A config may not say that they are in another, but whether a matrix can be kept in blocks was judged by it.
     """
-    if scheme.is_ordered and find("g_idx") is None:
+    if scheme.is_ordered and find(name) is None:
         return None
-    found, G = _shaped(find, "g_idx", (K,), (torch.int32, torch.int64)), ceil_div(K, group)
+    found, G = _shaped(find, name, (K,), (torch.int32, torch.int64)), ceil_div(K, group)
     if bad := found[(found < 0) | (found >= G)].tolist():
-        raise ConfigError(f"g_idx holds {bad[0]}, which is none of the {G} groups: {OTHER}")
+        raise ConfigError(f"{name} holds {bad[0]}, which is none of the {G} groups: {OTHER}")
     if not scheme.is_ordered:
         return found
     if not torch.equal(found.long(), torch.arange(K) // group):
-        way = "set it to true in the quantization_config of config.json"
-        raise ConfigError(f"g_idx has the columns in another order (act-order), which desc_act does not say: {way}")
+        field = "desc_act" if name == "g_idx" else "actorder"
+        way = "say so in the quantization_config of config.json"
+        raise ConfigError(f"{name} has the columns in another order (act-order), which {field} does not say: {way}")
     return None
 
 
 def _pack_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     bits, group = int(scheme.kind[1:]), scheme.group or K
-    codes = _unpacked(_shaped(find, "weight_packed", (N, _words("weight_packed", K, 32 // bits)), WORDS), bits)
-    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
-    return _with_zeros(group, codes, scale, torch.full_like(scale, 1 << (bits - 1)))
+    per, G = 32 // bits, ceil_div(K, group)
+    codes = _unpacked(_shaped(find, "weight_packed", (N, ceil_div(K, per)), WORDS), bits)[:, :K]
+    scale = _scales(find, "weight_scale", N, G)
+    zeros = torch.full_like(scale, 1 << (bits - 1))
+    if scheme.has_zeros:
+        packed = _shaped(find, "weight_zero_point", (ceil_div(N, per), G), WORDS)
+        zeros = _unpacked(packed.T.contiguous(), bits)[:, :N].T
+    return _with_zeros(group, codes, scale, zeros, _group_of(scheme, find, K, group, "weight_g_idx"))
 
 
 def _int_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     group = scheme.group or K
     codes = _shaped(find, "weight", (N, K), BYTES).to(torch.int16) + 128
-    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
-    return _with_zeros(group, codes, scale, torch.full_like(scale, 128))
+    scale = _scales(find, "weight_scale", N, G := ceil_div(K, group))
+    zeros = torch.full_like(scale, 128)
+    if scheme.has_zeros:
+        zeros = _shaped(find, "weight_zero_point", (N, G), BYTES).to(torch.int16) + 128
+    return _with_zeros(group, codes, scale, zeros, _group_of(scheme, find, K, group, "weight_g_idx"))
 
 
 def _float_quantized(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
     group = scheme.group or K
-    scale = _scales(find, "weight_scale", N, ceil_div(K, group))
-    return Codes(group, _floats8(find, N, K), scale.contiguous(), None)
+    scale = _scales(find, "weight_scale", ceil_div(N, scheme.scale_rows), ceil_div(K, group))
+    return Codes(group, _floats8(find, N, K), _of_rows(scheme, scale, N), None)
 
 
 def _fp8(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
@@ -174,7 +183,12 @@ def _fp8(scheme: Scheme, find: Find, N: int, K: int) -> Codes:
         return Codes(K, _floats8(find, N, K), _scales(find, "weight_scale", N, 1).contiguous(), None)
     size, name = scheme.group, "weight_scale_inv"
     scale = _finite(name, _shaped(find, name, (ceil_div(N, size), ceil_div(K, size)), SCALES))
-    return Codes(size, _floats8(find, N, K), scale.repeat_interleave(size, dim=0)[:N].contiguous(), None)
+    return Codes(size, _floats8(find, N, K), _of_rows(scheme, scale, N), None)
+
+
+def _of_rows(scheme: Scheme, scale: Tensor, N: int) -> Tensor:
+    """Return the scales of each of N rows."""
+    return scale.repeat_interleave(scheme.scale_rows, dim=0)[:N].contiguous()
 
 
 def _mxfp4(scheme: Scheme, find: Find, *shape: int) -> Mxfp4:

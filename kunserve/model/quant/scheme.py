@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,6 +38,8 @@ class Scheme:
     dynamic: tuple[str, ...] = ()  # expressions for names, of which the first that fits counts; "-:...": not quantized
     zero_shift: int = 0  # what is added to stored zero points
     is_ordered: bool = True  # False: which group a column is of is stored (GPTQ's act-order)
+    has_zeros: bool = False  # compressed-tensors: zero points are stored; else codes lie around their middle
+    scale_rows: int = 1  # that share a scale of floats
 
     @property
     def is_made(self) -> bool:
@@ -109,7 +111,7 @@ def scheme_of(values: Mapping[str, Any]) -> Scheme:
             size = values.get("weight_block_size")
             if size is not None and size != [128, 128]:
                 raise ConfigError(f"weight_block_size {show(size)} is not served, only [128, 128]")
-            return Scheme("fp8", "F8", 128 if size else None, _names(values))
+            return Scheme("fp8", "F8", 128 if size else None, _names(values), scale_rows=128 if size else 1)
         case "mxfp4":
             return Scheme("mxfp4", "MXFP4", 32, _names(values))
     raise ConfigError(f"weights quantized with {show(method)} are not served, only {', '.join(METHODS)} and GGUF files")
@@ -121,25 +123,52 @@ def _compressed(values: Mapping[str, Any]) -> Scheme:
         raise ConfigError(f"compressed-tensors of format {show(layout)} are not served")
     if any(read_object(values, "transform_config").values()):  # {"config_groups": {}} stands for none, too
         raise ConfigError("compressed-tensors with a transform_config (rotations) are not served: take one without")
-    weights = list(groups.values()) if isinstance(groups, dict) else []
-    weights = [group.get("weights") if isinstance(group, dict) else None for group in weights]
-    if len(weights) != 1 or not isinstance(weights[0], dict):
+    found: list[Any] = list(groups.values()) if isinstance(groups, dict) else []
+    if len(found) != 1 or not isinstance(found[0], dict) or not isinstance(found[0].get("weights"), dict):
         raise ConfigError("compressed-tensors are served with one group of layers, not more or none")
-    (how,) = weights
+    how: dict[str, Any] = found[0]["weights"]
     kind = "F8" if layout == "float-quantized" else _kind(how, "num_bits", (4, 8))
     if layout == "int-quantized":
         kind = "A8"
-    if how.get("actorder") not in (None, "weight", "static"):
-        raise ConfigError(f"compressed-tensors with actorder {show(how['actorder'])} are not served")
-    if how.get("symmetric") is False:
-        raise ConfigError("compressed-tensors with zero points are not served, only symmetric ones")
-    if (strategy := how.get("strategy")) not in ("group", "channel", "tensor"):
+    if (order := how.get("actorder")) not in (None, "weight", "static", "group", "dynamic"):
+        raise ConfigError(f"compressed-tensors with actorder {show(order)} are not served")
+    strategy, has_zeros = how.get("strategy"), how.get("symmetric") is False
+    if strategy not in ("group", "channel", "tensor", "block") or (strategy == "block" and kind != "F8"):
         raise ConfigError(f"compressed-tensors with a scale per {show(strategy)} are not served")
-    group = _group(how, "group_size") if strategy == "group" else None
-    skipped = tuple(read_names(values, "ignore"))
-    if any(name.startswith("re:") for name in skipped):
-        raise ConfigError("compressed-tensors whose ignore holds an expression (re:) are not served")
-    return Scheme(layout, kind, group, skipped)
+    if has_zeros and (kind == "F8" or strategy == "tensor"):
+        raise ConfigError("compressed-tensors with zero points are served of integers with scales per group or channel")
+    rows, group = 1, _group(how, "group_size") if strategy == "group" else None
+    if strategy == "block":
+        rows, group = _block(how)
+    return Scheme(
+        layout,
+        kind,
+        group,
+        tuple(name for name in read_names(values, "ignore") if not name.startswith("re:")),
+        _matched(values, found[0]),
+        is_ordered=order not in ("group", "dynamic"),
+        has_zeros=has_zeros,
+        scale_rows=rows,
+    )
+
+
+def _block(how: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns that share a scale."""
+    block = how.get("block_structure")
+    if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+        raise ConfigError(f"field block_structure: expected two numbers, not {show(block)}")
+    return block[0], block[1]
+
+
+def _matched(values: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return expressions, as of `Scheme.dynamic`, for what compressed-tensors ignore and for what they are of."""
+    skipped = [name for name in read_names(values, "ignore") if name.startswith("re:")]
+    targets = read_names(group, "targets")
+    expressions = [f"-:{name.removeprefix('re:')}" for name in skipped]
+    if targets and "Linear" not in targets:  # the class of all
+        of_names = (t.removeprefix("re:") if t.startswith("re:") else f"{re.escape(t)}$" for t in targets)
+        expressions += [*(f"+:{expression}" for expression in of_names), "-:"]
+    return _expressions("ignore or targets", expressions)
 
 
 def _want(values: Mapping[str, Any], field: str, known: tuple[str, ...], default: str) -> None:
@@ -164,13 +193,17 @@ def _group(values: Mapping[str, Any], field: str) -> int | None:
 
 def _dynamic(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what GPTQModel says of single matrices; how they are stored otherwise, their tensors' shapes tell."""
-    expressions = tuple(read_object(values, "dynamic"))
-    for expression in expressions:
+    return _expressions("dynamic", read_object(values, "dynamic"))
+
+
+def _expressions(field: str, expressions: Iterable[str]) -> tuple[str, ...]:
+    """Return expressions. ConfigError for one that is none."""
+    for expression in (found := tuple(expressions)):
         try:
             re.compile(expression.removeprefix("-:").removeprefix("+:"))
         except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"field dynamic: {show(expression)} is no expression: {show(str(error))}") from None
-    return expressions
+            raise ConfigError(f"field {field}: {show(expression)} is no expression: {show(str(error))}") from None
+    return found
 
 
 def _names(values: Mapping[str, Any]) -> tuple[str, ...]:

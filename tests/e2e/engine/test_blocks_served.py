@@ -102,7 +102,10 @@ async def test_answers_are_those_of_the_dequantized_weights(name: str, tmp_path:
 
 MOE: dict[str, Any] = {"moe_intermediate_size": 128}
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    **{kind: partial(write_tiny_quantized, kind) for kind in ("awq", "gptq act-order", "w8a8", "fp8 of blocks")},
+    **{
+        kind: partial(write_tiny_quantized, kind)
+        for kind in ("awq", "gptq act-order", "w4a16 asymmetric", "w8a8", "fp8 of blocks")
+    },
     "fp8 with experts": partial(write_tiny_quantized, "fp8 of blocks", family="qwen3-moe", **MOE),
     "mxfp4": write_tiny_mxfp4,
 }
