@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -123,4 +124,5 @@ def _missing_tools(probe: Probe) -> list[str]:
     if own := environment.get("FLASHINFER_NVCC"):
         candidates = [own]
     missing = [] if any(probe.which(path) for path in candidates) else ["no nvcc"]
-    return missing + ([] if probe.which("ninja") else ["no ninja"])
+    ninjas = ("ninja", str(Path(sys.executable).parent / "ninja"))  # a server looks in its own environment, too
+    return missing + ([] if any(map(probe.which, ninjas)) else ["no ninja"])

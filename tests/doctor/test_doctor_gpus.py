@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,10 @@ def test_kernels_are_built_ahead_or_compiled_or_cannot_be(tmp_path: Path) -> Non
     finding = found(**bare, **no_tools)
     check_line(finding, "problem", "none can be: no nvcc; no ninja", "CUDA toolkit")
     assert finding.prevents == {"cuda"}
+    of_environment = str(Path(sys.executable).parent / "ninja")  # which nobody has activated
+    ninja = {"which": lambda name: name if name in ("gcc", of_environment) else None}
+    check_line(found(**bare, **ninja), "problem", "none can be: no nvcc")
+    assert "ninja" not in found(**bare, **ninja).found
     check_line(found(**bare, environment={"FLASHINFER_DISABLE_JIT": "1"}), "problem", "FLASHINFER_DISABLE_JIT is set")
     check_line(found(**bare, environment={"CUDA_HOME": "/opt/nothing"}), "problem", "no nvcc")
     compiled = tmp_path / ".cache/flashinfer/0.6.18.post1/90a/cached_ops" / PREFILL / f"{PREFILL}.so"

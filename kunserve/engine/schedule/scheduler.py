@@ -81,7 +81,7 @@ class Scheduler:
         return self.waiting.num_tokens + sum(request.num_tokens for request in self.swapped.ready)
 
     def queued(self) -> Iterator[Request]:
-        """Yield all requests that are bound to no group, in the order in which they are to join one."""
+        """Yield all requests that are bound to no group, in no order of theirs."""
         return chain(self.swapped.ready, self.waiting)
 
     def waiting_of(self, owner: str | None) -> Waiting:
