@@ -18,7 +18,7 @@ from kunserve.planner.plan import DropPlan, Merge
 from kunserve.planner.snapshot import Lineage, ModelShape, Snapshot
 from kunserve.sizes import ceil_div
 
-FULL_SHARE = 0.85  # share of a group's blocks in use
+FULL_SHARE = 0.85  # share of a group's blocks in use; source: docs/measurements.md, "The planner's constants"
 # Of a merge, as a share of the blocks that its groups hold unmerged: for 5 % simulated requests stood still for 6.2 s.
 LEAST_MERGE_GAIN = 0.08
 

@@ -16,7 +16,7 @@ class Thresholds:
 
     drop_watermark: float = 0.95  # of what is mapped
     restore_watermark: float = 0.5  # of the undropped capacity
-    hold_s: float = 5.0
+    hold_s: float = 5.0  # source: docs/measurements.md, "The planner's constants"
     horizon_steps: int = 16  # in which running requests must not outgrow their group
     patience_steps: int = 4  # a wait so short that a drop is not worth it
 

@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 # Factors of output lengths and of the number of requests, by which demand is multiplied before a plan. Groups merge for
 # little more than is known now: each merge makes a chain longer, and one more can follow. But a chain cannot be cut
-# anew, so it is cut for much more.
+# anew, so it is cut for much more. Source: docs/measurements.md, "The planner's constants".
 MERGE_HEADROOM = (1.25, 1.1)
 CUT_HEADROOM = (2.0, 1.5)
 MIX_STAYS = 10.0  # times as long as a rebalance took, until one goes back: for all groups stood still meanwhile
