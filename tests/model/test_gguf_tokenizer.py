@@ -46,7 +46,15 @@ def made(metadata: dict[str, Any], folder: Path) -> Tokenizer:
     return Tokenizer(folder)
 
 
-@pytest.mark.parametrize(("pre", "name"), [("qwen2", "Qwen2Tokenizer"), ("gpt-2", "GPT2Tokenizer")])
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        ("qwen2", "Qwen2Tokenizer"),
+        ("gpt-2", "GPT2Tokenizer"),
+        ("olmo", "GPTNeoXTokenizer"),
+        ("mpt", "GPTNeoXTokenizer"),
+    ],
+)
 def test_words_are_cut_as_transformers_cuts_them(pre: str, name: str, tmp_path: Path) -> None:
     import transformers
 
@@ -93,6 +101,29 @@ def test_what_stands_around_a_text(
     tokenizer = made(metadata, tmp_path / "made")
     inner = tokenizer.encode("the fox", add_special_tokens=False)
     assert tokenizer.encode("the fox") == [*first, *inner, *last]
+
+
+@pytest.mark.parametrize(
+    ("pre", "begins"), [("tekken", True), ("midm-2.0", True), ("smaug-bpe", False), ("dbrx", False), ("gpt-4o", False)]
+)
+def test_some_names_begin_a_text(pre: str, begins: bool, tmp_path: Path) -> None:
+    """Unless the file says otherwise."""
+    metadata = byte_level_metadata(tmp_path / "tiny", pre)
+    assert (made(metadata, tmp_path / "made").encode("the")[0] == 0) == begins
+    metadata["tokenizer.ggml.add_bos_token"] = not begins
+    assert (made(metadata, tmp_path / "other").encode("the")[0] == 0) != begins
+
+
+@pytest.mark.parametrize(
+    ("pre", "whole"), [("tekken", True), ("gpt-4o", True), ("smaug-bpe", True), ("dbrx", False), ("qwen2", False)]
+)
+def test_some_names_take_a_word_whole(pre: str, whole: bool, tmp_path: Path) -> None:
+    """Though merges do not lead to it."""
+    metadata = byte_level_metadata(tmp_path / "tiny", pre) | {"tokenizer.ggml.add_bos_token": False}
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "xyzzy"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], NORMAL]
+    tokenizer = made(metadata, tmp_path / "made")
+    assert (len(tokenizer.encode("xyzzy")) == 1) == whole
 
 
 PIECES = {
@@ -174,8 +205,12 @@ def test_byte_level_bpe_without_merges_is_refused(pre: str, merges: object, tmp_
         ({"tokenizer.ggml.eos_token_id": 5000}, "the metadata's eos token is none of the 278 tokens"),
         ({"tokenizer.ggml.scores": [1.0]}, r"have no tokenizer\.ggml\.scores"),
         ({"tokenizer.ggml.scores": ["1"] * 278}, r"have no tokenizer\.ggml\.scores"),
-        ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5' is not served from GGUF files"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "words as of 'tekken' is not known"),
+        (
+            {"tokenizer.ggml.model": "t5"},
+            "tokenizer 't5' is not served from GGUF files.*: take the model in safetensors",
+        ),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "bloom"}, "words as of 'bloom' is not known: take the"),
+        ({"tokenizer.ggml.model": "gpt2"}, r"have no tokenizer\.ggml\.pre, by which words are cut: take another"),
     ],
 )
 def test_a_tokenizer_that_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from kunserve.model.gguf.tokenizer import OTHER, save_tokenizer
 from kunserve.model.hf_config import to_hf_config
 from kunserve.model.quant.formats import NO_BLOCKS
 
-FORMAT = 2  # of the folder: raise it when other files would be written
+FORMAT = 3  # of the folder: raise it when other files would be written
 
 
 def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:
