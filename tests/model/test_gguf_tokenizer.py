@@ -22,7 +22,7 @@ TEXTS = [
     "a  5 x =  10\n\n1. foo\nline  \n 42",
     "",
 ]
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def byte_level_metadata(folder: Path, pre: str) -> dict[str, Any]:
@@ -256,3 +256,117 @@ def test_metadata_of_another_kind_end_in_one_line(change: dict[str, Any], messag
     with pytest.raises(ConfigError, match=message) as error:
         save_tokenizer(metadata, 512, (2,), tmp_path)
     assert "\n" not in error.value.message
+
+
+def with_tokens(metadata: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
+    """Return metadata with more tokens, given with their types."""
+    more = {
+        "tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"], *tokens],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], *tokens.values()],
+    }
+    if "tokenizer.ggml.scores" in metadata:
+        more["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1.5] * len(tokens)]
+    return metadata | more
+
+
+@pytest.mark.parametrize("kind", [UNUSED, USER_DEFINED, UNKNOWN])
+def test_rows_without_a_token_are_never_found(kind: int, tmp_path: Path) -> None:
+    """Converters call them `[PAD` and their number, with types of all kinds."""
+    for metadata in (byte_level_metadata(tmp_path / "tiny", "qwen2"), sentence_piece_metadata(False)):
+        size = len(metadata["tokenizer.ggml.tokens"])
+        name, other = f"[PAD{size}]", "[PAD7]"  # which is somebody's own
+        tokenizer = made(with_tokens(metadata, {name: kind, other: USER_DEFINED}), tmp_path / "made")
+        assert size not in tokenizer.encode(name) and size not in tokenizer.special_ids
+        assert size + 1 in tokenizer.encode(f"the{other}")
+        assert tokenizer.vocab_size == size + 2 and name in tokenizer.token_text(size)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_unused_tokens_are_never_found_by_merges(pre: str, tmp_path: Path) -> None:
+    metadata = byte_level_metadata(tmp_path / "tiny", pre) | {"tokenizer.ggml.add_bos_token": False}
+    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    (word,) = made(metadata, tmp_path / "before").encode(" the")
+    types[word] = UNUSED
+    tokenizer = made(metadata | {"tokenizer.ggml.token_type": types}, tmp_path / "made")
+    ids = tokenizer.encode(" the")
+    assert word not in ids and tokenizer.decode(ids) == " the" and tokens[word] == "Ġthe"
+
+
+def test_unused_tokens_are_never_found_by_scores(tmp_path: Path) -> None:
+    metadata = sentence_piece_metadata(True)
+    word = metadata["tokenizer.ggml.tokens"].index("▁the")
+    types = [UNUSED if i == word else kind for i, kind in enumerate(metadata["tokenizer.ggml.token_type"])]
+    assert word in made(metadata, tmp_path / "before").encode("the")
+    tokenizer = made(metadata | {"tokenizer.ggml.token_type": types}, tmp_path / "made")
+    ids = tokenizer.encode("the the")
+    assert word not in ids and tokenizer.decode(ids[1:]) == "the the"
+
+
+def test_a_sentence_piece_file_may_leave_out_the_usual_ids(tmp_path: Path) -> None:
+    metadata = sentence_piece_metadata(True)
+    for name in ("bos", "eos", "unknown"):
+        del metadata[f"tokenizer.ggml.{name}_token_id"]
+    tokenizer = made(metadata | {"tokenizer.ggml.add_eos_token": True}, tmp_path / "made")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    ids = tokenizer.encode("cat")
+    assert (ids[0], ids[-1]) == (1, 2)
+
+
+def test_a_token_that_ends_answers_is_not_shown(tmp_path: Path) -> None:
+    """Converters that read a vocabulary alone do not know that it is special."""
+    metadata = with_tokens(sentence_piece_metadata(True), {"<|im_end|>": USER_DEFINED})
+    size = len(metadata["tokenizer.ggml.tokens"])
+    save_tokenizer(metadata, 512, (2, size - 1), tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert size - 1 in tokenizer.special_ids and tokenizer.token_id("<mark>") not in tokenizer.special_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "after_it", "before_it"),
+    [
+        ({"general.architecture": "phi3"}, True, False),
+        ({"general.architecture": "llama", "general.name": "My Phi-3.5 mini"}, True, False),
+        ({"general.architecture": "llama", "general.name": "Llama"}, False, False),
+    ],
+)
+def test_phi_3_takes_the_spaces_after_its_tokens(
+    change: dict[str, str], after_it: bool, before_it: bool, tmp_path: Path
+) -> None:
+    metadata = with_tokens(sentence_piece_metadata(True), {"<|user|>": CONTROL, "<|endoftext|>": CONTROL}) | change
+    tokenizer = made(metadata, tmp_path / "made")
+    assert (tokenizer.encode("<|user|>\n cat") == tokenizer.encode("<|user|>cat")) == after_it
+    assert (tokenizer.encode("cat <|user|>") == tokenizer.encode("cat<|user|>")) == before_it
+    assert tokenizer.encode("<|endoftext|> cat") != tokenizer.encode("<|endoftext|>cat")
+
+
+@pytest.mark.parametrize(("mark", "takes"), [("<|im_sep|>", True), ("<|im_other|>", False)])
+def test_phi_4_takes_the_spaces_on_both_sides(mark: str, takes: bool, tmp_path: Path) -> None:
+    metadata = with_tokens(byte_level_metadata(tmp_path / "tiny", "dbrx"), {mark: CONTROL, "<mark>": USER_DEFINED})
+    tokenizer = made(metadata, tmp_path / "made")
+    assert (tokenizer.encode(f"the \n{mark} fox") == tokenizer.encode(f"the{mark}fox")) == takes
+    assert tokenizer.encode("the<mark> fox") != tokenizer.encode("the<mark>fox")
+
+
+def test_templates_may_have_names(tmp_path: Path) -> None:
+    metadata = sentence_piece_metadata(True) | {"tokenizer.chat_template.tool_use": "T"}
+    assert made(metadata, tmp_path / "made").chat_template == "{{ messages }}"
+    settings = json.loads((tmp_path / "made" / "tokenizer_config.json").read_text())
+    names = [(item["name"], item["template"]) for item in settings["chat_template"]]
+    assert sorted(names) == [("default", "{{ messages }}"), ("tool_use", "T")]
+    del metadata["tokenizer.chat_template"]
+    assert made(metadata, tmp_path / "other").chat_template is None  # as of a folder that has only others
+
+
+def test_the_default_words_are_not_taken_silently(tmp_path: Path) -> None:
+    with structlog.testing.capture_logs() as lines:
+        made(byte_level_metadata(tmp_path / "tiny", "default"), tmp_path / "made")
+    (line,) = lines
+    assert line["log_level"] == "warning" and "llama.cpp" in line["event"]
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_a_token_that_texts_are_to_have_must_be_named(name: str, tmp_path: Path) -> None:
+    metadata = byte_level_metadata(tmp_path, "qwen2") | {f"tokenizer.ggml.add_{name}_token": True}
+    del metadata[f"tokenizer.ggml.{name}_token_id"]
+    with pytest.raises(ConfigError, match=f"the metadata name no {name} token, but texts are to have one: take"):
+        save_tokenizer(metadata, 512, (2,), tmp_path)

@@ -114,7 +114,7 @@ def test_marks_belong_to_letters_or_not() -> None:
 
 
 def test_letters_are_those_of_alphabets_with_capitals() -> None:
-    for text, parts in (("aΩжb", ["aΩжb"]), ("aªb", ["a", "ª", "b"]), ("aאb", ["a", "א", "b"])):
+    for text, parts in (("Ωжё", ["Ωжё"]), ("жªж", ["ж", "ª", "ж"]), ("жאж", ["ж", "א", "ж"])):
         assert cut(WORDS["deepseek-llm"].pre_tokenizer(), text) == parts
         assert cut(WORDS["deepseek-coder"].pre_tokenizer(), text) == [text]
 
