@@ -126,6 +126,16 @@ def test_some_names_take_a_word_whole(pre: str, whole: bool, tmp_path: Path) -> 
     assert (len(tokenizer.encode("xyzzy")) == 1) == whole
 
 
+@pytest.mark.parametrize(
+    ("pre", "composes"),
+    [(name, True) for name in ("qwen2", "qwen35", "deepseek-r1-qwen", "olmo", "mpt", "command-r")]
+    + [(name, False) for name in ("gpt-2", "smollm", "dbrx", "gpt-4o", "tekken", "deepseek-llm")],
+)
+def test_some_names_compose_characters(pre: str, composes: bool, tmp_path: Path) -> None:
+    tokenizer = made(byte_level_metadata(tmp_path / "tiny", pre), tmp_path / "made")
+    assert (tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")) == composes
+
+
 PIECES = {
     "▁": -1.0,
     "▁the": -2.0,
@@ -182,6 +192,30 @@ def test_sentence_piece_merges_by_score(begins: bool, tmp_path: Path) -> None:
         assert tokenizer.decode(inner) == text
     assert tokenizer.special_ids == {0, 1, 2} and tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.strips_space == begins and tokenizer.token_id("<mark>") in tokenizer.encode("the<mark>cat")
+
+
+def test_bytes_written_out_are_no_bytes(tmp_path: Path) -> None:
+    parts = [*"<0xA>", "<0", "<0x", "<0x0", "<0x0A"]
+    tokenizer = made(with_tokens(sentence_piece_metadata(False), dict.fromkeys(parts, NORMAL)), tmp_path / "made")
+    ids = tokenizer.encode("<0x0A>", add_special_tokens=False)
+    assert [tokenizer.token_text(i) for i in ids] == ["<0x0A", ">"]
+    assert [tokenizer.token_text(i) for i in tokenizer.encode("\n", add_special_tokens=False)] == ["\n"]
+
+
+@pytest.mark.parametrize("scores", [[-1e9, -1.0, -2.0, -3.0], [-1000.0] * 4])
+def test_without_scores_runs_of_spaces_are_last(scores: list[float], tmp_path: Path) -> None:
+    """As they are in Llama's own vocabulary, wherever they stand in it."""
+    metadata, pieces = sentence_piece_metadata(False), ["▁▁", "▁t", "he", "▁the"]
+    fixed = [(token, kind) for token, kind in zip(*columns(metadata), strict=True) if token not in PIECES]
+    rest = -1000.0 if len(set(scores)) == 1 else -1e9
+    metadata |= {
+        "tokenizer.ggml.tokens": [*(token for token, _ in fixed), *pieces, "▁"],
+        "tokenizer.ggml.token_type": [*(kind for _, kind in fixed), *[NORMAL] * 5],
+        "tokenizer.ggml.scores": [*[rest] * len(fixed), *scores, rest],
+    }
+    tokenizer = made(metadata, tmp_path / "made")
+    ids = tokenizer.encode("  the  ", add_special_tokens=False)
+    assert [tokenizer.token_text(i) for i in ids] == [" ", " the", "  "]
 
 
 @pytest.mark.parametrize("merges", [None, []])
@@ -267,6 +301,10 @@ def with_tokens(metadata: dict[str, Any], tokens: dict[str, int]) -> dict[str, A
     if "tokenizer.ggml.scores" in metadata:
         more["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1.5] * len(tokens)]
     return metadata | more
+
+
+def columns(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
+    return metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
 
 
 @pytest.mark.parametrize("kind", [UNUSED, USER_DEFINED, UNKNOWN])

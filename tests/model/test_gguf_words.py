@@ -16,7 +16,28 @@ ATOMS = [
     *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n", "\u00a0", "\u3000", "\u0085"),
     *("1", "12", "1234", "12345678", "3.14", "1,000", "½", "²", "١٢٣", "Ⅷ"),
     *("é", "e\u0301", "Ü", "ß", "Ελλάδα", "Привет", "ДОМ", "日本語", "カタカナ", "한국어", "हिन्दी", "ไทย", "ǅ", "🙂"),
-    *("—", "…", "、", "。", "!", "...", "/", "/a/b", "{", "()", "<|", "|>", "_", "a_b", "+=", "$5", "€", "`", "~"),
+    *(
+        "—",
+        "…",
+        "、",
+        "。",
+        "!",
+        "...",
+        "/",
+        "/a/b",
+        "{",
+        "()",
+        "<|",
+        "|>",
+        "_",
+        "a_b",
+        "+=",
+        ".\n/",
+        "$5",
+        "€",
+        "`",
+        "~",
+    ),
 ]
 # As tiktoken and Meta publish them, for an engine with possessive quantifiers.
 CL100K = (
@@ -106,6 +127,18 @@ def test_words_are_those_of_the_layout(name: str) -> None:
 )
 def test_words_of_a_text(name: str, words: list[str]) -> None:
     assert cut(WORDS[name].pre_tokenizer(), "Don't go\n日本語abC 1234…  ") == words
+
+
+def test_what_only_some_names_keep_together() -> None:
+    for name, text, parts in (
+        ("qwen2", "x!\n", ["x", "!\n"]),
+        ("seed-coder", "x!\n", ["x", "!", "\n"]),
+        ("falcon", "x!`", ["x", "!`"]),
+        (DEFAULT, "x!`", ["x", "!", "`"]),
+        ("deepseek-llm", "ª  ", ["ª", "  "]),
+        ("deepseek-llm", "ª  x", ["ª", " ", " x"]),
+    ):
+        assert cut(WORDS[name].pre_tokenizer(), text) == parts, (name, text)
 
 
 def test_marks_belong_to_letters_or_not() -> None:
