@@ -135,6 +135,8 @@ def test_what_only_some_names_keep_together() -> None:
         ("seed-coder", "x!\n", ["x", "!", "\n"]),
         ("falcon", "x!`", ["x", "!`"]),
         (DEFAULT, "x!`", ["x", "!", "`"]),
+        (DEFAULT, "x 12", ["x", " ", "12"]),
+        ("falcon", "x 12", ["x", " 12"]),
         ("deepseek-llm", "ª  ", ["ª", "  "]),
         ("deepseek-llm", "ª  x", ["ª", " ", " x"]),
     ):
