@@ -24,7 +24,7 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, Answer, WorkQueue
 from kunserve.host.cgroup import available_bytes
-from kunserve.host.memory import HUGE_BYTES, HostMemory
+from kunserve.host.memory import HUGE_BYTES, STEP_BYTES, HostMemory, MemoryBehind
 from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
@@ -82,14 +82,19 @@ class HostDevice:
         chunk_bytes: int = CHUNK_BYTES,
         core: int | None = None,
         memory: HostMemory | None = None,
+        num_first: int | None = None,
     ) -> None:
-        """Take the memory now: a later remap then moves page tables only. `memory` has some of it already."""
+        """Take the memory now: a later remap then moves page tables only. `memory` has some of it already.
+
+        With `num_first`, only so many chunks are taken, and the others reserved until `take_rest`.
+        """
         self.index, self.name, self.is_lost = index, f"cpu:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._memory: HostMemory | None = None
+        self._behind: MemoryBehind | None = None
         memory = memory or HostMemory(f"kunserve-{self.name}")
         try:
-            self._take(memory, num_chunks * chunk_bytes)
+            self._take(memory, num_chunks * chunk_bytes, (num_chunks if num_first is None else num_first) * chunk_bytes)
         except BaseException:
             memory.close()
             raise
@@ -103,17 +108,45 @@ class HostDevice:
         self._leave = ctypes.c_int32(1)  # 0 while it helps another
         self._helpers: list[ctypes.c_int32] = []  # what those who help this one look at
 
-    def _take(self, memory: HostMemory, needed: int) -> None:
-        available = available_bytes() + memory.num_taken
+    def _take(self, memory: HostMemory, needed: int, needed_first: int) -> None:
+        available = available_bytes() + memory.num_reserved
         if needed > available:
             raise ConfigError(
                 f"{self.name}: --device-memory of {format_size(needed)} does not fit: "
                 f"{format_size(available)} of host memory are available"
             )
         try:
-            memory.take(needed)
+            memory.reserve(needed)
+            memory.take(needed_first)
         except OSError as error:
             raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
+
+    def take_rest(self, first: Sequence[int], then: Sequence[int]) -> None:
+        """Take chunks that are only reserved: `first` now, `then` in this order while the device works.
+
+        Blocks until it has `first`. DeviceError if that cannot be. What is taken already costs nothing.
+        """
+        assert self._memory is not None and self._behind is None
+        try:
+            self._memory.take_pieces(self._pieces(first))
+        except OSError as error:
+            raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
+        if pieces := self._pieces(then):
+            self._behind = MemoryBehind(self.name, self._memory, pieces)
+
+    def _pieces(self, chunks: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (offset, bytes) of chunks that are not taken, neighbours together: each piece is a call."""
+        assert self._memory is not None
+        pieces: list[tuple[int, int]] = []
+        for chunk in chunks:
+            start, num_bytes = chunk * self.chunk_bytes, pieces[-1][1] if pieces else 0
+            if start + self.chunk_bytes <= self._memory.num_taken:
+                continue
+            if pieces and start == sum(pieces[-1]) and num_bytes < STEP_BYTES:
+                pieces[-1] = (pieces[-1][0], num_bytes + self.chunk_bytes)
+            else:
+                pieces.append((start, self.chunk_bytes))
+        return pieces
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
@@ -244,6 +277,8 @@ class HostDevice:
         if self._memory is None:
             return
         self._stop_helping()
+        if self._behind is not None:
+            self._behind.stop()
         if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in (self._compute, self._copy)):
             return  # its threads may still touch what is mapped
         self._compute.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -83,6 +84,17 @@ class KVMemory:
     def mapped_chunks(self) -> list[int]:
         """Return all chunks that KV owns here."""
         return [chunk for range_ in self._ranges for chunk in range_.chunks]
+
+    @property
+    def chunks_by_turn(self) -> list[list[int]]:
+        """Return all chunks in the order in which blocks get to them, the lowest ids first.
+
+        One list for the first chunks of all layers, one for the second, one for the next two, the next four, ...
+        """
+        longest = max(len(range_.chunks) for range_ in self._ranges)
+        bounds = [0, *(1 << i for i in range(longest.bit_length() + 1))]
+        turns = [[c for range_ in self._ranges for c in range_.chunks[start:end]] for start, end in pairwise(bounds)]
+        return [turn for turn in turns if turn]
 
     def resize(self, layer: int, num_chunks: int) -> None:
         """Grow or shrink a layer's range at its tail. Content of what stays is untouched."""
