@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 HUGE_BYTES = 2 << 20  # of a huge page
 STEP_BYTES = 4 * HUGE_BYTES  # between two looks whether to go on
-NICENESS = 10  # of what takes memory while others serve
+NICENESS = 10  # of threads that take memory while others work
 
 _libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
 _libc.mmap.restype = ctypes.c_void_p
@@ -115,6 +115,11 @@ def _raise() -> NoReturn:
     raise OSError(errno, os.strerror(errno))
 
 
+def _give_way() -> None:
+    thread = threading.get_native_id()  # of which the priority is, not of the process
+    os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
 class MemoryAhead:
     """Memory of devices to come, taken by a thread until it is asked for."""
 
@@ -136,6 +141,7 @@ class MemoryAhead:
         def goes_on() -> bool:
             return not self._is_needed.is_set()
 
+        _give_way()
         with contextlib.suppress(OSError):  # whoever needs the rest is told the same, and says it
             for memory in self._memories:
                 memory.reserve(num_bytes, goes_on)
@@ -165,8 +171,7 @@ class MemoryBehind:
         self._thread.join()
 
     def _take(self) -> None:
-        thread = threading.get_native_id()  # its priority is its own
-        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+        _give_way()
         try:
             self._memory.take_pieces(self._pieces, lambda: not self._is_over.is_set())
         except OSError as error:  # it is the device's all the same: only slower
