@@ -24,7 +24,7 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, Answer, WorkQueue
 from kunserve.host.cgroup import available_bytes
-from kunserve.host.memory import HUGE_BYTES, STEP_BYTES, HostMemory, MemoryBehind
+from kunserve.host.memory import HUGE_BYTES, HostMemory, MemoryBehind
 from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
@@ -104,6 +104,7 @@ class HostDevice:
         self._copy = WorkQueue(f"{self.name}-copy", core)
         self.team: Team | None = None
         self._mates: Sequence[HostDevice] = ()
+        self.num_begun = 0  # calls of `run`
         self._num_asked, self._idle_since = 0, 0.0  # work that has not ended; of the event loop's clock
         self._leave = ctypes.c_int32(1)  # 0 while it helps another
         self._helpers: list[ctypes.c_int32] = []  # what those who help this one look at
@@ -121,10 +122,11 @@ class HostDevice:
         except OSError as error:
             raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
 
-    def take_rest(self, first: Sequence[int], then: Sequence[int]) -> None:
+    def take_rest(self, first: Sequence[int], then: Sequence[int], is_busy: Callable[[], bool] = lambda: False) -> None:
         """Take chunks that are only reserved: `first` now, `then` in this order while the device works.
 
-        Blocks until it has `first`. DeviceError if that cannot be. What is taken already costs nothing.
+        Blocks until it has `first`; DeviceError if that cannot be. `is_busy` says when steps are not to be held up, as
+        in `MemoryBehind`. What is taken already costs nothing.
         """
         assert self._memory is not None and self._behind is None
         try:
@@ -132,21 +134,13 @@ class HostDevice:
         except OSError as error:
             raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
         if pieces := self._pieces(then):
-            self._behind = MemoryBehind(self.name, self._memory, pieces)
+            self._behind = MemoryBehind(self.name, self._memory, pieces, is_busy)
 
     def _pieces(self, chunks: Sequence[int]) -> list[tuple[int, int]]:
-        """Return (offset, bytes) of chunks that are not taken, neighbours together: each piece is a call."""
+        """Return (offset, bytes) of those chunks that are not taken."""
         assert self._memory is not None
-        pieces: list[tuple[int, int]] = []
-        for chunk in chunks:
-            start, num_bytes = chunk * self.chunk_bytes, pieces[-1][1] if pieces else 0
-            if start + self.chunk_bytes <= self._memory.num_taken:
-                continue
-            if pieces and start == sum(pieces[-1]) and num_bytes < STEP_BYTES:
-                pieces[-1] = (pieces[-1][0], num_bytes + self.chunk_bytes)
-            else:
-                pieces.append((start, self.chunk_bytes))
-        return pieces
+        size, taken = self.chunk_bytes, self._memory.num_taken
+        return [(chunk * size, size) for chunk in chunks if (chunk + 1) * size > taken]
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
@@ -203,16 +197,23 @@ class HostDevice:
 
     def run(self, work: Callable[[], T]) -> Answer[T]:
         """See `Device.run`. Devices that have long had nothing to do help with it."""
-        if self.team is None:
-            return self._compute.run(work)
-        clock = asyncio.get_running_loop().time
-        self._stop_helping()
-        helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
-        self._helpers += [leave for leave in helpers if leave is not None]
+        self.num_begun += 1
         self._num_asked += 1
-        answer = self._compute.run(partial(self.team.lead, work))
+        if self.team is None:
+            answer = self._compute.run(work)
+        else:
+            clock = asyncio.get_running_loop().time
+            self._stop_helping()
+            helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
+            self._helpers += [leave for leave in helpers if leave is not None]
+            answer = self._compute.run(partial(self.team.lead, work))
         answer.add_done_callback(self._has_done)
         return answer
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether work that it was asked for has not ended."""
+        return self._num_asked > 0
 
     def _has_done(self, answer: object) -> None:
         self._num_asked -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 from math import prod
 
 import torch
@@ -87,14 +87,9 @@ class KVMemory:
 
     @property
     def chunks_by_turn(self) -> list[list[int]]:
-        """Return all chunks in the order in which blocks get to them, the lowest ids first.
-
-        One list for the first chunks of all layers, one for the second, one for the next two, the next four, ...
-        """
-        longest = max(len(range_.chunks) for range_ in self._ranges)
-        bounds = [0, *(1 << i for i in range(longest.bit_length() + 1))]
-        turns = [[c for range_ in self._ranges for c in range_.chunks[start:end]] for start, end in pairwise(bounds)]
-        return [turn for turn in turns if turn]
+        """Return all chunks in the order in which blocks get to them, lowest ids first: one of each layer a turn."""
+        turns = zip_longest(*(range_.chunks for range_ in self._ranges))  # a layer with fewer has None
+        return [[chunk for chunk in turn if chunk is not None] for turn in turns]
 
     def resize(self, layer: int, num_chunks: int) -> None:
         """Grow or shrink a layer's range at its tail. Content of what stays is untouched."""

@@ -22,6 +22,7 @@ log = structlog.get_logger()
 HUGE_BYTES = 2 << 20  # of a huge page
 STEP_BYTES = 4 * HUGE_BYTES  # between two looks whether to go on
 NICENESS = 10  # of threads that take memory while others work
+PAUSE_S = 0.1  # between two pieces that are taken while devices compute
 
 _libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
 _libc.mmap.restype = ctypes.c_void_p
@@ -153,9 +154,19 @@ class MemoryAhead:
 class MemoryBehind:
     """What is only reserved of one device's memory, taken by a thread while the device works."""
 
-    def __init__(self, name: str, memory: HostMemory, pieces: Iterable[tuple[int, int]]) -> None:
-        """Begin to take `pieces` of `memory`, which stays open until `stop`."""
-        self._name, self._memory, self._pieces = name, memory, pieces
+    def __init__(
+        self,
+        name: str,
+        memory: HostMemory,
+        pieces: Iterable[tuple[int, int]],
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Begin to take `pieces` of `memory`, which stays open until `stop`.
+
+        At once while `is_busy` returns False, else at intervals: the kernel holds a core for some milliseconds a piece,
+        which steps wait for.
+        """
+        self._name, self._memory, self._pieces, self._is_busy = name, memory, pieces, is_busy
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._take, name=f"{name}-memory", daemon=True)
         self._thread.start()
@@ -173,6 +184,11 @@ class MemoryBehind:
     def _take(self) -> None:
         _give_way()
         try:
-            self._memory.take_pieces(self._pieces, lambda: not self._is_over.is_set())
+            self._memory.take_pieces(self._pieces, self._goes_on)
         except OSError as error:  # it is the device's all the same: only slower
             log.warning("memory gets its pages when it is first used", device=self._name, because=error.strerror)
+
+    def _goes_on(self) -> bool:
+        if self._is_busy():
+            self._is_over.wait(PAUSE_S)
+        return not self._is_over.is_set()

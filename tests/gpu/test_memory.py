@@ -95,7 +95,7 @@ def test_blocks_get_to_the_first_chunks_of_all_layers_before_the_second() -> Non
     assert memory.chunks_by_turn == []
     for layer, num_chunks in enumerate((6, 0, 3)):
         memory.resize(layer, num_chunks)  # chunks 0 to 5, and 6 to 8
-    assert memory.chunks_by_turn == [[0, 6], [1, 7], [2, 3, 8], [4, 5]]
+    assert memory.chunks_by_turn == [[0, 6], [1, 7], [2, 8], [3], [4], [5]]
     memory.resize(0, 1)
     memory.resize(2, 0)
     assert memory.chunks_by_turn == [[0]]

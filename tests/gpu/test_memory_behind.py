@@ -81,15 +81,9 @@ def test_all_is_taken_if_nothing_else_is_asked_for(taking: Taking) -> None:
 
 def test_the_rest_comes_in_the_order_that_is_asked_for(device: HostDevice, taking: Taking) -> None:
     device.take_rest([0, 1, 4, 5], [8, 9, 2, 7, 6])
-    assert taking.calls == [[0, 1], [4, 5]]  # the others wait
+    assert taking.calls == [[0, 1], [4], [5]]  # the others wait
     finish(device, taking)
-    assert taking.calls[2:] == [[8, 9], [2], [7], [6]]
-
-
-def test_a_call_takes_no_more_than_a_step(device: HostDevice, taking: Taking) -> None:
-    device.take_rest([], range(NUM_CHUNKS))
-    finish(device, taking)
-    assert taking.calls[1:] == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
+    assert taking.calls[3:] == [[8], [9], [2], [7], [6]]
 
 
 @pytest.mark.parametrize("order", [(), (0, 1)])

@@ -232,3 +232,36 @@ def test_a_rest_that_the_kernel_refuses_is_said_once_and_stays_reserved(monkeypa
     assert pages_of(memory) == 4 * MIB
     behind.stop()
     memory.close()
+
+
+def test_nothing_is_taken_at_once_while_a_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, has_looked = HostMemory("test"), threading.Event()
+
+    def is_busy() -> bool:
+        has_looked.set()
+        return True
+
+    monkeypatch.setattr(module, "PAUSE_S", 600)
+    memory.reserve(4 * MIB)
+    behind = MemoryBehind("cpu:0", memory, [(0, MIB)], is_busy)
+    assert has_looked.wait(60) and not behind.wait(0) and touched(memory) == []
+    behind.stop()  # does not wait for the pause
+    assert touched(memory) == []
+    memory.close()
+
+
+def test_devices_that_are_always_busy_get_it_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, looks = HostMemory("test"), list[int]()
+
+    def is_busy() -> bool:
+        looks.append(len(touched(memory)))
+        return True
+
+    monkeypatch.setattr(module, "PAUSE_S", 0.001)
+    memory.reserve(4 * MIB)
+    behind = MemoryBehind("cpu:0", memory, [(0, MIB), (2 * MIB, MIB)], is_busy)
+    assert behind.wait(60)
+    assert looks == [0, MIB // 4096]  # one before each piece
+    assert touched(memory) == pages(0, MIB) + pages(2 * MIB, MIB)
+    behind.stop()
+    memory.close()

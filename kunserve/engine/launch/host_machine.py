@@ -151,10 +151,22 @@ class HostMachine(Machine):
             turns, everything = memory.kv.chunks_by_turn, range(view.budget_chunks)
             first = memory.weights.mapped_chunks + [chunk for turn in turns[:1] for chunk in turn]
             then = [chunk for turn in turns[1:] for chunk in turn]
-            devices[view.device].take_rest(first, then + sorted({*everything} - {*first} - {*then}))
+            last = sorted({*everything} - {*first} - {*then})
+            devices[view.device].take_rest(first, then + last, self._new_look())
 
         with ThreadPoolExecutor(len(memories)) as threads:
             list(threads.map(take, self._views, memories))
+
+    def _new_look(self) -> Callable[[], bool]:
+        """Return a function that tells whether any device has computed since it was last called."""
+        seen = 0
+
+        def has_computed() -> bool:
+            nonlocal seen
+            before, seen = seen, sum(device.num_begun for device in self._devices)
+            return seen != before or any(device.has_work for device in self._devices)
+
+        return has_computed
 
     def close(self) -> None:
         """See `Machine.close`."""

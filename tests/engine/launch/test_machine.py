@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from e2e.engines import assert_idle, generate, generate_all, greedy, running_engine
 
+from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.errors import ConfigError
 from kunserve.gpu.host import HostDevice
 from kunserve.host.memory import HostMemory, MemoryBehind
@@ -46,9 +48,9 @@ class Held:
                 held.taken.setdefault(memory.fd, set()).update(range(start, start + num_bytes, CHUNK))
             real(memory, pieces)
 
-        def remember(behind: MemoryBehind, name: str, memory: HostMemory, pieces: list[tuple[int, int]]) -> None:
+        def remember(behind: MemoryBehind, *arguments: Any) -> None:
             held.behind.append(behind)
-            begin(behind, name, memory, pieces)
+            begin(behind, *arguments)
 
         monkeypatch.setattr(HostMemory, "take_pieces", take_pieces)
         monkeypatch.setattr(MemoryBehind, "__init__", remember)
@@ -94,3 +96,21 @@ async def test_a_server_stops_while_memory_is_taken(six_layers: Path, monkeypatc
     async with running_engine(six_layers, "cpu:2", num_blocks_override=48, **SETTINGS) as served:
         threading.Timer(0.1, held.may_go_on.set).start()
     assert all(behind.wait(0) for behind in held.behind) and not served.machine.stuck()
+
+
+async def test_a_machine_tells_whether_it_has_computed(six_layers: Path) -> None:
+    async with running_engine(six_layers, "cpu:2", num_blocks_override=48, **SETTINGS) as served:
+        assert isinstance(served.machine, HostMachine)
+        one, other = served.machine._new_look(), served.machine._new_look()
+        one()
+        assert not one()
+        await generate(served.engine, [3, 4, 5], greedy(4))
+        await assert_idle(served.engine)
+        assert one() and not one()
+        assert other() and not other()  # each has its own last look
+        may_end = threading.Event()
+        working = served.machine._devices[1].run(lambda: may_end.wait(60))
+        assert one() and one()  # as long as it lasts
+        may_end.set()
+        assert await working
+        assert not one()
