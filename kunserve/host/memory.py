@@ -56,10 +56,11 @@ class HostMemory:
 
     def take(self, num_bytes: int, goes_on: Callable[[], bool] = lambda: True) -> None:
         """Touch the first `num_bytes` of what is reserved. Else as `take_pieces`."""
-        for start in range(self.num_taken, min(num_bytes, self.num_reserved), STEP_BYTES):
+        end = min(num_bytes, self.num_reserved)
+        for start in range(self.num_taken, end, STEP_BYTES):
             if not goes_on():
                 return
-            step = min(STEP_BYTES, num_bytes - start)
+            step = min(STEP_BYTES, end - start)
             self.take_pieces([(start, step)])
             self.num_taken += step
 
