@@ -24,7 +24,7 @@ from kunserve.gpu.device import Device
 from kunserve.gpu.mappings import Mappings
 from kunserve.gpu.queue import LAST_WAIT_S, Answer, WorkQueue
 from kunserve.host.cgroup import available_bytes
-from kunserve.host.memory import HUGE_BYTES, HostMemory
+from kunserve.host.memory import HUGE_BYTES, HostMemory, MemoryBehind
 from kunserve.sizes import ceil_div, format_size
 
 T = TypeVar("T")
@@ -82,14 +82,19 @@ class HostDevice:
         chunk_bytes: int = CHUNK_BYTES,
         core: int | None = None,
         memory: HostMemory | None = None,
+        num_first: int | None = None,
     ) -> None:
-        """Take the memory now: a later remap then moves page tables only. `memory` has some of it already."""
+        """Take the memory now: a later remap then moves page tables only. `memory` has some of it already.
+
+        With `num_first`, only so many chunks are taken, and the others reserved until `take_rest`.
+        """
         self.index, self.name, self.is_lost = index, f"cpu:{index}", False
         self.chunk_bytes, self.num_chunks = chunk_bytes, num_chunks
         self._memory: HostMemory | None = None
+        self._behind: MemoryBehind | None = None
         memory = memory or HostMemory(f"kunserve-{self.name}")
         try:
-            self._take(memory, num_chunks * chunk_bytes)
+            self._take(memory, num_chunks * chunk_bytes, (num_chunks if num_first is None else num_first) * chunk_bytes)
         except BaseException:
             memory.close()
             raise
@@ -99,21 +104,43 @@ class HostDevice:
         self._copy = WorkQueue(f"{self.name}-copy", core)
         self.team: Team | None = None
         self._mates: Sequence[HostDevice] = ()
+        self.num_begun = 0  # calls of `run`
         self._num_asked, self._idle_since = 0, 0.0  # work that has not ended; of the event loop's clock
         self._leave = ctypes.c_int32(1)  # 0 while it helps another
         self._helpers: list[ctypes.c_int32] = []  # what those who help this one look at
 
-    def _take(self, memory: HostMemory, needed: int) -> None:
-        available = available_bytes() + memory.num_taken
+    def _take(self, memory: HostMemory, needed: int, needed_first: int) -> None:
+        available = available_bytes() + memory.num_reserved
         if needed > available:
             raise ConfigError(
                 f"{self.name}: --device-memory of {format_size(needed)} does not fit: "
                 f"{format_size(available)} of host memory are available"
             )
         try:
-            memory.take(needed)
+            memory.reserve(needed)
+            memory.take(needed_first)
         except OSError as error:
             raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
+
+    def take_rest(self, first: Sequence[int], then: Sequence[int], is_busy: Callable[[], bool] = lambda: False) -> None:
+        """Take chunks that are only reserved: `first` now, `then` in this order while the device works.
+
+        Blocks until it has `first`; DeviceError if that cannot be. `is_busy` says when steps are not to be held up, as
+        in `MemoryBehind`. What is taken already costs nothing.
+        """
+        assert self._memory is not None and self._behind is None
+        try:
+            self._memory.take_pieces(self._pieces(first))
+        except OSError as error:
+            raise DeviceError(f"{self.name}: cannot populate memory: {error.strerror}") from None
+        if pieces := self._pieces(then):
+            self._behind = MemoryBehind(self.name, self._memory, pieces, is_busy)
+
+    def _pieces(self, chunks: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (offset, bytes) of those chunks that are not taken."""
+        assert self._memory is not None
+        size, taken = self.chunk_bytes, self._memory.num_taken
+        return [(chunk * size, size) for chunk in chunks if (chunk + 1) * size > taken]
 
     def reserve(self, num_bytes: int) -> int:
         """See `Device.reserve`."""
@@ -170,16 +197,23 @@ class HostDevice:
 
     def run(self, work: Callable[[], T]) -> Answer[T]:
         """See `Device.run`. Devices that have long had nothing to do help with it."""
-        if self.team is None:
-            return self._compute.run(work)
-        clock = asyncio.get_running_loop().time
-        self._stop_helping()
-        helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
-        self._helpers += [leave for leave in helpers if leave is not None]
+        self.num_begun += 1
         self._num_asked += 1
-        answer = self._compute.run(partial(self.team.lead, work))
+        if self.team is None:
+            answer = self._compute.run(work)
+        else:
+            clock = asyncio.get_running_loop().time
+            self._stop_helping()
+            helpers = [mate.begin_to_help(self.team, clock()) for mate in self._mates]
+            self._helpers += [leave for leave in helpers if leave is not None]
+            answer = self._compute.run(partial(self.team.lead, work))
         answer.add_done_callback(self._has_done)
         return answer
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether work that it was asked for has not ended."""
+        return self._num_asked > 0
 
     def _has_done(self, answer: object) -> None:
         self._num_asked -= 1
@@ -244,6 +278,8 @@ class HostDevice:
         if self._memory is None:
             return
         self._stop_helping()
+        if self._behind is not None:
+            self._behind.stop()
         if self.is_lost and not all(queue.has_ended(LAST_WAIT_S) for queue in (self._compute, self._copy)):
             return  # its threads may still touch what is mapped
         self._compute.close()

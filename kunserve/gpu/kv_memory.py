@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 
 import torch
@@ -83,6 +84,12 @@ class KVMemory:
     def mapped_chunks(self) -> list[int]:
         """Return all chunks that KV owns here."""
         return [chunk for range_ in self._ranges for chunk in range_.chunks]
+
+    @property
+    def chunks_by_turn(self) -> list[list[int]]:
+        """Return all chunks in the order in which blocks get to them, lowest ids first: one of each layer a turn."""
+        turns = zip_longest(*(range_.chunks for range_ in self._ranges))  # a layer with fewer has None
+        return [[chunk for chunk in turn if chunk is not None] for turn in turns]
 
     def resize(self, layer: int, num_chunks: int) -> None:
         """Grow or shrink a layer's range at its tail. Content of what stays is untouched."""

@@ -1,6 +1,8 @@
 """Memory of virtual CPU devices: files without a name, whose pages are taken before anybody needs them.
 
-Without torch, so that a server that starts can take them while torch is imported: both need a second or two.
+Without torch, so that a server that starts can take them while torch is imported: both need a second or two. Pages that
+are in nobody's way are only reserved at the start, and taken while the server serves. A virtual machine needs that: its
+host may have to find each page that it touches, at seconds a gigabyte.
 """
 
 from __future__ import annotations
@@ -10,11 +12,17 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
+import structlog
+
+log = structlog.get_logger()
+
 HUGE_BYTES = 2 << 20  # of a huge page
-STEP_BYTES = 8 * HUGE_BYTES  # between two looks whether to go on
+STEP_BYTES = 4 * HUGE_BYTES  # between two looks whether to go on
+NICENESS = 10  # of threads that take memory while others work
+PAUSE_S = 0.1  # between two pieces that are taken while devices compute
 
 _libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it works
 _libc.mmap.restype = ctypes.c_void_p
@@ -28,32 +36,53 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class HostMemory:
-    """A memfd of which the first `num_taken` bytes have pages."""
+    """A memfd: its first `num_reserved` bytes have pages, and the first `num_taken` of these have been touched."""
 
     def __init__(self, name: str) -> None:
         self.fd = os.memfd_create(name)
-        self.num_taken = 0
+        self.num_reserved = self.num_taken = 0
 
-    def take(self, num_bytes: int, goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Make the file `num_bytes` large, all of it with pages, huge ones if possible. OSError if the kernel refuses.
+    def reserve(self, num_bytes: int, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Make the file `num_bytes` large, all of it with pages, which nobody else gets. OSError if the kernel refuses.
 
-        Ends early once `goes_on` returns False; what has no pages then gets them when it is first written.
+        Ends early once `goes_on` returns False. A page that was not taken before costs more when it is first written.
         """
         os.ftruncate(self.fd, num_bytes)
-        self.num_taken = min(self.num_taken, num_bytes)
-        with self._mapped(num_bytes) as address:
-            while self.num_taken < num_bytes and goes_on():
-                step = min(STEP_BYTES, num_bytes - self.num_taken)
-                _take(address + self.num_taken, step)
-                self.num_taken += step
+        self.num_reserved, self.num_taken = min(self.num_reserved, num_bytes), min(self.num_taken, num_bytes)
+        while self.num_reserved < num_bytes and goes_on():
+            step = min(STEP_BYTES, num_bytes - self.num_reserved)
+            os.posix_fallocate(self.fd, self.num_reserved, step)
+            self.num_reserved += step
+
+    def take(self, num_bytes: int, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Touch the first `num_bytes` of what is reserved. Else as `take_pieces`."""
+        end = min(num_bytes, self.num_reserved)
+        for start in range(self.num_taken, end, STEP_BYTES):
+            if not goes_on():
+                return
+            step = min(STEP_BYTES, end - start)
+            self.take_pieces([(start, step)])
+            self.num_taken += step
+
+    def take_pieces(self, pieces: Iterable[tuple[int, int]], goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Touch pieces (offset, bytes) of what is reserved, in huge pages if possible; others may work on them.
+
+        Ends early once `goes_on` returns False. OSError if the kernel refuses.
+        """
+        with self._mapped() as address:
+            for start, num_bytes in pieces:
+                if not goes_on():
+                    return
+                _take(address + start, num_bytes)
 
     def close(self) -> None:
         """Give the memory back."""
         os.close(self.fd)
 
     @contextlib.contextmanager
-    def _mapped(self, num_bytes: int) -> Iterator[int]:
+    def _mapped(self) -> Iterator[int]:
         """Map all of it at an address where huge pages can be."""
+        num_bytes = os.fstat(self.fd).st_size
         start = _mmap(None, num_bytes + HUGE_BYTES, _PROT_NONE, _RESERVED)
         try:
             address = -(-start // HUGE_BYTES) * HUGE_BYTES
@@ -65,12 +94,10 @@ class HostMemory:
 
 
 def _take(address: int, num_bytes: int) -> None:
-    # A huge page needs a first small one to be made from. With only that there is nothing to copy: several times
-    # faster than to populate all of it in small pages first.
-    for start in range(address, address + num_bytes, HUGE_BYTES):
-        _populate(start, mmap.PAGESIZE)
-    _libc.madvise(address, num_bytes, _MADV_COLLAPSE)  # best effort: small pages work too
-    _populate(address, num_bytes)
+    is_huge = _libc.madvise(address, num_bytes, _MADV_COLLAPSE) == 0  # best effort: small pages work too
+    step = num_bytes if is_huge else HUGE_BYTES  # of small ones it takes long, and no thread can map meanwhile
+    for start in range(address, address + num_bytes, step):
+        _populate(start, min(step, address + num_bytes - start))
 
 
 def _populate(address: int, num_bytes: int) -> None:
@@ -88,6 +115,11 @@ def _mmap(address: int | None, num_bytes: int, prot: int, flags: int, fd: int = 
 def _raise() -> NoReturn:
     errno = ctypes.get_errno()
     raise OSError(errno, os.strerror(errno))
+
+
+def _give_way() -> None:
+    thread = threading.get_native_id()  # of which the priority is, not of the process
+    os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class MemoryAhead:
@@ -108,6 +140,56 @@ class MemoryAhead:
         return memories
 
     def _take(self, num_bytes: int) -> None:
+        def goes_on() -> bool:
+            return not self._is_needed.is_set()
+
+        _give_way()
         with contextlib.suppress(OSError):  # whoever needs the rest is told the same, and says it
             for memory in self._memories:
-                memory.take(num_bytes, lambda: not self._is_needed.is_set())
+                memory.reserve(num_bytes, goes_on)
+            for end in range(STEP_BYTES, num_bytes + STEP_BYTES, STEP_BYTES):  # in turns: weights lie at the beginning
+                for memory in self._memories:
+                    memory.take(min(end, num_bytes), goes_on)
+
+
+class MemoryBehind:
+    """What is only reserved of one device's memory, taken by a thread while the device works."""
+
+    def __init__(
+        self,
+        name: str,
+        memory: HostMemory,
+        pieces: Iterable[tuple[int, int]],
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Begin to take `pieces` of `memory`, which stays open until `stop`.
+
+        At once while `is_busy` returns False, else at intervals: the kernel holds a core for some milliseconds a piece,
+        which steps wait for.
+        """
+        self._name, self._memory, self._pieces, self._is_busy = name, memory, pieces, is_busy
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._take, name=f"{name}-memory", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return whether all is taken, or given up, at the latest after so many seconds."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Take no more, and wait for the piece that is being taken. Idempotent."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _take(self) -> None:
+        _give_way()
+        try:
+            self._memory.take_pieces(self._pieces, self._goes_on)
+        except OSError as error:  # it is the device's all the same: only slower
+            log.warning("memory gets its pages when it is first used", device=self._name, because=error.strerror)
+
+    def _goes_on(self) -> bool:
+        if self._is_busy():
+            self._is_over.wait(PAUSE_S)
+        return not self._is_over.is_set()

@@ -87,3 +87,15 @@ def test_no_plan_gives_a_layer_more_than_its_addresses_hold() -> None:
     assert shape.kv_chunks(1000, 0, 4) == 20
     assert shape.kv_chunks(4 * 3 + 3 + 4 * 19, 0, 4) == 19
     assert shape.kv_chunks(0, 0, 4) < 0
+
+
+def test_blocks_get_to_the_first_chunks_of_all_layers_before_the_second() -> None:
+    device, pool = NullDevice(0, 40), ChunkPool(40)
+    memory = KVMemory(device, pool, 3, KVShape(2, 4, 8, torch.float32))
+    assert memory.chunks_by_turn == []
+    for layer, num_chunks in enumerate((6, 0, 3)):
+        memory.resize(layer, num_chunks)  # chunks 0 to 5, and 6 to 8
+    assert memory.chunks_by_turn == [[0, 6], [1, 7], [2, 8], [3], [4], [5]]
+    memory.resize(0, 1)
+    memory.resize(2, 0)
+    assert memory.chunks_by_turn == [[0]]

@@ -44,6 +44,7 @@ class HostMachine(Machine):
         self._kv_dtype = _host_kv_dtype(config.kv_cache_dtype, self.dtype)
         self.faults = Faults(config.faults)
         self._views: list[DeviceView] = []
+        self._num_first = 0  # chunks of a device that may hold weights, which a start fills
         self._devices: list[HostDevice] = []  # with those that are gone, whose threads may not have ended
         self._new_decoder: Callable[[DeviceMemory], Decoder]
         self._executor: DeviceExecutor
@@ -60,7 +61,7 @@ class HostMachine(Machine):
         weights = shape.weight_chunks(0, shape.num_layers) * shape.chunk_bytes
         if self._ahead is not None:
             self._memories, self._ahead = self._ahead.hand_over(), None
-        available = available_bytes() + sum(memory.num_taken for memory in self._memories)
+        available = available_bytes() + sum(memory.num_reserved for memory in self._memories)
         default = max(0, min(DEFAULT_KV_BYTES, available * 4 // 5 // len(indices) - weights))
         kv_bytes = default if config.kv_bytes is None else config.kv_bytes
         budget = budget_chunks(shape, config.device_memory_bytes, config.num_blocks_override, kv_bytes)
@@ -70,6 +71,7 @@ class HostMachine(Machine):
                 f"{format_size(available)} of host memory are available. Lower --device-memory or use fewer devices"
             )
         self._views = [DeviceView(index, budget) for index in indices]
+        self._num_first = shape.weight_chunks(0, shape.num_layers)
         return self._views
 
     def open(self) -> Sequence[Device]:
@@ -78,16 +80,17 @@ class HostMachine(Machine):
         try:
             with ThreadPoolExecutor(len(self._views)) as threads:
                 memories = [self._memories.pop(0) if self._memories else None for _ in self._views]
-                opened = list(threads.map(self._open_one, self._views, memories))
+                first = [self._num_first] * len(self._views)
+                opened = list(threads.map(self._open_one, self._views, memories, first))
         except BaseException:
             self.close()
             raise
         return [self.faults.wrap(view.device, device) for view, device in zip(self._views, opened, strict=True)]
 
-    def _open_one(self, view: DeviceView, memory: HostMemory | None = None) -> HostDevice:
+    def _open_one(self, view: DeviceView, memory: HostMemory | None = None, num_first: int | None = None) -> HostDevice:
         cores = self._cores()
         core = cores[view.device] if cores else None
-        device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core, memory)
+        device = HostDevice(view.device, view.budget_chunks, self.chunk_bytes, core, memory, num_first)
         self._devices.append(device)
         return device
 
@@ -137,7 +140,33 @@ class HostMachine(Machine):
         self._new_decoder = new_decoder
         decoders, devices = [new_decoder(memory) for memory in memories], [memory.device for memory in memories]
         self._executor = DeviceExecutor(devices, decoders, shares_head=self._model.tie_embeddings)
+        self._take_rest(memories)
         return self._executor, note
+
+    def _take_rest(self, memories: Sequence[DeviceMemory]) -> None:
+        """Take what the first requests will use; the rest is taken while they are served."""
+        devices = {device.index: device for device in self._devices}
+
+        def take(view: DeviceView, memory: DeviceMemory) -> None:
+            turns, everything = memory.kv.chunks_by_turn, range(view.budget_chunks)
+            first = memory.weights.mapped_chunks + [chunk for turn in turns[:1] for chunk in turn]
+            then = [chunk for turn in turns[1:] for chunk in turn]
+            last = sorted({*everything} - {*first} - {*then})
+            devices[view.device].take_rest(first, then + last, self._new_look())
+
+        with ThreadPoolExecutor(len(memories)) as threads:
+            list(threads.map(take, self._views, memories))
+
+    def _new_look(self) -> Callable[[], bool]:
+        """Return a function that tells whether any device has computed since it was last called."""
+        seen = 0
+
+        def has_computed() -> bool:
+            nonlocal seen
+            before, seen = seen, sum(device.num_begun for device in self._devices)
+            return seen != before or any(device.has_work for device in self._devices)
+
+        return has_computed
 
     def close(self) -> None:
         """See `Machine.close`."""
