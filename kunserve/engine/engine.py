@@ -27,6 +27,7 @@ from kunserve.engine.schedule.waiting import Waiting
 from kunserve.engine.serving_limits import ServingLimits, overlong
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.executor import Executor
+from kunserve.engine.step.own_steps import OwnSteps
 from kunserve.engine.step.publish import Publisher
 from kunserve.engine.step.results import Results, judge
 from kunserve.engine.survive.health import Health
@@ -68,6 +69,7 @@ class Engine(Operated):
         self.memories, self.executor, self.signals = memories, executor, signals
         self.tokenizer, self.metrics = tokenizer, metrics
         self.mover: KvMover | None = None
+        self.own_steps: OwnSteps | None = None
         self._is_accepting = self._has_ended = False
         self.live: dict[str, Live] = {}  # requests that are not done, by id
         self._random = random.Random(seed)
@@ -228,11 +230,18 @@ class Engine(Operated):
                 if self.fleet.prefixes is not None and not span.request.is_continued:
                     self.metrics.prefix_cache(span.request.num_prompt_tokens, span.request.num_cached_tokens)
         inputs = self.executor.inputs(group, batch, self.model.eos_token_ids)
-        self._tasks.create_task(self._step(group, batch, self.executor.execute(group, inputs)))
+        stage_s = None if self.own_steps is None else self.own_steps.place(group, batch)
+        self._tasks.create_task(self._step(group, batch, self.executor.execute(group, inputs, stage_s), stage_s))
 
     # --- a step -------------------------------------------------------------------------------------------------
 
-    async def _step(self, group: Group, batch: Microbatch, execution: Coroutine[Any, Any, list[SampledToken]]) -> None:
+    async def _step(
+        self,
+        group: Group,
+        batch: Microbatch,
+        execution: Coroutine[Any, Any, list[SampledToken]],
+        stage_s: list[float] | None,
+    ) -> None:
         """Take a microbatch from its launch to its published tokens: forward, judge, commit, publish."""
         started, results, failure = loop_time(), Results(), None
         try:
@@ -257,6 +266,8 @@ class Engine(Operated):
             step_s = group.returned(started, loop_time())
             if self.mover is not None:
                 self.mover.stepped(group, step_s)
+            if stage_s is not None:
+                self._learn(group, batch, stage_s)
         else:
             for request, why in self._retries.failed(group, batch, failure):
                 self._fail(self.live[request.request_id], why)
@@ -264,6 +275,12 @@ class Engine(Operated):
         self._dispatch.came_back(group)
         self.signals.progress(group.group_id)
         self.signals.wake(group)
+
+    def _learn(self, group: Group, batch: Microbatch, stage_s: Sequence[float]) -> None:
+        """Let what a step took correct the cost model, now and then."""
+        assert self._tasks is not None and self.own_steps is not None
+        if self.own_steps.keep(group, batch, stage_s):
+            self._tasks.create_task(self.own_steps.fit())
 
     def _commit(self, group: Group, batch: Microbatch) -> None:
         """Account for a microbatch that has passed its chain, and release requests that ended meanwhile."""

@@ -59,12 +59,15 @@ class Occupancy:
 
 
 class Passage:
-    """One microbatch's way through a chain: whoever takes it along says at which stage it is."""
+    """One microbatch's way through a chain: whoever takes it along says at which stage it is.
 
-    __slots__ = ("_now_s", "_occupancy", "_unvisited", "failed_at")
+    `stage_s`: to it the seconds are added that the device of each stage works on it, by an executor that knows them.
+    """
 
-    def __init__(self, occupancy: Occupancy, now_s: Callable[[], float]) -> None:
-        self._occupancy, self._now_s = occupancy, now_s
+    __slots__ = ("_now_s", "_occupancy", "_unvisited", "failed_at", "stage_s")
+
+    def __init__(self, occupancy: Occupancy, now_s: Callable[[], float], stage_s: list[float] | None = None) -> None:
+        self._occupancy, self._now_s, self.stage_s = occupancy, now_s, stage_s
         self._unvisited = set(range(len(occupancy.counts)))
         self.failed_at: int | None = None  # the position of the first stage that raised
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kunserve.engine.batch import work_of
 from kunserve.engine.group import Group
 from kunserve.engine.signals import loop_time
+from kunserve.planner.cost import Work
 from kunserve.planner.microbatch import Lookahead
 
 # Before the predicted end, the longer of both: what a busy host needs to schedule, and so many times what predictions
@@ -41,6 +42,7 @@ class RunAhead:
         """Call `on_due` when it is time for a group's next microbatch; without `lookahead`, it always is."""
         self._lookahead, self._on_due = lookahead, on_due
         self._steps: dict[int, _Step] = {}  # by group id
+        self._cost = None if lookahead is None else lookahead.cost  # what the rest was learned with
         self._slowness = 1.0  # what steps take of what the cost model predicts
         self._error = MARGIN  # by what share they differ from that, on average
 
@@ -53,6 +55,8 @@ class RunAhead:
         """Note that the device of a group begins with the only microbatch in flight."""
         if self._lookahead is None or len(group.stages) > 1:
             return
+        if self._lookahead.cost is not self._cost:
+            self._follow(self._lookahead, work_of(group.in_flight[0]))
         predicted_s = self._lookahead.time(work_of(group.in_flight[0]))
         expected_s = predicted_s * self._slowness
         delay_s = expected_s - max(HOST_S, min(MARGIN, NUM_ERRORS * self._error) * expected_s)
@@ -71,6 +75,16 @@ class RunAhead:
             slowness = (loop_time() - step.started_s) / step.predicted_s
             self._error += LEARNING_RATE * (abs(slowness / self._slowness - 1) - self._error)
             self._slowness += LEARNING_RATE * (slowness - self._slowness)
+
+    def _follow(self, lookahead: Lookahead, work: Work) -> None:
+        """Expect of `work` with other constants what was expected of it: they are no news of how long it takes."""
+        assert self._cost is not None
+        before_s, now_s = replace(lookahead, cost=self._cost).time(work), lookahead.time(work)
+        self._cost = lookahead.cost
+        if before_s > 0 and now_s > 0:
+            self._slowness *= before_s / now_s
+            for step in self._steps.values():
+                step.predicted_s *= now_s / before_s
 
     def _due(self, group: Group) -> None:
         self._steps[group.group_id].timer = None

@@ -53,13 +53,14 @@ class View:
 
     def state(self) -> dict[str, Any]:
         """Return what `/kunserve/state` shows: devices with chunks by use, groups with stages, requests, epoch."""
-        launched, scheduler = self._launched_units(), self._scheduler
+        launched, scheduler, lookahead = self._launched_units(), self._scheduler, self._scheduler.lookahead
         return {
             "now_s": loop_time(),
             "epoch": self._fleet.epoch,
             "overload_policy": self.overload_policy,
             "num_layers": self._model.num_layers,
             "block_size": self._fleet.block_size,
+            "cost_model": lookahead and {"source": lookahead.source, "constants": lookahead.cost.to_dict()},
             "copies": {"now": len(self._fleet.groups), "at_launch": self._num_launched(), "no_drop": self.no_drop},
             "chunks_of_unit": self._memories[0].weights.chunks_of_unit,
             "devices": [

@@ -2,7 +2,8 @@
 
 Looked for in this order: `costs/MODEL.toml` in the cache folder (written by scripts/bench/fit_cost_model.py on this
 machine), `models/costs/MODEL.toml` (comes with KunServe), and for a model or device that nobody measured they are
-derived from the device's rates in `models/costs/devices.toml`.
+derived from the device's rates in `models/costs/devices.toml`. That is how a server begins: its own steps correct
+them (engine/step/own_steps.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Two things are added, because decode needs them. A span reads the KV of all it a
 `k * (p+c)`. For a long span that is little beside `a`; a decoding row does nothing else (on a GPU, k is 20 times a).
 And reading weights and multiplying overlap: a few rows cost no more than reading. So the two are joined by a norm,
 `(load^o + (b*T)^o)^(1/o)` for T tokens in all spans: o = 1 is the paper's sum, a large o is their maximum.
-Which o fits is found with the other constants (scripts/bench/fit_cost_model.py).
+Which o fits is found with the other constants (scripts/bench/fit_cost_model.py). A server corrects them by
+its own steps (engine/step/own_steps.py).
 """
 
 from __future__ import annotations

@@ -34,13 +34,22 @@ class BatchTarget(NamedTuple):
     total_s: float  # with the prompts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lookahead:
-    """Predicts microbatches of at most `max_num_tokens` on a model of `num_layers` layers, and cuts backlogs."""
+    """Predicts microbatches of at most `max_num_tokens` on a model of `num_layers` layers, and cuts backlogs.
+
+    Who needs a prediction asks it and keeps no constants: those of `cost` may become others at any time (`learn`).
+    """
 
     cost: CostModel
     num_layers: int
     max_num_tokens: int
+    source: str = "given"  # where the constants are from
+
+    def learn(self, cost: CostModel, source: str) -> None:
+        """Predict with other constants from now on."""
+        self.cost, self.source = cost, source
+        self.__dict__.pop("least_tokens", None)
 
     def time(self, work: Work) -> float:
         """Predict the seconds of a microbatch in all stages together."""

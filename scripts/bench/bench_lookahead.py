@@ -67,12 +67,12 @@ class Recorder:
             self._watch_device(index, memory.device)
         execute = engine.executor.execute
 
-        async def recorded(group: Group, inputs: StepInputs) -> list[SampledToken]:
+        async def recorded(group: Group, inputs: StepInputs, stage_s: list[float] | None = None) -> list[SampledToken]:
             number.set(len(self.works))
             self.works.append([])
             self.num_done_at_launch.append(self.num_done)
             try:
-                return await execute(group, inputs)
+                return await execute(group, inputs, stage_s)
             finally:
                 self.num_done += 1
 

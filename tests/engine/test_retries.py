@@ -41,14 +41,14 @@ def fail_if(engine: Engine, fails: Fails) -> list[int]:
     """Let the steps that `fails` names raise once they were computed; returns their groups, as they come."""
     failed, execute = list[int](), engine.executor.execute
 
-    async def run(group: Group, inputs: Any, batch: Microbatch) -> Any:
-        tokens = await execute(group, inputs)
+    async def run(group: Group, batch: Microbatch, *inputs: Any) -> Any:
+        tokens = await execute(group, *inputs)
         if fails(group, batch):
             failed.append(group.group_id)
             raise DeviceError("the step failed")
         return tokens
 
-    engine.executor.execute = lambda group, inputs: run(group, inputs, group.in_flight[-1])  # type: ignore[method-assign, misc]
+    engine.executor.execute = lambda group, *inputs: run(group, group.in_flight[-1], *inputs)  # type: ignore[method-assign, misc]
     return failed
 
 

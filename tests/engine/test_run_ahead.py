@@ -16,7 +16,7 @@ from kunserve.engine.run_ahead import HOST_S, LEARNING_RATE, MARGIN, RunAhead
 from kunserve.engine.schedule.policy import make_policy
 from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.signals import Signals
-from kunserve.planner.cost import TokenSpan, Work
+from kunserve.planner.cost import CostModel, TokenSpan, Work
 from kunserve.planner.microbatch import Lookahead
 from kunserve.policies import OverloadPolicy
 from kunserve.sim.clock import simulate
@@ -137,6 +137,36 @@ def test_a_step_that_ends_early_is_followed_at_once() -> None:
         assert steps.launched() == []
 
     simulate(main())
+
+
+def due_after(factor: float) -> list[float]:
+    """When it is time for the next one, in three steps after some that took three times as long as predicted.
+
+    Before these three, constants become so many times as large.
+    """
+
+    async def main() -> list[float]:
+        lookahead, due_s = Lookahead(COST, LAYERS, 64), []
+        steps = Steps(lookahead=lookahead)
+        step_s = 3 * steps.begin()
+        for number in range(11):
+            began_s = asyncio.get_running_loop().time()
+            due_s.append(await woken_at(steps) - began_s)
+            if number == 7:
+                constants = {name: value * factor for name, value in COST.to_dict().items()}
+                lookahead.learn(CostModel(**constants | {"overlap": 1.0}), "own steps")
+            await asyncio.sleep(began_s + step_s - asyncio.get_running_loop().time())
+            steps.end()
+            assert steps.launched() == [["a"]]
+        return due_s[-3:]
+
+    return simulate(main())
+
+
+def test_with_other_constants_the_same_is_expected_of_a_step_as_before() -> None:
+    """Whatever makes steps slower than predicted goes on, and what has been learned of it counts."""
+    unchanged = pytest.approx(due_after(1.0))
+    assert due_after(4.0) == unchanged and due_after(0.1) == unchanged
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,7 @@ class Failures:
         return await copy()
 
     async def _run(self, device: str, name: str, run: Callable[..., Awaitable[T]], work: Callable[[], T]) -> T:
-        if "run_" not in getattr(getattr(work, "func", None), "__name__", ""):  # run_stage, run_last_stage
+        if "run_" not in getattr(getattr(work, "func", None), "__name__", ""):  # run_stage, run_last_stage, run_timed
             self._count(device, name)
         return await run(work)
 

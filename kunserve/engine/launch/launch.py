@@ -17,6 +17,7 @@ from kunserve.engine.launch.host_machine import HostMachine
 from kunserve.engine.launch.machine import Machine
 from kunserve.engine.launch.restore_time import measure_restore
 from kunserve.engine.regroup.control import OverloadControl
+from kunserve.engine.step.own_steps import OwnSteps
 from kunserve.engine.text.tokenizer import Tokenizer, tokenizer_of
 from kunserve.gpu.kv_memory import E4M3
 from kunserve.host.memory import MemoryAhead
@@ -153,7 +154,7 @@ async def _launch_on(
     max_model_len = wanted_max_model_len(files, config)
     model = files.config
     tokenizer = await asyncio.to_thread(tokenizer_of, files.folder, model.vocab_size, model.eos_token_ids)
-    lookahead, constants = _lookahead(machine, files, config)
+    lookahead = _lookahead(machine, files, config)
     engine, control = await assemble(
         machine,
         files.config,
@@ -165,17 +166,19 @@ async def _launch_on(
         progress,
         lookahead,
     )
-    log.info("forming microbatches", of_chains=config.microbatching, constants=constants)
+    if lookahead is not None:
+        engine.own_steps = OwnSteps(lookahead, shares_head=engine.executor.shares_head)
+    log.info("forming microbatches", of_chains=config.microbatching, constants=lookahead and lookahead.source)
     return Served(engine, control, files, tokenizer, engine.metrics, machine)
 
 
-def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> tuple[Lookahead | None, str | None]:
-    """Return what makes the microbatches of chains (None: tokens are counted), and where its constants come from."""
+def _lookahead(machine: Machine, files: ModelFiles, config: EngineConfig) -> Lookahead | None:
+    """Return what makes the microbatches of chains; None: tokens are counted."""
     if config.microbatching != "lookahead":
-        return None, None
+        return None
     cost, source = cost_model(files.name, files.config, device_kind(machine.device_name))
     cost = cost.with_kv(machine.kv_dtype.itemsize / machine.dtype.itemsize)
-    return Lookahead(cost, files.config.num_layers, config.num_batched_tokens), source
+    return Lookahead(cost, files.config.num_layers, config.num_batched_tokens, source)
 
 
 async def _log_host_copy(served: Served) -> None:

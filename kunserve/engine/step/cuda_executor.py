@@ -54,9 +54,12 @@ class CudaExecutor(Executor):
         last, plain = self.devices[group.stages[-1].device], is_plain(inputs.sampling)
         seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
         at = 0  # the stage that is being launched
+        is_timed = passage.stage_s is not None
+        parts = list[tuple[int, Launched[Any]]]()  # with the positions of their stages
 
         def see(position: int, launched: Launched[Any]) -> None:
             nonlocal seen
+            parts.append((position, launched))
             index = group.stages[position].device
             finish = self._watched[index].wait_for(self.devices[index].finish(launched))
             seen = asyncio.ensure_future(_finish(finish, passage.at(position), seen))
@@ -64,7 +67,7 @@ class CudaExecutor(Executor):
         try:
             async with self._turns[group.stages[0].device]:
                 previous = await _previous_tokens(inputs)
-                launched = await self._launch(group, 0, inputs, previous, is_plain=plain)
+                launched = await self._launch(group, 0, inputs, previous, is_plain=plain, is_timed=is_timed)
             if previous is not None and len(group.stages) > 1:
                 # Until these tokens are there the first stage has nothing to do: a bubble. Only this waits on the
                 # sampling queue's thread: on the compute queue's it would stand behind microbatches that end later.
@@ -72,13 +75,14 @@ class CudaExecutor(Executor):
                 seen = asyncio.ensure_future(last_device.wait_for(last.sampling.finish(previous)))
             see(0, launched)
             for at in range(1, len(group.stages)):
-                launched = await self._launch(group, at, inputs, previous, launched, is_plain=plain)
+                launched = await self._launch(group, at, inputs, previous, launched, is_plain=plain, is_timed=is_timed)
                 see(at, launched)
             if not plain:
                 decoder = self.decoders[group.stages[-1].device]
                 work = partial(_sample_on_host, last, decoder, launched.value, inputs, previous)
                 watched = self._watched[group.stages[-1].device]
-                launched = await watched.wait_for(last.sampling.launch(work, [launched]))
+                sampling = last.sampling.launch(work, [launched], is_timed=is_timed)
+                launched = await watched.wait_for(sampling)
                 see(at, launched)
             inputs.sampled.set_result(launched)
         except BaseException:
@@ -90,6 +94,9 @@ class CudaExecutor(Executor):
             raise
         assert seen is not None
         pending: PendingTokens = await seen
+        if passage.stage_s is not None:
+            for position, part in parts:
+                passage.stage_s[position] += part.seconds
         return pending.tokens()
 
     async def _launch(
@@ -101,6 +108,7 @@ class CudaExecutor(Executor):
         before: Launched[Tensor] | None = None,
         *,
         is_plain: bool,
+        is_timed: bool,
     ) -> Launched[Any]:
         """Launch the stage at `position` behind the one `before`; the first behind the `previous` microbatch's tokens.
 
@@ -129,7 +137,7 @@ class CudaExecutor(Executor):
             return run_stage(decoder, stage, position, inputs, x, with_head=with_head)
 
         needed = before or previous
-        launch = device.launch(work, [needed] if needed else ())
+        launch = device.launch(work, [needed] if needed else (), is_timed=is_timed)
         return await self._watched[stage.device].wait_for(launch)
 
 

@@ -19,7 +19,7 @@ from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.step.kept_rows import KeptRows
 from kunserve.engine.step.microbatch import StepInputs, step_inputs
-from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage
+from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage, run_timed
 from kunserve.errors import EngineError, KunServeError
 from kunserve.gpu.device import Device
 
@@ -36,7 +36,12 @@ class StepError(EngineError):
 
 
 class Executor(ABC):
-    """Runs microbatches; the engine knows nothing else of how."""
+    """Runs microbatches; the engine knows nothing else of how.
+
+    `shares_head`: both ends of a chain compute the head, each for half of the rows.
+    """
+
+    shares_head = False
 
     def __init__(self) -> None:
         self._kept_rows = WeakKeyDictionary[Group, KeptRows]()  # from one microbatch of a group to the next
@@ -48,14 +53,15 @@ class Executor(ABC):
         return step_inputs(batch, group.block_size, eos_token_ids, group.in_flight[0], kept)
 
     @final
-    async def execute(self, group: Group, inputs: Any) -> list[SampledToken]:
+    async def execute(self, group: Group, inputs: Any, stage_s: list[float] | None = None) -> list[SampledToken]:
         """Pass a microbatch through all stages of `group`; one token, or its error, per sampled row, in their order.
 
         Microbatches of one group pass each stage in the order of the calls. StepError if a stage raises.
+        `stage_s` as in `Passage`.
         Keeps the group's occupancy: an executor that does not say where a microbatch is fails its first step, as
         bubbles that nobody measured would look like none.
         """
-        passage = Passage(group.occupancy, asyncio.get_running_loop().time)
+        passage = Passage(group.occupancy, asyncio.get_running_loop().time, stage_s)
         try:
             tokens = await self.pass_through(group, inputs, passage)
         except Exception as error:
@@ -89,7 +95,7 @@ class DeviceExecutor(Executor):
 
     def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
         super().__init__()
-        self._devices, self._decoders, self._shares_head = list(devices), list(decoders), shares_head
+        self._devices, self._decoders, self.shares_head = list(devices), list(decoders), shares_head
         self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
 
     def renew(self, index: int, device: Device, decoder: Decoder) -> None:
@@ -117,7 +123,7 @@ class DeviceExecutor(Executor):
         for position, stage in between:
             decoder = self._decoders[stage.device]
             x = await self._run(group, position, passage, partial(run_stage, decoder, stage, position, inputs, x))
-        if self._shares_head and len(inputs.sampling) > 1:
+        if self.shares_head and len(inputs.sampling) > 1:
             return await self._end_at_both_ends(group, inputs, x, passage)
         position, stage = last
         decoder = self._decoders[stage.device]
@@ -169,6 +175,8 @@ class DeviceExecutor(Executor):
 
     async def _run(self, group: Group, position: int, passage: Passage, work: Callable[[], T]) -> T:
         """Run work of one stage on its device."""
+        if passage.stage_s is not None:
+            work = partial(run_timed, work, passage.stage_s, position)
         with passage.at(position):
             return await self._devices[group.stages[position].device].run(work)
 

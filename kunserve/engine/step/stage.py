@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from time import thread_time
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from kunserve.compute.decoder import Decoder
 from kunserve.compute.sampler import SampledToken, SamplingRow, sample
 from kunserve.engine.group import Stage
 from kunserve.engine.step.microbatch import StepInputs, fill_sampling, fill_token_ids
+
+T = TypeVar("T")
 
 SCORED_ROWS = 64  # of which logits are made at a time, where a prompt's tokens are scored: there may be thousands
 
@@ -71,6 +75,17 @@ def run_head(decoder: Decoder, x: Tensor, inputs: StepInputs, which: slice) -> l
         return []
     filled = rows if inputs.depends_on is None else fill_sampling(rows, inputs.previous_tokens())
     return sample_in_slices(decoder, x, filled) if has_scored_rows(rows) else sample(decoder.logits(x), filled)
+
+
+def run_timed(work: Callable[[], T], stage_s: list[float], position: int) -> T:
+    """Do one of these, and add the CPU time of this thread, a device's, to that of a stage.
+
+    What else runs on the thread's core, and waiting for a grammar, is no work of the device.
+    """
+    started = thread_time()
+    result = work()
+    stage_s[position] += thread_time() - started
+    return result
 
 
 def has_scored_rows(rows: Sequence[SamplingRow]) -> bool:

@@ -174,9 +174,11 @@ class CudaDevice:
         assert isinstance(source, CudaDevice)
         await to_the_end(transfer(source, read, self, write))
 
-    async def launch(self, work: Callable[[], T], after: Sequence[Launched[Any]] = ()) -> Launched[T]:
+    async def launch(
+        self, work: Callable[[], T], after: Sequence[Launched[Any]] = (), *, is_timed: bool = False
+    ) -> Launched[T]:
         """Launch `work` on the compute queue behind `after`; returns before its results are there."""
-        return await self.compute.launch(work, after)
+        return await self.compute.launch(work, after, is_timed=is_timed)
 
     async def finish(self, launched: Launched[T]) -> T:
         """Wait for what was launched on the compute queue, or behind it."""

@@ -85,8 +85,11 @@ class Driver(Protocol):
     def current_stream(self) -> Stream:
         """Return the stream of this GPU that torch launches on from this thread."""
 
-    def record(self, stream: Stream) -> Event:
-        """Return an event that is reached when all work launched so far has finished."""
+    def record(self, stream: Stream, *, is_timed: bool = False) -> Event:
+        """Return an event that is reached when all work launched so far has finished. `is_timed`: for `seconds`."""
+
+    def seconds(self, first: Event, last: Event) -> float:
+        """Return the time from one event to another on the GPU's clock. Both are timed, and have been reached."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Let work launched on `stream` from now on wait for `event`, which may be another GPU's. Does not block."""
@@ -252,11 +255,15 @@ class CudaDriver:
         """See `Driver.current_stream`."""
         return int(torch.cuda.current_stream(self.torch_device).cuda_stream)
 
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream, *, is_timed: bool = False) -> Event:
         """See `Driver.record`. Blocking events sleep in the kernel; the default ones spin."""
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=is_timed, blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._torch_stream(stream))
         return event
+
+    def seconds(self, first: Event, last: Event) -> float:
+        """See `Driver.seconds`."""
+        return float(first.elapsed_time(last)) / 1e3
 
     def wait(self, stream: Stream, event: Event) -> None:
         """See `Driver.wait`."""

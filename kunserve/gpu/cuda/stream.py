@@ -34,6 +34,8 @@ class Launched(Generic[T]):
     value: T
     ready: Event
     after: tuple[Launched[Any], ...] = ()
+    begun: Event | None = None  # of work that is timed: when the stream came to it
+    seconds: float = 0.0  # how long that took, once it is finished
 
 
 class StreamQueue:
@@ -45,7 +47,9 @@ class StreamQueue:
         self._launcher, self._waiter = WorkQueue(f"{name}-launch"), WorkQueue(f"{name}-wait")
         self._launching = threading.RLock()  # whoever holds it is the only one to launch
 
-    async def launch(self, work: Callable[[], T], after: Sequence[Launched[Any]] = ()) -> Launched[T]:
+    async def launch(
+        self, work: Callable[[], T], after: Sequence[Launched[Any]] = (), *, is_timed: bool = False
+    ) -> Launched[T]:
         """Launch `work` behind all launched here before, and behind `after`, on any stream: it may read their values.
 
         What `work` raises comes out when whatever it had launched is done: nothing runs on behind the error.
@@ -55,12 +59,13 @@ class StreamQueue:
             with self.lent():
                 for other in after:
                     self._driver.wait(self.stream, other.ready)
+                begun = self._driver.record(self.stream, is_timed=True) if is_timed else None
                 try:
                     value = work()
                 except BaseException:
                     self._driver.synchronize(self.stream)
                     raise
-                return Launched(value, self._driver.record(self.stream), tuple(after))
+                return Launched(value, self._driver.record(self.stream, is_timed=is_timed), tuple(after), begun)
 
         return await self._launcher.run(launch_now)
 
@@ -68,6 +73,8 @@ class StreamQueue:
         """Wait for what was launched here. DeviceLostError if a kernel has faulted."""
         try:
             await self._waiter.run(partial(self._driver.synchronize_event, launched.ready))
+            if launched.begun is not None:
+                launched.seconds = self._driver.seconds(launched.begun, launched.ready)
         except DeviceError as error:
             raise DeviceLostError(error.message) from error
         launched.after = ()

@@ -254,9 +254,9 @@ async def test_a_request_whose_step_fails_while_it_stops_starts_over(six_layers:
         execute: Any = engine.executor.execute
         num_failed = 0
 
-        async def fail_once_stopped(group: Any, inputs: Any) -> Any:
+        async def fail_once_stopped(group: Any, inputs: Any, stage_s: list[float] | None = None) -> Any:
             nonlocal num_failed
-            tokens = await execute(group, inputs)
+            tokens = await execute(group, inputs, stage_s)
             if request.is_moving and not num_failed:
                 num_failed += 1
                 raise DeviceError("the step failed")

@@ -244,10 +244,10 @@ async def test_merges_do_not_wait_for_each_others_steps(six_layers: Path, expect
         engine, reconfigure, held = checked.engine, checked.reconfigure, asyncio.Event()
         execute: Any = engine.executor.execute
 
-        async def hold(group: Group, inputs: Any) -> Any:
+        async def hold(group: Group, inputs: Any, stage_s: list[float] | None = None) -> Any:
             if group.group_id == 0:
                 await held.wait()
-            return await execute(group, inputs)
+            return await execute(group, inputs, stage_s)
 
         engine.executor.execute = hold  # type: ignore[method-assign, misc]
         answers = [asyncio.create_task(checked.answer(request)) for request in again(REQUESTS)]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cost_models import COST
 from fake_cuda import GRANULARITY, FakeCuda
 
 from kunserve.compute.cuda import sampling
 from kunserve.compute.cuda.decoder import CudaDecoder
 from kunserve.compute.cuda.sampling import PendingTokens
 from kunserve.compute.sampler import SamplingRow, is_adjusted
+from kunserve.engine.batch import Microbatch
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
 from kunserve.engine.fleet import Fleet
@@ -32,6 +34,7 @@ from kunserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
 from kunserve.engine.serving_limits import ServingLimits
 from kunserve.engine.signals import Signals, loop_time
 from kunserve.engine.step.cuda_executor import CudaExecutor
+from kunserve.engine.step.own_steps import OwnSteps
 from kunserve.errors import ConfigError, EngineError
 from kunserve.gpu.device_memory import DeviceMemory
 from kunserve.gpu.kv_memory import KVShape
@@ -40,6 +43,7 @@ from kunserve.model.checkpoint import DummySource
 from kunserve.model.config import ModelConfig
 from kunserve.model.layout import units_of_stage, weight_units
 from kunserve.observe.metrics import Metrics
+from kunserve.planner.microbatch import Lookahead
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.snapshot import Lineage, StageView
 from kunserve.policies import OverloadPolicy
@@ -155,6 +159,25 @@ async def test_the_bubbles_of_a_chain_are_measured() -> None:
         assert all(0 < seconds <= active_s for seconds in busy_s)
         [stats] = engine.stats().groups
         assert stats.bubble_share == pytest.approx(1 - sum(busy_s) / (2 * active_s)) and stats.bubble_share > 0
+
+
+async def test_the_gpus_say_how_long_each_stage_has_worked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked, and no longer than a stage has had work."""
+    measured = list[list[float]]()
+
+    class Measured(OwnSteps):
+        def keep(self, group: Group, batch: Microbatch, stage_s: Sequence[float]) -> bool:
+            if len(group.stages) == 2:
+                measured.append(list(stage_s))
+            return super().keep(group, batch, stage_s)
+
+    async with serving([FakeCuda(), FakeCuda()]) as engine:
+        engine.own_steps = Measured(Lookahead(COST, MODEL.num_layers, 48), shares_head=False)
+        chain = await chained(engine)
+        await asyncio.gather(*(generate(engine, i) for i in range(6)))
+        assert len(measured) > 8 and all(seconds > 0 for stage_s in measured for seconds in stage_s)
+        busy_s = chain.occupancy.busy_s(loop_time())
+        assert all(sum(s) < most for s, most in zip(zip(*measured, strict=True), busy_s, strict=True))
 
 
 async def test_a_stage_has_work_until_its_gpu_is_done_whatever_was_launched_behind_it(

@@ -105,7 +105,7 @@ def kill_with(checked: Checked, poison: str) -> list[int]:
     """Let each device die in the step that has the request `poison`; returns those that did, as they do."""
     killed, execute = list[int](), checked.engine.executor.execute
 
-    async def run(group: Group, inputs: Any, batch: Microbatch) -> Any:
+    async def run(group: Group, batch: Microbatch, *inputs: Any) -> Any:
         if any(span.request.request_id == poison and span.request.num_output_tokens > 3 for span in batch.spans):
             device = group.stages[-1].device
 
@@ -115,9 +115,9 @@ def kill_with(checked: Checked, poison: str) -> list[int]:
                 raise DeviceLostError("an illegal address")
 
             await checked.engine.memories[device].device.run(die)
-        return await execute(group, inputs)
+        return await execute(group, *inputs)
 
-    checked.engine.executor.execute = lambda group, inputs: run(group, inputs, group.in_flight[-1])  # type: ignore[method-assign, misc]
+    checked.engine.executor.execute = lambda group, *inputs: run(group, group.in_flight[-1], *inputs)  # type: ignore[method-assign, misc]
     return killed
 
 

@@ -240,8 +240,13 @@ class FakeCuda:
     def current_stream(self) -> int:
         return TIMELINE.current(self.ordinal)
 
-    def record(self, stream: int) -> Event:
-        return TIMELINE.record(stream)
+    def record(self, stream: int, *, is_timed: bool = False) -> Event:
+        return TIMELINE.record(stream, is_timed=is_timed)
+
+    def seconds(self, first: Event, last: Event) -> float:
+        self._check(first.mark.is_timed and last.mark.is_timed, "seconds: an event is not timed")
+        self._check(first.mark.is_reached and last.mark.is_reached, "seconds: an event has not been reached")
+        return last.mark.reached_s - first.mark.reached_s
 
     def wait(self, stream: int, event: Event) -> None:
         TIMELINE.wait(stream, event)

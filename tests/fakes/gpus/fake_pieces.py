@@ -36,6 +36,8 @@ class Mark:
     test: int = 0  # in which it was recorded
     is_reached: bool = False
     num_waiting: int = 0  # waits for it that lie in streams
+    is_timed: bool = False
+    reached_s: float = 0.0
 
     @property
     def is_open(self) -> bool:

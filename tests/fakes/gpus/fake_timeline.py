@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from weakref import ref
 
 from fake_pieces import Event, Mark, Piece, Recording, RuleBrokenError, Span, StreamOwner, StreamState
@@ -151,9 +152,9 @@ class Timeline:
         """Put work into a stream."""
         self._put(Piece(stream, run=run, reads=tuple(reads), writes=tuple(writes), is_held=is_held))
 
-    def record(self, stream: int) -> Event:
+    def record(self, stream: int, *, is_timed: bool = False) -> Event:
         """Record an event behind all that was launched."""
-        mark = Mark(stream, is_captured=stream in self._recordings, test=self.test)
+        mark = Mark(stream, is_captured=stream in self._recordings, test=self.test, is_timed=is_timed)
         self._put(Piece(stream, reaches=mark))
         return Event(mark, self._event_ended)
 
@@ -291,7 +292,7 @@ class Timeline:
         state.queue.popleft()
         state.num_done += piece.is_held
         if piece.reaches is not None:
-            piece.reaches.is_reached = True
+            piece.reaches.is_reached, piece.reaches.reached_s = True, perf_counter()
         if piece.after is not None:
             piece.after.num_waiting -= 1
         self.change.notify_all()

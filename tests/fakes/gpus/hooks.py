@@ -60,9 +60,9 @@ class FaultyGpu(FaultyDevice):
         for name in _CALLS:
             setattr(device, name, getattr(self, name))
 
-    async def launch(self, work: Callable[[], T], after: Sequence[Any] = ()) -> Any:
+    async def launch(self, work: Callable[[], T], after: Sequence[Any] = (), *, is_timed: bool = False) -> Any:
         """See `CudaDevice.launch`."""
-        return await self._launch(self.faulty(work), after)
+        return await self._launch(self.faulty(work), after, is_timed=is_timed)
 
 
 def fail_on_gpus(machine: CudaMachine, faults: Sequence[Fault]) -> None:

@@ -130,6 +130,10 @@ class TorchStreams:
         self.made.append(made)
         return made
 
+    def event(self, *, enable_timing: bool, blocking: bool) -> Any:
+        assert blocking  # others spin
+        return SimpleNamespace(record=self.recorded.append, is_timed=enable_timing, elapsed_time=lambda last: 2.5)
+
     @contextmanager
     def on(self, stream: Any) -> Iterator[None]:
         before, self.current = self.current, stream.device
@@ -142,7 +146,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> TorchStreams:
     streams = TorchStreams()
     monkeypatch.setattr(torch.cuda, "ExternalStream", streams.external)
     monkeypatch.setattr(torch.cuda, "stream", streams.on)
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(record=streams.recorded.append))
+    monkeypatch.setattr(torch.cuda, "Event", streams.event)
     return streams
 
 
@@ -162,6 +166,15 @@ def test_a_gpu_is_current_where_its_stream_is_and_torch_knows_a_stream_by_one_ob
         assert streams.current == drivers[0].torch_device
     assert [(one.cuda_stream, one.device) for one in streams.made] == [(s, d.torch_device) for d, s in taken]
     assert len(streams.recorded) == 3 * 2 * 4 and set(map(id, streams.recorded)) == set(map(id, streams.made))
+
+
+def test_only_events_that_are_asked_for_the_time_keep_it(bindings: Bindings, streams: TorchStreams) -> None:
+    driver = CudaDriver(0, bindings)
+    stream = driver.take_stream()
+    assert not driver.record(stream).is_timed
+    first, last = (driver.record(stream, is_timed=True) for _ in range(2))
+    assert first.is_timed and last.is_timed
+    assert driver.seconds(first, last) == pytest.approx(0.0025)  # torch counts milliseconds
 
 
 @pytest.mark.parametrize(
