@@ -107,10 +107,8 @@ class OwnSteps:
 def _kind(group: Group, batch: Microbatch) -> Kind:
     """Return what kind of microbatch it is, without a look at all of it: who decodes comes first, prompts come last."""
     others = batch.others
-    num_requests, num_tokens = (
-        len(batch.decoding.ends) + len(others),
-        others[-1].end - others[-1].start if others else 1,
-    )
+    num_requests = len(batch.decoding.ends) + len(others)
+    num_tokens = others[-1].end - others[-1].start if others else 1
     return len(group.stages), num_requests.bit_length(), num_tokens.bit_length()
 
 
