@@ -212,3 +212,33 @@ def test_rows_of_another_number_are_refused(tmp_path: Path) -> None:
     file = read_gguf(write("phi3", tmp_path))
     with pytest.raises(ConfigError, match=r"tensor blk\.0\.\w+\.weight has shape \[\d+, \d+\], not \[\d+, \d+\]"):
         gguf_config(replace(file, metadata={**file.metadata, "phi3.feed_forward_length": 80}))
+
+
+def ends_of(file: GgufFile, names: list[str], kind: int = 3, **more: Any) -> list[str]:
+    """Return which tokens end an answer, of a file whose tokens 10, 11 ... have these names."""
+    tokens, kinds = [*file.metadata["tokenizer.ggml.tokens"]], [*file.metadata["tokenizer.ggml.token_type"]]
+    tokens[10 : 10 + len(names)], kinds[10 : 10 + len(names)] = names, [kind] * len(names)
+    metadata = {**file.metadata, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds, **more}
+    return [tokens[i] for i in gguf_config(replace(file, metadata=metadata)).eos_token_ids]
+
+
+def test_the_end_of_a_thought_is_not_the_end_of_an_answer_of_gpt_oss(tmp_path: Path) -> None:
+    file = read_gguf(write("gpt-oss", tmp_path))
+    names = ["<|end|>", "<|return|>", "<|call|>"]
+    assert ends_of(file, names, **{"tokenizer.ggml.eos_token_id": 11}) == ["<|return|>", "<|call|>"]
+    assert ends_of(file, names, **{"tokenizer.ggml.eot_token_id": 10})[1:] == ["<|return|>", "<|call|>"]
+    assert ends_of(file, ["<|end|>"])[1:] == ["<|end|>"]  # as of Phi-3
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_tokens_that_end_a_turn_do_so_whatever_kind_a_file_says_they_are(kind: int, tmp_path: Path) -> None:
+    file = read_gguf(write("llama", tmp_path))
+    assert ends_of(file, ["<|im_end|>"], kind)[1:] == ["<|im_end|>"]
+
+
+def test_an_end_that_the_model_has_no_row_for_is_none(tmp_path: Path) -> None:
+    """Ollama's files of Gemma 3 have more tokens than rows."""
+    file = read_gguf(write("llama", tmp_path))
+    more = {"tokens": "<|im_end|>", "token_type": 3}
+    longer = {f"tokenizer.ggml.{name}": [*file.metadata[f"tokenizer.ggml.{name}"], last] for name, last in more.items()}
+    assert gguf_config(replace(file, metadata={**file.metadata, **longer})) == gguf_config(file)
