@@ -36,12 +36,12 @@ def read_rope_scaling(fields: Fields, theta: float) -> dict[str, Any] | None:
     ConfigError for one that is not computed.
     """
     said, found = _said(fields), [name for name in FACTORS if fields.has(name)]
-    if found and found[0] == LLAMA3_FACTORS:
-        if said is not None:
-            both = f"rope.scaling.factor {said.get('factor', 1):g} together with tensor {LLAMA3_FACTORS}"
-            raise ConfigError(f"{both} is not supported: {OTHERWISE}")
-        return _llama3(fields.file.tensors[LLAMA3_FACTORS], theta)
-    return _longrope(fields) if found else said
+    if not found:
+        return said
+    if said is not None:
+        both = f"rope.scaling.factor {said['factor']:g} together with tensor {found[0]}"
+        raise ConfigError(f"{both} is not supported: {OTHERWISE}")
+    return _llama3(fields.file.tensors[LLAMA3_FACTORS], theta) if found[0] == LLAMA3_FACTORS else _longrope(fields)
 
 
 def _said(fields: Fields) -> dict[str, Any] | None:
