@@ -9,6 +9,7 @@ from typing import Any
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
 from kunserve.model.config_fields import show
+from kunserve.model.family.families import family_of
 from kunserve.model.gguf.architectures import ARCHITECTURES, Architecture
 from kunserve.model.gguf.fields import Fields
 from kunserve.model.gguf.file import GgufFile
@@ -88,7 +89,7 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
     for reader in architecture.readers:
         values |= reader(fields, values)
     fields.refuse_unread()
-    return values
+    return values | {"model_type": family_of(values).name}  # by which transformers finds the class
 
 
 def _blocks(parts: Mapping[str, Parts]) -> dict[str, Blocks]:
