@@ -10,7 +10,6 @@ from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.config_fields import read_flag, read_names, read_object, show
-from kunserve.model.family.stored import names_of
 from kunserve.model.quant.blocks import GGML_BLOCKS, GROUPS, OUR_BLOCKS, Blocks
 
 # What is read of each matrix, by its ending; of "fp8" either of two scales.
@@ -62,13 +61,12 @@ class Scheme:
         size = next((size for size in GROUPS if group % size == 0 and num_columns % size == 0), None)
         return None if size is None else OUR_BLOCKS[f"{self.kind}_{size}"]
 
-    def skips(self, name: str) -> bool:
-        """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
-        names = names_of(name)
+    def skips(self, *names: str) -> bool:
+        """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers; names: that it may have."""
         expressions = ((part, part.removeprefix("-:").removeprefix("+:")) for part in self.dynamic)
         fits = (part for part, expression in expressions if any(re.match(expression, one) for one in names))
         return (
-            name == "lm_head"
+            "lm_head" in names
             or next(fits, "").startswith("-:")
             or any(_is_part(part, f".{one}.") for part in self.skipped for one in names)
         )
