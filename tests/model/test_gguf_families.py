@@ -19,6 +19,7 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.gguf.architectures import ARCHITECTURES
 from kunserve.model.gguf.fields import NEUTRAL
 from kunserve.model.gguf.file import GgufFile, read_gguf
+from kunserve.model.gguf.rope import LLAMA3_SCALINGS
 from kunserve.model.gguf.shape import gguf_config, hf_values
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.hf_config import load_hf_config
@@ -305,3 +306,15 @@ def test_factors_of_rotation_beside_another_scaling_are_refused(tmp_path: Path) 
     file = read_gguf(write("phi3-longrope", tmp_path))
     with pytest.raises(ConfigError, match=r"rope\.scaling\.factor 4 together with tensor rope_factors_long\.weight"):
         gguf_config(change_of(file, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}))
+
+
+@pytest.mark.parametrize("shape", [(0,), (16,)])
+def test_factors_for_other_heads_are_refused(shape: tuple[int], tmp_path: Path) -> None:
+    """Of a model with heads of 64 and one of 32 they differ in number only."""
+    rope = {"rope_theta": 500000.0, **LLAMA3_SCALINGS[0]}
+    path = write_tiny_gguf(tmp_path, family="llama3", head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    file = read_gguf(path)
+    assert gguf_config(file).rope_scaling is not None
+    factors = replace(file.tensors["rope_freqs.weight"], shape=shape)
+    with pytest.raises(ConfigError, match=rf"tensor rope_freqs\.weight has {shape[0]} numbers for 32 pairs"):
+        gguf_config(replace(file, tensors={**file.tensors, "rope_freqs.weight": factors}))

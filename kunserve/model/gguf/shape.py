@@ -61,7 +61,7 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
     head_dim = fields.whole("attention.key_length", hidden // max(1, heads))
     if (size := fields.whole("attention.value_length", head_dim)) != head_dim:
         raise ConfigError(f"attention.value_length {size} is not attention.key_length {head_dim}: not supported")
-    theta = fields.number("rope.freq_base", 10000.0)
+    theta, rotated = fields.number("rope.freq_base", 10000.0), fields.whole("rope.dimension_count", head_dim)
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     vocab_size = file.tensors["token_embd.weight"].shape[0] if fields.has("token_embd.weight") else len(tokens)
     bos = metadata.get("tokenizer.ggml.bos_token_id")
@@ -77,12 +77,12 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": fields.whole("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": read_rope_scaling(fields, theta),
+        "rope_scaling": read_rope_scaling(fields, theta, rotated),
         "tie_word_embeddings": not fields.has("output.weight"),
         "bos_token_id": None if type(bos) is int and not 0 <= bos < vocab_size else bos,  # see tokenizer._special_ids
         "eos_token_id": list(_ends(metadata, vocab_size)) or None,
     }
-    if (rotated := fields.whole("rope.dimension_count", head_dim)) != head_dim:
+    if rotated != head_dim:
         if architecture.has_moved_rows:  # rows are moved within whole heads
             raise ConfigError(f"rope.dimension_count {rotated} is not the head's size {head_dim}: not supported")
         values["partial_rotary_factor"] = rotated / head_dim
