@@ -23,8 +23,8 @@ NEUTRAL = {
     **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"), 1),
     **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "rope.scaling.alpha"), 0),
 }
-# What metadata say of rotation that means nothing alone; all else of it that nobody reads would rotate otherwise.
-MEANT_WITH_OTHERS = tuple(
+# What of `rope.*` has no effect by itself. Any other that is not read is refused: positions would be rotated otherwise.
+WITHOUT_EFFECT = tuple(
     f"rope.scaling.{name}" for name in ("finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 )
 
@@ -72,7 +72,7 @@ class Fields:
             raise ConfigError(f"metadata {self._prefix}attention.causal: False is not supported: it is no decoder")
         neutral = NEUTRAL | {"rope.freq_base_swa": self.number("rope.freq_base", 10000.0)}
         found = {name.removeprefix(self._prefix): value for name, value in self.file.metadata.items()}
-        of_rotation = (name for name in found if name.startswith("rope.") and name not in MEANT_WITH_OTHERS)
+        of_rotation = (name for name in found if name.startswith("rope.") and name not in WITHOUT_EFFECT)
         for name in (*NEUTRAL, *of_rotation):
             value = None if name in self._read else found.get(name)
             if value and value != neutral.get(name):

@@ -1,7 +1,7 @@
 """GGUF: which tensors of a file, or parts of them, are the tensors that Hugging Face has.
 
-A file holds the experts of a layer as one tensor, and may hold q, k and v as one, or what is one there as several. All
-of it are runs of rows, and those lie next to each other: nothing has to be taken apart.
+A file holds the experts of a layer as one tensor, and may hold q, k and v as one, or what is one there as several. Each
+part is a run of rows, whose bytes lie together: it is read without the rest of its tensor.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
 
 
 def _blocks(parts: Mapping[str, Parts]) -> dict[str, Blocks]:
-    """Return the blocks of matrices, where all parts of one are in the same."""
+    """Return the blocks that each matrix is stored in, but for those whose parts differ and those of numbers."""
     found = dict[str, Blocks]()
     for name, of_one in parts.items():
         (blocks, *others) = {part.blocks for part in of_one}
