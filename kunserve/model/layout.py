@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from kunserve.model.config import Experts, ModelConfig
+from kunserve.model.family.stored import names_of
 from kunserve.model.quant.blocks import ITEM_BYTES, Blocks
 from kunserve.model.quant.formats import NO_BLOCKS, Formats
 from kunserve.model.quant.planes import SCALES, Planes
@@ -249,7 +250,9 @@ def formats_of(config: ModelConfig, scheme: Scheme) -> Formats:
     """Return the blocks that each matrix is kept in, of a checkpoint that is quantized or becomes so as it is read."""
     shapes = {spec.name: spec.shape for unit in weight_units(config, config.dtype) for spec in unit.tensors}
     held = {name: shape[-1] for name, shape in shapes.items() if scheme.holds(name, len(shape))}
-    held = {name: columns for name, columns in held.items() if not scheme.skips(name.removesuffix(".weight"))}
+    held = {
+        name: columns for name, columns in held.items() if not scheme.skips(*names_of(name.removesuffix(".weight")))
+    }
     kept = {name: blocks for name, columns in held.items() if (blocks := scheme.blocks_of(columns))}
     kept = without_uneven(config, kept)
     return Formats(kept, scheme, frozenset(kept if scheme.is_made else held))

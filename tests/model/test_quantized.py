@@ -172,6 +172,8 @@ def test_what_gptq_leaves_out_is_read_as_numbers(said: dict[str, Any], tmp_path:
         (["lm_head", r"re:.*mlp\.down_proj$"], ["Linear"]),
         ([f"model.layers.{i}.mlp.down_proj" for i in range(3)], ["Linear"]),
         ([], [r"re:.*\.(q|k|v|o|gate|up)_proj$"]),
+        ([r"re:language_model\.model\.layers\.\d\.mlp\.down_proj$"], ["Linear"]),
+        ([f"model.language_model.layers.{i}.mlp.down_proj" for i in range(3)], ["Linear"]),
         (
             ["re:.*down.*"],
             ["re:.*self_attn.*", *(f"model.layers.{i}.mlp.{n}_proj" for n in ("gate", "up") for i in range(3))],
@@ -333,6 +335,12 @@ def configure(folder: Path, change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+def weights(kind: str, **change: Any) -> dict[str, Any]:
+    """Return the groups of a compressed checkpoint with other fields of its weights."""
+    group: dict[str, Any] = CHECKPOINTS[kind][0]["config_groups"]["group_0"]
+    return {"config_groups": {"group_0": group | {"weights": group["weights"] | change}}}
+
+
 @pytest.mark.parametrize("said", [{"desc_act": None}, {"desc_act": False}, {"dynamic": {"+:.*": {"desc_act": True}}}])
 def test_an_order_of_columns_that_the_config_does_not_say_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
     folder = write_tiny_quantized("gptq act-order", tmp_path)
@@ -350,6 +358,15 @@ def test_an_order_of_columns_that_the_config_does_not_say_is_refused(said: dict[
     [
         ("gptq", {"desc_act": "true"}, "field desc_act: expected true or false, not 'true'"),
         ("w4a16", {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, ".* transform_config .*take"),
+        (
+            "w4a16",
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            ".* stored as 'sparse-24-bitmask' are not served",
+        ),
+        ("w4a16", weights("w4a16", type="float"), "compressed-tensors of format pack-quantized with type 'float'"),
+        ("compressed fp8", weights("compressed fp8", type="int"), ".* of format float-quantized with type 'int'"),
+        ("compressed fp8", weights("compressed fp8", num_bits=4), "weights of 4 bits are not served, only of 8"),
+        ("w8a8", weights("w8a8", type="float"), "compressed-tensors of format int-quantized with type 'float'"),
         ("gptq", {"dynamic": {"-:(": {}}}, r"field dynamic: '-:\(' is no expression"),
         ("w4a16", {"transform_config": [1]}, "field transform_config: expected an object"),
     ],
@@ -364,12 +381,14 @@ def test_what_a_config_says_otherwise_is_refused(
     assert "\n" not in error.value.message
 
 
-def test_no_rotations_are_none(tmp_path: Path) -> None:
+def test_no_rotations_and_no_sparsity_are_none(tmp_path: Path) -> None:
     folder = write_tiny_quantized("w4a16", tmp_path)
     empty: list[dict[str, Any]] = [{}, {"config_groups": {}}]
     for none in empty:
-        configure(folder, {"transform_config": none})
+        configure(folder, {"transform_config": none, "sparsity_config": none | {"format": "dense"}})
         check_model(str(folder))
+    configure(folder, {"sparsity_config": {}, **weights("w4a16", type="int")})
+    check_model(str(folder))
 
 
 def test_another_method_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # names are judged without it
 
 
 class StoredForm(NamedTuple):
@@ -46,7 +47,11 @@ def stored_form(name: str) -> StoredForm | None:
     return next((form for ending, form in STORED_FORMS.items() if name.endswith(ending)), None)
 
 
+def names_of(name: str) -> tuple[str, str, str]:
+    """Return what checkpoints may call a tensor: decoders of models that also see are a part of them."""
+    return name, f"language_model.{name}", f"model.language_model.{name.removeprefix('model.')}"
+
+
 def stored_name(name: str, names: Container[str]) -> str:
-    """Return what a checkpoint with these names calls a tensor: decoders of models that also see are a part of them."""
-    candidates = (name, f"language_model.{name}", f"model.language_model.{name.removeprefix('model.')}")
-    return next((candidate for candidate in candidates if candidate in names), name)
+    """Return what a checkpoint with these names calls a tensor."""
+    return next((candidate for candidate in names_of(name) if candidate in names), name)

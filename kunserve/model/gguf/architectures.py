@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kunserve.model.gguf.fields import Fields
+from kunserve.errors import ConfigError
+from kunserve.model.gguf.fields import OTHERWISE, Fields
 
 Values = Mapping[str, Any]
 Reader = Callable[[Fields, Values], dict[str, Any]]  # and what is known so far -> fields of a config.json
@@ -95,6 +96,7 @@ def _gpt_oss(fields: Fields, values: Values) -> dict[str, Any]:
         "num_experts_per_tok": fields.whole("expert_used_count"),
         "intermediate_size": fields.whole("expert_feed_forward_length", values["intermediate_size"]),
         "rope_scaling": rope and rope | {"truncate": False},
+        "rope_parameters": {},  # else a file without scaling would have the family's
     }
 
 
@@ -134,10 +136,16 @@ def _gemma2(fields: Fields, _: Values) -> dict[str, Any]:
 
 
 def _gemma3(fields: Fields, _: Values) -> dict[str, Any]:
-    return {"rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0)}
+    """Read the two steps of rotation; Ollama's converter has names of its own for them."""
+    return {
+        "rope_theta": fields.number("rope.freq_base", fields.number("rope.global.freq_base", 1e6)),
+        "rope_local_base_freq": fields.number("rope.freq_base_swa", fields.number("rope.local.freq_base", 1e4)),
+    }
 
 
 def _granite(fields: Fields, values: Values) -> dict[str, Any]:
+    if fields.get("rope.scaling.finetuned") is False:  # llama.cpp's way to say that positions are not rotated
+        raise ConfigError(f"metadata granite.rope.scaling.finetuned: False is not supported: {OTHERWISE}")
     return {
         "attention_multiplier": fields.number_if_any("attention.scale") or values["head_dim"] ** -0.5,
         "embedding_multiplier": fields.number_if_any("embedding_scale"),
@@ -152,7 +160,7 @@ def _smollm3(*_: Any) -> dict[str, Any]:
 
 AFTER_ATTENTION = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 GEMMA_NAMES = AFTER_ATTENTION | {"pre_feedforward_layernorm": "ffn_norm"}
-FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+FUSED = {"mlp.gate_up_proj": "ffn_up"}
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", (_biases, _mistral_if), has_moved_rows=True),

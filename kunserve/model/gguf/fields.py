@@ -22,8 +22,11 @@ NEUTRAL = {
     **dict.fromkeys(("pooling_type", "n_deepstack_layers", "swiglu_clamp_exp", "swiglu_clamp_shexp"), 0),
     **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"), 1),
     **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "rope.scaling.alpha"), 0),
-    "rope.freq_base_swa": 10000.0,
 }
+# What of `rope.*` has no effect by itself. Any other that is not read is refused: positions would be rotated otherwise.
+WITHOUT_EFFECT = tuple(
+    f"rope.scaling.{name}" for name in ("finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+)
 
 
 class Fields:
@@ -67,11 +70,13 @@ class Fields:
         """Raise ConfigError for the first value that changes answers and that nobody has asked for."""
         if self.get("attention.causal") is False:
             raise ConfigError(f"metadata {self._prefix}attention.causal: False is not supported: it is no decoder")
-        for name, neutral in NEUTRAL.items():
-            full_name = self._prefix + name
-            value = None if name in self._read else self.file.metadata.get(full_name)
-            if value and value != neutral:
-                raise ConfigError(f"metadata {full_name}: {show(value)} is not supported: {OTHERWISE}")
+        neutral = NEUTRAL | {"rope.freq_base_swa": self.number("rope.freq_base", 10000.0)}
+        found = {name.removeprefix(self._prefix): value for name, value in self.file.metadata.items()}
+        of_rotation = (name for name in found if name.startswith("rope.") and name not in WITHOUT_EFFECT)
+        for name in (*NEUTRAL, *of_rotation):
+            value = None if name in self._read else found.get(name)
+            if value and value != neutral.get(name):
+                raise ConfigError(f"metadata {self._prefix}{name}: {show(value)} is not supported: {OTHERWISE}")
 
     def _present(self, name: str, value: Any, default: Any) -> Any:
         value = default if value is None else value

@@ -59,6 +59,9 @@ OTHER_FORMATS = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
+    40: "NVFP4",
+    41: "Q1_0",
+    42: "Q2_0",
 }
 ITEM_BYTES = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 AGAIN = "the file is damaged or its download is not complete; fetch it again"
@@ -76,8 +79,9 @@ class GgufTensor:
 
     @property
     def blocks(self) -> Blocks | None:
-        """Return the blocks that its rows are stored in; None if they are stored as numbers: those that make no whole
-        blocks are halves.
+        """Return the blocks that its rows are stored in; None if they are stored as numbers.
+
+        Numbers of 16 bits count as blocks (see `GGML_BLOCKS`), but for rows that are no multiple of 32.
         """
         blocks = GGML_BLOCKS.get(self.format)
         return blocks if blocks and self.shape and self.shape[-1] % blocks.num_values == 0 else None
@@ -169,6 +173,10 @@ class _Reader:
             raise ValueError("it does not begin as a GGUF file does")
         self._offset = 4
         if (version := self._scalar(4)) not in VERSIONS:
+            if version.to_bytes(4, "little").lstrip(b"\0") in (b"\2", b"\3"):
+                raise ConfigError(
+                    f"{self._path}: it is of a big-endian machine: take the little-endian file of the model"
+                )
             raise ValueError(f"version {version}; 2 and 3 are known")
         num_tensors, num_fields = self._scalar(10), self._scalar(10)
         metadata = {self._string(): self._value(self._scalar(4)) for _ in range(num_fields)}

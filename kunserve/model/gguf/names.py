@@ -1,7 +1,7 @@
 """GGUF: which tensors of a file, or parts of them, are the tensors that Hugging Face has.
 
-A file holds the experts of a layer as one tensor, and may hold q, k and v as one, or what is one there as several. All
-of it are runs of rows, and those lie next to each other: nothing has to be taken apart.
+A file holds the experts of a layer as one tensor, and may hold q, k and v as one, or what is one there as several. Each
+part is a run of rows, whose bytes lie together: it is read without the rest of its tensor.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Piece(NamedTuple):
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None  # first and end
+    num_rows: int = 0  # that there must be, of which these are some
 
 
 Pieces = tuple[Piece, ...]
@@ -94,7 +95,8 @@ def _of_layer(
     rows = dict(zip(QKV, ((0, q), (q, q + kv), (q + kv, q + 2 * kv)), strict=True))
     for kind in (".weight", ".bias"):
         for name, ours in names.items():
-            fused: list[Pieces] = [(Piece("attn_qkv" + kind, rows=rows[ours]),)] if ours in rows else []
+            whole = Piece("attn_qkv" + kind, rows=rows.get(ours), num_rows=q + 2 * kv)
+            fused: list[Pieces] = [(whole,)] if ours in rows else []
             yield name + kind, [(Piece(ours + kind),), *fused]
         yield "self_attn.qkv_proj" + kind, [(Piece("attn_qkv" + kind),), tuple(Piece(ours + kind) for ours in QKV)]
     yield "self_attn.sinks", [(Piece("attn_sinks.weight"),)]
@@ -109,7 +111,7 @@ def _of_experts(experts: Experts) -> Iterator[tuple[str, list[Pieces]]]:
     if "{}" in names.down:
         for i in range(experts.num_experts):
             for j, (name, ours) in enumerate(zip(names.gate_up, GATE_UP, strict=True)):
-                fused = Piece("ffn_gate_up_exps.weight", i, (j * inner, (j + 1) * inner))
+                fused = Piece("ffn_gate_up_exps.weight", i, (j * inner, (j + 1) * inner), 2 * inner)
                 yield name.format(i), [(Piece(f"{ours}_exps.weight", i),), (fused,)]
             yield names.down.format(i), [(Piece("ffn_down_exps.weight", i),)]
     else:
@@ -126,8 +128,8 @@ def _cut(tensor: GgufTensor, piece: Piece) -> GgufTensor:
     """Return the part of a tensor that a piece is. ConfigError if the tensor has no such part."""
     shape, num_dims = tensor.shape, 3 if piece.expert is not None else len(tensor.shape)
     end = piece.expert + 1 if piece.expert is not None else 0
-    if len(shape) != num_dims or shape[0] < end or (piece.rows and shape[-2:][0] < piece.rows[1]):
-        raise ConfigError(f"tensor {tensor.name} has shape {list(shape)}: the model has more or other parts")
+    if len(shape) != num_dims or shape[0] < end or (piece.rows and shape[-2:][0] != piece.num_rows):
+        raise ConfigError(f"tensor {tensor.name} has shape {list(shape)}: the model has other parts")
     if piece.expert is not None:
         tensor = replace(tensor.rows(piece.expert, end), shape=shape[1:])
     return tensor if piece.rows is None else tensor.rows(*piece.rows)

@@ -30,18 +30,20 @@ LLAMA3_SCALINGS = tuple(
 )
 
 
-def read_rope_scaling(fields: Fields, theta: float) -> dict[str, Any] | None:
+def read_rope_scaling(fields: Fields, theta: float, rotary_dim: int) -> dict[str, Any] | None:
     """Return the scaling that the metadata say, or that the file's factors are of; None if there is none.
 
-    ConfigError for one that is not computed.
+    rotary_dim: elements of a head that are rotated. ConfigError for a scaling that is not computed.
     """
     said, found = _said(fields), [name for name in FACTORS if fields.has(name)]
-    if found and found[0] == LLAMA3_FACTORS:
-        if said is not None:
-            both = f"rope.scaling.factor {said.get('factor', 1):g} together with tensor {LLAMA3_FACTORS}"
-            raise ConfigError(f"{both} is not supported: {OTHERWISE}")
-        return _llama3(fields.file.tensors[LLAMA3_FACTORS], theta)
-    return _longrope(fields) if found else said
+    if not found:
+        return said
+    if said is not None:
+        both = f"rope.scaling.factor {said['factor']:g} together with tensor {found[0]}"
+        raise ConfigError(f"{both} is not supported: {OTHERWISE}")
+    if found[0] == LLAMA3_FACTORS:
+        return _llama3(fields.file.tensors[LLAMA3_FACTORS], theta, rotary_dim // 2)
+    return _longrope(fields)
 
 
 def _said(fields: Fields) -> dict[str, Any] | None:
@@ -84,11 +86,13 @@ def _longrope(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _llama3(tensor: GgufTensor, theta: float) -> dict[str, Any]:
+def _llama3(tensor: GgufTensor, theta: float, num_pairs: int) -> dict[str, Any]:
     """Return the scaling that factors are of."""
     found = _numbers_of(tensor)
+    if len(found) != num_pairs:
+        raise ConfigError(f"tensor {tensor.name} has {len(found)} numbers for {num_pairs} pairs")
     for scaling in LLAMA3_SCALINGS:
-        wanted = [_factor(scaling, theta ** (-i / len(found))) for i in range(len(found))]
+        wanted = [_factor(scaling, theta ** (-i / num_pairs)) for i in range(num_pairs)]
         if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(wanted, found, strict=True)):
             return scaling
     raise ConfigError(f"tensor {tensor.name} scales positions in another way than Llama 3.1 and 3.2: not supported")

@@ -9,6 +9,7 @@ from typing import Any
 from kunserve.errors import ConfigError
 from kunserve.model.config import ModelConfig
 from kunserve.model.config_fields import show
+from kunserve.model.family.families import family_of
 from kunserve.model.gguf.architectures import ARCHITECTURES, Architecture
 from kunserve.model.gguf.fields import Fields
 from kunserve.model.gguf.file import GgufFile
@@ -19,8 +20,12 @@ from kunserve.model.layout import without_uneven
 from kunserve.model.quant.blocks import Blocks
 from kunserve.model.quant.formats import Formats
 
-# Tokens that end a turn or a text, whatever the file names as its one end token.
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
+# Tokens that end a turn or a text, whatever the file names as its one end token, and whatever kind it says they are.
+ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"),
+    *("<|return|>", "<|call|>"),
+)
+HARMONY = ("<|return|>", "<|call|>")  # gpt-oss ends with these: its <|end|> stands between a thought and its answer
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of tokens
 
 
@@ -56,7 +61,7 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
     head_dim = fields.whole("attention.key_length", hidden // max(1, heads))
     if (size := fields.whole("attention.value_length", head_dim)) != head_dim:
         raise ConfigError(f"attention.value_length {size} is not attention.key_length {head_dim}: not supported")
-    theta = fields.number("rope.freq_base", 10000.0)
+    theta, rotated = fields.number("rope.freq_base", 10000.0), fields.whole("rope.dimension_count", head_dim)
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     vocab_size = file.tensors["token_embd.weight"].shape[0] if fields.has("token_embd.weight") else len(tokens)
     bos = metadata.get("tokenizer.ggml.bos_token_id")
@@ -72,23 +77,23 @@ def hf_values(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": fields.whole("context_length"),
         "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": read_rope_scaling(fields, theta),
+        "rope_scaling": read_rope_scaling(fields, theta, rotated),
         "tie_word_embeddings": not fields.has("output.weight"),
         "bos_token_id": None if type(bos) is int and not 0 <= bos < vocab_size else bos,  # see tokenizer._special_ids
-        "eos_token_id": list(_ends(metadata)) or None,
+        "eos_token_id": list(_ends(metadata, vocab_size)) or None,
     }
-    if (rotated := fields.whole("rope.dimension_count", head_dim)) != head_dim:
+    if rotated != head_dim:
         if architecture.has_moved_rows:  # rows are moved within whole heads
             raise ConfigError(f"rope.dimension_count {rotated} is not the head's size {head_dim}: not supported")
         values["partial_rotary_factor"] = rotated / head_dim
     for reader in architecture.readers:
         values |= reader(fields, values)
     fields.refuse_unread()
-    return values
+    return values | {"model_type": family_of(values).name}  # by which transformers finds the class
 
 
 def _blocks(parts: Mapping[str, Parts]) -> dict[str, Blocks]:
-    """Return the blocks of matrices, where all parts of one are in the same."""
+    """Return the blocks that each matrix is stored in, but for those whose parts differ and those of numbers."""
     found = dict[str, Blocks]()
     for name, of_one in parts.items():
         (blocks, *others) = {part.blocks for part in of_one}
@@ -97,12 +102,13 @@ def _blocks(parts: Mapping[str, Parts]) -> dict[str, Blocks]:
     return found
 
 
-def _ends(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens that end an answer: first the file's own."""
+def _ends(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Return the tokens that end an answer: first the file's own. Names may be more than there are rows for."""
     names = ("eos", "eot", "eom")
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-    tokens, types = metadata.get("tokenizer.ggml.tokens") or [], metadata.get("tokenizer.ggml.token_type") or []
-    control = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == CONTROL}
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    known = {token: i for i, token in enumerate(tokens[:vocab_size])}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")  # SmolLM2 uses up one of them for it
-    ids += [control[token] for token in ENDS if token in control and control[token] != unknown]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    ids += [known[token] for token in ENDS if token in known and known[token] != unknown]
+    between = known["<|end|>"] if known.keys() >= {"<|end|>", *HARMONY} else None
+    return tuple(dict.fromkeys(i for i in ids if i is not None and i != between))

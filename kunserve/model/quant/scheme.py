@@ -61,16 +61,14 @@ class Scheme:
         size = next((size for size in GROUPS if group % size == 0 and num_columns % size == 0), None)
         return None if size is None else OUR_BLOCKS[f"{self.kind}_{size}"]
 
-    def skips(self, name: str) -> bool:
-        """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers."""
-        dotted = f".{name}."
-        fits = (part for part in self.dynamic if re.match(part.removeprefix("-:").removeprefix("+:"), name))
+    def skips(self, *names: str) -> bool:
+        """Tell whether a matrix ("model.layers.0.mlp.up_proj") is stored as numbers; names: that it may have."""
+        expressions = ((part, part.removeprefix("-:").removeprefix("+:")) for part in self.dynamic)
+        fits = (part for part, expression in expressions if any(re.match(expression, one) for one in names))
         return (
-            name == "lm_head"
+            "lm_head" in names
             or next(fits, "").startswith("-:")
-            or any(
-                fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted for part in self.skipped
-            )
+            or any(_is_part(part, f".{one}.") for part in self.skipped for one in names)
         )
 
     def holds(self, name: str, num_dims: int) -> bool:
@@ -117,19 +115,28 @@ def scheme_of(values: Mapping[str, Any]) -> Scheme:
     raise ConfigError(f"weights quantized with {show(method)} are not served, only {', '.join(METHODS)} and GGUF files")
 
 
+def _is_part(part: str, dotted: str) -> bool:
+    return fnmatchcase(dotted, f"*.{part}.*") if "*" in part else f".{part}." in dotted
+
+
 def _compressed(values: Mapping[str, Any]) -> Scheme:
     layout, groups = values.get("format"), values.get("config_groups")
     if layout not in ("pack-quantized", "int-quantized", "float-quantized"):
         raise ConfigError(f"compressed-tensors of format {show(layout)} are not served")
     if any(read_object(values, "transform_config").values()):  # {"config_groups": {}} stands for none, too
         raise ConfigError("compressed-tensors with a transform_config (rotations) are not served: take one without")
+    if (sparsity := read_object(values, "sparsity_config").get("format") or "dense") != "dense":
+        raise ConfigError(f"compressed-tensors that are stored as {show(sparsity)} are not served: take a dense one")
     found: list[Any] = list(groups.values()) if isinstance(groups, dict) else []
     if len(found) != 1 or not isinstance(found[0], dict) or not isinstance(found[0].get("weights"), dict):
         raise ConfigError("compressed-tensors are served with one group of layers, not more or none")
     how: dict[str, Any] = found[0]["weights"]
-    kind = "F8" if layout == "float-quantized" else _kind(how, "num_bits", (4, 8))
-    if layout == "int-quantized":
-        kind = "A8"
+    is_float = layout == "float-quantized"
+    kind = _kind(how, "num_bits", (8,) if is_float else (4, 8))
+    if (of := how.get("type") or ("float" if is_float else "int")) != ("float" if is_float else "int"):
+        raise ConfigError(f"compressed-tensors of format {layout} with type {show(of)} are not served")
+    if layout != "pack-quantized":  # each code has a byte
+        kind = "F8" if is_float else "A8"
     if (order := how.get("actorder")) not in (None, "weight", "static", "group", "dynamic"):
         raise ConfigError(f"compressed-tensors with actorder {show(order)} are not served")
     strategy, has_zeros = how.get("strategy"), how.get("symmetric") is False

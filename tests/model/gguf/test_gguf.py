@@ -382,11 +382,19 @@ def test_an_alignment_that_is_none_is_damaged(alignment: object, tmp_path: Path)
     assert "\n" not in error.value.message
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_of_a_big_endian_machine_is_refused_as_such(version: int, tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(">IQQ", version, 0, 0))
+    with pytest.raises(ConfigError, match=r"big\.gguf: it is of a big-endian machine: take the little-endian file"):
+        read_gguf(path)
+
+
 def test_metadata_of_another_kind_is_damaged(tmp_path: Path) -> None:
     file = read_gguf(write_tiny_gguf(tmp_path))
-    for change in ({"tokenizer.ggml.token_type": 3}, {"tokenizer.ggml.tokens": 5}):
+    for tokens in (5, [["a"]]):
         with pytest.raises(ConfigError, match="its metadata is damaged"):
-            gguf_config(replace(file, metadata={**file.metadata, **change}))
+            gguf_config(replace(file, metadata={**file.metadata, "tokenizer.ggml.tokens": tokens}))
 
 
 def test_a_first_token_beyond_the_vocabulary_is_none(tmp_path: Path) -> None:

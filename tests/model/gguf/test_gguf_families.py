@@ -19,7 +19,8 @@ from kunserve.model.config import ModelConfig
 from kunserve.model.gguf.architectures import ARCHITECTURES
 from kunserve.model.gguf.fields import NEUTRAL
 from kunserve.model.gguf.file import GgufFile, read_gguf
-from kunserve.model.gguf.shape import gguf_config
+from kunserve.model.gguf.rope import LLAMA3_SCALINGS
+from kunserve.model.gguf.shape import gguf_config, hf_values
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.hf_config import load_hf_config
 from kunserve.model.layout import expected_shapes
@@ -81,6 +82,7 @@ def test_the_model_is_the_one_that_the_file_was_made_from(variant: str, tmp_path
     file = read_gguf(write(variant, tmp_path))
     config, reference = gguf_config(file), reference_of(variant, tmp_path)
     assert config == reference and config.formats == NO_BLOCKS
+    assert hf_values(file)["model_type"] == config.family  # transformers finds the class by it
     added = load_hf_config(tmp_path / "reference").norm_offset - config.norm_offset
     ours, theirs = GgufSource(file, config), SafetensorsSource(tmp_path / "reference", config)
     for name, shape in expected_shapes(config).items():
@@ -119,6 +121,13 @@ def test_experts_that_are_not_stored_alike_are_kept_as_numbers(tmp_path: Path) -
     GgufSource(read_gguf(path), config)
 
 
+def change_of(file: GgufFile, change: dict[str, Any]) -> GgufFile:
+    """Return a file with other metadata of its architecture; None: it does not have them."""
+    prefix = file.metadata["general.architecture"]
+    changed = {**file.metadata, **{f"{prefix}.{name}": value for name, value in change.items()}}
+    return replace(file, metadata={name: value for name, value in changed.items() if value is not None})
+
+
 def fused(file: GgufFile, path: Path) -> GgufFile:
     """Write a file's model with q, k and v of each layer as one tensor, and gate and up of its experts."""
     tensors = {tensor.name: tensor.data.copy() for tensor in gguf.GGUFReader(file.paths[0]).tensors}
@@ -151,6 +160,21 @@ def test_tensors_that_a_converter_put_together_are_taken_apart(variant: str, tmp
         ours.copy_into(name, found)
         theirs.copy_into(name, wanted)
         assert torch.equal(found, wanted), name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "tensor"),
+    [
+        ("attention.head_count_kv", 1, r"attn_qkv\.weight"),
+        ("expert_feed_forward_length", 16, r"ffn_(gate_up|down)_exps\.weight"),
+    ],
+)
+def test_parts_of_another_size_are_refused(field: str, value: int, tensor: str, tmp_path: Path) -> None:
+    """What is left over of a tensor would be of the next part."""
+    together = fused(read_gguf(write("qwen3-moe", tmp_path)), tmp_path / "fused.gguf")
+    assert gguf_config(together).num_kv_heads == 2
+    with pytest.raises(ConfigError, match=rf"tensor blk\.0\.{tensor} has shape"):
+        gguf_config(change_of(together, {field: value}))
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -212,3 +236,85 @@ def test_rows_of_another_number_are_refused(tmp_path: Path) -> None:
     file = read_gguf(write("phi3", tmp_path))
     with pytest.raises(ConfigError, match=r"tensor blk\.0\.\w+\.weight has shape \[\d+, \d+\], not \[\d+, \d+\]"):
         gguf_config(replace(file, metadata={**file.metadata, "phi3.feed_forward_length": 80}))
+
+
+def ends_of(file: GgufFile, names: list[str], kind: int = 3, **more: Any) -> list[str]:
+    """Return which tokens end an answer, of a file whose tokens 10, 11 ... have these names."""
+    tokens, kinds = [*file.metadata["tokenizer.ggml.tokens"]], [*file.metadata["tokenizer.ggml.token_type"]]
+    tokens[10 : 10 + len(names)], kinds[10 : 10 + len(names)] = names, [kind] * len(names)
+    metadata = {**file.metadata, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds, **more}
+    return [tokens[i] for i in gguf_config(replace(file, metadata=metadata)).eos_token_ids]
+
+
+def test_the_end_of_a_thought_is_not_the_end_of_an_answer_of_gpt_oss(tmp_path: Path) -> None:
+    file = read_gguf(write("gpt-oss", tmp_path))
+    names = ["<|end|>", "<|return|>", "<|call|>"]
+    assert ends_of(file, names, **{"tokenizer.ggml.eos_token_id": 11}) == ["<|return|>", "<|call|>"]
+    assert ends_of(file, names, **{"tokenizer.ggml.eot_token_id": 10})[1:] == ["<|return|>", "<|call|>"]
+    assert ends_of(file, ["<|end|>"])[1:] == ["<|end|>"]  # as of Phi-3
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_tokens_that_end_a_turn_do_so_whatever_kind_a_file_says_they_are(kind: int, tmp_path: Path) -> None:
+    file = read_gguf(write("llama", tmp_path))
+    assert ends_of(file, ["<|im_end|>"], kind)[1:] == ["<|im_end|>"]
+
+
+def test_an_end_that_the_model_has_no_row_for_is_none(tmp_path: Path) -> None:
+    """Ollama's files of Gemma 3 have more tokens than rows."""
+    file = read_gguf(write("llama", tmp_path))
+    more = {"tokens": "<|im_end|>", "token_type": 3}
+    longer = {f"tokenizer.ggml.{name}": [*file.metadata[f"tokenizer.ggml.{name}"], last] for name, last in more.items()}
+    assert gguf_config(replace(file, metadata={**file.metadata, **longer})) == gguf_config(file)
+
+
+@pytest.mark.parametrize("given", [None, 500000.0])
+def test_gemma_3_of_ollama_rotates_as_that_of_llama_cpp(given: float | None, tmp_path: Path) -> None:
+    file = read_gguf(write("gemma3", tmp_path))
+    theirs = {"rope.freq_base": None, "rope.freq_base_swa": None, "rope.global.freq_base": given}
+    config = gguf_config(change_of(file, theirs | {"rope.local.freq_base": given and 2e4}))
+    assert (config.rope_theta, config.local_rope_theta) == (given or 1e6, 2e4 if given else 1e4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.beta_fast": 64.0}),
+        ("gemma2", {"rope.freq_base_swa": 20000.0}),
+        ("qwen3", {"rope.dimension_sections": [8, 4, 4, 0]}),
+        ("granite", {"rope.scaling.finetuned": False}),
+    ],
+)
+def test_what_is_said_of_rotation_and_not_read_is_refused(variant: str, change: dict[str, Any], tmp_path: Path) -> None:
+    file, original = read_gguf(write(variant, tmp_path)), {"rope.scaling.original_context_length": 512}
+    with pytest.raises(ConfigError, match=rf"metadata \w+\.{[*change][-1]}: .* is not supported: take the model in"):
+        gguf_config(change_of(file, original | change))
+
+
+def test_what_is_said_of_rotation_without_effect_is_served(tmp_path: Path) -> None:
+    file = read_gguf(write("gpt-oss", tmp_path))
+    same = {"rope.freq_base_swa": file.metadata["gpt-oss.rope.freq_base"], "rope.scaling.finetuned": True}
+    assert gguf_config(change_of(file, same)) == gguf_config(file)
+
+
+def test_gpt_oss_without_a_scaling_has_none(tmp_path: Path) -> None:
+    file = read_gguf(write("gpt-oss", tmp_path))
+    assert gguf_config(change_of(file, {"rope.scaling.type": "none"})).rope_scaling is None
+
+
+def test_factors_of_rotation_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    file = read_gguf(write("phi3-longrope", tmp_path))
+    with pytest.raises(ConfigError, match=r"rope\.scaling\.factor 4 together with tensor rope_factors_long\.weight"):
+        gguf_config(change_of(file, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}))
+
+
+@pytest.mark.parametrize("shape", [(0,), (16,)])
+def test_factors_for_other_heads_are_refused(shape: tuple[int], tmp_path: Path) -> None:
+    """Of a model with heads of 64 and one of 32 they differ in number only."""
+    rope = {"rope_theta": 500000.0, **LLAMA3_SCALINGS[0]}
+    path = write_tiny_gguf(tmp_path, family="llama3", head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    file = read_gguf(path)
+    assert gguf_config(file).rope_scaling is not None
+    factors = replace(file.tensors["rope_freqs.weight"], shape=shape)
+    with pytest.raises(ConfigError, match=rf"tensor rope_freqs\.weight has {shape[0]} numbers for 32 pairs"):
+        gguf_config(replace(file, tensors={**file.tensors, "rope_freqs.weight": factors}))
