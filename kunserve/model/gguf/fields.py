@@ -74,9 +74,9 @@ class Fields:
         found = {name.removeprefix(self._prefix): value for name, value in self.file.metadata.items()}
         of_rotation = (name for name in found if name.startswith("rope.") and name not in WITHOUT_EFFECT)
         for name in (*NEUTRAL, *of_rotation):
-            value = None if name in self._read else found.get(name)
+            value, full_name = None if name in self._read else found.get(name), self._prefix + name
             if value and value != neutral.get(name):
-                raise ConfigError(f"metadata {self._prefix}{name}: {show(value)} is not supported: {OTHERWISE}")
+                raise ConfigError(f"metadata {full_name}: {show(value)} is not supported: {OTHERWISE}")
 
     def _present(self, name: str, value: Any, default: Any) -> Any:
         value = default if value is None else value

@@ -23,7 +23,7 @@ from kunserve.model.hf_config import parse_hf_config
 from kunserve.model.layout import expected_shapes
 from kunserve.model.quant.formats import NO_BLOCKS
 
-FORMAT = 4  # of the folder: raise it when other files would be written
+FORMAT = 5  # of the folder: raise it when other files would be written
 
 
 def prepare_gguf(file: GgufFile, config: ModelConfig, cache: Path) -> Path:

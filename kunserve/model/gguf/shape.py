@@ -25,8 +25,10 @@ ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"),
     *("<|return|>", "<|call|>"),
 )
+CONTROL_ENDS = ("</s>", "<eos>", "<｜end▁of▁sentence｜>")  # that end a text where they are no text themselves
 HARMONY = ("<|return|>", "<|call|>")  # gpt-oss ends with these: its <|end|> stands between a thought and its answer
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # types of tokens
+CONTROL = 3  # a type of tokens
+SENTENCE_PIECE_EOS = 2  # where a file with such a tokenizer names none
 
 
 def architecture_of(file: GgufFile) -> Architecture:
@@ -106,9 +108,12 @@ def _ends(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """Return the tokens that end an answer: first the file's own. Names may be more than there are rows for."""
     names = ("eos", "eot", "eom")
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    if ids[0] is None and metadata.get("tokenizer.ggml.model") == "llama":
+        ids[0] = SENTENCE_PIECE_EOS
+    tokens, types = metadata.get("tokenizer.ggml.tokens") or [], metadata.get("tokenizer.ggml.token_type") or []
     known = {token: i for i, token in enumerate(tokens[:vocab_size])}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")  # SmolLM2 uses up one of them for it
     ids += [known[token] for token in ENDS if token in known and known[token] != unknown]
+    ids += [i for token in CONTROL_ENDS if (i := known.get(token)) is not None and types[i : i + 1] == [CONTROL]]
     between = known["<|end|>"] if known.keys() >= {"<|end|>", *HARMONY} else None
     return tuple(dict.fromkeys(i for i in ids if i is not None and i != between))

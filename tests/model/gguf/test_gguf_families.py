@@ -260,6 +260,22 @@ def test_tokens_that_end_a_turn_do_so_whatever_kind_a_file_says_they_are(kind: i
     assert ends_of(file, ["<|im_end|>"], kind)[1:] == ["<|im_end|>"]
 
 
+def test_what_may_be_a_text_ends_an_answer_only_as_a_control_token(tmp_path: Path) -> None:
+    """As `</s>`, which stands in HTML."""
+    file = read_gguf(write("llama", tmp_path))
+    assert ends_of(file, ["</s>", "<eos>"], 3)[1:] == ["</s>", "<eos>"]
+    assert not ends_of(file, ["</s>", "<eos>"], 1)[1:]
+
+
+def test_a_sentence_piece_tokenizer_ends_with_its_usual_token_if_a_file_names_none(tmp_path: Path) -> None:
+    file = read_gguf(write("llama", tmp_path))
+    metadata = {name: value for name, value in file.metadata.items() if name != "tokenizer.ggml.eos_token_id"}
+    metadata["tokenizer.ggml.tokens"] = ["<|begin|>", "a", "b", *file.metadata["tokenizer.ggml.tokens"][3:]]
+    assert gguf_config(replace(file, metadata=metadata)).eos_token_ids == ()
+    metadata["tokenizer.ggml.model"] = "llama"
+    assert gguf_config(replace(file, metadata=metadata)).eos_token_ids == (2,)
+
+
 def test_an_end_that_the_model_has_no_row_for_is_none(tmp_path: Path) -> None:
     """Ollama's files of Gemma 3 have more tokens than rows."""
     file = read_gguf(write("llama", tmp_path))
