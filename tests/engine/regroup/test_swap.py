@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from crowd import PLENTY, CopyGate, make_crowd, make_request, read, read_all, serving, until
+from structlog.testing import capture_logs
 
 from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.engine import Engine
@@ -63,9 +64,11 @@ async def test_tokens_are_those_of_a_run_with_plenty_of_memory(name: str, six_la
     expected = await uncontended(six_layers, size)
     async with swapping(six_layers, **LAYOUTS[name]) as served:
         engine = served.engine
-        assert await read_all(engine, make_crowd(size)) == expected
+        with capture_logs() as logs:
+            assert await read_all(engine, make_crowd(size)) == expected
         assert engine.state()["requests"]["swaps"] > 3
-        assert engine.scheduler.num_preemptions == 0
+        # Who has just been admitted has no KV that could be swapped: it waits again.
+        assert not [entry for entry in logs if entry["event"] == "preempted" and entry["lost_tokens"] > 0]
         assert isinstance(engine.mover, SwapMover) and engine.mover.num_bytes > 0
 
 
