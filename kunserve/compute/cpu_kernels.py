@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "replay": (_INT, [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 2]),
     "team_bytes": (_INT, []),
     "pieces_helped": (_INT, [_POINTER]),
+    "judge_help": (_INT, [_POINTER, _INT, _INT]),
     "lead": (None, [_POINTER]),
     "help": (None, [_POINTER] * 2),
     "experts": (

@@ -12,8 +12,8 @@
 
 #define PIECE (128 << 10) /* weights times rows of x of a piece, about: some microseconds */
 #define SHARED (256 << 10) /* of a product from which on it is cut */
-#define LATE_NS 20000 /* that a helper may need for its last piece, besides half of the leader's time */
-#define LEAST_REST 64 /* jobs without help after one that waited; doubled each time, up to MOST_REST */
+#define MOST_CREDIT_NS 3000000 /* about what help gives in a token of a small model */
+#define LEAST_REST 64 /* jobs without help once it has cost more than it gave; doubled each time, up to MOST_REST */
 #define MOST_REST 8192
 #define SPIN_NS 50000 /* for which a helper looks for a job before it lets others onto its core */
 #define LOOKS 64      /* between two looks at the clock */
@@ -39,7 +39,8 @@ typedef struct {
   const void *data;
   int64_t end, piece;
   _Atomic int64_t alone;            /* jobs to come without help */
-  int64_t rest;                     /* those after the next one that waits */
+  int64_t rest;                     /* those after help has cost more once again */
+  int64_t credit_ns;                /* that help has given beyond what it has cost, lately */
 } Team;
 
 static _Thread_local Team *led; /* whose leader the thread is, if any */
@@ -78,12 +79,17 @@ static int64_t now_ns(void) {
 }
 
 /* Where other processes have the helper's core, its pieces come late, and help costs more than it gives: do without for
- * a while, the longer the more often that happens. */
-static void judge_help(Team *team, int64_t worked_ns, int64_t waited_ns) {
-  if (waited_ns > worked_ns / 2 + LATE_NS) {
+ * a while, the longer the more often that happens. One late piece is no reason: who streams a token has the core for a
+ * moment, and the next hundred pieces come in time. Returns how many jobs are to come without help. */
+EXPORT int64_t judge_help(Team *team, int64_t gained_ns, int64_t waited_ns) {
+  team->credit_ns = min_(team->credit_ns + gained_ns - waited_ns, MOST_CREDIT_NS);
+  if (team->credit_ns == MOST_CREDIT_NS) team->rest = 0;
+  if (team->credit_ns < 0) {
+    team->credit_ns = 0;
     team->rest = team->rest ? min_(2 * team->rest, MOST_REST) : LEAST_REST;
     atomic_store(&team->alone, team->rest);
-  } else if (team->rest > LEAST_REST) team->rest -= 1;
+  }
+  return team->alone;
 }
 
 static void share(Work *work, const void *data, int64_t end, int64_t piece) {
@@ -93,7 +99,7 @@ static void share(Work *work, const void *data, int64_t end, int64_t piece) {
     work(data, 0, end);
     return;
   }
-  const int64_t start = now_ns();
+  const int64_t start = now_ns(), helped_before = atomic_load(&team->num_helped);
   team->work = work;
   team->data = data;
   team->end = end;
@@ -103,8 +109,14 @@ static void share(Work *work, const void *data, int64_t end, int64_t piece) {
   take_pieces(team, 0);
   atomic_fetch_add(&team->job, 1);
   const int64_t done = now_ns();
-  while (atomic_load(&team->inside)) relax();
-  judge_help(team, done - start, now_ns() - done);
+  int64_t waited = 0;
+  if (atomic_load(&team->inside)) {
+    while (atomic_load(&team->inside)) relax();
+    waited = now_ns() - done;
+  }
+  const int64_t helped = atomic_load(&team->num_helped) - helped_before;
+  const int64_t own = (end + piece - 1) / piece - helped; /* none if helpers took all */
+  judge_help(team, (done - start) * helped / (own > 0 ? own : 1), waited);
 }
 
 /* Compute a product, with whoever helps this thread. */

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +16,7 @@ from kunserve.compute.cpu_ops import CpuOps
 from kunserve.compute.cpu_team import CpuTeam
 from kunserve.model.quant.blocks import BLOCKS
 from kunserve.model.quant.linear import Linear, StoredRows
+from kunserve.sizes import ceil_div
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,34 @@ def test_a_thread_leads_only_meanwhile(ops: CpuOps, team: CpuTeam) -> None:
     for _ in range(100):
         ops.linear(x, matrix)
     assert team.num_helped == before
+
+
+Judge = Callable[[int, int], int]
+
+
+@pytest.fixture
+def judge(ops: CpuOps) -> Judge:
+    """What a leader thinks of a helper: ns that it gave and cost in a product -> products to come without it."""
+    kernels = load_kernels()
+    memory = (ctypes.c_int64 * ceil_div(kernels.team_bytes(), 8))()
+    return lambda gained_ns, waited_ns: int(kernels.judge_help(ctypes.byref(memory), gained_ns, waited_ns))
+
+
+def test_help_that_costs_more_than_it_gives_is_done_without_for_ever_longer(judge: Judge) -> None:
+    assert judge(5_000, 4_000) == 0
+    rests = [judge(0, 50_000) for _ in range(12)]
+    assert rests[0] > 0 and rests == sorted(rests) and rests[1] == 2 * rests[0] and rests[-1] == rests[-2]
+
+
+def test_a_late_piece_now_and_then_is_no_reason_to_do_without_help(judge: Judge) -> None:
+    """As of who streams the tokens, and has the helper's core for a moment."""
+    for _ in range(50):
+        assert not any(judge(10_000, 2_000) for _ in range(100))
+        assert judge(10_000, 500_000) == 0
+
+
+def test_after_help_has_paid_again_a_rest_is_short(judge: Judge) -> None:
+    rests = [judge(0, 50_000) for _ in range(8)]
+    for _ in range(1000):
+        judge(10_000, 2_000)
+    assert judge(0, 20_000_000) == rests[0] < rests[-1]
