@@ -180,27 +180,29 @@ async def test_memory_goes_from_kind_to_kind(
     folder = tiny_models.folder(family, **SHAPES[family])
     settings: dict[str, Any] = {"num_blocks_override": 80, "max_model_len": 320, "enable_prefix_caching": has_cache}
     async with running_engine(folder, "cpu:2", is_pinned=True, **KINDS, **settings) as served:
-        engine, num_moved, num_tries = served.engine, count_moved(served), 0
-        while num_moved.total() == 0 and num_tries < 4:  # now and then all blocks are where they may stay
+        engine, num_moved, num_tries, was_turned = served.engine, count_moved(served), 0, False
+        # Now and then all blocks are where they may stay, or a busy machine does all steps meanwhile.
+        while not (num_moved.total() and was_turned) and num_tries < 4:
             answers, seen, num_tries = await begin_beyond(engine), list[tuple[float, ...]](), num_tries + 1
             num_preemptions = engine.scheduler.num_preemptions
             for number, share in enumerate((1000, 350, 700, 300) * 3):
-                if number >= 3 and answers.done():  # a busy machine does more steps meanwhile
+                if answers.done():
                     break
-                assert not answers.done()
                 before = engine.fleet.epoch, share_of(engine)
                 outcome = await rebalance(served, share)
-                if number >= 4 and outcome == "cancelled":  # they have grown: there was too little room
+                if number >= 3 and outcome == "cancelled":  # they have grown: there was too little room
                     assert (engine.fleet.epoch, share_of(engine)) == before
                 else:
                     assert outcome == "done" and engine.fleet.epoch == before[0] + 1
                 seen.append(share_of(engine))
                 for _ in range(8):
                     await next_commit_or(answers, engine)
-            assert seen[1] < seen[2] < seen[0] == (1.0, 1.0)
+            if len(seen) > 2:
+                assert seen[1] < seen[2] < seen[0] == (1.0, 1.0)
+                was_turned = True
             assert await answers == expected[family]
             assert engine.scheduler.num_preemptions == num_preemptions
-        assert num_moved.total() > 0
+        assert was_turned and num_moved.total() > 0
         assert await generate_all(engine, PROMPTS, greedy(NUM_TOKENS)) == expected[family]
         await assert_idle(engine)
 
