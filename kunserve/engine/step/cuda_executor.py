@@ -55,11 +55,12 @@ class CudaExecutor(Executor):
         seen: asyncio.Future[Any] | None = None  # done when all that was launched so far is
         at = 0  # the stage that is being launched
         is_timed = passage.stage_s is not None
-        parts = list[tuple[int, Launched[Any]]]()  # with the positions of their stages
+        timed = list[tuple[int, Launched[Any]]]()  # with the positions of their stages
 
         def see(position: int, launched: Launched[Any]) -> None:
             nonlocal seen
-            parts.append((position, launched))
+            if is_timed:  # else nobody keeps what a stage has handed on
+                timed.append((position, launched))
             index = group.stages[position].device
             finish = self._watched[index].wait_for(self.devices[index].finish(launched))
             seen = asyncio.ensure_future(_finish(finish, passage.at(position), seen))
@@ -95,7 +96,7 @@ class CudaExecutor(Executor):
         assert seen is not None
         pending: PendingTokens = await seen
         if passage.stage_s is not None:
-            for position, part in parts:
+            for position, part in timed:
                 passage.stage_s[position] += part.seconds
         return pending.tokens()
 
