@@ -114,16 +114,20 @@ def _scaling(values: Values, rope: Values, style: str) -> RopeScaling | None:
         return _yarn(rope, original, positions)
     if kind == "longrope":
         factor = read_float(rope, "factor", positions / original)
-        stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
         return RopeScaling(
             factor,
             original_max_position_embeddings=original,
             kind=kind,
-            attention_factor=read_float(rope, "attention_factor", stretch),
+            attention_factor=read_float(rope, "attention_factor", longrope_stretch(factor, original)),
             short_factors=read_numbers(rope, "short_factor"),
             long_factors=read_numbers(rope, "long_factor"),
         )
     return RopeScaling(read_float(rope, "factor"), kind=kind)
+
+
+def longrope_stretch(factor: float, original: int) -> float:
+    """Return LongRoPE's factor of cosines and sines for contexts `factor` times as long as the original one."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
 def _yarn(rope: Values, original: int, positions: int) -> RopeScaling:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kunserve.errors import ConfigError
 from kunserve.model.config_fields import show
+from kunserve.model.family.rope import longrope_stretch
 from kunserve.model.files import reading
 from kunserve.model.gguf.fields import OTHERWISE, Fields, shortest
 from kunserve.model.gguf.file import GgufFile, GgufTensor
@@ -74,8 +75,7 @@ def _yarn(fields: Fields, factor: float) -> dict[str, Any]:
 def _longrope(fields: Fields) -> dict[str, Any]:
     """Return Phi-3's scaling. Its stretch of cosines and sines follows from its lengths unless it says another."""
     original, context = fields.whole("rope.scaling.original_context_length"), fields.whole("context_length")
-    scale = context / original
-    usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 and original > 1 else 1.0
+    usual = longrope_stretch(context / original, original)
     stretch = fields.number("rope.scaling.attn_factor", usual)
     return {
         "rope_type": "longrope",
