@@ -40,6 +40,11 @@ def why_no_drop(
     return f"{copy} Two would fit on {', or on '.join(ways)}." if ways else copy
 
 
+def most_added_blocks(snapshot: Snapshot) -> int:
+    """Return the blocks that a server holds more once all its groups have merged that can."""
+    return sum(merge.added_blocks for merge in plan_drop(snapshot, ENOUGH_BLOCKS).merges)
+
+
 def _why_no_merge(
     model: ModelShape, devices: Sequence[DeviceView], groups: Sequence[Sequence[StageView]]
 ) -> str | None:

@@ -30,6 +30,7 @@ from kunserve.model.disk_source import DiskSource
 from kunserve.model.gguf.source import GgufSource
 from kunserve.model.host_copy import HostCopy
 from kunserve.observe.metrics import Metrics
+from kunserve.planner.copies import most_added_blocks
 from kunserve.planner.microbatch import Lookahead
 from kunserve.policies import OverloadPolicy
 from kunserve.progress import Progress
@@ -77,12 +78,14 @@ async def launch(
         await asyncio.to_thread(machine.close)
         raise
     groups, max_model_len = served.engine.groups, served.engine.limits.max_model_len
+    num_blocks, num_more = sum(group.num_blocks for group in groups), most_added_blocks(served.control.snapshot())
     log.info(
         "loaded",
         model=files.name,
         seconds=round(time.perf_counter() - started, 1),
         groups=[[f"{s.device}: {s.first_layer}-{s.last_layer}" for s in group.stages] for group in groups],
-        kv_tokens=sum(group.num_blocks for group in groups) * config.block_size,
+        kv_tokens=num_blocks * config.block_size,
+        dropped_kv_tokens=(num_blocks + num_more) * config.block_size,
         max_model_len=max_model_len,
     )
     if reason := reason_for_max_model_len(files, config, max_model_len):

@@ -102,6 +102,8 @@ async def test_a_server_that_can_never_drop_says_so_and_what_would_change_it(
         ) as served:
             copies = served.engine.state()["copies"]
     warnings = [line["because"] for line in lines if line["event"] == "no weights can make room for KV"]
+    [loaded] = [line for line in lines if line["event"] == "loaded"]
+    assert (loaded["dropped_kv_tokens"] > loaded["kv_tokens"]) == (why is None)  # what drops are worth
     if why is None:
         assert (copies["no_drop"], warnings) == (None, [])
     else:
