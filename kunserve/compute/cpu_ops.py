@@ -83,12 +83,20 @@ class CpuOps(Ops):
 
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: (T, K), (N, K), (N,), (T, N) -> (T, N). K and N at least 1."""
+        y = self.new(len(x), weight.shape[0])
+        self._multiply(x, weight, bias, residual, y)
+        return y
+
+    def linear_into(self, x: Tensor, weight: Linear, y: Tensor) -> None:
+        """See `Ops.linear_into`."""
+        self._multiply(x, weight, None, None, y)
+
+    def _multiply(self, x: Tensor, weight: Linear, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
         T, K = x.shape
-        N = weight.shape[0]
         assert _is_ours(x) and weight.shape[1] == K
         assert bias is None or _is_ours(bias)
-        assert residual is None or (_is_ours(residual) and residual.shape == (T, N))
-        y = self.new(T, N)
+        assert residual is None or (_is_ours(residual) and residual.shape == y.shape)
+        assert y.dtype is FLOAT and y.shape == (T, weight.shape[0]) and y.stride(1) == 1
         first = 0
         for part in weight.parts:
             assert part.data.is_contiguous()
@@ -98,11 +106,10 @@ class CpuOps(Ops):
                 None if bias is None else bias.data_ptr() + FLOAT.itemsize * first,
                 None if residual is None else residual.data_ptr() + FLOAT.itemsize * first,
                 y.data_ptr() + FLOAT.itemsize * first,
-                *(T, part.num_rows, K, N),
+                *(T, part.num_rows, K, y.stride(0)),
                 *_stored(part.data, part.blocks),
             )
             first += part.num_rows
-        return y
 
     def rotate_and_append(
         self,

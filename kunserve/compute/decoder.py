@@ -65,11 +65,29 @@ class Decoder:
             return x
         return self.logits(x[sampled_rows]) if with_head else x[sampled_rows]
 
+    @property
+    def vocab_size(self) -> int:
+        """Return V, the number of rows of the head."""
+        return self._head.shape[0]
+
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Apply the head to hidden states after the last layer: (R, H) -> (R, V). Its weights must be present."""
+        return self.scaled(self._ops.linear(self._normed(x, self._norm), self._head))
+
+    @torch.inference_mode()
+    def multiply_head(self, x: Tensor, first: int, last: int, logits: Tensor) -> None:
+        """Write products of hidden states (R, H) with the head's rows `[first, last)` into their columns of (R, V).
+
+        Once all of them are there, `scaled` makes logits of them: those of `logits`.
+        """
+        part = self._head.part(first, last)
+        self._ops.linear_into(self._normed(x, self._norm), part, logits[:, first:last])
+
+    @torch.inference_mode()
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Make logits of all products with the head: (R, V) -> (R, V)."""
         config = self._config
-        logits = self._ops.linear(self._normed(x, self._norm), self._head)
         if config.logit_divisor != 1:
             logits = logits / config.logit_divisor
         return logits if config.logit_softcap is None else self._ops.softcap(logits, config.logit_softcap)

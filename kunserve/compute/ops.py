@@ -87,6 +87,10 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Linear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Return `residual + x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,), residual (T, N) -> (T, N)."""
 
+    def linear_into(self, x: Tensor, weight: Linear, y: Tensor) -> None:
+        """Write `x @ weight.T` into columns of a larger tensor: x (T, K), weight (N, K), y (T, N)."""
+        y.copy_(self.linear(x, weight))
+
     def linear_and_norm(
         self,
         x: Tensor,

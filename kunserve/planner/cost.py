@@ -122,13 +122,16 @@ class CostModel:
         """Predict the seconds of a microbatch of these spans on a stage of `num_layers` layers; 0 without spans."""
         return self.work_time(num_layers, Work.of(spans), is_first, is_last)
 
-    def work_time(self, num_layers: int, work: Work, is_first: bool, is_last: bool) -> float:
-        """Predict the same as `stage_time`, from the sums over the spans."""
+    def work_time(self, num_layers: int, work: Work, is_first: bool, head_share: float) -> float:
+        """Predict the same as `stage_time`, from the sums over the spans; `head_share`: of the head, 1 if it is alone.
+
+        Ends of a chain that share the head have a part of its matrix each, and of its rows' sampling.
+        """
         if work.num_spans == 0:
             return 0.0
         ends = self.embed_token_s * work.num_tokens if is_first else 0.0
-        if is_last:
-            ends += self.head_time(work.num_samples)
+        if head_share:
+            ends += head_share * self.head_time(work.num_samples)
         return self.stage_s + ends + num_layers * self.layer_time(work)
 
     def added_time(self, num_layers: int, span: TokenSpan | Work) -> float:

@@ -42,12 +42,12 @@ CONSTANTS = (  # all but `overlap`, and `sample_s`, which nothing tells from `he
 
 
 class Measurement(NamedTuple):
-    """A stage of a microbatch that was run, and the seconds it took. The head is computed if `is_last`."""
+    """A stage of a microbatch that was run, and the seconds it took."""
 
     num_layers: int
     work: Work
     is_first: bool
-    is_last: bool
+    head_share: float  # of the head that is computed, as `CostModel.work_time` has it
     seconds: float
 
 
@@ -93,7 +93,7 @@ def adapt(model: CostModel, microbatches: Sequence[Sequence[Measurement]]) -> Ad
 
 def _adapt(model: CostModel, steps: Sequence[Measurement]) -> CostModel:
     seconds = np.array([step.seconds for step in steps])
-    sampling_s = np.array([model.sample_s * step.work.num_samples * step.is_last for step in steps])
+    sampling_s = np.array([model.sample_s * step.work.num_samples * step.head_share for step in steps])
     old = np.array([getattr(model, name) for name in CONSTANTS])
     shares, now = _derivatives(model, steps) / seconds[:, None], model
     scale = np.where(old > 0, old, ZERO_SHARE / np.maximum(shares.mean(axis=0), 1e-300))
@@ -109,13 +109,12 @@ def _adapt(model: CostModel, steps: Sequence[Measurement]) -> CostModel:
 def _derivatives(model: CostModel, steps: Sequence[Measurement]) -> Array:
     """Return how each step's time changes with each constant: (steps, constants), in the order of `CONSTANTS`."""
     layers, pairs, keys, tokens, chunks, samples = np.array([(s.num_layers, *s.work) for s in steps], np.float64).T
-    is_first, is_last = np.array([(s.is_first, s.is_last) for s in steps], np.float64).T
-    samples = samples * is_last
+    is_first, head = np.array([(s.is_first, s.head_share) for s in steps], np.float64).T
     load, token = _shared(model.load_s, model.token_s * tokens, model.overlap)
     head_load, head_row = _shared(model.head_load_s, model.head_row_s * samples, model.overlap)
     columns = (
         *(layers * pairs, layers * keys, layers * tokens * token, layers * load, layers * chunks, is_first * tokens),
-        *(samples * head_row, (samples > 0) * head_load, np.ones(len(steps))),
+        *(head * samples * head_row, head * (samples > 0) * head_load, np.ones(len(steps))),
     )
     return np.stack(columns, axis=1)
 
@@ -128,7 +127,7 @@ def _shared(load: float, compute: Array, overlap: float) -> tuple[Array, Array]:
 
 def relative_errors(model: CostModel, steps: Sequence[Measurement]) -> Array:
     """Return |predicted - measured| / measured of each step."""
-    predicted = np.array([model.work_time(s.num_layers, s.work, s.is_first, s.is_last) for s in steps])
+    predicted = np.array([model.work_time(s.num_layers, s.work, s.is_first, s.head_share) for s in steps])
     measured = np.array([s.seconds for s in steps])
     errors: Array = np.abs(predicted - measured) / measured
     return errors
@@ -137,9 +136,8 @@ def relative_errors(model: CostModel, steps: Sequence[Measurement]) -> Array:
 def _columns(steps: Sequence[Measurement], knee: float, head_knee: float, overlap: float) -> Array:
     """Return what each constant is multiplied with: (steps, constants), in the order of `_model`."""
     layers, pairs, keys, tokens, chunks, samples = np.array([(s.num_layers, *s.work) for s in steps], np.float64).T
-    is_first, is_last = np.array([(s.is_first, s.is_last) for s in steps], np.float64).T
-    samples = samples * is_last
-    head = np.where(samples > 0, _joined(samples, head_knee, overlap), 0.0)
+    is_first, head_share = np.array([(s.is_first, s.head_share) for s in steps], np.float64).T
+    head = np.where(samples > 0, head_share * _joined(samples, head_knee, overlap), 0.0)
     columns = (
         *(layers * pairs, layers * keys, layers * _joined(tokens, knee, overlap), layers * chunks),
         *(is_first * tokens, head, np.ones(len(steps))),

@@ -53,7 +53,7 @@ class Lookahead:
 
     def time(self, work: Work) -> float:
         """Predict the seconds of a microbatch in all stages together."""
-        return self.cost.work_time(self.num_layers, work, is_first=True, is_last=True)
+        return self.cost.work_time(self.num_layers, work, is_first=True, head_share=1.0)
 
     def added_time(self, span: TokenSpan | Work) -> float:
         """Predict the seconds that one or more spans add in all stages together."""

@@ -40,7 +40,7 @@ class ModelShape:
     """Sizes of one model in chunks, and what its parts cost in time (relative to each other).
 
     With `tied` embeddings the embedding's unit holds the final norm too and both ends of a chain need it. Where
-    `shares_head`, both ends then compute the head too, each for half of the rows.
+    `shares_head`, both ends then compute the head too, each for half of the vocabulary.
     """
 
     num_layers: int

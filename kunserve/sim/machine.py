@@ -180,7 +180,7 @@ class SimExecutor(Executor):
             await self._core.compute(host_s)
             host_s = 0.0
         host_s /= len(group.stages)
-        is_shared = self._shares_head and len(group.stages) > 1 and work.num_samples > 1
+        is_shared = self._shares_head and len(group.stages) > 1 and work.num_samples > 0
         for position, stage in enumerate(group.stages):
             if position:
                 before = group.stages[position - 1].device
@@ -193,7 +193,7 @@ class SimExecutor(Executor):
                 if is_first and not is_last:
                     await self._enter(group, device, inputs, seconds)
                 elif is_last and is_shared:
-                    await self._end_at_both_ends(group, seconds, int(work.num_samples))
+                    await self._end_at_both_ends(group, seconds, self._cost.head_time(work.num_samples) / 2)
                 else:
                     await device.compute(seconds)
         inputs.sampled.set_result(None)
@@ -207,15 +207,13 @@ class SimExecutor(Executor):
             left_s = device.queue(seconds)
         await asyncio.sleep(left_s)
 
-    async def _end_at_both_ends(self, group: Group, seconds: float, num_samples: int) -> None:
-        """Run the last stage's layers and its half of the rows in one piece; the first device's half from then on."""
-        half = num_samples // 2
-        head_s = self._cost.head_time(half)
+    async def _end_at_both_ends(self, group: Group, seconds: float, head_s: float) -> None:
+        """Run the last stage's layers and its half of the head in one piece; the first device's half from then on."""
         left_s = self._devices[group.stages[-1].device].queue(seconds + head_s)
 
         async def others() -> None:
             await asyncio.sleep(left_s - head_s)
-            await self._devices[group.stages[0].device].compute(self._cost.head_time(num_samples - half))
+            await self._devices[group.stages[0].device].compute(head_s)
 
         await asyncio.gather(asyncio.sleep(left_s), others())
 

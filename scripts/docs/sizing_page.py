@@ -217,7 +217,7 @@ def chain_token_time(cost: CostModel, num_layers: int, num_stages: int, num_requ
         shares = [*_shares(num_layers - last, num_stages - 1), last]
         ends = range(num_stages)
         return [
-            cost.work_time(layers, work, is_first=end == 0, is_last=end == num_stages - 1)
+            cost.work_time(layers, work, is_first=end == 0, head_share=float(end == num_stages - 1))
             for end, layers in zip(ends, shares, strict=True)
         ]
 

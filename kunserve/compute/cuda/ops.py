@@ -148,6 +148,10 @@ class CudaOps:
             parts.append(linear(x, part, *of_part))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def linear_into(self, x: Tensor, weight: Linear, y: Tensor) -> None:
+        """See `Ops.linear_into`."""
+        y.copy_(self.linear(x, weight))
+
     def linear_and_norm(
         self,
         x: Tensor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar, final
 from weakref import WeakKeyDictionary
@@ -19,7 +18,8 @@ from kunserve.engine.group import Group
 from kunserve.engine.occupancy import Passage
 from kunserve.engine.step.kept_rows import KeptRows
 from kunserve.engine.step.microbatch import StepInputs, step_inputs
-from kunserve.engine.step.stage import run_head, run_last_stage, run_last_stage_sharing, run_stage, run_timed
+from kunserve.engine.step.shared_head import HeadBalance, SharedHead
+from kunserve.engine.step.stage import has_scored_rows, run_last_stage, run_stage, run_timed
 from kunserve.errors import EngineError, KunServeError
 from kunserve.gpu.device import Device
 
@@ -38,7 +38,7 @@ class StepError(EngineError):
 class Executor(ABC):
     """Runs microbatches; the engine knows nothing else of how.
 
-    `shares_head`: both ends of a chain compute the head, each for half of the rows.
+    `shares_head`: both ends of a chain compute the head, each for a part of the vocabulary.
     """
 
     shares_head = False
@@ -89,13 +89,14 @@ class Executor(ABC):
 class DeviceExecutor(Executor):
     """Runs stages on real devices, each on its compute queue.
 
-    `shares_head`: both ends of a chain hold the head (tied embeddings) and compute it, each for half of the rows. In a
-    small model it costs as much as many layers, and at one end alone it would unbalance the chain.
+    `shares_head`: both ends of a chain hold the head (tied embeddings) and compute it, each for a part of the
+    vocabulary. In a small model it costs as much as many layers, and at one end alone it would unbalance the chain.
     """
 
     def __init__(self, devices: Sequence[Device], decoders: Sequence[Decoder], *, shares_head: bool = False) -> None:
         super().__init__()
         self._devices, self._decoders, self.shares_head = list(devices), list(decoders), shares_head
+        self._balances = WeakKeyDictionary[Group, HeadBalance]()
         self._entrances = WeakKeyDictionary[Group, asyncio.Lock]()  # of chains: one microbatch after the other
 
     def renew(self, index: int, device: Device, decoder: Decoder) -> None:
@@ -123,8 +124,10 @@ class DeviceExecutor(Executor):
         for position, stage in between:
             decoder = self._decoders[stage.device]
             x = await self._run(group, position, passage, partial(run_stage, decoder, stage, position, inputs, x))
-        if self.shares_head and len(inputs.sampling) > 1:
-            return await self._end_at_both_ends(group, inputs, x, passage)
+        if self.shares_head and inputs.sampling:
+            if not has_scored_rows(inputs.sampling):
+                return await self._end_at_both_ends(group, inputs, x, passage)
+            passage.stage_s = None  # the times would be taken for those of a head that is shared
         position, stage = last
         decoder = self._decoders[stage.device]
         return await self._run(group, position, passage, partial(run_last_stage, decoder, stage, position, inputs, x))
@@ -142,31 +145,30 @@ class DeviceExecutor(Executor):
     async def _end_at_both_ends(
         self, group: Group, inputs: StepInputs, x: Tensor, passage: Passage
     ) -> list[SampledToken]:
-        """Run the last stage, and sample half of the rows at each end of the chain."""
-        half, hidden = len(inputs.sampling) // 2, Future[Tensor]()
-        last, stage = len(group.stages) - 1, group.stages[-1]
+        """Run the last stage, and the head at each end of the chain."""
+        (first, start), (last, end) = (0, group.stages[0]), (len(group.stages) - 1, group.stages[-1])
+        first_decoder, last_decoder = self._decoders[start.device], self._decoders[end.device]
+        head = SharedHead(inputs, self._balances.setdefault(group, HeadBalance()), last_decoder.vocab_size)
 
-        async def others() -> list[SampledToken]:
-            await asyncio.wait([asyncio.wrap_future(hidden)])
-            if hidden.cancelled():  # the last stage failed, and says why
+        async def other_part() -> list[SampledToken]:
+            await asyncio.wait([asyncio.wrap_future(head.first_can_begin)])
+            if head.first_can_begin.cancelled():  # the last stage failed, and says why
                 return []
-            first = self._decoders[group.stages[0].device]
-            work = partial(run_head, first, hidden.result(), inputs, slice(half, None))
-            return await self._run(group, 0, passage, work)
+            work = partial(head.run_first, first_decoder)
+            while (tokens := await self._run(group, first, passage, work)) is None:
+                await asyncio.wait([asyncio.wrap_future(head.is_multiplied)])
+            return tokens
 
-        decoder, own = self._decoders[stage.device], slice(half)
-        work = partial(run_last_stage_sharing, decoder, stage, last, inputs, x, own, hidden)
-        rest = asyncio.ensure_future(others())
+        rest = asyncio.ensure_future(other_part())
         try:
-            tokens = await self._run(
-                group, last, passage, work
-            )  # queued in this very step: no microbatch overtakes another
+            work = partial(head.run_last, last_decoder, end, last, x)
+            tokens = await self._run(group, last, passage, work)  # queued at once: no microbatch overtakes another
         except BaseException:
             rest.cancel()
             await asyncio.wait([rest])
             raise
         tokens += await rest
-        inputs.sampled.set_result([token.token_id for token in tokens])
+        head.learn()
         return tokens
 
     async def probe(self, group: Group | None, device: int) -> None:

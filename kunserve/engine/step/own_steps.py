@@ -42,7 +42,7 @@ class _Kept:
 class OwnSteps:
     """Keeps steps that were measured, and fits the constants of `lookahead` to them. Used on the event loop.
 
-    `shares_head`: both ends of a chain compute the head, each for half of the rows (`DeviceExecutor`).
+    `shares_head`: both ends of a chain compute the head, each for a part of the vocabulary (`DeviceExecutor`).
     """
 
     def __init__(self, lookahead: Lookahead, *, shares_head: bool, fit_s: float = FIT_S) -> None:
@@ -113,12 +113,12 @@ def _kind(group: Group, batch: Microbatch) -> Kind:
 
 
 def _measured(group: Group, work: Work, stage_s: Sequence[float], *, shares_head: bool) -> Iterator[Measurement]:
-    """Yield the stages of a microbatch: at the last one, or at both ends, the head was computed for sampled rows."""
+    """Yield the stages of a microbatch: the head is the last one's, or shared by both ends.
+
+    Then these work equally long on it, with sampling (`HeadBalance`).
+    """
     last = len(group.stages) - 1
-    rows = {last: work.num_samples}
-    if shares_head and last and work.num_samples > 1:
-        half = work.num_samples // 2
-        rows = {0: work.num_samples - half, last: half}
+    shares = {0: 0.5, last: 0.5} if shares_head and last else {last: 1.0}
     for position, (stage, seconds) in enumerate(zip(group.stages, stage_s, strict=True)):
-        num_layers, own = stage.last_layer - stage.first_layer, work._replace(num_samples=rows.get(position, 0))
-        yield Measurement(num_layers, own, position == 0, position in rows, seconds)
+        num_layers = stage.last_layer - stage.first_layer
+        yield Measurement(num_layers, work, position == 0, shares.get(position, 0.0), seconds)

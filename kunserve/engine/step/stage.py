@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from time import thread_time
 from typing import TypeVar
 
@@ -35,32 +34,10 @@ def run_last_stage(
     decoder: Decoder, stage: Stage, position: int, inputs: StepInputs, x: Tensor | None
 ) -> list[SampledToken]:
     """Run the stage at the end of a chain, sample one token per sampled row, and hand them on. Blocking."""
-    tokens = run_head(decoder, run_last_layers(decoder, stage, position, inputs, x), inputs, slice(None))
+    tokens = _run_head(decoder, run_last_layers(decoder, stage, position, inputs, x), inputs)
     # On this thread: the next microbatch, queued behind, reads them; told by the event loop, it would wait for that.
     inputs.sampled.set_result([token.token_id for token in tokens])
     return tokens
-
-
-def run_last_stage_sharing(
-    decoder: Decoder,
-    stage: Stage,
-    position: int,
-    inputs: StepInputs,
-    x: Tensor | None,
-    own: slice,
-    hidden: Future[Tensor],
-) -> list[SampledToken]:
-    """Run as `run_last_stage`, but sample only some rows: hidden states (R, H) go to whoever has the others.
-
-    One item of the queue: between two, the layers of the next microbatch could come, and the samples of this one, which
-    its first stage waits for, would be late by as much. Blocking.
-    """
-    try:
-        hidden.set_result(x := run_last_layers(decoder, stage, position, inputs, x))
-    except BaseException:
-        hidden.cancel()  # else the other end would wait for them for ever
-        raise
-    return run_head(decoder, x, inputs, own)
 
 
 def run_last_layers(decoder: Decoder, stage: Stage, position: int, inputs: StepInputs, x: Tensor | None) -> Tensor:
@@ -68,13 +45,10 @@ def run_last_layers(decoder: Decoder, stage: Stage, position: int, inputs: StepI
     return run_stage(decoder, stage, position, inputs, x, with_head=False)
 
 
-def run_head(decoder: Decoder, x: Tensor, inputs: StepInputs, which: slice) -> list[SampledToken]:
-    """Sample one token for each of some rows of `run_last_layers`: all hidden states (R, H). Blocking."""
-    x, rows = x[which], inputs.sampling[which]
-    if not rows:
-        return []
-    filled = rows if inputs.depends_on is None else fill_sampling(rows, inputs.previous_tokens())
-    return sample_in_slices(decoder, x, filled) if has_scored_rows(rows) else sample(decoder.logits(x), filled)
+def filled_rows(inputs: StepInputs) -> Sequence[SamplingRow]:
+    """Return what decides the sampled rows' tokens, with those that the previous microbatch has sampled."""
+    rows = inputs.sampling
+    return rows if inputs.depends_on is None else fill_sampling(rows, inputs.previous_tokens())
 
 
 def run_timed(work: Callable[[], T], stage_s: list[float], position: int) -> T:
@@ -97,6 +71,14 @@ def sample_in_slices(decoder: Decoder, x: Tensor, rows: Sequence[SamplingRow]) -
     """Sample one token per row of hidden states after the last layer (R, H), SCORED_ROWS at a time. Blocking."""
     parts = [slice(start, start + SCORED_ROWS) for start in range(0, len(rows), SCORED_ROWS)]
     return [token for part in parts for token in sample(decoder.logits(x[part]), rows[part])]
+
+
+def _run_head(decoder: Decoder, x: Tensor, inputs: StepInputs) -> list[SampledToken]:
+    """Sample one token for each row of `run_last_layers`: hidden states (R, H)."""
+    if not inputs.sampling:
+        return []
+    rows = filled_rows(inputs)
+    return sample_in_slices(decoder, x, rows) if has_scored_rows(rows) else sample(decoder.logits(x), rows)
 
 
 def _token_ids(inputs: StepInputs) -> Tensor:

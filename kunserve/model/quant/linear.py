@@ -62,6 +62,17 @@ class Linear:
         """Return the matrix that a tensor (N, K) of numbers is."""
         return cls((StoredRows(weight),))
 
+    def part(self, first: int, last: int) -> Linear:
+        """Return its rows `[first, last)`, at least one: views of what is stored."""
+        parts, begin = [], 0
+        for part in self.parts:
+            rows = slice(max(first - begin, 0), min(last - begin, part.num_rows))
+            if rows.start < rows.stop:
+                scales = None if part.scales is None else part.scales[rows]
+                parts.append(StoredRows(part.data[rows], part.blocks, scales))
+            begin += part.num_rows
+        return Linear(tuple(parts))
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix as numbers: (N, K); a view where that is what is stored."""
         rows = [part.dense().to(dtype) for part in self.parts]

@@ -32,13 +32,11 @@ class AsConstantsSay(OwnSteps):
     def keep(self, group: Group, batch: Microbatch, stage_s: Sequence[float]) -> bool:
         assert len(stage_s) == len(group.stages) and all(seconds > 0 for seconds in stage_s)
         work, last = work_of(batch), len(group.stages) - 1
-        halves = [work.num_samples - work.num_samples // 2, work.num_samples // 2]
         told = []
         for i, stage in enumerate(group.stages):
-            own, is_last = work, i == last
-            if self._shares_head and last and work.num_samples > 1:
-                own, is_last = work._replace(num_samples=halves[i]), True
-            told.append(self.right.work_time(stage.last_layer - stage.first_layer, own, i == 0, is_last))
+            is_end, is_shared = i in (0, last), self._shares_head and last > 0
+            head_share = 0.5 * is_end if is_shared else float(i == last)
+            told.append(self.right.work_time(stage.last_layer - stage.first_layer, work, i == 0, head_share))
         return super().keep(group, batch, told)
 
     async def fit(self) -> None:

@@ -13,6 +13,7 @@ from kunserve.engine.blocks.block_pool import BlockPool
 from kunserve.engine.group import Group, Stage
 from kunserve.engine.step.executor import DeviceExecutor
 from kunserve.engine.step.microbatch import StepInputs
+from kunserve.engine.step.shared_head import SharedHead
 from kunserve.gpu.device import Device
 from kunserve.sampling import SamplingParams
 
@@ -27,8 +28,10 @@ class Queue:
         self.is_open = asyncio.Event()
 
     async def run(self, work: Callable[[], Any]) -> Any:
-        name, inputs = work.func.__name__, next(a for a in work.args if isinstance(a, StepInputs))  # type: ignore[attr-defined]
-        self.asked.append((name, inputs))
+        function, args = work.func, work.args  # type: ignore[attr-defined]
+        head = getattr(function, "__self__", None)
+        inputs = head._inputs if isinstance(head, SharedHead) else next(a for a in args if isinstance(a, StepInputs))
+        self.asked.append((function.__name__, inputs))
         await self.is_open.wait()
         return work()
 
@@ -39,8 +42,13 @@ class Rows:
     def forward(self, first: int, last: int, x: Tensor, batch: Any, rows: Tensor, *, with_head: bool = True) -> Tensor:
         return x if last < 2 else x[rows]
 
-    def logits(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(x.long(), 100).float()
+    vocab_size = 100
+
+    def multiply_head(self, x: Tensor, first: int, last: int, logits: Tensor) -> None:
+        logits[:, first:last] = torch.nn.functional.one_hot(x.long(), 100)[:, first:last]
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 def inputs_of(tokens: list[int], *, is_sampled: bool) -> StepInputs:
@@ -70,6 +78,8 @@ async def test_a_chain_that_shares_its_head_keeps_tokens_and_microbatches_in_ord
     assert [[token.token_id for token in answer] for answer in answers] == [[5, 6, 7], [], [9, 10], [11]]
     assert [inputs.sampled.result() for inputs in batches] == [[5, 6, 7], [], [9, 10], [11]]
     for device in devices:
-        layers = [inputs for name, inputs in device.asked if name != "run_head"]
+        layers = [inputs for name, inputs in device.asked if name != "run_first"]
         assert list(map(id, layers)) == list(map(id, batches))
-    assert [name for name, _ in devices[0].asked].count("run_head") == 2
+    assert {id(inputs) for name, inputs in devices[0].asked if name == "run_first"} == {
+        id(inputs) for inputs in batches if inputs.sampling
+    }

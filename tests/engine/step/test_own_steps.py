@@ -99,10 +99,9 @@ async def test_each_stage_is_measured_with_its_part_of_the_head(
     assert [stage.seconds for stage in stages] == [0.1, 0.2, 0.3, 0.4]
     assert {stage.num_layers for stage in stages} == {LAYERS // 4}
     assert [stage.is_first for stage in stages] == [True, False, False, False]
-    assert [stage.is_last for stage in stages] == [shares_head, False, False, True]
-    assert [stage.work.num_samples for stage in stages] == ([3, 0, 0, 2] if shares_head else [0, 0, 0, 5])
+    assert [stage.head_share for stage in stages] == ([0.5, 0.0, 0.0, 0.5] if shares_head else [0.0, 0.0, 0.0, 1.0])
     whole = Work.of([TokenSpan(99, 1, 1)] * 3 + [TokenSpan(0, 10, 1), TokenSpan(0, 20, 1)])
-    assert all(stage.work._replace(num_samples=5) == whole for stage in stages)
+    assert all(stage.work == whole for stage in stages)
 
 
 async def test_an_executor_that_does_not_say_how_long_teaches_nothing() -> None:
