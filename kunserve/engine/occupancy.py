@@ -16,6 +16,7 @@ class Occupancy:
         self._counts = [0] * num_stages  # microbatches at each stage, running or next
         self._busy_s = [0.0] * num_stages
         self._active_s = 0.0  # any stage has had work
+        self._crowded_s = self._waited_s = 0.0  # of all stages: see `take_waiting`
         self._seen_s = 0.0  # up to here everything is accounted for
 
     @property
@@ -48,11 +49,25 @@ class Occupancy:
         total_s = self.active_s(now_s) * len(self._busy_s)
         return 1.0 - sum(self._busy_s) / total_s if total_s else 0.0
 
+    def take_waiting(self, now_s: float) -> tuple[float, float]:
+        """Return the stages' seconds, and how many of them were without work, since it was asked last.
+
+        Only while there were as many microbatches as stages: with fewer, a stage without work loses nothing that more
+        of them would not bring back.
+        """
+        self._account(now_s)
+        taken = self._crowded_s, self._waited_s
+        self._crowded_s = self._waited_s = 0.0
+        return taken
+
     def _account(self, now_s: float) -> None:
         elapsed_s, self._seen_s = now_s - self._seen_s, now_s
         if not any(self._counts):
             return
         self._active_s += elapsed_s
+        if sum(self._counts) >= len(self._counts):
+            self._crowded_s += len(self._counts) * elapsed_s
+            self._waited_s += self._counts.count(0) * elapsed_s
         for position, count in enumerate(self._counts):
             if count:
                 self._busy_s[position] += elapsed_s

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 USUAL_S = 20.0  # of a burst: BurstGPT's, as KunServe (EuroSys 2026, section 5) shows them; until one has lasted longer
-# Share of its time for which a device of a chain waits for the others, for each stage beyond the first: 1.2 % in all
-# in chains of two and 3.0 to 4.3 % in chains of four, simulated with four A800.
+# Share of its time for which a device of a chain waits for the others, for each stage beyond the first, until this
+# server has had chains: 1.2 % in all in chains of two and 3.0 to 4.3 % in chains of four, simulated with four A800.
 BUBBLE = 0.012
+LEAST_CHAIN_S = 10.0  # of devices in chains: what was assumed counts as much as so many seconds
+MOST_CHAIN_S = 120.0  # what was longer ago counts less and less
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Change(NamedTuple):
     boundary_s: float  # until the step that runs has ended
     exchange_s: float  # until all KV has moved; a request waits half of that on average
     added_stages: float  # that a request passes while they are merged, on average
+    bubble: float = BUBBLE  # as `Bubbles.share`
 
     def cost_s(self, chained_s: float) -> float:
         """Return the seconds that its requests lose, all together, if it is a chain for so long."""
@@ -72,7 +75,28 @@ class Change(NamedTuple):
         return self.boundary_s + self.exchange_s / 2
 
     def _slowed_s(self, chained_s: float) -> float:
-        return self.num_requests * BUBBLE * self.added_stages * chained_s
+        return self.num_requests * self.bubble * self.added_stages * chained_s
+
+
+@dataclass(slots=True)
+class Bubbles:
+    """How much of its time a device of a chain waits for the others, for each stage beyond the first."""
+
+    chain_s: float = LEAST_CHAIN_S  # of devices in chains, times the stages beyond the first
+    waited_s: float = LEAST_CHAIN_S * BUBBLE
+
+    @property
+    def share(self) -> float:
+        """Return the share of time: what was seen, or assumed while little was."""
+        return self.waited_s / self.chain_s
+
+    def learn(self, num_stages: int, device_s: float, waited_s: float) -> None:
+        """Note for how many seconds the devices of a chain had enough to do, all together, and how long they waited."""
+        self.chain_s += (num_stages - 1) * device_s
+        self.waited_s += waited_s
+        if self.chain_s > MOST_CHAIN_S:
+            self.waited_s *= MOST_CHAIN_S / self.chain_s
+            self.chain_s = MOST_CHAIN_S
 
 
 @dataclass(slots=True)

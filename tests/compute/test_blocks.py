@@ -107,3 +107,21 @@ def test_parts_of_different_formats_are_one_matrix(ops: CpuOps) -> None:
         torch.testing.assert_close(
             TorchOps().linear(x[:M], Linear(parts), bias, residual[:M]), whole, rtol=1e-4, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("name", [None, *FORMATS])
+def test_a_product_of_some_rows_of_a_matrix_is_that_part_of_the_whole(ops: CpuOps, name: str | None) -> None:
+    """Both ends of a chain multiply with a part of the head: tokens must not depend on where it is divided."""
+    parts = (StoredRows(randn(90, 512)), StoredRows(randn(70, 512)))
+    if name is not None:
+        parts = (random_part(name, 90, 512), random_part(name, 70, 512))
+    matrix = Linear(parts)
+    for num_rows in (1, 3, 9, 40):
+        x = randn(num_rows, 512)
+        whole, y = ops.linear(x, matrix), torch.zeros(num_rows, 160)
+        for border in (1, 13, 64, 90, 128, 159):
+            y.zero_()
+            ops.linear_into(x, matrix.part(0, border), y[:, :border])
+            assert torch.equal(y[:, :border], whole[:, :border]) and not y[:, border:].any()
+            ops.linear_into(x, matrix.part(border, 160), y[:, border:])
+            assert torch.equal(y, whole)

@@ -51,3 +51,15 @@ def test_work_in_progress_counts() -> None:
     occupancy = Occupancy(1)
     occupancy.enter(0, 1.0)
     assert occupancy.busy_s(4.0) == (3.0,) and occupancy.bubble_share(4.0) == 0.0
+
+
+def test_a_chain_waits_only_where_it_has_enough_to_do() -> None:
+    occupancy = Occupancy(2)
+    occupancy.enter(0, 1.0)  # one microbatch for two stages: nothing is lost
+    occupancy.enter(0, 2.0)  # enough, and both at the first stage
+    occupancy.leave(0, 5.0)
+    occupancy.enter(1, 5.0)
+    assert occupancy.take_waiting(7.0) == (2 * 5.0, 3.0)
+    occupancy.leave(1, 8.0)  # again one
+    assert occupancy.take_waiting(20.0) == (2 * 1.0, 0.0)
+    assert occupancy.take_waiting(30.0) == (0.0, 0.0)

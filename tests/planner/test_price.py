@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve.planner.price import BUBBLE, USUAL_S, Change, Shortage, Trend
+from kunserve.planner.price import BUBBLE, LEAST_CHAIN_S, MOST_CHAIN_S, USUAL_S, Bubbles, Change, Shortage, Trend
 
 blocks = st.floats(0, 1000)
 slopes = st.floats(-100, 100).filter(lambda slope: slope == 0 or abs(slope) > 0.01)
@@ -68,3 +68,22 @@ def test_a_trend_is_the_slope_of_its_window() -> None:
         if now_s == 9.5:
             assert trend.per_s == pytest.approx(-3)
     assert trend.per_s == pytest.approx(2)  # what was before the window is forgotten
+
+
+def test_what_chains_lose_is_assumed_until_it_has_been_seen() -> None:
+    bubbles = Bubbles()
+    assert bubbles.share == pytest.approx(BUBBLE)
+    bubbles.learn(2, LEAST_CHAIN_S, 0.1 * LEAST_CHAIN_S)  # as long as what was assumed counts
+    assert bubbles.share == pytest.approx((BUBBLE + 0.1) / 2)
+    for _ in range(100):
+        bubbles.learn(4, 20.0, 3 * 0.05 * 20.0)  # for each of three stages beyond the first
+    assert bubbles.share == pytest.approx(0.05, rel=0.01)
+    bubbles.learn(2, MOST_CHAIN_S, 0.0)  # what is new counts as much as all that was
+    assert bubbles.share == pytest.approx(0.025, rel=0.01)
+
+
+def test_a_chain_that_loses_more_costs_more_and_is_left_sooner() -> None:
+    change, slow = Change(10, 0.1, 1.0, 1), Change(10, 0.1, 1.0, 1, bubble=5 * BUBBLE)
+    assert slow.cost_s(100.0) - slow.cost_s(0.0) == pytest.approx(5 * (change.cost_s(100.0) - change.cost_s(0.0)))
+    even_s = 0.6 / BUBBLE
+    assert slow.pays_back_in(0.21 * even_s) and not change.pays_back_in(0.21 * even_s)

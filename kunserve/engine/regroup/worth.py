@@ -14,14 +14,14 @@ from kunserve.engine.schedule.scheduler import Scheduler
 from kunserve.gpu.links import Links
 from kunserve.planner.overload import Thresholds
 from kunserve.planner.plan import DropPlan, Merge, RestorePlan, Split
-from kunserve.planner.price import Change, Shortage, Trend
+from kunserve.planner.price import Bubbles, Change, Shortage, Trend
 from kunserve.planner.snapshot import ModelShape, Snapshot
 
 log = structlog.get_logger()
 
 
 class Worth:
-    """Follows the demand for memory and the time of steps, and says which merges and splits pay."""
+    """Follows the demand for memory, what chains lose and the time of steps, and says which merges and splits pay."""
 
     def __init__(
         self,
@@ -34,11 +34,15 @@ class Worth:
         self._fleet, self._scheduler, self._links = fleet, scheduler, links
         self._shape, self._thresholds = shape, thresholds
         self._asked = Trend()  # of blocks
+        self._bubbles = Bubbles()
         self._short_since_s = self._short_at_s = -inf
 
     def look(self, now_s: float) -> None:
-        """Sample the demand for memory now and then; called before every step."""
+        """Sample the demand for memory, and what chains lose, now and then; called before every step."""
         if self._asked.is_due(now_s):
+            for group in self._fleet.groups:
+                if len(group.stages) > 1:
+                    self._bubbles.learn(len(group.stages), *group.occupancy.take_waiting(now_s))
             in_use = sum(group.num_used for group in self._fleet.groups)
             self._asked.sample(now_s, in_use + self._shape.blocks_for(self._scheduler.num_waiting_tokens))
 
@@ -89,7 +93,8 @@ class Worth:
         num_bytes = used * self._shape.kv_block_bytes * self._shape.num_layers
         exchange_s = num_bytes / 4 / self._links.kv_bytes_per_s
         boundary_s = max(group.step_s or 0.0 for group in groups)
-        return Change(sum(len(group.running) for group in groups), boundary_s, exchange_s, added_stages)
+        num_requests = sum(len(group.running) for group in groups)
+        return Change(num_requests, boundary_s, exchange_s, added_stages, self._bubbles.share)
 
     def _request_blocks(self, demand_blocks: int, answer_tokens: float) -> float:
         """Return the mean blocks of the requests that lack some: those that wait, or if none does, those that run."""

@@ -112,3 +112,19 @@ def test_a_split_waits_until_the_calm_has_lasted_as_long_as_its_pause_takes_to_p
     even_s = (0.12 + moved_s / 2) / BUBBLE
     assert worth.splits(plan, 0.99 * even_s) == []
     assert worth.splits(plan, 1.01 * even_s) == list(plan.splits)
+
+
+def test_a_split_pays_sooner_where_chains_have_lost_much() -> None:
+    chain = make_group(0, num_stages=2)
+    scheduler = make_scheduler(chain)
+    worth = Worth(scheduler.fleet, scheduler, Links(1e9), SHAPE, Thresholds())
+    halves = [NewGroup((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
+    plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
+    scheduler.fleet.admit(make_request("running", 8, 8), chain)
+    chain.step_s, calm_s = 0.12, 0.3 * 0.12 / BUBBLE
+    worth.look(0.0)
+    assert worth.splits(plan, calm_s) == []
+    for _ in range(2):
+        chain.occupancy.enter(0, 1.0)
+    worth.look(300.0)  # two microbatches were at the first stage all the time
+    assert worth.splits(plan, calm_s) == list(plan.splits)
