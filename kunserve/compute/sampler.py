@@ -129,14 +129,14 @@ def keep_most_likely(weights: Tensor, top_k: Tensor, top_p: Tensor, num_candidat
     num_candidates = min(num_candidates, vocab_size)
     largest = _largest(weights, num_candidates)
     num_kept, is_decided = _count_kept(weights, largest, top_k, top_p)
-    if bool(is_decided.all()):
-        return _keep(weights, largest, num_kept, is_off=(top_k >= vocab_size) & (top_p >= 1.0))
+    num_decided = int(is_decided.sum())
     further = vocab_size if weights.device.type == "cpu" else num_candidates * 16
-    if not bool(is_decided.any()):
+    if num_decided == 0:
         return keep_most_likely(weights, top_k, top_p, further)
-    kept = torch.empty_like(weights)
-    for rows, num in ((is_decided.nonzero()[:, 0], num_candidates), ((~is_decided).nonzero()[:, 0], further)):
-        kept[rows] = keep_most_likely(weights[rows], top_k[rows], top_p[rows], num)
+    kept = _keep(weights, largest, num_kept, is_off=(top_k >= vocab_size) & (top_p >= 1.0))
+    if num_decided < len(weights):
+        rest = (~is_decided).nonzero()[:, 0]
+        kept[rest] = keep_most_likely(weights[rest], top_k[rest], top_p[rest], further)
     return kept
 
 
@@ -282,11 +282,12 @@ def _penalise(scores: Tensor, row: SamplingRow) -> None:
     """Apply penalties in place to the scores (V,) of tokens that have been there."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen, _ = _counts((*row.prompt_token_ids, *row.output_token_ids), scores)
+        seen, _ = _counts(scores, row.prompt_token_ids, row.output_token_ids)
         of_seen, factor = scores[seen], params.repetition_penalty
         scores[seen] = torch.where(of_seen > 0, of_seen / factor, of_seen * factor)
-    ids, counts = _counts(row.output_token_ids, scores)
-    scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    if params.frequency_penalty or params.presence_penalty:
+        ids, counts = _counts(scores, row.output_token_ids)
+        scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def _allow(scores: Tensor, row: SamplingRow) -> None:
@@ -318,7 +319,7 @@ def _banned(row: SamplingRow) -> list[int]:
     return sorted(banned)
 
 
-def _counts(token_ids: Sequence[int], scores: Tensor) -> tuple[Tensor, Tensor]:
+def _counts(scores: Tensor, *token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return which tokens there are, and how often each: (N,) int64 and (N,) in the dtype of `scores` (V,)."""
-    ids, counts = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
+    ids, counts = np.unique(np.concatenate([np.asarray(ids, np.int64) for ids in token_ids]), return_counts=True)
     return torch.from_numpy(ids).to(scores.device), torch.from_numpy(counts).to(scores)

@@ -46,7 +46,7 @@ class HeadBalance:
         """
         half = (1 + self.sampling_share) / 2  # in products
         if half < 1:
-            return round(half * vocab_size / GRAIN) * GRAIN, 0
+            return min(vocab_size, max(1, round(half * vocab_size / GRAIN)) * GRAIN), 0
         return vocab_size, int(num_rows * (half - 1) / self.sampling_share)
 
 
@@ -107,7 +107,7 @@ class SharedHead:
             self._product_s += thread_time() - started
 
     def _sample(self, decoder: Decoder, which: slice) -> list[SampledToken]:
-        rows = filled_rows(self._inputs)[which]
+        rows = filled_rows(self._inputs, which)
         if not rows or self.is_multiplied.cancelled():  # the step has failed
             return []
         started, logits = thread_time(), self._logits

@@ -45,10 +45,10 @@ def run_last_layers(decoder: Decoder, stage: Stage, position: int, inputs: StepI
     return run_stage(decoder, stage, position, inputs, x, with_head=False)
 
 
-def filled_rows(inputs: StepInputs) -> Sequence[SamplingRow]:
-    """Return what decides the sampled rows' tokens, with those that the previous microbatch has sampled."""
-    rows = inputs.sampling
-    return rows if inputs.depends_on is None else fill_sampling(rows, inputs.previous_tokens())
+def filled_rows(inputs: StepInputs, which: slice = slice(None)) -> Sequence[SamplingRow]:
+    """Return what decides tokens of sampled rows, with those that the previous microbatch has sampled."""
+    rows = inputs.sampling[which]
+    return rows if inputs.depends_on is None or not rows else fill_sampling(rows, inputs.previous_tokens())
 
 
 def run_timed(work: Callable[[], T], stage_s: list[float], position: int) -> T:

@@ -99,32 +99,42 @@ def test_there_is_nothing_to_gain_where_demand_falls_below_what_there_is() -> No
     assert not scene.merges(4.5, demand_blocks=10)
 
 
+class Chain:
+    """A chain of two devices, and the plan that splits it."""
+
+    def __init__(self) -> None:
+        self.group = make_group(0, num_stages=2)
+        self.scheduler = make_scheduler(self.group)
+        self.worth = Worth(self.scheduler.fleet, self.scheduler, Links(1e9), SHAPE, Thresholds())
+        halves = [NewGroup((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
+        self.plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
+
+    def run_one(self) -> None:
+        self.scheduler.fleet.admit(make_request("running", 8, 8), self.group)
+        self.group.step_s = 0.12
+
+    def is_split_after(self, calm_s: float) -> bool:
+        splits = self.worth.splits(self.plan, calm_s)
+        assert splits in ([], list(self.plan.splits))
+        return bool(splits)
+
+
 def test_a_split_waits_until_the_calm_has_lasted_as_long_as_its_pause_takes_to_pay_back() -> None:
-    chain = make_group(0, num_stages=2)
-    scheduler = make_scheduler(chain)
-    worth = Worth(scheduler.fleet, scheduler, Links(1e9), SHAPE, Thresholds())
-    halves = [NewGroup((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
-    plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
-    assert worth.splits(plan, 0.0) == list(plan.splits)  # nobody runs: nothing is lost
-    scheduler.fleet.admit(make_request("running", 8, 8), chain)
-    chain.step_s = 0.12
+    chain = Chain()
+    assert chain.is_split_after(0.0)  # nobody runs: nothing is lost
+    chain.run_one()
     moved_s = 2 * 8 * (1 << 20) / 4 / 1e9  # two blocks of eight layers: a half of their KV, both ways at once
     even_s = (0.12 + moved_s / 2) / BUBBLE
-    assert worth.splits(plan, 0.99 * even_s) == []
-    assert worth.splits(plan, 1.01 * even_s) == list(plan.splits)
+    assert not chain.is_split_after(0.99 * even_s)
+    assert chain.is_split_after(1.01 * even_s)
 
 
 def test_a_split_pays_sooner_where_chains_have_lost_much() -> None:
-    chain = make_group(0, num_stages=2)
-    scheduler = make_scheduler(chain)
-    worth = Worth(scheduler.fleet, scheduler, Links(1e9), SHAPE, Thresholds())
-    halves = [NewGroup((StageView(10 + i, 0, SHAPE.num_layers),), (16,), (), None) for i in range(2)]
-    plan = RestorePlan(0, (Split(0, (halves[0], halves[1])),))
-    scheduler.fleet.admit(make_request("running", 8, 8), chain)
-    chain.step_s, calm_s = 0.12, 0.3 * 0.12 / BUBBLE
-    worth.look(0.0)
-    assert worth.splits(plan, calm_s) == []
+    chain, calm_s = Chain(), 0.3 * 0.12 / BUBBLE
+    chain.run_one()
+    chain.worth.look(0.0)
+    assert not chain.is_split_after(calm_s)
     for _ in range(2):
-        chain.occupancy.enter(0, 1.0)
-    worth.look(300.0)  # two microbatches were at the first stage all the time
-    assert worth.splits(plan, calm_s) == list(plan.splits)
+        chain.group.occupancy.enter(0, 1.0)
+    chain.worth.look(300.0)  # two microbatches were at the first stage all the time
+    assert chain.is_split_after(calm_s)

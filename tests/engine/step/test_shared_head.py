@@ -122,6 +122,14 @@ def test_both_ends_have_half_of_the_work() -> None:
         assert last == pytest.approx((1 + share) / 2, abs=0.05)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 40, 64, 65, 127, 128, 50_257, 50_300])
+def test_nobody_gets_an_empty_part_of_any_vocabulary(vocab_size: int) -> None:
+    """And none is beyond it, near where the last device multiplies alone."""
+    for thousandth in range(1100):
+        border, num_own = HeadBalance(thousandth / 1000).divide(vocab_size, R)
+        assert 0 < border <= vocab_size and 0 <= num_own <= R
+
+
 def test_a_chain_learns_how_long_sampling_takes() -> None:
     balance = HeadBalance()
     for _ in range(200):
