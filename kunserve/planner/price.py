@@ -87,8 +87,12 @@ class Bubbles:
 
     @property
     def share(self) -> float:
-        """Return the share of time: what was seen, or assumed while little was."""
-        return self.waited_s / self.chain_s
+        """Return the share of time: what was seen, or assumed while little was; never less than that.
+
+        What handing on costs counts as work here, and the longer way of a single stream is not seen at all: a chain
+        that seemed to lose nothing would never pay back a split.
+        """
+        return max(BUBBLE, self.waited_s / self.chain_s)
 
     def learn(self, num_stages: int, device_s: float, waited_s: float) -> None:
         """Note for how many seconds the devices of a chain had enough to do, all together, and how long they waited."""

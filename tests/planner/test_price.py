@@ -80,6 +80,9 @@ def test_what_chains_lose_is_assumed_until_it_has_been_seen() -> None:
     assert bubbles.share == pytest.approx(0.05, rel=0.01)
     bubbles.learn(2, MOST_CHAIN_S, 0.0)  # what is new counts as much as all that was
     assert bubbles.share == pytest.approx(0.025, rel=0.01)
+    for _ in range(10):
+        bubbles.learn(2, MOST_CHAIN_S, 0.0)
+    assert bubbles.share == BUBBLE  # chains are worth leaving even so
 
 
 def test_a_chain_that_loses_more_costs_more_and_is_left_sooner() -> None:
